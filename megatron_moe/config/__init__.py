@@ -1,0 +1,26 @@
+"""What to run: configuration dataclasses, presets and the command line generated from them."""
+
+from megatron_moe.config.model import ModelConfig
+from megatron_moe.config.moe import MoEConfig, moe_layer_pattern
+from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.config.run import RunConfig
+from megatron_moe.config.training import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "LoggingConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "TrainConfig",
+    "moe_layer_pattern",
+]

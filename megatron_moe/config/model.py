@@ -1,0 +1,55 @@
+"""What the network is: sizes, the two published variants, initialisation.
+
+Every field is a command-line flag; names are Megatron-LM's where it has one.
+Sources: Xue et al., "OpenMoE" (arXiv 2402.01739) and its released training code. The *paper*
+variant counts parameters as the paper does, the *released* one is what was trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FfnVariant = Literal["swiglu", "gated-swiglu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The dense part of the network."""
+
+    num_layers: int = 4
+    """Transformer layers L."""
+    hidden_size: int = 256
+    """Width H of the residual stream."""
+    ffn_hidden_size: int = 512
+    """Width F of a dense feed-forward layer."""
+    num_attention_heads: int = 4
+    """Attention heads n; no grouped-query attention."""
+    kv_channels: int = 64
+    """Width d of one head. n * d need not equal H (8B: 24 x 128 = 3072 over H = 2048)."""
+    max_position_embeddings: int = 2048
+    """Longest sequence, in tokens, that the model is declared for."""
+    rotary_base: float = 10000.0
+    """Base of the rotary position embedding."""
+    norm_epsilon: float = 1e-6
+    """Added to the mean square in RMSNorm."""
+    ffn_variant: FfnVariant = "gated-swiglu"
+    """`swiglu`: (x W_up * silu(x W_gate)) W_down, three matrices (paper). `gated-swiglu`: four,
+    [a|b] = x W_gate; (a * silu(b) * (x W_up)) W_down (released)."""
+    softmax_scale: float | None = 1.0
+    """Attention logits are q.k times this. 1.0 in the released model, whose query initialisation
+    holds the 1/sqrt(d); `None` means 1/sqrt(d)."""
+    untie_embeddings_and_output_weights: bool = True
+    """Separate input embedding and logits matrix (released: yes)."""
+    attention_dropout: float = 0.0
+    """Dropout on attention probabilities; 0 in pretraining."""
+    hidden_dropout: float = 0.0
+    """Dropout on each residual branch; 0 in pretraining."""
+    init_variance_scale: float = 0.1
+    """Attention, FFN, expert and logits weights start as N(0, scale / fan_in)."""
+    embedding_init_method_std: float = 1.0
+    """Standard deviation of the embedding at the start."""
+    router_init_method_std: float = 0.02
+    """Standard deviation of router weights at the start."""
+    logit_z_loss_coeff: float = 1e-4
+    """Weight of mean(log(Z)^2) over target tokens, Z the softmax normaliser of the logits."""

@@ -1,0 +1,104 @@
+"""What the expert layers are: how many, where, how tokens are routed, dropped and balanced."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_moe.errors import UsageError
+
+CapacityRule = Literal["t5x", "port"]
+LoadBalancing = Literal["seq_aux_loss", "aux_loss", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """The mixture-of-experts part of the network."""
+
+    num_experts: int = 8
+    """Experts E of each MoE layer, over all expert-parallel ranks."""
+    moe_layer_freq: str = "([0]*1+[1])*2"
+    """Which layers are MoE: a 0/1 list per layer, written as Megatron-LM writes it, e.g.
+    `([0]*3+[1])*8`; or an integer N, which as in Megatron-LM means layers i with i % N == 0.
+    OpenMoE's own rule, (i + 1) % N == 0, is `([0]*(N-1)+[1])*(L/N)`."""
+    moe_router_topk: int = 2
+    """Experts k that a token chooses."""
+    moe_ffn_hidden_size: int | None = None
+    """Width of one expert; `None` means `--ffn-hidden-size`."""
+    moe_shared_expert_intermediate_size: int | None = 512
+    """Width of the shared expert, `None` for no shared expert."""
+    moe_shared_expert_placement: Literal["sequential", "parallel"] = "sequential"
+    """`sequential` (released): x += MoE(norm2 x); x += shared(norm3 x). `parallel` (paper, eq. 4):
+    x += MoE(norm2 x) + shared(norm2 x)."""
+    moe_capacity_rule: CapacityRule = "t5x"
+    """Slots C of one expert for a group of T tokens. `t5x`: round(cf T / E), one group per row.
+    `port`: floor(k cf T / E) made even, one group per micro-batch."""
+    moe_expert_capacity_factor: float | None = 1.25
+    """Capacity factor cf in training; `None` drops nothing (C = group size)."""
+    moe_eval_capacity_factor: float | None = 2.0
+    """Capacity factor cf in evaluation; `None` drops nothing."""
+    moe_min_capacity: int = 4
+    """Least slots per expert and group."""
+    moe_capacity_group_size: int | None = None
+    """Tokens that compete for one set of slots; `None` takes the rule's own group. Tokens are taken
+    row by row, so a group is part of a row, a row, or whole rows."""
+    moe_token_drop_policy: Literal["position", "probs"] = "position"
+    """Who keeps a slot when an expert is full. `position` (OpenMoE): all first choices in token
+    order, then all second choices. `probs`: the highest router probability, ties by position."""
+    moe_router_load_balancing_type: LoadBalancing = "seq_aux_loss"
+    """Over which tokens E * sum_e f_e P_e is taken: each row (`seq_aux_loss`, OpenMoE), the
+    micro-batch (`aux_loss`), or no such loss (`none`)."""
+    moe_aux_loss_coeff: float = 0.01
+    """Weight of the load-balancing loss, which is k when balanced and averaged over MoE layers.
+    Megatron-LM's loss is 1 when balanced and summed: there it would be coeff * k / L_moe."""
+    moe_z_loss_coeff: float = 1e-4
+    """Weight of mean(logsumexp(router logits)^2), averaged over MoE layers (Megatron-LM: summed)."""
+    moe_dispatch_impl: Literal["auto", "reference"] = "auto"
+    """Kernels that gather and combine tokens; `auto` says at the start what it took."""
+    moe_expert_impl: Literal["auto", "loop", "batched"] = "auto"
+    """Expert GEMMs: one per expert over its filled rows (`loop`), or one batched GEMM over the whole
+    fixed-shape buffer (`batched`, no host read: for GPUs and dry runs)."""
+
+
+def moe_layer_pattern(freq: str, num_layers: int) -> tuple[bool, ...]:
+    """For each layer, whether it is an MoE layer.
+
+    Args:
+        freq: `--moe-layer-freq`: an integer N (layers with i % N == 0, Megatron-LM's meaning), or
+            a list expression of 0 and 1 built with `[..]`, `+`, `*` and parentheses.
+        num_layers: L.
+
+    Raises:
+        UsageError: the text is not such an expression, or it does not give L zeros and ones.
+    """
+    valid = f"an integer, or a 0/1 list of length {num_layers} such as ([0]*3+[1])*{num_layers // 4 or 1}"
+    try:
+        value = _list_value(ast.parse(freq, mode="eval").body)
+    except (SyntaxError, ValueError, RecursionError):
+        raise UsageError("--moe-layer-freq", freq, valid) from None
+    if isinstance(value, int):
+        if value < 1:
+            raise UsageError("--moe-layer-freq", freq, valid)
+        return tuple(i % value == 0 for i in range(num_layers))
+    if len(value) != num_layers or any(v not in (0, 1) for v in value):
+        raise UsageError("--moe-layer-freq", freq, valid, f"it gives {len(value)} entries")
+    return tuple(v == 1 for v in value)
+
+
+def _list_value(node: ast.expr) -> int | list[int]:
+    """The value of an expression of integers, lists, `+` and `*`; anything else is a ValueError."""
+    if isinstance(node, ast.Constant) and type(node.value) is int and 0 <= node.value <= 4096:
+        return node.value
+    if isinstance(node, ast.List):
+        items = [_list_value(item) for item in node.elts]
+        if all(isinstance(item, int) for item in items):
+            return [item for item in items if isinstance(item, int)]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Mult):
+        left, right = _list_value(node.left), _list_value(node.right)
+        if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
+            return left + right
+        if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int):
+            if len(left) * right <= 65536:
+                return left * right
+    raise ValueError("not a list expression")

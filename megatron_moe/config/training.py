@@ -1,0 +1,136 @@
+"""What a run does: its data, steps, optimizer, checkpoints and logs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which tokens, in which order."""
+
+    data_path: tuple[str, ...] = ()
+    """Prefixes of indexed data sets (`PREFIX.bin`, `PREFIX.idx`), or weight and prefix pairs."""
+    train_data_path: tuple[str, ...] = ()
+    """Like `--data-path`, for training alone; then `--split` does not apply."""
+    valid_data_path: tuple[str, ...] = ()
+    """Like `--data-path`, for validation alone."""
+    test_data_path: tuple[str, ...] = ()
+    """Like `--data-path`, for the final test alone."""
+    split: str = "969,30,1"
+    """Shares of documents of `--data-path` for training, validation and test."""
+    data_cache_path: str | None = None
+    """Directory for sample indices; `None` means a `cache` folder beside the data."""
+    mmap_bin_files: bool = True
+    """Map `.bin` files into memory rather than reading them."""
+    num_workers: int = 1
+    """Background threads or processes that prepare batches; 0 reads in the training process."""
+    seq_length: int = 256
+    """Tokens S of one sample."""
+    tokenizer_type: Literal["SentencePieceTokenizer", "ByteTokenizer", "NullTokenizer"] = (
+        "NullTokenizer"
+    )
+    """Tokenizer family. `NullTokenizer` has no text, only `--vocab-size` ids."""
+    tokenizer_model: str | None = None
+    """File of the tokenizer."""
+    vocab_size: int | None = None
+    """Vocabulary V before padding; `None` takes the tokenizer's."""
+    make_vocab_size_divisible_by: int = 128
+    """V is padded to a multiple of this times the tensor-parallel size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How many steps of what size."""
+
+    micro_batch_size: int = 4
+    """Sequences B in one forward pass of one data-parallel rank."""
+    global_batch_size: int | None = None
+    """Sequences of one optimizer step; `None` means micro batch x data-parallel size."""
+    train_iters: int | None = None
+    """Optimizer steps of the whole run, over all its restarts."""
+    train_samples: int | None = None
+    """The same, in sequences; give one of the two."""
+    eval_interval: int = 1000
+    """Steps between evaluations on validation data."""
+    eval_iters: int = 100
+    """Global batches of one evaluation; 0 evaluates never."""
+    exit_interval: int | None = None
+    """Save and end once the iteration is a multiple of this."""
+    seed: int = 1234
+    """Seed of initialisation, data order and dropout."""
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 master weights; otherwise fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How a step changes the weights."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """`adam` is AdamW (decoupled weight decay)."""
+    lr: float = 3e-4
+    """Learning rate at its peak."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "cosine"
+    """Shape of the decay after warm-up."""
+    lr_decay_iters: int | None = None
+    """Steps until the decay ends; `None` means the length of the run."""
+    lr_warmup_iters: int = 0
+    """Steps of linear warm-up."""
+    lr_warmup_init: float = 0.0
+    """Learning rate at the first step of warm-up."""
+    weight_decay: float = 0.01
+    """Weight decay of matrices; norms have none."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    adam_eps: float = 1e-8
+    """Added to the root of the second moment."""
+    sgd_momentum: float = 0.9
+    """Momentum of `--optimizer sgd`."""
+    clip_grad: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 never."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is saved and where a run starts from."""
+
+    save: str | None = None
+    """Directory to save checkpoints in."""
+    load: str | None = None
+    """Directory to continue from."""
+    save_interval: int | None = None
+    """Steps between saves; a run with `--save` always saves at its end."""
+    ckpt_step: int | None = None
+    """Step to load; `None` means the newest."""
+    finetune: bool = False
+    """Take only the weights of `--load`: step, optimizer, RNG and data start afresh."""
+    no_load_optim: bool = False
+    """Do not load optimizer state."""
+    no_load_rng: bool = False
+    """Do not load random states."""
+    no_save_optim: bool = False
+    """Do not save optimizer state."""
+    no_save_rng: bool = False
+    """Do not save random states."""
+    allow_missing_load: bool = False
+    """Start from step 0 if `--load` holds no checkpoint. Without it, that is an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What a run tells."""
+
+    log_interval: int = 100
+    """Steps between progress lines and TensorBoard points."""
+    tensorboard_dir: str | None = None
+    """Directory of TensorBoard events."""
+    device_peak_tflops: float | None = None
+    """Peak TFLOP/s of one device for MFU; `None` looks the GPU up, or measures a GEMM on a CPU."""
+    metrics_file: str | None = None
+    """JSON Lines file with exact per-step loss and gradient norm (hexadecimal floats as well)."""
