@@ -1,0 +1,162 @@
+"""From our configuration to Megatron-Core's, and from that to the model chunks of one rank."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_moe.config import RunConfig, moe_layer_pattern
+from megatron_moe.model.attention import RotaryCoreAttention
+from megatron_moe.model.layer import OpenMoELayer, OpenMoELayerSubmodules
+from megatron_moe.model.openmoe import OpenMoEModel
+from megatron_moe.model.shards import initialise
+
+
+class Degrees(Protocol):
+    """The degrees of parallelism that a model is built for; `parallel.Layout` is one."""
+
+    @property
+    def tp(self) -> int:
+        """Tensor-parallel size."""
+
+    @property
+    def pp(self) -> int:
+        """Pipeline stages."""
+
+    @property
+    def vp(self) -> int | None:
+        """Chunks per stage, ``None`` without interleaving."""
+
+    @property
+    def ep(self) -> int:
+        """Expert-parallel size."""
+
+    @property
+    def etp(self) -> int:
+        """Expert tensor-parallel size."""
+
+
+def transformer_config(
+    config: RunConfig, degrees: Degrees, device: torch.device, dtype: torch.dtype
+) -> TransformerConfig:
+    """The engine's configuration of our model.
+
+    Initialisation is off: `initialise` fills every parameter from the seed and its logical name, so
+    that the weights do not depend on the layout.
+    """
+    model, moe, parallel = config.model, config.moe, config.parallel
+    pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
+    selective = parallel.recompute_granularity == "selective"
+    engine = TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        kv_channels=model.kv_channels,
+        softmax_scale=model.softmax_scale,
+        layernorm_epsilon=model.norm_epsilon,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        num_moe_experts=moe.num_experts if any(pattern) else None,
+        moe_layer_freq=[int(is_moe) for is_moe in pattern],
+        moe_router_topk=moe.moe_router_topk,
+        moe_ffn_hidden_size=moe.moe_ffn_hidden_size or model.ffn_hidden_size,
+        moe_token_dispatcher_type="alltoall",
+        tensor_model_parallel_size=degrees.tp,
+        pipeline_model_parallel_size=degrees.pp,
+        virtual_pipeline_model_parallel_size=degrees.vp,
+        expert_model_parallel_size=degrees.ep,
+        expert_tensor_parallel_size=degrees.etp,
+        sequence_parallel=parallel.sequence_parallel and degrees.tp > 1,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method,
+        recompute_num_layers=parallel.recompute_num_layers,
+        recompute_modules=list(parallel.recompute_modules) if selective else None,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        perform_initialization=False,
+        use_cpu_initialization=device.type == "cpu",
+        gradient_accumulation_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        deallocate_pipeline_outputs=True,
+        # Without overlapped transfers the interleaved schedule gives wrong gradients, silently.
+        overlap_p2p_comm=degrees.vp is not None,
+        batch_p2p_comm=degrees.vp is None,
+    )
+    engine.rotary_base = model.rotary_base  # type: ignore[attr-defined]
+    return engine
+
+
+def layer_spec(config: RunConfig) -> ModuleSpec:
+    """How the engine's block builds one of our layers."""
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=ColumnParallelLinear,
+            core_attention=RotaryCoreAttention,
+            linear_proj=RowParallelLinear,
+        ),
+    )
+    return ModuleSpec(
+        module=OpenMoELayer,
+        params={"model": config.model, "moe": config.moe},
+        submodules=OpenMoELayerSubmodules(self_attention=attention),
+    )
+
+
+def build_model(
+    config: RunConfig,
+    degrees: Degrees,
+    pgs: ProcessGroupCollection,
+    vocab_size: int,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> list[OpenMoEModel]:
+    """The chunks of this rank, on ``device``, with their initial weights.
+
+    Args:
+        config: the run.
+        degrees: the layout, already validated.
+        pgs: process groups of that layout.
+        vocab_size: padded vocabulary V, a multiple of the tensor-parallel size.
+        device: where parameters live.
+        dtype: type of parameters; ``None`` means bf16 with `--bf16`, else fp32.
+
+    Returns:
+        One chunk, or as many as the interleaved schedule has per stage.
+    """
+    if dtype is None:
+        dtype = torch.bfloat16 if config.train.bf16 else torch.float32
+    engine = transformer_config(config, degrees, device, dtype)
+    spec = layer_spec(config)
+    stage, stages = pgs.pp.rank(), degrees.pp
+    numbers = range(degrees.vp) if degrees.vp else [None]
+    chunks = [
+        OpenMoEModel(
+            engine,
+            spec,
+            config.model,
+            vocab_size,
+            first=stage == 0 and not number,
+            last=stage == stages - 1 and number in (None, (degrees.vp or 1) - 1),
+            pgs=pgs,
+            vp_stage=number,
+        ).to(device)
+        for number in numbers
+    ]
+    initialise(chunks, config, vocab_size)
+    return chunks

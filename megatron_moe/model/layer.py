@@ -1,0 +1,134 @@
+"""One transformer layer of OpenMoE, built from Megatron-Core's attention and our feed-forwards.
+
+x += Attn(norm1 x); then a dense layer does x += FFN(norm2 x), and an MoE layer either
+x += MoE(norm2 x), x += shared(norm3 x) (released) or x += MoE(norm2 x) + shared(norm2 x) (paper,
+eq. 4). The engine's own layer knows one norm and one MLP, hence this one on its block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_layer import (
+    BaseTransformerLayer,
+    get_transformer_layer_offset,
+)
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_moe.config import ModelConfig, MoEConfig, moe_layer_pattern
+from megatron_moe.model.ffn import DenseFFN
+from megatron_moe.model.norm import RMSNorm
+from megatron_moe.moe.layer import MoELayer
+
+
+@dataclass
+class OpenMoELayerSubmodules:
+    """What a layer is built from."""
+
+    self_attention: ModuleSpec
+
+
+class OpenMoELayer(MegatronModule, BaseTransformerLayer):
+    """Layer ``layer_number`` (1-based within its chunk, as the engine's block counts)."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: OpenMoELayerSubmodules,
+        model: ModelConfig,
+        moe: MoEConfig,
+        layer_number: int = 1,
+        pg_collection: ProcessGroupCollection | None = None,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        if pg_collection is None:
+            raise ValueError("OpenMoELayer needs the process groups")
+        offset = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
+        self.layer_number = layer_number + offset
+        self.hidden_dropout = model.hidden_dropout
+        self.input_layernorm = RMSNorm(config, config.hidden_size, model.norm_epsilon)
+        self.self_attention = build_module(
+            submodules.self_attention,
+            config=config,
+            layer_number=self.layer_number,
+            pg_collection=pg_collection,
+        )
+        self.pre_mlp_layernorm = RMSNorm(config, config.hidden_size, model.norm_epsilon)
+        self._build_feed_forward(model, moe, pg_collection)
+        modules = config.recompute_modules if config.recompute_granularity == "selective" else []
+        self.recompute_mlp, self.recompute_moe = "mlp" in modules, "moe" in modules
+
+    def _build_feed_forward(
+        self, model: ModelConfig, moe: MoEConfig, pgs: ProcessGroupCollection
+    ) -> None:
+        config = self.config
+        pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
+        self.is_moe = pattern[self.layer_number - 1]
+        self.shared_norm: RMSNorm | None = None
+        self.shared: DenseFFN | None = None
+        if not self.is_moe:
+            self.ffn = DenseFFN(config, model.ffn_variant, model.ffn_hidden_size, pgs)
+            return
+        self.moe = MoELayer(
+            model,
+            moe,
+            layer_number=self.layer_number - 1,
+            num_moe_layers=sum(pattern),
+            pgs=pgs,
+            sequence_parallel=config.sequence_parallel,
+            params_dtype=config.params_dtype,
+            device=torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda"),
+        )
+        if moe.moe_shared_expert_intermediate_size is None:
+            return
+        width = moe.moe_shared_expert_intermediate_size
+        self.shared = DenseFFN(config, model.ffn_variant, width, pgs)
+        if moe.moe_shared_expert_placement == "sequential":
+            self.shared_norm = RMSNorm(config, config.hidden_size, model.norm_epsilon)
+
+    def _add(self, residual: Tensor, branch: Tensor) -> Tensor:
+        return residual + F.dropout(branch, self.hidden_dropout, self.training)
+
+    def _run(self, module: torch.nn.Module, x: Tensor, recompute: bool) -> Tensor:
+        if recompute and self.training:
+            return tensor_parallel.checkpoint(module, False, x)
+        return module(x)
+
+    def _feed_forward(self, x: Tensor) -> Tensor:
+        normed = self.pre_mlp_layernorm(x)
+        if not self.is_moe:
+            return self._add(x, self._run(self.ffn, normed, self.recompute_mlp))
+        routed = self._run(self.moe, normed, self.recompute_moe)
+        if self.shared is None:
+            return self._add(x, routed)
+        if self.shared_norm is None:
+            return self._add(x, routed + self._run(self.shared, normed, self.recompute_mlp))
+        x = self._add(x, routed)
+        return self._add(x, self._run(self.shared, self.shared_norm(x), self.recompute_mlp))
+
+    def forward(self, hidden_states: Tensor, **unused: Any) -> tuple[Tensor, None]:
+        """Apply to [S, B, H]; the second result is the engine's cross-attention context.
+
+        Args:
+            hidden_states: the residual stream, this rank's part of S under sequence parallelism.
+            unused: what the engine's block passes for other architectures; must be ``None``.
+        """
+        given = [name for name, value in unused.items() if value is not None]
+        if given:
+            raise ValueError(f"OpenMoE layers take no {', '.join(given)}")
+        attention, _ = self.self_attention(
+            self.input_layernorm(hidden_states), attention_mask=None
+        )
+        output = self._feed_forward(self._add(hidden_states, attention))
+        # The pipeline schedule frees outputs by replacing their storage: views would keep it.
+        return make_viewless_tensor(output, output.requires_grad, keep_graph=True), None

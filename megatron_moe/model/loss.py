@@ -1,0 +1,104 @@
+"""Logits in fp32 and the vocabulary-parallel cross entropy with its z-term.
+
+Per token: log Z - logit[target], and (log Z)^2, whose weighted mean keeps the logits from drifting
+(OpenMoE's logit z-loss, weight 1e-4). Each rank holds V / TP columns; three all-reduces of [S, B]
+join them. Shapes: S, B tokens; V vocabulary columns of this rank; H hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from torch import Tensor
+from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+
+
+class _Fp32Matmul(torch.autograd.Function):
+    """x W^T in fp32, keeping only the operands in their own type for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return torch.matmul(x.to(dtype), weight.to(dtype).t())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        (grad,) = grads
+        rows = grad.flatten(0, -2)
+        grad_x = torch.matmul(grad, weight.to(grad.dtype)).to(x.dtype)
+        grad_weight = rows.t().mm(x.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
+        return grad_x, grad_weight
+
+
+class Fp32LogitsLayer(ColumnParallelLinear):
+    """The logits matrix, split over the vocabulary, multiplied in fp32 whatever the weights are."""
+
+    def forward(
+        self,
+        input_: Tensor,
+        weight: Tensor | None = None,
+        runtime_gather_output: bool | None = None,
+    ) -> tuple[Tensor, None]:
+        """[S, B, H] (a shard of S under sequence parallelism) -> [S, B, V of this rank], fp32."""
+        if self.sequence_parallel:
+            x = gather_from_sequence_parallel_region(
+                input_, tensor_parallel_output_grad=True, group=self.tp_group
+            )
+        else:
+            x = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
+        return _Fp32Matmul.apply(x, self.weight if weight is None else weight), None
+
+
+class _VocabParallelLoss(torch.autograd.Function):
+    """See `vocab_parallel_loss`. Takes ownership of the logits: their memory holds the softmax."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, group: ProcessGroup) -> Tensor:
+        columns = logits.shape[-1]
+        top = logits.detach().amax(dim=-1)
+        all_reduce(top, op=ReduceOp.MAX, group=group)
+        shifted = logits.detach().sub_(top.unsqueeze(-1))
+        index = target - group.rank() * columns
+        ours = (index >= 0) & (index < columns)
+        index = torch.where(ours, index, 0).unsqueeze(-1)
+        picked = shifted.gather(-1, index).squeeze(-1).masked_fill_(~ours, 0.0)
+        total = shifted.exp_().sum(dim=-1)
+        both = torch.stack((picked, total))
+        all_reduce(both, group=group)
+        picked, total = both
+        shifted.div_(total.unsqueeze(-1))
+        log_total = total.log()
+        log_z = log_total + top
+        ctx.save_for_backward(shifted, index, ours, log_z)
+        return torch.stack((log_total - picked, log_z.square()))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        softmax, index, ours, log_z = ctx.saved_tensors
+        grad_ce, grad_z = grads[0]
+        scale = grad_ce + 2 * log_z * grad_z
+        grad = softmax.mul_(scale.unsqueeze(-1))
+        grad.scatter_add_(-1, index, -(grad_ce * ours).unsqueeze(-1))
+        return grad, None, None
+
+
+def vocab_parallel_loss(logits_SBV: Tensor, target_SB: Tensor, group: ProcessGroup) -> Tensor:
+    """Cross entropy and squared log-normaliser of every token.
+
+    Args:
+        logits_SBV: this rank's columns, fp32 (or fp64). Overwritten.
+        target_SB: token ids in the whole vocabulary.
+        group: the tensor-parallel group.
+
+    Returns:
+        [2, S, B]: cross entropy in nats, and (log Z)^2.
+    """
+    return _VocabParallelLoss.apply(logits_SBV, target_SB, group)

@@ -1,0 +1,127 @@
+"""A pipeline chunk of OpenMoE: embedding (first), transformer layers, logits and loss (last)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlock,
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from torch import Tensor
+
+from megatron_moe.config import ModelConfig
+from megatron_moe.model.loss import Fp32LogitsLayer, vocab_parallel_loss
+from megatron_moe.model.norm import RMSNorm
+
+
+class OpenMoEModel(LanguageModule):
+    """The layers of one pipeline stage, or of one of its chunks when interleaved.
+
+    Args:
+        config: the engine's configuration.
+        layer_spec: how to build one layer.
+        model: our configuration of the dense part.
+        vocab_size: padded vocabulary V.
+        first: whether this chunk embeds the tokens.
+        last: whether this chunk computes logits and loss.
+        pgs: process groups.
+        vp_stage: number of this chunk on its rank, ``None`` without interleaving.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_spec: ModuleSpec,
+        model: ModelConfig,
+        vocab_size: int,
+        first: bool,
+        last: bool,
+        pgs: ProcessGroupCollection,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config, pg_collection=pgs)
+        self.pre_process, self.post_process, self.vp_stage = first, last, vp_stage
+        self.model_type = ModelType.encoder_or_decoder
+        self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights
+        # A tied matrix starts as N(0, 1), right for an embedding; as logits it is sqrt(H) too large.
+        self.logits_scale = 1 / math.sqrt(model.hidden_size)
+        tied = self.share_embeddings_and_output_weights
+        if first:
+            self.embedding = LanguageModelEmbedding(
+                config,
+                vocab_size,
+                model.max_position_embeddings,
+                position_embedding_type="none",
+                tp_group=pgs.tp,
+            )
+        self.decoder = TransformerBlock(
+            config,
+            _block(config, layer_spec, vp_stage, pgs),
+            pre_process=first,
+            post_process=last,
+            pg_collection=pgs,
+            vp_stage=vp_stage,
+        )
+        if last:
+            self.output_layer = Fp32LogitsLayer(
+                config.hidden_size,
+                vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=first and tied,
+                tp_group=pgs.tp,
+            )
+        self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
+        """Take the previous stage's output; called by the pipeline schedule."""
+        tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
+        self.decoder.set_input_tensor(tensor)
+
+    def forward(self, tokens_BS: Tensor | None, labels_BS: Tensor | None = None) -> Tensor:
+        """Run this chunk.
+
+        Args:
+            tokens_BS: token ids, needed by the first chunk only.
+            labels_BS: targets; the last chunk returns logits when it gets none.
+
+        Returns:
+            The residual stream [S, B, H] for the next stage; or on the last chunk the per-token
+            losses [2, B, S] in fp32 (cross entropy, squared log-normaliser), or without labels the
+            logits [B, S, V of this rank].
+        """
+        hidden = self.embedding(tokens_BS, None) if self.pre_process else None
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None)
+        if not self.post_process:
+            return hidden
+        shared = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if shared else None
+        if shared:
+            hidden = hidden * self.logits_scale
+        logits_SBV, _ = self.output_layer(hidden, weight=weight)
+        if labels_BS is None:
+            return logits_SBV.transpose(0, 1).contiguous()
+        losses = vocab_parallel_loss(logits_SBV, labels_BS.t(), self.pg_collection.tp)
+        return losses.transpose(1, 2).contiguous()
+
+
+def _block(
+    config: TransformerConfig, spec: ModuleSpec, vp_stage: int | None, pgs: ProcessGroupCollection
+) -> TransformerBlockSubmodules:
+    count = get_num_layers_to_build(config, vp_stage, pgs.pp.rank())
+    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=_final_norm)
+
+
+def _final_norm(config: TransformerConfig, hidden_size: int, eps: float) -> torch.nn.Module:
+    return RMSNorm(config, hidden_size, eps)
