@@ -42,7 +42,7 @@ COMMANDS = [
 
 
 def _version() -> str:
-    """The version written in the package, read as text: importing it would need its requirements."""
+    """The version written in the package, read as text: an import needs what is to be installed."""
     text = (HERE / "megatron_moe" / "__init__.py").read_text()
     found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if found is None:
