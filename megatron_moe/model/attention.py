@@ -21,14 +21,14 @@ from torch.nn import functional as F
 
 
 def rotary_table(
-    length: int, head_dim: int, base: float, device: torch.device
+    length: int, head_dim: int, base: float, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [S, D/2] in fp32 of position times base^(-2i/D).
+    """Cosine and sine [S, D/2] of position times base^(-2i/D), computed in ``dtype``.
 
     Source: Su et al., RoFormer (arXiv 2104.09864), eq. 15, half-split as in GPT-NeoX.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    position = torch.arange(length, dtype=torch.float32, device=device)
+    exponent = torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim
+    position = torch.arange(length, dtype=dtype, device=device)
     angle = torch.outer(position, base**-exponent)
     return angle.cos(), angle.sin()
 
@@ -59,16 +59,16 @@ class RotaryCoreAttention(torch.nn.Module):
         self.head_dim = config.kv_channels
         self.rotary_base = config.rotary_base  # type: ignore[attr-defined]
         self.scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(self.head_dim)
-        self._table: tuple[Tensor, Tensor] | None = None
+        self._table: tuple[tuple[int, torch.device, torch.dtype], Tensor, Tensor] | None = None
 
     def _angles(self, length: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        table = self._table
-        if table is None or table[0].shape[0] != length or table[0].device != x.device:
-            table = rotary_table(length, self.head_dim, self.rotary_base, x.device)
-            self._table = table
         # fp64 activations (gradient checks) keep their precision; bf16 ones rotate in fp32.
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return table[0].to(dtype), table[1].to(dtype)
+        key = (length, x.device, dtype)
+        if self._table is None or self._table[0] != key:
+            table = rotary_table(length, self.head_dim, self.rotary_base, x.device, dtype)
+            self._table = (key, *table)
+        return self._table[1], self._table[2]
 
     def _dropout_rng(self) -> AbstractContextManager[None]:
         """Each tensor-parallel rank has heads of its own, so it draws from its own stream."""
@@ -98,7 +98,11 @@ class RotaryCoreAttention(torch.nn.Module):
         Returns:
             [S, B, N * D].
         """
-        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
+        if (
+            attention_mask is not None
+            or attention_bias is not None
+            or packed_seq_params is not None
+        ):
             raise ValueError("OpenMoE attention is causal: no mask, bias or packed sequences")
         length, batch, heads, dim = query.shape
         cos, sin = self._angles(length, query)

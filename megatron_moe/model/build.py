@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -15,6 +15,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_moe.config import RunConfig, moe_layer_pattern
 from megatron_moe.model.attention import RotaryCoreAttention
 from megatron_moe.model.layer import OpenMoELayer, OpenMoELayerSubmodules
+from megatron_moe.model.logical import expert_width
 from megatron_moe.model.openmoe import OpenMoEModel
 from megatron_moe.model.shards import initialise
 
@@ -51,9 +52,7 @@ def transformer_config(
     Initialisation is off: `initialise` fills every parameter from the seed and its logical name, so
     that the weights do not depend on the layout.
     """
-    model, moe, parallel = config.model, config.moe, config.parallel
-    pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
-    selective = parallel.recompute_granularity == "selective"
+    model = config.model
     engine = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -67,21 +66,6 @@ def transformer_config(
         gated_linear_unit=True,
         hidden_dropout=model.hidden_dropout,
         attention_dropout=model.attention_dropout,
-        num_moe_experts=moe.num_experts if any(pattern) else None,
-        moe_layer_freq=[int(is_moe) for is_moe in pattern],
-        moe_router_topk=moe.moe_router_topk,
-        moe_ffn_hidden_size=moe.moe_ffn_hidden_size or model.ffn_hidden_size,
-        moe_token_dispatcher_type="alltoall",
-        tensor_model_parallel_size=degrees.tp,
-        pipeline_model_parallel_size=degrees.pp,
-        virtual_pipeline_model_parallel_size=degrees.vp,
-        expert_model_parallel_size=degrees.ep,
-        expert_tensor_parallel_size=degrees.etp,
-        sequence_parallel=parallel.sequence_parallel and degrees.tp > 1,
-        recompute_granularity=parallel.recompute_granularity,
-        recompute_method=parallel.recompute_method,
-        recompute_num_layers=parallel.recompute_num_layers,
-        recompute_modules=list(parallel.recompute_modules) if selective else None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -91,13 +75,46 @@ def transformer_config(
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
-        deallocate_pipeline_outputs=True,
-        # Without overlapped transfers the interleaved schedule gives wrong gradients, silently.
-        overlap_p2p_comm=degrees.vp is not None,
-        batch_p2p_comm=degrees.vp is None,
+        **_expert_settings(config),
+        **_layout_settings(config, degrees),
     )
     engine.rotary_base = model.rotary_base  # type: ignore[attr-defined]
     return engine
+
+
+def _expert_settings(config: RunConfig) -> dict[str, Any]:
+    """What the engine wants to know of the experts: nothing if no layer has any."""
+    pattern = moe_layer_pattern(config.moe.moe_layer_freq, config.model.num_layers)
+    if not any(pattern):
+        return {}
+    return {
+        "num_moe_experts": config.moe.num_experts,
+        "moe_layer_freq": [int(is_moe) for is_moe in pattern],
+        "moe_router_topk": config.moe.moe_router_topk,
+        "moe_ffn_hidden_size": expert_width(config.model, config.moe),
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def _layout_settings(config: RunConfig, degrees: Degrees) -> dict[str, Any]:
+    parallel = config.parallel
+    selective = parallel.recompute_granularity == "selective"
+    return {
+        "tensor_model_parallel_size": degrees.tp,
+        "pipeline_model_parallel_size": degrees.pp,
+        "virtual_pipeline_model_parallel_size": degrees.vp,
+        "expert_model_parallel_size": degrees.ep,
+        "expert_tensor_parallel_size": degrees.etp,
+        "sequence_parallel": parallel.sequence_parallel and degrees.tp > 1,
+        "recompute_granularity": parallel.recompute_granularity,
+        "recompute_method": parallel.recompute_method,
+        "recompute_num_layers": parallel.recompute_num_layers,
+        "recompute_modules": list(parallel.recompute_modules) if selective else None,
+        "deallocate_pipeline_outputs": True,
+        # Without overlapped transfers the interleaved schedule gives wrong gradients, silently.
+        "overlap_p2p_comm": degrees.vp is not None,
+        "batch_p2p_comm": degrees.vp is None,
+    }
 
 
 def layer_spec(config: RunConfig) -> ModuleSpec:

@@ -29,6 +29,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., H]; the result has the type of ``x``."""
-        normalised = F.rms_norm(x.float(), (x.shape[-1],), None, self.eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        normalised = F.rms_norm(wide, (x.shape[-1],), None, self.eps)
         # Cast before scaling, as T5 does: bf16 results depend on the order.
         return normalised.to(x.dtype) * self.weight

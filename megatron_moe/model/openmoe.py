@@ -120,8 +120,5 @@ def _block(
     config: TransformerConfig, spec: ModuleSpec, vp_stage: int | None, pgs: ProcessGroupCollection
 ) -> TransformerBlockSubmodules:
     count = get_num_layers_to_build(config, vp_stage, pgs.pp.rank())
-    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=_final_norm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
 
-
-def _final_norm(config: TransformerConfig, hidden_size: int, eps: float) -> torch.nn.Module:
-    return RMSNorm(config, hidden_size, eps)

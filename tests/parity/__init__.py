@@ -1,0 +1,1 @@
+"""Every parallel layout against the single-device reference model."""

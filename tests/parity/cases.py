@@ -1,0 +1,130 @@
+"""The small model, its data and the layouts that parity tests run.
+
+The model is small but nothing is degenerate: rows per micro-batch, capacity groups, heads, experts
+and feed-forward widths are all larger than any degree, capacity is tight enough that both first
+and second choices drop, and masks leave a different number of targets in every micro-batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_moe.config import (
+    DataConfig,
+    ModelConfig,
+    MoEConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+
+VOCAB = 96
+SEQ = 16
+ROWS = 2
+GLOBAL_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout under test: ranks and flags."""
+
+    name: str
+    world_size: int
+    flags: dict[str, Any]
+
+
+def _tp(size: int) -> dict[str, Any]:
+    return {"tensor_model_parallel_size": size, "sequence_parallel": size > 1}
+
+
+_PP2 = {"pipeline_model_parallel_size": 2}
+_EP2 = {"expert_model_parallel_size": 2}
+
+LAYOUTS = [
+    Layout("1", 1, {}),
+    Layout("TP2", 2, {**_tp(2), "expert_tensor_parallel_size": 1}),
+    Layout("TP2xETP2", 2, _tp(2)),
+    Layout("PP2", 2, _PP2),
+    Layout("PP2-interleaved", 2, {**_PP2, "num_layers_per_virtual_pipeline_stage": 1}),
+    Layout("DP2", 2, {}),
+    Layout("EP2", 2, _EP2),
+    Layout("TP2xEP2", 2, {**_tp(2), **_EP2, "expert_tensor_parallel_size": 1}),
+    Layout("PP2xEP2", 4, {**_PP2, **_EP2}),
+    Layout("EP2xETP2", 4, {**_EP2, "expert_tensor_parallel_size": 2}),
+    Layout("DP2xEP2", 4, _EP2),
+    Layout("TP2xEP4", 4, {**_tp(2), "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}),
+]
+SLOW_LAYOUTS = [
+    Layout("PP2xTP2xEP2", 8, {**_PP2, **_tp(2), **_EP2, "expert_tensor_parallel_size": 1}),
+    Layout("PP2xTP2xEP2xETP2", 8, {**_PP2, **_tp(2), **_EP2, "expert_tensor_parallel_size": 2}),
+]
+
+_MODEL = ModelConfig(
+    num_layers=4,
+    hidden_size=32,
+    ffn_hidden_size=24,
+    num_attention_heads=4,
+    kv_channels=12,
+    max_position_embeddings=SEQ,
+    logit_z_loss_coeff=1e-2,
+    # Strong enough that a wrong router gradient shows.
+    router_init_method_std=0.3,
+)
+_MOE = MoEConfig(
+    num_experts=4,
+    moe_layer_freq="([0]*1+[1])*2",
+    moe_ffn_hidden_size=20,
+    moe_shared_expert_intermediate_size=28,
+    moe_expert_capacity_factor=1.0,
+    moe_aux_loss_coeff=0.05,
+    moe_z_loss_coeff=0.02,
+)
+
+VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
+    "released": (_MODEL, _MOE),
+    "paper-port": (
+        replace(_MODEL, ffn_variant="swiglu", untie_embeddings_and_output_weights=False),
+        replace(
+            _MOE,
+            moe_shared_expert_placement="parallel",
+            moe_capacity_rule="port",
+            moe_expert_capacity_factor=0.6,
+            moe_router_load_balancing_type="aux_loss",
+        ),
+    ),
+    "probs-half-row": (
+        replace(_MODEL, softmax_scale=None),
+        replace(_MOE, moe_token_drop_policy="probs", moe_capacity_group_size=SEQ // 2),
+    ),
+    "dropless": (_MODEL, replace(_MOE, moe_expert_capacity_factor=None)),
+}
+
+
+def run_config(variant: str, flags: dict[str, Any], **train: Any) -> RunConfig:
+    """The configuration of one variant under one layout."""
+    model, moe = VARIANTS[variant]
+    return RunConfig(
+        model=model,
+        moe=moe,
+        parallel=ParallelConfig(**flags),
+        data=DataConfig(seq_length=SEQ, vocab_size=VOCAB, make_vocab_size_divisible_by=1),
+        train=TrainConfig(
+            micro_batch_size=ROWS, global_batch_size=GLOBAL_ROWS, train_iters=1, seed=7, **train
+        ),
+    )
+
+
+def global_batch(seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, labels and loss mask of one step, each [GLOBAL_ROWS, SEQ]."""
+    generator = torch.Generator().manual_seed(seed)
+    # A skewed distribution, so that experts fill unevenly.
+    weights = torch.arange(1, VOCAB + 1, dtype=torch.float32).reciprocal()
+    ids = torch.multinomial(weights.expand(GLOBAL_ROWS, -1), SEQ + 1, True, generator=generator)
+    keep = torch.rand(GLOBAL_ROWS, 1, generator=generator)
+    mask = (torch.rand(GLOBAL_ROWS, SEQ, generator=generator) < keep).float()
+    mask[:, 0] = 1.0
+    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), mask
