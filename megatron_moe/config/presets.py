@@ -57,7 +57,13 @@ def _run(size: _Size, released: bool) -> RunConfig:
         moe_shared_expert_placement="sequential" if released else "parallel",
         moe_z_loss_coeff=size.z_loss,
     )
-    optimizer = OptimizerConfig(lr=0.01, lr_decay_style="inverse-square-root", lr_warmup_iters=10000)
+    # 1 / sqrt(max(step, 10000)): flat at 0.01 for 10000 steps.
+    optimizer = OptimizerConfig(
+        lr=0.01,
+        lr_decay_style="inverse-square-root",
+        lr_warmup_iters=10000,
+        lr_warmup_init=0.01,
+    )
     return RunConfig(
         model=model,
         moe=moe,

@@ -1,0 +1,1 @@
+"""The training loop: step, optimizer, learning rate, evaluation, metrics, resume."""

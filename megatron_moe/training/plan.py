@@ -1,0 +1,111 @@
+"""How long a run is: everything about its length that follows from configuration and layout.
+
+Checked before any process group exists, so that a mistake ends every rank at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_moe.config import OptimizerConfig, RunConfig
+from megatron_moe.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """The length of a run, in optimizer steps."""
+
+    iterations: int
+    """Steps of the whole run, over all its restarts."""
+    decay_iterations: int
+    """Steps until the learning rate reaches its floor."""
+    global_batch_size: int
+    """Sequences of one step."""
+    tokens_per_step: int
+    """Positions of one step, padding included."""
+
+
+def resolve_plan(config: RunConfig, global_batch_size: int) -> TrainingPlan:
+    """Work out the plan and check everything that it depends on.
+
+    Args:
+        config: the run.
+        global_batch_size: sequences of one step, as the layout resolved it.
+
+    Raises:
+        UsageError: a length, interval or rate that cannot be meant.
+    """
+    iterations = _iterations(config, global_batch_size)
+    _check_intervals(config)
+    decay = config.optimizer.lr_decay_iters or iterations
+    _check_optimizer(config.optimizer, decay)
+    return TrainingPlan(
+        iterations=iterations,
+        decay_iterations=decay,
+        global_batch_size=global_batch_size,
+        tokens_per_step=global_batch_size * config.data.seq_length,
+    )
+
+
+def _iterations(config: RunConfig, global_batch_size: int) -> int:
+    iterations, samples = config.train.train_iters, config.train.train_samples
+    if iterations is not None and samples is not None:
+        raise UsageError("--train-iters", iterations, "no --train-samples", "give one of the two")
+    if samples is not None:
+        if samples < global_batch_size:
+            expected = f"at least one global batch ({global_batch_size} sequences)"
+            raise UsageError("--train-samples", samples, expected)
+        return samples // global_batch_size
+    if iterations is None:
+        raise UsageError("--train-iters", None, "a number of steps", "or give --train-samples")
+    return _at_least("--train-iters", iterations, 1)
+
+
+def _check_intervals(config: RunConfig) -> None:
+    _at_least("--eval-interval", config.train.eval_interval, 1)
+    _at_least("--eval-iters", config.train.eval_iters, 0)
+    _at_least("--log-interval", config.logging.log_interval, 1)
+    for flag, value in (
+        ("--exit-interval", config.train.exit_interval),
+        ("--save-interval", config.checkpoint.save_interval),
+    ):
+        if value is not None:
+            _at_least(flag, value, 1)
+    if config.checkpoint.save_interval is not None and config.checkpoint.save is None:
+        raise UsageError("--save-interval", config.checkpoint.save_interval, "--save with it")
+
+
+def _check_optimizer(optimizer: OptimizerConfig, decay: int) -> None:
+    for flag, value in (
+        ("--lr", optimizer.lr),
+        ("--min-lr", optimizer.min_lr),
+        ("--lr-warmup-init", optimizer.lr_warmup_init),
+        ("--weight-decay", optimizer.weight_decay),
+        ("--clip-grad", optimizer.clip_grad),
+        ("--lr-warmup-iters", optimizer.lr_warmup_iters),
+    ):
+        _at_least(flag, value, 0)
+    _at_least("--lr-decay-iters", decay, 1)
+    for flag, value in (
+        ("--min-lr", optimizer.min_lr),
+        ("--lr-warmup-init", optimizer.lr_warmup_init),
+    ):
+        if value > optimizer.lr:
+            raise UsageError(flag, value, f"at most --lr ({optimizer.lr})")
+    for flag, value in (
+        ("--adam-beta1", optimizer.adam_beta1),
+        ("--adam-beta2", optimizer.adam_beta2),
+        ("--sgd-momentum", optimizer.sgd_momentum),
+    ):
+        if not 0.0 <= value < 1.0:
+            raise UsageError(flag, value, "a number from 0 to below 1")
+    if optimizer.lr_decay_style in ("linear", "cosine") and optimizer.lr_warmup_iters >= decay:
+        expected = f"below the steps of the decay ({decay}) with {optimizer.lr_decay_style} decay"
+        raise UsageError("--lr-warmup-iters", optimizer.lr_warmup_iters, expected)
+
+
+def _at_least(flag: str, value: int, least: int) -> int:
+    """Also refuses NaN, which is not at least anything."""
+    if not value >= least:
+        raise UsageError(flag, value, f"at least {least}")
+    return value
