@@ -14,13 +14,14 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig, moe_layer_pattern
 from megatron_moe.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 ParameterKind = Literal[
     "embedding", "norm", "attention", "ffn", "router", "expert", "shared", "output"
@@ -136,6 +137,8 @@ def initial_tensor(name: str, parameter: LogicalParameter, seed: int) -> torch.T
     """
     if parameter.kind != "expert":
         return _normal(name, parameter.shape, parameter.std, seed)
+    import torch  # here, not above: names, shapes and counts need no torch
+
     experts = range(parameter.shape[0])
     return torch.stack([initial_expert(name, parameter, seed, e) for e in experts])
 
@@ -154,6 +157,8 @@ def initial_tensors(
 
 
 def _normal(key: str, shape: tuple[int, ...], std: float | None, seed: int) -> torch.Tensor:
+    import torch  # as in `initial_tensor`
+
     if std is None:
         return torch.ones(shape)
     # A cryptographic hash, so that near-by seeds and names share nothing.

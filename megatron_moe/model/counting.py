@@ -1,0 +1,249 @@
+"""How many parameters and how much arithmetic: totals, activated, per rank, FLOPs per token.
+
+All numbers are plain integers, derived from `megatron_moe.model.logical` and the sizes alone, without
+torch. The derivation, and how the numbers stand to those the paper prints, is in `docs/model.md`.
+
+Letters: L layers, H hidden, n heads, d head width, F feed-forward width, V vocabulary, E experts,
+K choices per token, S sequence.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_moe.config.model import ModelConfig
+from megatron_moe.config.moe import MoEConfig, moe_layer_pattern
+from megatron_moe.errors import UsageError
+from megatron_moe.model.logical import (
+    LogicalParameter,
+    ParameterKind,
+    expert_width,
+    gate_blocks,
+    logical_parameters,
+)
+
+EMBEDDINGS: tuple[ParameterKind, ...] = ("embedding", "output")
+"""What "without embeddings" leaves out: the input embedding and, if untied, the logits matrix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParameterCounts:
+    """Parameters of the whole model, each tensor once."""
+
+    by_kind: dict[str, int]
+    """Total per kind of `LogicalParameter`."""
+    activated_by_kind: dict[str, int]
+    """The same for what one token uses: K of the E experts of a layer, everything else."""
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(self.by_kind.values())
+
+    @property
+    def total_without_embeddings(self) -> int:
+        """All but embedding and logits matrices."""
+        return _without_embeddings(self.by_kind)
+
+    @property
+    def activated(self) -> int:
+        """Parameters that one token uses, embedding and logits matrices counted whole."""
+        return sum(self.activated_by_kind.values())
+
+    @property
+    def activated_without_embeddings(self) -> int:
+        """Parameters that one token uses, but embedding and logits matrices."""
+        return _without_embeddings(self.activated_by_kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenFlops:
+    """Floating-point operations of the forward pass for one token; a multiply-add counts two.
+
+    Only matrix products count, as in the PaLM paper's appendix B: norms, softmaxes, activations
+    and the embedding look-up are left out, and nothing is added for recomputation.
+    """
+
+    attention_projections: int
+    """Query, key, value and output: 2 * 4 H n d per layer."""
+    attention_scores: int
+    """q.k and the sum of values, causal half only: 2 * 2 n d * (S + 1) / 2 per layer."""
+    ffn: int
+    """Dense feed-forward layers: 2 * m H F, m = 3 matrices or 4 (gated-swiglu)."""
+    router: int
+    """2 H E per MoE layer."""
+    experts: int
+    """K routed experts, 2 * m H F each, per MoE layer."""
+    shared: int
+    """The shared expert of each MoE layer."""
+    logits: int
+    """2 H V."""
+
+    @property
+    def forward(self) -> int:
+        """FLOPs of one token's forward pass."""
+        return (
+            self.attention_projections
+            + self.attention_scores
+            + self.ffn
+            + self.router
+            + self.experts
+            + self.shared
+            + self.logits
+        )
+
+    @property
+    def training(self) -> int:
+        """Forward and backward: three times the forward pass, as each product has two gradients."""
+        return 3 * self.forward
+
+    def training_with_drops(self, kept_fraction: float) -> float:
+        """`training` with only the choices that found a slot: what was really computed.
+
+        Args:
+            kept_fraction: share of the K choices that were kept, between 0 and 1.
+        """
+        return self.training - 3 * self.experts * (1 - kept_fraction)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankParameters:
+    """Parameters held by each rank of one pipeline stage."""
+
+    dense: int
+    """Those that all data-parallel ranks hold alike: embeddings, attention, norms, router, ..."""
+    expert: int
+    """Those of the rank's own experts."""
+
+    @property
+    def total(self) -> int:
+        """All parameters of the rank."""
+        return self.dense + self.expert
+
+
+def count_parameters(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> ParameterCounts:
+    """Count the model's parameters, total and activated, per kind.
+
+    Args:
+        model: the dense part.
+        moe: the expert part.
+        vocab_size: V, padded.
+    """
+    totals: dict[str, int] = {}
+    activated: dict[str, int] = {}
+    for parameter in logical_parameters(model, moe, vocab_size).values():
+        used = parameter.numel
+        if parameter.kind == "expert":
+            used = used // moe.num_experts * moe.moe_router_topk
+        totals[parameter.kind] = totals.get(parameter.kind, 0) + parameter.numel
+        activated[parameter.kind] = activated.get(parameter.kind, 0) + used
+    return ParameterCounts(by_kind=totals, activated_by_kind=activated)
+
+
+def flops_per_token(
+    model: ModelConfig, moe: MoEConfig, vocab_size: int, seq_length: int
+) -> TokenFlops:
+    """FLOPs of one token, the mean over a sequence of `seq_length` tokens.
+
+    All K choices count, dropped or not: the model's arithmetic, not one batch's. MFU is
+    `training * tokens/s / peak`.
+    """
+    pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
+    moe_layers, layers = sum(pattern), len(pattern)
+    inner = model.num_attention_heads * model.kv_channels
+    per_width = 2 * (gate_blocks(model) + 2) * model.hidden_size
+    shared = moe.moe_shared_expert_intermediate_size or 0
+    return TokenFlops(
+        attention_projections=layers * 2 * 4 * model.hidden_size * inner,
+        # A token at position p attends to p + 1 keys: (S + 1) / 2 on average, hence the half.
+        attention_scores=layers * 2 * inner * (seq_length + 1),
+        ffn=(layers - moe_layers) * per_width * model.ffn_hidden_size,
+        router=moe_layers * 2 * model.hidden_size * moe.num_experts,
+        experts=moe_layers * moe.moe_router_topk * per_width * expert_width(model, moe),
+        shared=moe_layers * per_width * shared,
+        logits=2 * model.hidden_size * vocab_size,
+    )
+
+
+def parameters_per_rank(
+    model: ModelConfig,
+    moe: MoEConfig,
+    vocab_size: int,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    vp: int = 1,
+    ep: int = 1,
+    etp: int = 1,
+) -> tuple[RankParameters, ...]:
+    """Parameters on each rank of every pipeline stage; all ranks of a stage hold equally many.
+
+    Tensor parallelism divides all but norms and routers, expert and expert-tensor parallelism the
+    experts. The embedding is on the first stage, the final norm and the logits matrix on the last;
+    tied, the last stage holds a copy of the embedding.
+
+    Args:
+        model: the dense part.
+        moe: the expert part.
+        vocab_size: V, padded.
+        tp: tensor-parallel size.
+        pp: pipeline stages.
+        vp: model chunks per stage; chunk c holds the c-th block of layers.
+        ep: expert-parallel size.
+        etp: expert-tensor-parallel size.
+
+    Raises:
+        UsageError: a degree does not divide what it splits.
+    """
+    _check_divisible(model, moe, vocab_size, tp, pp * vp, ep, etp)
+    per_chunk = model.num_layers // (pp * vp)
+    dense, expert = [0] * pp, [0] * pp
+    for name, parameter in logical_parameters(model, moe, vocab_size).items():
+        for stage in _stages(name, per_chunk, pp, model.untie_embeddings_and_output_weights):
+            if parameter.kind == "expert":
+                expert[stage] += parameter.numel // (ep * etp)
+            else:
+                dense[stage] += _dense_share(parameter, tp)
+    return tuple(RankParameters(dense=d, expert=e) for d, e in zip(dense, expert, strict=True))
+
+
+def _without_embeddings(by_kind: dict[str, int]) -> int:
+    return sum(count for kind, count in by_kind.items() if kind not in EMBEDDINGS)
+
+
+def _dense_share(parameter: LogicalParameter, tp: int) -> int:
+    return parameter.numel if parameter.kind in ("norm", "router") else parameter.numel // tp
+
+
+def _stages(name: str, per_chunk: int, pp: int, untied: bool) -> set[int]:
+    """Pipeline stages that hold a logical tensor."""
+    owner, _, rest = name.partition(".")
+    if owner == "layers":
+        return {int(rest.partition(".")[0]) // per_chunk % pp}
+    if owner == "embedding":
+        return {0} if untied else {0, pp - 1}
+    return {pp - 1}
+
+
+def _check_divisible(
+    model: ModelConfig, moe: MoEConfig, vocab_size: int, tp: int, chunks: int, ep: int, etp: int
+) -> None:
+    shared = moe.moe_shared_expert_intermediate_size or 0
+    splits = (
+        ("--num-layers", model.num_layers, "pipeline chunks", chunks),
+        ("--num-attention-heads", model.num_attention_heads, "--tensor-model-parallel-size", tp),
+        ("--ffn-hidden-size", model.ffn_hidden_size, "--tensor-model-parallel-size", tp),
+        ("--moe-shared-expert-intermediate-size", shared, "--tensor-model-parallel-size", tp),
+        ("padded vocabulary", vocab_size, "--tensor-model-parallel-size", tp),
+        ("--num-experts", moe.num_experts, "--expert-model-parallel-size", ep),
+        ("width of an expert", expert_width(model, moe), "--expert-tensor-parallel-size", etp),
+    )
+    for what, size, degree, ranks in splits:
+        if ranks < 1 or size % ranks:
+            raise UsageError(what, size, f"a multiple of {degree} ({ranks})")
+
+
+def fewest_ranks(*, tp: int, pp: int, ep: int, etp: int) -> int:
+    """The smallest world size that a layout fits: its dense and its expert ranks must tile it."""
+    return pp * math.lcm(tp, ep * etp)
