@@ -126,9 +126,7 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
         given = [name for name, value in unused.items() if value is not None]
         if given:
             raise ValueError(f"OpenMoE layers take no {', '.join(given)}")
-        attention, _ = self.self_attention(
-            self.input_layernorm(hidden_states), attention_mask=None
-        )
+        attention, _ = self.self_attention(self.input_layernorm(hidden_states), attention_mask=None)
         output = self._feed_forward(self._add(hidden_states, attention))
         # The pipeline schedule frees outputs by replacing their storage: views would keep it.
         return make_viewless_tensor(output, output.requires_grad, keep_graph=True), None

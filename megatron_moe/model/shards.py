@@ -88,7 +88,9 @@ class _Rank:
     blocks: int
 
 
-def model_shards(chunks: Sequence[OpenMoEModel], model: ModelConfig, moe: MoEConfig) -> list[ParamShard]:
+def model_shards(
+    chunks: Sequence[OpenMoEModel], model: ModelConfig, moe: MoEConfig
+) -> list[ParamShard]:
     """The table of all parameters of this rank, in a fixed order.
 
     Args:
