@@ -1,0 +1,128 @@
+"""What a patch is: a named, reversible change of somebody else's code, with a reason."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from abc import ABC, abstractmethod
+from types import CodeType, FunctionType
+from typing import Any
+
+
+class EngineMismatchError(RuntimeError):
+    """A patch no longer fits the installed Megatron-Core or torch."""
+
+
+class Patch(ABC):
+    """One reversible change. `apply` and `undo` come in pairs; a patch is applied at most once."""
+
+    name: str
+    """Short name, as `Platform.patches` lists it."""
+
+    @abstractmethod
+    def apply(self) -> None:
+        """Make the change.
+
+        Raises:
+            EngineMismatchError: what should be changed is not there.
+        """
+
+    @abstractmethod
+    def undo(self) -> None:
+        """Put back exactly what `apply` replaced."""
+
+
+class AttributePatch(Patch):
+    """Replaces attributes of modules or classes."""
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[Any, str, Any, bool]] = []
+
+    @abstractmethod
+    def replacements(self) -> list[tuple[Any, str, Any]]:
+        """(owner, attribute, new value) of each change; imports what it needs."""
+
+    def apply(self) -> None:
+        for owner, attribute, value in self.replacements():
+            own = attribute in vars(owner)
+            original = vars(owner)[attribute] if own else None
+            self._saved.append((owner, attribute, original, own))
+            setattr(owner, attribute, value)
+
+    def undo(self) -> None:
+        while self._saved:
+            owner, attribute, original, own = self._saved.pop()
+            if own:
+                setattr(owner, attribute, original)
+            else:
+                delattr(owner, attribute)
+
+
+class ConstantPatch(Patch):
+    """Replaces constants in the compiled code of named functions.
+
+    This is how a literal `device="cuda"` deep in a function is changed without any cost when the
+    function runs, and for every module that already imported it: the function object stays the
+    same.
+    """
+
+    constants: dict[Any, Any]
+    """Old value -> new value. Only whole constants are replaced, never parts of strings."""
+    functions: tuple[str, ...]
+    """`module:qualified.name` of each function or method."""
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[FunctionType, CodeType]] = []
+
+    def apply(self) -> None:
+        for name in self.functions:
+            function = find_function(name)
+            original = function.__code__
+            code = _replace_constants(original, self.constants)
+            if code is original:
+                raise EngineMismatchError(
+                    f"patch {self.name}: {name} has none of {sorted(map(repr, self.constants))}"
+                )
+            self._saved.append((function, original))
+            function.__code__ = code
+
+    def undo(self) -> None:
+        while self._saved:
+            function, code = self._saved.pop()
+            function.__code__ = code
+
+
+def find_function(name: str) -> FunctionType:
+    """The plain function called `module:qualified.name`, without its decorators.
+
+    Raises:
+        EngineMismatchError: there is no such function.
+    """
+    module_name, _, path = name.partition(":")
+    found: Any = importlib.import_module(module_name)
+    for part in path.split("."):
+        found = inspect.getattr_static(found, part, None)
+    if isinstance(found, classmethod | staticmethod):
+        found = found.__func__
+    found = inspect.unwrap(found) if callable(found) else found
+    if not isinstance(found, FunctionType):
+        raise EngineMismatchError(f"there is no function {name} in this Megatron-Core")
+    return found
+
+
+def _replace_constants(code: CodeType, constants: dict[Any, Any]) -> CodeType:
+    replaced = tuple(_replace(value, constants) for value in code.co_consts)
+    if all(new is old for new, old in zip(replaced, code.co_consts, strict=True)):
+        return code
+    return code.replace(co_consts=replaced)
+
+
+def _replace(value: Any, constants: dict[Any, Any]) -> Any:
+    if isinstance(value, CodeType):
+        return _replace_constants(value, constants)
+    if isinstance(value, tuple):
+        items = tuple(_replace(item, constants) for item in value)
+        return value if all(a is b for a, b in zip(items, value, strict=True)) else items
+    if isinstance(value, str):
+        return constants.get(value, value)
+    return value
