@@ -365,3 +365,12 @@ def test_dropout_acts_in_training_alone(field: str) -> None:
     second = reference(tokens, training_capacity=True).logits
     assert not torch.isclose(first, still).all()
     assert not torch.isclose(first, second).all()
+
+
+@pytest.mark.parametrize("placement", ["sequential", "parallel"])
+@pytest.mark.parametrize("is_moe", [True, False])
+def test_dropout_is_on_every_residual_branch(placement: str, is_moe: bool) -> None:
+    moe = replace(MOE, moe_shared_expert_placement=placement)
+    block = _filled(Block(replace(MODEL, hidden_dropout=1.0), moe, layer=0, is_moe=is_moe))
+    x = _values(1, 6, 8)
+    assert torch.equal(block(x, True)[0], x)
