@@ -1,0 +1,166 @@
+"""Which sources make up training, validation and test, and in which proportions.
+
+`--data-path` feeds all three by `--split` (shares of documents, in file order);
+`--train-data-path`, `--valid-data-path` and `--test-data-path` feed one each. Either is a list of
+prefixes, or of weight and prefix pairs. A source of weight 0 is left out, unread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_moe.config import DataConfig
+from megatron_moe.data.indexed_check import Source
+from megatron_moe.errors import UsageError
+
+SPLITS = ("train", "valid", "test")
+_ALL = (0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blend:
+    """What one split is made of."""
+
+    flag: str
+    """Where it was asked for."""
+    prefixes: tuple[str, ...]
+    weights: tuple[float, ...] | None
+    """Proportions of samples; `None` takes the sizes of the sources."""
+    bounds: tuple[float, float]
+    """First and last document of every source, as shares of its documents."""
+
+
+def blends_of(data: DataConfig) -> dict[str, Blend | None]:
+    """The blend of each split, `None` for a split without data.
+
+    Raises:
+        UsageError: no training data, both ways of naming data at once, or a bad weight or split.
+    """
+    own = {
+        "train": data.train_data_path,
+        "valid": data.valid_data_path,
+        "test": data.test_data_path,
+    }
+    if data.data_path:
+        both = next((name for name, paths in own.items() if paths), None)
+        if both is not None:
+            found = " ".join(own[both])
+            raise UsageError(f"--{both}-data-path", found, "nothing beside --data-path")
+        prefixes, weights = parse_blend("--data-path", data.data_path)
+        return {
+            name: bounds
+            and Blend(flag="--data-path", prefixes=prefixes, weights=weights, bounds=bounds)
+            for name, bounds in zip(SPLITS, parse_split(data.split), strict=True)
+        }
+    if not data.train_data_path:
+        raise UsageError("--data-path", "", "prefixes of indexed data (tools/preprocess_data.py)")
+    blends: dict[str, Blend | None] = {}
+    for name, values in own.items():
+        flag = f"--{name}-data-path"
+        prefixes, weights = parse_blend(flag, values) if values else ((), None)
+        blends[name] = (
+            Blend(flag=flag, prefixes=prefixes, weights=weights, bounds=_ALL) if prefixes else None
+        )
+    return blends
+
+
+def parse_blend(
+    flag: str, values: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+    """Prefixes and weights of a list as it stands on the command line.
+
+    Raises:
+        UsageError: only some prefixes have weights, a weight is negative, infinite or not a
+            number, or all are 0.
+    """
+    words = [value.strip() for value in values]
+    numbers = [_number(word) for word in words]
+    if all(number is None for number in numbers):
+        return tuple(words), None
+    paired = [number is not None for number in numbers] == [i % 2 == 0 for i in range(len(words))]
+    if not paired or len(words) % 2:
+        raise UsageError(
+            flag, " ".join(words), "prefixes alone, or WEIGHT PREFIX WEIGHT PREFIX ..."
+        )
+    weights = [number for number in numbers[::2] if number is not None]
+    if any(not math.isfinite(weight) or weight < 0 for weight in weights) or not any(weights):
+        raise UsageError(flag, " ".join(words), "weights of 0 or more, one at least above 0")
+    kept = [(p, w) for p, w in zip(words[1::2], weights, strict=True) if w > 0]
+    return tuple(prefix for prefix, _ in kept), tuple(weight for _, weight in kept)
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def parse_split(split: str) -> list[tuple[float, float] | None]:
+    """Bounds of training, validation and test as shares of the documents, `None` for a share of 0.
+
+    Raises:
+        UsageError: not one to three numbers of 0 or more, or no training share.
+    """
+    shares = [_number(word) for word in split.split(",")]
+    values = [share for share in shares if share is not None and 0 <= share < math.inf]
+    if len(values) != len(shares) or not 1 <= len(values) <= 3 or values[0] <= 0:
+        expected = "one to three shares of documents such as 969,30,1, the first above 0"
+        raise UsageError("--split", split, expected)
+    values += [0.0] * (3 - len(values))
+    total, bounds, start = sum(values), list[tuple[float, float] | None](), 0.0
+    for value in (share / total for share in values):
+        bounds.append((start, start + value) if value > 0 else None)
+        start += value
+    return bounds
+
+
+def tokens_in(source: Source, bounds: tuple[float, float]) -> int:
+    """Tokens that a split takes of a source. Documents are cut as Megatron-Core cuts them."""
+    first, last = (round(bound * float(source.sequences)) for bound in bounds)
+    return int(source.lengths()[first:last].sum(dtype="int64"))
+
+
+def usable(
+    name: str, blend: Blend | None, split: str, sources: Mapping[str, Source]
+) -> Blend | None:
+    """The blend, if every source has tokens for it; a test split may be empty and is then none.
+
+    Raises:
+        UsageError: a source has no tokens for training or validation.
+    """
+    if blend is None:
+        return None
+    for prefix in blend.prefixes:
+        if tokens_in(sources[prefix], blend.bounds) > 0:
+            continue
+        if name == "test":
+            return None
+        documents = sources[prefix].documents
+        found = f"{split} of {documents} documents" if blend.flag == "--data-path" else prefix
+        expected = f"a share for {name} that holds tokens of {prefix}"
+        raise UsageError(
+            "--split" if blend.flag == "--data-path" else blend.flag,
+            found,
+            expected,
+            "raise the share, or set it to 0 for none" if name == "valid" else "",
+        )
+    return blend
+
+
+def weights_of(
+    blend: Blend, sources: Mapping[str, Source], seq_length: int
+) -> tuple[float, ...] | None:
+    """The proportions to blend in: as given, or the samples in one epoch of each source.
+
+    Without weights, Megatron-LM gives one epoch and then runs dry in the middle of training; with
+    the same proportions as weights the sources repeat instead. Until then the order is the same.
+    """
+    if len(blend.prefixes) == 1:
+        return None
+    if blend.weights is not None:
+        return blend.weights
+    epochs = [(tokens_in(sources[p], blend.bounds) - 1) // seq_length for p in blend.prefixes]
+    return tuple(float(max(samples, 1)) for samples in epochs)

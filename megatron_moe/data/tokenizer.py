@@ -1,0 +1,177 @@
+"""Text to token ids and back.
+
+The special ids are umT5's, which OpenMoE uses: pad = 0, eos = 1, unk = 2, no beginning-of-sequence
+token. A document ends with `eod`, which is eos.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from megatron_moe.config import DataConfig
+from megatron_moe.errors import UsageError
+
+PAD, EOS, UNK = 0, 1, 2
+"""umT5's special ids."""
+NONE = -1
+"""The id of a special token that a tokenizer does not have."""
+
+
+class Tokenizer(ABC):
+    """Between text and ids `0 .. vocab_size - 1`."""
+
+    vocab_size: int
+    """Number of ids, before any padding."""
+    eod: int
+    """Ends a document."""
+    pad: int
+    """Fills a sample; its loss is masked. -1 if there is none."""
+    unk: int
+    """Stands for what has no id. -1 if there is none."""
+    identity: str
+    """Equal for two tokenizers if and only if they map text to the same ids."""
+
+    @abstractmethod
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of ``text``, without `eod`."""
+
+    @abstractmethod
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``. Special ids have none; ids of the padded vocabulary read as unk."""
+
+    @property
+    def unique_identifiers(self) -> dict[str, str]:
+        """What Megatron-Core's data sets write into their descriptions."""
+        return {"class": type(self).__name__, "identity": self.identity}
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model file; the special ids are read from it."""
+
+    def __init__(self, path: str) -> None:
+        try:
+            content = Path(path).read_bytes()
+        except OSError as error:
+            raise UsageError("--tokenizer-model", path, "a readable file", str(error)) from None
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(content)
+        except RuntimeError:
+            raise UsageError("--tokenizer-model", path, "a SentencePiece model") from None
+        self.vocab_size = self._model.get_piece_size()
+        self.eod, self.pad, self.unk = (
+            self._model.eos_id(),
+            self._model.pad_id(),
+            self._model.unk_id(),
+        )
+        if self.eod < 0:
+            raise UsageError("--tokenizer-model", path, "a model with an end-of-sequence piece")
+        self.identity = hashlib.sha256(content).hexdigest()
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of ``text``, without `eod`."""
+        ids: list[int] = self._model.encode(text)
+        return ids
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``."""
+        text: str = self._model.decode([i if i < self.vocab_size else self.unk for i in ids])
+        return text
+
+
+class ByteTokenizer(Tokenizer):
+    """UTF-8 bytes after the three special ids, as in ByT5 (arXiv 2105.13626): byte b is b + 3."""
+
+    def __init__(self) -> None:
+        self.eod, self.pad, self.unk = EOS, PAD, UNK
+        self._first = UNK + 1
+        self.vocab_size = self._first + 256
+        self.identity = "bytes+3"
+
+    def tokenize(self, text: str) -> list[int]:
+        """The ids of ``text``, without `eod`."""
+        return [byte + self._first for byte in text.encode("utf-8")]
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
+        values = [i - self._first if i < self.vocab_size else ord("?") for i in ids if i > UNK]
+        return bytes(values).decode("utf-8", errors="replace")
+
+
+class NullTokenizer(Tokenizer):
+    """No text: a document is written as its ids, separated by spaces.
+
+    The last of the ``vocab_size`` ids is eod. (Megatron-LM's tokenizer of this name adds eod to the
+    number it is given.)
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self.eod, self.pad, self.unk = vocab_size - 1, NONE, NONE
+        self.identity = f"null {vocab_size}"
+
+    def tokenize(self, text: str) -> list[int]:
+        """The numbers in ``text``."""
+        try:
+            return [int(word) for word in text.split()]
+        except ValueError:
+            raise UsageError("text for NullTokenizer", text[:40], "integers and spaces") from None
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The numbers, separated by spaces."""
+        return " ".join(map(str, ids))
+
+
+def build_tokenizer(data: DataConfig) -> Tokenizer:
+    """The tokenizer that the flags ask for.
+
+    Raises:
+        UsageError: a flag the tokenizer needs is missing, its file is unreadable, or it has more
+            ids than `--vocab-size`.
+    """
+    if data.tokenizer_type == "SentencePieceTokenizer":
+        if data.tokenizer_model is None:
+            raise UsageError("--tokenizer-model", None, "a SentencePiece model file")
+        tokenizer: Tokenizer = SentencePieceTokenizer(data.tokenizer_model)
+    elif data.tokenizer_type == "ByteTokenizer":
+        tokenizer = ByteTokenizer()
+    else:
+        if data.vocab_size is None or data.vocab_size < 1:
+            raise UsageError("--vocab-size", data.vocab_size, "a positive number for NullTokenizer")
+        tokenizer = NullTokenizer(data.vocab_size)
+    unpadded_vocab_size(data, tokenizer)
+    return tokenizer
+
+
+def unpadded_vocab_size(data: DataConfig, tokenizer: Tokenizer) -> int:
+    """V before padding: `--vocab-size`, else the tokenizer's. No token id may reach it.
+
+    Raises:
+        UsageError: the tokenizer has more ids than `--vocab-size`.
+    """
+    if data.vocab_size is None:
+        return tokenizer.vocab_size
+    if data.vocab_size < tokenizer.vocab_size:
+        raise UsageError(
+            "--vocab-size", data.vocab_size, f"at least the tokenizer's {tokenizer.vocab_size} ids"
+        )
+    return data.vocab_size
+
+
+def padded_vocab_size(data: DataConfig, tokenizer: Tokenizer) -> int:
+    """Rows of the embedding: V rounded up to a multiple of `--make-vocab-size-divisible-by`.
+
+    Independent of the layout, so that checkpoints are; the tensor-parallel size has to divide it.
+
+    Raises:
+        UsageError: the multiple is not positive, or the tokenizer has more ids than `--vocab-size`.
+    """
+    multiple = data.make_vocab_size_divisible_by
+    if multiple < 1:
+        raise UsageError("--make-vocab-size-divisible-by", multiple, "a positive number")
+    return -(-unpadded_vocab_size(data, tokenizer) // multiple) * multiple

@@ -1,0 +1,117 @@
+r"""Train a SentencePiece tokenizer on JSON Lines: unigram, byte fallback, umT5's special ids.
+
+pad = 0, eos = 1, unk = 2, no beginning-of-sequence id. Text comes back as it was: white space and
+line ends are kept, nothing is normalised, what has no piece is written in bytes. (The one exception
+is U+2581, SentencePiece's own sign for a space.)
+
+    python tools/train_tokenizer.py --input corpus/code.jsonl corpus/text.jsonl \
+        --output tokenizer.model --vocab-size 8192
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import sentencepiece
+
+from megatron_moe.data.tokenizer import EOS, PAD, UNK
+from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
+
+_SENTENCE = 2048
+"""Characters of one training sentence; the trainer leaves out longer ones than 4192 bytes."""
+
+
+def sentences(paths: Sequence[str], key: str, megabytes: float) -> Iterator[str]:
+    """Pieces of the files' texts, an equal share of the size from each file."""
+    share = megabytes * 1e6 / len(paths)
+    for path in paths:
+        room = share
+        for text in texts(path, key):
+            for start in range(0, len(text), _SENTENCE):
+                piece = text[start : start + _SENTENCE]
+                yield piece
+                room -= len(piece)
+            if room <= 0:
+                break
+
+
+def texts(path: str, key: str) -> Iterator[str]:
+    """The text of each line."""
+    try:
+        with open(path, encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                record = json.loads(line)
+                if not isinstance(record, dict) or not isinstance(record.get(key), str):
+                    expected = f"an object with a text in {key!r}"
+                    raise UsageError(f"line {number} of {path}", line[:60], expected)
+                yield record[key]
+    except (OSError, ValueError) as error:
+        raise UsageError("--input", path, "a readable JSON Lines file", str(error)) from None
+
+
+def train(options: argparse.Namespace) -> bytes:
+    """The model file's content."""
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=sentences(options.input, options.json_key, options.megabytes),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=options.vocab_size,
+            pad_id=PAD,
+            eos_id=EOS,
+            unk_id=UNK,
+            bos_id=-1,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            user_defined_symbols=["\n"],
+            num_threads=os.cpu_count() or 1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = " ".join(str(error).split()[-12:])
+        raise UsageError(
+            "--vocab-size", options.vocab_size, "one the text can fill", reason
+        ) from None
+    return model.getvalue()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON Lines")
+    parser.add_argument("--output", required=True, type=Path, help="model file to write")
+    parser.add_argument("--vocab-size", type=int, default=8192, help="pieces (8192)")
+    parser.add_argument("--json-key", default="text", help="field of the text (text)")
+    parser.add_argument("--megabytes", type=float, default=4.0, help="text to train on (4)")
+    options = parser.parse_args(argv)
+    start = time.perf_counter()
+    print(f"training {options.vocab_size} pieces on up to {options.megabytes:g} MB ...", flush=True)
+    try:
+        content = train(options)
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        partial = options.output.with_name(options.output.name + ".partial")
+        partial.write_bytes(content)
+        os.replace(partial, options.output)
+    except (UsageError, OSError) as error:
+        print(f"train_tokenizer.py: error: {error}", file=sys.stderr)
+        raise SystemExit(USAGE_EXIT_CODE) from None
+    print(f"{options.output}: {options.vocab_size} pieces in {time.perf_counter() - start:.1f} s")
+
+
+if __name__ == "__main__":
+    main()
