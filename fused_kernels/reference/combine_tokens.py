@@ -1,0 +1,58 @@
+"""Buffer rows back to tokens: the sum over a token's choices, weighted by router probabilities.
+
+Shapes: T tokens, H hidden, K choices of a token, R buffer rows.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def forward(out_RH: Tensor, weights_TK: Tensor, rows_TK: Tensor, kept_TK: Tensor) -> Tensor:
+    """y_t = sum over kept k of weights[t, k] * out[rows[t, k]].
+
+    Args:
+        out_RH: expert outputs; every row finite.
+        weights_TK: combine weights, fp32; rounded to the dtype of ``out_RH``.
+        rows_TK: int64 row of each choice; any valid row where the choice is dropped.
+        kept_TK: bool, whether the choice counts.
+
+    Returns:
+        [T, H] in the dtype of ``out_RH``; zero for a token without a kept choice.
+    """
+    weight_TK = (weights_TK * kept_TK).to(out_RH.dtype)
+    # One pass: gather, scale and sum without a [T, K, H] temporary.
+    return F.embedding_bag(rows_TK, out_RH, mode="sum", per_sample_weights=weight_TK)
+
+
+def backward(
+    grad_TH: Tensor,
+    out_RH: Tensor,
+    weights_TK: Tensor,
+    rows_TK: Tensor,
+    kept_TK: Tensor,
+    source_R: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the expert outputs and of the weights.
+
+    Args:
+        grad_TH: gradient of y.
+        out_RH: as in `forward`.
+        weights_TK: as in `forward`.
+        rows_TK: as in `forward`.
+        kept_TK: as in `forward`.
+        source_R: int64 token of each row, any valid one where the row is empty.
+
+    Returns:
+        grad_RH, zero in empty rows, and grad_TK in the dtype of the weights.
+    """
+    rows = out_RH.shape[0]
+    # Each row belongs to at most one choice, so both gradients are taken row by row.
+    weight_R = weights_TK.new_zeros(rows + 1)
+    slot_TK = rows_TK.masked_fill(~kept_TK, rows)
+    weight_R = weight_R.scatter_(0, slot_TK.flatten(), weights_TK.flatten())[:rows]
+    grad_RH = grad_TH.index_select(0, source_R)
+    dot_R = (grad_RH * out_RH).sum(-1, dtype=weights_TK.dtype)
+    grad_TK = dot_R[rows_TK] * kept_TK
+    return grad_RH.mul_(weight_R.to(grad_RH.dtype).unsqueeze(1)), grad_TK

@@ -1,0 +1,38 @@
+"""Tokens to buffer rows: a gather, and in the backward pass a sum of K gathered rows.
+
+Shapes: T tokens, H hidden, K choices of a token, R buffer rows.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def forward(x_TH: Tensor, source_R: Tensor) -> Tensor:
+    """Copy each row's token into the buffer.
+
+    Args:
+        x_TH: tokens.
+        source_R: int64 token of each row. A row that holds no token may name any: its values are
+            never read, and its gradient is zero.
+
+    Returns:
+        The buffer, [R, H].
+    """
+    return x_TH.index_select(0, source_R)
+
+
+def backward(grad_RH: Tensor, rows_TK: Tensor, kept_TK: Tensor) -> Tensor:
+    """Gradient of the tokens: the sum over their kept choices.
+
+    Args:
+        grad_RH: gradient of the buffer.
+        rows_TK: int64 row of each choice; any valid row where the choice is dropped.
+        kept_TK: bool, whether the choice has that row.
+
+    Returns:
+        The gradient of x, [T, H].
+    """
+    weight_TK = kept_TK.to(grad_RH.dtype)
+    return F.embedding_bag(rows_TK, grad_RH, mode="sum", per_sample_weights=weight_TK)

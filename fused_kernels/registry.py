@@ -1,0 +1,90 @@
+"""Choosing the implementation of an operation, explicitly.
+
+An implementation is a folder of this package with one module per operation. `auto` takes the first
+one in `IMPLEMENTATIONS` that runs on the device and has the operation, and says so; a name is taken
+literally or refused, never replaced by another.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from types import ModuleType
+
+OPERATIONS = ("combine_tokens", "dispatch_tokens", "gated_silu", "rank_in_expert")
+"""What an expert layer needs besides GEMMs and communication."""
+
+IMPLEMENTATIONS: dict[str, frozenset[str] | None] = {"reference": None}
+"""Implementation -> device types it runs on (`None`: all), in the order `auto` prefers them."""
+
+
+class KernelUnavailable(LookupError):
+    """The implementation asked for does not exist, or not here.
+
+    Args:
+        requested: the name asked for.
+        expected: what would be valid here, in words.
+    """
+
+    def __init__(self, requested: str, expected: str) -> None:
+        self.requested = requested
+        self.expected = expected
+        super().__init__(f"kernel implementation {requested!r} is not available: use {expected}")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One operation as chosen.
+
+    Args:
+        operation: its name, one of `OPERATIONS`.
+        implementation: the folder it came from.
+        reason: why that one, for the log.
+        module: the functions `forward` and, where it has one, `backward`.
+    """
+
+    operation: str
+    implementation: str
+    reason: str
+    module: ModuleType
+
+
+def available(operation: str, device_type: str) -> list[str]:
+    """Implementations of ``operation`` that run on ``device_type``, best first."""
+    return [
+        name
+        for name, devices in IMPLEMENTATIONS.items()
+        if (devices is None or device_type in devices)
+        and importlib.util.find_spec(f"{__package__}.{name}.{operation}") is not None
+    ]
+
+
+def select(operation: str, requested: str = "auto", device_type: str = "cpu") -> Kernel:
+    """The implementation of ``operation`` to use.
+
+    Args:
+        operation: one of `OPERATIONS`.
+        requested: an implementation's name, or `auto`.
+        device_type: `cpu` or `cuda`.
+
+    Raises:
+        KernelUnavailable: no such implementation, or it lacks this operation on this device.
+        ValueError: no such operation.
+    """
+    if operation not in OPERATIONS:
+        raise ValueError(f"operation is {operation!r}, expected one of {', '.join(OPERATIONS)}")
+    names = available(operation, device_type)
+    if requested == "auto":
+        name, reason = names[0], f"auto: first of {', '.join(names)} on {device_type}"
+    elif requested in names:
+        name, reason = requested, "as asked"
+    else:
+        raise KernelUnavailable(requested, f"auto or {' or '.join(names)} on {device_type}")
+    module = importlib.import_module(f"{__package__}.{name}.{operation}")
+    return Kernel(operation, name, reason, module)
+
+
+def select_all(requested: str = "auto", device_type: str = "cpu") -> dict[str, Kernel]:
+    """`select` for every operation."""
+    return {operation: select(operation, requested, device_type) for operation in OPERATIONS}

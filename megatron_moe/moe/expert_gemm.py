@@ -1,0 +1,196 @@
+"""The feed-forward layers of all experts, forward and backward, two ways.
+
+`loop`: one GEMM per expert over its filled rows, written in place into slices of the buffer and of
+the stacked weight gradient. No empty row is computed. It needs the row counts on the host.
+`batched`: one batched GEMM over the whole fixed-shape buffer. Nothing is read by the host.
+
+Both keep only the input rows and the gate's input for the backward pass; the gated product is made
+again there. When the engine's data-parallel wrapper has given a weight its `main_grad`, gradients
+are accumulated straight into it, by the engine's own protocol (`grad_added_to_main_grad`).
+
+Shapes: R buffer rows, H hidden, E experts of this rank, F their width, M = blocks * F.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows ``start`` to ``start + rows`` of the buffer belong to ``expert`` of this rank."""
+
+    expert: int
+    start: int
+    rows: int
+
+
+def segments_of(counts: list[list[int]], block_rows: int) -> list[Segment]:
+    """The filled rows of a packed buffer.
+
+    Args:
+        counts: for each source rank, rows filled for each expert.
+        block_rows: rows of the block of one source, filled or not.
+    """
+    segments = []
+    for source, filled in enumerate(counts):
+        start = source * block_rows
+        for expert, rows in enumerate(filled):
+            if rows:
+                segments.append(Segment(expert, start, rows))
+            start += rows
+    return segments
+
+
+def _zero_gaps(buffer_RX: Tensor, segments: list[Segment]) -> Tensor:
+    """Zero the rows outside all segments, so that no uninitialised value ever leaves."""
+    end = 0
+    for segment in segments:
+        if segment.start > end:
+            buffer_RX[end : segment.start].zero_()
+        end = segment.start + segment.rows
+    buffer_RX[end:].zero_()
+    return buffer_RX
+
+
+class _WeightGradient:
+    """Where the gradient of a stacked weight goes: a new tensor, or the engine's `main_grad`."""
+
+    def __init__(self, weight: Tensor) -> None:
+        main: Tensor | None = getattr(weight, "main_grad", None)
+        if getattr(weight, "grad_added_to_main_grad", None) is None:
+            main = None  # Not wrapped by the engine: nobody would clear or read it.
+        self.weight = weight
+        self.fused = main is not None and main.dtype == weight.dtype
+        self.target = main if main is not None and self.fused else torch.empty_like(weight)
+        self.started: set[int] = set(range(weight.shape[0])) if self.fused else set()
+
+    def add(self, expert: int, left_RX: Tensor, right_RY: Tensor) -> None:
+        """Add left^T right for one expert."""
+        target = self.target[expert]
+        if expert in self.started:
+            torch.addmm(target, left_RX.t(), right_RY, out=target)
+        else:
+            torch.mm(left_RX.t(), right_RY, out=target)
+            self.started.add(expert)
+
+    def add_batch(self, left_ERX: Tensor, right_ERY: Tensor) -> None:
+        """Add left^T right for every expert."""
+        left_EXR = left_ERX.transpose(1, 2)
+        if self.fused:
+            self.target.baddbmm_(left_EXR, right_ERY)
+        else:
+            torch.bmm(left_EXR, right_ERY, out=self.target)
+            self.started.update(range(self.target.shape[0]))
+
+    def finish(self) -> Tensor:
+        """What the autograd function returns for the weight."""
+        if self.fused:
+            # The engine asks for some gradient and, seeing the flag, does not read it.
+            self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+            return torch.empty_like(self.weight)
+        for expert in set(range(self.target.shape[0])) - self.started:
+            self.target[expert].zero_()
+        return self.target
+
+
+class _Loop(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_RH: Tensor,
+        weight_in: Tensor,
+        weight_out: Tensor,
+        segments: list[Segment],
+        gate: ModuleType,
+    ) -> Tensor:
+        width = weight_out.shape[1]
+        ctx.blocks = weight_in.shape[2] // width
+        ctx.segments, ctx.gate = segments, gate
+        z_RM = x_RH.new_empty(x_RH.shape[0], weight_in.shape[2])
+        y_RH = _zero_gaps(torch.empty_like(x_RH), segments)
+        h_RF = x_RH.new_empty(max((s.rows for s in segments), default=0), width)
+        for s in segments:
+            z, h = z_RM.narrow(0, s.start, s.rows), h_RF[: s.rows]
+            torch.mm(x_RH.narrow(0, s.start, s.rows), weight_in[s.expert], out=z)
+            gate.forward(z, ctx.blocks, out=h)
+            torch.mm(h, weight_out[s.expert], out=y_RH.narrow(0, s.start, s.rows))
+        ctx.save_for_backward(x_RH, z_RM, weight_in, weight_out)
+        return y_RH
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x_RH, z_RM, weight_in, weight_out = ctx.saved_tensors
+        dy_RH = grads[0]
+        d_in, d_out = _WeightGradient(weight_in), _WeightGradient(weight_out)
+        dx_RH = _zero_gaps(torch.empty_like(x_RH), ctx.segments)
+        most = max((s.rows for s in ctx.segments), default=0)
+        dh_RF, h_RF = (z_RM.new_empty(most, weight_out.shape[1]) for _ in range(2))
+        dz_RM = z_RM.new_empty(most, z_RM.shape[1])
+        for s in ctx.segments:
+            x, z, dy, dx = (t.narrow(0, s.start, s.rows) for t in (x_RH, z_RM, dy_RH, dx_RH))
+            dh, h, dz = dh_RF[: s.rows], h_RF[: s.rows], dz_RM[: s.rows]
+            torch.mm(dy, weight_out[s.expert].t(), out=dh)
+            ctx.gate.backward(dh, z, ctx.blocks, grad_z=dz, out=h)
+            d_out.add(s.expert, h, dy)
+            torch.mm(dz, weight_in[s.expert].t(), out=dx)
+            d_in.add(s.expert, x, dz)
+        return dx_RH, d_in.finish(), d_out.finish(), None, None
+
+
+class _Batched(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_ERH: Tensor, weight_in: Tensor, weight_out: Tensor, gate: ModuleType
+    ) -> Tensor:
+        ctx.blocks = weight_in.shape[2] // weight_out.shape[1]
+        ctx.gate = gate
+        z_ERM = torch.bmm(x_ERH, weight_in)
+        h_RF = gate.forward(z_ERM.flatten(0, 1), ctx.blocks)
+        ctx.save_for_backward(x_ERH, z_ERM, weight_in, weight_out)
+        return torch.bmm(h_RF.view(*z_ERM.shape[:2], -1), weight_out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        x_ERH, z_ERM, weight_in, weight_out = ctx.saved_tensors
+        dy_ERH = grads[0].contiguous()
+        d_in, d_out = _WeightGradient(weight_in), _WeightGradient(weight_out)
+        dh_ERF = torch.bmm(dy_ERH, weight_out.transpose(1, 2))
+        dz_RM, h_RF = ctx.gate.backward(dh_ERF.flatten(0, 1), z_ERM.flatten(0, 1), ctx.blocks)
+        dz_ERM, h_ERF = dz_RM.view_as(z_ERM), h_RF.view_as(dh_ERF)
+        d_out.add_batch(h_ERF, dy_ERH)
+        d_in.add_batch(x_ERH, dz_ERM)
+        dx_ERH = torch.bmm(dz_ERM, weight_in.transpose(1, 2))
+        return dx_ERH, d_in.finish(), d_out.finish(), None
+
+
+def loop(
+    x_RH: Tensor,
+    weight_in: Tensor,
+    weight_out: Tensor,
+    segments: list[Segment],
+    gate: ModuleType,
+) -> Tensor:
+    """All experts over a packed buffer.
+
+    Args:
+        x_RH: the buffer.
+        weight_in: [E, H, M], blocks gate (linear, gate), up side by side.
+        weight_out: [E, F, H].
+        segments: filled rows, in order of their start.
+        gate: the `gated_silu` kernel.
+
+    Returns:
+        [R, H]; zero outside the segments.
+    """
+    return _Loop.apply(x_RH, weight_in, weight_out, segments, gate)
+
+
+def batched(x_ERH: Tensor, weight_in: Tensor, weight_out: Tensor, gate: ModuleType) -> Tensor:
+    """All experts over a fixed-shape buffer [E, R, H]; arguments as for `loop`."""
+    return _Batched.apply(x_ERH, weight_in, weight_out, gate)

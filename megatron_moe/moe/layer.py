@@ -1,0 +1,204 @@
+"""The mixture-of-experts layer: route, plan, dispatch, experts, combine.
+
+Shapes: S sequence (this rank's shard under sequence parallelism), B batch, H hidden, T = S * B
+tokens in (sequence, batch) order, K choices, E experts, R buffer rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_kernels import KernelUnavailable, select_all
+from megatron_moe.config import ModelConfig, MoEConfig
+from megatron_moe.errors import UsageError
+from megatron_moe.moe import losses
+from megatron_moe.moe.capacity import Capacity, capacity_of
+from megatron_moe.moe.exchange import ExpertGroups, all_gather, rank_of, reduce_scatter, size_of
+from megatron_moe.moe.experts import ExpertImpl, Experts, choose_impl
+from megatron_moe.moe.plan import BufferLayout, Plan, make_plan
+from megatron_moe.moe.router import Scores, route
+from megatron_moe.moe.statistics import RoutingCounter
+from megatron_moe.moe.transfer import combine, dispatch
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Every decision of one forward pass, for whoever wants to see it.
+
+    Args:
+        scores: of this rank's tokens.
+        kept_TK: bool, which of their choices were not dropped.
+        capacity: groups and slots.
+    """
+
+    scores: Scores
+    kept_TK: Tensor
+    capacity: Capacity
+
+
+class MoELayer(nn.Module):
+    """Experts, their router and the exchange between ranks; no shared expert.
+
+    Args:
+        model: sizes and feed-forward variant.
+        moe: routing, capacity, losses, implementations.
+        layer_number: 0-based index of the transformer layer.
+        num_moe_layers: MoE layers of the whole model, over which losses are averaged.
+        pgs: `ProcessGroupCollection` with `tp`, `ep` and `expt_tp`; `None` for one process.
+        sequence_parallel: whether the input is this rank's shard of the sequence.
+        params_dtype: dtype of the parameters; the router computes in fp32 whatever it is.
+        device: where the parameters are. They are uninitialised; see `reset_parameters`.
+
+    Attributes:
+        router_weight: [E, H].
+        experts: the weights, `experts.weight_in` and `experts.weight_out`.
+        on_routing: called with the `Routing` of each forward pass; `None` for nobody.
+
+    Raises:
+        UsageError: experts or their width do not divide; tensor parallelism without sequence
+            parallelism; a kernel or expert implementation that is not available here.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        moe: MoEConfig,
+        *,
+        layer_number: int,
+        num_moe_layers: int,
+        pgs: Any = None,
+        sequence_parallel: bool = False,
+        params_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.groups = ExpertGroups.of(pgs)
+        self.shards = size_of(self.groups.tp)
+        if self.shards > 1 and not sequence_parallel:
+            found = f"off with --tensor-model-parallel-size {self.shards}"
+            raise UsageError("--sequence-parallel", found, "on: expert layers shard the sequence")
+        self.model, self.moe = model, moe
+        self.layer_number, self.num_moe_layers = layer_number, num_moe_layers
+        shape = (moe.num_experts, model.hidden_size)
+        self.router_weight = nn.Parameter(torch.empty(shape, dtype=params_dtype, device=device))
+        # The engine sums the gradients of such parameters over tensor-parallel ranks.
+        self.router_weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+        self.experts = Experts(model, moe, self.groups, params_dtype, device)
+        self.counter = RoutingCounter(layer_number, moe.num_experts, device)
+        self.on_routing: Callable[[Routing], None] | None = None
+        self.kernels = _kernels(moe.moe_dispatch_impl, self.router_weight.device.type)
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        """The weighted sum of each token's experts; zero for a token whose choices all dropped.
+
+        The losses of the router are attached to the result: they enter the backward pass, not the
+        value. Training or evaluation capacity follows `self.training`.
+        """
+        batch, hidden = x_SBH.shape[1:]
+        x_TH = x_SBH.reshape(-1, hidden)
+        scores = route(x_TH, self.router_weight, self.moe.moe_router_topk)
+        choices_TK = self._gather_choices(scores.choices_TK)
+        row_tokens = choices_TK.shape[0] // batch
+        capacity = capacity_of(self.moe, rows=batch, row_tokens=row_tokens, training=self.training)
+        weights_TK, balance, z = self._with_losses(scores, choices_TK, batch)
+        weights_TK = all_gather(weights_TK, self.groups.tp)
+        impl = choose_impl(self.moe.moe_expert_impl, x_TH)
+        plan = self._plan(choices_TK, weights_TK, batch, capacity, impl)
+        y_TH = self._run_experts(all_gather(x_TH, self.groups.tp), weights_TK, plan, impl)
+        self._record(scores, plan, capacity, balance, z)
+        return reduce_scatter(y_TH, self.groups.tp).view_as(x_SBH)
+
+    def _gather_choices(self, choices_TK: Tensor) -> Tensor:
+        """Choices of all tokens of the rows: small integers, without gradient."""
+        if self.shards == 1:
+            return choices_TK
+        return all_gather(choices_TK.int(), self.groups.tp).long()
+
+    def _with_losses(
+        self, scores: Scores, choices_TK: Tensor, batch: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Combine weights that carry the losses, and this rank's shares of the two losses."""
+        kind, tokens = self.moe.moe_router_load_balancing_type, choices_TK.shape[0]
+        load_BE = losses.load_per_row(choices_TK, batch, self.moe.num_experts)
+        per_row = kind != "aux_loss"
+        balance = losses.load_balancing_loss(scores.probs_TE, load_BE, tokens, per_row)
+        z = losses.router_z_loss(scores, tokens)
+        weights_TK = scores.weights_TK
+        if torch.is_grad_enabled() and weights_TK.requires_grad:
+            balance_coeff = 0.0 if kind == "none" else self.moe.moe_aux_loss_coeff
+            total = balance * balance_coeff + z * self.moe.moe_z_loss_coeff
+            weights_TK = losses.attach(weights_TK, total / self.num_moe_layers)
+        return weights_TK, balance, z
+
+    def _plan(
+        self,
+        choices_TK: Tensor,
+        weights_TK: Tensor,
+        batch: int,
+        capacity: Capacity,
+        impl: ExpertImpl,
+    ) -> Plan:
+        """Slots and rows for all tokens of the rows."""
+        layout = BufferLayout(
+            num_experts=self.moe.num_experts,
+            blocks=size_of(self.groups.ep),
+            shares=self.groups.slot_shares,
+            share=rank_of(self.groups.tp) if self.groups.slot_shares > 1 else 0,
+            packed=impl.name == "loop",
+            policy=self.moe.moe_token_drop_policy,
+        )
+        kernel = self.kernels["rank_in_expert"].module
+        return make_plan(choices_TK, weights_TK, batch, capacity, layout, kernel)
+
+    def _run_experts(
+        self, x_TH: Tensor, weights_TK: Tensor, plan: Plan, impl: ExpertImpl
+    ) -> Tensor:
+        """Dispatch, compute, combine; partial sums where tokens or experts are shared."""
+        rows = dispatch(x_TH, plan, self.kernels["dispatch_tokens"].module)
+        rows = self.groups.to_experts(rows)
+        rows = self.experts(rows, plan.filled_E, impl, self.kernels["gated_silu"].module)
+        rows = self.groups.from_experts(rows)
+        return combine(rows, weights_TK, plan, self.kernels["combine_tokens"].module)
+
+    def _record(
+        self, scores: Scores, plan: Plan, capacity: Capacity, balance: Tensor, z: Tensor
+    ) -> None:
+        """Count this pass once and show it to the observer.
+
+        While training, a pass without gradients is the first pass of a checkpointed layer.
+        """
+        local = scores.choices_TK.shape[0]
+        kept_TK = plan.kept_TK.narrow(0, rank_of(self.groups.tp) * local, local)
+        if torch.is_grad_enabled() or not self.training:
+            self.counter.add(scores, kept_TK, balance, z, self.shards)
+            if self.on_routing is not None:
+                self.on_routing(Routing(scores, kept_TK, capacity))
+
+    def describe(self, x: Tensor) -> str:
+        """Which implementations run for activations like ``x``, and why; one line for the log."""
+        impl = choose_impl(self.moe.moe_expert_impl, x)
+        kernel = self.kernels["dispatch_tokens"]
+        return (
+            f"MoE experts: {impl.name} ({impl.reason}); "
+            f"dispatch kernels: {kernel.implementation} ({kernel.reason})"
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int) -> None:
+        """Fill with the model's standard deviations, for a layer that stands alone."""
+        generator = torch.Generator(self.router_weight.device).manual_seed(seed)
+        self.router_weight.normal_(0.0, self.model.router_init_method_std, generator=generator)
+        self.experts.reset_parameters(self.model.init_variance_scale, seed + 1)
+
+
+def _kernels(requested: str, device_type: str) -> dict[str, Any]:
+    """The kernels of `--moe-dispatch-impl`."""
+    try:
+        return select_all(requested, device_type)
+    except KernelUnavailable as error:
+        raise UsageError("--moe-dispatch-impl", error.requested, error.expected) from None
