@@ -1,0 +1,229 @@
+"""Rectangular blocks of tensors: what a rank holds, what a file holds, and where they meet.
+
+A logical tensor is cut differently by every layout: by heads, halves, experts, and by the
+distributed optimizer at any element. Here all of these become blocks: a tensor seen in some *view*
+shape, and in it a start and a size per dimension. A flat range of a local parameter is a few such
+blocks, and two views of the same tensor meet in the coarsest view that refines both. So a
+checkpoint needs to know nothing of layouts, and no tensor is ever gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor
+
+from megatron_moe.model.shards import Piece
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangular part of a tensor seen in the shape `view`."""
+
+    view: Shape
+    """Shape the whole tensor is seen in; as many elements as the tensor has."""
+    offsets: Shape
+    """First element of the part, for each dimension of the view."""
+    sizes: Shape
+    """Elements of the part, for each dimension of the view."""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the part."""
+        return prod(self.sizes)
+
+    @classmethod
+    def whole(cls, shape: Sequence[int]) -> Block:
+        """All of a tensor of this shape."""
+        return cls(tuple(shape), (0,) * len(shape), tuple(shape))
+
+    def intersection(self, other: Block) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+        """What this block shares with another of the same view, as indices into each of them."""
+        mine, theirs = [], []
+        for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True):
+            start, stop = max(a, b), min(a + n, b + m)
+            if start >= stop:
+                return None
+            mine.append(slice(start - a, stop - a))
+            theirs.append(slice(start - b, stop - b))
+        return tuple(mine), tuple(theirs)
+
+
+def common_view(first: Shape, second: Shape) -> Shape:
+    """The coarsest shape that splits dimensions of both: [6, 5] and [2, 3, 5] meet in [2, 3, 5].
+
+    Raises:
+        ValueError: there is none, as for [4, 6] and [6, 4].
+    """
+    a, b = [n for n in first if n != 1], [n for n in second if n != 1]
+    common = []
+    while a and b:
+        larger, smaller = (a, b) if a[0] >= b[0] else (b, a)
+        whole, part = larger.pop(0), smaller.pop(0)
+        if whole % part:
+            raise ValueError(f"shapes {first} and {second} cut a tensor in incompatible ways")
+        common.append(part)
+        if whole > part:
+            larger.insert(0, whole // part)
+    if a or b:
+        raise ValueError(f"shapes {first} and {second} are not of the same tensor")
+    return tuple(common)
+
+
+def split_range(start: int, stop: int, sizes: Shape) -> list[tuple[tuple[int, int], ...]]:
+    """Cut elements [start, stop) of a row-major array of these sizes into boxes, in order.
+
+    Returns:
+        For each box the (offset, size) of every dimension; at most 2 * len(sizes) - 1 boxes.
+    """
+    if start >= stop:
+        return []
+    if not sizes:
+        return [()]
+    inner = prod(sizes[1:])
+    first, last = start // inner, (stop - 1) // inner
+    if first == last:
+        rest = split_range(start - first * inner, stop - first * inner, sizes[1:])
+        return [((first, 1), *box) for box in rest]
+    boxes = []
+    if start % inner:
+        head = split_range(start % inner, inner, sizes[1:])
+        boxes += [((first, 1), *box) for box in head]
+        first += 1
+    full = stop // inner
+    if full > first:
+        boxes.append(((first, full - first), *((0, size) for size in sizes[1:])))
+    tail = split_range(0, stop % inner, sizes[1:])
+    return boxes + [((full, 1), *box) for box in tail]
+
+
+def refined(block: Block, tensor: Tensor, view: Shape) -> Iterator[tuple[Block, Tensor]]:
+    """A block as blocks of a finer view, each with the part of ``tensor`` that it is.
+
+    Args:
+        block: the block.
+        tensor: its elements, shaped ``block.sizes``, in any memory layout.
+        view: a shape that splits dimensions of ``block.view``; see `common_view`.
+    """
+    kept = [i for i, n in enumerate(block.view) if n != 1]
+    tensor = tensor.squeeze(tuple(i for i, n in enumerate(block.view) if n == 1))
+    groups = _grouped([block.view[i] for i in kept], view)
+    cuts = []
+    for i, group in zip(kept, groups, strict=True):
+        cuts.append(split_range(block.offsets[i], block.offsets[i] + block.sizes[i], group))
+    for boxes in product(*cuts):
+        part = tensor
+        for dim in reversed(range(len(boxes))):
+            inner = [prod(groups[dim][j + 1 :]) for j in range(len(groups[dim]))]
+            first = sum(o * n for (o, _), n in zip(boxes[dim], inner, strict=True))
+            sizes = [size for _, size in boxes[dim]]
+            part = part.narrow(dim, first - block.offsets[kept[dim]], prod(sizes))
+            part = part.unflatten(dim, sizes)
+        flat = [pair for box in boxes for pair in box]
+        yield Block(view, tuple(o for o, _ in flat), tuple(s for _, s in flat)), part
+
+
+def _grouped(coarse: Sequence[int], fine: Shape) -> list[Shape]:
+    """Which dimensions of the finer view make up each dimension of the coarser one."""
+    rest: list[int] = list(fine)
+    groups: list[Shape] = []
+    for size in coarse:
+        group: list[int] = []
+        while prod(group) < size:
+            group.append(rest.pop(0))
+        groups.append(tuple(group))
+    return groups
+
+
+def copy_overlap(source: Block, values: Tensor, target: Block, out: Tensor) -> int:
+    """Copy what two blocks of one tensor share.
+
+    Args:
+        source: the block that ``values`` holds, shaped ``source.sizes``.
+        values: where to read.
+        target: the block that ``out`` holds, shaped ``target.sizes``.
+        out: where to write; same dtype.
+
+    Returns:
+        Elements copied.
+    """
+    if source.view == target.view:
+        shared = source.intersection(target)
+        if shared is None:
+            return 0
+        part = out[shared[1]]
+        part.copy_(values[shared[0]])
+        return part.numel()
+    view = common_view(source.view, target.view)
+    targets = list(refined(target, out, view))
+    return sum(
+        copy_overlap(a, values_a, b, out_b)
+        for a, values_a in refined(source, values, view)
+        for b, out_b in targets
+    )
+
+
+def piece_blocks(
+    piece: Piece, shape: Sequence[int], flat: Tensor, start: int = 0
+) -> Iterator[tuple[Block, Tensor]]:
+    """The blocks of a logical tensor that lie in a flat range of a local parameter.
+
+    Args:
+        piece: a block of the logical tensor, and where it lies in the parameter.
+        shape: the parameter's local shape.
+        flat: elements [start, start + len) of the flattened parameter, or of something shaped like
+            it (a moment, the fp32 master); one-dimensional and contiguous.
+        start: where the range starts.
+
+    Yields:
+        Each block with a view of the part of ``flat`` that holds it.
+    """
+    local = piece.select(torch.empty(tuple(shape), device="meta"))
+    base, strides = int(local.storage_offset()), local.stride()
+    order = [i for i, size in enumerate(local.shape) if size > 1]
+    order.sort(key=lambda i: -strides[i])
+    sizes = tuple(local.shape[i] for i in order)
+    steps = tuple(strides[i] for i in order)
+    _require_nested(piece.name, sizes, steps)
+    first = _elements_before(start - base, sizes, steps)
+    last = _elements_before(start + flat.numel() - base, sizes, steps)
+    for box in split_range(first, last, sizes):
+        offsets, extent = [0] * local.dim(), [1] * local.dim()
+        for i, (offset, size) in zip(order, box, strict=True):
+            offsets[i], extent[i] = offset, size
+        where = base - start + sum(o * s for o, s in zip(offsets, strides, strict=True))
+        placed = tuple(a + b for a, b in zip(piece.offsets, offsets, strict=True))
+        block = Block(tuple(piece.view_shape), placed, tuple(extent))
+        yield block, flat.as_strided(extent, strides, flat.storage_offset() + where)
+
+
+def _require_nested(name: str, sizes: Shape, steps: Shape) -> None:
+    """Row-major order of the dimensions must be the order in memory."""
+    reach = 0
+    for size, step in zip(reversed(sizes), reversed(steps), strict=True):
+        if step <= reach:
+            raise ValueError(f"the part of a parameter that is {name} has interleaved dimensions")
+        reach += (size - 1) * step
+
+
+def _elements_before(limit: int, sizes: Shape, steps: Shape) -> int:
+    """How many elements of a nested strided array lie at a place below ``limit``."""
+    count, rest = 0, limit
+    if rest <= 0:
+        return 0
+    for i, (size, step) in enumerate(zip(sizes, steps, strict=True)):
+        inner = prod(sizes[i + 1 :])
+        rows = rest // step
+        if rows >= size:
+            return count + size * inner
+        count += rows * inner
+        rest -= rows * step
+        if rest == 0:
+            return count
+    return count + 1

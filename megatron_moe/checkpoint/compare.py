@@ -1,0 +1,132 @@
+"""Does a checkpoint fit the run that loads it? All differences at once, one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_moe.checkpoint.files import DTYPES
+from megatron_moe.checkpoint.index import MODEL, LogicalTensor, Name
+from megatron_moe.checkpoint.parts import Part
+from megatron_moe.checkpoint.state import Metadata
+from megatron_moe.config import RunConfig, moe_layer_pattern
+from megatron_moe.model.logical import expert_width
+
+_MODEL_SHAPE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "ffn_variant",
+    "untie_embeddings_and_output_weights",
+)
+_MOE_SHAPE = (
+    "num_experts",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_placement",
+)
+_MODEL_MATHS = ("rotary_base", "norm_epsilon", "softmax_scale")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What identifies the model and the data of a checkpoint."""
+
+    config: RunConfig
+    metadata: Metadata
+    tensors: dict[Name, LogicalTensor]
+
+
+def config_differences(
+    saved: RunConfig, ours: RunConfig, *, resume: bool, optimizer: bool
+) -> Iterator[str]:
+    """Settings that the weights or the state depend on and that were changed.
+
+    Args:
+        saved: the checkpoint's.
+        ours: this run's.
+        resume: the run continues the saved one, rather than start a new one from its weights; then
+            settings that change the mathematics but no shape matter too.
+        optimizer: optimizer state is loaded.
+    """
+    for name in _MODEL_SHAPE + (_MODEL_MATHS if resume else ()):
+        yield from _line(name, getattr(saved.model, name), getattr(ours.model, name))
+    for name in _MOE_SHAPE + (("moe_router_topk",) if resume else ()):
+        yield from _line(name, getattr(saved.moe, name), getattr(ours.moe, name))
+    widths = [expert_width(run.model, run.moe) for run in (saved, ours)]
+    yield from _line("moe_ffn_hidden_size", *widths)
+    if saved.model.num_layers == ours.model.num_layers:
+        layers = saved.model.num_layers
+        first, second = (moe_layer_pattern(r.moe.moe_layer_freq, layers) for r in (saved, ours))
+        if first != second:
+            yield from _line("moe_layer_freq", saved.moe.moe_layer_freq, ours.moe.moe_layer_freq)
+    yield from _line("bf16", saved.train.bf16, ours.train.bf16)
+    if resume:
+        yield from _line("seq_length", saved.data.seq_length, ours.data.seq_length)
+    if optimizer:
+        yield from _line("optimizer", saved.optimizer.optimizer, ours.optimizer.optimizer)
+
+
+def _line(name: str, saved: Any, ours: Any) -> Iterator[str]:
+    if saved != ours:
+        yield f"--{name.replace('_', '-')}: {saved} in the checkpoint, {ours} in this run"
+
+
+def metadata_differences(saved: Metadata, ours: Metadata, *, resume: bool) -> Iterator[str]:
+    """Vocabulary, tokenizer and, if the run continues the saved one, data."""
+    names = {
+        "padded_vocab_size": "padded vocabulary",
+        "tokenizer_hash": "tokenizer",
+        "data_fingerprint": "training data",
+    }
+    for name, label in names.items():
+        first, second = getattr(saved, name), getattr(ours, name)
+        if first != second and (resume or name != "data_fingerprint"):
+            yield f"{label}: {first} in the checkpoint, {second} in this run"
+
+
+def wanted_tensors(parts: Iterable[Part]) -> list[list[Any]]:
+    """Kind, name, shape and dtype of the logical tensors that a rank needs, as JSON values."""
+    found: dict[Name, list[Any]] = {}
+    for part in parts:
+        entry = [part.kind, part.name, list(part.shape), DTYPES[part.values.dtype]]
+        found[part.kind, part.name] = entry
+    return list(found.values())
+
+
+def tensor_differences(
+    saved: dict[Name, LogicalTensor], wanted: Iterable[list[Any]]
+) -> Iterator[str]:
+    """Tensors that are missing, too many, or of another shape or dtype.
+
+    Args:
+        saved: the checkpoint's tensors.
+        wanted: of all ranks, from `wanted_tensors`. Kinds of which nothing is wanted are not
+            looked at: a run may leave optimizer state unread.
+    """
+    expected = {(kind, name): (tuple(shape), dtype) for kind, name, shape, dtype in wanted}
+    kinds = {kind for kind, _ in expected}
+    for kind in sorted(kinds - {kind for kind, _ in saved}):
+        yield f"no {kind} in the checkpoint"
+    present = {kind for kind, _ in saved}
+    for (kind, name), (shape, dtype) in expected.items():
+        tensor = saved.get((kind, name))
+        what = name if kind == MODEL else f"{kind} of {name}"
+        if tensor is None:
+            if kind in present:
+                yield f"{what}: missing in the checkpoint, {_described(shape, dtype)} in this run"
+        elif (tensor.shape, tensor.dtype) != (shape, dtype):
+            yield (
+                f"{what}: {_described(tensor.shape, tensor.dtype)} in the checkpoint, "
+                f"{_described(shape, dtype)} in this run"
+            )
+    for kind, name in sorted(saved.keys() - expected.keys()):
+        if kind in kinds:
+            what = name if kind == MODEL else f"{kind} of {name}"
+            yield f"{what}: in the checkpoint, not in this run"
+
+
+def _described(shape: tuple[int, ...], dtype: str) -> str:
+    return f"{dtype} {list(shape)}"

@@ -1,0 +1,62 @@
+"""What is wrong with a checkpoint, said in full and in one go."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from megatron_moe.errors import UsageError
+
+SHOWN = 60
+"""Details printed at most; the rest is counted."""
+
+
+class CheckpointError(UsageError):
+    """A checkpoint that cannot be read, written or used.
+
+    Args:
+        what: the flag, file or step that is wrong.
+        found: what was found.
+        expected: what would be valid.
+        fix: how to mend it.
+        details: lines that go before the summary, one per difference.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        found: object,
+        expected: str,
+        fix: str = "",
+        details: Iterable[str] = (),
+    ) -> None:
+        super().__init__(what, found, expected, fix)
+        self.details = tuple(details)
+        shown = list(self.details[:SHOWN])
+        if len(self.details) > SHOWN:
+            shown.append(f"... and {len(self.details) - SHOWN} more")
+        self.args = ("\n".join([*shown, *self.args]),)
+
+    def to_json(self) -> list[Any]:
+        """What `from_json` takes, to tell other ranks."""
+        found = self.found if isinstance(self.found, int | str) else str(self.found)
+        return [self.what, found, self.expected, self.fix, list(self.details)]
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> CheckpointError:
+        """The inverse of `to_json`."""
+        return cls(*values)
+
+
+class Corrupt(CheckpointError):
+    """A file of a checkpoint that is not what was written: another one may be whole."""
+
+
+def merged(errors: list[CheckpointError]) -> CheckpointError:
+    """One error that says what several ranks say; the same thing once."""
+    distinct = {str(error): error for error in errors}
+    if len(distinct) == 1:
+        return errors[0]
+    lines = dict.fromkeys(line for text in distinct for line in text.split("\n"))
+    last = list(distinct.values())[-1]
+    return type(last)(last.what, last.found, last.expected, last.fix, list(lines)[:-1])

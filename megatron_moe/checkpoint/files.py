@@ -1,0 +1,229 @@
+"""Single files of a checkpoint: written once, synced, and hashed on the way to the disk.
+
+Tensor files are safetensors. They are written here rather than by the `safetensors` package because
+that wants every tensor on the host at once, contiguous, and the file read again for its hash; this
+writer holds one tensor at a time. Reading is the package's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
+
+CHUNK = 16 << 20
+"""Bytes written or hashed at a time."""
+OPEN_FILES = 64
+"""Tensor files that one reader keeps open."""
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+}
+"""Names of dtypes in safetensors."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says of one file."""
+
+    sha256: str
+    bytes: int
+
+
+def write_tensors(
+    path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]
+) -> FileRecord:
+    """Write a safetensors file and sync it to the disk.
+
+    Args:
+        path: a file that does not exist.
+        tensors: keys and tensors, on any device and in any memory layout.
+        metadata: strings for the header.
+
+    Raises:
+        OSError: the disk is full, or anything else.
+    """
+    # Wide types first keeps every tensor aligned to its own width.
+    ordered = sorted(tensors, key=lambda item: (-item[1].element_size(), item[0]))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for key, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        dtype = DTYPES[tensor.dtype]
+        header[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return _write(path, _tensor_bytes(len(text).to_bytes(8, "little") + text, ordered))
+
+
+def _tensor_bytes(head: bytes, tensors: Sequence[tuple[str, Tensor]]) -> Iterator[memoryview]:
+    yield memoryview(head)
+    for _, tensor in tensors:
+        data = tensor.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
+        raw: Any = data.view(-1).view(torch.uint8).numpy()
+        yield memoryview(raw)
+
+
+def write_json(path: Path, value: Any) -> FileRecord:
+    """Write a JSON file and sync it to the disk.
+
+    Raises:
+        OSError: the disk is full, or anything else.
+        CheckpointError: the value is not plain JSON; NaN and infinity are not.
+    """
+    try:
+        text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(path.name, str(error), "values that JSON can hold") from None
+    return _write(path, iter([memoryview(text.encode())]))
+
+
+def _write(path: Path, parts: Iterator[memoryview]) -> FileRecord:
+    """Hashing runs in a second thread: both release the interpreter's lock."""
+    digest, total = hashlib.sha256(), 0
+    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        for part in parts:
+            total += len(part)
+            for i in range(0, len(part), CHUNK):
+                chunk = part[i : i + CHUNK]
+                hashing = pool.submit(digest.update, chunk)
+                _write_all(file, chunk)
+                hashing.result()
+        os.fsync(file.fileno())
+    return FileRecord(digest.hexdigest(), total)
+
+
+def _write_all(file: FileIO, data: memoryview) -> None:
+    """An unbuffered write may take less than it was given, as before the disk is full."""
+    while data:
+        data = data[file.write(data) :]
+
+
+def sync_directory(path: Path) -> None:
+    """Make creations, renames and removals in a directory survive a power cut."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Give a small file new contents in one step: readers see the old or the new.
+
+    Raises:
+        OSError: the disk is full, or anything else; the old contents stay.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    try:
+        _write(temporary, iter([memoryview(text.encode())]))
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def check_file(path: Path, record: FileRecord) -> str | None:
+    """What is wrong with a file, in one line that names it; None if it is what was written."""
+    try:
+        size = path.stat().st_size
+        if size != record.bytes:
+            return f"{path} has {size} bytes, expected {record.bytes}"
+        with path.open("rb") as file:
+            digest = hash_of(file)
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror or error}"
+    if digest != record.sha256:
+        return f"{path} has SHA-256 {digest[:16]}..., expected {record.sha256[:16]}..."
+    return None
+
+
+def hash_of(file: BinaryIO) -> str:
+    """SHA-256 of the rest of an open file, in hexadecimal."""
+    digest = hashlib.sha256()
+    while chunk := file.read(CHUNK):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        Corrupt: the file is missing, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise Corrupt(str(path), "missing", "a file of the checkpoint") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise Corrupt(str(path), str(error), "readable JSON") from None
+    if not isinstance(value, dict):
+        raise Corrupt(str(path), type(value).__name__, "a JSON object")
+    return value
+
+
+class TensorFiles:
+    """Tensors of the safetensors files of a directory, mapped: only what is touched is read."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._open: dict[str, Any] = {}
+
+    def tensor(self, file: str, key: str, dtype: str, shape: Sequence[int]) -> Tensor:
+        """One tensor, as a view of the mapped file.
+
+        Raises:
+            Corrupt: the file does not hold it so.
+        """
+        try:
+            handle = self._handle(file)
+            part = handle.get_slice(key)
+            found = (part.get_dtype(), tuple(part.get_shape()))
+            if found == (dtype, tuple(shape)):
+                return handle.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise Corrupt(str(self.directory / file), f"{error}", f"to hold {key}") from None
+        raise Corrupt(f"{key} in {self.directory / file}", found, f"{dtype} of shape {shape}")
+
+    def metadata(self, file: str) -> dict[str, str]:
+        """The strings in a file's header."""
+        try:
+            return self._handle(file).metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise Corrupt(str(self.directory / file), f"{error}", "a safetensors file") from None
+
+    def _handle(self, file: str) -> Any:
+        if file not in self._open:
+            if len(self._open) >= OPEN_FILES:
+                self._open.pop(next(iter(self._open)))
+            self._open[file] = safe_open(str(self.directory / file), framework="pt")
+        return self._open[file]
+
+
+def free_bytes(directory: Path) -> int:
+    """Space left where a directory is, in bytes."""
+    return shutil.disk_usage(directory).free

@@ -1,0 +1,159 @@
+"""Load a checkpoint into any layout, each rank reading the blocks that it needs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_moe.checkpoint import rng
+from megatron_moe.checkpoint.compare import (
+    config_differences,
+    metadata_differences,
+    tensor_differences,
+    wanted_tensors,
+)
+from megatron_moe.checkpoint.directory import require_whole, step_directory
+from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
+from megatron_moe.checkpoint.files import TensorFiles
+from megatron_moe.checkpoint.index import TensorReader
+from megatron_moe.checkpoint.optimizer_state import optimizer_shards, set_optimizer_step
+from megatron_moe.checkpoint.parts import Part, held
+from megatron_moe.checkpoint.ranks import Ranks
+from megatron_moe.checkpoint.reading import Opened, open_checkpoint
+from megatron_moe.checkpoint.save import RANDOM, ranks_of, shards_of
+from megatron_moe.checkpoint.state import Metadata, TrainState
+from megatron_moe.checkpoint.writer import rank_file
+from megatron_moe.config import RunConfig
+from megatron_moe.parallel.context import ParallelContext
+
+_log = logging.getLogger(__name__)
+
+
+def load_checkpoint(
+    directory: str | Path,
+    *,
+    config: RunConfig,
+    ctx: ParallelContext,
+    chunks: Sequence[Any],
+    optimizer: Any,
+    step: int | None = None,
+    with_optimizer: bool = True,
+    with_rng: bool = True,
+    metadata: Metadata | None = None,
+) -> TrainState:
+    """Load a step into model, optimizer and generators; called by all ranks together.
+
+    The layout may be any other than the one that saved. Nothing is changed before every check,
+    checksums included, has passed on every rank.
+
+    Args:
+        directory: of the run's checkpoints, shared by all ranks.
+        config: this run's configuration; with ``checkpoint.finetune`` it may differ from the saved
+            one wherever shapes allow.
+        ctx: this rank's place in the layout.
+        chunks: model chunks of this rank, in Megatron-Core's wrappers or bare.
+        optimizer: Megatron-Core's, or None.
+        step: by default the one that the tracker names.
+        with_optimizer: load optimizer state; otherwise masters are set from the weights.
+        with_rng: load random states; on another layout than the saved one they are derived anew
+            (see `megatron_moe.checkpoint.rng`).
+        metadata: this run's, to be compared with the checkpoint's.
+
+    Raises:
+        UsageError: on every rank: there is no checkpoint, it is damaged, or it does not fit.
+    """
+    ranks = ranks_of(ctx)
+    opened = _open(Path(directory), step, ranks)
+    loaded_optimizer = optimizer if with_optimizer else None
+
+    def plan() -> list[Part]:
+        states = optimizer_shards(loaded_optimizer) if loaded_optimizer is not None else None
+        return list(held(shards_of(chunks, config), states))
+
+    parts = ranks.together(plan)
+    wanted = ranks.gather(wanted_tensors(parts))
+    ranks.together(
+        lambda: (
+            _require_fit(opened, config, metadata, wanted or [], with_rng, loaded_optimizer)
+            if ranks.rank == 0
+            else None
+        )
+    )
+    mine = opened.tensor_files[ranks.rank :: ranks.size]
+    ranks.together(lambda: require_whole(opened.path, opened.files, mine))
+    ranks.together(lambda: _fill(opened, parts))
+    if loaded_optimizer is not None:
+        set_optimizer_step(loaded_optimizer, (opened.optimizer or {}).get("step"))
+    elif optimizer is not None:
+        optimizer.reload_model_params()
+    if with_rng:
+        ranks.together(lambda: _load_random_states(opened, config, ctx))
+    return opened.train
+
+
+def _open(directory: Path, step: int | None, ranks: Ranks) -> Opened:
+    """Rank 0 chooses the directory, so that all read the same."""
+    chosen = ranks.together(
+        lambda: str(step_directory(directory, step)[1]) if ranks.rank == 0 else ""
+    )
+    path = Path(ranks.broadcast(chosen))
+    return ranks.together(lambda: open_checkpoint(path))
+
+
+def _require_fit(
+    opened: Opened,
+    config: RunConfig,
+    metadata: Metadata | None,
+    wanted: list[list[list[Any]]],
+    with_rng: bool,
+    optimizer: Any,
+) -> None:
+    """All that keeps this run from continuing that one.
+
+    Raises:
+        CheckpointError: with a line for each difference.
+    """
+    resume, with_optimizer = not config.checkpoint.finetune, optimizer is not None
+    lines = list(config_differences(opened.config, config, resume=resume, optimizer=with_optimizer))
+    if metadata is not None:
+        lines += metadata_differences(opened.metadata, metadata, resume=resume)
+    if with_optimizer and opened.optimizer is None:
+        lines.append("no optimizer state in the checkpoint; --no-load-optim leaves it out")
+        wanted = [[entry for entry in rank if entry[0] == "model"] for rank in wanted]
+    if with_rng and opened.random is None:
+        lines.append("no random states in the checkpoint; --no-load-rng leaves them out")
+    lines += tensor_differences(opened.tensors, (entry for rank in wanted for entry in rank))
+    if lines:
+        found = f"{len(lines)} differences"
+        expected = "a checkpoint of this model" + (" and this run" if resume else "")
+        raise CheckpointError(f"checkpoint {opened.path}", found, expected, "", lines)
+
+
+def _fill(opened: Opened, parts: Sequence[Part]) -> None:
+    """Read every part, one at a time, straight from the mapped files."""
+    reader = TensorReader(opened.path, opened.tensors)
+    with torch.no_grad():
+        for part in parts:
+            reader.fill(part.kind, part.name, part.block, part.values)
+
+
+def _load_random_states(opened: Opened, config: RunConfig, ctx: ParallelContext) -> None:
+    iteration = opened.train.iteration
+    if opened.random != rng.layout_of(ctx.layout):
+        if ctx.rank == 0:
+            message = "random states of layout %s do not fit this one; derived from seed and step"
+            _log.warning(message, opened.random)
+        rng.reseed(config.train.seed, iteration, ctx)
+        return
+    file = rank_file(ctx.rank)
+    text = TensorFiles(opened.path).metadata(file).get(RANDOM)
+    try:
+        states = json.loads(text or "")
+    except (ValueError, RecursionError):
+        raise Corrupt(str(opened.path / file), "no random states", "what a save writes") from None
+    rng.restore(states, str(opened.path / file))

@@ -1,0 +1,103 @@
+"""A model of two tensors in three layouts, without the engine: what unit tests save and load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_moe.checkpoint.index import TensorReader
+from megatron_moe.checkpoint.optimizer_state import OptimizerShard
+from megatron_moe.checkpoint.parts import Part, Replicas, held, owned
+from megatron_moe.checkpoint.ranks import Ranks
+from megatron_moe.checkpoint.reading import CONFIG, STATE, open_checkpoint
+from megatron_moe.checkpoint.state import Metadata, TrainState, as_json
+from megatron_moe.checkpoint.writer import write_checkpoint
+from megatron_moe.config import RunConfig
+from megatron_moe.model.shards import ParamShard, Piece
+
+WIDTH, HIDDEN = 8, 6
+
+
+def logical(step: int = 0) -> dict[str, Tensor]:
+    """Names and values, different for every step."""
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "norm.weight": torch.randn(HIDDEN, generator=generator),
+        "ffn.weight": torch.randn(WIDTH, HIDDEN, generator=generator),
+    }
+
+
+def shards(tensors: dict[str, Tensor], part: int = 0, parts: int = 1) -> list[ParamShard]:
+    """Rank ``part`` of a tensor-parallel group: `ffn.weight` by rows, `norm.weight` replicated."""
+    rows = WIDTH // parts
+    ffn = Piece(
+        name="ffn.weight",
+        logical_shape=(WIDTH, HIDDEN),
+        view_shape=(WIDTH, HIDDEN),
+        offsets=(part * rows, 0),
+        sizes=(rows, HIDDEN),
+        select=lambda t: t,
+    )
+    norm = Piece(
+        name="norm.weight",
+        logical_shape=(HIDDEN,),
+        view_shape=(HIDDEN,),
+        offsets=(0,),
+        sizes=(HIDDEN,),
+        select=lambda t: t,
+    )
+    return [
+        ParamShard(
+            param=piece.block_of(tensors[piece.name]).clone(),
+            local_name=piece.name,
+            pieces=(piece,),
+            writer=piece is ffn or part == 0,
+            expert=False,
+        )
+        for piece in (norm, ffn)
+    ]
+
+
+def adam_state(local: list[ParamShard], start: int = 0, stop: int | None = None) -> dict[Any, Any]:
+    """Moments that are functions of the weights; a range of each parameter, if given."""
+    states = {}
+    for shard in local:
+        flat = shard.param.reshape(-1)[start:stop]
+        tensors = {"exp_avg": flat * 2, "exp_avg_sq": flat * flat}
+        states[shard.param] = OptimizerShard(tensors, start, sharded=stop is not None)
+    return states
+
+
+def save(directory: Path, step: int, ranks: Ranks | None = None) -> Path:
+    """Save `logical(step)` from all ranks, each a part of the tensors."""
+    ranks = ranks or Ranks()
+    local = shards(logical(step), ranks.rank, ranks.size)
+    parts: list[Part] = list(owned(local, adam_state(local), Replicas()))
+    state = {
+        "train": as_json(TrainState(iteration=step, consumed_train_samples=8 * step)),
+        "metadata": as_json(Metadata(padded_vocab_size=128)),
+        "optimizer": {"step": step},
+        "random": None,
+    }
+    return write_checkpoint(
+        directory,
+        step,
+        ranks=ranks,
+        parts=parts,
+        documents={CONFIG: RunConfig().to_dict(), STATE: state},
+        header={"format": "pt"},
+    )
+
+
+def load(path: Path, part: int = 0, parts: int = 1) -> tuple[list[ParamShard], dict[Any, Any]]:
+    """Read one rank's share of a checkpoint into fresh memory."""
+    opened = open_checkpoint(path)
+    local = shards({name: torch.zeros_like(t) for name, t in logical().items()}, part, parts)
+    states = adam_state(local)
+    reader = TensorReader(opened.path, opened.tensors)
+    for item in held(local, states):
+        reader.fill(item.kind, item.name, item.block, item.values)
+    return local, states
