@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.errors import UsageError
+from megatron_moe.parallel.launch import meet_at_start
 from megatron_moe.parallel.layout import Layout
 from megatron_moe.platform import Platform
 
@@ -47,26 +48,32 @@ class ParallelContext:
 
     @property
     def tp_size(self) -> int:
+        """Tensor-parallel ranks."""
         return self.layout.tp
 
     @property
     def pp_size(self) -> int:
+        """Pipeline stages."""
         return self.layout.pp
 
     @property
     def dp_size(self) -> int:
+        """Data-parallel ranks of the dense part."""
         return self.layout.dp
 
     @property
     def ep_size(self) -> int:
+        """Expert-parallel ranks."""
         return self.layout.ep
 
     @property
     def etp_size(self) -> int:
+        """Tensor-parallel ranks of one expert."""
         return self.layout.etp
 
     @property
     def edp_size(self) -> int:
+        """Data-parallel ranks of the experts."""
         return self.layout.edp
 
     @property
@@ -87,15 +94,16 @@ def initialize_parallel(
     seed: int,
     *,
     store: dist.Store | None = None,
-    rank: int | None = None,
+    rank: int = 0,
 ) -> ParallelContext:
     """Create the process groups of a layout and seed the engine's random streams.
 
-    The default process group is made if there is none: from `store` and `rank` if given, else from
-    torchrun's environment variables.
+    The default process group is made if there is none: from `store` and `rank` if given, else as
+    `megatron_moe.parallel.launch` finds it in the environment, after all ranks have met.
 
     Raises:
         UsageError: the default group is of another size than the layout.
+        SystemExit: another rank reported a `UsageError` and said why; code 2.
     """
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -127,14 +135,14 @@ def _initialize_default_group(
     platform: Platform,
     timeout: timedelta,
     store: dist.Store | None,
-    rank: int | None,
+    rank: int,
 ) -> None:
     options: dict[str, Any] = {"backend": platform.backend, "timeout": timeout}
     if platform.kind == "cuda" and platform.backend == "nccl":
         options["device_id"] = platform.device
-    if store is not None:
-        options |= {"store": store, "rank": rank, "world_size": layout.world_size}
-    dist.init_process_group(**options)
+    if store is None:
+        store, rank = meet_at_start(layout.world_size, timeout)
+    dist.init_process_group(store=store, rank=rank, world_size=layout.world_size, **options)
 
 
 def _context(layout: Layout, platform: Platform, pgs: ProcessGroupCollection) -> ParallelContext:

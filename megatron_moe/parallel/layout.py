@@ -40,6 +40,8 @@ class Layout:
     """Sequences."""
     global_batch_size: int
     """Sequences."""
+    seq_length: int
+    """Tokens of one sequence."""
     layers_per_chunk: int
 
     @property
@@ -98,6 +100,7 @@ def resolve_layout(
         num_microbatches=num_microbatches,
         micro_batch_size=micro,
         global_batch_size=global_batch,
+        seq_length=config.data.seq_length,
         layers_per_chunk=layers_per_chunk,
     )
 
@@ -231,7 +234,7 @@ def _global_batch(given: int | None, micro: int, dp: int) -> int:
         raise UsageError(
             "--global-batch-size",
             given,
-            f"a multiple of --micro-batch-size ({micro}) x data-parallel size ({dp}) = {micro * dp}",
+            f"a multiple of micro-batch x data-parallel size ({micro} x {dp} = {micro * dp})",
         )
     return given
 

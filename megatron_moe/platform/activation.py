@@ -38,7 +38,7 @@ class Platform:
             torch.cuda.synchronize(self.device)
 
     def peak_tflops(self, bf16: bool = False) -> float | None:
-        """Peak of one device, TFLOP/s: looked up for a GPU (`None` if unknown), measured on a CPU."""
+        """Peak of one device in TFLOP/s: see `megatron_moe.platform.device.peak_tflops`."""
         return device_facts.peak_tflops(self.device, bf16)
 
     def device_memory_stats(self) -> dict[str, int]:

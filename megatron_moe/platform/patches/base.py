@@ -6,7 +6,7 @@ import importlib
 import inspect
 from abc import ABC, abstractmethod
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
 
 class EngineMismatchError(RuntimeError):
@@ -66,9 +66,9 @@ class ConstantPatch(Patch):
     same.
     """
 
-    constants: dict[Any, Any]
+    constants: ClassVar[dict[str, str]]
     """Old value -> new value. Only whole constants are replaced, never parts of strings."""
-    functions: tuple[str, ...]
+    functions: ClassVar[tuple[str, ...]]
     """`module:qualified.name` of each function or method."""
 
     def __init__(self) -> None:
@@ -110,14 +110,14 @@ def find_function(name: str) -> FunctionType:
     return found
 
 
-def _replace_constants(code: CodeType, constants: dict[Any, Any]) -> CodeType:
+def _replace_constants(code: CodeType, constants: dict[str, str]) -> CodeType:
     replaced = tuple(_replace(value, constants) for value in code.co_consts)
     if all(new is old for new, old in zip(replaced, code.co_consts, strict=True)):
         return code
     return code.replace(co_consts=replaced)
 
 
-def _replace(value: Any, constants: dict[Any, Any]) -> Any:
+def _replace(value: Any, constants: dict[str, str]) -> Any:
     if isinstance(value, CodeType):
         return _replace_constants(value, constants)
     if isinstance(value, tuple):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -15,13 +14,13 @@ class CurrentDevice(AttributePatch):
 
     name = "current-device"
 
+    # Here and elsewhere a new function for each name, however alike: `torch.compile` does not load
+    # if two names of `torch.cuda` share one.
     def replacements(self) -> list[tuple[Any, str, Any]]:
         cpu = torch.device("cpu")
         return [
             (torch.cuda, "current_device", lambda: cpu),
-            (torch.cuda, "set_device", does_nothing()),
-            (torch.cuda, "synchronize", does_nothing()),
-            (torch.cuda, "empty_cache", does_nothing()),
+            (torch.cuda, "synchronize", lambda device=None: None),
         ]
 
 
@@ -41,7 +40,7 @@ class DeviceLiterals(ConstantPatch):
     """`device="cuda"` written out, in the functions of our training path that have it."""
 
     name = "device-literals"
-    constants = {"cuda": "cpu"}
+    constants: ClassVar = {"cuda": "cpu"}
     functions = (
         "megatron.core.pipeline_parallel.schedules:forward_step",
         "megatron.core.pipeline_parallel.schedules:forward_backward_no_pipelining",
@@ -63,7 +62,7 @@ class TensorTypeNames(ConstantPatch):
     """The optimizers sort parameters by the name of their tensor type, e.g. a CUDA FloatTensor."""
 
     name = "tensor-type-names"
-    constants = {
+    constants: ClassVar = {
         "torch.cuda.FloatTensor": "torch.FloatTensor",
         "torch.cuda.HalfTensor": "torch.HalfTensor",
         "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
@@ -75,12 +74,3 @@ class TensorTypeNames(ConstantPatch):
         "megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params.__init__",
         "megatron.core.optimizer.clip_grads:clip_grad_by_total_norm_fp32",
     )
-
-
-def does_nothing() -> Callable[..., None]:
-    """A new function for each name: `torch.compile` refuses to load if two names share one."""
-
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        """A CPU has nothing to select, wait for or give back."""
-
-    return nothing

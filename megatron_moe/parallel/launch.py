@@ -1,0 +1,167 @@
+"""Starting and ending a program on many ranks, so that a mistake is said once and ends all of them.
+
+torchrun (or Slurm) starts the ranks and tells each of them, in environment variables, who it is.
+Ranks meet once before the first process group: if any of them found a mistake of the user's, all
+exit with code 2, and the mistake is printed once, however many ranks found it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, NoReturn
+
+from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+MEETING_TIMEOUT = timedelta(seconds=120)
+"""How long a rank that found a mistake waits for the others to get as far."""
+_LEAVE_TIMEOUT = timedelta(seconds=10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launched:
+    """What the launcher says about this process."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    """Among the ranks of this node."""
+    alone: bool = True
+    """Started directly: there is no launcher and nobody to meet."""
+
+
+def launched() -> Launched:
+    """Read torchrun's variables; without any, this is a world of one rank.
+
+    Raises:
+        UsageError: some are there and others missing, or they are no numbers.
+    """
+    names = ("RANK", "WORLD_SIZE")
+    if not any(name in os.environ for name in names):
+        return Launched()
+    rank, world_size = (_number(name) for name in names)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise UsageError(f"environment variable {name}", None, "set beside RANK", _FIX)
+    if not 0 <= rank < world_size:
+        raise UsageError("environment variable RANK", rank, f"0 to {world_size - 1}", _FIX)
+    local_rank = _number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0
+    return Launched(rank=rank, world_size=world_size, local_rank=local_rank, alone=False)
+
+
+_FIX = "start the program with torchrun"
+
+
+def _number(name: str) -> int:
+    value = os.environ.get(name)
+    if value is None or not value.isdigit():
+        raise UsageError(f"environment variable {name}", value, "a number", _FIX)
+    return int(value)
+
+
+def run_or_exit(main: Callable[[], None], prog: str = "pretrain_openmoe.py") -> None:
+    """Run a program; a `UsageError` becomes one line on standard error and exit code 2.
+
+    Before process groups exist, the ranks meet: the line is printed once for all ranks that found
+    the same mistake, and ranks that found none exit with code 2 as well. A mistake found later is
+    printed by the rank that found it; what ends the others is the launcher.
+    """
+    try:
+        main()
+    except UsageError as error:
+        _exit(f"{prog}: error: {error}")
+
+
+def _exit(line: str) -> NoReturn:
+    if _meets_others():
+        here = launched()
+        store, _ = _store(MEETING_TIMEOUT)
+        found = _meet(store, here, line, MEETING_TIMEOUT)
+        if here.rank == min(rank for rank, said in found.items() if said == line):
+            print(line, file=sys.stderr, flush=True)
+        _leave(store, here)
+    else:
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(USAGE_EXIT_CODE)
+
+
+def _meets_others() -> bool:
+    """Whether there are other ranks, and no process group has been made with them yet."""
+    try:
+        if launched().world_size == 1:
+            return False
+    except UsageError:
+        return False
+    import torch.distributed as dist
+
+    return not dist.is_initialized()
+
+
+def meet_at_start(world_size: int, timeout: timedelta) -> tuple[dist.Store, int]:
+    """Wait until every rank is ready to make process groups.
+
+    Args:
+        world_size: ranks that the layout is for.
+        timeout: for the slowest rank, and of the store.
+
+    Returns:
+        A store for the default process group, and this rank.
+
+    Raises:
+        SystemExit: a rank found a mistake (it has said which); code 2.
+        UsageError: the launcher started another number of ranks.
+    """
+    import torch.distributed as dist
+
+    here = launched()
+    if here.world_size != world_size:
+        raise UsageError("world size", here.world_size, f"{world_size}, as laid out")
+    if here.alone:
+        return dist.HashStore(), 0
+    store, _ = _store(timeout)
+    if any(_meet(store, here, "", timeout).values()):
+        _leave(store, here)
+        sys.exit(USAGE_EXIT_CODE)
+    return dist.PrefixStore("default", store), here.rank
+
+
+def _store(timeout: timedelta) -> tuple[dist.Store, int]:
+    """The launcher's store, or one that rank 0 serves if the launcher has none."""
+    import torch.distributed as dist
+
+    store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"start-{attempt}", store), rank
+
+
+def _meet(store: dist.Store, here: Launched, said: str, timeout: timedelta) -> dict[int, str]:
+    """Say something ('' for ready) and hear what every rank says; missing ranks are left out."""
+    import torch.distributed as dist
+
+    keys = [f"said/{rank}" for rank in range(here.world_size)]
+    store.set(keys[here.rank], said)
+    try:
+        store.wait(keys, timeout)
+        return {rank: text.decode() for rank, text in enumerate(store.multi_get(keys))}
+    except dist.DistError:
+        if not said:
+            raise
+        return {here.rank: said}
+
+
+def _leave(store: dist.Store, here: Launched) -> None:
+    """Go together: a launcher that sees one rank end kills the others before they can say why."""
+    import torch.distributed as dist
+
+    keys = [f"left/{rank}" for rank in range(here.world_size)]
+    try:
+        store.set(keys[here.rank], "1")
+        store.wait(keys, _LEAVE_TIMEOUT)
+    except dist.DistError:
+        return  # Rank 0 served the store and has gone, or a rank never came.

@@ -1,0 +1,291 @@
+"""Every rule of a layout, by its message; and what valid layouts come out as."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_moe.config import RunConfig
+from megatron_moe.errors import UsageError
+from megatron_moe.parallel.layout import Layout, resolve_layout
+
+
+def config(**changes: Any) -> RunConfig:
+    """12 layers, 12 heads, FFN 96, 8 experts, sequence 64, with fields of any section changed."""
+    base = RunConfig()
+    sections = {
+        "model": replace(
+            base.model, num_layers=12, num_attention_heads=12, hidden_size=48, ffn_hidden_size=96
+        ),
+        "moe": replace(
+            base.moe,
+            num_experts=8,
+            moe_layer_freq="([0]*1+[1])*6",
+            moe_shared_expert_intermediate_size=96,
+        ),
+        "parallel": base.parallel,
+        "data": replace(base.data, seq_length=64),
+        "train": replace(base.train, micro_batch_size=2, global_batch_size=None),
+    }
+    for name, value in changes.items():
+        (section,) = [key for key, part in sections.items() if hasattr(part, name)]
+        sections[section] = replace(sections[section], **{name: value})
+    return replace(base, **sections)
+
+
+TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+VPP = "num_layers_per_virtual_pipeline_stage"
+VPR = "num_virtual_stages_per_pipeline_rank"
+SP = "sequence_parallel"
+
+
+def test_one_rank() -> None:
+    assert resolve_layout(config(), 1) == Layout(
+        world_size=1,
+        tp=1,
+        pp=1,
+        vp=None,
+        ep=1,
+        etp=1,
+        dp=1,
+        edp=1,
+        sequence_parallel=False,
+        num_microbatches=1,
+        micro_batch_size=2,
+        global_batch_size=2,
+        seq_length=64,
+        layers_per_chunk=12,
+    )
+
+
+def test_ranks_are_divided_twice_for_dense_and_expert_layers() -> None:
+    changes = {TP: 2, SP: True, PP: 2, EP: 4, ETP: 1, VPP: 2, "global_batch_size": 16}
+    layout = resolve_layout(config(**changes), 16)
+    assert (layout.tp, layout.pp, layout.dp) == (2, 2, 4)
+    assert (layout.etp, layout.ep, layout.edp) == (1, 4, 2)
+    assert (layout.vp, layout.layers_per_chunk, layout.num_chunks) == (3, 2, 3)
+    assert layout.num_microbatches == 2
+    assert layout.sequence_parallel
+
+
+def test_expert_tensor_size_is_the_tensor_size_unless_given() -> None:
+    assert resolve_layout(config(**{TP: 2, SP: True}), 2).etp == 2
+    assert resolve_layout(config(**{TP: 2, SP: True, ETP: 1}), 2).etp == 1
+
+
+def test_both_ways_of_asking_for_chunks_agree() -> None:
+    batch = {"global_batch_size": 8}
+    by_layers = resolve_layout(config(**{PP: 2, VPP: 3, **batch}), 2)
+    assert by_layers == resolve_layout(config(**{PP: 2, VPR: 2, **batch}), 2)
+    assert by_layers.vp == 2
+
+
+def test_one_chunk_per_rank_is_the_plain_schedule() -> None:
+    assert resolve_layout(config(**{PP: 2, VPP: 6}), 2).vp is None
+    assert resolve_layout(config(**{VPR: 1}), 1).vp is None
+
+
+def test_layers_of_every_chunk_cover_the_model_once_in_pipeline_order() -> None:
+    layout = resolve_layout(config(**{PP: 2, VPP: 3, "global_batch_size": 4}), 2)
+    path = [layout.layers_of(stage, chunk) for chunk in range(2) for stage in range(2)]
+    assert path == [range(0, 3), range(3, 6), range(6, 9), range(9, 12)]
+
+
+def test_sequence_parallelism_over_one_rank_is_none() -> None:
+    assert not resolve_layout(config(**{SP: True}), 1).sequence_parallel
+
+
+BAD: list[tuple[dict[str, Any], int, str]] = [
+    ({TP: 0}, 1, "--tensor-model-parallel-size is 0, expected at least 1"),
+    ({PP: -1}, 1, "--pipeline-model-parallel-size is -1, expected at least 1"),
+    ({EP: 0}, 1, "--expert-model-parallel-size is 0, expected at least 1"),
+    ({ETP: 0}, 1, "--expert-tensor-parallel-size is 0, expected at least 1"),
+    (
+        {TP: 2, SP: True, PP: 2},
+        6,
+        "--tensor-model-parallel-size x --pipeline-model-parallel-size is '2 x 2', expected a "
+        "divisor of the 6 ranks: 1, 2, 3, 6",
+    ),
+    (
+        {EP: 4},
+        6,
+        "--expert-tensor-parallel-size x --expert-model-parallel-size x "
+        "--pipeline-model-parallel-size is '1 x 4 x 1', expected a divisor of the 6 ranks",
+    ),
+    (
+        {TP: 8, SP: True},
+        8,
+        "--tensor-model-parallel-size is 8, expected a divisor of --num-attention-heads (12): "
+        "1, 2, 3, 4, 6, 12",
+    ),
+    (
+        {TP: 4, SP: True, "ffn_hidden_size": 98},
+        4,
+        "--tensor-model-parallel-size is 4, expected a divisor of --ffn-hidden-size (98): "
+        "1, 2, 7, 14, 49, 98",
+    ),
+    (
+        {TP: 4, SP: True, "moe_shared_expert_intermediate_size": 30},
+        4,
+        "--tensor-model-parallel-size is 4, expected a divisor of "
+        "--moe-shared-expert-intermediate-size (30)",
+    ),
+    (
+        {TP: 4, SP: True, "seq_length": 30},
+        4,
+        "--tensor-model-parallel-size is 4, expected a divisor of --seq-length (30)",
+    ),
+    (
+        {EP: 3},
+        3,
+        "--expert-model-parallel-size is 3, expected a divisor of --num-experts (8): 1, 2, 4, 8",
+    ),
+    (
+        {ETP: 2, "moe_ffn_hidden_size": 33},
+        2,
+        "--expert-tensor-parallel-size is 2, expected a divisor of --moe-ffn-hidden-size (33)",
+    ),
+    (
+        {ETP: 5},
+        5,
+        "--expert-tensor-parallel-size is 5, expected a divisor of --ffn-hidden-size (96)",
+    ),
+    (
+        {TP: 2},
+        2,
+        "--sequence-parallel is False, expected True: MoE layers with "
+        "--tensor-model-parallel-size 2 need it",
+    ),
+    (
+        {EP: 2, "moe_layer_freq": "[0]*12"},
+        2,
+        "--expert-model-parallel-size is 2, expected 1 in a model without MoE layers",
+    ),
+    (
+        {ETP: 2, "moe_layer_freq": "[0]*12"},
+        2,
+        "--expert-tensor-parallel-size is 2, expected no value in a model without MoE layers",
+    ),
+    (
+        {PP: 5},
+        5,
+        "--pipeline-model-parallel-size is 5, expected a divisor of --num-layers (12): "
+        "1, 2, 3, 4, 6, 12",
+    ),
+    (
+        {PP: 2, VPP: 2, VPR: 3},
+        2,
+        "--num-virtual-stages-per-pipeline-rank is 3, expected no value beside "
+        "--num-layers-per-virtual-pipeline-stage 2: give one",
+    ),
+    (
+        {PP: 2, VPP: 4},
+        2,
+        "--num-layers-per-virtual-pipeline-stage is 4, expected a divisor of the layers of one "
+        "pipeline rank (6): 1, 2, 3, 6",
+    ),
+    (
+        {PP: 2, VPR: 4},
+        2,
+        "--num-virtual-stages-per-pipeline-rank is 4, expected a divisor of the layers of one "
+        "pipeline rank (6)",
+    ),
+    (
+        {VPR: 2},
+        1,
+        "--num-virtual-stages-per-pipeline-rank is 2, expected no value with "
+        "--pipeline-model-parallel-size 1: interleaving needs stages",
+    ),
+    (
+        {VPP: 3},
+        1,
+        "--num-layers-per-virtual-pipeline-stage is 3, expected no value with "
+        "--pipeline-model-parallel-size 1",
+    ),
+    (
+        {PP: 2, VPR: 2, "global_batch_size": 6},
+        2,
+        "--global-batch-size is 6, expected a multiple of micro-batch x data-parallel x pipeline "
+        "size (4)",
+    ),
+    (
+        {"global_batch_size": 6},
+        2,
+        "--global-batch-size is 6, expected a multiple of micro-batch x data-parallel size "
+        "(2 x 2 = 4)",
+    ),
+    ({"global_batch_size": 0}, 1, "--global-batch-size is 0, expected a multiple of micro-batch"),
+    ({"micro_batch_size": 0}, 1, "--micro-batch-size is 0, expected at least 1"),
+    (
+        {"overlap_param_gather": True, "overlap_grad_reduce": True},
+        1,
+        "--use-distributed-optimizer is False, expected True: --overlap-param-gather needs it",
+    ),
+    (
+        {"overlap_param_gather": True, "use_distributed_optimizer": True},
+        1,
+        "--overlap-grad-reduce is False, expected True: --overlap-param-gather needs it",
+    ),
+    (
+        {"recompute_granularity": "full", "recompute_num_layers": 1},
+        1,
+        "--recompute-method is None, expected uniform or block with --recompute-granularity full",
+    ),
+    (
+        {"recompute_granularity": "full", "recompute_method": "uniform"},
+        1,
+        "--recompute-num-layers is None, expected 1 to 12, the layers of one model chunk",
+    ),
+    (
+        {
+            PP: 2,
+            "recompute_granularity": "full",
+            "recompute_method": "block",
+            "recompute_num_layers": 7,
+        },
+        2,
+        "--recompute-num-layers is 7, expected 1 to 6, the layers of one model chunk",
+    ),
+    (
+        {"recompute_method": "block"},
+        1,
+        "--recompute-method is 'block', expected no value without --recompute-granularity full",
+    ),
+    (
+        {"recompute_granularity": "selective", "recompute_num_layers": 1},
+        1,
+        "--recompute-num-layers is 1, expected no value without --recompute-granularity full",
+    ),
+    (
+        {"recompute_granularity": "selective", "recompute_modules": ()},
+        1,
+        "--recompute-modules is (), expected at least one of core_attn, mlp, moe",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "world_size", "message"), BAD)
+def test_a_layout_that_does_not_fit_is_refused_by_name(
+    changes: dict[str, Any], world_size: int, message: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        resolve_layout(config(**changes), world_size)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_padded_vocabulary_must_divide() -> None:
+    assert resolve_layout(config(**{TP: 3, SP: True, "seq_length": 63}), 3, 384).tp == 3
+    with pytest.raises(UsageError) as caught:
+        resolve_layout(config(**{TP: 3, SP: True, "seq_length": 63}), 3, 256)
+    assert str(caught.value).startswith(
+        "--tensor-model-parallel-size is 3, expected a divisor of the padded vocabulary (256): 1, 2"
+    )
+
+
+def test_a_dense_model_may_split_tensors_without_splitting_the_sequence() -> None:
+    layout = resolve_layout(config(**{TP: 2, "moe_layer_freq": "[0]*12"}), 2)
+    assert (layout.tp, layout.etp, layout.sequence_parallel) == (2, 2, False)
