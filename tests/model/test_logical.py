@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from megatron_moe.model.logical import (
     logical_parameters,
 )
 
+ROOT = Path(__file__).parents[2]
 MODEL = ModelConfig(
     num_layers=2,
     hidden_size=64,
@@ -140,7 +142,9 @@ def test_values_are_the_same_in_another_process() -> None:
         "t = initial_tensor('a.b', LogicalParameter((3, 5), 0.5, 'expert'), 11)\n"
         "print([v.hex() for v in t.flatten().tolist()])"
     )
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     here = initial_tensor("a.b", LogicalParameter((3, 5), 0.5, "expert"), 11)
     assert run.stdout.strip() == str([v.hex() for v in here.flatten().tolist()])
 
@@ -192,4 +196,5 @@ def test_names_and_shapes_need_no_torch() -> None:
         "logical_parameters(ModelConfig(), MoEConfig(), 128)\n"
         "sys.exit('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False)
+    assert run.returncode == 0

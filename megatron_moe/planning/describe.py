@@ -1,0 +1,241 @@
+"""What a configuration means: sizes, parameters, FLOPs and layout, as text or JSON (`--describe`).
+
+Integers only: neither torch, a launcher, data nor a GPU is needed, so it answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_moe.config import RunConfig, moe_layer_pattern
+from megatron_moe.data.tokenizer import build_tokenizer, padded_vocab_size
+from megatron_moe.errors import UsageError
+from megatron_moe.model.counting import (
+    ParameterCounts,
+    RankParameters,
+    TokenFlops,
+    count_parameters,
+    fewest_ranks,
+    flops_per_token,
+    parameters_per_rank,
+)
+from megatron_moe.model.logical import expert_width
+from megatron_moe.parallel.launch import launched
+from megatron_moe.parallel.layout import Layout, resolve_layout
+
+ASSUMED_VOCAB = 8192
+"""Vocabulary described when neither a tokenizer nor `--vocab-size` says one; the text says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What `--describe` tells."""
+
+    config: RunConfig
+    vocab_size: int
+    """V, padded."""
+    vocab_assumed: bool
+    """Nothing said what V is, and `ASSUMED_VOCAB` was taken."""
+    parameters: ParameterCounts
+    flops: TokenFlops
+    """Per token of a sequence of `--seq-length`."""
+    layout: Layout
+    per_stage: tuple[RankParameters, ...]
+    """Parameters on each rank of every pipeline stage."""
+
+    def text(self) -> str:
+        """For reading."""
+        sections = (
+            self._model_lines(),
+            self._parameter_lines(),
+            self._flops_lines(),
+            self._layout_lines(),
+            self._config_lines(),
+        )
+        return "\n\n".join("\n".join(lines) for lines in sections)
+
+    def to_json(self) -> str:
+        """For programs: one object with config, vocabulary, parameters, flops_per_token, layout."""
+        counts, flops = self.parameters, self.flops
+        values = {
+            "config": self.config.to_dict(),
+            "vocabulary": {"padded_size": self.vocab_size, "assumed": self.vocab_assumed},
+            "parameters": {
+                "total": counts.total,
+                "total_without_embeddings": counts.total_without_embeddings,
+                "activated": counts.activated,
+                "activated_without_embeddings": counts.activated_without_embeddings,
+                "by_kind": counts.by_kind,
+                "activated_by_kind": counts.activated_by_kind,
+            },
+            "flops_per_token": {
+                "forward": flops.forward,
+                "training": flops.training,
+                "forward_by_part": dataclasses.asdict(flops),
+            },
+            "layout": dataclasses.asdict(self.layout),
+            "parameters_per_rank": [
+                {"stage": stage, **dataclasses.asdict(rank), "total": rank.total}
+                for stage, rank in enumerate(self.per_stage)
+            ],
+        }
+        return json.dumps(values, indent=2)
+
+    def _model_lines(self) -> list[str]:
+        model, moe = self.config.model, self.config.moe
+        pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
+        where = ", ".join(str(i) for i, is_moe in enumerate(pattern) if is_moe) or "none"
+        shared = moe.moe_shared_expert_intermediate_size
+        assumed = " (assumed: neither --vocab-size nor a tokenizer is given)"
+        tied = "untied" if model.untie_embeddings_and_output_weights else "tied"
+        return [
+            "Model",
+            f"  layers        {model.num_layers}, MoE layers (from 0): {where}",
+            f"  hidden        {model.hidden_size}",
+            f"  attention     {model.num_attention_heads} heads x {model.kv_channels}",
+            f"  feed-forward  {model.ffn_hidden_size}, {model.ffn_variant}",
+            f"  experts       {moe.num_experts} x {expert_width(model, moe)}, "
+            f"{moe.moe_router_topk} a token, "
+            + (f"shared {shared}, {moe.moe_shared_expert_placement}" if shared else "none shared"),
+            f"  vocabulary    {self.vocab_size} padded, {tied}{assumed * self.vocab_assumed}",
+        ]
+
+    def _parameter_lines(self) -> list[str]:
+        counts = self.parameters
+        rows: list[tuple[str, int, int]] = [
+            (kind, total, counts.activated_by_kind[kind]) for kind, total in counts.by_kind.items()
+        ]
+        rows.append(("all", counts.total, counts.activated))
+        without = (counts.total_without_embeddings, counts.activated_without_embeddings)
+        rows.append(("without embeddings", *without))
+        return [*_table("Parameters", ("total", "activated by a token"), rows)]
+
+    def _flops_lines(self) -> list[str]:
+        parts = dataclasses.asdict(self.flops)
+        rows = [(part.replace("_", " "), count, 3 * count) for part, count in parts.items()]
+        rows.append(("all", self.flops.forward, self.flops.training))
+        title = f"FLOPs per token at {self.config.data.seq_length} tokens"
+        return [*_table(title, ("forward", "forward + backward"), rows)]
+
+    def _layout_lines(self) -> list[str]:
+        layout = self.layout
+        rows = [
+            (f"each rank of stage {stage}", rank.dense, rank.expert, rank.total)
+            for stage, rank in enumerate(self.per_stage)
+        ]
+        return [
+            f"Layout of {layout.world_size} ranks",
+            f"  dense         TP {layout.tp} x PP {layout.pp} x DP {layout.dp}",
+            f"  experts       ETP {layout.etp} x EP {layout.ep} x PP {layout.pp} x DP {layout.edp}",
+            f"  model chunks  {layout.num_chunks} a rank, {layout.layers_per_chunk} layers each",
+            f"  batch         {layout.global_batch_size} sequences = {layout.micro_batch_size}"
+            f" x DP {layout.dp} x {layout.num_microbatches} micro-batches",
+            "",
+            *_table("Parameters per rank", ("dense", "expert", "all"), rows),
+        ]
+
+    def _config_lines(self) -> list[str]:
+        return ["Configuration", *_config_lines(self.config.to_dict())]
+
+
+def describe(
+    config: RunConfig, how: Literal["text", "json"] = "text", world_size: int | None = None
+) -> str:
+    """The text of `--describe`.
+
+    Args:
+        config: the resolved configuration.
+        how: `text` or `json`.
+        world_size: ranks; `None` takes the launcher's, or the fewest that the layout needs.
+
+    Raises:
+        UsageError: the layout, the sizes or the tokenizer are impossible.
+    """
+    assumed = _vocab_unknown(config)
+    vocab_size = ASSUMED_VOCAB
+    if not assumed:
+        vocab_size = padded_vocab_size(config.data, build_tokenizer(config.data))
+    description = describe_layout(config, None, vocab_size, world_size)
+    description = dataclasses.replace(description, vocab_assumed=assumed)
+    return description.text() if how == "text" else description.to_json()
+
+
+def describe_layout(
+    config: RunConfig, layout: Layout | None, vocab_size: int, world_size: int | None = None
+) -> Description:
+    """Describe a configuration with a known vocabulary.
+
+    Args:
+        config: the resolved configuration.
+        layout: how it is laid out; `None` works it out for ``world_size`` ranks.
+        vocab_size: V, padded.
+        world_size: see `describe`; not needed with a layout.
+    """
+    if layout is None:
+        ranks = world_size if world_size is not None else _default_world_size(config)
+        if ranks < 1:
+            raise UsageError("--world-size", ranks, "at least 1")
+        layout = resolve_layout(config, ranks, vocab_size)
+    sizes = (config.model, config.moe, vocab_size)
+    return Description(
+        config=config,
+        vocab_size=vocab_size,
+        vocab_assumed=False,
+        parameters=count_parameters(*sizes),
+        flops=flops_per_token(*sizes, config.data.seq_length),
+        layout=layout,
+        per_stage=parameters_per_rank(
+            *sizes,
+            tp=layout.tp,
+            pp=layout.pp,
+            vp=layout.num_chunks,
+            ep=layout.ep,
+            etp=layout.etp,
+        ),
+    )
+
+
+def _vocab_unknown(config: RunConfig) -> bool:
+    return config.data.tokenizer_type == "NullTokenizer" and config.data.vocab_size is None
+
+
+def _default_world_size(config: RunConfig) -> int:
+    here = launched()
+    if not here.alone:
+        return here.world_size
+    parallel = config.parallel
+    tp = parallel.tensor_model_parallel_size
+    degrees = {
+        "tp": tp,
+        "pp": parallel.pipeline_model_parallel_size,
+        "ep": parallel.expert_model_parallel_size,
+        "etp": parallel.expert_tensor_parallel_size or tp,
+    }
+    # Degrees below one are refused by `resolve_layout`, which names their flags.
+    return fewest_ranks(**{name: max(degree, 1) for name, degree in degrees.items()})
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> Iterator[str]:
+    """A title with column heads, and rows of a name and integers, aligned."""
+    first = max(len(title), *(len(row[0]) + 2 for row in rows))
+    widths = [
+        max(len(column), *(len(f"{row[i]:,}") for row in rows))
+        for i, column in enumerate(columns, 1)
+    ]
+    heads = "  ".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True))
+    yield f"{title:<{first}}  {heads}"
+    for name, *values in rows:
+        cells = "  ".join(f"{v:>{w},}" for v, w in zip(values, widths, strict=True))
+        yield f"{'  ' + name:<{first}}  {cells}"
+
+
+def _config_lines(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    for section, values in sections.items():
+        yield f"  {section}"
+        for name, value in values.items():
+            shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
+            yield f"    {'--' + name.replace('_', '-'):<44}{shown}"

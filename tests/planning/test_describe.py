@@ -1,0 +1,118 @@
+"""`--describe`: complete, consistent with the counts, without torch or a launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_moe.config import DataConfig, ParallelConfig, RunConfig
+from megatron_moe.config.presets import OPENMOE_VOCAB, PRESETS
+from megatron_moe.errors import UsageError
+from megatron_moe.planning.describe import ASSUMED_VOCAB, describe, describe_layout
+
+ROOT = Path(__file__).parents[2]
+LAYOUT = ParallelConfig(
+    tensor_model_parallel_size=4,
+    pipeline_model_parallel_size=4,
+    expert_model_parallel_size=32,
+    expert_tensor_parallel_size=1,
+    sequence_parallel=True,
+)
+LARGE = replace(PRESETS["openmoe-34b-32e-released"], parallel=LAYOUT)
+
+
+def test_text_tells_sizes_parameters_flops_layout_and_every_setting() -> None:
+    text = describe(LARGE)
+    for shown in (
+        "MoE layers (from 0): 3, 7, 11, 15, 19, 23, 27, 31",
+        "24 heads x 128",
+        "46,270,737,408",  # all parameters
+        "8,456,727,552",  # activated without embeddings
+        "18,891,079,680",  # forward FLOPs per token
+        "TP 4 x PP 4 x DP 8",
+        "ETP 1 x EP 32 x PP 4 x DP 1",
+        "876,632,064",  # a rank of the first stage
+    ):
+        assert shown in text
+    settings = [line.split()[0] for line in text.splitlines() if line.startswith("    --")]
+    expected = [
+        "--" + name.replace("_", "-") for section in LARGE.to_dict().values() for name in section
+    ]
+    assert settings == expected
+
+
+def test_json_holds_the_same_and_gives_the_configuration_back() -> None:
+    values = json.loads(describe(LARGE, "json"))
+    assert RunConfig.from_dict(values["config"], "describe") == LARGE
+    assert values["vocabulary"] == {"padded_size": OPENMOE_VOCAB, "assumed": False}
+    assert values["parameters"]["total"] == 46_270_737_408
+    assert sum(values["parameters"]["by_kind"].values()) == values["parameters"]["total"]
+    flops = values["flops_per_token"]
+    assert sum(flops["forward_by_part"].values()) * 3 == flops["training"] == 56_673_239_040
+    assert [rank["stage"] for rank in values["parameters_per_rank"]] == [0, 1, 2, 3]
+    assert values["parameters_per_rank"][3]["total"] == 876_635_136
+    assert values["layout"]["world_size"] == 128
+
+
+def test_world_size_is_the_one_asked_for_or_the_fewest_ranks() -> None:
+    config = PRESETS["openmoe-base-16e"]
+    assert describe_layout(config, None, OPENMOE_VOCAB, 8).layout.dp == 8
+    assert describe_layout(config, None, OPENMOE_VOCAB).layout.world_size == 1
+    layout = describe_layout(config, None, OPENMOE_VOCAB, 4).layout
+    assert describe_layout(config, layout, OPENMOE_VOCAB).layout is layout
+
+
+def test_world_size_of_a_launcher_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = {"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    config = PRESETS["openmoe-base-16e"]
+    assert describe_layout(config, None, OPENMOE_VOCAB).layout.world_size == 4
+
+
+def test_an_unknown_vocabulary_is_assumed_and_said() -> None:
+    text = describe(PRESETS["openmoe-tiny"])
+    assert f"{ASSUMED_VOCAB} padded, tied (assumed" in text
+    given = replace(PRESETS["openmoe-tiny"], data=DataConfig(vocab_size=1000))
+    assert "1024 padded, tied\n" in describe(given)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world_size", "flag"),
+    [
+        (ParallelConfig(expert_model_parallel_size=3), None, "--expert-model-parallel-size"),
+        (ParallelConfig(pipeline_model_parallel_size=0), None, "--pipeline-model-parallel-size"),
+        (ParallelConfig(), 0, "--world-size"),
+        (ParallelConfig(tensor_model_parallel_size=2), 3, "--tensor-model-parallel-size"),
+    ],
+)
+def test_impossible_layouts_are_refused(
+    parallel: ParallelConfig, world_size: int | None, flag: str
+) -> None:
+    with pytest.raises(UsageError, match=flag):
+        describe(replace(PRESETS["openmoe-base-16e"], parallel=parallel), "text", world_size)
+
+
+def test_a_missing_tokenizer_is_refused() -> None:
+    data = DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model="/nowhere.model")
+    with pytest.raises(UsageError, match="--tokenizer-model"):
+        describe(replace(PRESETS["openmoe-base-16e"], data=data))
+
+
+def test_it_needs_neither_torch_nor_megatron() -> None:
+    script = (
+        "import sys\n"
+        "from megatron_moe.config.presets import PRESETS\n"
+        "from megatron_moe.planning.describe import describe\n"
+        "describe(PRESETS['openmoe-8b-32e'])\n"
+        "sys.exit('torch' in sys.modules or 'megatron.core' in sys.modules)"
+    )
+    environment = {name: v for name, v in os.environ.items() if name != "WORLD_SIZE"}
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=False)
+    assert run.returncode == 0
