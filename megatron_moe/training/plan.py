@@ -58,7 +58,8 @@ def _iterations(config: RunConfig, global_batch_size: int) -> int:
         return samples // global_batch_size
     if iterations is None:
         raise UsageError("--train-iters", None, "a number of steps", "or give --train-samples")
-    return _at_least("--train-iters", iterations, 1)
+    _at_least("--train-iters", iterations, 1)
+    return iterations
 
 
 def _check_intervals(config: RunConfig) -> None:
@@ -104,8 +105,7 @@ def _check_optimizer(optimizer: OptimizerConfig, decay: int) -> None:
         raise UsageError("--lr-warmup-iters", optimizer.lr_warmup_iters, expected)
 
 
-def _at_least(flag: str, value: int, least: int) -> int:
+def _at_least(flag: str, value: float, least: int) -> None:
     """Also refuses NaN, which is not at least anything."""
     if not value >= least:
         raise UsageError(flag, value, f"at least {least}")
-    return value

@@ -1,0 +1,98 @@
+"""The lines of the log, as pure functions of what they tell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+
+from megatron_moe.checkpoint import TrainState
+from megatron_moe.config import LoggingConfig
+from megatron_moe.data.pipeline import Data
+from megatron_moe.model.counting import count_parameters
+from megatron_moe.moe.layer import MoELayer
+from megatron_moe.moe.statistics import LayerStatistics
+from megatron_moe.training.metrics import StepRecord, Summary, Throughput, mean_loss
+from megatron_moe.training.run import TrainingRun
+
+Layers = Mapping[int, LayerStatistics]
+"""Routing since the last log interval, by 0-based layer number."""
+
+
+def starting_lines(run: TrainingRun, data: Data, state: TrainState) -> list[str]:
+    """Where the run is, how it is laid out, what it trains, which implementations were taken."""
+    config, layout, platform = run.config, run.ctx.layout, run.ctx.platform
+    counts = count_parameters(config.model, config.moe, run.vocab_size)
+    lines = [
+        f" platform {platform.kind}, {platform.backend}, "
+        f"{len(platform.patches)} patches of the engine, {'bf16' if config.train.bf16 else 'fp32'}",
+        f" layout: world {layout.world_size} = TP {layout.tp} x PP {layout.pp} x DP {layout.dp};"
+        f" experts ETP {layout.etp} x EP {layout.ep} x EDP {layout.edp};"
+        f" chunks per stage {layout.num_chunks}",
+        f" model: {counts.total:,} parameters, {counts.activated:,} activated per token,"
+        f" vocabulary {run.vocab_size}",
+        f" step: {layout.global_batch_size} sequences of {config.data.seq_length}"
+        f" = {layout.num_microbatches} micro-batches of {layout.micro_batch_size} on {layout.dp}"
+        f" data-parallel ranks; {run.plan.iterations} iterations",
+        f" training data {data.fingerprint}; validation {'yes' if data.has_valid else 'none'}",
+    ]
+    layer = next((m for c in run.chunks for m in c.modules() if isinstance(m, MoELayer)), None)
+    if layer is not None:
+        lines.append(f" {layer.describe(layer.router_weight)}")
+    if state.iteration:
+        lines.append(f" going on from iteration {state.iteration} of {config.checkpoint.load}")
+    return lines
+
+
+def progress_line(
+    records: Sequence[StepRecord],
+    speed: Throughput,
+    layers: Layers,
+    iterations: int,
+) -> str:
+    """One interval in one line: means over the interval for losses, the last step for the rest."""
+    last = records[-1]
+    parts = [
+        f" iteration {last.iteration}/{iterations}",
+        f"samples {last.consumed_samples}",
+        f"lr {last.learning_rate:.4E}",
+        f"lm loss {mean_loss(records):.6E}",
+    ]
+    if layers:
+        parts += [
+            f"aux {mean(layer.aux_loss for layer in layers.values()):.4f}",
+            f"router z {mean(layer.z_loss for layer in layers.values()):.4f}",
+            f"dropped {mean(layer.drop_rate for layer in layers.values()):.2%}",
+        ]
+    parts += [
+        f"grad norm {last.grad_norm:.4f}",
+        f"{speed.tokens_per_second:.0f} tokens/s",
+        f"{speed.tflops_per_device:.4g} TFLOP/s/device",
+    ]
+    if speed.mfu is not None:
+        parts.append(f"MFU {speed.mfu:.1%}")
+    parts += [
+        f"{speed.memory_bytes / 2**20:.0f} MiB",
+        f"{speed.seconds_per_step * 1e3:.1f} ms/iter",
+    ]
+    return " | ".join(parts)
+
+
+def final_lines(summary: Summary, logging: LoggingConfig) -> list[str]:
+    """First and last training loss, held-out loss, speed, where to look."""
+    state = summary.state
+    lines = [
+        f" done at iteration {state.iteration}, {state.consumed_train_samples} samples consumed"
+    ]
+    if summary.first is not None and summary.last is not None:
+        lines.append(
+            f" training loss: first {summary.first.lm_loss:.6f} (iteration"
+            f" {summary.first.iteration}), last {summary.last.lm_loss:.6f} (iteration"
+            f" {summary.last.iteration}) | {summary.tokens_per_second:.0f} tokens/s"
+        )
+    if summary.valid is not None:
+        lines.append(
+            f" validation loss: {summary.valid.lm_loss:.6f} over {summary.valid.targets} targets"
+        )
+    if logging.tensorboard_dir is not None:
+        lines.append(f" logs: tensorboard --logdir {logging.tensorboard_dir}")
+    return lines

@@ -1,0 +1,110 @@
+"""Gradient buffers, optimizer and one parameter update, over Megatron-Core's.
+
+The update is split so that the gradient norm is known, and found finite, before any parameter
+changes; and so that the norm costs one host read per step. Both the norm and clipping are ours: the
+engine's are the same quantity, but without Apex or Transformer Engine they read every gradient's
+norm back one by one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig as EngineOptimizerConfig
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_moe.config import OptimizerConfig, RunConfig
+from megatron_moe.model.openmoe import OpenMoEModel
+
+
+def wrap_chunks(
+    config: RunConfig, chunks: Sequence[OpenMoEModel], pgs: ProcessGroupCollection
+) -> list[DistributedDataParallel]:
+    """Give every chunk its gradient buffers, reduced in fp32 over its data-parallel replicas.
+
+    Gradients are averaged over the data-parallel size, those of experts too, although each expert
+    has fewer replicas than that: the tokens of the other ranks reach it by the all-to-all.
+    """
+    parallel = config.parallel
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+    )
+    return [
+        # As in Megatron-LM, chunks after the first are not on the critical path: one bucket each.
+        DistributedDataParallel(
+            chunk.config, ddp, chunk, disable_bucketing=index > 0, pg_collection=pgs
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def build_optimizer(
+    config: RunConfig, wrapped: Sequence[DistributedDataParallel], pgs: ProcessGroupCollection
+) -> MegatronOptimizer:
+    """Megatron-Core's optimizer with our settings; norms (one-dimensional weights) do not decay."""
+    ours, parallel = config.optimizer, config.parallel
+    engine = EngineOptimizerConfig(
+        optimizer=ours.optimizer,
+        lr=ours.lr,
+        min_lr=ours.min_lr,
+        weight_decay=ours.weight_decay,
+        adam_beta1=ours.adam_beta1,
+        adam_beta2=ours.adam_beta2,
+        adam_eps=ours.adam_eps,
+        sgd_momentum=ours.sgd_momentum,
+        clip_grad=ours.clip_grad,
+        bf16=config.train.bf16,
+        params_dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    return get_megatron_optimizer(
+        engine, list(wrapped), use_gloo_process_groups=False, pg_collection=pgs
+    )
+
+
+def set_rates(optimizer: MegatronOptimizer, settings: OptimizerConfig, lr: float) -> None:
+    """Set the learning rate of the next update, and the weight decay of groups that decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
+
+
+def grad_norm(optimizer: MegatronOptimizer, device: torch.device) -> float:
+    """The norm of the whole model's gradient, the same number on every rank.
+
+    Each logical element counts once: not again for tensor-parallel copies, tied copies on another
+    stage, or data-parallel replicas. Squares are added in fp64. One host read.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for part in _parts(optimizer):
+        grads = part.get_main_grads_for_grad_norm()
+        squares = torch.zeros_like(total)
+        if grads:
+            norms = torch.stack(torch._foreach_norm(grads))
+            squares += norms.double().square().sum()
+        torch.distributed.all_reduce(squares, group=part.get_grad_stats_parallel_group())
+        total += squares
+    return math.sqrt(total.item())
+
+
+def clip_gradients(optimizer: MegatronOptimizer, norm: float, limit: float) -> None:
+    """Scale all gradients so that their norm is at most ``limit``; 0 leaves them as they are."""
+    if limit <= 0 or norm <= limit:
+        return
+    for part in _parts(optimizer):
+        grads = [p.grad for p in part.get_parameters() if p.grad is not None]
+        if grads:
+            torch._foreach_mul_(grads, limit / norm)
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """Dense and expert parameters have an optimizer each, on every rank, be it without any."""
+    return list(getattr(optimizer, "chained_optimizers", [optimizer]))

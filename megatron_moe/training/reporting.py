@@ -1,0 +1,152 @@
+"""What a run tells: progress lines, TensorBoard, the metrics file. Rank 0 writes, others do not.
+
+The tags of TensorBoard are listed in docs/training.md.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_moe.checkpoint import TrainState
+from megatron_moe.config import LoggingConfig
+from megatron_moe.data.pipeline import Data
+from megatron_moe.moe.statistics import LayerStatistics
+from megatron_moe.training.lines import final_lines, progress_line, starting_lines
+from megatron_moe.training.metrics import StepRecord, Summary, Throughput
+from megatron_moe.training.run import TrainingRun
+
+Layers = Mapping[int, LayerStatistics]
+"""Routing since the last log interval, by 0-based layer number."""
+
+
+class Reporter:
+    """Writes to standard output, TensorBoard and the metrics file.
+
+    Args:
+        logging: where to write.
+        iterations: steps of the whole run, for `12/100`.
+        writes: whether this rank writes.
+    """
+
+    def __init__(self, logging: LoggingConfig, iterations: int, writes: bool) -> None:
+        self._logging, self._iterations, self._writes = logging, iterations, writes
+        self._board: SummaryWriter | None = None
+        self._file: Path | None = None
+        if writes and logging.tensorboard_dir is not None:
+            self._board = SummaryWriter(logging.tensorboard_dir)
+        if writes and logging.metrics_file is not None:
+            self._file = Path(logging.metrics_file)
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+
+    def say(self, line: str) -> None:
+        """One line on standard output, at once."""
+        if self._writes:
+            print(line, flush=True)
+
+    def start(self, run: TrainingRun, data: Data, state: TrainState) -> None:
+        """What is about to run, where, and on what."""
+        if self._writes:
+            for line in starting_lines(run, data, state):
+                self.say(line)
+
+    def end(self, summary: Summary) -> None:
+        """How it went, in the last lines."""
+        if self._writes:
+            for line in final_lines(summary, self._logging):
+                self.say(line)
+        if self._board is not None:
+            self._board.close()
+
+    def interval(
+        self,
+        records: Sequence[StepRecord],
+        speed: Throughput,
+        layers: Layers,
+    ) -> None:
+        """Everything about the steps since the last log interval.
+
+        Args:
+            records: the steps, oldest first.
+            speed: their throughput.
+            layers: their routing.
+        """
+        if not self._writes:
+            return
+        self.say(progress_line(records, speed, layers, self._iterations))
+        if self._file is not None:
+            with self._file.open("a") as file:
+                file.writelines(json.dumps(record.to_json()) + "\n" for record in records)
+        if self._board is not None:
+            self._training_scalars(records, speed)
+            for number, layer in layers.items():
+                self._layer_scalars(number, layer, records[-1].iteration)
+
+    def evaluation(self, name: str, iteration: int, loss: float, targets: int) -> None:
+        """A held-out loss: in the log, and under `{name}/loss` in TensorBoard."""
+        perplexity = math.exp(min(loss, 700.0))
+        self.say(
+            f" {name} at iteration {iteration} | lm loss {loss:.6E}"
+            f" | perplexity {perplexity:.4E} | targets {targets}"
+        )
+        if self._board is not None:
+            self._board.add_scalar(f"{name}/lm loss", loss, iteration)
+            self._board.add_scalar(f"{name}/perplexity", perplexity, iteration)
+
+    def _training_scalars(self, records: Sequence[StepRecord], speed: Throughput) -> None:
+        last, board = records[-1], self._board
+        assert board is not None
+        for record in records:
+            board.add_scalar("train/lm loss", record.lm_loss, record.iteration)
+            board.add_scalar("train/grad norm", record.grad_norm, record.iteration)
+            board.add_scalar("train/learning rate", record.learning_rate, record.iteration)
+            board.add_scalar("train/logit z", record.logit_z, record.iteration)
+        values = {
+            "train/consumed samples": float(last.consumed_samples),
+            "speed/tokens per second": speed.tokens_per_second,
+            "speed/model TFLOPs per device": speed.tflops_per_device,
+            "speed/seconds per step": speed.seconds_per_step,
+            "memory/max allocated MiB": speed.memory_bytes / 2**20,
+        }
+        if speed.mfu is not None:
+            values["speed/MFU"] = speed.mfu
+        for tag, value in values.items():
+            board.add_scalar(tag, value, last.iteration)
+
+    def _layer_scalars(self, number: int, layer: LayerStatistics, iteration: int) -> None:
+        assert self._board is not None
+        prefix = f"moe/layer {number:02d}"
+        for tag, value in layer_values(layer).items():
+            self._board.add_scalar(f"{prefix}/{tag}", value, iteration)
+        _bars(self._board, f"{prefix}/load per expert", layer.load, iteration)
+
+
+def layer_values(layer: LayerStatistics) -> dict[str, float]:
+    """The scalars of one MoE layer, by the end of their tag."""
+    return {
+        "max over mean load": layer.max_over_mean_load,
+        "drop rate": layer.drop_rate,
+        "router entropy": layer.router_entropy,
+        "load balancing loss": layer.aux_loss,
+        "router z loss": layer.z_loss,
+    }
+
+
+def _bars(board: SummaryWriter, tag: str, values: Sequence[float], iteration: int) -> None:
+    """A histogram whose bar at position e is the value of expert e."""
+    positions = range(len(values))
+    board.add_histogram_raw(
+        tag,
+        min=-0.5,
+        max=len(values) - 0.5,
+        num=int(sum(values)),
+        sum=sum(e * value for e, value in zip(positions, values, strict=True)),
+        sum_squares=sum(e * e * value for e, value in zip(positions, values, strict=True)),
+        bucket_limits=[e + 0.5 for e in positions],
+        bucket_counts=list(values),
+        global_step=iteration,
+    )

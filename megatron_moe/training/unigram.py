@@ -1,0 +1,106 @@
+"""The loss of knowing nothing but how often each token occurs: the first bar a model must clear.
+
+Token frequencies are those of all training documents (blended by the weights of their sources, plus
+one count for every id of the vocabulary, so that unseen ids have a finite loss); the loss is taken
+over exactly the held-out targets that a run with this configuration evaluates on.
+V is the vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_moe.config import RunConfig
+from megatron_moe.data.blend import Blend, blends_of
+from megatron_moe.data.indexed_check import Source, inspect_source
+from megatron_moe.data.indexed_format import paths_of
+from megatron_moe.data.pipeline import build_data
+from megatron_moe.data.tokenizer import build_tokenizer, unpadded_vocab_size
+from megatron_moe.errors import UsageError
+
+Counts = npt.NDArray[np.float64]
+
+_CHUNK = 1 << 24
+"""Tokens counted at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnigramLoss:
+    """A baseline and what it was taken from."""
+
+    loss: float
+    """Cross entropy in nats per held-out target."""
+    targets: int
+    """Held-out targets."""
+    training_tokens: int
+    """Tokens counted."""
+
+
+def unigram_loss(config: RunConfig) -> UnigramLoss:
+    """The held-out loss of the unigram model.
+
+    Args:
+        config: data, batch sizes and `--eval-iters` of the run to compare with.
+
+    Raises:
+        UsageError: the data cannot be used, or nothing is held out.
+    """
+    vocab_size = unpadded_vocab_size(config.data, build_tokenizer(config.data))
+    blend = blends_of(config.data)["train"]
+    if blend is None:
+        raise UsageError("--data-path", (), "training data")
+    held_out = held_out_counts(config, vocab_size)
+    frequencies, tokens = training_frequencies(blend, vocab_size)
+    targets = held_out.sum()
+    if targets == 0:
+        raise UsageError("--eval-iters", config.train.eval_iters, "an evaluation with targets")
+    loss = -(held_out * np.log(frequencies)).sum() / targets
+    return UnigramLoss(loss=float(loss), targets=int(targets), training_tokens=tokens)
+
+
+def held_out_counts(config: RunConfig, vocab_size: int) -> Counts:
+    """How often each id [V] is a target of the validation set."""
+    micro = config.train.micro_batch_size
+    data = build_data(
+        config,
+        dp_rank=0,
+        dp_size=1,
+        num_microbatches=(config.train.global_batch_size or micro) // micro,
+        consumed_train_samples=0,
+        reads_data=True,
+    )
+    counts = np.zeros(vocab_size)
+    for batch in data.valid() or ():
+        targets = batch.labels_BS[batch.loss_mask_BS > 0].numpy()
+        counts += np.bincount(targets, minlength=vocab_size)
+    return counts
+
+
+def training_frequencies(blend: Blend, vocab_size: int) -> tuple[Counts, int]:
+    """Smoothed probability of each id [V] in the training documents, and how many were counted."""
+    sources = [inspect_source(prefix) for prefix in blend.prefixes]
+    counts = [source_counts(source, blend.bounds, vocab_size) for source in sources]
+    totals = [float(c.sum()) for c in counts]
+    tokens = sum(totals)
+    weights = blend.weights or totals
+    mixed = np.zeros(vocab_size)
+    for weight, count, total in zip(weights, counts, totals, strict=True):
+        mixed += weight / sum(weights) * tokens * count / total
+    return (mixed + 1.0) / (tokens + vocab_size), int(tokens)
+
+
+def source_counts(source: Source, bounds: tuple[float, float], vocab_size: int) -> Counts:
+    """How often each id [V] occurs between two shares of a source's documents."""
+    first, last = (round(bound * float(source.sequences)) for bound in bounds)
+    lengths = source.lengths()
+    start = int(lengths[:first].sum(dtype=np.int64))
+    stop = start + int(lengths[first:last].sum(dtype=np.int64))
+    tokens = np.memmap(paths_of(source.prefix)[0], source.dtype, "r")
+    counts = np.zeros(vocab_size)
+    for begin in range(start, stop, _CHUNK):
+        part = np.asarray(tokens[begin : min(begin + _CHUNK, stop)])
+        counts += np.bincount(part, minlength=vocab_size)
+    return counts

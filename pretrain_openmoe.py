@@ -1,0 +1,67 @@
+"""Pretrain OpenMoE: configuration -> platform -> layout -> data -> model -> training.
+
+    torchrun --nproc-per-node 2 pretrain_openmoe.py --preset openmoe-tiny \
+        --expert-model-parallel-size 2 --data-path corpus_text_document --train-iters 100
+    python pretrain_openmoe.py --preset openmoe-8b-32e --describe
+
+All flags: --help. What happens in a step, and what is reported: docs/training.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_moe.config import RunConfig
+from megatron_moe.config.cli import Command, parse_args
+from megatron_moe.parallel.launch import run_or_exit
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: describe or train."""
+    run_or_exit(lambda: _execute(parse_args(argv)))
+
+
+def _execute(command: Command) -> None:
+    if command.describe is None:
+        pretrain(command.config)
+    else:
+        from megatron_moe.planning.describe import describe
+
+        print(describe(command.config, command.describe, command.world_size))
+
+
+def pretrain(config: RunConfig) -> None:
+    """Train on the ranks that the launcher started."""
+    from megatron_moe.data.tokenizer import build_tokenizer, padded_vocab_size
+    from megatron_moe.model.build import build_model
+    from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
+    from megatron_moe.parallel.launch import launched
+    from megatron_moe.parallel.layout import resolve_layout
+    from megatron_moe.platform import activate
+    from megatron_moe.training.loop import train
+    from megatron_moe.training.placement import check_coordinates, open_data
+    from megatron_moe.training.plan import resolve_plan
+    from megatron_moe.training.reporting import Reporter
+    from megatron_moe.training.resume import load_run, starting_point
+    from megatron_moe.training.run import prepare_run
+
+    platform = activate(config.parallel.distributed_backend)
+    here = launched()
+    vocab_size = padded_vocab_size(config.data, build_tokenizer(config.data))
+    layout = resolve_layout(config, here.world_size, vocab_size)
+    plan = resolve_plan(config, layout.global_batch_size)
+    start = starting_point(config)
+    data = open_data(config, layout, here.rank, start.consumed_train_samples)
+    ctx = initialize_parallel(layout, config.parallel, platform, config.train.seed)
+    check_coordinates(layout, ctx)
+    chunks = build_model(config, layout, ctx.pgs, vocab_size, platform.device)
+    run = prepare_run(config, plan, ctx, chunks, vocab_size)
+    reporter = Reporter(config.logging, plan.iterations, writes=ctx.rank == 0)
+    reporter.start(run, data, start)
+    load_run(run, data)
+    reporter.end(train(run, data, start, reporter))
+    destroy_parallel(default_group=True)
+
+
+if __name__ == "__main__":
+    main()
