@@ -1,0 +1,134 @@
+"""Tokenizers: special ids, round trips, vocabulary sizes."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from megatron_moe.config import DataConfig
+from megatron_moe.data.tokenizer import (
+    ByteTokenizer,
+    NullTokenizer,
+    build_tokenizer,
+    padded_vocab_size,
+    unpadded_vocab_size,
+)
+from megatron_moe.errors import UsageError
+
+TEXTS = ["", "plain words", "  two\n\n\tlines \r\n", "naïve 日本語 😀", "a</s>b<pad>"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    words = [f"word{i} and wörd{i % 7} of {i * i}" for i in range(500)]
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words),
+        model_writer=buffer,
+        vocab_size=400,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
+        minloglevel=2,
+    )
+    path = tmp_path_factory.mktemp("model") / "t.model"
+    path.write_bytes(buffer.getvalue())
+    return path
+
+
+def test_sentencepiece_against_the_library(model: Path) -> None:
+    tokenizer = build_tokenizer(
+        DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model))
+    )
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    assert (tokenizer.pad, tokenizer.eod, tokenizer.unk) == (0, 1, 2)
+    assert tokenizer.vocab_size == reference.get_piece_size() == 400
+    for text in TEXTS:
+        ids = tokenizer.tokenize(text)
+        assert ids == reference.encode(text)
+        assert tokenizer.detokenize(ids) == text
+        assert not {tokenizer.pad, tokenizer.eod} & set(ids)
+    padded = [*tokenizer.tokenize("word1"), 400, 511]
+    assert tokenizer.detokenize(padded).startswith("word1")
+
+
+def test_identity_follows_the_model(model: Path, tmp_path: Path) -> None:
+    def identity(path: Path) -> str:
+        data = DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(path))
+        return build_tokenizer(data).identity
+
+    copy = tmp_path / "moved.model"
+    copy.write_bytes(model.read_bytes())
+    assert identity(copy) == identity(model)
+    changed = bytearray(model.read_bytes())
+    place = changed.index(b"word")
+    changed[place : place + 4] = b"WORD"
+    copy.write_bytes(changed)
+    assert identity(copy) != identity(model)
+
+
+def test_bytes() -> None:
+    tokenizer = ByteTokenizer()
+    assert tokenizer.tokenize("a\n é") == [100, 13, 35, 0xC3 + 3, 0xA9 + 3]
+    assert tokenizer.vocab_size == 259
+    for text in TEXTS:
+        assert tokenizer.detokenize([*tokenizer.tokenize(text), tokenizer.eod]) == text
+    assert tokenizer.detokenize([300]) == "?"
+
+
+def test_null() -> None:
+    tokenizer = NullTokenizer(10)
+    assert tokenizer.tokenize("3 1\n4") == [3, 1, 4]
+    assert tokenizer.detokenize([3, 1, 4]) == "3 1 4"
+    assert (tokenizer.eod, tokenizer.pad, tokenizer.vocab_size) == (9, -1, 10)
+    with pytest.raises(UsageError, match="integers"):
+        tokenizer.tokenize("three")
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "multiple", "padded"),
+    [(None, 128, 384), (259, 1, 259), (384, 128, 384), (385, 128, 512), (256384, 128, 256384)],
+)
+def test_padded_vocabulary(vocab_size: int | None, multiple: int, padded: int) -> None:
+    data = DataConfig(
+        tokenizer_type="ByteTokenizer", vocab_size=vocab_size, make_vocab_size_divisible_by=multiple
+    )
+    assert padded_vocab_size(data, ByteTokenizer()) == padded
+    assert unpadded_vocab_size(data, ByteTokenizer()) == (vocab_size or 259)
+
+
+@pytest.mark.parametrize(
+    ("data", "flag"),
+    [
+        (DataConfig(tokenizer_type="ByteTokenizer", vocab_size=258), "--vocab-size is 258"),
+        (DataConfig(), "--vocab-size is None"),
+        (DataConfig(tokenizer_type="SentencePieceTokenizer"), "--tokenizer-model is None"),
+        (
+            DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model="/no/such"),
+            "'/no/such', expected a readable file",
+        ),
+        (
+            DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=__file__),
+            "expected a SentencePiece model",
+        ),
+    ],
+)
+def test_refusals(data: DataConfig, flag: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        build_tokenizer(data)
+    assert flag in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_divisor_must_be_positive() -> None:
+    data = DataConfig(tokenizer_type="ByteTokenizer", make_vocab_size_divisible_by=0)
+    with pytest.raises(UsageError, match="--make-vocab-size-divisible-by"):
+        padded_vocab_size(data, ByteTokenizer())
