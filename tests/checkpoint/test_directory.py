@@ -1,0 +1,150 @@
+"""Trackers, revisions, manifests: what counts as a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import pytest
+
+from megatron_moe.checkpoint import has_checkpoint, latest_step
+from megatron_moe.checkpoint.directory import (
+    MANIFEST,
+    TRACKER,
+    read_manifest,
+    remove,
+    revisions,
+    step_directory,
+)
+from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
+from tests.checkpoint import toy
+
+
+@pytest.fixture
+def saved(tmp_path):
+    toy.save(tmp_path, 10)
+    toy.save(tmp_path, 20)
+    return tmp_path
+
+
+def test_the_tracker_names_the_step_to_continue_from(saved):
+    assert latest_step(saved) == 20
+    (saved / TRACKER).write_text("10\n")  # a user goes back
+    assert latest_step(saved) == 10
+    assert step_directory(saved)[1].name == "iter_0000010"
+    assert step_directory(saved, 20) == (20, saved / "iter_0000020")
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("", "''"), ("\n", "''"), ("ten", "'ten'"), ("-10", "'-10'"), ("30", "'30'"), ("٣", "'٣'")],
+)
+def test_a_broken_tracker_is_an_error_that_lists_the_steps(saved, text, found):
+    (saved / TRACKER).write_text(text)
+    with pytest.raises(CheckpointError) as error:
+        latest_step(saved)
+    assert TRACKER in str(error.value) and found in str(error.value)
+    assert "--ckpt-step: 10, 20" in str(error.value)
+
+
+def test_a_tracker_whose_step_was_deleted_is_an_error(saved):
+    shutil.rmtree(saved / "iter_0000020")
+    with pytest.raises(CheckpointError, match="a step that is there.*--ckpt-step: 10"):
+        latest_step(saved)
+
+
+def test_a_missing_tracker_beside_checkpoints_is_an_error(saved):
+    (saved / TRACKER).unlink()
+    assert has_checkpoint(saved)
+    with pytest.raises(CheckpointError, match="'missing'"):
+        latest_step(saved)
+
+
+def test_nothing_saved_is_an_error_that_names_the_flag_to_start_afresh(tmp_path):
+    for path in (tmp_path, tmp_path / "absent"):
+        assert not has_checkpoint(path)
+        with pytest.raises(CheckpointError, match="--allow-missing-load"):
+            latest_step(path)
+
+
+def test_an_empty_tracker_alone_is_not_an_empty_directory(tmp_path):
+    (tmp_path / TRACKER).write_text("")
+    assert has_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="there is none"):
+        latest_step(tmp_path)
+
+
+def test_a_second_save_of_a_step_replaces_the_first(saved):
+    toy.save(saved, 20)
+    assert revisions(saved) == {10: [saved / "iter_0000010"], 20: [saved / "iter_0000020-1"]}
+    toy.save(saved, 20)
+    assert revisions(saved)[20] == [saved / "iter_0000020-2"]
+    assert latest_step(saved) == 20
+
+
+def test_the_highest_revision_counts_if_a_kill_left_two(saved):
+    for revision in (2, 10):
+        shutil.copytree(saved / "iter_0000020", saved / f"iter_0000020-{revision}")
+    assert step_directory(saved)[1].name == "iter_0000020-10"
+
+
+def test_temporary_directories_of_killed_saves_never_count_and_are_removed(saved):
+    shutil.copytree(saved / "iter_0000010", saved / ".saving-iter_0000030-abcd")
+    shutil.copytree(saved / "iter_0000010", saved / ".removing-iter_0000030-abcd")
+    assert list(revisions(saved)) == [10, 20]
+    toy.save(saved, 40)
+    assert not [p for p in saved.iterdir() if p.name.startswith(".")]
+
+
+def test_removal_leaves_nothing(saved):
+    remove(saved / "iter_0000010")
+    assert sorted(p.name for p in saved.iterdir()) == ["iter_0000020", TRACKER]
+
+
+def _rewrite(path, change):
+    """Change a manifest and make its digest right again, as an attacker would."""
+    content = json.loads((path / MANIFEST).read_text())
+    change(content)
+    del content["digest"]
+    text = json.dumps(content, sort_keys=True)
+    content["digest"] = hashlib.sha256(text.encode()).hexdigest()
+    (path / MANIFEST).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", ".hidden", "", "x\n"])
+def test_a_manifest_that_leaves_the_checkpoint_is_refused(saved, name):
+    path = saved / "iter_0000020"
+    _rewrite(path, lambda c: c["files"].update({name: {"sha256": "0", "bytes": 1}}))
+    with pytest.raises(Corrupt, match="a name inside the checkpoint"):
+        read_manifest(path)
+
+
+def test_a_link_that_leaves_the_checkpoint_is_refused(saved):
+    path = saved / "iter_0000020"
+    (path / "rank-00000.safetensors").unlink()
+    (path / "rank-00000.safetensors").symlink_to(saved / "iter_0000010/rank-00000.safetensors")
+    with pytest.raises(Corrupt, match="a name inside the checkpoint"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(version=2), "version 1"),
+        (lambda c: c.update(format="other"), "format"),
+        (lambda c: c.update(files=[]), "an object of files"),
+        (lambda c: c["files"].update({"x": {"bytes": 1}}), "sha256 and bytes"),
+    ],
+)
+def test_a_manifest_of_another_kind_is_refused(saved, change, message):
+    _rewrite(saved / "iter_0000020", change)
+    with pytest.raises(Corrupt, match=message):
+        read_manifest(saved / "iter_0000020")
+
+
+def test_a_flipped_digit_in_the_manifest_is_noticed(saved):
+    path = saved / "iter_0000020" / MANIFEST
+    path.write_text(path.read_text().replace('"step": 20', '"step": 21'))
+    with pytest.raises(Corrupt, match="digest"):
+        read_manifest(path.parent)

@@ -1,0 +1,136 @@
+"""Whole checkpoints of a toy model: what is saved is what is loaded, at any cut."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_moe.checkpoint import (
+    CheckpointError,
+    load_logical,
+    read_config,
+    read_metadata,
+    verify,
+)
+from megatron_moe.checkpoint.parts import Part, Replicas, owned
+from megatron_moe.checkpoint.ranks import Ranks
+from megatron_moe.checkpoint.writer import write_checkpoint
+from megatron_moe.config import RunConfig
+from tests.checkpoint import toy
+
+
+def test_a_checkpoint_holds_logical_tensors_in_plain_files(tmp_path):
+    path = toy.save(tmp_path, 10)
+    assert path == tmp_path / "iter_0000010"
+    names = {"config.json", "index.json", "manifest.json", "state.json", "rank-00000.safetensors"}
+    assert {p.name for p in path.iterdir()} == names
+    blocks = load_file(path / "rank-00000.safetensors")
+    assert torch.equal(blocks["model/ffn.weight@0.0"], toy.logical(10)["ffn.weight"])
+    assert torch.equal(blocks["exp_avg/ffn.weight@0.0"], toy.logical(10)["ffn.weight"] * 2)
+    state = json.loads((path / "state.json").read_text())
+    assert state["train"]["consumed_train_samples"] == 80
+    verify(tmp_path)
+    assert read_config(tmp_path) == RunConfig()
+    assert read_metadata(tmp_path).padded_vocab_size == 128
+    loaded = dict(load_logical(tmp_path))
+    assert loaded.keys() == toy.logical().keys()
+    assert all(torch.equal(loaded[name], t) for name, t in toy.logical(10).items())
+
+
+def _save(rank, world_size, *, directory, steps):
+    for step in steps:
+        toy.save(directory, step, Ranks(rank, world_size))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_two_ranks_save_what_any_number_loads(pool, tmp_path, parts):
+    pool.run(_save, 2, directory=tmp_path, steps=[10])
+    verify(tmp_path)
+    whole = toy.logical(10)
+    for part in range(parts):
+        local, states = toy.load(tmp_path / "iter_0000010", part, parts)
+        for shard in local:
+            expected = shard.pieces[0].block_of(whole[shard.local_name])
+            assert torch.equal(shard.param, expected)
+            assert torch.equal(states[shard.param].tensors["exp_avg"], expected.flatten() * 2)
+
+
+def test_replicas_share_the_work_and_write_everything_once(tmp_path):
+    """Three data-parallel ranks: weights go to one each; sharded state stays where it is."""
+    cuts = [0, 5, 11, 48]
+    shares: list[list[Part]] = []
+    for rank in range(3):
+        local = toy.shards(toy.logical(10))
+        states = toy.adam_state(local, cuts[rank], cuts[rank + 1])
+        shares.append(list(owned(local, states, Replicas((rank, 3), (0, 1)))))
+    written = [(p.kind, p.name, p.block) for share in shares for p in share]
+    assert len(written) == len(set(written))
+    weights = [[p.name for p in share if p.kind == "model"] for share in shares]
+    assert weights == [["ffn.weight"], ["norm.weight"], []]
+    for name, tensor in toy.logical(10).items():
+        moments = [p for share in shares for p in share if (p.kind, p.name) == ("exp_avg", name)]
+        assert sum(p.values.numel() for p in moments) == tensor.numel()
+    documents = {"config.json": {}, "state.json": {}}
+    parts = [part for share in shares for part in share]
+    path = write_checkpoint(tmp_path, 1, ranks=Ranks(), parts=parts, documents=documents, header={})
+    assert path.exists()
+
+
+@pytest.mark.parametrize("fault", ["twice", "missing"])
+def test_a_block_written_twice_or_by_nobody_never_becomes_a_checkpoint(tmp_path, fault):
+    local = toy.shards(toy.logical(10), 0, 2) if fault == "missing" else toy.shards(toy.logical(10))
+    parts = list(owned(local, None, Replicas()))
+    if fault == "twice":
+        first = parts[0]
+        half = type(first.block)(first.block.view, (4, 0), (4, 6))
+        parts.append(Part(first.kind, first.name, first.shape, half, first.values[4:]))
+    with pytest.raises(CheckpointError, match="ffn.weight: blocks hold"):
+        write_checkpoint(tmp_path, 1, ranks=Ranks(), parts=parts, documents={}, header={})
+    assert list(tmp_path.iterdir()) == []
+
+
+DAMAGE = {
+    "flipped bit": lambda p: _flip(p),
+    "truncated": lambda p: p.write_bytes(p.read_bytes()[:-1]),
+    "missing": lambda p: p.unlink(),
+    "swapped": lambda p: shutil.copy(p.parents[1] / "iter_0000020" / p.name, p),
+}
+
+
+def _flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize(
+    "name", ["rank-00000.safetensors", "index.json", "state.json", "config.json"]
+)
+def test_damage_to_any_file_is_refused_by_name(tmp_path, damage, name):
+    toy.save(tmp_path, 20)
+    toy.save(tmp_path, 10)
+    path = tmp_path / "iter_0000010" / name
+    before = path.read_bytes()
+    DAMAGE[damage](path)
+    if path.exists() and path.read_bytes() == before:
+        return  # two steps of one run share their configuration
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        verify(tmp_path)
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        list(load_logical(tmp_path))
+    verify(tmp_path, 20)
+
+
+def test_every_damaged_file_is_named_at_once(pool, tmp_path):
+    pool.run(_save, 2, directory=tmp_path, steps=[10])
+    for name in ("rank-00000.safetensors", "rank-00001.safetensors"):
+        _flip(tmp_path / "iter_0000010" / name)
+    with pytest.raises(CheckpointError) as error:
+        verify(tmp_path)
+    assert "rank-00000" in str(error.value) and "rank-00001" in str(error.value)
+    assert str(error.value).splitlines()[-1].startswith(str(tmp_path / "iter_0000010"))
