@@ -34,7 +34,7 @@ $(STAMP): | $(BIN)/python
 	@rm -f $(VENV)/.installed-* && touch $@
 
 quickstart: $(STAMP) ## Corpus, tokenizer, pretraining on 2 ranks, evaluation, sample: under 10 minutes
-	@PATH="$(CURDIR)/$(BIN):$$PATH" bash examples/quickstart.sh
+	@bash examples/quickstart.sh
 
 test: $(STAMP) ## All tests but the slow ones
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"

@@ -76,6 +76,7 @@ def test_every_script_is_covered() -> None:
         "pretrain_8b_node.sh",
         "pretrain_8b_slurm.sbatch",
         "quickstart.sh",
+        "quickstart_summary.py",
     }
 
 

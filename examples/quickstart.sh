@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# From nothing to a trained OpenMoE on two CPU ranks, in minutes: `make quickstart`.
+#
+# 1. corpus     code and prose that every Python installation carries, two JSON Lines files
+# 2. tokenizer  SentencePiece unigram with byte fallback
+# 3. data       tokenized .bin/.idx files
+# 4. pretrain   the tiny preset under torchrun, experts spread over 2 ranks, held-out evaluation
+# 5. continue   the same run from its checkpoint, in new processes
+# 6. sample     text from the checkpoint, by the single-device model
+#
+# Everything is written to quickstart/, which is emptied first. QUICKSTART_DIR and QUICKSTART_ITERS
+# choose another folder and length.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH"
+
+OUT="${QUICKSTART_DIR:-quickstart}"
+ITERS="${QUICKSTART_ITERS:-400}"
+MORE=20
+VOCAB=4096
+
+say() { printf '\n== %s\n' "$*"; }
+
+if [[ -e "$OUT" && ! -e "$OUT/.quickstart" ]]; then
+  echo "quickstart: QUICKSTART_DIR is '$OUT', expected a new folder or one of a quickstart" >&2
+  exit 2
+fi
+rm -rf "$OUT"
+mkdir -p "$OUT/data" "$OUT/logs"
+touch "$OUT/.quickstart"
+TOKENIZER=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$OUT/tokenizer.model")
+
+say "1/6 Corpus: standard-library sources (code), docstrings and help texts (text)"
+python tools/make_demo_corpus.py --output-dir "$OUT/corpus"
+
+say "2/6 Tokenizer: $VOCAB pieces"
+python tools/train_tokenizer.py --input "$OUT"/corpus/{code,text}.jsonl \
+  --output "$OUT/tokenizer.model" --vocab-size "$VOCAB"
+
+say "3/6 Tokenized data"
+for domain in code text; do
+  python tools/preprocess_data.py --input "$OUT/corpus/$domain.jsonl" \
+    --output-prefix "$OUT/data/$domain" "${TOKENIZER[@]}" --append-eod --workers 2
+done
+
+# Two sources, blended 60 : 40; 5% of the documents of each are held out.
+DATA=(
+  "${TOKENIZER[@]}" --split "95,5,0"
+  --data-path 0.6 "$OUT/data/code_text_document" 0.4 "$OUT/data/text_text_document"
+)
+RUN=(
+  --preset openmoe-tiny-released --expert-model-parallel-size 2
+  "${DATA[@]}"
+  --micro-batch-size 4 --global-batch-size 8
+  --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 50
+  --lr-decay-iters $((ITERS + MORE))
+  --eval-interval 200 --eval-iters 16 --log-interval 20
+  --save "$OUT/checkpoint" --tensorboard-dir "$OUT/tensorboard"
+  --metrics-file "$OUT/logs/metrics.jsonl"
+)
+TORCHRUN=(torchrun --standalone --nproc-per-node 2)
+
+say "4/6 Pretraining: $ITERS steps on 2 ranks, expert parallel 2"
+"${TORCHRUN[@]}" pretrain_openmoe.py "${RUN[@]}" --train-iters "$ITERS" 2>&1 |
+  tee "$OUT/logs/pretrain.log"
+
+say "5/6 Continuing from the checkpoint: $MORE more steps in new processes"
+"${TORCHRUN[@]}" pretrain_openmoe.py "${RUN[@]}" --train-iters $((ITERS + MORE)) \
+  --load "$OUT/checkpoint" 2>&1 | tee "$OUT/logs/continue.log"
+
+python tools/unigram_loss.py "${RUN[@]}" | tee "$OUT/logs/unigram.log"
+
+say "6/6 A sample"
+python tools/generate.py --load "$OUT/checkpoint" --prompt "def read(self, size):" \
+  --max-new-tokens 64 --temperature 0.8 --top-p 0.9 | tee "$OUT/logs/sample.txt"
+
+say "Done"
+python examples/quickstart_summary.py "$OUT"
