@@ -50,7 +50,7 @@ def test_a_broken_tracker_is_an_error_that_lists_the_steps(saved, text, found):
 
 def test_a_tracker_whose_step_was_deleted_is_an_error(saved):
     shutil.rmtree(saved / "iter_0000020")
-    with pytest.raises(CheckpointError, match="a step that is there.*--ckpt-step: 10"):
+    with pytest.raises(CheckpointError, match=r"a step that is there.*--ckpt-step: 10"):
         latest_step(saved)
 
 
