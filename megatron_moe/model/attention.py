@@ -89,7 +89,9 @@ class RotaryCoreAttention(torch.nn.Module):
         """Attend.
 
         Args:
-            query: [S, B, N, D], as are ``key`` and ``value``.
+            query: [S, B, N, D].
+            key: likewise.
+            value: likewise.
             attention_mask: must be ``None``: the mask is causal.
             attn_mask_type: the engine's word for that; not needed.
             attention_bias: must be ``None``.

@@ -71,6 +71,9 @@ def transformer_config(
         bf16=dtype == torch.bfloat16,
         perform_initialization=False,
         use_cpu_initialization=device.type == "cpu",
+        # Frees an output once its send is posted. NCCL keeps the memory until it has been read;
+        # gloo does not, and an overlapped send would carry whatever came to lie there.
+        deallocate_pipeline_outputs=device.type == "cuda",
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -110,7 +113,6 @@ def _layout_settings(config: RunConfig, degrees: Degrees) -> dict[str, Any]:
         "recompute_method": parallel.recompute_method,
         "recompute_num_layers": parallel.recompute_num_layers,
         "recompute_modules": list(parallel.recompute_modules) if selective else None,
-        "deallocate_pipeline_outputs": True,
         # Without overlapped transfers the interleaved schedule gives wrong gradients, silently.
         "overlap_p2p_comm": degrees.vp is not None,
         "batch_p2p_comm": degrees.vp is None,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from megatron.core.enums import ModelType
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -52,7 +51,7 @@ class OpenMoEModel(LanguageModule):
         self.pre_process, self.post_process, self.vp_stage = first, last, vp_stage
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights
-        # A tied matrix starts as N(0, 1), right for an embedding; as logits it is sqrt(H) too large.
+        # A tied matrix starts as N(0, 1): right for an embedding, sqrt(H) too large for logits.
         self.logits_scale = 1 / math.sqrt(model.hidden_size)
         tied = self.share_embeddings_and_output_weights
         if first:
@@ -121,4 +120,3 @@ def _block(
 ) -> TransformerBlockSubmodules:
     count = get_num_layers_to_build(config, vp_stage, pgs.pp.rank())
     return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
-

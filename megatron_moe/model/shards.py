@@ -258,7 +258,7 @@ def _dense_input(prefix: str, param: Tensor, rank: _Rank) -> tuple[Piece, ...]:
 
 
 def _expert_input(prefix: str, param: Tensor, rank: _Rank, moe: MoEConfig) -> tuple[Piece, ...]:
-    """[E_l, H, M * F_l]: for each expert the gate's blocks, then the up block, along the columns."""
+    """[E_l, H, M * F_l]: per expert the gate's blocks, then the up block, along the columns."""
     blocks, hidden, gates = rank.blocks, rank.hidden, rank.blocks - 1
     experts_l, width_l = param.shape[0], param.shape[2] // blocks
     width = width_l * rank.etp

@@ -56,7 +56,9 @@ LAYOUTS = [
     Layout("PP2xEP2", 4, {**_PP2, **_EP2}),
     Layout("EP2xETP2", 4, {**_EP2, "expert_tensor_parallel_size": 2}),
     Layout("DP2xEP2", 4, _EP2),
-    Layout("TP2xEP4", 4, {**_tp(2), "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}),
+    Layout(
+        "TP2xEP4", 4, {**_tp(2), "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}
+    ),
 ]
 SLOW_LAYOUTS = [
     Layout("PP2xTP2xEP2", 8, {**_PP2, **_tp(2), **_EP2, "expert_tensor_parallel_size": 1}),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a logical tensor as one rank holds it; plain data that travels between processes."""
+    """A block of a logical tensor as one rank holds it; plain data, sent between processes."""
 
     name: str
     logical_shape: tuple[int, ...]
@@ -23,6 +23,7 @@ class Block:
 
 def assemble(blocks: Iterable[Block]) -> dict[str, Tensor]:
     """Put blocks together; each element must be covered, and replicas must agree to the bit."""
+    blocks = list(blocks)
     tensors: dict[str, Tensor] = {}
     covered: dict[str, Tensor] = {}
     for block in blocks:
@@ -32,9 +33,7 @@ def assemble(blocks: Iterable[Block]) -> dict[str, Tensor]:
         seen = covered.setdefault(
             block.name, torch.zeros(prod(block.view_shape), dtype=torch.bool)
         ).view(block.view_shape)
-        index = tuple(
-            slice(o, o + s) for o, s in zip(block.offsets, block.data.shape, strict=True)
-        )
+        index = tuple(slice(o, o + s) for o, s in zip(block.offsets, block.data.shape, strict=True))
         clash = seen[index] & (view[index] != block.data)
         assert not clash.any(), f"replicas of {block.name} differ"
         view[index] = block.data

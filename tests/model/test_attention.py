@@ -1,0 +1,91 @@
+"""Rotary core attention against the definition written out in fp64."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_moe.platform import activate
+
+activate()
+
+from megatron_moe.model.attention import RotaryCoreAttention, rotary_table, rotate  # noqa: E402
+
+
+def core(scale: float | None, dim: int = 6, **changes: Any) -> RotaryCoreAttention:
+    config = SimpleNamespace(
+        kv_channels=dim,
+        sequence_parallel=False,
+        attention_dropout=0.0,
+        rotary_base=100.0,
+        **changes,
+    )
+    return RotaryCoreAttention(config, softmax_scale=scale)  # type: ignore[arg-type]
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor, base: float, scale: float) -> Tensor:
+    """[S, D] each, one head: every pair turned as a complex number, every sum written out."""
+    length, dim = q.shape
+    half = dim // 2
+
+    def turn(x: Tensor) -> Tensor:
+        pairs = torch.complex(x[:, :half], x[:, half:])
+        angle = torch.tensor(
+            [[p * base ** (-2 * i / dim) for i in range(half)] for p in range(length)],
+            dtype=torch.float64,
+        )
+        turned = pairs * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat((turned.real, turned.imag), dim=1)
+
+    q, k = turn(q), turn(k)
+    rows = []
+    for s in range(length):
+        weight = torch.tensor([math.exp(scale * float(q[s] @ k[t])) for t in range(s + 1)])
+        weight = weight.double() / weight.double().sum()
+        rows.append(sum(weight[t] * v[t] for t in range(s + 1)))
+    return torch.stack(rows)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", [1.0, None])
+def test_equals_the_definition(scale: float | None) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(5, 2, 3, 6, dtype=torch.float64) for _ in range(3))
+    found = core(scale)(q, k, v).view(5, 2, 3, 6)
+    used = 1.0 if scale is not None else 1 / math.sqrt(6)
+    for b in range(2):
+        for n in range(3):
+            expected = by_hand(q[:, b, n], k[:, b, n], v[:, b, n], 100.0, used)
+            torch.testing.assert_close(found[:, b, n], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_rotation_of_bf16_uses_fp32_angles() -> None:
+    """bf16 sines at position 1000 would be off by more than the rounding of the result."""
+    x = torch.ones(1001, 1, 1, 64, dtype=torch.bfloat16)
+    cos, sin = rotary_table(1001, 64, 1e4, torch.device("cpu"), torch.float32)
+    exact_cos, exact_sin = rotary_table(1001, 64, 1e4, torch.device("cpu"), torch.float64)
+    found = rotate(x, cos, sin).double()
+    exact = rotate(x.double(), exact_cos, exact_sin)
+    assert (found - exact).abs().max() < 2**-7
+    assert rotate(x, cos, sin).dtype == torch.bfloat16
+
+
+def test_depends_on_relative_position_only() -> None:
+    cos, sin = rotary_table(9, 8, 1e4, torch.device("cpu"), torch.float64)
+    torch.manual_seed(1)
+    q = torch.randn(8, dtype=torch.float64).expand(9, 1, 1, 8)
+    k = torch.randn(8, dtype=torch.float64).expand(9, 1, 1, 8)
+    scores = rotate(q, cos, sin)[:, 0, 0] @ rotate(k, cos, sin)[:, 0, 0].t()
+    for distance in range(-8, 9):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+
+
+def test_refuses_what_it_would_ignore() -> None:
+    x = torch.randn(3, 1, 1, 6)
+    with pytest.raises(ValueError, match="causal"):
+        core(1.0)(x, x, x, attention_mask=torch.ones(3, 3))

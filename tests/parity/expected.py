@@ -1,0 +1,81 @@
+"""What the single-device reference model says of a step; runs in the test's own process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from megatron_moe.model.logical import initial_tensors, logical_parameters
+from megatron_moe.model.reference import ReferenceOpenMoE
+from tests.parity.cases import GLOBAL_ROWS, ROWS, VOCAB, global_batch, run_config
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One step of the reference model over the global batch, in fp64."""
+
+    sums: Tensor
+    """Cross entropy, squared log Z and targets, summed."""
+    aux: dict[int, tuple[float, float]]
+    kept: dict[int, list[int]]
+    dropped: int
+    gradients: dict[str, Tensor]
+
+
+def reference_model(variant: str) -> ReferenceOpenMoE:
+    """The reference with the initial weights of the run, fp64."""
+    config = run_config(variant, {})
+    model = ReferenceOpenMoE(config.model, config.moe, VOCAB)
+    table = logical_parameters(config.model, config.moe, VOCAB)
+    model.load_logical(initial_tensors(table, config.train.seed))
+    return model.double().train()
+
+
+def step_loss(model: ReferenceOpenMoE, seed: int = 3) -> tuple[Tensor, Tensor, list[list]]:
+    """Loss of the global batch, its sums, and the routing of each micro-batch.
+
+    The cross entropy is the mean over all real targets of the global batch; the losses of MoE
+    layers are means over micro-batches.
+    """
+    tokens, labels, mask = global_batch(seed)
+    coefficients = model.model, model.moe
+    total, sums, routing = torch.zeros((), dtype=torch.float64), torch.zeros(3), []
+    sums = sums.double()
+    count = GLOBAL_ROWS // ROWS
+    for rows in torch.arange(GLOBAL_ROWS).split(ROWS):
+        out = model(tokens[rows], labels[rows], mask[rows], training_capacity=True)
+        ce = (out.cross_entropy_BS * mask[rows]).sum()
+        log_z = (out.logit_z_BS * mask[rows]).sum()
+        sums = sums + torch.stack((ce.detach(), log_z.detach(), mask[rows].sum().double()))
+        total = total + (ce + coefficients[0].logit_z_loss_coeff * log_z) / mask.sum()
+        moe = coefficients[1]
+        total = total + moe.moe_aux_loss_coeff * out.aux_loss / count
+        total = total + moe.moe_z_loss_coeff * out.router_z_loss / count
+        routing.append(out.routing)
+    return total, sums, routing
+
+
+@cache
+def expected(variant: str) -> Expected:
+    """The reference's step, computed once per variant."""
+    model = reference_model(variant)
+    total, sums, routing = step_loss(model)
+    total.backward()
+    aux: dict[int, tuple[float, float]] = {}
+    kept: dict[int, list[int]] = {}
+    dropped = 0
+    for layer in range(len(routing[0])):
+        records = [micro_batch[layer] for micro_batch in routing]
+        index = records[0].layer
+        aux[index] = (
+            float(torch.stack([r.balance_loss for r in records]).mean().detach()),
+            float(torch.stack([r.z_loss for r in records]).mean().detach()),
+        )
+        ids = torch.cat([r.ids_TK[r.kept_TK] for r in records])
+        kept[index] = torch.bincount(ids, minlength=model.moe.num_experts).tolist()
+        dropped += sum(int((~r.kept_TK).sum()) for r in records)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return Expected(sums, aux, kept, dropped, gradients)

@@ -1,0 +1,100 @@
+"""Loss and every gradient of every layout equal those of the single-device reference model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.parity.cases import LAYOUTS, SLOW_LAYOUTS, VARIANTS, Layout
+from tests.parity.compare import assemble, assert_same, relative_error
+from tests.parity.expected import expected
+from tests.parity.harness import Outcome, one_step
+from tests.support.pool import Pool
+
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-4
+FIRST = ("released", "paper-port")
+"""Variants that every layout runs; the others run where their rules could differ."""
+
+
+def check(outcomes: list[Outcome], variant: str) -> None:
+    """Hold what the ranks found against the reference."""
+    want = expected(variant)
+    for outcome in outcomes:
+        assert relative_error(outcome.sums, want.sums) < LOSS_TOLERANCE
+        assert outcome.kept == want.kept
+        for layer, losses in want.aux.items():
+            assert outcome.aux[layer] == pytest.approx(losses, rel=LOSS_TOLERANCE)
+    gradients = assemble(block for outcome in outcomes for block in outcome.gradients)
+    assert_same(gradients, want.gradients, GRADIENT_TOLERANCE)
+
+
+def run(pool: Pool, layout: Layout, variant: str, **flags: Any) -> list[Outcome]:
+    return pool.run(one_step, layout.world_size, variant=variant, flags={**layout.flags, **flags})
+
+
+@pytest.mark.parametrize("variant", FIRST)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_equals_reference(pool: Pool, layout: Layout, variant: str) -> None:
+    check(run(pool, layout, variant), variant)
+
+
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in FIRST])
+@pytest.mark.parametrize("name", ["1", "TP2", "TP2xEP2", "EP2xETP2"])
+def test_other_rules_equal_reference(pool: Pool, name: str, variant: str) -> None:
+    layout = next(layout for layout in LAYOUTS if layout.name == name)
+    check(run(pool, layout, variant), variant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", FIRST)
+@pytest.mark.parametrize("layout", SLOW_LAYOUTS, ids=lambda layout: layout.name)
+def test_eight_ranks_equal_reference(pool: Pool, layout: Layout, variant: str) -> None:
+    check(run(pool, layout, variant), variant)
+
+
+RECOMPUTE = {
+    "full": {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    },
+    "selective": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ("core_attn", "mlp", "moe"),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", RECOMPUTE)
+@pytest.mark.parametrize("name", ["1", "TP2xEP2", "PP2"])
+def test_recomputation_changes_nothing(pool: Pool, name: str, kind: str) -> None:
+    """Neither gradients nor the losses that are reported, which must count once."""
+    layout = next(layout for layout in LAYOUTS if layout.name == name)
+    check(run(pool, layout, "released", **RECOMPUTE[kind]), "released")
+
+
+def test_tokens_are_dropped() -> None:
+    """The tests above would say little if capacity were never short."""
+    for variant in FIRST:
+        assert expected(variant).dropped > 10
+    assert expected("dropless").dropped == 0
+
+
+BROKEN = [
+    ("TP2", "layers.0.ffn.gate.weight"),
+    ("TP2", "layers.1.attention.value.weight"),
+    ("EP2", "layers.1.moe.experts.up"),
+    ("EP2xETP2", "layers.3.moe.experts.down"),
+]
+
+
+@pytest.mark.parametrize(("name", "tensor"), BROKEN)
+def test_a_wrong_shard_is_noticed(pool: Pool, name: str, tensor: str) -> None:
+    layout = next(layout for layout in LAYOUTS if layout.name == name)
+    outcomes = pool.run(
+        one_step, layout.world_size, variant="released", flags=layout.flags, swap=tensor
+    )
+    with pytest.raises(AssertionError):
+        check(outcomes, "released")
