@@ -54,7 +54,7 @@ def test_eight_ranks_equal_reference(pool: Pool, layout: Layout, variant: str) -
     check(run(pool, layout, variant), variant)
 
 
-RECOMPUTE = {
+RECOMPUTE: dict[str, dict[str, Any]] = {
     "full": {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
