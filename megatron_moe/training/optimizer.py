@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from math import prod
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -19,6 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_moe.config import OptimizerConfig, RunConfig
 from megatron_moe.model.openmoe import OpenMoEModel
+from megatron_moe.model.shards import model_shards
 
 
 def wrap_chunks(
@@ -29,6 +31,7 @@ def wrap_chunks(
     Gradients are averaged over the data-parallel size, those of experts too, although each expert
     has fewer replicas than that: the tokens of the other ranks reach it by the all-to-all.
     """
+    _mark_split_weights(config, chunks)
     parallel = config.parallel
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -43,6 +46,18 @@ def wrap_chunks(
         )
         for index, chunk in enumerate(chunks)
     ]
+
+
+def _mark_split_weights(config: RunConfig, chunks: Sequence[OpenMoEModel]) -> None:
+    """Tell the engine which weights differ between tensor-parallel ranks.
+
+    Its layers say so only when they initialise their weights, and ours are filled by logical name
+    instead. Unmarked, the parts on all but the first rank would be missing from the gradient norm.
+    Experts always count: their norm is summed over groups in which no two ranks hold the same ones.
+    """
+    for shard in model_shards(chunks, config.model, config.moe):
+        if shard.expert or any(prod(p.sizes) < prod(p.logical_shape) for p in shard.pieces):
+            shard.param.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
 def build_optimizer(
