@@ -34,7 +34,8 @@ def test_text_tells_sizes_parameters_flops_layout_and_every_setting() -> None:
         "24 heads x 128",
         "46,270,737,408",  # all parameters
         "8,456,727,552",  # activated without embeddings
-        "18,891,079,680",  # forward FLOPs per token
+        "FLOPs per token at 2048 tokens",
+        "18,891,079,680",  # forward
         "TP 4 x PP 4 x DP 8",
         "ETP 1 x EP 32 x PP 4 x DP 1",
         "876,632,064",  # a rank of the first stage
@@ -66,6 +67,30 @@ def test_world_size_is_the_one_asked_for_or_the_fewest_ranks() -> None:
     assert describe_layout(config, None, OPENMOE_VOCAB).layout.world_size == 1
     layout = describe_layout(config, None, OPENMOE_VOCAB, 4).layout
     assert describe_layout(config, layout, OPENMOE_VOCAB).layout is layout
+
+
+def test_fewest_ranks_count_experts_split_as_far_as_the_rest() -> None:
+    # Without --expert-tensor-parallel-size each expert is split over the TP ranks: 2 x EP 2.
+    parallel = ParallelConfig(
+        tensor_model_parallel_size=2, expert_model_parallel_size=2, sequence_parallel=True
+    )
+    config = replace(PRESETS["openmoe-base-16e"], parallel=parallel)
+    assert describe_layout(config, None, OPENMOE_VOCAB).layout.world_size == 4
+
+
+def test_stages_of_an_interleaved_pipeline_hold_their_own_chunks() -> None:
+    tiny = PRESETS["openmoe-tiny"]
+    config = replace(
+        tiny,
+        moe=replace(tiny.moe, moe_layer_freq="[0,0,1,0]"),
+        train=replace(tiny.train, global_batch_size=8),
+        parallel=ParallelConfig(
+            pipeline_model_parallel_size=2, num_virtual_stages_per_pipeline_rank=2
+        ),
+    )
+    first, second = describe_layout(config, None, 1024).per_stage
+    assert first.expert == 8 * 3 * 256 * 512  # layers 0 and 2, not 0 and 1
+    assert second.expert == 0
 
 
 def test_world_size_of_a_launcher_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
