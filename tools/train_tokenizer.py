@@ -11,6 +11,7 @@ is U+2581, SentencePiece's own sign for a space.)
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -101,13 +102,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     start = time.perf_counter()
     print(f"training {options.vocab_size} pieces on up to {options.megabytes:g} MB ...", flush=True)
+    partial = options.output.with_name(options.output.name + ".partial")
     try:
-        content = train(options)
         options.output.parent.mkdir(parents=True, exist_ok=True)
-        partial = options.output.with_name(options.output.name + ".partial")
-        partial.write_bytes(content)
+        with partial.open("wb") as stream:  # before the training, which takes its time
+            stream.write(train(options))
         os.replace(partial, options.output)
     except (UsageError, OSError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
         print(f"train_tokenizer.py: error: {error}", file=sys.stderr)
         raise SystemExit(USAGE_EXIT_CODE) from None
     print(f"{options.output}: {options.vocab_size} pieces in {time.perf_counter() - start:.1f} s")
