@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -31,6 +32,9 @@ from megatron_moe.data.tokenizer import Tokenizer, build_tokenizer, unpadded_voc
 from megatron_moe.errors import UsageError
 
 logger = logging.getLogger(__name__)
+
+Packed = npt.NDArray[np.int32]
+"""A micro-batch [3, B, S]: tokens, labels, and a mask of 0 and 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,7 @@ class Data:
     identity: dict[str, Any]
     """What decides the order of training samples: content of the sources, weights, split, sequence
     length, seed, tokenizer. Not paths, layout or length of the run."""
-    loaders: dict[str, DataLoader[Batch]]
+    loaders: dict[str, DataLoader[Packed]]
     """Of the evaluation splits; empty if this rank does not read."""
 
     @property
@@ -94,11 +98,14 @@ class Data:
         A call ends the iterator of the one before. `None` if there is no such data or this rank
         does not read.
         """
-        return iter(self.loaders["valid"]) if "valid" in self.loaders else None
+        return self._fresh("valid")
 
     def test(self) -> Iterator[Batch] | None:
         """Likewise for test data."""
-        return iter(self.loaders["test"]) if "test" in self.loaders else None
+        return self._fresh("test")
+
+    def _fresh(self, name: str) -> Iterator[Batch] | None:
+        return map(to_batch, iter(self.loaders[name])) if name in self.loaders else None
 
 
 def build_data(
@@ -142,7 +149,7 @@ def build_data(
         dp_rank=dp_rank,
         dp_size=dp_size,
     )
-    loaders: dict[str, DataLoader[Batch]] = {}
+    loaders: dict[str, DataLoader[Packed]] = {}
     for name, blend in blends.items():
         samples = _samples_of(name, config, rows)
         if reads_data and blend:
@@ -152,7 +159,7 @@ def build_data(
             loaders[name] = _loader(dataset, sampler, config.data.num_workers, name != "train")
     train = loaders.pop("train", None)
     return Data(
-        train=None if train is None else iter(train),
+        train=None if train is None else map(to_batch, iter(train)),
         has_valid=blends["valid"] is not None,
         has_test=blends["test"] is not None,
         identity=_identity(blends["train"], config, tokenizer, sources),
@@ -202,7 +209,7 @@ def _identity(
 
 def _loader(
     dataset: Dataset[Any], sampler: MicroBatchSampler, workers: int, persistent: bool
-) -> DataLoader[Batch]:
+) -> DataLoader[Packed]:
     """A loader that keeps about two steps ready.
 
     Its generator is its own: the default draws from torch's global one, and every evaluation would
@@ -222,14 +229,23 @@ def _loader(
     )
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Rows to a micro-batch."""
+def collate(samples: Sequence[Sample]) -> Packed:
+    """Rows to a micro-batch, in the worker.
 
-    def stack(name: str, dtype: type[np.generic]) -> torch.Tensor:
-        return torch.from_numpy(np.stack([row[name] for row in samples]).astype(dtype, copy=False))
+    One plain array goes through the worker's pipe. Tensors would go through file descriptors that
+    the worker must hand over itself, three switches of process for each micro-batch.
+    """
+    packed_3BS = np.empty((3, len(samples), len(samples[0]["tokens"])), dtype=np.int32)
+    for row, sample in enumerate(samples):
+        packed_3BS[0, row] = sample["tokens"]
+        packed_3BS[1, row] = sample["labels"]
+        packed_3BS[2, row] = sample["loss_mask"]
+    return packed_3BS
 
+
+def to_batch(packed_3BS: Packed) -> Batch:
+    """What `collate` made, as tensors."""
+    tokens_BS, labels_BS, mask_BS = torch.from_numpy(packed_3BS)
     return Batch(
-        tokens_BS=stack("tokens", np.int64),
-        labels_BS=stack("labels", np.int64),
-        loss_mask_BS=stack("loss_mask", np.float32),
+        tokens_BS=tokens_BS.long(), labels_BS=labels_BS.long(), loss_mask_BS=mask_BS.float()
     )

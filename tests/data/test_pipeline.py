@@ -13,7 +13,7 @@ import torch
 
 from megatron_moe.config import RunConfig
 from megatron_moe.data.batch import Batch
-from megatron_moe.data.pipeline import Data, build_data, collate
+from megatron_moe.data.pipeline import Data, build_data, collate, to_batch
 from megatron_moe.errors import UsageError
 from tests.data.corpus import random_documents, run_config, write
 
@@ -203,5 +203,5 @@ def test_collate_makes_a_mask_of_floats() -> None:
         "labels": np.arange(3),
         "loss_mask": np.array([1, 0, 1], bool),
     }
-    batch = collate([sample, sample])
+    batch = to_batch(collate([sample, sample]))
     assert batch.loss_mask_BS.tolist() == [[1.0, 0.0, 1.0]] * 2
