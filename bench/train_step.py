@@ -1,0 +1,159 @@
+"""A whole training step of the tiny preset: our MoE layer against Megatron-Core's, same model.
+
+    python -m bench.train_step
+
+Both have the same attention, norms, dense layers, loss, optimizer and platform module; only the MoE
+layer differs: ours with the preset's own capacity rule and, since that rule drops more, with the
+engine's number of slots as well. One process, forward, backward and update, run in turn.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench._moe_layer_cases import CAPACITY_FACTOR, Shape, engine_layer
+from bench.moe_layer import interleaved_medians
+from bench.record import Record
+from megatron_moe.config import RunConfig
+from megatron_moe.config.presets import PRESETS
+
+PRESET = "openmoe-tiny"
+VOCAB = 4096
+"""The quickstart's vocabulary."""
+SECONDS, ROUNDS = 60.0, (7, 40)
+SPEEDUP = 1.3
+
+
+class EngineMoE(nn.Module):
+    """Megatron-Core's MoE layer under the interface of ours."""
+
+    def __init__(self, config: RunConfig, factor: float | None, pgs: Any) -> None:
+        super().__init__()
+        train, model = config.train, config.model
+        tokens = train.micro_batch_size * config.data.seq_length
+        topk = config.moe.moe_router_topk
+        width = config.moe.moe_ffn_hidden_size or model.ffn_hidden_size
+        shape = Shape(config.moe.num_experts, topk, tokens, model.hidden_size, width)
+        self.layer = engine_layer(shape, factor, pgs)
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        """[S, B, H] -> [S, B, H]."""
+        return self.layer(x_SBH)[0]
+
+
+def configuration(rule: str) -> RunConfig:
+    """The tiny preset with a capacity rule, one process, a few steps."""
+    run = PRESETS[PRESET]
+    return replace(
+        run,
+        moe=replace(run.moe, moe_capacity_rule=rule),
+        data=replace(run.data, vocab_size=VOCAB),
+        train=replace(run.train, train_iters=1000),
+    )
+
+
+def _run(config: RunConfig, ctx: Any, chunks: list[Any]) -> Any:
+    """As `prepare_run`, without the table of logical names, in which the engine's layer is not."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    from megatron_moe.training.optimizer import build_optimizer
+    from megatron_moe.training.plan import resolve_plan
+    from megatron_moe.training.run import TrainingRun
+
+    ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+    wrapped = [DistributedDataParallel(chunks[0].config, ddp, chunks[0], pg_collection=ctx.pgs)]
+    return TrainingRun(
+        config=config,
+        plan=resolve_plan(config, ctx.layout.global_batch_size),
+        ctx=ctx,
+        chunks=chunks,
+        wrapped=wrapped,
+        optimizer=build_optimizer(config, wrapped, ctx.pgs),
+        vocab_size=VOCAB,
+    )
+
+
+def training_step(
+    config: RunConfig, ctx: Any, moe: Callable[[], nn.Module] | None
+) -> Callable[[], Any]:
+    """One optimizer step over one global batch of random tokens.
+
+    Args:
+        config: of the run.
+        ctx: its parallel context.
+        moe: makes the MoE layer to put in the place of ours; ``None`` for ours.
+    """
+    from megatron_moe.data.batch import Batch
+    from megatron_moe.model.build import build_model
+    from megatron_moe.training.step import train_step
+
+    chunks = build_model(config, ctx.layout, ctx.pgs, VOCAB, ctx.platform.device)
+    for layer in chunks[0].decoder.layers:
+        if layer.is_moe and moe is not None:
+            layer.moe = moe()
+    run = _run(config, ctx, chunks)
+    rows, length = config.train.micro_batch_size, config.data.seq_length
+    generator = torch.Generator().manual_seed(0)
+    # Token frequencies of text, roughly: experts fill unevenly, as they do in training.
+    weights = torch.arange(1, VOCAB + 1, dtype=torch.float32).reciprocal()
+    batches = []
+    for _ in range(ctx.layout.num_microbatches):
+        ids = torch.multinomial(weights.expand(rows, -1), length + 1, True, generator=generator)
+        mask = torch.ones(rows, length)
+        batches.append(Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), mask))
+    return lambda: train_step(run, batches, 1e-4, 1)
+
+
+def _candidates(ctx: Any) -> dict[str, Callable[[], Any]]:
+    t5x, port = configuration("t5x"), configuration("port")
+    return {
+        "ours": training_step(t5x, ctx, None),
+        "ours, engine's capacity": training_step(port, ctx, None),
+        "stock capacity": training_step(t5x, ctx, lambda: EngineMoE(t5x, CAPACITY_FACTOR, ctx.pgs)),
+        "stock dropless": training_step(t5x, ctx, lambda: EngineMoE(t5x, None, ctx.pgs)),
+    }
+
+
+def records() -> list[Record]:
+    """Tokens/s of each, ratios, and this process' peak memory."""
+    from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
+    from megatron_moe.parallel.layout import resolve_layout
+    from megatron_moe.platform import activate
+
+    platform = activate()
+    config = configuration("t5x")
+    layout = resolve_layout(config, 1, VOCAB)
+    store = torch.distributed.HashStore()
+    ctx = initialize_parallel(layout, config.parallel, platform, 1, store=store, rank=0)
+    try:
+        medians = interleaved_medians(_candidates(ctx), SECONDS, ROUNDS)
+    finally:
+        destroy_parallel(default_group=True)
+    tokens = layout.global_batch_size * config.data.seq_length
+    found = []
+    for stock in ("stock capacity", "stock dropless"):
+        for ours in ("ours", "ours, engine's capacity"):
+            held = stock == "stock capacity" and ours == "ours"
+            ratio = medians[stock] / medians[ours]
+            target, met = (f">= {SPEEDUP}", ratio >= SPEEDUP) if held else ("", None)
+            name = f"train_step/{ours} over {stock}"
+            found.append(Record(name=name, value=ratio, unit="x", target=target, met=met))
+    for name, seconds in medians.items():
+        record = Record(name=f"train_step/{name}", value=tokens / seconds, unit="tokens/s")
+        found.append(record)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return [*found, Record(name="train_step/peak memory", value=peak, unit="MiB")]
+
+
+if __name__ == "__main__":
+    from bench.run import table
+
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    print(table(records()))
