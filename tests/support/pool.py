@@ -92,13 +92,6 @@ class _Worker:
             time.sleep(0.5)
         return self.dump.read_text(errors="replace") if self.dump.exists() else ""
 
-    def end(self) -> None:
-        self.connection.close()
-        try:
-            self.process.wait(timeout=3)
-        except subprocess.TimeoutExpired:
-            self.kill()
-
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
@@ -159,9 +152,7 @@ class Pool:
 
     def close(self) -> None:
         """End all processes."""
-        for worker in self._workers:
-            worker.end()
-        self._workers = []
+        self._rebuild()
         self._store = None
         self._directory.cleanup()
 

@@ -13,7 +13,7 @@ from megatron_moe.platform.patches.devices import (
     TensorTypeNames,
 )
 from megatron_moe.platform.patches.fusion import NoFusion
-from megatron_moe.platform.patches.missing import RouterGemm
+from megatron_moe.platform.patches.missing import HostSplits, RouterGemm
 from megatron_moe.platform.patches.noise import KnownWarnings
 from megatron_moe.platform.patches.random import RandomState, RandomStateWarning
 from megatron_moe.platform.patches.streams import Streams
@@ -29,6 +29,7 @@ CPU_PATCHES: tuple[type[Patch], ...] = (
     RandomState,
     RandomStateWarning,
     RouterGemm,
+    HostSplits,
 )
 """In the order in which they are applied; the first four touch only torch and come before the
 engine is imported, in case it isn't yet."""

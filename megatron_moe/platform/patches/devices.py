@@ -25,15 +25,12 @@ class CurrentDevice(AttributePatch):
 
 
 class MoveToDevice(AttributePatch):
-    """`.cuda()` of a tensor or module already in the right place."""
+    """`.cuda()` of a tensor, and so of a module, that is already in the right place."""
 
     name = "move-to-device"
 
     def replacements(self) -> list[tuple[Any, str, Any]]:
-        return [
-            (torch.Tensor, "cuda", lambda self, *args, **kwargs: self),
-            (torch.nn.Module, "cuda", lambda self, *args, **kwargs: self),
-        ]
+        return [(torch.Tensor, "cuda", lambda self, *args, **kwargs: self)]
 
 
 class DeviceLiterals(ConstantPatch):

@@ -1,0 +1,106 @@
+"""Packages that must be there, and one that must not, told apart without running its code."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_moe.errors import UsageError
+from megatron_moe.platform.requirements import ENGINE_VERSION, check_requirements
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def activate_with(path: Path) -> subprocess.CompletedProcess[str]:
+    """Activate in a fresh interpreter that finds packages in `path` first."""
+    code = (
+        "from megatron_moe.errors import UsageError\n"
+        "from megatron_moe.platform import activate\n"
+        "try:\n    activate()\n    print('active')\n"
+        "except UsageError as error:\n    print(error)"
+    )
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(path), str(ROOT)]))
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+
+
+def test_the_package_index_s_apex_is_refused_by_name_and_not_run(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    package = tmp_path / "apex"
+    package.mkdir()
+    (package / "__init__.py").write_text(f"open({str(marker)!r}, 'w')\n")
+    shown = activate_with(tmp_path).stdout
+    assert shown.strip() == (
+        f"package apex is '{package}', expected NVIDIA's Apex built from its source, or none; "
+        "the apex on the package index is another project: pip uninstall apex"
+    )
+    assert not marker.exists()
+
+
+def test_a_module_called_apex_is_refused_too(tmp_path: Path) -> None:
+    (tmp_path / "apex.py").write_text("raise SystemExit('ran')\n")
+    assert activate_with(tmp_path).stdout.startswith("package apex is ")
+
+
+def test_nvidia_s_apex_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "apex" / "multi_tensor_apply"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (tmp_path / "apex" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert importlib.util.find_spec("apex") is not None
+    check_requirements()
+
+
+def test_a_missing_psutil_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+
+    def find_spec(name: str, package: str | None = None) -> Any:
+        return None if name == "psutil" else real(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    with pytest.raises(UsageError) as caught:
+        check_requirements()
+    assert str(caught.value) == (
+        "package psutil is 'missing', expected any version; pip install psutil"
+    )
+
+
+def test_the_engine_still_has_its_fallback_that_deadlocks_without_psutil() -> None:
+    """If this fails, see whether `psutil` is still needed."""
+    import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
+
+    assert "psutil" in Path(writer.__file__).read_text()
+
+
+@pytest.mark.parametrize("found", ["0.17.0", None])
+def test_another_engine_is_refused(found: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if found is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(UsageError) as caught:
+        check_requirements()
+    assert str(caught.value) == (
+        f"package megatron-core is {found or 'missing'!r}, expected {ENGINE_VERSION}; "
+        f"pip install megatron-core=={ENGINE_VERSION}"
+    )
+
+
+def test_what_the_package_declares_is_what_is_checked() -> None:
+    """The pins of the installation agree with the version that the patches are for."""
+    pins = (ROOT / "constraints.txt").read_text().split()
+    assert f"megatron-core=={ENGINE_VERSION}" in pins
+    assert any(pin.startswith("psutil==") for pin in pins)
+    assert "psutil" in (ROOT / "setup.py").read_text()
+    assert "apex" not in [pin.partition("==")[0].lower() for pin in pins]
