@@ -1,26 +1,21 @@
 """Refuses a broken indexed data set in one line, before anything reads tokens from it.
 
 Megatron-Core accepts a `.bin` that does not belong to its `.idx`, returns uninitialised memory for
-a truncated one and trains on ids beyond the vocabulary. Two looks are taken:
-
-- `inspect_source` at every start, on every rank, in milliseconds whatever the size: magic, version,
-  type, sizes of both files, first and last offsets; and a fingerprint of the content.
-- `scan_source` once per content (the result is kept in the index cache, `source_range`): every
-  length, offset and document index, and the smallest and largest token id.
+a truncated one and trains on ids beyond the vocabulary. Two looks are taken: this one at every
+start, on every rank, in milliseconds whatever the size (magic, version, type, sizes of both files,
+the last offset, and a fingerprint of the content); and `indexed_scan` once per content.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_moe.data.index_cache import IndexCache
 from megatron_moe.data.indexed_format import HEADER, MAGIC, TYPES, VERSION, paths_of
 from megatron_moe.errors import UsageError
 
@@ -28,8 +23,6 @@ _WHOLE = 16 << 20
 """Bytes up to which a file is hashed whole."""
 _SAMPLES, _SAMPLE = 256, 64 << 10
 """Blocks, and bytes of each, hashed of a larger file; the first and last are among them."""
-_CHUNK = 1 << 22
-"""Entries that a scan holds at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +48,6 @@ class Source:
             return np.zeros(0, np.int32)
         path = paths_of(self.prefix)[1]
         return np.memmap(path, np.dtype("<i4"), "r", HEADER.size, (self.sequences,))
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenRange:
-    """Smallest and largest token id of a data set, and the documents (from 0) they are first in."""
-
-    smallest: int
-    smallest_document: int
-    largest: int
-    largest_document: int
 
 
 def inspect_source(prefix: str) -> Source:
@@ -152,119 +135,6 @@ def _fingerprint(index: BinaryIO, idx_size: int, tokens: BinaryIO, bin_size: int
             stream.seek(int(start))
             digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()
-
-
-def source_range(source: Source, cache: IndexCache) -> TokenRange:
-    """The range of token ids of ``source``: from the cache, or by a scan of all of it.
-
-    Raises:
-        UsageError: see `scan_source`.
-    """
-    values = cache.record(f"scan-{source.fingerprint}", lambda: asdict(scan_source(source)))
-    return TokenRange(**values)
-
-
-def check_range(source: Source, found: TokenRange, vocab_size: int) -> None:
-    """Refuse ids that the embedding has no row for.
-
-    Raises:
-        UsageError: names the first document that holds the offending id, counted from 0.
-    """
-    for value, document in (
-        (found.largest, found.largest_document),
-        (found.smallest, found.smallest_document),
-    ):
-        if not 0 <= value < vocab_size:
-            raise UsageError(
-                f"token id in document {document} of {source.prefix}",
-                value,
-                f"an id from 0 to {vocab_size - 1}",
-                "use the tokenizer the data was made with, or raise --vocab-size",
-            )
-
-
-def scan_source(source: Source) -> TokenRange:
-    """Read the whole data set once.
-
-    Raises:
-        UsageError: a length is negative, an offset is not where the previous sequence ends, or the
-            document bounds do not rise from 0 to the number of sequences.
-    """
-    path = paths_of(source.prefix)[1]
-    start = 0
-    for first, lengths in _index_chunks(path, "<i4", HEADER.size, source.sequences):
-        offsets = np.fromfile(
-            path, "<i8", len(lengths), offset=HEADER.size + 4 * source.sequences + 8 * first
-        )
-        _refuse_index(path, "length of sequence", lengths < 0, first, lengths, "0 or more")
-        following = start + np.cumsum(lengths, dtype=np.int64) * source.dtype.itemsize
-        due = following - lengths.astype(np.int64) * source.dtype.itemsize
-        _refuse_index(path, "offset of sequence", offsets != due, first, offsets, due)
-        start = int(following[-1])
-    _scan_documents(source, path)
-    return _scan_tokens(source)
-
-
-def _index_chunks(
-    path: str, kind: str, offset: int, count: int
-) -> Iterator[tuple[int, npt.NDArray[np.integer]]]:
-    for first in range(0, count, _CHUNK):
-        wanted = min(_CHUNK, count - first)
-        size = np.dtype(kind).itemsize
-        yield first, np.fromfile(path, kind, wanted, offset=offset + size * first)
-
-
-def _refuse_index(
-    path: str,
-    what: str,
-    wrong: npt.NDArray[np.bool_],
-    first: int,
-    found: npt.NDArray[np.integer],
-    expected: npt.NDArray[np.integer] | str,
-) -> None:
-    if wrong.any():
-        i = int(wrong.argmax())
-        due = expected if isinstance(expected, str) else str(expected[i])
-        raise UsageError(f"{what} {first + i} in {path}", int(found[i]), due, "preprocess it again")
-
-
-def _scan_documents(source: Source, path: str) -> None:
-    offset, previous = HEADER.size + 12 * source.sequences, 0
-    for first, ends in _index_chunks(path, "<i8", offset, source.documents + 1):
-        rising = np.diff(ends, prepend=previous) < 0
-        if first == 0:
-            rising[0] = ends[0] != 0
-        _refuse_index(path, "bound of document", rising, first, ends, "not below the one before")
-        previous = int(ends[-1])
-    if previous != source.sequences:
-        what = f"last document bound in {path}"
-        raise UsageError(what, previous, str(source.sequences), "preprocess it again")
-
-
-def _scan_tokens(source: Source) -> TokenRange:
-    path = paths_of(source.prefix)[0]
-    low = high = (0, 0)
-    for first, ids in _index_chunks(path, source.dtype.str, 0, source.tokens):
-        if len(ids) == 0:
-            raise UsageError(f"size of {path}", "shrinking", "a file nobody writes to")
-        at_low, at_high = int(ids.argmin()), int(ids.argmax())
-        if first == 0 or ids[at_low] < low[0]:
-            low = (int(ids[at_low]), first + at_low)
-        if first == 0 or ids[at_high] > high[0]:
-            high = (int(ids[at_high]), first + at_high)
-    return TokenRange(
-        smallest=low[0],
-        smallest_document=_document_of(source, low[1]),
-        largest=high[0],
-        largest_document=_document_of(source, high[1]),
-    )
-
-
-def _document_of(source: Source, position: int) -> int:
-    """The document that holds the token at ``position`` of the `.bin` file."""
-    ends = np.cumsum(source.lengths(), dtype=np.int64)
-    sequence = int(np.searchsorted(ends, position, side="right"))
-    return document_of_sequence(source, sequence)
 
 
 def document_of_sequence(source: Source, sequence: int) -> int:

@@ -13,61 +13,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from megatron_moe.config import RunConfig
 from megatron_moe.data.batch import Batch
 from megatron_moe.data.blend import SPLITS, Blend, blends_of, usable
-from megatron_moe.data.causal import Sample
 from megatron_moe.data.datasets import build_split, cache_for
-from megatron_moe.data.indexed_check import Source, check_range, inspect_source, source_range
+from megatron_moe.data.indexed_check import Source, inspect_source
+from megatron_moe.data.indexed_scan import check_range, source_range
+from megatron_moe.data.loader import MicroBatchSampler, Packed, Rows, build_loader, to_batch
 from megatron_moe.data.tokenizer import Tokenizer, build_tokenizer, unpadded_vocab_size
 from megatron_moe.errors import UsageError
 
 logger = logging.getLogger(__name__)
-
-Packed = npt.NDArray[np.int32]
-"""A micro-batch [3, B, S]: tokens, labels, and a mask of 0 and 1."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Which rows of a global batch this rank reads."""
-
-    micro_batch_size: int
-    num_microbatches: int
-    dp_rank: int
-    dp_size: int
-
-    @property
-    def global_batch_size(self) -> int:
-        """Sequences of one step, over all ranks."""
-        return self.micro_batch_size * self.num_microbatches * self.dp_size
-
-
-class MicroBatchSampler(Sampler[list[int]]):
-    """Sample numbers of each micro-batch, for whole global batches of [start, stop)."""
-
-    def __init__(self, rows: Rows, start: int, stop: int) -> None:
-        self.rows, self.start = rows, start
-        self.steps = max(stop - start, 0) // rows.global_batch_size
-
-    def __len__(self) -> int:
-        return self.steps * self.rows.num_microbatches
-
-    def __iter__(self) -> Iterator[list[int]]:
-        size = self.rows.micro_batch_size
-        first = self.start + self.rows.dp_rank * size
-        for _ in range(len(self)):
-            yield list(range(first, first + size))
-            first += size * self.rows.dp_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,14 +97,7 @@ def build_data(
         UsageError: missing, broken or empty data, ids beyond the vocabulary, flags in conflict.
     """
     tokenizer = build_tokenizer(config.data)
-    blends = blends_of(config.data)
-    if config.train.eval_iters == 0:
-        blends.update(valid=None, test=None)
-    sources = _check_sources(blends, config, tokenizer)
-    asked = dict(blends)
-    blends = {name: usable(name, asked[name], config.data.split, sources) for name in SPLITS}
-    if asked["test"] and not blends["test"] and reads_data and dp_rank == 0:
-        logger.warning("--split %s leaves no test data", config.data.split)
+    blends, sources = _check(config, tokenizer)
     rows = Rows(
         micro_batch_size=config.train.micro_batch_size,
         num_microbatches=num_microbatches,
@@ -156,7 +111,7 @@ def build_data(
             dataset = build_split(name, blend, samples, config, tokenizer, sources)
             start = consumed_train_samples if name == "train" else 0
             sampler = MicroBatchSampler(rows, start, samples)
-            loaders[name] = _loader(dataset, sampler, config.data.num_workers, name != "train")
+            loaders[name] = build_loader(dataset, sampler, config.data.num_workers, name != "train")
     train = loaders.pop("train", None)
     return Data(
         train=None if train is None else map(to_batch, iter(train)),
@@ -167,19 +122,24 @@ def build_data(
     )
 
 
-def _check_sources(
-    blends: dict[str, Blend | None], config: RunConfig, tokenizer: Tokenizer
-) -> dict[str, Source]:
-    """Every source that is used, looked through."""
+def _check(
+    config: RunConfig, tokenizer: Tokenizer
+) -> tuple[dict[str, Blend | None], dict[str, Source]]:
+    """The blends that can be used and all their sources, looked through."""
     limit = unpadded_vocab_size(config.data, tokenizer)
+    blends = blends_of(config.data)
+    if config.train.eval_iters == 0:
+        blends.update(valid=None, test=None)
     sources: dict[str, Source] = {}
-    for blend in filter(None, blends.values()):
-        for prefix in blend.prefixes:
-            if prefix not in sources:
-                sources[prefix] = inspect_source(prefix)
-                found = source_range(sources[prefix], cache_for(prefix, config))
-                check_range(sources[prefix], found, limit)
-    return sources
+    for prefix in (prefix for blend in blends.values() if blend for prefix in blend.prefixes):
+        if prefix not in sources:
+            sources[prefix] = inspect_source(prefix)
+            found = source_range(sources[prefix], cache_for(prefix, config))
+            check_range(sources[prefix], found, limit)
+    kept = {name: usable(name, blends[name], config.data.split, sources) for name in SPLITS}
+    if blends["test"] and not kept["test"]:
+        logger.warning("--split %s leaves no test data", config.data.split)
+    return kept, sources
 
 
 def _samples_of(name: str, config: RunConfig, rows: Rows) -> int:
@@ -205,47 +165,3 @@ def _identity(
         "seed": config.train.seed,
         "tokenizer": tokenizer.identity,
     }
-
-
-def _loader(
-    dataset: Dataset[Any], sampler: MicroBatchSampler, workers: int, persistent: bool
-) -> DataLoader[Packed]:
-    """A loader that keeps about two steps ready.
-
-    Its generator is its own: the default draws from torch's global one, and every evaluation would
-    then change the dropout of later steps.
-    """
-    ahead = -(-2 * sampler.rows.num_microbatches // workers) if workers else None
-    return DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        num_workers=workers,
-        collate_fn=collate,
-        generator=torch.Generator(),
-        prefetch_factor=ahead,
-        persistent_workers=persistent and workers > 0,
-        # Forked workers share the mapped files and need not import torch again (seconds).
-        multiprocessing_context="fork" if workers else None,
-    )
-
-
-def collate(samples: Sequence[Sample]) -> Packed:
-    """Rows to a micro-batch, in the worker.
-
-    One plain array goes through the worker's pipe. Tensors would go through file descriptors that
-    the worker must hand over itself, three switches of process for each micro-batch.
-    """
-    packed_3BS = np.empty((3, len(samples), len(samples[0]["tokens"])), dtype=np.int32)
-    for row, sample in enumerate(samples):
-        packed_3BS[0, row] = sample["tokens"]
-        packed_3BS[1, row] = sample["labels"]
-        packed_3BS[2, row] = sample["loss_mask"]
-    return packed_3BS
-
-
-def to_batch(packed_3BS: Packed) -> Batch:
-    """What `collate` made, as tensors."""
-    tokens_BS, labels_BS, mask_BS = torch.from_numpy(packed_3BS)
-    return Batch(
-        tokens_BS=tokens_BS.long(), labels_BS=labels_BS.long(), loss_mask_BS=mask_BS.float()
-    )

@@ -11,15 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe.data import indexed_check
+from megatron_moe.data import indexed_check, indexed_scan
 from megatron_moe.data.index_cache import IndexCache
-from megatron_moe.data.indexed_check import (
-    TokenRange,
-    check_range,
-    inspect_source,
-    scan_source,
-    source_range,
-)
+from megatron_moe.data.indexed_check import inspect_source
+from megatron_moe.data.indexed_scan import TokenRange, check_range, scan_source, source_range
 from megatron_moe.data.indexed_writer import IndexedWriter
 from megatron_moe.errors import UsageError
 from tests.data.corpus import engine_reads, write
@@ -106,7 +101,7 @@ def test_refused_at_open(files: tuple[Path, Path, Path], name: str) -> None:
 def test_refused_by_the_scan(
     files: tuple[Path, Path, Path], name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(indexed_check, "_CHUNK", chunk)
+    monkeypatch.setattr(indexed_scan, "_CHUNK", chunk)
     damage, says = DEEP[name]
     damage(*files)
     source = inspect_source(str(files[0].with_suffix("")))
@@ -126,7 +121,7 @@ def test_the_engine_takes_a_swapped_pair(files: tuple[Path, Path, Path]) -> None
 def test_range_and_documents(
     files: tuple[Path, Path, Path], chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(indexed_check, "_CHUNK", chunk)
+    monkeypatch.setattr(indexed_scan, "_CHUNK", chunk)
     source = inspect_source(str(files[0].with_suffix("")))
     assert (source.sequences, source.documents, source.tokens) == (4, 5, 8)
     found = scan_source(source)
@@ -185,7 +180,7 @@ def test_scan_is_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert source_range(inspect_source(str(tmp_path / "x")), cache).largest == 2
     write(tmp_path / "x", [[1, 7]])
     assert source_range(inspect_source(str(tmp_path / "x")), cache).largest == 7
-    monkeypatch.setattr(indexed_check, "_scan_tokens", lambda source: pytest.fail("scanned again"))
+    monkeypatch.setattr(indexed_scan, "_scan_tokens", lambda source: pytest.fail("scanned again"))
     assert source_range(inspect_source(str(tmp_path / "x")), cache).largest == 7
 
 

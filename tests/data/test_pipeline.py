@@ -13,7 +13,8 @@ import torch
 
 from megatron_moe.config import RunConfig
 from megatron_moe.data.batch import Batch
-from megatron_moe.data.pipeline import Data, build_data, collate, to_batch
+from megatron_moe.data.loader import collate, to_batch
+from megatron_moe.data.pipeline import Data, build_data
 from megatron_moe.errors import UsageError
 from tests.data.corpus import random_documents, run_config, write
 
