@@ -124,14 +124,16 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Combine weights that carry the losses, and this rank's shares of the two losses."""
         kind, tokens = self.moe.moe_router_load_balancing_type, choices_TK.shape[0]
-        load_BE = losses.load_per_row(choices_TK, batch, self.moe.num_experts)
-        per_row = kind != "aux_loss"
-        balance = losses.load_balancing_loss(scores.probs_TE, load_BE, tokens, per_row)
         z = losses.router_z_loss(scores, tokens)
+        if kind == "none":
+            balance = torch.zeros_like(z)
+        else:
+            load_BE = losses.load_per_row(choices_TK, batch, self.moe.num_experts)
+            per_row = kind == "seq_aux_loss"
+            balance = losses.load_balancing_loss(scores.probs_TE, load_BE, tokens, per_row)
         weights_TK = scores.weights_TK
         if torch.is_grad_enabled() and weights_TK.requires_grad:
-            balance_coeff = 0.0 if kind == "none" else self.moe.moe_aux_loss_coeff
-            total = balance * balance_coeff + z * self.moe.moe_z_loss_coeff
+            total = balance * self.moe.moe_aux_loss_coeff + z * self.moe.moe_z_loss_coeff
             weights_TK = losses.attach(weights_TK, total / self.num_moe_layers)
         return weights_TK, balance, z
 

@@ -46,8 +46,8 @@ class LayerStatistics:
 
     @property
     def drop_rate(self) -> float:
-        """Share of choices that were dropped."""
-        return 1.0 - sum(self.kept) / max(sum(self.load), 1.0)
+        """Share of choices that were dropped; 0 if there were none."""
+        return (sum(self.load) - sum(self.kept)) / max(sum(self.load), 1.0)
 
     @property
     def max_over_mean_load(self) -> float:

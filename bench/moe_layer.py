@@ -1,0 +1,136 @@
+"""One MoE layer, forward and backward, fp32 on this device: ours, the engine's, and the floor.
+
+    python -m bench.moe_layer
+
+All candidates of a shape run in turn, round after round, and medians are compared, so that a slow
+moment of the machine hits them alike. The floor is the bare GEMMs over the rows really kept, the
+better of one GEMM per expert and one batched GEMM; its outputs are allocated beforehand.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from bench._moe_layer_cases import (
+    CAPACITY_FACTOR,
+    SHAPES,
+    Shape,
+    bare_gemms,
+    engine_layer,
+    kept_rows,
+    our_layer,
+    step_of,
+)
+from bench.record import Record
+
+SECONDS_PER_SHAPE = 25.0
+ROUNDS = (7, 60)
+"""Least and most rounds of a shape."""
+LARGE_TOKENS = 2048
+"""Shapes with as many tokens or more are bound by GEMMs and held to the tighter bound."""
+FLOOR_BOUND = {"large": 1.15, "small": 1.5}
+STOCK_CAPACITY_SPEEDUP = 1.5
+
+
+def interleaved_medians(
+    candidates: dict[str, Callable[[], None]], seconds: float, rounds: tuple[int, int]
+) -> dict[str, float]:
+    """Median seconds of each candidate, run in turn after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for step in candidates.values():
+        step()
+    start = time.perf_counter()
+    for turn in range(rounds[1]):
+        for name, step in candidates.items():
+            before = time.perf_counter()
+            step()
+            times[name].append(time.perf_counter() - before)
+        if turn + 1 >= rounds[0] and time.perf_counter() - start > seconds:
+            break
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+@contextmanager
+def _one_process() -> Iterator[Any]:
+    """The engine's process groups for a single rank."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from megatron_moe.platform import activate
+
+    platform = activate()
+    dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(1)
+    try:
+        yield ProcessGroupCollection.use_mpu_process_groups()
+    finally:
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _candidates(shape: Shape, pgs: Any) -> dict[str, Callable[[], None]]:
+    x_SBH = shape.tokens_SBH(seed=1)
+    port, t5x = (our_layer(shape, rule, CAPACITY_FACTOR) for rule in ("port", "t5x"))
+    rows_port, rows_t5x = kept_rows(port, x_SBH), kept_rows(t5x, x_SBH)
+    return {
+        "ours": step_of(port, x_SBH),
+        "floor loop": bare_gemms(shape, rows_port, batched=False),
+        "floor batched": bare_gemms(shape, rows_port, batched=True),
+        "stock capacity": step_of(engine_layer(shape, CAPACITY_FACTOR, pgs), x_SBH),
+        "stock dropless": step_of(engine_layer(shape, None, pgs), x_SBH),
+        "ours t5x": step_of(t5x, x_SBH),
+        "floor t5x loop": bare_gemms(shape, rows_t5x, batched=False),
+        "floor t5x batched": bare_gemms(shape, rows_t5x, batched=True),
+        "ours dropless": step_of(our_layer(shape, "port", None), x_SBH),
+    }
+
+
+def _judge(shape: Shape, ms: dict[str, float]) -> list[Record]:
+    """The numbers of one shape and the targets they are held to."""
+    floor = min(ms["floor loop"], ms["floor batched"])
+    floor_t5x = min(ms["floor t5x loop"], ms["floor t5x batched"])
+    size = "large" if shape.tokens >= LARGE_TOKENS else "small"
+    bound = FLOOR_BOUND[size]
+    over, over_t5x = ms["ours"] / floor, ms["ours t5x"] / floor_t5x
+    capacity, dropless = (ms[f"stock {kind}"] / ms["ours"] for kind in ("capacity", "dropless"))
+    least = STOCK_CAPACITY_SPEEDUP if size == "small" else 1.0
+    prefix = f"moe_layer/{shape.name}"
+    ratios = [
+        ("over floor", over, "x", f"<= {bound}", over <= bound),
+        ("over floor, rule t5x", over_t5x, "x", f"<= {bound}", over_t5x <= bound),
+        ("speedup on stock capacity", capacity, "x", f">= {least}", capacity >= least),
+        ("speedup on stock dropless", dropless, "x", ">= 1.0", dropless >= 1.0),
+    ]
+    records = [
+        Record(name=f"{prefix}/{name}", value=value, unit=unit, target=target, met=met)
+        for name, value, unit, target, met in ratios
+    ]
+    return records + [
+        Record(name=f"{prefix}/{name}", value=value, unit="ms") for name, value in ms.items()
+    ]
+
+
+def records() -> list[Record]:
+    """Measure every shape."""
+    found: list[Record] = []
+    with _one_process() as pgs:
+        for shape in SHAPES:
+            medians = interleaved_medians(_candidates(shape, pgs), SECONDS_PER_SHAPE, ROUNDS)
+            found += _judge(shape, {name: 1e3 * value for name, value in medians.items()})
+    return found
+
+
+if __name__ == "__main__":
+    from bench.run import table
+
+    torch.manual_seed(0)
+    print(table(records()))

@@ -1,0 +1,61 @@
+"""Dispatch and combine kernels against plain indexing, with dropped choices and empty rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from fused_kernels.reference import combine_tokens, dispatch_tokens
+
+
+@pytest.fixture
+def case() -> dict[str, Tensor]:
+    """Four tokens, two choices, seven rows; token 2 dropped twice, token 3 once, row 5 empty."""
+    rows = torch.tensor([[3, 0], [1, 4], [0, 0], [6, 0]])
+    kept = torch.tensor([[True, True], [True, True], [False, False], [True, False]])
+    source = torch.tensor([0, 1, 0, 0, 1, 0, 3])
+    torch.manual_seed(0)
+    return {
+        "x": torch.randn(4, 5, dtype=torch.float64),
+        "weights": torch.rand(4, 2, dtype=torch.float64),
+        "rows": rows,
+        "kept": kept,
+        "source": source,
+    }
+
+
+def plain_combine(out: Tensor, case: dict[str, Tensor], weights: Tensor) -> Tensor:
+    tokens = []
+    for t in range(4):
+        total = torch.zeros(5, dtype=torch.float64)
+        for k in range(2):
+            if case["kept"][t, k]:
+                total = total + weights[t, k] * out[case["rows"][t, k]]
+        tokens.append(total)
+    return torch.stack(tokens)
+
+
+def test_dispatch_copies_tokens_and_sums_their_gradients(case: dict[str, Tensor]) -> None:
+    x = case["x"].requires_grad_()
+    buffer = dispatch_tokens.forward(x, case["source"])
+    filled = [0, 1, 3, 4, 6]
+    torch.testing.assert_close(buffer[filled], x[case["source"][filled]])
+    grad = torch.randn(7, 5, dtype=torch.float64)
+    (expected,) = torch.autograd.grad(buffer[filled], x, grad[filled])
+    torch.testing.assert_close(dispatch_tokens.backward(grad, case["rows"], case["kept"]), expected)
+
+
+def test_combine_and_its_two_gradients(case: dict[str, Tensor]) -> None:
+    out = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    weights = case["weights"].requires_grad_()
+    arguments = (out.detach(), weights.detach(), case["rows"], case["kept"])
+    expected = plain_combine(out, case, weights)
+    y = combine_tokens.forward(*arguments)
+    torch.testing.assert_close(y, expected.detach())
+    assert torch.equal(y[2], torch.zeros(5, dtype=torch.float64))
+    grad = torch.randn(4, 5, dtype=torch.float64)
+    expected_grads = torch.autograd.grad(expected, (out, weights), grad)
+    grads = combine_tokens.backward(grad, *arguments, case["source"])
+    torch.testing.assert_close(grads, expected_grads)
+    assert torch.equal(grads[0][[2, 5]], torch.zeros(2, 5, dtype=torch.float64))

@@ -1,0 +1,129 @@
+"""Both ways to run the experts against automatic differentiation of the plain formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fused_kernels.reference import gated_silu
+from megatron_moe.moe import expert_gemm
+from megatron_moe.moe.expert_gemm import Segment
+
+HIDDEN, FFN = 5, 3
+
+
+def plain(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    """One expert."""
+    *linear, gate, up = (x @ w_in).split(FFN, dim=-1)
+    h = F.silu(gate) * up
+    return (h * linear[0] if linear else h) @ w_out
+
+
+def weights(experts: int, blocks: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    w_in = torch.randn(experts, HIDDEN, blocks * FFN, dtype=torch.float64)
+    w_out = torch.randn(experts, FFN, HIDDEN, dtype=torch.float64)
+    return w_in.requires_grad_(), w_out.requires_grad_()
+
+
+COUNTS = {
+    "uneven": [[3, 1, 4, 2]],
+    "an empty expert": [[3, 0, 4, 0]],
+    "all to one": [[0, 0, 9, 0]],
+    "nothing": [[0, 0, 0, 0]],
+    "two sources": [[3, 1, 0, 2], [0, 5, 0, 1]],
+}
+
+
+@pytest.mark.parametrize("blocks", [2, 3])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
+def test_loop(counts: list[list[int]], blocks: int) -> None:
+    block_rows = 11
+    w_in, w_out = weights(4, blocks)
+    rows = block_rows * len(counts)
+    x = torch.randn(rows, HIDDEN, dtype=torch.float64, requires_grad=True)
+    segments = expert_gemm.segments_of(counts, block_rows)
+    y = expert_gemm.loop(x, w_in, w_out, segments, gated_silu)
+    expected = torch.zeros_like(x)
+    for s in segments:
+        mine = slice(s.start, s.start + s.rows)
+        expected[mine] = plain(x[mine], w_in[s.expert], w_out[s.expert])
+    torch.testing.assert_close(y, expected)
+    grad = torch.randn_like(x)
+    leaves = (x, w_in, w_out)
+    if not segments:
+        assert all(g.abs().max() == 0 for g in torch.autograd.grad(y, leaves, grad))
+        return
+    torch.testing.assert_close(
+        torch.autograd.grad(y, leaves, grad), torch.autograd.grad(expected, leaves, grad)
+    )
+
+
+def test_segments_are_the_filled_rows() -> None:
+    assert expert_gemm.segments_of([[2, 0, 1], [0, 3, 0]], 5) == [
+        Segment(0, 0, 2), Segment(2, 2, 1), Segment(1, 5, 3)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_batched(blocks: int) -> None:
+    w_in, w_out = weights(4, blocks)
+    x = torch.randn(4, 6, HIDDEN, dtype=torch.float64, requires_grad=True)
+    y = expert_gemm.batched(x, w_in, w_out, gated_silu)
+    expected = torch.stack([plain(*each) for each in zip(x, w_in, w_out, strict=True)])
+    torch.testing.assert_close(y, expected)
+    grad = torch.randn_like(x)
+    leaves = (x, w_in, w_out)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, leaves, grad), torch.autograd.grad(expected, leaves, grad)
+    )
+
+
+@pytest.mark.parametrize("way", ["loop", "batched"])
+def test_gradcheck(way: str) -> None:
+    w_in, w_out = weights(2, 3)
+    x = torch.randn(6, HIDDEN, dtype=torch.float64, requires_grad=True)
+    segments = expert_gemm.segments_of([[4, 2]], 6)
+
+    def run(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+        if way == "loop":
+            return expert_gemm.loop(x, w_in, w_out, segments, gated_silu)
+        return expert_gemm.batched(x.view(2, 3, HIDDEN), w_in, w_out, gated_silu)
+
+    assert torch.autograd.gradcheck(run, (x, w_in, w_out))
+
+
+@pytest.mark.parametrize("way", ["loop", "batched"])
+def test_with_the_engines_wrapper_gradients_are_added_to_main_grad_once(way: str) -> None:
+    """Two micro-batches: main_grad holds the sum, the flag is set, `.grad` is not to be read."""
+    w_in, w_out = (nn.Parameter(w.detach()) for w in weights(2, 2))
+    x = torch.randn(2, 4, HIDDEN, dtype=torch.float64)
+    segments = expert_gemm.segments_of([[4, 4]], 8)
+
+    def run() -> Tensor:
+        if way == "loop":
+            return expert_gemm.loop(x.flatten(0, 1), w_in, w_out, segments, gated_silu).sum()
+        return expert_gemm.batched(x, w_in, w_out, gated_silu).sum()
+
+    expected = torch.autograd.grad(run(), (w_in, w_out))
+    for weight in (w_in, w_out):
+        weight.main_grad = torch.ones_like(weight)
+        weight.grad_added_to_main_grad = False
+    for _ in range(2):
+        run().backward()
+    for weight, grad in zip((w_in, w_out), expected, strict=True):
+        assert weight.grad_added_to_main_grad
+        torch.testing.assert_close(weight.main_grad, 1 + 2 * grad)
+
+
+def test_a_main_grad_of_another_dtype_is_left_to_the_engine() -> None:
+    w_in, w_out = (nn.Parameter(w.detach()) for w in weights(1, 2))
+    w_in.main_grad = torch.zeros_like(w_in, dtype=torch.float32)
+    w_in.grad_added_to_main_grad = False
+    x = torch.randn(1, 4, HIDDEN, dtype=torch.float64)
+    expert_gemm.batched(x, w_in, w_out, gated_silu).sum().backward()
+    assert w_in.grad is not None
+    assert not w_in.grad_added_to_main_grad
+    assert w_in.main_grad.abs().max() == 0

@@ -1,0 +1,68 @@
+"""What is counted, by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from megatron_moe.moe import LayerStatistics, collect_statistics, reset_statistics
+from megatron_moe.moe.router import Scores
+from megatron_moe.moe.statistics import RoutingCounter
+from tests.moe.cases import layer_of, moe_config, tokens
+
+
+def one_pass(counter: RoutingCounter) -> None:
+    probs = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.25] * 4])
+    choices = torch.tensor([[0, 1], [0, 2]])
+    scores = Scores(probs.log(), probs, choices, probs.gather(1, choices))
+    kept = torch.tensor([[True, True], [False, True]])
+    counter.add(scores, kept, torch.tensor(2.5), torch.tensor(0.5), ranks_per_row=1)
+
+
+def test_two_micro_batches_by_hand() -> None:
+    counter = RoutingCounter(7, 4, None)
+    one_pass(counter)
+    one_pass(counter)
+    (found,) = collect_statistics([counter], None).items()
+    expected = LayerStatistics(
+        load=(4, 2, 2, 0),
+        kept=(2, 2, 2, 0),
+        tokens=4,
+        router_entropy=(math.log(2) + math.log(4)) / 2,
+        aux_loss=2.5,
+        z_loss=0.5,
+        micro_batches=2,
+    )
+    assert found[0] == 7
+    assert found[1].router_entropy == pytest.approx(expected.router_entropy)
+    assert vars(found[1]) == {**vars(expected), "router_entropy": found[1].router_entropy}
+    assert found[1].drop_rate == pytest.approx(2 / 8)
+    assert found[1].max_over_mean_load == pytest.approx(4 / 2)
+
+
+def test_reset_forgets() -> None:
+    counter = RoutingCounter(0, 4, None)
+    one_pass(counter)
+    reset_statistics([counter])
+    empty = collect_statistics([counter], None)[0]
+    assert empty.tokens == empty.drop_rate == 0
+
+
+def test_a_model_without_expert_layers_has_no_statistics() -> None:
+    assert collect_statistics([torch.nn.Linear(2, 2)], None) == {}
+
+
+def test_training_without_gradients_is_not_counted_and_evaluation_is() -> None:
+    layer = layer_of(moe_config())
+    with torch.no_grad():
+        layer(tokens(0))
+        assert collect_statistics([layer], None)[3].micro_batches == 0
+        layer.eval()(tokens(0))
+    assert collect_statistics([layer], None)[3].micro_batches == 1
+
+
+def test_counters_are_no_part_of_a_checkpoint() -> None:
+    names = set(layer_of(moe_config()).state_dict())
+    assert names == {"router_weight", "experts.weight_in", "experts.weight_out"}
