@@ -129,7 +129,9 @@ class _Saving:
             return CheckpointError(what, found, "a directory that can be written")
         free = free_bytes(self.directory) if self.directory.exists() else 0
         fix = "make room or choose another --save; the checkpoints that were there are intact"
-        return CheckpointError(what, f"{found}, {free} bytes free", f"{self.needed} bytes", fix)
+        return CheckpointError(
+            what, f"{found}, {free} bytes free", f"room for {self.needed} bytes of tensors", fix
+        )
 
 
 def _index_of(parts: Sequence[Part], rank: int) -> dict[str, Any]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from megatron_moe.checkpoint import (
     read_metadata,
     verify,
 )
+from megatron_moe.checkpoint.directory import TRACKER
 from megatron_moe.checkpoint.parts import Part, Replicas, owned
 from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.checkpoint.writer import write_checkpoint
@@ -124,6 +128,31 @@ def test_damage_to_any_file_is_refused_by_name(tmp_path, damage, name):
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
         list(load_logical(tmp_path))
     verify(tmp_path, 20)
+
+
+def test_everything_is_on_the_disk_before_it_counts(tmp_path, monkeypatch):
+    """Order of syncs and renames: files and their directory, the final name, the tracker."""
+    events = []
+    sync = os.fsync
+
+    def spy(handle):
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}")).name))
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", spy)
+    renames = []
+    sys.addaudithook(
+        lambda name, args: renames and name == "os.rename" and events.append(("rename", args[1]))
+    )
+    renames.append(True)
+    path = toy.save(tmp_path / "run", 10)
+    renames.clear()
+    named = [(what, Path(str(where)).name) for what, where in events]
+    final, tracker = named.index(("rename", path.name)), named.index(("rename", TRACKER))
+    assert {name for _, name in named[: final - 1]} == {p.name for p in path.iterdir()}
+    assert named[final - 1][1].startswith(".saving-")
+    assert named[final + 1 : tracker] == [("sync", "run"), ("sync", f".{TRACKER}.new")]
+    assert named[tracker + 1 :] == [("sync", "run")]
 
 
 def test_every_damaged_file_is_named_at_once(pool, tmp_path):
