@@ -112,8 +112,8 @@ def test_installed_commands_start_anywhere(wheel: Path, tmp_path: Path) -> None:
     commands = sorted(path.name for path in (site / "bin").iterdir())
     assert commands == [
         "openmoe-generate",
-        "openmoe-pretrain",
         "openmoe-preprocess",
+        "openmoe-pretrain",
         "openmoe-train-tokenizer",
     ]
     for name in commands:
@@ -155,8 +155,15 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_old_python_is_refused_in_one_line(checkout: Path) -> None:
-    old = 'case "$1" in --version) echo "Python 3.8.1";; *) exit 1;; esac\n'
-    done = make(checkout, "setup", f"PYTHON={script(checkout / 'python3', old)}")
+    # The real interpreter, made to believe that it is an old one.
+    pretend = "import sys; sys.version_info = (3, 8, 1)"
+    body = f"""
+case "$1" in
+  --version) echo "Python 3.8.1" ;;
+  -c) exec {sys.executable} -c "{pretend}; $2" ;;
+esac
+"""
+    done = make(checkout, "setup", f"PYTHON={script(checkout / 'python3', body)}")
     assert done.returncode == 2
     line = done.stderr.splitlines()[0]
     assert "Python 3.8.1" in line

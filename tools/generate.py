@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from megatron_moe.checkpoint import load_logical, read_config, read_metadata
 from megatron_moe.config import RunConfig
 from megatron_moe.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
@@ -107,6 +107,8 @@ def generate(
 
 def load_model(options: argparse.Namespace, config: RunConfig) -> ReferenceOpenMoE:
     """The checkpoint's weights in the reference model, ready for inference."""
+    from megatron_moe.checkpoint import load_logical, read_metadata
+
     moe = config.moe
     if not options.drop_tokens:
         moe = replace(moe, moe_eval_capacity_factor=None)
@@ -138,6 +140,8 @@ def load_tokenizer(options: argparse.Namespace, config: RunConfig) -> Tokenizer:
     Raises:
         UsageError: its file is missing, or is another tokenizer's.
     """
+    from megatron_moe.checkpoint import read_metadata
+
     data = config.data
     if options.tokenizer_model is not None:
         data = replace(data, tokenizer_model=options.tokenizer_model)
@@ -158,6 +162,11 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UsageError: a flag, the checkpoint or the tokenizer is wrong.
     """
+    # Imported late, so that --help is quick, and quietly: the engine warns that Apex is missing,
+    # which does not matter to the reference model.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    from megatron_moe.checkpoint import read_config
+
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     sampling.check()
     if options.max_new_tokens < 1:
