@@ -99,11 +99,11 @@ def initialize_parallel(
     """Create the process groups of a layout and seed the engine's random streams.
 
     The default process group is made if there is none: from `store` and `rank` if given, else as
-    `megatron_moe.parallel.launch` finds it in the environment, after all ranks have met.
+    `megatron_moe.parallel.launch` finds it in the environment, after all ranks have met; if any of
+    them found a mistake of the user's, the process ends there with code 2.
 
     Raises:
         UsageError: the default group is of another size than the layout.
-        SystemExit: another rank reported a `UsageError` and said why; code 2.
     """
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection

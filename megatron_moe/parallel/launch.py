@@ -7,7 +7,9 @@ exit with code 2, and the mistake is printed once, however many ranks found it.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
 MEETING_TIMEOUT = timedelta(seconds=120)
 """How long a rank that found a mistake waits for the others to get as far."""
-_LEAVE_TIMEOUT = timedelta(seconds=10)
+_LATE_TIMEOUT = timedelta(seconds=5)
+"""The same once process groups exist: ranks that found nothing may never come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +71,9 @@ def _number(name: str) -> int:
 def run_or_exit(main: Callable[[], None], prog: str = "pretrain_openmoe.py") -> None:
     """Run a program; a `UsageError` becomes one line on standard error and exit code 2.
 
-    Before process groups exist, the ranks meet: the line is printed once for all ranks that found
-    the same mistake, and ranks that found none exit with code 2 as well. A mistake found later is
-    printed by the rank that found it; what ends the others is the launcher.
+    Ranks that found the same mistake say it once. Before process groups exist the others, which
+    found none, wait in `meet_at_start` and end with code 2 as well; later they are in the middle of
+    their work, and it is the launcher that ends them.
     """
     try:
         main()
@@ -79,28 +82,28 @@ def run_or_exit(main: Callable[[], None], prog: str = "pretrain_openmoe.py") -> 
 
 
 def _exit(line: str) -> NoReturn:
-    if _meets_others():
-        here = launched()
-        store, _ = _store(MEETING_TIMEOUT)
-        found = _meet(store, here, line, MEETING_TIMEOUT)
-        if here.rank == min(rank for rank, said in found.items() if said == line):
-            print(line, file=sys.stderr, flush=True)
-        _leave(store, here)
-    else:
+    here = _with_others()
+    if here is None:
         print(line, file=sys.stderr, flush=True)
-    sys.exit(USAGE_EXIT_CODE)
-
-
-def _meets_others() -> bool:
-    """Whether there are other ranks, and no process group has been made with them yet."""
-    try:
-        if launched().world_size == 1:
-            return False
-    except UsageError:
-        return False
+        sys.exit(USAGE_EXIT_CODE)
     import torch.distributed as dist
 
-    return not dist.is_initialized()
+    late = dist.is_initialized()
+    timeout = _LATE_TIMEOUT if late else MEETING_TIMEOUT
+    store = _store("late" if late else "start", timeout)
+    found = _meet(store, here, line, timeout)
+    if here.rank == min(rank for rank, said in found.items() if said == line):
+        print(line, file=sys.stderr, flush=True)
+    _leave(store, here, timeout)
+
+
+def _with_others() -> Launched | None:
+    """What the launcher says, if it says that there are other ranks."""
+    try:
+        here = launched()
+    except UsageError:
+        return None
+    return here if here.world_size > 1 else None
 
 
 def meet_at_start(world_size: int, timeout: timedelta) -> tuple[dist.Store, int]:
@@ -114,8 +117,9 @@ def meet_at_start(world_size: int, timeout: timedelta) -> tuple[dist.Store, int]
         A store for the default process group, and this rank.
 
     Raises:
-        SystemExit: a rank found a mistake (it has said which); code 2.
         UsageError: the launcher started another number of ranks.
+
+    Does not return if a rank found a mistake: that rank says which, and all end with code 2.
     """
     import torch.distributed as dist
 
@@ -124,24 +128,26 @@ def meet_at_start(world_size: int, timeout: timedelta) -> tuple[dist.Store, int]
         raise UsageError("world size", here.world_size, f"{world_size}, as laid out")
     if here.alone:
         return dist.HashStore(), 0
-    store, _ = _store(timeout)
+    store = _store("start", timeout)
     if any(_meet(store, here, "", timeout).values()):
-        _leave(store, here)
-        sys.exit(USAGE_EXIT_CODE)
+        _leave(store, here, MEETING_TIMEOUT)
     return dist.PrefixStore("default", store), here.rank
 
 
-def _store(timeout: timedelta) -> tuple[dist.Store, int]:
+def _store(meeting: str, timeout: timedelta) -> dist.Store:
     """The launcher's store, or one that rank 0 serves if the launcher has none."""
     import torch.distributed as dist
 
-    store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"start-{attempt}", store), rank
+    return dist.PrefixStore(f"{meeting}-{attempt}", store)
 
 
 def _meet(store: dist.Store, here: Launched, said: str, timeout: timedelta) -> dict[int, str]:
-    """Say something ('' for ready) and hear what every rank says; missing ranks are left out."""
+    """Say something ('' for ready) and hear what every rank says.
+
+    A rank that has a mistake to tell and nobody to wait for any longer hears only itself.
+    """
     import torch.distributed as dist
 
     keys = [f"said/{rank}" for rank in range(here.world_size)]
@@ -155,13 +161,18 @@ def _meet(store: dist.Store, here: Launched, said: str, timeout: timedelta) -> d
         return {here.rank: said}
 
 
-def _leave(store: dist.Store, here: Launched) -> None:
-    """Go together: a launcher that sees one rank end kills the others before they can say why."""
+def _leave(store: dist.Store, here: Launched, timeout: timedelta) -> NoReturn:
+    """End with code 2, together: a launcher that sees one rank end terminates the others."""
     import torch.distributed as dist
 
+    # Nothing is left to do or to put in order, so a rank that is terminated a moment before its end
+    # may as well end with its own code.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     keys = [f"left/{rank}" for rank in range(here.world_size)]
-    try:
+    # Rank 0 may have served the store and gone, or a rank never came.
+    with contextlib.suppress(dist.DistError):
         store.set(keys[here.rank], "1")
-        store.wait(keys, _LEAVE_TIMEOUT)
-    except dist.DistError:
-        return  # Rank 0 served the store and has gone, or a rank never came.
+        store.wait(keys, timeout)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(USAGE_EXIT_CODE)

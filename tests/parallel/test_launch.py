@@ -1,0 +1,144 @@
+"""Mistakes under real torchrun: said once, and exit code 2 on every rank."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_moe.errors import UsageError
+from megatron_moe.parallel.launch import Launched, launched
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a program under torchrun ended."""
+
+    codes: dict[int, int]
+    """Exit code of each rank; 143 for one that the launcher terminated."""
+    said: list[str]
+    """What the program wrote on standard error."""
+    printed: str
+
+
+def torchrun(tmp_path: Path, what: str, ranks: int = 2) -> Ended:
+    """Start the program; each rank leaves its exit code."""
+    environment = {k: v for k, v in os.environ.items() if k not in NAMES}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OUT": str(tmp_path)}
+    run = f'"{sys.executable}" -m tests.parallel.launch_program "{what}" 2> "$OUT/said-$RANK"'
+    # Rank 0 is slow to start, so that the others have to wait for it.
+    leave = 'code=$?; echo $code > "$OUT/code-$RANK"; exit $code'
+    # The shell outlives the signal that ends a rank, to write down what became of the rank.
+    script = f'trap : TERM; [ "$RANK" = 0 ] && sleep 1; {run}; {leave}'
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={ranks}",
+            "--no-python",
+            "bash",
+            "-c",
+            script,
+        ],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+        check=False,
+    )
+    codes = {int(p.name[5:]): int(p.read_text()) for p in tmp_path.glob("code-*")}
+    said = [line for p in sorted(tmp_path.glob("said-*")) for line in p.read_text().splitlines()]
+    return Ended(codes, said, done.stdout)
+
+
+def test_a_mistake_that_every_rank_finds_is_said_once(tmp_path: Path) -> None:
+    ended = torchrun(tmp_path, "everywhere", ranks=3)
+    assert ended.codes == {0: 2, 1: 2, 2: 2}
+    assert ended.said == ["program: error: --planted is 3, expected 1 or 2"]
+
+
+def test_a_mistake_that_one_rank_finds_ends_all(tmp_path: Path) -> None:
+    ended = torchrun(tmp_path, "once")
+    assert ended.codes == {0: 2, 1: 2}
+    assert ended.said == ["program: error: --planted is 3, expected 1 or 2"]
+
+
+def test_different_mistakes_are_all_said(tmp_path: Path) -> None:
+    ended = torchrun(tmp_path, "each its own")
+    assert ended.codes == {0: 2, 1: 2}
+    assert ended.said == [
+        f"program: error: --planted is {rank}, expected something else" for rank in range(2)
+    ]
+
+
+def test_a_mistake_found_after_groups_exist_is_said_once_too(tmp_path: Path) -> None:
+    ended = torchrun(tmp_path, "late")
+    assert ended.printed.splitlines() == ["sum 2", "sum 2"]
+    assert ended.codes == {0: 2, 1: 2}
+    assert ended.said == ["program: error: --planted is 3, expected nothing after the groups exist"]
+
+
+def test_without_a_launcher_a_program_is_a_world_of_one() -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in NAMES}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.parallel.launch_program", "late"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "sum 1\n"
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_the_launcher_s_variables(environment: pytest.MonkeyPatch) -> None:
+    assert launched() == Launched(rank=0, world_size=1, local_rank=0, alone=True)
+    for name, value in zip(NAMES, ("5", "8", "1", "localhost", "29500"), strict=True):
+        environment.setenv(name, value)
+    assert launched() == Launched(rank=5, world_size=8, local_rank=1, alone=False)
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"RANK": "0"}, "environment variable WORLD_SIZE is None, expected a number"),
+        (
+            {"RANK": "x", "WORLD_SIZE": "2"},
+            "environment variable RANK is 'x', expected a number",
+        ),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            "environment variable MASTER_ADDR is None, expected set beside RANK",
+        ),
+        (
+            {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+            "environment variable RANK is 2, expected 0 to 1",
+        ),
+    ],
+)
+def test_a_half_set_environment_is_refused(
+    variables: dict[str, str], message: str, environment: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    with pytest.raises(UsageError) as caught:
+        launched()
+    assert str(caught.value) == f"{message}; start the program with torchrun"
