@@ -1,8 +1,8 @@
 """Reads an indexed data set from end to end, once per content.
 
 Every length, offset and document bound has to be in its place; the smallest and the largest id are
-noted, so that a vocabulary that is too small is refused before the first step. The index cache keeps
-the result.
+noted, so that a vocabulary that is too small is refused before the first step. The result stays in
+the index cache.
 """
 
 from __future__ import annotations
