@@ -68,7 +68,7 @@ say "5/6 Continuing from the checkpoint: $MORE more steps in new processes"
 "${TORCHRUN[@]}" pretrain_openmoe.py "${RUN[@]}" --train-iters $((ITERS + MORE)) \
   --load "$OUT/checkpoint" 2>&1 | tee "$OUT/logs/continue.log"
 
-python tools/unigram_loss.py "${RUN[@]}" | tee "$OUT/logs/unigram.log"
+python tools/unigram_loss.py "${RUN[@]}" --train-iters "$ITERS" | tee "$OUT/logs/unigram.log"
 
 say "6/6 A sample"
 python tools/generate.py --load "$OUT/checkpoint" --prompt "def read(self, size):" \
