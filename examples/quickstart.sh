@@ -52,7 +52,7 @@ RUN=(
   --preset openmoe-tiny-released --expert-model-parallel-size 2
   "${DATA[@]}"
   --micro-batch-size 4 --global-batch-size 8
-  --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 50
+  --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 20
   --lr-decay-iters $((ITERS + MORE))
   --eval-interval 200 --eval-iters 16 --log-interval 20
   --save "$OUT/checkpoint" --tensorboard-dir "$OUT/tensorboard"
