@@ -9,6 +9,8 @@ All flags: --help. What happens in a step, and what is reported: docs/training.m
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence
 
 from megatron_moe.config import RunConfig
@@ -18,10 +20,11 @@ from megatron_moe.parallel.launch import run_or_exit
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: describe or train."""
-    run_or_exit(lambda: _execute(parse_args(argv)))
+    run_or_exit(lambda: execute(parse_args(argv)))
 
 
-def _execute(command: Command) -> None:
+def execute(command: Command) -> None:
+    """Do what the command line asks for."""
     if command.describe is None:
         pretrain(command.config)
     else:
@@ -32,6 +35,8 @@ def _execute(command: Command) -> None:
 
 def pretrain(config: RunConfig) -> None:
     """Train on the ranks that the launcher started."""
+    # Each of its modules warns on each rank that Apex is missing, which is no news on a CPU.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     from megatron_moe.data.tokenizer import build_tokenizer, padded_vocab_size
     from megatron_moe.model.build import build_model
     from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
@@ -59,8 +64,11 @@ def pretrain(config: RunConfig) -> None:
     reporter = Reporter(config.logging, plan.iterations, writes=ctx.rank == 0)
     reporter.start(run, data, start)
     load_run(run, data)
-    reporter.end(train(run, data, start, reporter))
+    summary = train(run, data, start, reporter)
+    reporter.end(summary)
     destroy_parallel(default_group=True)
+    if summary.failure is not None:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -80,8 +80,9 @@ def progress_line(
 def final_lines(summary: Summary, logging: LoggingConfig) -> list[str]:
     """First and last training loss, held-out loss, speed, where to look."""
     state = summary.state
+    how = "done" if summary.failure is None else "stopped"
     lines = [
-        f" done at iteration {state.iteration}, {state.consumed_train_samples} samples consumed"
+        f" {how} at iteration {state.iteration}, {state.consumed_train_samples} samples consumed"
     ]
     if summary.first is not None and summary.last is not None:
         lines.append(
@@ -95,4 +96,6 @@ def final_lines(summary: Summary, logging: LoggingConfig) -> list[str]:
         )
     if logging.tensorboard_dir is not None:
         lines.append(f" logs: tensorboard --logdir {logging.tensorboard_dir}")
+    if summary.failure is not None:
+        lines.append(f" error: {summary.failure}")
     return lines

@@ -41,8 +41,7 @@ class _Session:
 def train(run: TrainingRun, data: Data, progress: TrainState, reporter: Reporter) -> Summary:
     """Train from ``progress`` to the end of the run or of this start of it (`--exit-interval`).
 
-    Raises:
-        NonFiniteError: on every rank, after everything up to the bad step was reported.
+    A step whose gradient is not finite ends it too: the summary says so, nothing is saved.
     """
     session = _Session(
         run=run, data=data, reporter=reporter, meter=make_meter(run), progress=progress
@@ -50,18 +49,20 @@ def train(run: TrainingRun, data: Data, progress: TrainState, reporter: Reporter
     for chunk in run.wrapped:
         chunk.train()
     session.meter.resume()
+    failure = None
     try:
         _steps(session)
-    except NonFiniteError:
+        _finish(session)
+    except NonFiniteError as error:
         _report(session)
-        raise
-    _finish(session)
+        failure = str(error)
     return Summary(
         state=session.progress,
         first=session.first,
         last=session.last,
         valid=session.valid,
         tokens_per_second=session.tokens / session.seconds if session.seconds else 0.0,
+        failure=failure,
     )
 
 

@@ -92,6 +92,8 @@ class Summary:
     """Its last evaluation on validation data."""
     tokens_per_second: float
     """Over all its steps, evaluations and saves not counted."""
+    failure: str | None = None
+    """Why it stopped before its end, in one line."""
 
 
 @dataclass

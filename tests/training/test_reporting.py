@@ -1,0 +1,160 @@
+"""What a run tells, read back: TensorBoard, metrics file, log, unigram baseline."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from math import log
+from pathlib import Path
+
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_moe.config.cli import parse_args
+from megatron_moe.data.pipeline import build_data
+from megatron_moe.training.schedule import learning_rate
+from megatron_moe.training.unigram import unigram_loss
+from tests.training.tiny import MODEL, VOCAB, pretrain_rank
+
+DATA = ["--split", "80,15,5", "--train-iters", "8", "--eval-iters", "2", "--eval-interval", "4"]
+TRAIN = ("lm loss", "logit z", "grad norm", "learning rate")
+LAYER = (
+    "max over mean load",
+    "drop rate",
+    "router entropy",
+    "load balancing loss",
+    "router z loss",
+)
+
+
+class Told:
+    """One run on two ranks, and everything it left."""
+
+    def __init__(self, pool, corpus: str, directory: Path) -> None:
+        self.argv = [*MODEL, *DATA, "--data-path", corpus, "--expert-model-parallel-size", "2"]
+        self.argv += ["--tensorboard-dir", str(directory / "board")]
+        self.argv += ["--metrics-file", str(directory / "metrics.jsonl")]
+        self.results = pool.run(pretrain_rank, 2, argv=self.argv)
+        self.config = parse_args(self.argv).config
+        lines = (directory / "metrics.jsonl").read_text().splitlines()
+        self.steps = [json.loads(line) for line in lines]
+        self.board = EventAccumulator(str(directory / "board"), {"scalars": 0, "histograms": 0})
+        self.board.Reload()
+
+    def scalars(self, tag: str) -> dict[int, float]:
+        return {event.step: event.value for event in self.board.Scalars(tag)}
+
+
+@pytest.fixture(scope="module")
+def told(pool, corpus, tmp_path_factory) -> Told:
+    return Told(pool, corpus, tmp_path_factory.mktemp("told"))
+
+
+def test_tensorboard_has_what_the_documentation_promises(told):
+    tags = set(told.board.Tags()["scalars"])
+    expected = {f"train/{name}" for name in (*TRAIN, "consumed samples")}
+    expected |= {f"speed/{name}" for name in ("tokens per second", "seconds per step", "MFU")}
+    expected |= {"speed/model TFLOPs per device", "memory/max allocated MiB"}
+    expected |= {f"{s}/{n}" for s in ("validation", "test") for n in ("lm loss", "perplexity")}
+    expected |= {f"moe/layer {layer}/{name}" for layer in ("01", "03") for name in LAYER}
+    assert tags == expected
+    assert set(told.board.Tags()["histograms"]) == {
+        f"moe/layer {layer}/load per expert" for layer in ("01", "03")
+    }
+    manual = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    for tag in expected - {"test/lm loss", "test/perplexity"}:
+        assert re.sub(r"layer \d\d", "layer NN", tag) in manual, tag
+
+
+def test_tensorboard_and_metrics_file_say_the_same(told):
+    for name in TRAIN:
+        key = {"learning rate": "learning_rate", "grad norm": "grad_norm"}.get(
+            name, name.replace(" ", "_")
+        )
+        points = told.scalars(f"train/{name}")
+        assert points == pytest.approx({s["iteration"]: s[key] for s in told.steps}, rel=1e-6)
+    assert told.scalars("train/consumed samples") == {4: 32.0, 8: 64.0}
+
+
+def test_steps_are_counted_and_their_hexadecimal_floats_are_exact(told):
+    assert [step["iteration"] for step in told.steps] == list(range(1, 9))
+    assert [step["consumed_samples"] for step in told.steps] == list(range(8, 65, 8))
+    for step in told.steps:
+        assert float.fromhex(step["lm_loss_hex"]) == step["lm_loss"]
+        assert float.fromhex(step["grad_norm_hex"]) == step["grad_norm"]
+        rate = learning_rate(told.config.optimizer, step["iteration"] - 1, 8)
+        assert step["learning_rate"] == rate
+        assert step["targets"] == 8 * 32
+    assert told.steps[-1]["lm_loss"] < told.steps[0]["lm_loss"]
+
+
+def test_every_choice_of_every_token_is_in_the_load_histogram(told):
+    # Steps of an interval x sequences x positions x choices of a token.
+    choices = 4 * 8 * 32 * 2
+    for layer in ("01", "03"):
+        events = told.board.Histograms(f"moe/layer {layer}/load per expert")
+        assert [event.step for event in events] == [4, 8]
+        for event in events:
+            bars = event.histogram_value
+            assert sum(bars.bucket) == choices
+            assert list(bars.bucket_limit) == [0.5, 1.5, 2.5, 3.5]
+            busiest = max(bars.bucket) * 4 / choices
+            assert told.scalars(f"moe/layer {layer}/max over mean load")[event.step] == (
+                pytest.approx(busiest)
+            )
+        assert all(
+            0 < v < 1.3863 for v in told.scalars(f"moe/layer {layer}/router entropy").values()
+        )
+        assert all(0 < v < 1 for v in told.scalars(f"moe/layer {layer}/drop rate").values())
+
+
+def test_throughput_is_consistent(told):
+    speed = told.scalars("speed/tokens per second")
+    seconds = told.scalars("speed/seconds per step")
+    tflops = told.scalars("speed/model TFLOPs per device")
+    for step, rate in speed.items():
+        assert rate == pytest.approx(8 * 32 / seconds[step], rel=1e-5)
+        # --device-peak-tflops is 1.
+        assert told.scalars("speed/MFU")[step] == pytest.approx(tflops[step], rel=1e-5)
+
+
+def test_the_log_is_rank_zeros_and_ends_with_losses_and_speed(told):
+    (code, out, _), (other_code, other_out, _) = told.results
+    assert (code, other_code, other_out) == (0, 0, "")
+    lines = out.splitlines()
+    assert sum(line.startswith(" iteration ") for line in lines) == 2
+    valid = told.scalars("validation/lm loss")
+    assert list(valid) == [4, 8]
+    assert lines[-4] == " done at iteration 8, 64 samples consumed"
+    first, last = told.steps[0]["lm_loss"], told.steps[-1]["lm_loss"]
+    assert f"first {first:.6f} (iteration 1), last {last:.6f} (iteration 8) | " in lines[-3]
+    assert re.search(r"\d+ tokens/s$", lines[-3])
+    assert lines[-2].startswith(f" validation loss: {valid[8]:.5f}")
+    assert lines[-1].endswith(f"tensorboard --logdir {told.config.logging.tensorboard_dir}")
+
+
+def test_the_unigram_loss_is_that_of_counting_by_hand(told):
+    dataset = IndexedDataset(told.config.data.data_path[0])
+    training = round(0.8 * len(dataset))
+    counts = Counter(int(i) for number in range(training) for i in dataset[number])
+    data = build_data(
+        told.config,
+        dp_rank=0,
+        dp_size=1,
+        num_microbatches=4,
+        consumed_train_samples=0,
+        reads_data=True,
+    )
+    total, targets = 0.0, 0
+    for batch in data.valid():
+        for label, counted in zip(
+            batch.labels_BS.flatten().tolist(), batch.loss_mask_BS.flatten().tolist(), strict=True
+        ):
+            if counted:
+                total -= log((counts[label] + 1) / (counts.total() + VOCAB))
+                targets += 1
+    found = unigram_loss(told.config)
+    assert found.loss == pytest.approx(total / targets, rel=1e-9)
+    assert (found.targets, found.training_tokens) == (targets, counts.total())

@@ -1,0 +1,88 @@
+"""Runs are repeatable bit by bit, and a run that stopped goes on as if it had not.
+
+Everything is looked at from outside: the metrics file's hexadecimal floats, and the tensors of the
+last checkpoint (weights, moments, and each rank's random states), which two runs must share byte by
+byte.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.pool import Pool
+from tests.training.tiny import MODEL, pretrain_rank
+
+DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
+OVERLAPPED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+LAYOUTS = {
+    "one process": (1, ["--eval-iters", "1", "--eval-interval", "4"]),
+    "EP2": (2, ["--expert-model-parallel-size", "2", "--use-distributed-optimizer"]),
+    "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
+    "TP2": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "EP2xDP2, bf16, everything overlapped": (
+        4,
+        ["--expert-model-parallel-size", "2", "--bf16", *OVERLAPPED],
+    ),
+}
+
+
+def _run(pool: Pool, world: int, corpus: str, directory: Path, flags: list[str]) -> None:
+    argv = [*MODEL, *DROPOUT, "--data-path", corpus, "--split", "80,20,0", "--train-iters", "20"]
+    argv += ["--metrics-file", str(directory / "metrics.jsonl"), "--save", str(directory), *flags]
+    for code, _, err in pool.run(pretrain_rank, world, argv=argv):
+        assert code == 0, err
+
+
+def _steps(directory: Path) -> list[dict[str, object]]:
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _tensors(directory: Path) -> dict[str, bytes]:
+    files = sorted((directory / "iter_0000020").glob("*.safetensors"))
+    return {file.name: file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+def test_ten_steps_and_ten_more_are_twenty(name, pool, corpus, tmp_path):
+    world, flags = LAYOUTS[name]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    _run(pool, world, corpus, whole, flags)
+    _run(pool, world, corpus, parts, [*flags, "--exit-interval", "10"])
+    assert [step["iteration"] for step in _steps(parts)] == list(range(1, 11))
+    _run(pool, world, corpus, parts, [*flags, "--load", str(parts)])
+    steps = _steps(whole)
+    assert [step["iteration"] for step in steps] == list(range(1, 21))
+    assert len({step["lm_loss_hex"] for step in steps}) == 20
+    assert _steps(parts) == steps
+    tensors = _tensors(whole)
+    assert len(tensors) == world
+    assert _tensors(parts) == tensors
+
+
+def test_twenty_steps_repeat(pool, corpus, tmp_path):
+    once, again = tmp_path / "once", tmp_path / "again"
+    _run(pool, 2, corpus, once, LAYOUTS["EP2"][1])
+    _run(pool, 2, corpus, again, LAYOUTS["EP2"][1])
+    assert _steps(again) == _steps(once)
+    assert _tensors(again) == _tensors(once)
+
+
+def test_an_evaluation_leaves_no_trace(pool, corpus, tmp_path):
+    with_, without = tmp_path / "with", tmp_path / "without"
+    _run(pool, 1, corpus, with_, ["--eval-iters", "2", "--eval-interval", "3"])
+    _run(pool, 1, corpus, without, [])
+    assert _steps(with_) == _steps(without)
+    assert _tensors(with_) == _tensors(without)
+
+
+def test_another_seed_is_another_run(pool, corpus, tmp_path):
+    """What makes the comparisons above mean something."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    _run(pool, 1, corpus, one, [])
+    _run(pool, 1, corpus, other, ["--seed", "4321"])
+    assert _steps(one) != _steps(other)
+    assert _tensors(one) != _tensors(other)
