@@ -18,7 +18,6 @@ from megatron_moe.parallel.schedule import forward_backward
 from megatron_moe.platform import rng_states, set_rng_states
 from megatron_moe.training.losses import forward_function, total_sums
 from megatron_moe.training.metrics import Evaluation
-from megatron_moe.training.parameters import gathered_parameters
 from megatron_moe.training.run import TrainingRun
 
 NextBatches = Callable[[], Sequence[Batch | None]]
@@ -44,14 +43,13 @@ def _undisturbed(run: TrainingRun) -> Iterator[None]:
     """Evaluation mode, with everything that training depends on put back at the end."""
     states = rng_states()
     routed = {counter: counter.sums.clone() for counter in counters(run.chunks).values()}
-    with gathered_parameters(run.wrapped):
+    for chunk in run.wrapped:
+        chunk.eval()
+    try:
+        yield
+    finally:
         for chunk in run.wrapped:
-            chunk.eval()
-        try:
-            yield
-        finally:
-            for chunk in run.wrapped:
-                chunk.train()
-            set_rng_states(states)
-            for counter, sums in routed.items():
-                counter.sums.copy_(sums)
+            chunk.train()
+        set_rng_states(states)
+        for counter, sums in routed.items():
+            counter.sums.copy_(sums)

@@ -29,11 +29,14 @@ LAYOUTS = {
 }
 
 
-def _run(pool: Pool, world: int, corpus: str, directory: Path, flags: list[str]) -> None:
+def _run(pool: Pool, world: int, corpus: str, directory: Path, flags: list[str]) -> list[str]:
+    """Train up to step 20; returns the lines of rank 0's log."""
     argv = [*MODEL, *DROPOUT, "--data-path", corpus, "--split", "80,20,0", "--train-iters", "20"]
     argv += ["--metrics-file", str(directory / "metrics.jsonl"), "--save", str(directory), *flags]
-    for code, _, err in pool.run(pretrain_rank, world, argv=argv):
-        assert code == 0, err
+    results = pool.run(pretrain_rank, world, argv=argv)
+    for code, _, mistake in results:
+        assert code == 0, mistake
+    return results[0][1].splitlines()
 
 
 def _steps(directory: Path) -> list[dict[str, object]]:
@@ -77,6 +80,21 @@ def test_an_evaluation_leaves_no_trace(pool, corpus, tmp_path):
     _run(pool, 1, corpus, without, [])
     assert _steps(with_) == _steps(without)
     assert _tensors(with_) == _tensors(without)
+
+
+def test_overlapping_communication_changes_nothing(pool, corpus, tmp_path):
+    """Parameters that arrive during the next pass must be there for evaluations and saves too."""
+    flags = ["--eval-iters", "1", "--eval-interval", "3", "--use-distributed-optimizer"]
+    plain, overlapped = tmp_path / "plain", tmp_path / "overlapped"
+    lines = [
+        _run(pool, 2, corpus, plain, flags),
+        _run(pool, 2, corpus, overlapped, [*flags, *OVERLAPPED]),
+    ]
+    held_out = [[text for text in out if text.startswith(" validation")] for out in lines]
+    assert len(held_out[0]) == 8
+    assert held_out[0] == held_out[1]
+    assert _steps(overlapped) == _steps(plain)
+    assert _tensors(overlapped) == _tensors(plain)
 
 
 def test_another_seed_is_another_run(pool, corpus, tmp_path):
