@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_moe.checkpoint import Metadata, TrainState, save_checkpoint
+from megatron_moe.checkpoint import Metadata, TrainState, rng, save_checkpoint
 from megatron_moe.checkpoint.compare import tensor_differences
 from megatron_moe.checkpoint.index import LogicalTensor
 from megatron_moe.errors import UsageError
 from tests.checkpoint.layouts import DIST, METADATA, Case, build, gathered, load, save, step
 
 ONE, EP2 = Case(1, {}), Case(2, {"expert_model_parallel_size": 2})
-DP2 = Case(2, DIST)
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 HALF = Case(1, {}, bf16=True)
 
 
@@ -169,10 +169,11 @@ def _weights(rank, world_size, *, case, directory, sections=(), **options):
 
 @pytest.mark.parametrize("flags", [{}, DIST])
 def test_without_optimizer_state_masters_follow_the_weights(pool, tmp_path, flags):
-    """A step from stale masters would undo the load."""
+    """A step from stale masters would undo the load; this run starts from other weights."""
     case = Case(1, flags, bf16=True)
+    seed = [("train", {"seed": 99})]
     pool.run(_save, 1, case=case, directory=tmp_path)
-    ((_, tensors),) = pool.run(_weights, 1, case=case, directory=tmp_path)
+    ((_, tensors),) = pool.run(_weights, 1, case=case, directory=tmp_path, sections=seed)
     masters = {name: block for kind, name, block in tensors if kind == "master"}
     weights = {name: block for kind, name, block in tensors if kind == "model"}
     saved = dict(_logical(tmp_path))
@@ -233,6 +234,26 @@ def _draw_and_save(rank, world_size, *, case, directory):
 def _load_and_draw(rank, world_size, *, case, directory):
     load(build(case), directory)
     return _draws()
+
+
+def _reseed(rank, world_size, *, case, seeds):
+    run = build(case)
+    drawn = []
+    for seed, iteration in seeds:
+        rng.reseed(seed, iteration, run.ctx)
+        drawn.append(_draws())
+    return drawn
+
+
+def test_derived_states_follow_seed_step_and_place(pool):
+    case = Case(2, {**TP2, "expert_tensor_parallel_size": 1})
+    seeds = [(7, 2), (7, 3), (8, 2), (7, 2)]
+    first, second = pool.run(_reseed, 2, case=case, seeds=seeds)
+    assert first[0] == first[3]
+    assert not set(first[0]) & set(first[1]) and not set(first[0]) & set(first[2])
+    # Tensor-parallel ranks draw the same numbers outside parallel regions, others inside.
+    assert first[0][:6] == second[0][:6]
+    assert sum(a != b for a, b in zip(first[0], second[0], strict=True)) == 1
 
 
 def test_random_states_of_every_rank_come_back(pool, tmp_path):

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from megatron_moe.checkpoint import CheckpointError, latest_step, verify
-from megatron_moe.checkpoint.directory import revisions, step_directory
+from megatron_moe.checkpoint.directory import remove, revisions, step_directory
 from megatron_moe.checkpoint.ranks import Ranks
 from tests.checkpoint import toy
 
@@ -115,6 +115,24 @@ def test_a_kill_while_a_step_is_saved_again_never_harms_the_old_one(tmp_path):
     directory = tmp_path / "run"
     toy.save(directory, 10)
     assert len(_kill_everywhere(directory, 10)) > 10
+
+
+def test_a_kill_while_a_checkpoint_is_removed_leaves_it_whole_or_gone(tmp_path):
+    directory = tmp_path / "run"
+    toy.save(directory, 10)
+    path = toy.save(directory, 20)
+
+    def body(event: int) -> None:
+        kill_at(event, directory)
+        remove(path)
+
+    for event in range(POINTS):
+        status = fork(partial(body, event))
+        if 20 not in revisions(directory):
+            break
+        verify(directory, 20)
+    assert event > 0 and status in (0, -signal.SIGKILL)
+    verify(directory, 10)
 
 
 def test_a_kill_in_the_middle_of_any_write_leaves_the_old_checkpoint(tmp_path):
