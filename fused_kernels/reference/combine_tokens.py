@@ -5,8 +5,11 @@ Shapes: T tokens, H hidden, K choices of a token, R buffer rows.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fused_kernels.reference._blocks import row_blocks
 
 
 def forward(out_RH: Tensor, weights_TK: Tensor, rows_TK: Tensor, kept_TK: Tensor) -> Tensor:
@@ -52,7 +55,11 @@ def backward(
     weight_R = weights_TK.new_zeros(rows + 1)
     slot_TK = rows_TK.masked_fill(~kept_TK, rows)
     weight_R = weight_R.scatter_(0, slot_TK.flatten(), weights_TK.flatten())[:rows]
-    grad_RH = grad_TH.index_select(0, source_R)
-    dot_R = (grad_RH * out_RH).sum(-1, dtype=weights_TK.dtype)
-    grad_TK = dot_R[rows_TK] * kept_TK
-    return grad_RH.mul_(weight_R.to(grad_RH.dtype).unsqueeze(1)), grad_TK
+    scale_R1 = weight_R.to(grad_TH.dtype).unsqueeze(1)
+    grad_RH, dot_R = torch.empty_like(out_RH), torch.empty_like(weight_R)
+    parts = row_blocks(out_RH.shape[1], source_R, out_RH, scale_R1, grad_RH, dot_R)
+    for source, out, scale, grad, dot in parts:
+        torch.index_select(grad_TH, 0, source, out=grad)
+        torch.sum(grad * out, -1, dtype=dot.dtype, out=dot)
+        grad.mul_(scale)
+    return grad_RH, dot_R[rows_TK] * kept_TK

@@ -8,15 +8,10 @@ Shapes: R rows, M = blocks * F, F.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-CACHED_ELEMENTS = 1 << 17
-"""Elements of one operand worked on at a time on a CPU, so that the five operands of the backward
-pass stay in its second-level cache. Measured at 512 x 2048, 2 threads: a product of two operands
-takes 0.09 ms in blocks against 0.29 ms at once."""
+from fused_kernels.reference._blocks import row_blocks
 
 
 def forward(z_RM: Tensor, blocks: int, out: Tensor | None = None) -> Tensor:
@@ -32,8 +27,8 @@ def forward(z_RM: Tensor, blocks: int, out: Tensor | None = None) -> Tensor:
     """
     width = z_RM.shape[-1] // blocks
     h_RF = z_RM.new_empty(*z_RM.shape[:-1], width) if out is None else out
-    for z, h in _row_blocks(width, z_RM, h_RF):
-        *linear, gate, up = z.split(width, dim=-1)
+    for z, h in row_blocks(width, z_RM, h_RF):
+        *linear, gate, up = z.chunk(blocks, dim=-1)
         torch.ops.aten.silu.out(gate, out=h)
         h.mul_(up)
         for factor in linear:
@@ -63,9 +58,9 @@ def backward(
     width = z_RM.shape[-1] // blocks
     grad_RM = torch.empty_like(z_RM) if grad_z is None else grad_z
     h_RF = torch.empty_like(grad_RF) if out is None else out
-    for grad, z, dz, h in _row_blocks(width, grad_RF, z_RM, grad_RM, h_RF):
-        *linear, gate, up = z.split(width, dim=-1)
-        *d_linear, d_gate, d_up = dz.split(width, dim=-1)
+    for grad, z, dz, h in row_blocks(width, grad_RF, z_RM, grad_RM, h_RF):
+        *linear, gate, up = z.chunk(blocks, dim=-1)
+        *d_linear, d_gate, d_up = dz.chunk(blocks, dim=-1)
         torch.ops.aten.silu.out(gate, out=h)
         torch.mul(grad, h, out=d_up)
         for factor, d_factor in zip(linear, d_linear, strict=True):
@@ -76,19 +71,6 @@ def backward(
         h.mul_(up)
         torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=d_gate)
     return grad_RM, h_RF
-
-
-def _row_blocks(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors in matching blocks of rows; in one piece where blocks would not help."""
-    rows = tensors[0].shape[0]
-    step = max(1, CACHED_ELEMENTS // width)
-    # A subclass is a fake tensor: nothing is computed, so many small steps would only cost time.
-    plain = type(tensors[0]) is Tensor and tensors[0].device.type == "cpu"
-    if not plain or tensors[0].dim() != 2 or rows <= step:
-        yield tensors
-        return
-    for start in range(0, rows, step):
-        yield tuple(tensor[start : start + step] for tensor in tensors)
 
 
 class _GatedSilu(torch.autograd.Function):

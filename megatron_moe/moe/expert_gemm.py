@@ -20,6 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_moe.platform.pages import empty_like, prefer_huge_pages
+
+LEAST_GATE_ELEMENTS = 1 << 17
+"""Elements of the gated product below which experts share one call of the gate. Sixteen experts of
+64 x 512 in four calls rather than sixteen."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -47,6 +53,38 @@ def segments_of(counts: list[list[int]], block_rows: int) -> list[Segment]:
     return segments
 
 
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring segments whose gate is computed in one go."""
+
+    start: int
+    experts: list[int]
+    sizes: list[int]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all its segments."""
+        return sum(self.sizes)
+
+    def parts(self, buffer_RX: Tensor) -> tuple[Tensor, ...]:
+        """Its rows of a buffer, one view per segment."""
+        return buffer_RX.narrow(0, self.start, self.rows).split(self.sizes)
+
+
+def _runs(segments: list[Segment], width: int) -> list[_Run]:
+    """Neighbours joined until a run has `LEAST_GATE_ELEMENTS`: small experts share gate calls."""
+    runs: list[_Run] = []
+    end = -1
+    for segment in segments:
+        if segment.start == end and runs[-1].rows * width < LEAST_GATE_ELEMENTS:
+            runs[-1].experts.append(segment.expert)
+            runs[-1].sizes.append(segment.rows)
+        else:
+            runs.append(_Run(segment.start, [segment.expert], [segment.rows]))
+        end = segment.start + segment.rows
+    return runs
+
+
 def _zero_gaps(buffer_RX: Tensor, segments: list[Segment]) -> Tensor:
     """Zero the rows outside all segments, so that no uninitialised value ever leaves."""
     end = 0
@@ -67,12 +105,13 @@ class _WeightGradient:
             main = None  # Not wrapped by the engine: nobody would clear or read it.
         self.weight = weight
         self.fused = main is not None and main.dtype == weight.dtype
-        self.target = main if main is not None and self.fused else torch.empty_like(weight)
+        self.target = main if main is not None and self.fused else empty_like(weight)
+        self.each = self.target.unbind()
         self.started: set[int] = set(range(weight.shape[0])) if self.fused else set()
 
     def add(self, expert: int, left_RX: Tensor, right_RY: Tensor) -> None:
         """Add left^T right for one expert."""
-        target = self.target[expert]
+        target = self.each[expert]
         if expert in self.started:
             torch.addmm(target, left_RX.t(), right_RY, out=target)
         else:
@@ -112,34 +151,51 @@ class _Loop(torch.autograd.Function):
         width = weight_out.shape[1]
         ctx.blocks = weight_in.shape[2] // width
         ctx.segments, ctx.gate = segments, gate
-        z_RM = x_RH.new_empty(x_RH.shape[0], weight_in.shape[2])
-        y_RH = _zero_gaps(torch.empty_like(x_RH), segments)
-        h_RF = x_RH.new_empty(max((s.rows for s in segments), default=0), width)
-        for s in segments:
-            z, h = z_RM.narrow(0, s.start, s.rows), h_RF[: s.rows]
-            torch.mm(x_RH.narrow(0, s.start, s.rows), weight_in[s.expert], out=z)
-            gate.forward(z, ctx.blocks, out=h)
-            torch.mm(h, weight_out[s.expert], out=y_RH.narrow(0, s.start, s.rows))
+        z_RM = prefer_huge_pages(x_RH.new_empty(x_RH.shape[0], weight_in.shape[2]))
+        y_RH = _zero_gaps(empty_like(x_RH), segments)
+        runs = _runs(segments, width)
+        h_RF = x_RH.new_empty(max((run.rows for run in runs), default=0), width)
+        w_in, w_out = weight_in.unbind(), weight_out.unbind()
+        for run in runs:
+            for e, x, z in zip(run.experts, run.parts(x_RH), run.parts(z_RM), strict=True):
+                torch.mm(x, w_in[e], out=z)
+            h = h_RF[: run.rows]
+            gate.forward(z_RM.narrow(0, run.start, run.rows), ctx.blocks, out=h)
+            for e, h_e, y in zip(run.experts, h.split(run.sizes), run.parts(y_RH), strict=True):
+                torch.mm(h_e, w_out[e], out=y)
         ctx.save_for_backward(x_RH, z_RM, weight_in, weight_out)
         return y_RH
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x_RH, z_RM, weight_in, weight_out = ctx.saved_tensors
-        dy_RH = grads[0]
+        dy_RH, width = grads[0], weight_out.shape[1]
         d_in, d_out = _WeightGradient(weight_in), _WeightGradient(weight_out)
-        dx_RH = _zero_gaps(torch.empty_like(x_RH), ctx.segments)
-        most = max((s.rows for s in ctx.segments), default=0)
-        dh_RF, h_RF = (z_RM.new_empty(most, weight_out.shape[1]) for _ in range(2))
+        dx_RH = _zero_gaps(empty_like(x_RH), ctx.segments)
+        runs = _runs(ctx.segments, width)
+        most = max((run.rows for run in runs), default=0)
+        dh_RF, h_RF = (z_RM.new_empty(most, width) for _ in range(2))
         dz_RM = z_RM.new_empty(most, z_RM.shape[1])
-        for s in ctx.segments:
-            x, z, dy, dx = (t.narrow(0, s.start, s.rows) for t in (x_RH, z_RM, dy_RH, dx_RH))
-            dh, h, dz = dh_RF[: s.rows], h_RF[: s.rows], dz_RM[: s.rows]
-            torch.mm(dy, weight_out[s.expert].t(), out=dh)
+        w_in, w_out = (w.transpose(1, 2).unbind() for w in (weight_in, weight_out))
+        for run in runs:
+            dh, h, dz = dh_RF[: run.rows], h_RF[: run.rows], dz_RM[: run.rows]
+            dys = run.parts(dy_RH)
+            for e, dy, dh_e in zip(run.experts, dys, dh.split(run.sizes), strict=True):
+                torch.mm(dy, w_out[e], out=dh_e)
+            z = z_RM.narrow(0, run.start, run.rows)
             ctx.gate.backward(dh, z, ctx.blocks, grad_z=dz, out=h)
-            d_out.add(s.expert, h, dy)
-            torch.mm(dz, weight_in[s.expert].t(), out=dx)
-            d_in.add(s.expert, x, dz)
+            for e, dy, h_e, dz_e, x, dx in zip(
+                run.experts,
+                dys,
+                h.split(run.sizes),
+                dz.split(run.sizes),
+                run.parts(x_RH),
+                run.parts(dx_RH),
+                strict=True,
+            ):
+                d_out.add(e, h_e, dy)
+                torch.mm(dz_e, w_in[e], out=dx)
+                d_in.add(e, x, dz_e)
         return dx_RH, d_in.finish(), d_out.finish(), None, None
 
 

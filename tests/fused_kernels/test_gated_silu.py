@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_kernels.reference import _blocks
 from fused_kernels.reference import gated_silu as kernel
 
 
@@ -21,7 +22,7 @@ def formula(z: Tensor, blocks: int) -> Tensor:
 @pytest.mark.parametrize("blocks", [2, 3])
 @pytest.mark.parametrize("rows", [0, 1, 5, 41])
 def test_value_and_gradient(monkeypatch, blocks: int, rows: int) -> None:
-    monkeypatch.setattr(kernel, "CACHED_ELEMENTS", 70)  # Blocks of 10 rows, the last one shorter.
+    monkeypatch.setattr(_blocks, "CACHED_ELEMENTS", 70)  # Blocks of 10 rows, the last one shorter.
     torch.manual_seed(0)
     z = torch.randn(rows, blocks * 7, dtype=torch.float64, requires_grad=True)
     grad_h = torch.randn(rows, 7, dtype=torch.float64)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_kernels.reference import combine_tokens, dispatch_tokens
+from fused_kernels.reference import _blocks, combine_tokens, dispatch_tokens
 
 
 @pytest.fixture
@@ -46,7 +46,11 @@ def test_dispatch_copies_tokens_and_sums_their_gradients(case: dict[str, Tensor]
     torch.testing.assert_close(dispatch_tokens.backward(grad, case["rows"], case["kept"]), expected)
 
 
-def test_combine_and_its_two_gradients(case: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("block", [1 << 17, 15])
+def test_combine_and_its_two_gradients(
+    case: dict[str, Tensor], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_blocks, "CACHED_ELEMENTS", block)
     out = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     weights = case["weights"].requires_grad_()
     arguments = (out.detach(), weights.detach(), case["rows"], case["kept"])

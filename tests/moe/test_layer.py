@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from megatron_moe.config import ModelConfig, MoEConfig
@@ -176,6 +177,32 @@ def test_without_values_the_shape_is_still_known() -> None:
         assert y.shape == x.shape
         assert x.grad is not None
         assert "batched (auto: no host read" in layer.describe(x)
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("impl", ["loop", "batched"])
+def test_nothing_has_the_size_of_tokens_by_experts_by_capacity(impl: str) -> None:
+    sequence, experts, slots = 512, 8, 64
+    moe = moe_config(num_experts=experts, moe_expert_impl=impl)
+    layer = layer_of(moe)
+    x = tokens(0, sequence, 1).requires_grad_()
+    with _Largest() as largest:
+        layer(x).sum().backward()
+    buffer = experts * slots * layer.experts.weight_in.shape[2]
+    assert largest.elements <= max(buffer, 2 * sequence * experts)
+    assert largest.elements < sequence * experts * slots / 10
 
 
 def test_the_loop_is_refused_where_there_is_nothing_to_read() -> None:

@@ -1,0 +1,30 @@
+"""Working through large tensors in blocks of rows that stay in a CPU's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+CACHED_ELEMENTS = 1 << 17
+"""Elements of one operand worked on at a time on a CPU, so that the five operands of the gate's
+backward pass stay in its second-level cache. Measured at 512 x 2048, 2 threads: a product of two
+operands takes 0.09 ms in blocks against 0.29 ms at once."""
+
+
+def row_blocks(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors in matching blocks of rows; in one piece where blocks would not help.
+
+    Args:
+        width: elements of a row of the operand that counts.
+        tensors: of as many rows each.
+    """
+    rows = tensors[0].shape[0]
+    step = max(1, CACHED_ELEMENTS // width)
+    # A subclass is a fake tensor: nothing is computed, so many small steps would only cost time.
+    plain = type(tensors[0]) is Tensor and tensors[0].device.type == "cpu"
+    if not plain or rows <= step:
+        yield tensors
+        return
+    for start in range(0, rows, step):
+        yield tuple(tensor[start : start + step] for tensor in tensors)
