@@ -1,4 +1,4 @@
-"""The directory of a run's checkpoints: names, the commit that makes a save all or nothing, trust.
+"""The directory of a run's checkpoints: names, and the commit that makes a save all or nothing.
 
     DIR/latest_checkpointed_iteration.txt      the tracker: the step to continue from
     DIR/iter_0000010/manifest.json             SHA-256 and size of every other file
@@ -12,38 +12,21 @@ named by the tracker: a directory with a final name is complete. A second save o
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
-from megatron_moe.checkpoint.files import (
-    FileRecord,
-    check_file,
-    read_json,
-    replace_text,
-    sync_directory,
-    write_json,
-)
+from megatron_moe.checkpoint.errors import CheckpointError
+from megatron_moe.checkpoint.files import FileRecord, replace_text, sync_directory
+from megatron_moe.checkpoint.manifest import write_manifest
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron-LM's name."""
-MANIFEST = "manifest.json"
-FORMAT = "megatron_moe checkpoint"
-VERSION = 1
-"""Of the format; a reader refuses versions that it does not know."""
 
 _FINAL = re.compile(r"iter_(\d{7,12})(?:-(\d{1,6}))?")
-_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 _SAVING, _REMOVING = ".saving-", ".removing-"
-_HASHING_THREADS = 4
 
 
 def revisions(directory: Path) -> dict[int, list[Path]]:
@@ -147,7 +130,7 @@ def commit(temporary: Path, step: int, files: Mapping[str, FileRecord]) -> Path:
         OSError: the disk is full, or anything else. The checkpoints that were there are untouched.
     """
     _require_visible(temporary, files)
-    write_json(temporary / MANIFEST, _manifest(step, files))
+    write_manifest(temporary, step, files)
     sync_directory(temporary)
     directory = temporary.parent
     older = revisions(directory).get(step, [])
@@ -184,65 +167,3 @@ def _require_visible(temporary: Path, files: Mapping[str, FileRecord]) -> None:
     if missing:
         expected = "on a file system that all nodes share"
         raise CheckpointError("--save", str(temporary.parent), expected, "", missing)
-
-
-def _manifest(step: int, files: Mapping[str, FileRecord]) -> dict[str, Any]:
-    listed = {
-        name: {"sha256": record.sha256, "bytes": record.bytes}
-        for name, record in sorted(files.items())
-    }
-    content = {"format": FORMAT, "version": VERSION, "step": step, "files": listed}
-    return {**content, "digest": _digest(content)}
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    """The manifest's own checksum, over everything else in it."""
-    plain = {key: value for key, value in content.items() if key != "digest"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-
-
-def read_manifest(path: Path) -> dict[str, FileRecord]:
-    """The files of a checkpoint.
-
-    Raises:
-        Corrupt: the manifest is missing, broken, of another format, or names a file outside.
-    """
-    source = path / MANIFEST
-    content = read_json(source)
-    if content.get("format") != FORMAT:
-        raise Corrupt(str(source), content.get("format"), f"format {FORMAT!r}")
-    if content.get("version") != VERSION:
-        raise Corrupt(str(source), content.get("version"), f"version {VERSION} of the format")
-    if content.get("digest") != _digest(content):
-        raise Corrupt(str(source), content.get("digest"), f"digest {_digest(content)}")
-    listed = content.get("files")
-    if not isinstance(listed, dict):
-        raise Corrupt(str(source), type(listed).__name__, "an object of files")
-    return {name: _record(path, name, entry) for name, entry in listed.items()}
-
-
-def _record(path: Path, name: str, entry: Any) -> FileRecord:
-    """Names are plain, and even a link must not lead outside."""
-    if not _FILE.fullmatch(name) or (path / name).resolve().parent != path.resolve():
-        raise Corrupt(f"file in {path / MANIFEST}", name, "a name inside the checkpoint")
-    try:
-        record = FileRecord(str(entry["sha256"]), int(entry["bytes"]))
-    except (KeyError, TypeError, ValueError):
-        raise Corrupt(f"entry {name} of {path / MANIFEST}", entry, "sha256 and bytes") from None
-    return record
-
-
-def require_whole(path: Path, files: Mapping[str, FileRecord], names: Iterable[str]) -> None:
-    """Compare files with their checksums.
-
-    Raises:
-        Corrupt: naming every file that is missing, truncated or changed.
-    """
-    chosen = list(names)
-    with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as pool:
-        faults = list(pool.map(lambda name: check_file(path / name, files[name]), chosen))
-    lines = [fault for fault in faults if fault]
-    if lines:
-        expected = "as it was written"
-        fix = "load another step with --ckpt-step"
-        raise Corrupt(str(path), f"{len(lines)} damaged files", expected, fix, lines)

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from megatron_moe.checkpoint.blocks import Block, Shape, copy_overlap
 from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
-from megatron_moe.checkpoint.files import DTYPES, TensorFiles
+from megatron_moe.checkpoint.files import DTYPES
+from megatron_moe.checkpoint.mapped import TensorFiles
 
 MODEL = "model"
 """The kind of the weights; every other kind is optimizer state."""

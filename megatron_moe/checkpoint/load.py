@@ -17,10 +17,11 @@ from megatron_moe.checkpoint.compare import (
     tensor_differences,
     wanted_tensors,
 )
-from megatron_moe.checkpoint.directory import require_whole, step_directory
+from megatron_moe.checkpoint.directory import step_directory
 from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
-from megatron_moe.checkpoint.files import TensorFiles
 from megatron_moe.checkpoint.index import TensorReader
+from megatron_moe.checkpoint.manifest import require_whole
+from megatron_moe.checkpoint.mapped import TensorFiles
 from megatron_moe.checkpoint.optimizer_state import optimizer_shards, set_optimizer_step
 from megatron_moe.checkpoint.parts import Part, held
 from megatron_moe.checkpoint.ranks import Ranks

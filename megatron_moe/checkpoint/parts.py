@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_moe.checkpoint.blocks import Block, Shape, piece_blocks
+from megatron_moe.checkpoint.blocks import Block, Shape
 from megatron_moe.checkpoint.index import MODEL
 from megatron_moe.checkpoint.optimizer_state import OptimizerShard
+from megatron_moe.checkpoint.ranges import piece_blocks
 from megatron_moe.model.shards import ParamShard
 
 

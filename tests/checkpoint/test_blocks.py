@@ -12,9 +12,9 @@ from megatron_moe.checkpoint.blocks import (
     Block,
     common_view,
     copy_overlap,
-    piece_blocks,
     split_range,
 )
+from megatron_moe.checkpoint.ranges import piece_blocks
 from megatron_moe.model.shards import Piece
 
 

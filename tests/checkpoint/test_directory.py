@@ -10,14 +10,13 @@ import pytest
 
 from megatron_moe.checkpoint import has_checkpoint, latest_step
 from megatron_moe.checkpoint.directory import (
-    MANIFEST,
     TRACKER,
-    read_manifest,
     remove,
     revisions,
     step_directory,
 )
 from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
+from megatron_moe.checkpoint.manifest import MANIFEST, read_manifest
 from tests.checkpoint import toy
 
 

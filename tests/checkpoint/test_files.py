@@ -12,13 +12,13 @@ from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
 from megatron_moe.checkpoint.files import (
     CHUNK,
     FileRecord,
-    TensorFiles,
     check_file,
     read_json,
     replace_text,
     write_json,
     write_tensors,
 )
+from megatron_moe.checkpoint.mapped import TensorFiles
 
 
 def test_the_safetensors_package_reads_what_we_write(tmp_path):
