@@ -60,21 +60,19 @@ def interleaved_medians(
 def _one_process() -> Iterator[Any]:
     """The engine's process groups for a single rank."""
     import torch.distributed as dist
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    from megatron_moe.config import RunConfig
+    from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
+    from megatron_moe.parallel.layout import resolve_layout
     from megatron_moe.platform import activate
 
-    platform = activate()
-    dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
+    config = RunConfig()
+    layout = resolve_layout(config, world_size=1)
+    ctx = initialize_parallel(layout, config.parallel, activate(), 1, store=dist.HashStore())
     try:
-        yield ProcessGroupCollection.use_mpu_process_groups()
+        yield ctx.pgs
     finally:
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
+        destroy_parallel(default_group=True)
 
 
 def _candidates(shape: Shape, pgs: Any) -> dict[str, Callable[[], None]]:

@@ -22,6 +22,7 @@ from bench._moe_layer_cases import CAPACITY_FACTOR, Shape, engine_layer
 from bench.moe_layer import interleaved_medians
 from bench.record import Record
 from megatron_moe.config import RunConfig
+from megatron_moe.config.moe import CapacityRule
 from megatron_moe.config.presets import PRESETS
 
 PRESET = "openmoe-tiny"
@@ -48,7 +49,7 @@ class EngineMoE(nn.Module):
         return self.layer(x_SBH)[0]
 
 
-def configuration(rule: str) -> RunConfig:
+def configuration(rule: CapacityRule) -> RunConfig:
     """The tiny preset with a capacity rule, one process, a few steps."""
     run = PRESETS[PRESET]
     return replace(
