@@ -151,6 +151,20 @@ def test_without_weights_equals_the_engines_until_it_runs_dry(pair: tuple[str, s
     assert len(our_split("train", 4 * epoch, *pair)) >= 4 * epoch > epoch
 
 
+def test_blends_are_kept_by_content(pair: tuple[str, str]) -> None:
+    cache = Path(pair[0]).parent / "cache"
+
+    def entries(*words: str) -> int:
+        our_split("train", 20, *words)
+        return len(list(cache.glob("blend-*")))
+
+    weighted = ("0.3", pair[0], "0.7", pair[1])
+    assert [entries(*weighted), entries(*weighted)] == [1, 1]
+    assert entries("0.4", pair[0], "0.6", pair[1]) == 2
+    write(pair[1], random_documents(30, seed=3))
+    assert entries(*weighted) == 3
+
+
 def test_one_weighted_source_is_the_source(pair: tuple[str, str]) -> None:
     alone = rows(our_split("train", 20, pair[0]), 20)
     assert rows(our_split("train", 20, "3", pair[0]), 20) == alone
