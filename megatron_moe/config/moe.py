@@ -53,12 +53,16 @@ class MoEConfig:
     """Weight of the load-balancing loss, which is k when balanced and averaged over MoE layers.
     Megatron-LM's loss is 1 when balanced and summed: there it would be coeff * k / L_moe."""
     moe_z_loss_coeff: float = 1e-4
-    """Weight of mean(logsumexp(router logits)^2), averaged over MoE layers (Megatron-LM: summed)."""
+    """Weight of mean(logsumexp(router logits)^2), averaged over MoE layers (not summed)."""
     moe_dispatch_impl: Literal["auto", "reference"] = "auto"
     """Kernels that gather and combine tokens; `auto` says at the start what it took."""
     moe_expert_impl: Literal["auto", "loop", "batched"] = "auto"
-    """Expert GEMMs: one per expert over its filled rows (`loop`), or one batched GEMM over the whole
-    fixed-shape buffer (`batched`, no host read: for GPUs and dry runs)."""
+    """Expert GEMMs: one per expert over its filled rows (`loop`), or one batched GEMM over the
+    whole fixed-shape buffer (`batched`, no host read: for GPUs and dry runs)."""
+
+
+MAX_ENTRIES = 65536
+"""Entries of a pattern: a typing error must not fill the memory."""
 
 
 def moe_layer_pattern(freq: str, num_layers: int) -> tuple[bool, ...]:
@@ -72,7 +76,8 @@ def moe_layer_pattern(freq: str, num_layers: int) -> tuple[bool, ...]:
     Raises:
         UsageError: the text is not such an expression, or it does not give L zeros and ones.
     """
-    valid = f"an integer, or a 0/1 list of length {num_layers} such as ([0]*3+[1])*{num_layers // 4 or 1}"
+    example = f"([0]*3+[1])*{num_layers // 4 or 1}"
+    valid = f"an integer, or a 0/1 list of length {num_layers} such as {example}"
     try:
         value = _list_value(ast.parse(freq, mode="eval").body)
     except (SyntaxError, ValueError, RecursionError):
@@ -99,6 +104,11 @@ def _list_value(node: ast.expr) -> int | list[int]:
         if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
             return left + right
         if isinstance(node.op, ast.Mult) and isinstance(left, list) and isinstance(right, int):
-            if len(left) * right <= 65536:
-                return left * right
+            return _repeat(left, right)
     raise ValueError("not a list expression")
+
+
+def _repeat(values: list[int], times: int) -> list[int]:
+    if len(values) * times > MAX_ENTRIES:
+        raise ValueError("too long")
+    return values * times

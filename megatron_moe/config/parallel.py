@@ -23,7 +23,7 @@ class ParallelConfig:
     expert_tensor_parallel_size: int | None = None
     """Ranks that share each expert; `None` means the tensor-parallel size, as in Megatron-LM."""
     sequence_parallel: bool = False
-    """Split activations along the sequence between tensor-parallel layers. Needed by MoE with TP."""
+    """Split activations along the sequence between tensor-parallel layers. MoE with TP needs it."""
     use_distributed_optimizer: bool = False
     """Shard optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
