@@ -37,7 +37,7 @@ class DataConfig:
     vocab_size: int | None = None
     """Vocabulary V before padding; `None` takes the tokenizer's."""
     make_vocab_size_divisible_by: int = 128
-    """V is padded to a multiple of this times the tensor-parallel size."""
+    """V is padded to a multiple of this, whatever the layout; tensor parallelism must divide it."""
 
 
 @dataclass(frozen=True, kw_only=True)
