@@ -60,10 +60,7 @@ def open_checkpoint(path: Path) -> Opened:
     if len(documents) < 3:
         raise Corrupt(str(path), documents, f"{CONFIG}, {STATE} and {INDEX} in its manifest")
     require_whole(path, files, documents)
-    state = read_json(path / STATE)
-    source = str(path / STATE)
-    if state.keys() != {"train", "metadata", "optimizer", "random"}:
-        raise Corrupt(source, sorted(state), "train, metadata, optimizer, random")
+    state, source = _state(path), str(path / STATE)
     tensors = {(t.kind, t.name): t for t in _tensors(path)}
     for tensor in tensors.values():
         for file, _ in tensor.blocks:
@@ -79,6 +76,17 @@ def open_checkpoint(path: Path) -> Opened:
         random=state["random"],
         tensors=tensors,
     )
+
+
+def _state(path: Path) -> dict[str, Any]:
+    state, source = read_json(path / STATE), str(path / STATE)
+    if state.keys() != {"train", "metadata", "optimizer", "random"}:
+        raise Corrupt(source, sorted(state), "train, metadata, optimizer, random")
+    optimizer = state["optimizer"] or {"step": None}
+    steps = optimizer.get("step") if isinstance(optimizer, dict) else optimizer
+    if not (steps is None or (type(steps) is int and 0 <= steps < 2**31)):
+        raise Corrupt(f"optimizer in {source}", optimizer, "a number of steps")
+    return state
 
 
 def _tensors(path: Path) -> Iterator[LogicalTensor]:
