@@ -83,7 +83,7 @@ def _state(path: Path) -> dict[str, Any]:
     if state.keys() != {"train", "metadata", "optimizer", "random"}:
         raise Corrupt(source, sorted(state), "train, metadata, optimizer, random")
     optimizer = state["optimizer"] or {"step": None}
-    steps = optimizer.get("step") if isinstance(optimizer, dict) else optimizer
+    steps = optimizer.get("step") if isinstance(optimizer, dict) else "none"
     if not (steps is None or (type(steps) is int and 0 <= steps < 2**31)):
         raise Corrupt(f"optimizer in {source}", optimizer, "a number of steps")
     return state
