@@ -22,6 +22,11 @@ def input_blocks(variant: FfnVariant) -> int:
     return 2 if variant == "swiglu" else 3
 
 
+def engine_device(config: TransformerConfig) -> torch.device:
+    """Where the engine creates the parameters of a model with this configuration."""
+    return torch.device("cpu" if config.use_cpu_initialization else "cuda")
+
+
 class DenseFFN(torch.nn.Module):
     """[S, B, H] -> [S, B, H] through width F.
 
@@ -30,6 +35,7 @@ class DenseFFN(torch.nn.Module):
         variant: which of the two published forms.
         ffn_size: F.
         pgs: process groups; the tensor-parallel one is used.
+        kernels: which implementation of the gate, as `--moe-dispatch-impl` has it.
     """
 
     def __init__(
@@ -38,11 +44,12 @@ class DenseFFN(torch.nn.Module):
         variant: FfnVariant,
         ffn_size: int,
         pgs: ProcessGroupCollection,
+        kernels: str = "auto",
     ) -> None:
         super().__init__()
         self.blocks = input_blocks(variant)
         # Keeps only its input for the backward pass, and works in blocks that fit a CPU's cache.
-        self.gate = select("gated_silu").module.gated_silu
+        self.gate = select("gated_silu", kernels, engine_device(config).type).module.gated_silu
         self.linear_fc1 = ColumnParallelLinear(
             config.hidden_size,
             self.blocks * ffn_size,

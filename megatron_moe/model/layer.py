@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_moe.config import ModelConfig, MoEConfig, moe_layer_pattern
-from megatron_moe.model.ffn import DenseFFN
+from megatron_moe.model.ffn import DenseFFN, engine_device
 from megatron_moe.model.norm import RMSNorm
 from megatron_moe.moe.layer import MoELayer
 
@@ -71,13 +71,13 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
     def _build_feed_forward(
         self, model: ModelConfig, moe: MoEConfig, pgs: ProcessGroupCollection
     ) -> None:
-        config = self.config
+        config, kernels = self.config, moe.moe_dispatch_impl
         pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
         self.is_moe = pattern[self.layer_number - 1]
         self.shared_norm: RMSNorm | None = None
         self.shared: DenseFFN | None = None
         if not self.is_moe:
-            self.ffn = DenseFFN(config, model.ffn_variant, model.ffn_hidden_size, pgs)
+            self.ffn = DenseFFN(config, model.ffn_variant, model.ffn_hidden_size, pgs, kernels)
             return
         self.moe = MoELayer(
             model,
@@ -87,12 +87,12 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
             pgs=pgs,
             sequence_parallel=config.sequence_parallel,
             params_dtype=config.params_dtype,
-            device=torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda"),
+            device=engine_device(config),
         )
         if moe.moe_shared_expert_intermediate_size is None:
             return
         width = moe.moe_shared_expert_intermediate_size
-        self.shared = DenseFFN(config, model.ffn_variant, width, pgs)
+        self.shared = DenseFFN(config, model.ffn_variant, width, pgs, kernels)
         if moe.moe_shared_expert_placement == "sequential":
             self.shared_norm = RMSNorm(config, config.hidden_size, model.norm_epsilon)
 

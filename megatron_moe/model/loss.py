@@ -20,26 +20,38 @@ from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 
 class _Fp32Matmul(torch.autograd.Function):
-    """x W^T in fp32, keeping only the operands in their own type for the backward pass."""
+    """(scale x) W^T in fp32, keeping only the operands in their own type for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.scale = scale
         dtype = torch.promote_types(x.dtype, torch.float32)
-        return torch.matmul(x.to(dtype), weight.to(dtype).t())
+        return torch.matmul(_scaled(x, dtype, scale), weight.to(dtype).t())
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
         (grad,) = grads
-        rows = grad.flatten(0, -2)
-        grad_x = torch.matmul(grad, weight.to(grad.dtype)).to(x.dtype)
-        grad_weight = rows.t().mm(x.flatten(0, -2).to(grad.dtype)).to(weight.dtype)
-        return grad_x, grad_weight
+        rows = _scaled(x.flatten(0, -2), grad.dtype, ctx.scale)
+        grad_x = _scaled(torch.matmul(grad, weight.to(grad.dtype)), grad.dtype, ctx.scale)
+        grad_weight = grad.flatten(0, -2).t().mm(rows)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+def _scaled(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """``x`` in ``dtype`` times ``scale``; itself where that changes nothing."""
+    return x.to(dtype) if scale == 1.0 else x.to(dtype) * scale
 
 
 class Fp32LogitsLayer(ColumnParallelLinear):
-    """The logits matrix, split over the vocabulary, multiplied in fp32 whatever the weights are."""
+    """The logits matrix, split over the vocabulary, multiplied in fp32 whatever the weights are.
+
+    Attributes:
+        logits_scale: factor on the input, applied in fp32.
+    """
+
+    logits_scale = 1.0
 
     def forward(
         self,
@@ -54,7 +66,8 @@ class Fp32LogitsLayer(ColumnParallelLinear):
             )
         else:
             x = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        return _Fp32Matmul.apply(x, self.weight if weight is None else weight), None
+        weight = self.weight if weight is None else weight
+        return _Fp32Matmul.apply(x, weight, self.logits_scale), None
 
 
 class _VocabParallelLoss(torch.autograd.Function):

@@ -51,8 +51,6 @@ class OpenMoEModel(LanguageModule):
         self.pre_process, self.post_process, self.vp_stage = first, last, vp_stage
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights
-        # A tied matrix starts as N(0, 1): right for an embedding, sqrt(H) too large for logits.
-        self.logits_scale = 1 / math.sqrt(model.hidden_size)
         tied = self.share_embeddings_and_output_weights
         if first:
             self.embedding = LanguageModelEmbedding(
@@ -81,6 +79,9 @@ class OpenMoEModel(LanguageModule):
                 skip_weight_param_allocation=first and tied,
                 tp_group=pgs.tp,
             )
+            if tied:
+                # Starts as N(0, 1): right for an embedding, sqrt(H) too large for logits.
+                self.output_layer.logits_scale = 1 / math.sqrt(model.hidden_size)
         self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Tensor | list[Tensor]) -> None:
@@ -106,8 +107,6 @@ class OpenMoEModel(LanguageModule):
             return hidden
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else None
-        if shared:
-            hidden = hidden * self.logits_scale
         logits_SBV, _ = self.output_layer(hidden, weight=weight)
         if labels_BS is None:
             return logits_SBV.transpose(0, 1).contiguous()

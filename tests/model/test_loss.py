@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from tests.support.pool import Pool
 
 VOCAB, SEQ, ROWS = 12, 5, 2
+SCALE = 0.3
 
 
 def _inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -60,7 +61,7 @@ def logits_in_bf16(rank: int, world_size: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 2, 64, generator=generator).bfloat16().requires_grad_()
     weight = torch.randn(8, 64, generator=generator).bfloat16().requires_grad_()
-    logits = _Fp32Matmul.apply(x, weight)
+    logits = _Fp32Matmul.apply(x, weight, SCALE)
     (logits * torch.arange(8.0)).sum().backward()
     assert x.grad is not None and weight.grad is not None
     return logits.detach(), x.grad, weight.grad
@@ -71,7 +72,7 @@ def test_bf16_weights_give_fp32_logits(pool: Pool) -> None:
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(3, 2, 64, generator=generator).bfloat16().double().requires_grad_()
     weight = torch.randn(8, 64, generator=generator).bfloat16().double().requires_grad_()
-    exact = x @ weight.t()
+    exact = SCALE * x @ weight.t()
     (exact * torch.arange(8.0)).sum().backward()
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-4)
