@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_moe.config import OptimizerConfig, RunConfig
+from megatron_moe.config import RunConfig
+from megatron_moe.config.ranges import check_ranges
 from megatron_moe.errors import UsageError
 
 
@@ -35,10 +36,12 @@ def resolve_plan(config: RunConfig, global_batch_size: int) -> TrainingPlan:
     Raises:
         UsageError: a length, interval or rate that cannot be meant.
     """
+    check_ranges(config)
     iterations = _iterations(config, global_batch_size)
-    _check_intervals(config)
+    if config.checkpoint.save_interval is not None and config.checkpoint.save is None:
+        raise UsageError("--save-interval", config.checkpoint.save_interval, "--save with it")
     decay = config.optimizer.lr_decay_iters or iterations
-    _check_optimizer(config.optimizer, decay)
+    _check_optimizer(config, decay)
     return TrainingPlan(
         iterations=iterations,
         decay_iterations=decay,
@@ -58,54 +61,20 @@ def _iterations(config: RunConfig, global_batch_size: int) -> int:
         return samples // global_batch_size
     if iterations is None:
         raise UsageError("--train-iters", None, "a number of steps", "or give --train-samples")
-    _at_least("--train-iters", iterations, 1)
     return iterations
 
 
-def _check_intervals(config: RunConfig) -> None:
-    _at_least("--eval-interval", config.train.eval_interval, 1)
-    _at_least("--eval-iters", config.train.eval_iters, 0)
-    _at_least("--log-interval", config.logging.log_interval, 1)
-    for flag, value in (
-        ("--exit-interval", config.train.exit_interval),
-        ("--save-interval", config.checkpoint.save_interval),
-    ):
-        if value is not None:
-            _at_least(flag, value, 1)
-    if config.checkpoint.save_interval is not None and config.checkpoint.save is None:
-        raise UsageError("--save-interval", config.checkpoint.save_interval, "--save with it")
-
-
-def _check_optimizer(optimizer: OptimizerConfig, decay: int) -> None:
-    for flag, value in (
-        ("--lr", optimizer.lr),
-        ("--min-lr", optimizer.min_lr),
-        ("--lr-warmup-init", optimizer.lr_warmup_init),
-        ("--weight-decay", optimizer.weight_decay),
-        ("--clip-grad", optimizer.clip_grad),
-        ("--lr-warmup-iters", optimizer.lr_warmup_iters),
-    ):
-        _at_least(flag, value, 0)
-    _at_least("--lr-decay-iters", decay, 1)
+def _check_optimizer(config: RunConfig, decay: int) -> None:
+    optimizer = config.optimizer
     for flag, value in (
         ("--min-lr", optimizer.min_lr),
         ("--lr-warmup-init", optimizer.lr_warmup_init),
     ):
         if value > optimizer.lr:
             raise UsageError(flag, value, f"at most --lr ({optimizer.lr})")
-    for flag, value in (
-        ("--adam-beta1", optimizer.adam_beta1),
-        ("--adam-beta2", optimizer.adam_beta2),
-        ("--sgd-momentum", optimizer.sgd_momentum),
-    ):
-        if not 0.0 <= value < 1.0:
-            raise UsageError(flag, value, "a number from 0 to below 1")
     if optimizer.lr_decay_style in ("linear", "cosine") and optimizer.lr_warmup_iters >= decay:
         expected = f"below the steps of the decay ({decay}) with {optimizer.lr_decay_style} decay"
         raise UsageError("--lr-warmup-iters", optimizer.lr_warmup_iters, expected)
-
-
-def _at_least(flag: str, value: float, least: int) -> None:
-    """Also refuses NaN, which is not at least anything."""
-    if not value >= least:
-        raise UsageError(flag, value, f"at least {least}")
+    if config.parallel.use_distributed_optimizer and optimizer.optimizer != "adam":
+        expected = f"off with --optimizer {optimizer.optimizer}: only Adam's state is sharded"
+        raise UsageError("--use-distributed-optimizer", "on", expected)

@@ -41,12 +41,15 @@ def tiny_run(world_size: int, flags: list[str]) -> TrainingRun:
 
 
 def global_batch(config: RunConfig) -> Batch:
-    """Eight rows whose targets are as uneven as can be: 0, 1, 4, 9, ... of 32."""
+    """Eight rows with very different numbers of targets, 0, 1, 4, 9, ... of 32.
+
+    They are at the ends of the rows, where tokens are dropped, so that capacity shows in the loss.
+    """
     generator = torch.Generator().manual_seed(5)
     rows, length = 8, config.data.seq_length
     ids = torch.randint(0, 100, (rows, length + 1), generator=generator)
     targets = torch.tensor([min(row * row, length) for row in range(rows)])
-    mask = (torch.arange(length) < targets[:, None]).float()
+    mask = (torch.arange(length) >= length - targets[:, None]).float()
     return Batch(tokens_BS=ids[:, :-1], labels_BS=ids[:, 1:], loss_mask_BS=mask)
 
 

@@ -39,6 +39,10 @@ def test_lengths():
         ("--train-iters 3 --lr-warmup-iters 3", "--lr-warmup-iters"),
         ("--train-iters 3 --adam-beta2 1", "--adam-beta2"),
         ("--train-iters 3 --clip-grad -1", "--clip-grad"),
+        (
+            "--train-iters 3 --optimizer sgd --use-distributed-optimizer",
+            "--use-distributed-optimizer",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_flag(line, flag):

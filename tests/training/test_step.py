@@ -89,8 +89,9 @@ def test_loss_and_gradient_norm_are_the_reference_models(name, pool):
     assert len({values["held_out"] for values in found}) == 1
 
 
-def test_the_reference_is_sensitive_to_normalisation():
+def test_the_reference_is_sensitive_to_normalisation_and_capacity():
     """Per-row means, what uneven targets would be averaged to by mistake, are far away."""
+    assert abs(expected(False)["held_out"] / expected(False)["lm_loss"] - 1) > 1e-4
     config = tiny_config([])
     model = ReferenceOpenMoE(config.model, config.moe, PADDED_VOCAB, seed=config.train.seed)
     batch = global_batch(config)

@@ -18,7 +18,8 @@ VOCAB = 100
 _LINE = (
     "--preset openmoe-tiny-released --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 "
     "--kv-channels 8 --num-experts 4 --moe-shared-expert-intermediate-size 48 --vocab-size 100 "
-    "--seq-length 32 --router-init-method-std 0.3 --lr 3e-3 --lr-warmup-iters 2 --num-workers 0 "
+    "--seq-length 32 --router-init-method-std 0.3 --init-variance-scale 0.5 "
+    "--lr 3e-3 --lr-warmup-iters 2 --num-workers 0 "
     "--micro-batch-size 2 --global-batch-size 8 --log-interval 4 --eval-iters 0 "
     "--device-peak-tflops 1"
 )
