@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from megatron_moe.config.moe import moe_layer_pattern
 from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.config.ranges import check_ranges
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import UsageError
+from megatron_moe.model.logical import check_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,7 @@ def resolve_layout(
     Raises:
         UsageError: the first rule that does not hold: flag, value and valid values.
     """
+    check_ranges(config)
     parallel, model, moe = config.parallel, config.model, config.moe
     has_moe = any(moe_layer_pattern(moe.moe_layer_freq, model.num_layers))
     tp = _degree("--tensor-model-parallel-size", parallel.tensor_model_parallel_size)
@@ -75,12 +78,13 @@ def resolve_layout(
     ep = _degree("--expert-model-parallel-size", parallel.expert_model_parallel_size)
     etp = _expert_tensor_size(parallel, tp, has_moe)
     _check_world(world_size, tp, pp, ep, etp)
+    _check_model(config, has_moe)
     _check_widths(config, tp, padded_vocab_size)
     _check_experts(config, tp, ep, etp, has_moe)
     vp = _virtual_stages(parallel, model.num_layers, pp)
     layers_per_chunk = model.num_layers // (pp * (vp or 1))
     _check_overlap(parallel)
-    _check_recomputation(parallel, layers_per_chunk)
+    _check_recomputation(parallel, layers_per_chunk, has_moe)
     dp = world_size // (tp * pp)
     micro = _degree("--micro-batch-size", config.train.micro_batch_size)
     global_batch = _global_batch(config.train.global_batch_size, micro, dp)
@@ -103,6 +107,19 @@ def resolve_layout(
         seq_length=config.data.seq_length,
         layers_per_chunk=layers_per_chunk,
     )
+
+
+def _check_model(config: RunConfig, has_moe: bool) -> None:
+    """What a model cannot be on any layout."""
+    length, longest = config.data.seq_length, config.model.max_position_embeddings
+    if length > longest:
+        raise UsageError("--seq-length", length, f"at most --max-position-embeddings ({longest})")
+    check_sizes(config.model, config.moe, config.data.vocab_size or 1)
+    if has_moe and config.moe.moe_capacity_group_size is not None:
+        # Imported here: its package needs torch, which --describe and --help do not.
+        from megatron_moe.moe.capacity import group_size
+
+        group_size(config.moe, rows=config.train.micro_batch_size, row_tokens=length)
 
 
 def _degree(flag: str, value: int) -> int:
@@ -250,7 +267,7 @@ def _check_overlap(parallel: ParallelConfig) -> None:
             raise UsageError(flag, value, "True: --overlap-param-gather needs it")
 
 
-def _check_recomputation(parallel: ParallelConfig, layers_per_chunk: int) -> None:
+def _check_recomputation(parallel: ParallelConfig, layers_per_chunk: int, has_moe: bool) -> None:
     method, layers = parallel.recompute_method, parallel.recompute_num_layers
     if parallel.recompute_granularity == "full":
         if method is None:
@@ -267,5 +284,9 @@ def _check_recomputation(parallel: ParallelConfig, layers_per_chunk: int) -> Non
     for flag, value in (("--recompute-method", method), ("--recompute-num-layers", layers)):
         if value is not None:
             raise UsageError(flag, value, "no value without --recompute-granularity full")
-    if parallel.recompute_granularity == "selective" and not parallel.recompute_modules:
+    if parallel.recompute_granularity != "selective":
+        return
+    if not parallel.recompute_modules:
         raise UsageError("--recompute-modules", (), "at least one of core_attn, mlp, moe")
+    if "moe" in parallel.recompute_modules and not has_moe:
+        raise UsageError("--recompute-modules", "moe", "core_attn or mlp: no layer has experts")

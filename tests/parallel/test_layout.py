@@ -217,7 +217,7 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
         "--global-batch-size is 6, expected a multiple of micro-batch x data-parallel size "
         "(2 x 2 = 4)",
     ),
-    ({"global_batch_size": 0}, 1, "--global-batch-size is 0, expected a multiple of micro-batch"),
+    ({"global_batch_size": 0}, 1, "--global-batch-size is 0, expected at least 1"),
     ({"micro_batch_size": 0}, 1, "--micro-batch-size is 0, expected at least 1"),
     (
         {"overlap_param_gather": True, "overlap_grad_reduce": True},
@@ -289,3 +289,29 @@ def test_a_padded_vocabulary_must_divide() -> None:
 def test_a_dense_model_may_split_tensors_without_splitting_the_sequence() -> None:
     layout = resolve_layout(config(**{TP: 2, "moe_layer_freq": "[0]*12"}), 2)
     assert (layout.tp, layout.etp, layout.sequence_parallel) == (2, 2, False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"num_experts": 0}, "--num-experts"),
+        ({"moe_expert_capacity_factor": float("nan")}, "--moe-expert-capacity-factor"),
+        ({"hidden_dropout": 1.5}, "--hidden-dropout"),
+        ({"moe_router_topk": 9}, "--moe-router-topk"),
+        ({"kv_channels": 7}, "--kv-channels"),
+        ({"seq_length": 4096}, "--seq-length"),
+        ({"moe_capacity_group_size": 7}, "--moe-capacity-group-size"),
+        (
+            {
+                "moe_layer_freq": "[0]*12",
+                "recompute_granularity": "selective",
+                "recompute_modules": ("moe",),
+            },
+            "--recompute-modules",
+        ),
+    ],
+)
+def test_models_that_cannot_be_are_refused(changes: dict[str, Any], flag: str) -> None:
+    with pytest.raises(UsageError) as error:
+        resolve_layout(config(**changes), 1)
+    assert error.value.what == flag
