@@ -73,6 +73,11 @@ _MODEL = ModelConfig(
     kv_channels=12,
     max_position_embeddings=SEQ,
     logit_z_loss_coeff=1e-2,
+    # Unlike the defaults of ours and of the engine, so that a setting that is ignored shows.
+    norm_epsilon=1e-2,
+    rotary_base=100.0,
+    init_variance_scale=0.2,
+    embedding_init_method_std=0.7,
     # Strong enough that a wrong router gradient shows.
     router_init_method_std=0.3,
 )
@@ -103,6 +108,8 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
         replace(_MOE, moe_token_drop_policy="probs", moe_capacity_group_size=SEQ // 2),
     ),
     "dropless": (_MODEL, replace(_MOE, moe_expert_capacity_factor=None)),
+    # What GPUs run: one batched GEMM over the fixed-shape buffer.
+    "batched": (_MODEL, replace(_MOE, moe_expert_impl="batched")),
 }
 
 

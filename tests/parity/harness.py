@@ -27,10 +27,10 @@ from tests.parity.compare import Block
 
 
 def build(
-    variant: str, flags: dict[str, Any], world_size: int
+    variant: str, flags: dict[str, Any], world_size: int, **train: Any
 ) -> tuple[list[OpenMoEModel], ParallelContext, RunConfig]:
     """Groups and model chunks of this rank."""
-    config = run_config(variant, flags)
+    config = run_config(variant, flags, **train)
     platform = activate()
     layout = resolve_layout(config, world_size, VOCAB)
     ctx = initialize_parallel(layout, config.parallel, platform, config.train.seed)
@@ -89,16 +89,23 @@ class Outcome:
     gradients: list[Block]
 
 
-def prepare(variant: str, flags: dict[str, Any], world_size: int, **optimizer: Any) -> TrainingRun:
+def prepare(
+    variant: str, flags: dict[str, Any], world_size: int, bf16: bool = False, **optimizer: Any
+) -> TrainingRun:
     """The same run as `pretrain_openmoe.py` builds, on this rank."""
-    chunks, ctx, config = build(variant, flags, world_size)
+    chunks, ctx, config = build(variant, flags, world_size, bf16=bf16)
     config = replace(config, optimizer=replace(config.optimizer, **optimizer))
     plan = resolve_plan(config, ctx.layout.global_batch_size)
     return prepare_run(config, plan, ctx, chunks, VOCAB)
 
 
 def one_step(
-    rank: int, world_size: int, variant: str, flags: dict[str, Any], swap: str | None = None
+    rank: int,
+    world_size: int,
+    variant: str,
+    flags: dict[str, Any],
+    swap: str | None = None,
+    bf16: bool = False,
 ) -> Outcome:
     """Forward and backward of one global batch through the production path.
 
@@ -108,8 +115,9 @@ def one_step(
         variant: of the model.
         flags: the layout.
         swap: name of a logical tensor to spoil: its block is given that of another rank.
+        bf16: whether weights and activations are bf16.
     """
-    run = prepare(variant, flags, world_size)
+    run = prepare(variant, flags, world_size, bf16=bf16)
     if swap is not None:
         spoil(run, swap)
     batches = own_batches(run.ctx)

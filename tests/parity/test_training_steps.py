@@ -1,4 +1,4 @@
-"""Several optimizer steps of every kind of layout equal PyTorch's AdamW on the reference model.
+"""Several optimizer steps of every kind of layout equal PyTorch's on the reference model.
 
 This holds what gradients alone do not: clipping by the global norm, the sharding of optimizer
 state, overlapped reduction and gathering, and replicas that stay the same.
@@ -6,6 +6,7 @@ state, overlapped reduction and gathering, and replicas that stay the same.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -24,9 +25,13 @@ OPTIMIZER: dict[str, Any] = {
     "lr": 1e-2,
     "adam_eps": 1e-2,
     "weight_decay": 0.1,
+    "adam_beta1": 0.8,
+    "adam_beta2": 0.9,
     "clip_grad": 0.5,
     "lr_decay_style": "constant",
 }
+SGD = {**OPTIMIZER, "optimizer": "sgd", "sgd_momentum": 0.7}
+SETTINGS = {"adam": OPTIMIZER, "sgd": SGD}
 DISTRIBUTED = {"use_distributed_optimizer": True}
 OVERLAPPED = {**DISTRIBUTED, "overlap_grad_reduce": True, "overlap_param_gather": True}
 CASES = [
@@ -45,65 +50,70 @@ CASES = [
 
 
 def several_steps(
-    rank: int, world_size: int, variant: str, flags: dict[str, Any]
+    rank: int, world_size: int, variant: str, flags: dict[str, Any], kind: str = "adam"
 ) -> tuple[list[float], list[Block]]:
     """Gradient norms, and the weights after the last step."""
-    from megatron_moe.training.parameters import gathered_parameters
     from megatron_moe.training.step import train_step
     from tests.parity.harness import own_batches, prepare, weight_blocks
 
-    run = prepare(variant, flags, world_size, **OPTIMIZER)
+    run = prepare(variant, flags, world_size, **SETTINGS[kind])
     norms = [
         train_step(run, own_batches(run.ctx, seed), OPTIMIZER["lr"], seed + 1).grad_norm
         for seed in range(STEPS)
     ]
-    with gathered_parameters(run.wrapped):
-        return norms, weight_blocks(list(run.chunks), run.config)
+    if run.config.parallel.overlap_param_gather:
+        for chunk in run.wrapped:
+            chunk.start_param_sync(force_sync=True)
+    return norms, weight_blocks(list(run.chunks), run.config)
 
 
-def reference_steps(variant: str) -> tuple[list[float], dict[str, Tensor]]:
+def torch_optimizer(model: torch.nn.Module, kind: str) -> torch.optim.Optimizer:
+    """PyTorch's own, with weight decay on matrices alone."""
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in model.parameters() if p.dim() > 1]},
+        {"params": [p for p in model.parameters() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    lr, decay = OPTIMIZER["lr"], OPTIMIZER["weight_decay"]
+    if kind == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=SGD["sgd_momentum"], weight_decay=decay)
+    betas = (OPTIMIZER["adam_beta1"], OPTIMIZER["adam_beta2"])
+    return torch.optim.AdamW(
+        groups, lr=lr, eps=OPTIMIZER["adam_eps"], betas=betas, weight_decay=decay
+    )
+
+
+@cache
+def reference_steps(variant: str, kind: str) -> tuple[list[float], dict[str, Tensor]]:
     """The same in fp64 on one device."""
     model = reference_model(variant)
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    norms_ = [p for p in model.parameters() if p.dim() == 1]
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": norms_, "weight_decay": 0.0}]
-    adam = torch.optim.AdamW(
-        groups,
-        lr=OPTIMIZER["lr"],
-        eps=OPTIMIZER["adam_eps"],
-        weight_decay=OPTIMIZER["weight_decay"],
-    )
+    optimizer = torch_optimizer(model, kind)
     norms = []
     for seed in range(STEPS):
-        adam.zero_grad()
+        optimizer.zero_grad()
         step_loss(model, seed)[0].backward()
         norms.append(
             float(torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["clip_grad"]))
         )
-        adam.step()
+        optimizer.step()
     return norms, {name: p.detach() for name, p in model.named_parameters()}
-
-
-@pytest.fixture(scope="module")
-def expected() -> dict[str, tuple[list[float], dict[str, Tensor]]]:
-    """Of each variant, computed once."""
-    return {variant: reference_steps(variant) for variant in ("released", "paper-port")}
 
 
 @pytest.mark.parametrize("variant", ["released", "paper-port"])
 @pytest.mark.parametrize(("name", "flags"), CASES)
-def test_equals_adamw(
-    pool: Pool,
-    expected: dict[str, tuple[list[float], dict[str, Tensor]]],
-    name: str,
-    flags: dict[str, Any],
-    variant: str,
-) -> None:
+def test_equals_adamw(pool: Pool, name: str, flags: dict[str, Any], variant: str) -> None:
+    _check(pool, name, flags, variant, "adam")
+
+
+@pytest.mark.parametrize(("name", "flags"), [("1", {}), ("TP2", {}), ("DP2xEP2", {})])
+def test_equals_sgd(pool: Pool, name: str, flags: dict[str, Any]) -> None:
+    _check(pool, name, flags, "released", "sgd")
+
+
+def _check(pool: Pool, name: str, flags: dict[str, Any], variant: str, kind: str) -> None:
     layout = next(layout for layout in LAYOUTS if layout.name == name)
-    ranks = pool.run(
-        several_steps, layout.world_size, variant=variant, flags={**layout.flags, **flags}
-    )
-    norms, weights = expected[variant]
+    all_flags = {**layout.flags, **flags}
+    ranks = pool.run(several_steps, layout.world_size, variant=variant, flags=all_flags, kind=kind)
+    norms, weights = reference_steps(variant, kind)
     for found, _ in ranks:
         assert found == pytest.approx(norms, rel=1e-4)
         assert min(norms) > OPTIMIZER["clip_grad"], "clipping is not tested"
