@@ -9,9 +9,11 @@ engine's number of slots as well. One process, forward, backward and update, run
 
 from __future__ import annotations
 
-import os
 import resource
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -112,18 +114,22 @@ def training_step(
     return lambda: train_step(run, batches, 1e-4, 1)
 
 
-def _candidates(ctx: Any) -> dict[str, Callable[[], Any]]:
+def _candidates(ctx: Any) -> dict[str, Callable[[], Callable[[], Any]]]:
+    """By name, what makes each training step."""
     t5x, port = configuration("t5x"), configuration("port")
     return {
-        "ours": training_step(t5x, ctx, None),
-        "ours, engine's capacity": training_step(port, ctx, None),
-        "stock capacity": training_step(t5x, ctx, lambda: EngineMoE(t5x, CAPACITY_FACTOR, ctx.pgs)),
-        "stock dropless": training_step(t5x, ctx, lambda: EngineMoE(t5x, None, ctx.pgs)),
+        "ours": lambda: training_step(t5x, ctx, None),
+        "ours, engine's capacity": lambda: training_step(port, ctx, None),
+        "stock capacity": lambda: training_step(
+            t5x, ctx, lambda: EngineMoE(t5x, CAPACITY_FACTOR, ctx.pgs)
+        ),
+        "stock dropless": lambda: training_step(t5x, ctx, lambda: EngineMoE(t5x, None, ctx.pgs)),
     }
 
 
-def records() -> list[Record]:
-    """Tokens/s of each, ratios, and this process' peak memory."""
+@contextmanager
+def _one_rank() -> Iterator[Any]:
+    """The parallel context of a single rank."""
     from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
     from megatron_moe.parallel.layout import resolve_layout
     from megatron_moe.platform import activate
@@ -132,12 +138,36 @@ def records() -> list[Record]:
     config = configuration("t5x")
     layout = resolve_layout(config, 1, VOCAB)
     store = torch.distributed.HashStore()
-    ctx = initialize_parallel(layout, config.parallel, platform, 1, store=store, rank=0)
     try:
-        medians = interleaved_medians(_candidates(ctx), SECONDS, ROUNDS)
+        yield initialize_parallel(layout, config.parallel, platform, 1, store=store, rank=0)
     finally:
         destroy_parallel(default_group=True)
-    tokens = layout.global_batch_size * config.data.seq_length
+
+
+def peak_memory(name: str) -> float:
+    """Peak resident memory that one candidate adds to an idle process with the engine, MiB."""
+    command = [sys.executable, "-m", "bench.train_step", "--peak", name]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    return float(found.stdout.split()[-1])
+
+
+def _print_peak(name: str) -> None:
+    """In a process of its own: build one candidate, take three steps, print what that took."""
+    with _one_rank() as ctx:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step = _candidates(ctx)[name]()
+        for _ in range(3):
+            step()
+        after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print((after - before) / 1024)
+
+
+def records() -> list[Record]:
+    """Ratios, tokens/s and peak memory of each."""
+    with _one_rank() as ctx:
+        candidates = {name: make() for name, make in _candidates(ctx).items()}
+        medians = interleaved_medians(candidates, SECONDS, ROUNDS)
+        tokens = ctx.layout.global_batch_size * ctx.layout.seq_length
     found = []
     for stock in ("stock capacity", "stock dropless"):
         for ours in ("ours", "ours, engine's capacity"):
@@ -147,14 +177,20 @@ def records() -> list[Record]:
             name = f"train_step/{ours} over {stock}"
             found.append(Record(name=name, value=ratio, unit="x", target=target, met=met))
     for name, seconds in medians.items():
-        record = Record(name=f"train_step/{name}", value=tokens / seconds, unit="tokens/s")
-        found.append(record)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return [*found, Record(name="train_step/peak memory", value=peak, unit="MiB")]
+        found.append(Record(name=f"train_step/{name}", value=tokens / seconds, unit="tokens/s"))
+        memory = Record(name=f"train_step/{name}/peak", value=peak_memory(name), unit="MiB")
+        found.append(memory)
+    return found
+
+
+def _main(arguments: list[str]) -> None:
+    from bench.run import table
+
+    if arguments[:1] == ["--peak"]:
+        _print_peak(arguments[1])
+    else:
+        print(table(records()))
 
 
 if __name__ == "__main__":
-    from bench.run import table
-
-    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    print(table(records()))
+    _main(sys.argv[1:])
