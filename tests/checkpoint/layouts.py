@@ -147,6 +147,17 @@ def _replicated_state(leaf: Any, param: Tensor) -> dict[str, Tensor] | None:
     return {**state, **({"master": main.detach()} if main is not param else {})}
 
 
+def cut_parameters(rank: int, world_size: int, *, case: Case) -> int:
+    """Parameters of which this rank's optimizer holds an inner or last part."""
+    run = build(case)
+    ranges = [
+        leaf._get_model_param_range_map(param)["param"]
+        for leaf in run.optimizer.chained_optimizers
+        for param in leaf.model_param_gbuf_map
+    ]
+    return sum(place.start > 0 for place in ranges)
+
+
 def start(rank: int, world_size: int, *, case: Case, directory: Any) -> Any:
     """Two steps, a save, and what a third step gives."""
     run = build(case)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.checkpoint.layouts import DIST, Case, move, start
+from tests.checkpoint.layouts import DIST, Case, cut_parameters, move, start
 from tests.parity.cases import LAYOUTS, SLOW_LAYOUTS
 
 _OVERLAP = {**DIST, "overlap_grad_reduce": True, "overlap_param_gather": True}
@@ -16,6 +16,7 @@ _FLAGS = {layout.name: (layout.world_size, layout.flags) for layout in LAYOUTS +
 CASES: dict[str, Case] = {layout.name: Case(layout.world_size, layout.flags) for layout in LAYOUTS}
 for _name in ("1", "DP2", "TP2", "EP2", "PP2-interleaved", "TP2xEP2", "DP2xEP2", "EP2xETP2"):
     CASES[f"{_name} distributed"] = Case(_FLAGS[_name][0], {**_FLAGS[_name][1], **DIST})
+CASES["DP4 distributed"] = Case(4, DIST)
 CASES["DP2 overlapped"] = Case(2, _OVERLAP)
 NAMES = list(CASES)
 SLOW = {layout.name: Case(layout.world_size, {**layout.flags, **DIST}) for layout in SLOW_LAYOUTS}
@@ -77,6 +78,12 @@ def test_the_state_under_test_is_not_trivial(origin):
     for key, tensor in origin.saved.items():
         assert tensor.unique().numel() > 8, key
         assert not torch.equal(tensor, origin.next[key])
+
+
+@pytest.mark.parametrize("name", ["DP4 distributed", "DP2xEP2 distributed"])
+def test_the_distributed_optimizer_does_cut_parameters(pool, name):
+    """Otherwise the tests of these layouts would show less than they say."""
+    assert sum(pool.run(cut_parameters, 4, case=CASES[name])) > 0
 
 
 @pytest.mark.parametrize("name", NAMES)
