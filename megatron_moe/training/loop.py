@@ -30,7 +30,7 @@ class _Session:
     reporter: Reporter
     meter: Meter
     progress: TrainState
-    saved_at: int | None = None
+    saved_at: int | None
     first: StepRecord | None = None
     last: StepRecord | None = None
     valid: Evaluation | None = None
@@ -43,8 +43,14 @@ def train(run: TrainingRun, data: Data, progress: TrainState, reporter: Reporter
 
     A step whose gradient is not finite ends it too: the summary says so, nothing is saved.
     """
+    settings = run.config.checkpoint
     session = _Session(
-        run=run, data=data, reporter=reporter, meter=make_meter(run), progress=progress
+        run=run,
+        data=data,
+        reporter=reporter,
+        meter=make_meter(run),
+        progress=progress,
+        saved_at=progress.iteration if settings.load == settings.save else None,
     )
     for chunk in run.wrapped:
         chunk.train()

@@ -1,0 +1,112 @@
+"""The flags of saving and loading, seen from the steps that follow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.training.tiny import MODEL, pretrain_rank
+
+FLAGS = ["--split", "80,20,0", "--eval-iters", "2", "--hidden-dropout", "0.1"]
+FLAGS += ["--lr-warmup-iters", "0"]
+
+
+class Runs:
+    """Single-process runs on one corpus; the first six steps are saved every second step."""
+
+    def __init__(self, pool, corpus: str, directory: Path) -> None:
+        self.pool, self.corpus, self.directory, self.count = pool, corpus, directory, 0
+        self.saved = str(directory / "saved")
+        first = self.go("--train-iters 6 --save-interval 2", "--save", self.saved)
+        self.steps, self.log = first
+
+    def go(self, line: str, *more: str, code: int = 0) -> tuple[list[dict], str]:
+        """Steps and log of a run; its log is the mistake if it is to end with one."""
+        self.count += 1
+        metrics = self.directory / f"metrics-{self.count}.jsonl"
+        argv = [*MODEL, *FLAGS, "--data-path", self.corpus, "--metrics-file", str(metrics)]
+        ((found, out, mistake),) = self.pool.run(
+            pretrain_rank, 1, argv=[*argv, *line.split(), *more]
+        )
+        assert found == code, mistake
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        return [json.loads(text) for text in lines], mistake or out
+
+    def load(self, line: str, **expected: int) -> tuple[list[dict], str]:
+        return self.go(line, "--load", self.saved, **expected)
+
+
+@pytest.fixture(scope="module")
+def runs(pool, corpus, tmp_path_factory) -> Runs:
+    return Runs(pool, corpus, tmp_path_factory.mktemp("runs"))
+
+
+def _validation(log: str) -> str:
+    return next(line for line in log.splitlines() if line.startswith(" validation loss"))
+
+
+def test_save_interval(runs):
+    assert sorted(path.name for path in Path(runs.saved).glob("iter_*")) == [
+        "iter_0000002",
+        "iter_0000004",
+        "iter_0000006",
+    ]
+
+
+def test_ckpt_step_goes_on_from_an_older_step(runs):
+    assert runs.load("--ckpt-step 4 --train-iters 6")[0] == runs.steps[4:]
+    assert "--ckpt-step" in runs.load("--ckpt-step 5 --train-iters 6", code=2)[1]
+
+
+def test_no_load_optim_and_no_load_rng_leave_them_out(runs):
+    steps, _ = runs.load("--ckpt-step 4 --train-iters 6 --no-load-optim")
+    assert steps[0] == runs.steps[4]
+    assert steps[1]["lm_loss"] != runs.steps[5]["lm_loss"]
+    steps, _ = runs.load("--ckpt-step 4 --train-iters 6 --no-load-rng")
+    assert steps[0]["consumed_samples"] == runs.steps[4]["consumed_samples"]
+    assert steps[0]["lm_loss"] != runs.steps[4]["lm_loss"]
+
+
+def test_no_save_optim_and_no_save_rng_leave_them_out(runs, tmp_path):
+    runs.go("--train-iters 2 --no-save-optim --no-save-rng", "--save", str(tmp_path))
+    again = ("--train-iters 3", "--load", str(tmp_path))
+    assert "no optimizer state" in runs.go(*again, code=2)[1]
+    steps, _ = runs.go(*again, "--no-load-optim", "--no-load-rng")
+    assert [step["iteration"] for step in steps] == [3]
+
+
+def test_finetune_takes_the_weights_alone(runs):
+    line = "--finetune --train-iters 1 --lr 0"
+    steps, log = runs.load(line)
+    assert steps[0]["iteration"] == 1
+    assert steps[0]["consumed_samples"] == 8
+    assert steps[0]["lm_loss"] < runs.steps[0]["lm_loss"]
+    assert _validation(log) == _validation(runs.log)
+    assert "--finetune" in runs.go("--finetune --train-iters 1", code=2)[1]
+
+
+def test_a_finished_run_has_nothing_left_but_its_evaluation(runs):
+    steps, log = runs.load(
+        "--train-iters 6",
+    )
+    assert steps == []
+    assert _validation(log) == _validation(runs.log)
+    assert " done at iteration 6, 48 samples consumed" in log.splitlines()
+    steps, log = runs.go("--train-iters 6", "--load", runs.saved, "--save", runs.saved)
+    assert " saved iteration" not in log
+    assert len(list(Path(runs.saved).glob("iter_*"))) == 3
+
+
+def test_a_missing_checkpoint_is_step_0_only_if_asked_for(runs, tmp_path):
+    missing = ("--train-iters 1", "--load", str(tmp_path / "none"))
+    assert "--allow-missing-load" in runs.go(*missing, code=2)[1]
+    steps, _ = runs.go(*missing, "--allow-missing-load")
+    assert [step["iteration"] for step in steps] == [1]
+    assert steps[0]["lm_loss"] == runs.steps[0]["lm_loss"]
+
+
+def test_train_samples_is_rounded_down_to_steps(runs):
+    steps, _ = runs.go("--train-samples 31")
+    assert [step["consumed_samples"] for step in steps] == [8, 16, 24]
