@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from bench._moe_layer_cases import (
     CAPACITY_FACTOR,
@@ -29,8 +30,8 @@ from bench._moe_layer_cases import (
 )
 from bench.record import Record
 
-SECONDS_PER_SHAPE = 25.0
-ROUNDS = (7, 60)
+SECONDS_PER_SHAPE = 20.0
+ROUNDS = (5, 60)
 """Least and most rounds of a shape."""
 LARGE_TOKENS = 2048
 """Shapes with as many tokens or more are bound by GEMMs and held to the tighter bound."""
@@ -54,6 +55,19 @@ def interleaved_medians(
         if turn + 1 >= rounds[0] and time.perf_counter() - start > seconds:
             break
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_mib(step: Callable[[], None]) -> float:
+    """Most memory that one call of ``step`` holds at once beyond what was there before, in MiB."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    held = most = 0
+    for _, size in sorted(changes, key=lambda change: change[0]):
+        held += size
+        most = max(most, held)
+    return most / 2**20
 
 
 @contextmanager
@@ -117,13 +131,26 @@ def _judge(shape: Shape, ms: dict[str, float]) -> list[Record]:
     ]
 
 
+def _memory(shape: Shape, candidates: dict[str, Callable[[], None]]) -> list[Record]:
+    """Peaks of whole layers, and what one [tokens, experts, capacity] mask in fp32 would take."""
+    prefix = f"moe_layer/{shape.name}/peak memory"
+    slots = CAPACITY_FACTOR * shape.topk * shape.tokens / shape.experts
+    mask = 4 * shape.tokens * shape.experts * slots / 2**20
+    found = [Record(name=f"{prefix}, a mask we do not make", value=mask, unit="MiB")]
+    for name in ("ours", "ours t5x", "stock capacity", "stock dropless"):
+        found.append(Record(name=f"{prefix}, {name}", value=peak_mib(candidates[name]), unit="MiB"))
+    return found
+
+
 def records() -> list[Record]:
     """Measure every shape."""
     found: list[Record] = []
     with _one_process() as pgs:
         for shape in SHAPES:
-            medians = interleaved_medians(_candidates(shape, pgs), SECONDS_PER_SHAPE, ROUNDS)
+            candidates = _candidates(shape, pgs)
+            medians = interleaved_medians(candidates, SECONDS_PER_SHAPE, ROUNDS)
             found += _judge(shape, {name: 1e3 * value for name, value in medians.items()})
+            found += _memory(shape, candidates)
     return found
 
 

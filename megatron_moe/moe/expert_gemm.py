@@ -20,8 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moe.platform.pages import empty_like, prefer_huge_pages
-
 LEAST_GATE_ELEMENTS = 1 << 17
 """Elements of the gated product below which experts share one call of the gate. Sixteen experts of
 64 x 512 in four calls rather than sixteen."""
@@ -105,7 +103,7 @@ class _WeightGradient:
             main = None  # Not wrapped by the engine: nobody would clear or read it.
         self.weight = weight
         self.fused = main is not None and main.dtype == weight.dtype
-        self.target = main if main is not None and self.fused else empty_like(weight)
+        self.target = main if main is not None and self.fused else torch.empty_like(weight)
         self.each = self.target.unbind()
         self.started: set[int] = set(range(weight.shape[0])) if self.fused else set()
 
@@ -151,8 +149,8 @@ class _Loop(torch.autograd.Function):
         width = weight_out.shape[1]
         ctx.blocks = weight_in.shape[2] // width
         ctx.segments, ctx.gate = segments, gate
-        z_RM = prefer_huge_pages(x_RH.new_empty(x_RH.shape[0], weight_in.shape[2]))
-        y_RH = _zero_gaps(empty_like(x_RH), segments)
+        z_RM = x_RH.new_empty(x_RH.shape[0], weight_in.shape[2])
+        y_RH = _zero_gaps(torch.empty_like(x_RH), segments)
         runs = _runs(segments, width)
         h_RF = x_RH.new_empty(max((run.rows for run in runs), default=0), width)
         w_in, w_out = weight_in.unbind(), weight_out.unbind()
@@ -171,7 +169,7 @@ class _Loop(torch.autograd.Function):
         x_RH, z_RM, weight_in, weight_out = ctx.saved_tensors
         dy_RH, width = grads[0], weight_out.shape[1]
         d_in, d_out = _WeightGradient(weight_in), _WeightGradient(weight_out)
-        dx_RH = _zero_gaps(empty_like(x_RH), ctx.segments)
+        dx_RH = _zero_gaps(torch.empty_like(x_RH), ctx.segments)
         runs = _runs(ctx.segments, width)
         most = max((run.rows for run in runs), default=0)
         dh_RF, h_RF = (z_RM.new_empty(most, width) for _ in range(2))

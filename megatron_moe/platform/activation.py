@@ -10,6 +10,7 @@ import torch
 
 from megatron_moe.errors import UsageError
 from megatron_moe.platform import device as device_facts
+from megatron_moe.platform.allocator import keep_freed_memory, release_freed_memory
 from megatron_moe.platform.patches import CPU_PATCHES, Patch
 from megatron_moe.platform.requirements import check_requirements
 
@@ -50,7 +51,8 @@ def activate(backend: Literal["auto", "nccl", "gloo"] = "auto") -> Platform:
     """Prepare this process for the engine. May be called any number of times.
 
     With a GPU nothing is patched. Without one, the patches of `megatron_moe.platform.patches` are
-    applied and Megatron-Core is imported, whether or not somebody imported it before.
+    applied and Megatron-Core is imported, whether or not somebody imported it before; and the C
+    library keeps freed memory for the next step (`megatron_moe.platform.allocator`).
 
     Args:
         backend: `--distributed-backend`; `auto` is NCCL on GPUs and gloo on CPUs.
@@ -68,12 +70,15 @@ def activate(backend: Literal["auto", "nccl", "gloo"] = "auto") -> Platform:
         )
     if not _applied:
         _apply_all()
+        keep_freed_memory()
     names = tuple(patch.name for patch in _applied)
     return Platform(kind="cpu", device=torch.device("cpu"), backend="gloo", patches=names)
 
 
 def deactivate() -> None:
     """Undo every patch of `activate`, in reverse order. Nothing to do on a GPU."""
+    if _applied:
+        release_freed_memory()
     while _applied:
         _applied.pop().undo()
 
