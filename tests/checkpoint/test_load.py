@@ -65,7 +65,7 @@ def test_all_differences_are_listed_at_once_on_every_rank(pool, saved):
     sections = [
         ("model", {"hidden_size": 40, "rotary_base": 500.0}),
         ("moe", {"num_experts": 8, "moe_router_topk": 3, "moe_ffn_hidden_size": 24}),
-        ("data", {"seq_length": 32}),
+        ("data", {"seq_length": 8}),
         ("optimizer", {"optimizer": "sgd"}),
     ]
     other = Metadata(padded_vocab_size=128, tokenizer_hash="u", data_fingerprint="e")
@@ -79,7 +79,7 @@ def test_all_differences_are_listed_at_once_on_every_rank(pool, saved):
         "--num-experts: 4 in the checkpoint, 8 in this run",
         "--moe-router-topk: 2 in the checkpoint, 3 in this run",
         "--moe-ffn-hidden-size: 20 in the checkpoint, 24 in this run",
-        "--seq-length: 16 in the checkpoint, 32 in this run",
+        "--seq-length: 16 in the checkpoint, 8 in this run",
         "--optimizer: adam in the checkpoint, sgd in this run",
         "padded vocabulary: 96 in the checkpoint, 128 in this run",
         "tokenizer: t in the checkpoint, u in this run",
