@@ -75,7 +75,7 @@ def test_all_differences_are_listed_at_once_on_every_rank(pool, saved):
     assert unchanged
     for line in (
         "--hidden-size: 32 in the checkpoint, 40 in this run",
-        "--rotary-base: 10000.0 in the checkpoint, 500.0 in this run",
+        f"--rotary-base: {ONE.config().model.rotary_base} in the checkpoint, 500.0 in this run",
         "--num-experts: 4 in the checkpoint, 8 in this run",
         "--moe-router-topk: 2 in the checkpoint, 3 in this run",
         "--moe-ffn-hidden-size: 20 in the checkpoint, 24 in this run",
