@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MEETING_TIMEOUT = timedelta(seconds=120)
 """How long a rank that found a mistake waits for the others to get as far."""
-_LATE_TIMEOUT = timedelta(seconds=5)
+_LATE_TIMEOUT = timedelta(seconds=10)
 """The same once process groups exist: ranks that found nothing may never come."""
 
 
@@ -168,11 +168,13 @@ def _leave(store: dist.Store, here: Launched, timeout: timedelta) -> NoReturn:
     # Nothing is left to do or to put in order, so a rank that is terminated a moment before its end
     # may as well end with its own code.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    keys = [f"left/{rank}" for rank in range(here.world_size)]
-    # Rank 0 may have served the store and gone, or a rank never came.
-    with contextlib.suppress(dist.DistError):
-        store.set(keys[here.rank], "1")
-        store.wait(keys, timeout)
+    ranks = range(here.world_size)
+    with contextlib.suppress(dist.DistError):  # some rank never came
+        store.set(f"heard/{here.rank}", "1")
+        store.wait([f"heard/{rank}" for rank in ranks], timeout)
+        store.set(f"left/{here.rank}", "1")
+        if here.rank == 0:  # it may be the one that serves the store
+            store.wait([f"left/{rank}" for rank in ranks], timeout)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(USAGE_EXIT_CODE)

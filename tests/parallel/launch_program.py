@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import sys
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from megatron_moe.errors import UsageError
+from megatron_moe.parallel import launch
 from megatron_moe.parallel.launch import launched, run_or_exit
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 def main() -> None:
     what, rank = sys.argv[1], launched().rank
-    if what == "everywhere" or (what == "once" and rank == 1):
+    if what == f"once, rank {rank} lingers":
+        linger()
+    if what == "everywhere" or (what.startswith("once") and rank == 1):
         raise UsageError("--planted", 3, "1 or 2")
     if what == "each its own":
         raise UsageError("--planted", rank, "something else")
@@ -25,6 +34,34 @@ def main() -> None:
     print(f"sum {int(total)}")
     if what == "late":
         raise UsageError("--planted", 3, "nothing after the groups exist")
+
+
+class SlowStore:
+    """Says everything a second late, and tells if nobody serves the store by then."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self.store = store
+        self.wait = store.wait
+
+    def set(self, key: str, value: str) -> None:
+        import torch.distributed as dist
+
+        time.sleep(1)
+        try:
+            self.store.set(key, value)
+        except dist.DistError:
+            print("the store is gone", file=sys.stderr)
+
+
+def linger() -> None:
+    """Be slow to leave after the meeting."""
+    leave = launch._leave
+
+    def later(store: dist.Store, here: launch.Launched, timeout: timedelta) -> NoReturn:
+        time.sleep(1)
+        leave(cast("dist.Store", SlowStore(store)), here, timeout)
+
+    launch._leave = later
 
 
 if __name__ == "__main__":

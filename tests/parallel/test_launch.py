@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -68,7 +69,8 @@ def test_a_mistake_that_every_rank_finds_is_said_once(tmp_path: Path) -> None:
 
 
 def test_a_mistake_that_one_rank_finds_ends_all(tmp_path: Path) -> None:
-    ended = torchrun(tmp_path, "once")
+    """The rank without a mistake must not be terminated for being a second behind the other."""
+    ended = torchrun(tmp_path, "once, rank 0 lingers")
     assert ended.codes == {0: 2, 1: 2}
     assert ended.said == ["program: error: --planted is 3, expected 1 or 2"]
 
@@ -86,6 +88,28 @@ def test_a_mistake_found_after_groups_exist_is_said_once_too(tmp_path: Path) -> 
     assert ended.printed.splitlines() == ["sum 2", "sum 2"]
     assert ended.codes == {0: 2, 1: 2}
     assert ended.said == ["program: error: --planted is 3, expected nothing after the groups exist"]
+
+
+def test_ranks_started_without_torchrun_wait_for_each_other() -> None:
+    """As `srun` starts them: rank 0 serves the store they meet in, and must be the last to go."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    base = {k: v for k, v in os.environ.items() if k not in NAMES and "ELASTIC" not in k}
+    base |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.parallel.launch_program", "once, rank 1 lingers"],
+            cwd=ROOT,
+            env=base | {"RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=180)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert said == ["", "program: error: --planted is 3, expected 1 or 2\n"]
 
 
 def test_without_a_launcher_a_program_is_a_world_of_one() -> None:

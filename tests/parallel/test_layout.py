@@ -15,7 +15,7 @@ from megatron_moe.parallel.layout import Layout, resolve_layout
 def config(**changes: Any) -> RunConfig:
     """12 layers, 12 heads, FFN 96, 8 experts, sequence 64, with fields of any section changed."""
     base = RunConfig()
-    sections = {
+    sections: dict[str, Any] = {
         "model": replace(
             base.model, num_layers=12, num_attention_heads=12, hidden_size=48, ffn_hidden_size=96
         ),

@@ -87,6 +87,26 @@ def test_gradients_equal_those_of_plain_torch(
     assert [called for *_, called in results] == [1] * world_size
 
 
+def changing(rank: int, world_size: int, *, parallel: dict[str, Any]) -> Any:
+    """Gradients of a step whose predecessor had half as many micro-batches."""
+    ctx = toy.context(world_size, **parallel)
+    chunks = toy.wrap(ctx, toy.build_chunks(ctx), **OVERLAP)
+    batches = toy.micro_batches(ctx.layout, ctx.dp_rank)
+    for number in (len(batches) // 2, len(batches)):
+        for chunk in chunks:
+            chunk.zero_grad_buffer()
+        forward_backward(ctx, toy.forward_step, batches[:number], chunks)
+    return [], toy.gradients(chunks)
+
+
+@pytest.mark.parametrize("parallel", [{}, {PP: 2, VPP: 1}], ids=["plain", "interleaved"])
+def test_overlapped_reduction_waits_for_the_last_micro_batch(
+    pool: Pool, parallel: dict[str, Any]
+) -> None:
+    """The engine counts gradients in its first step; it must not count on their number later."""
+    assert largest_error(pool.run(changing, 2, parallel=parallel)) < 1e-4
+
+
 def defective(rank: int, world_size: int) -> Any:
     """Interleaving as the engine does it when nobody tells it to overlap transfers."""
     ours = schedule._obey_transfer_laws

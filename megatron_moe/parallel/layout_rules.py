@@ -1,0 +1,186 @@
+"""The rules of a layout, one function each; a broken one is a `UsageError` with flag and value."""
+
+from __future__ import annotations
+
+from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.config.run import RunConfig
+from megatron_moe.errors import UsageError
+
+
+def degree(flag: str, value: int) -> int:
+    """A size must be at least 1; returns it."""
+    if value < 1:
+        raise UsageError(flag, value, "at least 1")
+    return value
+
+
+def _divides(flag: str, size: int, of_flag: str, total: int) -> None:
+    """`total` must be a multiple of `size`."""
+    if total % size:
+        raise UsageError(flag, size, f"a divisor of {of_flag} ({total}): {_divisors(total)}")
+
+
+def _divisors(total: int) -> str:
+    found = [str(d) for d in range(1, min(total, 4096) + 1) if total % d == 0]
+    return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
+
+
+def expert_tensor_size(parallel: ParallelConfig, tp: int, has_moe: bool) -> int:
+    """Ranks that share one expert: as given, else the tensor-parallel size."""
+    given = parallel.expert_tensor_parallel_size
+    if given is None:
+        # A model without experts has nothing to split; TP keeps its rank grid the dense one.
+        return tp
+    degree("--expert-tensor-parallel-size", given)
+    if not has_moe:
+        raise UsageError(
+            "--expert-tensor-parallel-size", given, "no value in a model without MoE layers"
+        )
+    return given
+
+
+def check_world(world_size: int, tp: int, pp: int, ep: int, etp: int) -> None:
+    """The ranks must come out even, for the dense part and for the experts."""
+    dense = "--tensor-model-parallel-size x --pipeline-model-parallel-size"
+    expert = (
+        "--expert-tensor-parallel-size x --expert-model-parallel-size"
+        " x --pipeline-model-parallel-size"
+    )
+    if world_size % (tp * pp):
+        raise UsageError(
+            dense, f"{tp} x {pp}", f"a divisor of the {world_size} ranks: {_divisors(world_size)}"
+        )
+    if world_size % (etp * ep * pp):
+        raise UsageError(
+            expert,
+            f"{etp} x {ep} x {pp}",
+            f"a divisor of the {world_size} ranks: {_divisors(world_size)}",
+        )
+
+
+def check_widths(config: RunConfig, tp: int, padded_vocab_size: int | None) -> None:
+    """Tensor parallelism must divide what it splits."""
+    flag, model = "--tensor-model-parallel-size", config.model
+    _divides(flag, tp, "--num-attention-heads", model.num_attention_heads)
+    _divides(flag, tp, "--ffn-hidden-size", model.ffn_hidden_size)
+    shared = config.moe.moe_shared_expert_intermediate_size
+    if shared is not None:
+        _divides(flag, tp, "--moe-shared-expert-intermediate-size", shared)
+    if padded_vocab_size is not None:
+        _divides(flag, tp, "the padded vocabulary", padded_vocab_size)
+    if config.parallel.sequence_parallel:
+        _divides(flag, tp, "--seq-length", config.data.seq_length)
+
+
+def check_experts(config: RunConfig, tp: int, ep: int, etp: int, has_moe: bool) -> None:
+    """Expert parallelism must divide what it splits, and have something to split."""
+    if not has_moe:
+        if ep > 1:
+            raise UsageError("--expert-model-parallel-size", ep, "1 in a model without MoE layers")
+        return
+    _divides("--expert-model-parallel-size", ep, "--num-experts", config.moe.num_experts)
+    width = config.moe.moe_ffn_hidden_size
+    if width is None:
+        _divides("--expert-tensor-parallel-size", etp, "--ffn-hidden-size", _ffn(config))
+    else:
+        _divides("--expert-tensor-parallel-size", etp, "--moe-ffn-hidden-size", width)
+    if tp > 1 and not config.parallel.sequence_parallel:
+        raise UsageError(
+            "--sequence-parallel",
+            False,
+            f"True: MoE layers with --tensor-model-parallel-size {tp} need it",
+        )
+
+
+def _ffn(config: RunConfig) -> int:
+    return config.model.ffn_hidden_size
+
+
+def virtual_stages(parallel: ParallelConfig, num_layers: int, pp: int) -> int | None:
+    """Chunks per rank, `None` for one; checks that the layers come out even."""
+    layers_flag = "--num-layers-per-virtual-pipeline-stage"
+    stages_flag = "--num-virtual-stages-per-pipeline-rank"
+    layers = parallel.num_layers_per_virtual_pipeline_stage
+    stages = parallel.num_virtual_stages_per_pipeline_rank
+    _divides("--pipeline-model-parallel-size", pp, "--num-layers", num_layers)
+    per_rank = num_layers // pp
+    if layers is not None and stages is not None:
+        raise UsageError(stages_flag, stages, f"no value beside {layers_flag} {layers}: give one")
+    if layers is not None:
+        degree(layers_flag, layers)
+        _divides(layers_flag, layers, "the layers of one pipeline rank", per_rank)
+        stages = per_rank // layers
+    if stages is None:
+        return None
+    degree(stages_flag, stages)
+    _divides(stages_flag, stages, "the layers of one pipeline rank", per_rank)
+    if stages == 1:
+        return None
+    if pp == 1:
+        flag, value = (layers_flag, layers) if layers is not None else (stages_flag, stages)
+        raise UsageError(
+            flag, value, "no value with --pipeline-model-parallel-size 1: interleaving needs stages"
+        )
+    return stages
+
+
+def check_interleaving(vp: int | None, pp: int, num_microbatches: int, step: int) -> None:
+    """The interleaved schedule takes micro-batches in groups of the pipeline size."""
+    if vp is not None and num_microbatches % pp:
+        raise UsageError(
+            "--global-batch-size",
+            num_microbatches * step,
+            f"a multiple of micro-batch x data-parallel x pipeline size ({step * pp})",
+            "the interleaved schedule takes micro-batches in groups of the pipeline size",
+        )
+
+
+def global_batch_sequences(given: int | None, micro: int, dp: int) -> int:
+    """Sequences of one step; they must fill whole micro-batches on all replicas."""
+    if given is None:
+        return micro * dp
+    if given < 1 or given % (micro * dp):
+        raise UsageError(
+            "--global-batch-size",
+            given,
+            f"a multiple of micro-batch x data-parallel size ({micro} x {dp} = {micro * dp})",
+        )
+    return given
+
+
+def check_overlap(parallel: ParallelConfig) -> None:
+    """Gathering parameters in the forward pass needs them sharded, and gradients overlapped."""
+    if not parallel.overlap_param_gather:
+        return
+    for flag, value in (
+        ("--use-distributed-optimizer", parallel.use_distributed_optimizer),
+        ("--overlap-grad-reduce", parallel.overlap_grad_reduce),
+    ):
+        if not value:
+            raise UsageError(flag, value, "True: --overlap-param-gather needs it")
+
+
+def check_recomputation(parallel: ParallelConfig, layers_per_chunk: int, has_moe: bool) -> None:
+    """Method and number of layers go with full granularity and fit into a model chunk."""
+    method, layers = parallel.recompute_method, parallel.recompute_num_layers
+    if parallel.recompute_granularity == "full":
+        if method is None:
+            raise UsageError(
+                "--recompute-method", None, "uniform or block with --recompute-granularity full"
+            )
+        if layers is None or not 1 <= layers <= layers_per_chunk:
+            raise UsageError(
+                "--recompute-num-layers",
+                layers,
+                f"1 to {layers_per_chunk}, the layers of one model chunk",
+            )
+        return
+    for flag, value in (("--recompute-method", method), ("--recompute-num-layers", layers)):
+        if value is not None:
+            raise UsageError(flag, value, "no value without --recompute-granularity full")
+    if parallel.recompute_granularity != "selective":
+        return
+    if not parallel.recompute_modules:
+        raise UsageError("--recompute-modules", (), "at least one of core_attn, mlp, moe")
+    if "moe" in parallel.recompute_modules and not has_moe:
+        raise UsageError("--recompute-modules", "moe", "core_attn or mlp: no layer has experts")
