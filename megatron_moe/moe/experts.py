@@ -17,8 +17,13 @@ from megatron_moe.errors import UsageError
 from megatron_moe.moe import expert_gemm
 from megatron_moe.moe.exchange import ExpertGroups, size_of
 
-LOOP_MIN_MULTIPLY_ADDS = 0
-"""On a CPU, multiply-adds of one expert's first GEMM from which `auto` takes `loop`."""
+SMALL_GEMM = 1 << 21
+"""Multiply-adds of one expert's first GEMM below which a CPU spends more on calling GEMMs than a
+batched one spends on empty rows. Measured with one thread, loop against batched, ms: 0.07M
+multiply-adds 5.8 / 4.2; 0.4M 23.6 / 20.8; 1M 8.5 / 8.1; 2.1M 7.3 / 7.2; 17M 33 / 37; 67M 52 / 71
+(E = 64, 128, 32, 16, 16, 8)."""
+MOST_PADDING = 1.5
+"""Rows of the fixed-shape buffer per choice above which even small GEMMs are not worth padding."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,24 @@ class ExpertImpl:
     reason: str
 
 
-def choose_impl(requested: str, x: Tensor) -> ExpertImpl:
+@dataclass(frozen=True, kw_only=True)
+class ExpertWork:
+    """The size of a pass, known before it, the same on every rank.
+
+    Args:
+        choices: K * T, over all ranks that share the tokens.
+        buffer_rows: rows of the fixed-shape buffer, groups * E * C.
+        multiply_adds: of one row in the first GEMM of an expert, H * M.
+        experts: E, over all ranks.
+    """
+
+    choices: int
+    buffer_rows: int
+    multiply_adds: int
+    experts: int
+
+
+def choose_impl(requested: str, x: Tensor, work: ExpertWork) -> ExpertImpl:
     """`--moe-expert-impl` for activations like ``x``.
 
     Raises:
@@ -43,9 +65,12 @@ def choose_impl(requested: str, x: Tensor) -> ExpertImpl:
         return ExpertImpl("batched", "as asked")
     if requested == "loop":
         return ExpertImpl("loop", "as asked")
-    if readable:
-        return ExpertImpl("loop", "auto: on a CPU filled rows alone are computed")
-    return ExpertImpl("batched", "auto: no host read on this device")
+    if not readable:
+        return ExpertImpl("batched", "auto: no host read on this device")
+    small = work.choices * work.multiply_adds < SMALL_GEMM * work.experts
+    if small and work.buffer_rows <= MOST_PADDING * work.choices:
+        return ExpertImpl("batched", "auto: experts too small for a GEMM each")
+    return ExpertImpl("loop", "auto: on a CPU filled rows alone are computed")
 
 
 def gate_blocks(model: ModelConfig) -> int:

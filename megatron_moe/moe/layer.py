@@ -19,7 +19,7 @@ from megatron_moe.errors import UsageError
 from megatron_moe.moe import losses
 from megatron_moe.moe.capacity import Capacity, capacity_of
 from megatron_moe.moe.exchange import ExpertGroups, all_gather, rank_of, reduce_scatter, size_of
-from megatron_moe.moe.experts import ExpertImpl, Experts, choose_impl
+from megatron_moe.moe.experts import ExpertImpl, Experts, ExpertWork, choose_impl
 from megatron_moe.moe.plan import BufferLayout, Plan, make_plan
 from megatron_moe.moe.router import Scores, route
 from megatron_moe.moe.statistics import RoutingCounter
@@ -107,7 +107,7 @@ class MoELayer(nn.Module):
         capacity = capacity_of(self.moe, rows=batch, row_tokens=row_tokens, training=self.training)
         weights_TK, balance, z = self._with_losses(scores, choices_TK, batch)
         weights_TK = all_gather(weights_TK, self.groups.tp)
-        impl = choose_impl(self.moe.moe_expert_impl, x_TH)
+        impl = self._impl(x_TH, capacity)
         plan = self._plan(choices_TK, weights_TK, batch, capacity, impl)
         y_TH = self._run_experts(all_gather(x_TH, self.groups.tp), weights_TK, plan, impl)
         self._record(scores, plan, capacity, balance, z)
@@ -136,6 +136,16 @@ class MoELayer(nn.Module):
             total = balance * self.moe.moe_aux_loss_coeff + z * self.moe.moe_z_loss_coeff
             weights_TK = losses.attach(weights_TK, total / self.num_moe_layers)
         return weights_TK, balance, z
+
+    def _impl(self, x: Tensor, capacity: Capacity) -> ExpertImpl:
+        """How the expert GEMMs of a pass run."""
+        work = ExpertWork(
+            choices=capacity.groups * capacity.group_size * self.moe.moe_router_topk,
+            buffer_rows=capacity.groups * capacity.slots * self.moe.num_experts,
+            multiply_adds=self.experts.weight_in[0].numel(),
+            experts=self.moe.num_experts,
+        )
+        return choose_impl(self.moe.moe_expert_impl, x, work)
 
     def _plan(
         self,
@@ -181,9 +191,15 @@ class MoELayer(nn.Module):
             if self.on_routing is not None:
                 self.on_routing(Routing(scores, kept_TK, capacity))
 
-    def describe(self, x: Tensor) -> str:
-        """Which implementations run for activations like ``x``, and why; one line for the log."""
-        impl = choose_impl(self.moe.moe_expert_impl, x)
+    def describe(self, rows: int, row_tokens: int) -> str:
+        """Which implementations run for a micro-batch, and why; one line for the log.
+
+        Args:
+            rows: sequences B of the micro-batch.
+            row_tokens: tokens S of a sequence, over all ranks that share it.
+        """
+        capacity = capacity_of(self.moe, rows=rows, row_tokens=row_tokens, training=self.training)
+        impl = self._impl(self.router_weight, capacity)
         kernel = self.kernels["dispatch_tokens"]
         return (
             f"MoE experts: {impl.name} ({impl.reason}); "

@@ -37,7 +37,8 @@ def starting_lines(run: TrainingRun, data: Data, state: TrainState) -> list[str]
     ]
     layer = next((m for c in run.chunks for m in c.modules() if isinstance(m, MoELayer)), None)
     if layer is not None:
-        lines.append(f" {layer.describe(layer.router_weight)}")
+        where = layer.describe(layout.micro_batch_size, config.data.seq_length)
+        lines.append(f" {where}")
     if state.iteration:
         lines.append(f" going on from iteration {state.iteration} of {config.checkpoint.load}")
     return lines

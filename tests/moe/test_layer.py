@@ -176,7 +176,7 @@ def test_without_values_the_shape_is_still_known() -> None:
         y.sum().backward()
         assert y.shape == x.shape
         assert x.grad is not None
-        assert "batched (auto: no host read" in layer.describe(x)
+        assert "batched (auto: no host read" in layer.describe(4, 256)
 
 
 class _Largest(TorchDispatchMode):
@@ -203,6 +203,19 @@ def test_nothing_has_the_size_of_tokens_by_experts_by_capacity(impl: str) -> Non
     buffer = experts * slots * layer.experts.weight_in.shape[2]
     assert largest.elements <= max(buffer, 2 * sequence * experts)
     assert largest.elements < sequence * experts * slots / 10
+
+
+def test_auto_takes_what_suits_the_size_and_says_so() -> None:
+    model = ModelConfig(hidden_size=32, ffn_hidden_size=32)
+
+    def choice(sequence: int, **settings: Any) -> str:
+        layer = MoELayer(model, MoEConfig(**settings), layer_number=0, num_moe_layers=1)
+        return layer.describe(2, sequence)
+
+    assert "batched (auto: experts too small" in choice(64)
+    assert "loop (auto: on a CPU filled rows" in choice(8192)
+    assert "loop (auto" in choice(64, moe_expert_capacity_factor=None)
+    assert "loop (as asked)" in choice(64, moe_expert_impl="loop")
 
 
 def test_the_loop_is_refused_where_there_is_nothing_to_read() -> None:
