@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -47,20 +47,18 @@ class RunConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            UsageError: a section or field of ``source`` is not one of ours.
+            UsageError: a section or field of ``source`` is not one of ours, or a value is of
+                another type.
         """
         sections: dict[str, Any] = {}
         known = {f.name: f for f in dataclasses.fields(cls)}
         for name, content in values.items():
             if name not in known:
                 raise UsageError(f"section of {source}", name, f"one of {', '.join(known)}")
+            if not isinstance(content, dict):
+                raise UsageError(f"section {name} of {source}", content, "a JSON object")
             section = type(getattr(cls(), name))
-            names = {f.name for f in dataclasses.fields(section)}
-            for key in content:
-                if key not in names:
-                    raise UsageError(f"setting {name} of {source}", key, f"one of {sorted(names)}")
-            fixed = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-            sections[name] = section(**fixed)
+            sections[name] = section(**_settings(section, content, f"{name} of {source}"))
         return cls(**sections)
 
     @classmethod
@@ -79,3 +77,44 @@ class RunConfig:
     def save(self, path: str | Path) -> None:
         """Write the configuration as JSON."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+def _settings(section: type, content: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of a section, with the lists of JSON as tuples, each of its declared type."""
+    hints = get_type_hints(section)
+    fixed: dict[str, Any] = {}
+    for key, value in content.items():
+        if key not in hints:
+            raise UsageError(f"setting {where}", key, f"one of {sorted(hints)}")
+        fixed[key] = tuple(value) if isinstance(value, list) else value
+        if not _fits(fixed[key], hints[key]):
+            raise UsageError(f"{key} in {where}", value, _words(hints[key]))
+    return fixed
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type that our fields are declared with."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return value in inner
+    if kind is tuple:
+        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in value)
+    if inner:
+        return any(_fits(value, option) for option in inner)
+    if hint is float:
+        return type(value) in (int, float)
+    # A bool is an int to Python, but not to a reader of a configuration.
+    return type(value) is hint
+
+
+def _words(hint: Any) -> str:
+    inner = get_args(hint)
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, inner))
+    if get_origin(hint) is tuple:
+        return f"a list, each {_words(inner[0])}"
+    if inner:
+        return " or ".join(map(_words, inner))
+    return {type(None): "null", str: "text", float: "a number", int: "a whole number"}.get(
+        hint, "true or false"
+    )

@@ -94,6 +94,8 @@ def _expert_settings(config: RunConfig) -> dict[str, Any]:
         "num_moe_experts": config.moe.num_experts,
         "moe_layer_freq": [int(is_moe) for is_moe in pattern],
         "moe_router_topk": config.moe.moe_router_topk,
+        # The router is ours; the engine refuses one choice without being told this of its own.
+        "moe_router_pre_softmax": True,
         "moe_ffn_hidden_size": expert_width(config.model, config.moe),
         "moe_token_dispatcher_type": "alltoall",
     }

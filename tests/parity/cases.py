@@ -108,6 +108,7 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
         replace(_MOE, moe_token_drop_policy="probs", moe_capacity_group_size=SEQ // 2),
     ),
     "dropless": (_MODEL, replace(_MOE, moe_expert_capacity_factor=None)),
+    "top-1": (_MODEL, replace(_MOE, moe_router_topk=1, moe_shared_expert_intermediate_size=None)),
     # What GPUs run: one batched GEMM over the fixed-shape buffer.
     "batched": (_MODEL, replace(_MOE, moe_expert_impl="batched")),
 }

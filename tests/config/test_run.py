@@ -1,0 +1,62 @@
+"""A saved configuration comes back as it was, or is refused by the setting that is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_moe.config import RunConfig
+from megatron_moe.config.presets import PRESETS
+from megatron_moe.errors import UsageError
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name: str, tmp_path: Path) -> None:
+    PRESETS[name].save(tmp_path / "config.json")
+    assert RunConfig.load(tmp_path / "config.json") == PRESETS[name]
+
+
+@pytest.mark.parametrize(
+    ("content", "where", "expected"),
+    [
+        ({"modle": {}}, "section of", "model"),
+        ({"model": 3}, "section model of", "JSON object"),
+        ({"model": {"num_layer": 3}}, "setting model of", "num_layers"),
+        ({"model": {"num_layers": "x"}}, "num_layers in model", "a whole number"),
+        ({"model": {"num_layers": 3.0}}, "num_layers in model", "a whole number"),
+        ({"train": {"bf16": 1}}, "bf16 in train", "true or false"),
+        ({"train": {"micro_batch_size": True}}, "micro_batch_size in train", "a whole number"),
+        ({"data": {"data_path": "a"}}, "data_path in data", "a list, each text"),
+        ({"data": {"data_path": [1]}}, "data_path in data", "a list, each text"),
+        ({"moe": {"moe_capacity_rule": "t6x"}}, "moe_capacity_rule in moe", "'t5x' or 'port'"),
+        ({"optimizer": {"lr": None}}, "lr in optimizer", "a number"),
+        ({"checkpoint": {"save": 3}}, "save in checkpoint", "text or null"),
+    ],
+)
+def test_wrong_settings_are_refused(
+    content: dict[str, Any], where: str, expected: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UsageError) as error:
+        RunConfig.load(path)
+    assert error.value.what.startswith(where)
+    assert expected in error.value.expected
+
+
+def test_numbers_may_be_written_without_a_point(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"optimizer": {"lr": 1}, "model": {"softmax_scale": null}}')
+    assert RunConfig.load(path).optimizer.lr == 1
+
+
+def test_what_is_no_configuration_is_refused(tmp_path: Path) -> None:
+    for text in ("", "[]", "{"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UsageError, match="--config"):
+            RunConfig.load(tmp_path / "config.json")
+    with pytest.raises(UsageError, match="--config"):
+        RunConfig.load(tmp_path / "none.json")
