@@ -47,24 +47,28 @@ def pretrain(config: RunConfig) -> None:
     from megatron_moe.parallel.launch import launched
     from megatron_moe.parallel.layout import resolve_layout
     from megatron_moe.training.loop import train
+    from megatron_moe.training.outputs import check_outputs
     from megatron_moe.training.placement import check_coordinates, open_data
     from megatron_moe.training.plan import resolve_plan
     from megatron_moe.training.reporting import Reporter
-    from megatron_moe.training.resume import load_run, starting_point
+    from megatron_moe.training.resume import changed_settings, load_run, starting_point
     from megatron_moe.training.run import prepare_run
 
     here = launched()
     vocab_size = padded_vocab_size(config.data, build_tokenizer(config.data))
     layout = resolve_layout(config, here.world_size, vocab_size)
     plan = resolve_plan(config, layout.global_batch_size)
+    check_outputs(config)
     start = starting_point(config)
     data = open_data(config, layout, here.rank, start.consumed_train_samples)
     ctx = initialize_parallel(layout, config.parallel, platform, config.train.seed)
     check_coordinates(layout, ctx)
     chunks = build_model(config, layout, ctx.pgs, vocab_size, platform.device)
     run = prepare_run(config, plan, ctx, chunks, vocab_size)
-    reporter = Reporter(config.logging, plan.iterations, writes=ctx.rank == 0)
+    reporter = Reporter(config.logging, plan.iterations, ctx.rank == 0, start.iteration)
     reporter.start(run, data, start)
+    for change in changed_settings(config):
+        reporter.say(f" since the checkpoint: {change}")
     load_run(run, data)
     summary = train(run, data, start, reporter)
     reporter.end(summary)

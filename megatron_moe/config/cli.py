@@ -71,6 +71,9 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "pretrain_openmoe.
     options, unknown = _parse(args, _defaults(args), prog)
     if unknown:
         _refuse_unknown(unknown)
+    if options.invocation.world_size is not None and options.invocation.describe is None:
+        fix = "the launcher says how many ranks a run has"
+        raise UsageError("--world-size", options.invocation.world_size, "--describe with it", fix)
     sections = {f.name: getattr(options, f.name) for f in dataclasses.fields(RunConfig)}
     return Command(
         config=RunConfig(**sections),

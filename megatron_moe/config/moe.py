@@ -35,7 +35,8 @@ class MoEConfig:
     """Slots C of one expert for a group of T tokens. `t5x`: round(cf T / E), one group per row.
     `port`: floor(k cf T / E) made even, one group per micro-batch."""
     moe_expert_capacity_factor: float | None = 1.25
-    """Capacity factor cf in training; `None` drops nothing (C = group size)."""
+    """Capacity factor cf in training; `None` drops nothing: C = group size, so on a GPU the buffers
+    have E / k times the rows that are needed."""
     moe_eval_capacity_factor: float | None = 2.0
     """Capacity factor cf in evaluation; `None` drops nothing."""
     moe_min_capacity: int = 4

@@ -18,6 +18,7 @@ from megatron_moe.data.pipeline import Data
 from megatron_moe.moe.statistics import LayerStatistics
 from megatron_moe.training.lines import final_lines, progress_line, starting_lines
 from megatron_moe.training.metrics import StepRecord, Summary, Throughput
+from megatron_moe.training.outputs import forget_later_steps
 from megatron_moe.training.run import TrainingRun
 
 Layers = Mapping[int, LayerStatistics]
@@ -31,17 +32,22 @@ class Reporter:
         logging: where to write.
         iterations: steps of the whole run, for `12/100`.
         writes: whether this rank writes.
+        start: step that the run goes on from. What an earlier start wrote of later steps, which
+            will be run again, is dropped.
     """
 
-    def __init__(self, logging: LoggingConfig, iterations: int, writes: bool) -> None:
+    def __init__(
+        self, logging: LoggingConfig, iterations: int, writes: bool, start: int = 0
+    ) -> None:
         self._logging, self._iterations, self._writes = logging, iterations, writes
         self._board: SummaryWriter | None = None
         self._file: Path | None = None
         if writes and logging.tensorboard_dir is not None:
-            self._board = SummaryWriter(logging.tensorboard_dir)
+            self._board = SummaryWriter(logging.tensorboard_dir, purge_step=start + 1)
         if writes and logging.metrics_file is not None:
             self._file = Path(logging.metrics_file)
             self._file.parent.mkdir(parents=True, exist_ok=True)
+            forget_later_steps(self._file, start)
 
     def say(self, line: str) -> None:
         """One line on standard output, at once."""
@@ -87,7 +93,7 @@ class Reporter:
                 self._layer_scalars(number, layer, records[-1].iteration)
 
     def evaluation(self, name: str, iteration: int, loss: float, targets: int) -> None:
-        """A held-out loss: in the log, and under `{name}/loss` in TensorBoard."""
+        """A held-out loss: in the log, and under `{name}/lm loss` in TensorBoard."""
         perplexity = math.exp(min(loss, 700.0))
         self.say(
             f" {name} at iteration {iteration} | lm loss {loss:.6E}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_moe.checkpoint import (
@@ -9,6 +10,7 @@ from megatron_moe.checkpoint import (
     TrainState,
     has_checkpoint,
     load_checkpoint,
+    read_config,
     save_checkpoint,
 )
 from megatron_moe.checkpoint.directory import step_directory
@@ -36,6 +38,27 @@ def starting_point(config: RunConfig) -> TrainState:
     _, path = step_directory(settings.load, settings.ckpt_step)
     state = open_checkpoint(path).train
     return TrainState() if settings.finetune else state
+
+
+def changed_settings(config: RunConfig) -> list[str]:
+    """What differs from the run that saved the checkpoint, one line each; for the log.
+
+    The learning rate is a function of the settings and the step, so a changed length or rate takes
+    effect at once; whoever goes on should see that. What must not differ is refused by the load.
+    """
+    settings = config.checkpoint
+    if settings.load is None or settings.finetune or _nothing_to_load(config):
+        return []
+    before = read_config(settings.load, settings.ckpt_step)
+    found = []
+    for section in ("model", "moe", "data", "train", "optimizer"):
+        old, new = asdict(getattr(before, section)), asdict(getattr(config, section))
+        found += [
+            f"--{name.replace('_', '-')} was {old[name]}, is {new[name]}"
+            for name in new
+            if old[name] != new[name]
+        ]
+    return found
 
 
 def load_run(run: TrainingRun, data: Data) -> None:

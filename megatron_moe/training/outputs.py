@@ -1,0 +1,74 @@
+"""Where a run writes: checked before it starts, continued without contradiction after a restart."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from megatron_moe.config import RunConfig
+from megatron_moe.errors import UsageError
+
+
+def check_outputs(config: RunConfig) -> None:
+    """Make sure that every output can be written, without leaving anything there.
+
+    Hours later, at the first save, would be late to find out.
+
+    Raises:
+        UsageError: a directory or file that can be neither made nor written.
+    """
+    _directory("--save", config.checkpoint.save)
+    _directory("--tensorboard-dir", config.logging.tensorboard_dir)
+    metrics = config.logging.metrics_file
+    if metrics is None:
+        return
+    if Path(metrics).is_dir():
+        raise UsageError("--metrics-file", metrics, "a file, not a directory")
+    if Path(metrics).exists() and not os.access(metrics, os.W_OK):
+        raise UsageError("--metrics-file", metrics, "a file that can be written")
+    _directory("--metrics-file", str(Path(metrics).absolute().parent))
+
+
+def _directory(flag: str, path: str | None) -> None:
+    if path is None:
+        return
+    # What does not exist yet is made in the nearest directory that does.
+    existing = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if _is(p))
+    if not existing.is_dir():
+        raise UsageError(flag, path, "a directory", f"{existing} is a file")
+    try:
+        # Permissions say too little: root has them all, and a file system may be read-only.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        found = f"{existing}: {error.strerror}"
+        raise UsageError(flag, path, "a directory that can be written", found) from None
+
+
+def _is(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # e.g. a name that is too long, or a directory that cannot be searched
+        return False
+
+
+def forget_later_steps(path: Path, iteration: int) -> None:
+    """Drop the records of steps after ``iteration`` from a metrics file, which will be run again.
+
+    A last line that was cut off by the end of a run is dropped as well.
+    """
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if _within(line, iteration)]
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text("".join(line + "\n" for line in kept))
+    os.replace(scratch, path)
+
+
+def _within(line: str, iteration: int) -> bool:
+    try:
+        return int(json.loads(line)["iteration"]) <= iteration
+    except (ValueError, KeyError, TypeError):
+        return False
