@@ -54,7 +54,7 @@ format: $(STAMP) ## Rewrite the sources in the house format
 	$(BIN)/ruff format .
 
 bench: $(STAMP) ## Every benchmark record, as a table and bench.json
-	@$(BIN)/python -m bench.run
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m bench.run
 
 clean: ## Remove what runs and tools have written, but not .venv
 	rm -rf quickstart bench.json build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache

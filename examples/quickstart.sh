@@ -13,6 +13,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
+# Two CPU ranks, also where there are GPUs.
+export CUDA_VISIBLE_DEVICES=""
 
 OUT="${QUICKSTART_DIR:-quickstart}"
 ITERS="${QUICKSTART_ITERS:-400}"

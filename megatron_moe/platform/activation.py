@@ -58,7 +58,8 @@ def activate(backend: Literal["auto", "nccl", "gloo"] = "auto") -> Platform:
         backend: `--distributed-backend`; `auto` is NCCL on GPUs and gloo on CPUs.
 
     Raises:
-        UsageError: a requirement is missing, or NCCL was asked for without a GPU.
+        UsageError: a requirement is missing, or the backend is not the device's: NCCL needs GPUs,
+            and gloo has not all the collectives for their tensors.
         EngineMismatchError: a patch does not fit the installed Megatron-Core.
     """
     check_requirements()
@@ -84,14 +85,16 @@ def deactivate() -> None:
 
 
 def _cuda(backend: Literal["auto", "nccl", "gloo"]) -> Platform:
+    if backend == "gloo":
+        fix = "to run on the CPU here, hide the GPUs with CUDA_VISIBLE_DEVICES=''"
+        raise UsageError("--distributed-backend", backend, "nccl or auto on a GPU", fix)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if device.index >= torch.cuda.device_count():
         raise UsageError(
             "LOCAL_RANK", device.index, f"less than the {torch.cuda.device_count()} GPUs here"
         )
     torch.cuda.set_device(device)
-    chosen: Backend = "gloo" if backend == "gloo" else "nccl"
-    return Platform(kind="cuda", device=device, backend=chosen, patches=())
+    return Platform(kind="cuda", device=device, backend="nccl", patches=())
 
 
 def _apply_all() -> None:

@@ -125,7 +125,7 @@ def test_a_cpu_is_named_and_refuses_nccl() -> None:
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize(("asked", "taken"), [("auto", "nccl"), ("nccl", "nccl"), ("gloo", "gloo")])
+@pytest.mark.parametrize(("asked", "taken"), [("auto", "nccl"), ("nccl", "nccl"), ("gloo", "nccl")])
 def test_a_gpu_is_taken_as_it_is(asked: Any, taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     deactivate()
     chosen: list[Any] = []
@@ -142,6 +142,8 @@ def test_a_gpu_is_taken_as_it_is(asked: Any, taken: str, monkeypatch: pytest.Mon
     )
     assert chosen == [torch.device("cuda", 3)]
     monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UsageError, match="--distributed-backend is 'gloo', expected nccl"):
+        activate("gloo")
     with pytest.raises(UsageError, match="LOCAL_RANK is 4, expected less than the 4 GPUs here"):
         activate(asked)
     monkeypatch.undo()
