@@ -125,7 +125,7 @@ def test_a_cpu_is_named_and_refuses_nccl() -> None:
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize(("asked", "taken"), [("auto", "nccl"), ("nccl", "nccl"), ("gloo", "nccl")])
+@pytest.mark.parametrize(("asked", "taken"), [("auto", "nccl"), ("nccl", "nccl")])
 def test_a_gpu_is_taken_as_it_is(asked: Any, taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     deactivate()
     chosen: list[Any] = []
