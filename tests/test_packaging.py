@@ -54,6 +54,9 @@ def installed_closure(root: str, extras: set[str]) -> set[str]:
             if marker and not any(marker.evaluate({"extra": e}) for e in wanted | {""}):
                 continue
             needed = canonicalize_name(requirement.name)
+            # torch pins its own CUDA libraries exactly, and only some of its builds have them.
+            if name == "torch" and needed.startswith(("nvidia-", "cuda-", "triton")):
+                continue
             if needed not in names:
                 names.add(needed)
                 queue.append((needed, requirement.extras))
