@@ -68,8 +68,8 @@ class TrainConfig:
 class OptimizerConfig:
     """How a step changes the weights."""
 
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """`adam` is AdamW (decoupled weight decay)."""
+    optimizer: Literal["adam", "sgd", "adafactor"] = "adam"
+    """`adam` is AdamW (decoupled weight decay); `adafactor` is what OpenMoE was trained with."""
     lr: float = 3e-4
     """Learning rate at its peak."""
     min_lr: float = 0.0
@@ -82,8 +82,8 @@ class OptimizerConfig:
     """Steps of linear warm-up."""
     lr_warmup_init: float = 0.0
     """Learning rate at the first step of warm-up."""
-    weight_decay: float = 0.01
-    """Weight decay of matrices; norms have none."""
+    weight_decay: float | None = None
+    """Weight decay of matrices; norms have none. `None` means 0.01; with Adafactor, 0."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.999
@@ -92,8 +92,27 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     sgd_momentum: float = 0.9
     """Momentum of `--optimizer sgd`."""
-    clip_grad: float = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 never."""
+    adafactor_decay_rate: float = 0.8
+    """Adafactor's second moments decay by 1 - t^-RATE at step t."""
+    adafactor_clip_threshold: float = 1.0
+    """Root mean square above which Adafactor scales a matrix's update down."""
+    adafactor_min_dim: int = 128
+    """Adafactor keeps row and column means of matrices whose two sizes are at least this."""
+    clip_grad: float | None = None
+    """Global gradient norm above which gradients are scaled down; 0 never. `None` means 1; with
+    Adafactor, 0."""
+
+    @property
+    def used_weight_decay(self) -> float:
+        """`weight_decay` with its default, which depends on the optimizer."""
+        default = 0.0 if self.optimizer == "adafactor" else 0.01
+        return default if self.weight_decay is None else self.weight_decay
+
+    @property
+    def used_clip_grad(self) -> float:
+        """`clip_grad` with its default, which depends on the optimizer."""
+        default = 0.0 if self.optimizer == "adafactor" else 1.0
+        return default if self.clip_grad is None else self.clip_grad
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ def resolve_plan(config: RunConfig, global_batch_size: int) -> TrainingPlan:
     _check_intervals(config)
     decay = config.optimizer.lr_decay_iters or iterations
     _check_optimizer(config.optimizer, decay)
+    _check_adafactor(config)
     return TrainingPlan(
         iterations=iterations,
         decay_iterations=decay,
@@ -81,8 +82,8 @@ def _check_optimizer(optimizer: OptimizerConfig, decay: int) -> None:
         ("--lr", optimizer.lr),
         ("--min-lr", optimizer.min_lr),
         ("--lr-warmup-init", optimizer.lr_warmup_init),
-        ("--weight-decay", optimizer.weight_decay),
-        ("--clip-grad", optimizer.clip_grad),
+        ("--weight-decay", optimizer.used_weight_decay),
+        ("--clip-grad", optimizer.used_clip_grad),
         ("--lr-warmup-iters", optimizer.lr_warmup_iters),
     ):
         _at_least(flag, value, 0)
@@ -103,6 +104,29 @@ def _check_optimizer(optimizer: OptimizerConfig, decay: int) -> None:
     if optimizer.lr_decay_style in ("linear", "cosine") and optimizer.lr_warmup_iters >= decay:
         expected = f"below the steps of the decay ({decay}) with {optimizer.lr_decay_style} decay"
         raise UsageError("--lr-warmup-iters", optimizer.lr_warmup_iters, expected)
+
+
+def _check_adafactor(config: RunConfig) -> None:
+    settings = config.optimizer
+    for flag, value in (
+        ("--adafactor-decay-rate", settings.adafactor_decay_rate),
+        ("--adafactor-clip-threshold", settings.adafactor_clip_threshold),
+    ):
+        if not value > 0:
+            raise UsageError(flag, value, "a number above 0")
+    _at_least("--adafactor-min-dim", settings.adafactor_min_dim, 1)
+    if settings.optimizer != "adafactor":
+        return
+    if config.parallel.use_distributed_optimizer:
+        raise UsageError(
+            "--use-distributed-optimizer",
+            True,
+            "False with --optimizer adafactor",
+            "it cuts parameters at any element, and Adafactor needs whole rows and columns",
+        )
+    if settings.used_weight_decay > 0:
+        expected = "0 with --optimizer adafactor, which has no weight decay"
+        raise UsageError("--weight-decay", settings.used_weight_decay, expected)
 
 
 def _at_least(flag: str, value: float, least: int) -> None:

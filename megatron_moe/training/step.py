@@ -60,7 +60,7 @@ def update(run: TrainingRun, learning_rate: float, flags: LocalFlags, iteration:
     norm = grad_norm(run.optimizer, run.ctx.platform.device)
     if not math.isfinite(norm):
         stop_run(run, flags, iteration, norm)
-    clip_gradients(run.optimizer, norm, run.config.optimizer.clip_grad)
+    clip_gradients(run.optimizer, norm, run.config.optimizer.used_clip_grad)
     set_rates(run.optimizer, run.config.optimizer, learning_rate)
     run.optimizer.step_with_ready_grads()
     return norm
