@@ -12,6 +12,7 @@ import tyro
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
+from megatron_moe.config.objective import ObjectiveConfig
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.training import (
     CheckpointConfig,
@@ -33,6 +34,7 @@ class RunConfig:
     moe: Annotated[MoEConfig, Flat] = field(default_factory=MoEConfig)
     parallel: Annotated[ParallelConfig, Flat] = field(default_factory=ParallelConfig)
     data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
+    objective: Annotated[ObjectiveConfig, Flat] = field(default_factory=ObjectiveConfig)
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
     optimizer: Annotated[OptimizerConfig, Flat] = field(default_factory=OptimizerConfig)
     checkpoint: Annotated[CheckpointConfig, Flat] = field(default_factory=CheckpointConfig)

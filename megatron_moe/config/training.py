@@ -36,6 +36,8 @@ class DataConfig:
     """File of the tokenizer."""
     vocab_size: int | None = None
     """Vocabulary V before padding; `None` takes the tokenizer's."""
+    vocab_extra_ids: int = 0
+    """Ids after the tokenizer's own, for the sentinels of span corruption; umT5 has 300."""
     make_vocab_size_divisible_by: int = 128
     """V is padded to a multiple of this, whatever the layout; tensor parallelism must divide it."""
 

@@ -26,6 +26,7 @@ from megatron_moe.data.datasets import build_split, cache_for
 from megatron_moe.data.indexed_check import Source, inspect_source
 from megatron_moe.data.indexed_scan import check_range, source_range
 from megatron_moe.data.loader import MicroBatchSampler, Packed, Rows, build_loader, to_batch
+from megatron_moe.data.objectives.select import plan_objective
 from megatron_moe.data.tokenizer import Tokenizer, build_tokenizer, unpadded_vocab_size
 from megatron_moe.errors import UsageError
 
@@ -44,7 +45,7 @@ class Data:
     has_test: bool
     identity: dict[str, Any]
     """What decides the order of training samples: content of the sources, weights, split, sequence
-    length, seed, tokenizer. Not paths, layout or length of the run."""
+    length, seed, tokenizer, objective. Not paths, layout or length of the run."""
     loaders: dict[str, DataLoader[Packed]]
     """Of the evaluation splits; empty if this rank does not read."""
 
@@ -97,6 +98,7 @@ def build_data(
         UsageError: missing, broken or empty data, ids beyond the vocabulary, flags in conflict.
     """
     tokenizer = build_tokenizer(config.data)
+    plan = plan_objective(config, tokenizer)
     blends, sources = _check(config, tokenizer)
     rows = Rows(
         micro_batch_size=config.train.micro_batch_size,
@@ -108,7 +110,7 @@ def build_data(
     for name, blend in blends.items():
         samples = _samples_of(name, config, rows)
         if reads_data and blend:
-            dataset = build_split(name, blend, samples, config, tokenizer, sources)
+            dataset = build_split(name, blend, samples, config, tokenizer, sources, plan)
             start = consumed_train_samples if name == "train" else 0
             sampler = MicroBatchSampler(rows, start, samples)
             loaders[name] = build_loader(dataset, sampler, config.data.num_workers, name != "train")
@@ -117,7 +119,7 @@ def build_data(
         train=None if train is None else map(to_batch, iter(train)),
         has_valid=blends["valid"] is not None,
         has_test=blends["test"] is not None,
-        identity=_identity(blends["train"], config, tokenizer, sources),
+        identity=_identity(blends["train"], config, tokenizer, sources) | plan.identity,
         loaders=loaders,
     )
 

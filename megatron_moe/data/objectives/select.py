@@ -1,0 +1,50 @@
+"""From `--objective` to a data set class and what it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_moe.config import RunConfig
+from megatron_moe.data.causal import CausalDataset
+from megatron_moe.data.objectives.prefix_lm import PrefixLmDataset
+from megatron_moe.data.objectives.ul2 import Ul2Dataset, plan_ul2
+from megatron_moe.data.tokenizer import Tokenizer
+from megatron_moe.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectivePlan:
+    """What the samples of a run are made by."""
+
+    dataset: type[Any]
+    """Class of the samples of one source."""
+    settings: Any = None
+    """What it needs besides data, seed and length."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What decides the samples, besides data, seed, length and tokenizer; empty for `causal`, so
+    that its runs go on from checkpoints that know no objective."""
+
+
+def plan_objective(config: RunConfig, tokenizer: Tokenizer) -> ObjectivePlan:
+    """Check the objective's flags. The same on every rank, and communicates nothing.
+
+    Raises:
+        UsageError: flags that do not fit the objective, the tokenizer or the rows.
+    """
+    objective = config.objective
+    name, eod = objective.objective, objective.eod_mask_loss
+    if eod and name == "ul2":
+        raise UsageError(
+            "--eod-mask-loss", eod, f"only causal or prefix-lm with it, not {name}",
+            "the end of a document is the end of the targets there, and is learnt",
+        )
+    if name == "ul2":
+        plan = plan_ul2(config, tokenizer)
+        identity = {"objective": name, **plan.identity}
+        return ObjectivePlan(dataset=Ul2Dataset, settings=plan, identity=identity)
+    identity = {"objective": name} if name != "causal" or eod else {}
+    if eod:
+        identity["eod_mask_loss"] = True
+    dataset = PrefixLmDataset if name == "prefix-lm" else CausalDataset
+    return ObjectivePlan(dataset=dataset, identity=identity)
