@@ -108,6 +108,11 @@ class OptimizerConfig:
     def used_weight_decay(self) -> float:
         """`weight_decay` with its default, which depends on the optimizer."""
         default = 0.0 if self.optimizer == "adafactor" else 0.01
+    freeze_params: tuple[str, ...] = ()
+    """Parameters that stay as they are: patterns (`*`, `?`, `[...]`) of logical names."""
+    freeze_router_after: int | None = None
+    """Steps after which router weights stay as they are."""
+
         return default if self.weight_decay is None else self.weight_decay
 
     @property

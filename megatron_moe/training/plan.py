@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megatron_moe.config import OptimizerConfig, RunConfig
 from megatron_moe.errors import UsageError
+from megatron_moe.training.freezing import check_freezing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ def resolve_plan(config: RunConfig, global_batch_size: int) -> TrainingPlan:
     decay = config.optimizer.lr_decay_iters or iterations
     _check_optimizer(config.optimizer, decay)
     _check_adafactor(config)
+    check_freezing(config)
     return TrainingPlan(
         iterations=iterations,
         decay_iterations=decay,

@@ -56,11 +56,15 @@ def train_step(
 
 def update(run: TrainingRun, learning_rate: float, flags: LocalFlags, iteration: int) -> float:
     """Apply the reduced gradients, unless they are not finite; returns their norm."""
+    frozen = run.freezing.at(iteration)
+    frozen.drop_gradients()
     run.optimizer.prepare_grads()
+    frozen.hide()
     norm = grad_norm(run.optimizer, run.ctx.platform.device)
     if not math.isfinite(norm):
         stop_run(run, flags, iteration, norm)
     clip_gradients(run.optimizer, norm, run.config.optimizer.used_clip_grad)
     set_rates(run.optimizer, run.config.optimizer, learning_rate)
-    run.optimizer.step_with_ready_grads()
+    with frozen.undisturbed():
+        run.optimizer.step_with_ready_grads()
     return norm
