@@ -76,8 +76,12 @@ class OptimizerConfig:
     """Learning rate at its peak."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "cosine"
-    """Shape of the decay after warm-up."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    """Shape of the decay after warm-up; `WSD` stays at the peak and decays at the end."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of the decay at the end of `WSD`."""
+    lr_wsd_decay_iters: int | None = None
+    """Steps of the decay at the end of `WSD`."""
     lr_decay_iters: int | None = None
     """Steps until the decay ends; `None` means the length of the run."""
     lr_warmup_iters: int = 0
@@ -104,15 +108,15 @@ class OptimizerConfig:
     """Global gradient norm above which gradients are scaled down; 0 never. `None` means 1; with
     Adafactor, 0."""
 
-    @property
-    def used_weight_decay(self) -> float:
-        """`weight_decay` with its default, which depends on the optimizer."""
-        default = 0.0 if self.optimizer == "adafactor" else 0.01
     freeze_params: tuple[str, ...] = ()
     """Parameters that stay as they are: patterns (`*`, `?`, `[...]`) of logical names."""
     freeze_router_after: int | None = None
     """Steps after which router weights stay as they are."""
 
+    @property
+    def used_weight_decay(self) -> float:
+        """`weight_decay` with its default, which depends on the optimizer."""
+        default = 0.0 if self.optimizer == "adafactor" else 0.01
         return default if self.weight_decay is None else self.weight_decay
 
     @property

@@ -103,9 +103,23 @@ def _check_optimizer(optimizer: OptimizerConfig, decay: int) -> None:
     ):
         if not 0.0 <= value < 1.0:
             raise UsageError(flag, value, "a number from 0 to below 1")
-    if optimizer.lr_decay_style in ("linear", "cosine") and optimizer.lr_warmup_iters >= decay:
+    ends = optimizer.lr_decay_style in ("linear", "cosine", "WSD")
+    if ends and optimizer.lr_warmup_iters >= decay:
         expected = f"below the steps of the decay ({decay}) with {optimizer.lr_decay_style} decay"
         raise UsageError("--lr-warmup-iters", optimizer.lr_warmup_iters, expected)
+    _check_wsd(optimizer, decay)
+
+
+def _check_wsd(optimizer: OptimizerConfig, decay: int) -> None:
+    flag, steps = "--lr-wsd-decay-iters", optimizer.lr_wsd_decay_iters
+    if optimizer.lr_decay_style != "WSD":
+        if steps is not None:
+            raise UsageError(flag, steps, "no value without --lr-decay-style WSD")
+        return
+    longest = decay - optimizer.lr_warmup_iters
+    if steps is None or not 1 <= steps <= longest:
+        expected = f"1 to {longest}, the steps between warm-up and the end of the decay"
+        raise UsageError(flag, steps, expected)
 
 
 def _check_adafactor(config: RunConfig) -> None:
