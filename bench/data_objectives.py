@@ -6,6 +6,7 @@ memory. A step of the tiny preset takes about 0.3 s on two cores.
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from dataclasses import replace
@@ -30,16 +31,21 @@ MICRO, MICRO_BATCHES = 4, 2
 """The tiny preset's."""
 LENGTHS = (256, 2048)
 """Its own sequence length, and that of the published sizes."""
-OBJECTIVES: tuple[Objective, ...] = ("causal", "prefix-lm", "ul2")
+OBJECTIVES: tuple[Objective, ...] = ("causal", "prefix-lm", "ul2", "sft")
 VOCAB, TOKENS, BIG_TOKENS = 259, 5_000_000, 1_000_000_000
 
 
 def records() -> list[Record]:
     """Time per step to make its batches, and to cut 10^9 tokens into windows."""
     with tempfile.TemporaryDirectory() as folder:
-        prefix = str(Path(folder) / "corpus")
-        _write(prefix)
-        found = [_wait(prefix, name, length) for name in OBJECTIVES for length in LENGTHS]
+        tokens, chat = str(Path(folder) / "corpus"), str(Path(folder) / "chat.jsonl")
+        _write(tokens)
+        _write_chat(chat)
+        found = [
+            _wait(chat if name == "sft" else tokens, name, length)
+            for name in OBJECTIVES
+            for length in LENGTHS
+        ]
     return [*found, _windows()]
 
 
@@ -49,6 +55,19 @@ def _write(prefix: str) -> None:
     with IndexedWriter(prefix, VOCAB) as writer:
         while writer.tokens < TOKENS:
             writer.add_document(rng.integers(3, VOCAB, rng.integers(1, 2000)))
+
+
+def _write_chat(path: str) -> None:
+    """Conversations of two exchanges, about 600 bytes each."""
+    draw = np.random.default_rng(0)
+    with open(path, "w") as stream:
+        for _ in range(2000):
+            sizes = draw.integers(1, 300, 4)
+            turns = [
+                {"role": ("user", "assistant")[i % 2], "content": "x" * int(size)}
+                for i, size in enumerate(sizes)
+            ]
+            stream.write(json.dumps(turns) + "\n")
 
 
 def _open(prefix: str, objective: Objective, seq_length: int) -> Data:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Objective = Literal["causal", "prefix-lm", "ul2"]
+Objective = Literal["causal", "prefix-lm", "ul2", "sft"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class ObjectiveConfig:
 
     objective: Objective = "causal"
     """`causal`: the next token, everywhere. `prefix-lm`: the same after a random split. `ul2`: a
-    mixture of denoisers."""
+    mixture of denoisers. `sft`: the assistant's turns of conversations (JSON Lines)."""
     ul2_mixture: str | None = None
     """TOML file of the denoisers; `None` takes the six of OpenMoE."""
     ul2_inputs_length: int | None = None
@@ -28,3 +28,7 @@ class ObjectiveConfig:
     (which leave up to half of a row empty)."""
     eod_mask_loss: bool = False
     """Do not count what is predicted right after an end of document (causal and prefix LM)."""
+    sft_key: str = "messages"
+    """Where a line of a conversation file is an object: its key that holds the list of turns."""
+    sft_pack: bool = True
+    """Put several conversations into a row where they fit; otherwise one a row."""

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_moe.config import RunConfig
 from megatron_moe.data.causal import CausalDataset
 from megatron_moe.data.objectives.prefix_lm import PrefixLmDataset
+from megatron_moe.data.objectives.sft import SftDataset, SftPlan
 from megatron_moe.data.objectives.ul2 import Ul2Dataset, plan_ul2
 from megatron_moe.data.tokenizer import Tokenizer
 from megatron_moe.errors import UsageError
@@ -34,15 +35,21 @@ def plan_objective(config: RunConfig, tokenizer: Tokenizer) -> ObjectivePlan:
     """
     objective = config.objective
     name, eod = objective.objective, objective.eod_mask_loss
-    if eod and name == "ul2":
+    if eod and name in ("ul2", "sft"):
         raise UsageError(
-            "--eod-mask-loss", eod, f"only causal or prefix-lm with it, not {name}",
-            "the end of a document is the end of the targets there, and is learnt",
+            "--eod-mask-loss",
+            eod,
+            f"only causal or prefix-lm with it, not {name}",
+            "rows of several parts have ends of their own, and say what is learnt",
         )
     if name == "ul2":
         plan = plan_ul2(config, tokenizer)
         identity = {"objective": name, **plan.identity}
         return ObjectivePlan(dataset=Ul2Dataset, settings=plan, identity=identity)
+    if name == "sft":
+        pack = config.objective.sft_pack
+        identity = {"objective": name, "pack": pack}
+        return ObjectivePlan(dataset=SftDataset, settings=SftPlan(pack=pack), identity=identity)
     identity = {"objective": name} if name != "causal" or eod else {}
     if eod:
         identity["eod_mask_loss"] = True

@@ -59,3 +59,17 @@ def test_prefix_lm_trains(pool: Pool, corpus: str, tmp_path: Path) -> None:
     argv = [*MODEL, *FLAGS.split(), "--vocab-size", "120", "--data-path", corpus]
     argv += ["--objective", "prefix-lm", "--eod-mask-loss"]
     assert len(losses(pool, argv, tmp_path / "metrics.jsonl")) == 4
+
+
+def test_sft_learns_its_answers(pool: Pool, tmp_path: Path) -> None:
+    talks = [
+        [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]
+        for i in range(50)
+    ]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    argv = [*MODEL, *FLAGS.split(), "--objective", "sft", "--data-path", str(path)]
+    argv += ["--tokenizer-type", "ByteTokenizer", "--vocab-size", "279", "--train-iters", "40"]
+    found = [float.fromhex(loss) for loss in losses(pool, argv, tmp_path / "metrics.jsonl")]
+    assert len(found) == 40
+    assert sum(found[-5:]) < 0.7 * sum(found[:5])
