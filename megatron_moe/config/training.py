@@ -50,6 +50,9 @@ class TrainConfig:
     """Sequences B in one forward pass of one data-parallel rank."""
     global_batch_size: int | None = None
     """Sequences of one optimizer step; `None` means micro batch x data-parallel size."""
+    rampup_batch_size: tuple[int, int, int] | None = None
+    """START INCREMENT SAMPLES: the global batch grows from START, by INCREMENT at a time, to
+    `--global-batch-size` over the first SAMPLES sequences."""
     train_iters: int | None = None
     """Optimizer steps of the whole run, over all its restarts."""
     train_samples: int | None = None

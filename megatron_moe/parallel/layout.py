@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_moe.config.moe import moe_layer_pattern
 from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import UsageError
 
@@ -86,6 +87,7 @@ def resolve_layout(
     global_batch = _global_batch(config.train.global_batch_size, micro, dp)
     num_microbatches = global_batch // (micro * dp)
     _check_interleaving(vp, pp, num_microbatches, micro * dp)
+    _check_rampup(config, global_batch, micro * dp, pp if vp else 1)
     return Layout(
         world_size=world_size,
         tp=tp,
@@ -225,6 +227,11 @@ def _check_interleaving(vp: int | None, pp: int, num_microbatches: int, step: in
             f"a multiple of micro-batch x data-parallel x pipeline size ({step * pp})",
             "the interleaved schedule takes micro-batches in groups of the pipeline size",
         )
+
+
+def _check_rampup(config: RunConfig, global_batch: int, step: int, stages: int) -> None:
+    meaning = "micro-batch x data-parallel" + (" x pipeline" if stages > 1 else "") + " size"
+    BatchSizes.of(config.train, global_batch).check_divides(step * stages, meaning)
 
 
 def _global_batch(given: int | None, micro: int, dp: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_moe.config import OptimizerConfig, RunConfig
+from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.errors import UsageError
 from megatron_moe.training.freezing import check_freezing
 
@@ -20,10 +21,8 @@ class TrainingPlan:
     """Steps of the whole run, over all its restarts."""
     decay_iterations: int
     """Steps until the learning rate reaches its floor."""
-    global_batch_size: int
-    """Sequences of one step."""
-    tokens_per_step: int
-    """Positions of one step, padding included."""
+    batch_sizes: BatchSizes
+    """Sequences of each step."""
 
 
 def resolve_plan(config: RunConfig, global_batch_size: int) -> TrainingPlan:
@@ -31,12 +30,13 @@ def resolve_plan(config: RunConfig, global_batch_size: int) -> TrainingPlan:
 
     Args:
         config: the run.
-        global_batch_size: sequences of one step, as the layout resolved it.
+        global_batch_size: sequences of one step, once it is full, as the layout resolved it.
 
     Raises:
         UsageError: a length, interval or rate that cannot be meant.
     """
-    iterations = _iterations(config, global_batch_size)
+    batch_sizes = BatchSizes.of(config.train, global_batch_size)
+    iterations = _iterations(config, batch_sizes)
     _check_intervals(config)
     decay = config.optimizer.lr_decay_iters or iterations
     _check_optimizer(config.optimizer, decay)
@@ -45,20 +45,19 @@ def resolve_plan(config: RunConfig, global_batch_size: int) -> TrainingPlan:
     return TrainingPlan(
         iterations=iterations,
         decay_iterations=decay,
-        global_batch_size=global_batch_size,
-        tokens_per_step=global_batch_size * config.data.seq_length,
+        batch_sizes=batch_sizes,
     )
 
 
-def _iterations(config: RunConfig, global_batch_size: int) -> int:
+def _iterations(config: RunConfig, batch_sizes: BatchSizes) -> int:
     iterations, samples = config.train.train_iters, config.train.train_samples
     if iterations is not None and samples is not None:
         raise UsageError("--train-iters", iterations, "no --train-samples", "give one of the two")
     if samples is not None:
-        if samples < global_batch_size:
-            expected = f"at least one global batch ({global_batch_size} sequences)"
+        if samples < batch_sizes.start:
+            expected = f"at least one global batch ({batch_sizes.start} sequences)"
             raise UsageError("--train-samples", samples, expected)
-        return samples // global_batch_size
+        return batch_sizes.iterations_of(samples)
     if iterations is None:
         raise UsageError("--train-iters", None, "a number of steps", "or give --train-samples")
     _at_least("--train-iters", iterations, 1)

@@ -46,9 +46,8 @@ def train_step(
     run.optimizer.zero_grad()
     targets = count_targets(batches, run) if run.has_loss else None
     flags = LocalFlags(run)
-    reported = forward_backward(
-        run.ctx, forward_function(run, targets), batches, run.wrapped, before_reduction=flags.look
-    )
+    forward = forward_function(run, targets, len(batches))
+    reported = forward_backward(run.ctx, forward, batches, run.wrapped, before_reduction=flags.look)
     sums = total_sums(reported, run)
     norm = update(run, learning_rate, flags, iteration)
     return StepResult(sums=sums, grad_norm=norm)
