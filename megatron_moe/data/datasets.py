@@ -16,7 +16,7 @@ from megatron_moe.data.causal import BlendedCausalDataset, CausalConfig, Sample
 from megatron_moe.data.index_cache import IndexCache
 from megatron_moe.data.indexed_check import Source
 from megatron_moe.data.objectives.select import ObjectivePlan, plan_objective
-from megatron_moe.data.tokenizer import Tokenizer, unpadded_vocab_size
+from megatron_moe.data.tokenizer import Tokenizer
 
 
 class LocalBuilder(BlendedMegatronDatasetBuilder):
@@ -88,7 +88,7 @@ def build_split(
         create_attention_mask=False,
         sources=sources,
         caches={prefix: cache_for(prefix, config) for prefix in blend.prefixes},
-        token_limit=unpadded_vocab_size(config.data, tokenizer),
+        token_limit=plan.token_limit,
         plan=plan.settings,
     )
     engine_config.split_matrix = _only(name, blend.bounds)

@@ -28,8 +28,8 @@ from megatron_moe.data.indexed_check import Source, inspect_source
 from megatron_moe.data.indexed_scan import check_range, source_range
 from megatron_moe.data.loader import MicroBatchSampler, Packed, Rows, build_loader, to_batch
 from megatron_moe.data.objectives.chat_source import open_conversations
-from megatron_moe.data.objectives.select import plan_objective
-from megatron_moe.data.tokenizer import Tokenizer, build_tokenizer, unpadded_vocab_size
+from megatron_moe.data.objectives.select import ObjectivePlan, plan_objective
+from megatron_moe.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_moe.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -101,7 +101,7 @@ def build_data(
     """
     tokenizer = build_tokenizer(config.data)
     plan = plan_objective(config, tokenizer)
-    blends, sources = _check(config, tokenizer)
+    blends, sources = _check(config, tokenizer, plan)
     rows = Rows(
         micro_batch_size=config.train.micro_batch_size,
         num_microbatches=num_microbatches,
@@ -127,7 +127,7 @@ def build_data(
 
 
 def _check(
-    config: RunConfig, tokenizer: Tokenizer
+    config: RunConfig, tokenizer: Tokenizer, plan: ObjectivePlan
 ) -> tuple[dict[str, Blend | None], dict[str, Source]]:
     """The blends that can be used and all their sources, looked through."""
     blends = blends_of(config.data)
@@ -136,21 +136,21 @@ def _check(
     sources: dict[str, Source] = {}
     for prefix in (prefix for blend in blends.values() if blend for prefix in blend.prefixes):
         if prefix not in sources:
-            sources[prefix] = _open(prefix, config, tokenizer)
+            sources[prefix] = _open(prefix, config, tokenizer, plan.token_limit)
     kept = {name: usable(name, blends[name], config.data.split, sources) for name in SPLITS}
     if blends["test"] and not kept["test"]:
         logger.warning("--split %s leaves no test data", config.data.split)
     return kept, sources
 
 
-def _open(prefix: str, config: RunConfig, tokenizer: Tokenizer) -> Source:
+def _open(prefix: str, config: RunConfig, tokenizer: Tokenizer, limit: int) -> Source:
     """A source without a fault: indexed data, or conversations."""
     cache = cache_for(prefix, config)
     if config.objective.objective == "sft":
         return open_conversations(prefix, config.objective.sft_key, tokenizer, cache)
     source = inspect_source(prefix)
     found = source_range(source, cache)
-    check_range(source, found, unpadded_vocab_size(config.data, tokenizer))
+    check_range(source, found, limit)
     return source
 
 

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 Words = npt.NDArray[np.uint64]
+
+_BLOCK = 1 << 20
+"""Numbers of a block; a multiple of 4, the words of one count."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,19 @@ class Noise:
             index: the sample's number, below 2^64.
             count: how many; a larger count begins with the same words.
         """
-        # The generator counts in the lowest of four 64-bit words, so samples never meet.
-        philox = np.random.Philox(key=self.key, counter=(lane << 192) + (index << 64))
-        words: Words = philox.random_raw(count)
+        words: Words = self._philox(lane, index).random_raw(count)
         return words
 
-    def uniform(self, lane: int, index: int, count: int) -> npt.NDArray[np.float64]:
-        """Likewise, numbers in [0, 1) with 53 bits."""
-        return (self.words(lane, index, count) >> np.uint64(11)) * 2.0**-53
+    def uniform(self, lane: int, index: int, count: int) -> Iterator[npt.NDArray[np.float64]]:
+        """Numbers in [0, 1) with 53 bits, made of the same words, in blocks."""
+        philox = self._philox(lane, index)
+        for done in range(0, count, _BLOCK):
+            words = philox.random_raw(min(_BLOCK, count - done))
+            yield (words >> np.uint64(11)) * 2.0**-53
+
+    def _philox(self, lane: int, index: int) -> np.random.Philox:
+        """The generator counts in the lowest of four 64-bit words, so samples never meet."""
+        return np.random.Philox(key=self.key, counter=(lane << 192) + (index << 64))
 
     def order(self, lane: int, index: int, count: int) -> npt.NDArray[np.int64]:
         """A random permutation of 0 .. ``count`` - 1."""

@@ -10,7 +10,7 @@ from megatron_moe.data.causal import CausalDataset
 from megatron_moe.data.objectives.prefix_lm import PrefixLmDataset
 from megatron_moe.data.objectives.sft import SftDataset, SftPlan
 from megatron_moe.data.objectives.ul2 import Ul2Dataset, plan_ul2
-from megatron_moe.data.tokenizer import Tokenizer
+from megatron_moe.data.tokenizer import Tokenizer, unpadded_vocab_size
 from megatron_moe.errors import UsageError
 
 
@@ -20,6 +20,8 @@ class ObjectivePlan:
 
     dataset: type[Any]
     """Class of the samples of one source."""
+    token_limit: int
+    """No id of the text may reach it: the vocabulary's size, or the lowest sentinel."""
     settings: Any = None
     """What it needs besides data, seed and length."""
     identity: dict[str, Any] = field(default_factory=dict)
@@ -44,14 +46,22 @@ def plan_objective(config: RunConfig, tokenizer: Tokenizer) -> ObjectivePlan:
         )
     if name == "ul2":
         plan = plan_ul2(config, tokenizer)
-        identity = {"objective": name, **plan.identity}
-        return ObjectivePlan(dataset=Ul2Dataset, settings=plan, identity=identity)
+        return ObjectivePlan(
+            dataset=Ul2Dataset,
+            token_limit=plan.sentinels[-1],
+            settings=plan,
+            identity={"objective": name, **plan.identity},
+        )
+    limit = unpadded_vocab_size(config.data, tokenizer)
     if name == "sft":
         pack = config.objective.sft_pack
         identity = {"objective": name, "pack": pack}
-        return ObjectivePlan(dataset=SftDataset, settings=SftPlan(pack=pack), identity=identity)
+        settings = SftPlan(pack=pack)
+        return ObjectivePlan(
+            dataset=SftDataset, token_limit=limit, settings=settings, identity=identity
+        )
     identity = {"objective": name} if name != "causal" or eod else {}
     if eod:
         identity["eod_mask_loss"] = True
     dataset = PrefixLmDataset if name == "prefix-lm" else CausalDataset
-    return ObjectivePlan(dataset=dataset, identity=identity)
+    return ObjectivePlan(dataset=dataset, token_limit=limit, identity=identity)

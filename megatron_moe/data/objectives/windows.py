@@ -58,31 +58,36 @@ def cut_windows(
     """
     epoch = int(lengths.sum(dtype=np.int64))
     tokens = np.asarray(sizes, dtype=np.int64)
-    first = draw_kinds(noise, weights, samples)
-    epochs = int(tokens[first[:-1]].sum()) // epoch + 1
+    epochs = int(tokens[draw_kinds(noise, weights, samples)[:-1]].sum()) // epoch + 1
     # Windows that start before the end of the last epoch: at most one per smallest window.
     kinds = draw_kinds(noise, weights, epochs * epoch // min(sizes) + 1)
-    ends = np.cumsum(tokens[kinds])
-    begins = ends - tokens[kinds]
+    begins = np.cumsum(tokens[kinds]) - tokens[kinds]
     count = int(np.searchsorted(begins, epochs * epoch))
-    kinds, begins, end = kinds[:count], begins[:count], int(ends[count - 1])
+    kinds, begins = kinds[:count], begins[:count]
+    end = int(begins[-1] + tokens[kinds[-1]])
     places, bounds = _stream(noise, lengths, epoch, -(-end // epoch))
     # An empty document starts where the next one does; "right" passes over it.
     held_by = np.searchsorted(bounds, begins, side="right") - 1
-    used = int(np.searchsorted(bounds, end))
     starts = np.stack([held_by, begins - bounds[held_by]], axis=1)
-    edges = np.searchsorted(begins, epoch * np.arange(epochs + 1, dtype=np.int64))
-    order = np.concatenate(
-        [edges[e] + noise.order(ORDER, e, int(edges[e + 1] - edges[e])) for e in range(epochs)]
-    )
-    return [_narrow(documents[places[:used]]), _narrow(starts), kinds, _narrow(order)]
+    used = documents[places[: int(np.searchsorted(bounds, end))]]
+    order = _shuffled(noise, np.searchsorted(begins, epoch * np.arange(epochs + 1, dtype=np.int64)))
+    return [_narrow(used), _narrow(starts), kinds, _narrow(order)]
+
+
+def _shuffled(noise: Noise, edges: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The windows between two edges in random order, one epoch after the other."""
+    sizes = np.diff(edges).tolist()
+    return np.concatenate([edges[e] + noise.order(ORDER, e, n) for e, n in enumerate(sizes)])
 
 
 def draw_kinds(noise: Noise, weights: Sequence[float], count: int) -> npt.NDArray[np.uint8]:
     """The kinds of windows 0 .. ``count`` - 1; a larger count begins with the same."""
     shares = np.cumsum(weights) / np.sum(weights)
-    drawn = np.searchsorted(shares[:-1], noise.uniform(KIND, 0, count), side="right")
-    return drawn.astype(np.uint8)
+    kinds = [
+        np.searchsorted(shares[:-1], block, side="right").astype(np.uint8)
+        for block in noise.uniform(KIND, 0, count)
+    ]
+    return np.concatenate(kinds)
 
 
 def _stream(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moe.data.objectives.mixture import Denoiser, read_mixture
+from megatron_moe.data.objectives.spans import span_counts
 from megatron_moe.errors import UsageError
 
 
@@ -71,6 +72,15 @@ def fits(d: Denoiser, length: int, prefix: int, row: int, inputs: int | None) ->
         pairs = [(prefix + s + 1, length - s + 1) for s in range(1, length)]
     limit = (row, row) if inputs is None else (inputs, row - inputs)
     return all(i <= limit[0] and t <= limit[1] and i + t <= row for i, t in pairs)
+
+
+def test_rates_of_full_rows() -> None:
+    """As near to the paper's as whole tokens and spans allow."""
+    for denoiser in read_mixture(None)[:5]:
+        length = denoiser.fit(5, 2048, 1024)
+        hidden, spans = span_counts(length, denoiser.rate, denoiser.mean_span)
+        assert abs(hidden - denoiser.rate * length) <= 0.5
+        assert abs(hidden - denoiser.mean_span * spans) <= denoiser.mean_span / 2
 
 
 BAD = {

@@ -44,7 +44,11 @@ def test_keys_lanes_and_samples_differ() -> None:
 
 def test_uniform_and_order() -> None:
     noise = noise_of(5, "u")
-    values = noise.uniform(0, 0, 100_000)
+    count = (1 << 20) + 7
+    blocks = list(noise.uniform(0, 0, count))
+    assert [len(block) for block in blocks] == [1 << 20, 7]
+    values = np.concatenate(blocks)
+    assert (values * 2**53 == noise.words(0, 0, count) >> 11).all()
     assert 0 <= values.min() < values.max() < 1
     assert abs(values.mean() - 0.5) < 4.5 / np.sqrt(12 * len(values))
     assert sorted(noise.order(0, 3, 1000).tolist()) == list(range(1000))

@@ -32,17 +32,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_corpus(folder / "x")
 
 
-def losses(pool: Pool, argv: list[str], metrics: Path) -> list[str]:
+def losses(pool: Pool, argv: list[str], metrics: Path, ranks: int = 1) -> list[str]:
     """The exact loss of each step."""
-    ((code, out, mistake),) = pool.run(
-        pretrain_rank, 1, argv=[*argv, "--metrics-file", str(metrics)]
-    )
-    assert (code, mistake) == (0, "")
-    assert " validation loss: " in out
+    flags = [*argv, "--metrics-file", str(metrics)]
+    results = pool.run(pretrain_rank, ranks, argv=flags)
+    assert [(code, mistake) for code, _, mistake in results] == [(0, "")] * ranks
+    assert " validation loss: " in results[0][1]
     return [json.loads(line)["lm_loss_hex"] for line in metrics.read_text().splitlines()]
 
 
-def test_ul2_trains_evaluates_saves_and_goes_on(pool: Pool, corpus: str, tmp_path: Path) -> None:
+def test_ul2_trains_saves_goes_on_and_fits_other_layouts(
+    pool: Pool, corpus: str, tmp_path: Path
+) -> None:
     argv = [*MODEL, *FLAGS.split(), "--vocab-size", "120", "--data-path", corpus]
     argv += ["--objective", "ul2", "--ul2-mixture", str(Path(corpus).parent / "mixture.toml")]
     whole = losses(pool, argv, tmp_path / "whole.jsonl")
@@ -53,6 +54,11 @@ def test_ul2_trains_evaluates_saves_and_goes_on(pool: Pool, corpus: str, tmp_pat
     assert (code, mistake) == (0, "")
     rest = losses(pool, [*argv, "--load", str(tmp_path / "ckpt")], tmp_path / "rest.jsonl")
     assert rest == whole[2:]
+    stages = [*argv, "--pipeline-model-parallel-size", "2"]
+    for layout, flags in (("stages", stages), ("copies", argv)):
+        found = losses(pool, flags, tmp_path / f"{layout}.jsonl", ranks=2)
+        pairs = zip(found, whole, strict=True)
+        assert all(abs(float.fromhex(a) - float.fromhex(b)) < 1e-4 for a, b in pairs)
 
 
 def test_prefix_lm_trains(pool: Pool, corpus: str, tmp_path: Path) -> None:

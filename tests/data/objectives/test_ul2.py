@@ -110,10 +110,10 @@ def test_prefix_lm_by_hand() -> None:
 
 
 def test_splits_are_uniform() -> None:
-    words = noise_of(4, "split").words(0, 0, 40_000).tolist()
+    words = noise_of(4, "split").words(0, 0, 100_000).tolist()
     counts = Counter(random_split(word, 5) for word in words)
     assert set(counts) == {1, 2, 3, 4}
-    assert all(abs(n - 10_000) < 4.5 * np.sqrt(40_000 * 3 / 16) for n in counts.values())
+    assert all(abs(n - 25_000) < 4.5 * np.sqrt(100_000 * 3 / 16) for n in counts.values())
 
 
 def taken_apart(row: Row) -> tuple[int, list[int], list[int]]:
@@ -255,7 +255,8 @@ REFUSED = {
         "tokenizer_type": "ByteTokenizer",
         "vocab_size": 300,
     },
-    "token id in document": {"vocab_size": 900},
+    "expected an id from 0 to 499": {"vocab_size": 550},
+    "token id in document": {"vocab_extra_ids": 51},  # the end of a document would be a sentinel
 }
 
 
