@@ -21,6 +21,7 @@ REQUIREMENTS = [
     "safetensors",
     "sentencepiece",
     "tensorboard",
+    'tomli; python_version < "3.11"',  # the standard library has it from 3.11 on
     "tqdm",
     "tyro",
 ]
@@ -67,6 +68,7 @@ setup(
         "megatron_moe_tools",
     ],
     package_dir={"megatron_moe_tools": "tools"},
+    package_data={"megatron_moe": ["data/objectives/mixtures/*.toml"]},
     py_modules=["pretrain_openmoe"],
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

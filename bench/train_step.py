@@ -66,19 +66,22 @@ def _run(config: RunConfig, ctx: Any, chunks: list[Any]) -> Any:
     """As `prepare_run`, without the table of logical names, in which the engine's layer is not."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+    from megatron_moe.training.freezing import Freezing
     from megatron_moe.training.optimizer import build_optimizer
     from megatron_moe.training.plan import resolve_plan
     from megatron_moe.training.run import TrainingRun
 
     ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
     wrapped = [DistributedDataParallel(chunks[0].config, ddp, chunks[0], pg_collection=ctx.pgs)]
+    optimizer = build_optimizer(config, wrapped, ctx.pgs)
     return TrainingRun(
         config=config,
         plan=resolve_plan(config, ctx.layout.global_batch_size),
         ctx=ctx,
         chunks=chunks,
         wrapped=wrapped,
-        optimizer=build_optimizer(config, wrapped, ctx.pgs),
+        optimizer=optimizer,
+        freezing=Freezing(config.optimizer, [], optimizer),
         vocab_size=VOCAB,
     )
 

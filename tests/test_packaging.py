@@ -108,6 +108,13 @@ def test_wheel_holds_every_module(wheel: Path) -> None:
     assert names == expected
 
 
+def test_wheel_holds_every_mixture(wheel: Path) -> None:
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".toml")}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "megatron_moe").rglob("*.toml")}
+    assert names == expected
+    assert expected
+
+
 def test_installed_commands_start_anywhere(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--target", str(site)]

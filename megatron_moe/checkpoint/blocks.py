@@ -52,6 +52,28 @@ class Block:
         return tuple(mine), tuple(theirs)
 
 
+@dataclass(frozen=True)
+class Part:
+    """A block of a logical tensor in this rank's memory.
+
+    Args:
+        kind: `model`, or a kind of optimizer state.
+        name: the logical tensor.
+        shape: its logical shape.
+        block: which block.
+        values: the block, shaped ``block.sizes``: a view of the parameter or of optimizer state.
+        writer: whether this rank writes it, if it writes the parameter that it belongs to: means
+            over a dimension that tensor parallelism splits are the same on all of its ranks.
+    """
+
+    kind: str
+    name: str
+    shape: Shape
+    block: Block
+    values: Tensor
+    writer: bool = True
+
+
 def common_view(first: Shape, second: Shape) -> Shape:
     """The coarsest shape that splits dimensions of both: [6, 5] and [2, 3, 5] meet in [2, 3, 5].
 

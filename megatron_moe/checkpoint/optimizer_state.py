@@ -2,25 +2,39 @@
 
 Three kinds of optimizer, possibly chained (dense and expert parameters): fp32, half precision with
 fp32 masters, and the distributed one, in which each data-parallel rank holds a flat range of each
-parameter. All are seen here as flat tensors that start at some element of the local parameter.
+parameter. All are seen here as flat tensors that start at some element of the local parameter. What
+is not shaped like parameters, as Adafactor keeps it, comes from its optimizer in logical form.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from megatron_moe.checkpoint.blocks import Part
 from megatron_moe.checkpoint.errors import CheckpointError
 
 MASTER = "master"
 """Kind of the fp32 copy of a half-precision weight."""
 MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 """Kinds of state, by their names in torch: Adam's moments; SGD's momentum."""
+
+
+@runtime_checkable
+class LogicalState(Protocol):
+    """An inner optimizer whose state is not shaped like the parameters.
+
+    It counts its steps in its groups, as `step`, and creates all of its state at the start.
+    """
+
+    def logical_state(self, main: Tensor) -> Iterable[Part]:
+        """The state of what it updates as ``main``, sharing memory with it."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,11 +45,13 @@ class OptimizerShard:
         tensors: kind -> flat tensor, sharing memory with the optimizer.
         start: the element of the flattened local parameter that the tensors start at.
         sharded: whether each data-parallel rank holds another range; otherwise all hold the same.
+        parts: state of other shapes than the parameter's.
     """
 
     tensors: dict[str, Tensor]
     start: int
     sharded: bool
+    parts: tuple[Part, ...] = ()
 
 
 def optimizer_shards(optimizer: Any) -> dict[Tensor, OptimizerShard]:
@@ -45,26 +61,33 @@ def optimizer_shards(optimizer: Any) -> dict[Tensor, OptimizerShard]:
         optimizer: from `megatron.core.optimizer.get_megatron_optimizer`.
     """
     shards = {}
-    for leaf in _leaves(optimizer):
-        for param, main, start, sharded in _parameters(leaf):
-            state = leaf.optimizer.state[main]
-            if not state:
-                _create_state(leaf.optimizer, main, state)
-            tensors = {kind: state[kind].view(-1) for kind in MOMENTS if kind in state}
+    for leaf in leaves(optimizer):
+        for param, main, start, sharded in parameters(leaf):
+            tensors, parts = _state(leaf.optimizer, main)
             if main.dtype != param.dtype:
                 tensors[MASTER] = main.detach().view(-1)
-            shards[param] = OptimizerShard(tensors, start, sharded)
+            shards[param] = OptimizerShard(tensors, start, sharded, parts)
     return shards
 
 
-def _leaves(optimizer: Any) -> Iterator[Any]:
+def _state(inner: Any, main: Tensor) -> tuple[dict[str, Tensor], tuple[Part, ...]]:
+    """What is shaped like the parameter, and what is not."""
+    if isinstance(inner, LogicalState):
+        return {}, tuple(inner.logical_state(main))
+    state = inner.state[main]
+    if not state:
+        _create_state(inner, main, state)
+    return {kind: state[kind].view(-1) for kind in MOMENTS if kind in state}, ()
+
+
+def leaves(optimizer: Any) -> Iterator[Any]:
     """The optimizers of a chain that have parameters."""
     for leaf in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not leaf.is_stub_optimizer:
             yield leaf
 
 
-def _parameters(leaf: Any) -> Iterator[tuple[Tensor, Tensor, int, bool]]:
+def parameters(leaf: Any) -> Iterator[tuple[Tensor, Tensor, int, bool]]:
     """Model parameter, what the inner optimizer updates, first element of it, whether sharded.
 
     Pairs are taken from the lists the engine copies gradients by. Its own index from parameters to
@@ -116,7 +139,7 @@ def optimizer_step(optimizer: Any) -> int | None:
         CheckpointError: parameters disagree.
     """
     steps = set()
-    for leaf in _leaves(optimizer):
+    for leaf in leaves(optimizer):
         steps |= {int(s["step"]) for s in leaf.optimizer.state.values() if "step" in s}
         steps |= {int(g["step"]) for g in leaf.optimizer.param_groups if "step" in g}
     if len(steps) > 1:
@@ -126,7 +149,7 @@ def optimizer_step(optimizer: Any) -> int | None:
 
 def set_optimizer_step(optimizer: Any, step: int | None) -> None:
     """The inverse of `optimizer_step`, after `optimizer_shards` has created state."""
-    for leaf in _leaves(optimizer):
+    for leaf in leaves(optimizer):
         counted = [s for s in leaf.optimizer.state.values() if "step" in s]
         for state in counted:
             state["step"].fill_(step)

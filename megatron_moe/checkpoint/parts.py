@@ -7,30 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_moe.checkpoint.blocks import Block, Shape
+from megatron_moe.checkpoint.blocks import Part
 from megatron_moe.checkpoint.index import MODEL
 from megatron_moe.checkpoint.optimizer_state import OptimizerShard
 from megatron_moe.checkpoint.ranges import piece_blocks
 from megatron_moe.model.shards import ParamShard
-
-
-@dataclass(frozen=True)
-class Part:
-    """A block of a logical tensor in this rank's memory.
-
-    Args:
-        kind: `model`, or a kind of optimizer state.
-        name: the logical tensor.
-        shape: its logical shape.
-        block: which block.
-        values: the block, shaped ``block.sizes``: a view of the parameter or of optimizer state.
-    """
-
-    kind: str
-    name: str
-    shape: Shape
-    block: Block
-    values: Tensor
 
 
 @dataclass(frozen=True)
@@ -79,7 +60,7 @@ def owned(
         if chosen == rank:
             yield from _of_param(shard)
         if state is not None and (state.sharded or chosen == rank):
-            yield from _of_state(shard, state)
+            yield from (part for part in _of_state(shard, state) if part.writer)
 
 
 def _of_param(shard: ParamShard) -> Iterator[Part]:
@@ -89,6 +70,7 @@ def _of_param(shard: ParamShard) -> Iterator[Part]:
 def _of_state(shard: ParamShard, state: OptimizerShard) -> Iterator[Part]:
     for kind, flat in state.tensors.items():
         yield from _parts(kind, shard, flat, state.start)
+    yield from state.parts
 
 
 def _parts(kind: str, shard: ParamShard, flat: Tensor, start: int) -> Iterator[Part]:

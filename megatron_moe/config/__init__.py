@@ -2,6 +2,7 @@
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig, moe_layer_pattern
+from megatron_moe.config.objective import ObjectiveConfig
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.training import (
@@ -18,6 +19,7 @@ __all__ = [
     "LoggingConfig",
     "MoEConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "RunConfig",

@@ -12,6 +12,7 @@ import tyro
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
+from megatron_moe.config.objective import ObjectiveConfig
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.training import (
     CheckpointConfig,
@@ -33,6 +34,7 @@ class RunConfig:
     moe: Annotated[MoEConfig, Flat] = field(default_factory=MoEConfig)
     parallel: Annotated[ParallelConfig, Flat] = field(default_factory=ParallelConfig)
     data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
+    objective: Annotated[ObjectiveConfig, Flat] = field(default_factory=ObjectiveConfig)
     train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
     optimizer: Annotated[OptimizerConfig, Flat] = field(default_factory=OptimizerConfig)
     checkpoint: Annotated[CheckpointConfig, Flat] = field(default_factory=CheckpointConfig)
@@ -98,7 +100,10 @@ def _fits(value: Any, hint: Any) -> bool:
     if kind is Literal:
         return value in inner
     if kind is tuple:
-        return isinstance(value, tuple) and all(_fits(item, inner[0]) for item in value)
+        if not isinstance(value, tuple):
+            return False
+        items = inner[:1] * len(value) if Ellipsis in inner else inner
+        return len(items) == len(value) and all(map(_fits, value, items))
     if inner:
         return any(_fits(value, option) for option in inner)
     if hint is float:
@@ -112,7 +117,8 @@ def _words(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, inner))
     if get_origin(hint) is tuple:
-        return f"a list, each {_words(inner[0])}"
+        count = "" if Ellipsis in inner else f"{len(inner)} entries, "
+        return f"a list, {count}each {_words(inner[0])}"
     if inner:
         return " or ".join(map(_words, inner))
     return {type(None): "null", str: "text", float: "a number", int: "a whole number"}.get(

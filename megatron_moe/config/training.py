@@ -36,6 +36,8 @@ class DataConfig:
     """File of the tokenizer."""
     vocab_size: int | None = None
     """Vocabulary V before padding; `None` takes the tokenizer's."""
+    vocab_extra_ids: int = 0
+    """Ids after the tokenizer's own, for the sentinels of span corruption; umT5 has 300."""
     make_vocab_size_divisible_by: int = 128
     """V is padded to a multiple of this, whatever the layout; tensor parallelism must divide it."""
 
@@ -48,6 +50,9 @@ class TrainConfig:
     """Sequences B in one forward pass of one data-parallel rank."""
     global_batch_size: int | None = None
     """Sequences of one optimizer step; `None` means micro batch x data-parallel size."""
+    rampup_batch_size: tuple[int, int, int] | None = None
+    """START INCREMENT SAMPLES: the global batch grows from START, by INCREMENT at a time, to
+    `--global-batch-size` over the first SAMPLES sequences."""
     train_iters: int | None = None
     """Optimizer steps of the whole run, over all its restarts."""
     train_samples: int | None = None
@@ -68,22 +73,26 @@ class TrainConfig:
 class OptimizerConfig:
     """How a step changes the weights."""
 
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """`adam` is AdamW (decoupled weight decay)."""
+    optimizer: Literal["adam", "sgd", "adafactor"] = "adam"
+    """`adam` is AdamW (decoupled weight decay); `adafactor` is what OpenMoE was trained with."""
     lr: float = 3e-4
     """Learning rate at its peak."""
     min_lr: float = 0.0
     """Learning rate at the end of the decay."""
-    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root"] = "cosine"
-    """Shape of the decay after warm-up."""
+    lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
+    """Shape of the decay after warm-up; `WSD` stays at the peak and decays at the end."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of the decay at the end of `WSD`."""
+    lr_wsd_decay_iters: int | None = None
+    """Steps of the decay at the end of `WSD`."""
     lr_decay_iters: int | None = None
     """Steps until the decay ends; `None` means the length of the run."""
     lr_warmup_iters: int = 0
     """Steps of linear warm-up."""
     lr_warmup_init: float = 0.0
     """Learning rate at the first step of warm-up."""
-    weight_decay: float = 0.01
-    """Weight decay of matrices; norms have none."""
+    weight_decay: float | None = None
+    """Weight decay of matrices; norms have none. `None` means 0.01; with Adafactor, 0."""
     adam_beta1: float = 0.9
     """Decay of the first moment."""
     adam_beta2: float = 0.999
@@ -92,8 +101,32 @@ class OptimizerConfig:
     """Added to the root of the second moment."""
     sgd_momentum: float = 0.9
     """Momentum of `--optimizer sgd`."""
-    clip_grad: float = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 never."""
+    adafactor_decay_rate: float = 0.8
+    """Adafactor's second moments decay by 1 - t^-RATE at step t."""
+    adafactor_clip_threshold: float = 1.0
+    """Root mean square above which Adafactor scales a matrix's update down."""
+    adafactor_min_dim: int = 128
+    """Adafactor keeps row and column means of matrices whose two sizes are at least this."""
+    clip_grad: float | None = None
+    """Global gradient norm above which gradients are scaled down; 0 never. `None` means 1; with
+    Adafactor, 0."""
+
+    freeze_params: tuple[str, ...] = ()
+    """Parameters that stay as they are: patterns (`*`, `?`, `[...]`) of logical names."""
+    freeze_router_after: int | None = None
+    """Steps after which router weights stay as they are."""
+
+    @property
+    def used_weight_decay(self) -> float:
+        """`weight_decay` with its default, which depends on the optimizer."""
+        default = 0.0 if self.optimizer == "adafactor" else 0.01
+        return default if self.weight_decay is None else self.weight_decay
+
+    @property
+    def used_clip_grad(self) -> float:
+        """`clip_grad` with its default, which depends on the optimizer."""
+        default = 0.0 if self.optimizer == "adafactor" else 1.0
+        return default if self.clip_grad is None else self.clip_grad
 
 
 @dataclass(frozen=True, kw_only=True)

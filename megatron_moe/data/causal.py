@@ -47,6 +47,8 @@ class CausalConfig(GPTDatasetConfig):
     """Where the indices of each are kept, by prefix."""
     token_limit: int = 0
     """No token id may reach it."""
+    plan: Any = None
+    """What the objective's data set needs besides."""
 
 
 class CheckedFileReader(_BinReader):
@@ -99,30 +101,45 @@ class CausalDataset(GPTDataset):
                 f"{len(self.indices)} documents without tokens",
                 "at least one token",
             )
-        description = {
-            "class": type(self).__name__,
+        description = self._description()
+        self.key = digest(description)
+        with _quiet_engine():
+            return self.config.caches[self.dataset_path].arrays(
+                f"samples-{self.key}", description, self._build_indices
+            )
+
+    def _build_indices(self) -> Sequence[Array]:
+        """What is kept in the index cache."""
+        indices: Sequence[Array] = super()._build_document_sample_shuffle_indices()
+        return indices
+
+    def _description(self) -> dict[str, Any]:
+        """What the indices depend on."""
+        return {
+            "class": "CausalDataset",
             "content": self.source.fingerprint,
             "documents": [int(self.indices[0]), int(self.indices[-1]) + 1],
             "samples": self.num_samples,
             "seq_length": self.config.sequence_length,
             "seed": self.config.random_seed,
         }
-        self.key = _digest(description)
-        with _quiet_engine():
-            return self.config.caches[self.dataset_path].arrays(
-                f"samples-{self.key}", description, super()._build_document_sample_shuffle_indices
-            )
 
     def __getitem__(self, idx: int) -> Sample:
-        """Sample ``idx``: tokens [S] and labels [S], int64, and loss_mask [S], float32."""
+        """Sample ``idx``: tokens [S] and labels [S], int64, and loss_mask [S], bool."""
         text, documents = self._query_document_sample_shuffle_indices(idx)
         pad = self._pad_token_id
         padding = text == pad
         if padding.any():
             text = np.where(padding, 0, text)
+        self._check_ids(text, documents)
+        counts = ~padding[1:]
+        if self.config.eod_mask_loss:
+            counts &= text[:-1] != self.config.tokenizer.eod
+        return {"tokens": text[:-1], "labels": text[1:], "loss_mask": counts}
+
+    def _check_ids(self, text: npt.NDArray[np.integer], sequences: npt.NDArray[np.integer]) -> None:
         if text.min() < 0 or text.max() >= self.config.token_limit:
-            self._refuse(documents)
-        return {"tokens": text[:-1], "labels": text[1:], "loss_mask": ~padding[1:]}
+            self._refuse(sequences)
 
     def _refuse(self, sequences: npt.NDArray[np.integer]) -> None:
         """Name the document of an id that was not there when the source was scanned."""
@@ -151,12 +168,11 @@ class BlendedCausalDataset(BlendedDataset):
         }
         cache = self.config.caches[self.datasets[0].dataset_path]
         with _quiet_engine():
-            return cache.arrays(
-                f"blend-{_digest(description)}", description, super()._build_indices
-            )
+            return cache.arrays(f"blend-{digest(description)}", description, super()._build_indices)
 
 
-def _digest(description: Mapping[str, Any]) -> str:
+def digest(description: Mapping[str, Any]) -> str:
+    """A name that two descriptions share only if they are equal."""
     text = json.dumps(description, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 

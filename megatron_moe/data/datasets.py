@@ -12,10 +12,11 @@ from torch.utils.data import Dataset
 
 from megatron_moe.config import RunConfig
 from megatron_moe.data.blend import SPLITS, Blend, weights_of
-from megatron_moe.data.causal import BlendedCausalDataset, CausalConfig, CausalDataset, Sample
+from megatron_moe.data.causal import BlendedCausalDataset, CausalConfig, Sample
 from megatron_moe.data.index_cache import IndexCache
 from megatron_moe.data.indexed_check import Source
-from megatron_moe.data.tokenizer import Tokenizer, unpadded_vocab_size
+from megatron_moe.data.objectives.select import ObjectivePlan, plan_objective
+from megatron_moe.data.tokenizer import Tokenizer
 
 
 class LocalBuilder(BlendedMegatronDatasetBuilder):
@@ -25,8 +26,8 @@ class LocalBuilder(BlendedMegatronDatasetBuilder):
     when one refuses its data, and would need the caches on storage that all nodes share.
     """
 
-    def __init__(self, sizes: list[int], config: CausalConfig) -> None:
-        super().__init__(CausalDataset, sizes, lambda: True, config)
+    def __init__(self, dataset: type[Any], sizes: list[int], config: CausalConfig) -> None:
+        super().__init__(dataset, sizes, lambda: True, config)
 
     @staticmethod
     def build_generic_dataset(
@@ -58,6 +59,7 @@ def build_split(
     config: RunConfig,
     tokenizer: Tokenizer,
     sources: Mapping[str, Source],
+    plan: ObjectivePlan | None = None,
 ) -> Dataset[Sample]:
     """The data set of one split, at least ``samples`` long; sources repeat as epochs need.
 
@@ -68,7 +70,9 @@ def build_split(
         config: the run's.
         tokenizer: for its special ids.
         sources: the checked sources, by prefix.
+        plan: the objective's; `None` makes it from ``config``.
     """
+    plan = plan or plan_objective(config, tokenizer)
     weights = weights_of(blend, sources, config.data.seq_length)
     engine_config = CausalConfig(
         random_seed=config.train.seed,
@@ -80,15 +84,18 @@ def build_split(
         tokenizer=tokenizer,
         reset_position_ids=False,
         reset_attention_mask=False,
-        eod_mask_loss=False,
+        eod_mask_loss=config.objective.eod_mask_loss,
         create_attention_mask=False,
         sources=sources,
         caches={prefix: cache_for(prefix, config) for prefix in blend.prefixes},
-        token_limit=unpadded_vocab_size(config.data, tokenizer),
+        token_limit=plan.token_limit,
+        plan=plan.settings,
     )
     engine_config.split_matrix = _only(name, blend.bounds)
     sizes = _only(name, samples, otherwise=0)
-    built: Sequence[Dataset[Sample] | None] = LocalBuilder(sizes, engine_config).build()
+    built: Sequence[Dataset[Sample] | None] = LocalBuilder(
+        plan.dataset, sizes, engine_config
+    ).build()
     dataset = built[SPLITS.index(name)]
     assert dataset is not None
     return dataset

@@ -14,19 +14,22 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from megatron_moe.config import RunConfig
+from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.data.batch import Batch
 from megatron_moe.data.blend import SPLITS, Blend, blends_of, usable
 from megatron_moe.data.datasets import build_split, cache_for
 from megatron_moe.data.indexed_check import Source, inspect_source
 from megatron_moe.data.indexed_scan import check_range, source_range
 from megatron_moe.data.loader import MicroBatchSampler, Packed, Rows, build_loader, to_batch
-from megatron_moe.data.tokenizer import Tokenizer, build_tokenizer, unpadded_vocab_size
+from megatron_moe.data.objectives.chat_source import open_conversations
+from megatron_moe.data.objectives.select import ObjectivePlan, plan_objective
+from megatron_moe.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_moe.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -44,7 +47,7 @@ class Data:
     has_test: bool
     identity: dict[str, Any]
     """What decides the order of training samples: content of the sources, weights, split, sequence
-    length, seed, tokenizer. Not paths, layout or length of the run."""
+    length, seed, tokenizer, objective. Not paths, layout or length of the run."""
     loaders: dict[str, DataLoader[Packed]]
     """Of the evaluation splits; empty if this rank does not read."""
 
@@ -97,7 +100,8 @@ def build_data(
         UsageError: missing, broken or empty data, ids beyond the vocabulary, flags in conflict.
     """
     tokenizer = build_tokenizer(config.data)
-    blends, sources = _check(config, tokenizer)
+    plan = plan_objective(config, tokenizer)
+    blends, sources = _check(config, tokenizer, plan)
     rows = Rows(
         micro_batch_size=config.train.micro_batch_size,
         num_microbatches=num_microbatches,
@@ -108,38 +112,46 @@ def build_data(
     for name, blend in blends.items():
         samples = _samples_of(name, config, rows)
         if reads_data and blend:
-            dataset = build_split(name, blend, samples, config, tokenizer, sources)
+            dataset = build_split(name, blend, samples, config, tokenizer, sources, plan)
             start = consumed_train_samples if name == "train" else 0
-            sampler = MicroBatchSampler(rows, start, samples)
+            sampler = MicroBatchSampler(_step_rows(name, config, rows), start, samples)
             loaders[name] = build_loader(dataset, sampler, config.data.num_workers, name != "train")
     train = loaders.pop("train", None)
     return Data(
         train=None if train is None else map(to_batch, iter(train)),
         has_valid=blends["valid"] is not None,
         has_test=blends["test"] is not None,
-        identity=_identity(blends["train"], config, tokenizer, sources),
+        identity=_identity(blends["train"], config, tokenizer, sources) | plan.identity,
         loaders=loaders,
     )
 
 
 def _check(
-    config: RunConfig, tokenizer: Tokenizer
+    config: RunConfig, tokenizer: Tokenizer, plan: ObjectivePlan
 ) -> tuple[dict[str, Blend | None], dict[str, Source]]:
     """The blends that can be used and all their sources, looked through."""
-    limit = unpadded_vocab_size(config.data, tokenizer)
     blends = blends_of(config.data)
     if config.train.eval_iters == 0:
         blends.update(valid=None, test=None)
     sources: dict[str, Source] = {}
     for prefix in (prefix for blend in blends.values() if blend for prefix in blend.prefixes):
         if prefix not in sources:
-            sources[prefix] = inspect_source(prefix)
-            found = source_range(sources[prefix], cache_for(prefix, config))
-            check_range(sources[prefix], found, limit)
+            sources[prefix] = _open(prefix, config, tokenizer, plan.token_limit)
     kept = {name: usable(name, blends[name], config.data.split, sources) for name in SPLITS}
     if blends["test"] and not kept["test"]:
         logger.warning("--split %s leaves no test data", config.data.split)
     return kept, sources
+
+
+def _open(prefix: str, config: RunConfig, tokenizer: Tokenizer, limit: int) -> Source:
+    """A source without a fault: indexed data, or conversations."""
+    cache = cache_for(prefix, config)
+    if config.objective.objective == "sft":
+        return open_conversations(prefix, config.objective.sft_key, tokenizer, cache)
+    source = inspect_source(prefix)
+    found = source_range(source, cache)
+    check_range(source, found, limit)
+    return source
 
 
 def _samples_of(name: str, config: RunConfig, rows: Rows) -> int:
@@ -149,8 +161,18 @@ def _samples_of(name: str, config: RunConfig, rows: Rows) -> int:
     if config.train.train_samples is not None:
         return config.train.train_samples
     if config.train.train_iters is not None:
-        return config.train.train_iters * rows.global_batch_size
+        sizes = BatchSizes.of(config.train, rows.global_batch_size)
+        return sizes.samples_of(config.train.train_iters)
     raise UsageError("--train-iters", None, "a number of steps, or --train-samples")
+
+
+def _step_rows(name: str, config: RunConfig, rows: Rows) -> Rows:
+    """With a batch-size ramp-up a training step takes as many micro-batches as it needs.
+
+    They are rows of the order one after the other, whatever step they belong to.
+    """
+    ramps = name == "train" and config.train.rampup_batch_size is not None
+    return replace(rows, num_microbatches=1) if ramps else rows
 
 
 def _identity(

@@ -26,13 +26,15 @@ class Tokenizer(ABC):
     """Between text and ids `0 .. vocab_size - 1`."""
 
     vocab_size: int
-    """Number of ids, before any padding."""
+    """Number of ids of its own, before extra ids and any padding."""
     eod: int
     """Ends a document."""
     pad: int
     """Fills a sample; its loss is masked. -1 if there is none."""
     unk: int
     """Stands for what has no id. -1 if there is none."""
+    extra_ids: int = 0
+    """How many of its own ids, the last ones, are sentinels of span corruption."""
     identity: str
     """Equal for two tokenizers if and only if they map text to the same ids."""
 
@@ -143,7 +145,7 @@ def build_tokenizer(data: DataConfig) -> Tokenizer:
     else:
         if data.vocab_size is None or data.vocab_size < 1:
             raise UsageError("--vocab-size", data.vocab_size, "a positive number for NullTokenizer")
-        tokenizer = NullTokenizer(data.vocab_size)
+        tokenizer = NullTokenizer(data.vocab_size - _extra_ids(data, data.vocab_size))
     unpadded_vocab_size(data, tokenizer)
     return tokenizer
 
@@ -152,15 +154,47 @@ def unpadded_vocab_size(data: DataConfig, tokenizer: Tokenizer) -> int:
     """V before padding: `--vocab-size`, else the tokenizer's. No token id may reach it.
 
     Raises:
-        UsageError: the tokenizer has more ids than `--vocab-size`.
+        UsageError: the tokenizer, with `--vocab-extra-ids`, has more ids than `--vocab-size`.
     """
+    extra = _extra_ids(data)
+    ids = tokenizer.vocab_size + extra
     if data.vocab_size is None:
-        return tokenizer.vocab_size
-    if data.vocab_size < tokenizer.vocab_size:
-        raise UsageError(
-            "--vocab-size", data.vocab_size, f"at least the tokenizer's {tokenizer.vocab_size} ids"
-        )
+        return ids
+    if data.vocab_size < ids:
+        beside = f" and {extra} extra ids" if extra else ""
+        expected = f"at least the tokenizer's {tokenizer.vocab_size} ids{beside}"
+        raise UsageError("--vocab-size", data.vocab_size, expected)
     return data.vocab_size
+
+
+def sentinel_ids(data: DataConfig, tokenizer: Tokenizer) -> range:
+    """The sentinels of span corruption, first to last: the extra ids from the highest downwards.
+
+    Source: T5 (arXiv 1910.10683) and its code; umT5's 300 extra ids start at 256299.
+
+    Raises:
+        UsageError: there are no extra ids.
+    """
+    own = _extra_ids(data) == 0
+    count = tokenizer.extra_ids if own else data.vocab_extra_ids
+    if count == 0:
+        raise UsageError(
+            "--vocab-extra-ids",
+            0,
+            "a number of sentinels, for span corruption with a tokenizer that has none",
+            "give the number that the model is to have, 300 as in umT5",
+        )
+    last = tokenizer.vocab_size + (0 if own else count) - 1
+    return range(last, last - count, -1)
+
+
+def _extra_ids(data: DataConfig, limit: int | None = None) -> int:
+    """`--vocab-extra-ids`, checked."""
+    extra = data.vocab_extra_ids
+    if extra < 0 or (limit is not None and extra >= limit):
+        expected = "0 or more" if limit is None else f"0 to {limit - 1}, below --vocab-size"
+        raise UsageError("--vocab-extra-ids", extra, expected)
+    return extra
 
 
 def padded_vocab_size(data: DataConfig, tokenizer: Tokenizer) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_moe.config.moe import moe_layer_pattern
+from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.config.ranges import check_ranges
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import UsageError
@@ -101,6 +102,7 @@ def resolve_layout(
     global_batch = global_batch_sequences(config.train.global_batch_size, micro, dp)
     num_microbatches = global_batch // (micro * dp)
     check_interleaving(vp, pp, num_microbatches, micro * dp)
+    _check_rampup(config, global_batch, micro * dp, pp if vp else 1)
     return Layout(
         world_size=world_size,
         tp=tp,
@@ -118,6 +120,11 @@ def resolve_layout(
         seq_length=config.data.seq_length,
         layers_per_chunk=layers_per_chunk,
     )
+
+
+def _check_rampup(config: RunConfig, global_batch: int, step: int, stages: int) -> None:
+    meaning = "micro-batch x data-parallel" + (" x pipeline" if stages > 1 else "") + " size"
+    BatchSizes.of(config.train, global_batch).check_divides(step * stages, meaning)
 
 
 def _check_model(config: RunConfig, has_moe: bool) -> None:

@@ -28,9 +28,9 @@ def evaluate(run: TrainingRun, next_batches: NextBatches, iterations: int) -> Ev
     """Mean cross entropy over ``iterations`` global batches; the same value on every rank."""
     sums = torch.zeros(3, dtype=torch.float64, device=run.ctx.platform.device)
     with _undisturbed(run), torch.no_grad():
-        forward = forward_function(run, targets=None)
         for _ in range(iterations):
             batches = next_batches()
+            forward = forward_function(run, None, len(batches))
             reported = forward_backward(run.ctx, forward, batches, run.wrapped, forward_only=True)
             sums += total_sums(reported, run)
     torch.distributed.all_reduce(sums)

@@ -7,6 +7,7 @@ from statistics import mean
 
 from megatron_moe.checkpoint import TrainState
 from megatron_moe.config import LoggingConfig
+from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.data.pipeline import Data
 from megatron_moe.model.counting import count_parameters
 from megatron_moe.moe.layer import MoELayer
@@ -33,6 +34,7 @@ def starting_lines(run: TrainingRun, data: Data, state: TrainState) -> list[str]
         f" step: {layout.global_batch_size} sequences of {config.data.seq_length}"
         f" = {layout.num_microbatches} micro-batches of {layout.micro_batch_size} on {layout.dp}"
         f" data-parallel ranks; {run.plan.iterations} iterations",
+        *_rampup_line(run.plan.batch_sizes),
         f" training data {data.fingerprint}; validation {'yes' if data.has_valid else 'none'}",
     ]
     layer = next((m for c in run.chunks for m in c.modules() if isinstance(m, MoELayer)), None)
@@ -42,6 +44,15 @@ def starting_lines(run: TrainingRun, data: Data, state: TrainState) -> list[str]
     if state.iteration:
         lines.append(f" going on from iteration {state.iteration} of {config.checkpoint.load}")
     return lines
+
+
+def _rampup_line(sizes: BatchSizes) -> list[str]:
+    if sizes.constant:
+        return []
+    return [
+        f" batch-size ramp-up: from {sizes.start} sequences by {sizes.increment} at a time to"
+        f" {sizes.full} over the first {sizes.samples} samples"
+    ]
 
 
 def progress_line(
@@ -55,6 +66,7 @@ def progress_line(
     parts = [
         f" iteration {last.iteration}/{iterations}",
         f"samples {last.consumed_samples}",
+        f"batch {last.batch_size}",
         f"lr {last.learning_rate:.4E}",
         f"lm loss {mean_loss(records):.6E}",
     ]

@@ -93,17 +93,19 @@ def _steps(session: _Session) -> None:
 
 def _one_step(session: _Session) -> None:
     run, progress = session.run, session.progress
-    batches = next_batches(run, session.data.train)
+    batch_size = run.plan.batch_sizes.at(progress.consumed_train_samples)
+    batches = next_batches(run, session.data.train, batch_size)
     rate = learning_rate(run.config.optimizer, progress.iteration, run.plan.decay_iterations)
     result = train_step(run, batches, rate, progress.iteration + 1)
     session.progress = replace(
         progress,
         iteration=progress.iteration + 1,
-        consumed_train_samples=progress.consumed_train_samples + run.plan.global_batch_size,
+        consumed_train_samples=progress.consumed_train_samples + batch_size,
     )
     session.meter.add(
         session.progress.iteration,
         session.progress.consumed_train_samples,
+        batch_size,
         rate,
         result.grad_norm,
         result.sums,
@@ -130,7 +132,7 @@ def _report(session: _Session) -> None:
     session.first = session.first or records[0]
     session.last = records[-1]
     session.seconds += speed.seconds_per_step * len(records)
-    session.tokens += run.plan.tokens_per_step * len(records)
+    session.tokens += sum(record.batch_size for record in records) * run.config.data.seq_length
 
 
 def _evaluate(session: _Session, name: str) -> None:
@@ -141,7 +143,8 @@ def _evaluate(session: _Session, name: str) -> None:
         return
     session.meter.pause()
     batches = data.test() if name == "test" else data.valid()
-    found = evaluate(run, lambda: next_batches(run, batches), run.config.train.eval_iters)
+    size = run.plan.batch_sizes.full
+    found = evaluate(run, lambda: next_batches(run, batches, size), run.config.train.eval_iters)
     session.reporter.evaluation(name, session.progress.iteration, found.lm_loss, found.targets)
     if name == "validation":
         session.valid = found
@@ -159,14 +162,17 @@ def _save(session: _Session) -> None:
     session.meter.resume()
 
 
-def next_batches(run: TrainingRun, batches: Iterator[Batch] | None) -> Sequence[Batch | None]:
+def next_batches(
+    run: TrainingRun, batches: Iterator[Batch] | None, batch_size: int
+) -> Sequence[Batch | None]:
     """This rank's micro-batches of the next global batch; ``None`` each if its stage needs none."""
     layout = run.ctx.layout
+    num_microbatches = batch_size // (layout.micro_batch_size * layout.dp)
     if not run.ctx.needs_data:
-        return [None] * layout.num_microbatches
+        return [None] * num_microbatches
     return fetch_step(
         batches,
-        layout.num_microbatches,
+        num_microbatches,
         run.ctx.pgs.tp,
         (layout.micro_batch_size, run.config.data.seq_length),
         run.ctx.platform.device,
@@ -182,8 +188,8 @@ def make_meter(run: TrainingRun) -> Meter:
     peak = config.logging.device_peak_tflops or platform.peak_tflops(config.train.bf16)
     return Meter(
         platform=platform,
-        tokens_per_step=run.plan.tokens_per_step,
-        flops_per_step=flops * run.plan.tokens_per_step,
+        tokens_per_sample=config.data.seq_length,
+        flops_per_token=flops,
         world_size=run.ctx.world_size,
         peak_tflops=peak,
     )

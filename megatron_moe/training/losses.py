@@ -34,18 +34,18 @@ def count_targets(batches: Sequence[Batch | None], run: TrainingRun) -> Tensor:
 
 
 def forward_function(
-    run: TrainingRun, targets: Tensor | None
+    run: TrainingRun, targets: Tensor | None, num_microbatches: int
 ) -> Callable[[Iterator[Batch | None], nn.Module], tuple[Tensor, LossFunction]]:
     """What the pipeline schedule calls for each chunk and micro-batch.
 
     Args:
         run: the run.
         targets: N of `count_targets`; ``None`` for an evaluation, whose sums are not normalised.
+        num_microbatches: M of this step.
     """
-    layout = run.ctx.layout
     scale = None
     if targets is not None:
-        scale = (layout.num_microbatches * layout.dp / targets).float()
+        scale = (num_microbatches * run.ctx.dp_size / targets).float()
 
     def forward(batches: Iterator[Batch | None], chunk: nn.Module) -> tuple[Tensor, LossFunction]:
         batch = next(batches)

@@ -26,6 +26,8 @@ class StepRecord:
     """Steps done, this one included."""
     consumed_samples: int
     """Sequences read so far, this step's included."""
+    batch_size: int
+    """Sequences of this step."""
     learning_rate: float
     """Learning rate of the update."""
     grad_norm: float
@@ -42,6 +44,7 @@ class StepRecord:
         return {
             "iteration": self.iteration,
             "consumed_samples": self.consumed_samples,
+            "batch_size": self.batch_size,
             "learning_rate": self.learning_rate,
             "lm_loss": self.lm_loss,
             "logit_z": self.logit_z,
@@ -96,33 +99,43 @@ class Summary:
     """Why it stopped before its end, in one line."""
 
 
+_Step = tuple[int, int, int, float, float]
+"""Iteration, consumed samples, batch size, learning rate, gradient norm."""
+
+
 @dataclass
 class Meter:
     """Collects steps between two log intervals.
 
     Args:
         platform: where we run.
-        tokens_per_step: positions of one step.
-        flops_per_step: model FLOPs of one step over all ranks.
+        tokens_per_sample: positions of one sequence.
+        flops_per_token: model FLOPs of one position.
         world_size: ranks.
         peak_tflops: of one device, ``None`` if unknown.
     """
 
     platform: Platform
-    tokens_per_step: int
-    flops_per_step: float
+    tokens_per_sample: int
+    flops_per_token: float
     world_size: int
     peak_tflops: float | None
-    _steps: list[tuple[int, int, float, float]] = field(default_factory=list)
+    _steps: list[_Step] = field(default_factory=list)
     _sums: list[Tensor] = field(default_factory=list)
     _seconds: float = 0.0
     _started: float = field(default_factory=time.perf_counter)
 
     def add(
-        self, iteration: int, samples: int, learning_rate: float, grad_norm: float, sums: Tensor
+        self,
+        iteration: int,
+        samples: int,
+        batch_size: int,
+        learning_rate: float,
+        grad_norm: float,
+        sums: Tensor,
     ) -> None:
         """Note a step; ``sums`` is this rank's fp64 [3] of `total_sums`, left on the device."""
-        self._steps.append((iteration, samples, learning_rate, grad_norm))
+        self._steps.append((iteration, samples, batch_size, learning_rate, grad_norm))
         self._sums.append(sums)
 
     def pause(self) -> None:
@@ -146,22 +159,21 @@ class Meter:
         self._steps, self._sums, self._seconds = [], [], 0.0
         if not steps:
             return [], None
-        return records, self._throughput(seconds / len(steps))
+        return records, self._throughput(records, seconds)
 
-    def _throughput(self, seconds: float) -> Throughput:
-        tflops = self.flops_per_step / seconds / self.world_size / 1e12
+    def _throughput(self, records: Sequence[StepRecord], seconds: float) -> Throughput:
+        tokens = sum(record.batch_size for record in records) * self.tokens_per_sample
+        tflops = self.flops_per_token * tokens / seconds / self.world_size / 1e12
         return Throughput(
-            seconds_per_step=seconds,
-            tokens_per_second=self.tokens_per_step / seconds,
+            seconds_per_step=seconds / len(records),
+            tokens_per_second=tokens / seconds,
             tflops_per_device=tflops,
             mfu=tflops / self.peak_tflops if self.peak_tflops else None,
             memory_bytes=self.platform.device_memory_stats()["max_allocated"],
         )
 
 
-def _records(
-    steps: Sequence[tuple[int, int, float, float]], sums: Sequence[Tensor]
-) -> list[StepRecord]:
+def _records(steps: Sequence[_Step], sums: Sequence[Tensor]) -> list[StepRecord]:
     if not steps:
         return []
     table = torch.stack(list(sums))
@@ -170,13 +182,14 @@ def _records(
         StepRecord(
             iteration=iteration,
             consumed_samples=samples,
+            batch_size=batch_size,
             learning_rate=rate,
             grad_norm=norm,
             lm_loss=cross_entropy / max(targets, 1.0),
             logit_z=log_z / max(targets, 1.0),
             targets=int(targets),
         )
-        for (iteration, samples, rate, norm), (cross_entropy, log_z, targets) in zip(
+        for (iteration, samples, batch_size, rate, norm), (cross_entropy, log_z, targets) in zip(
             steps, table.tolist(), strict=True
         )
     ]

@@ -18,9 +18,11 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as EngineOptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_moe.checkpoint.save import shards_of
 from megatron_moe.config import OptimizerConfig, RunConfig
 from megatron_moe.model.openmoe import OpenMoEModel
 from megatron_moe.model.shards import model_shards
+from megatron_moe.training.adafactor import install_adafactor
 
 
 def wrap_chunks(
@@ -63,18 +65,23 @@ def _mark_split_weights(config: RunConfig, chunks: Sequence[OpenMoEModel]) -> No
 def build_optimizer(
     config: RunConfig, wrapped: Sequence[DistributedDataParallel], pgs: ProcessGroupCollection
 ) -> MegatronOptimizer:
-    """Megatron-Core's optimizer with our settings; norms (one-dimensional weights) do not decay."""
+    """Megatron-Core's optimizer with our settings; norms (one-dimensional weights) do not decay.
+
+    The engine knows no Adafactor: its wrapper (masters, copies, norms) is built around plain SGD,
+    whose place Adafactor then takes.
+    """
     ours, parallel = config.optimizer, config.parallel
+    factored = ours.optimizer == "adafactor"
     engine = EngineOptimizerConfig(
-        optimizer=ours.optimizer,
+        optimizer="sgd" if factored else ours.optimizer,
         lr=ours.lr,
         min_lr=ours.min_lr,
-        weight_decay=ours.weight_decay,
+        weight_decay=ours.used_weight_decay,
         adam_beta1=ours.adam_beta1,
         adam_beta2=ours.adam_beta2,
         adam_eps=ours.adam_eps,
         sgd_momentum=ours.sgd_momentum,
-        clip_grad=ours.clip_grad,
+        clip_grad=ours.used_clip_grad,
         bf16=config.train.bf16,
         params_dtype=torch.bfloat16 if config.train.bf16 else torch.float32,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -83,6 +90,8 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(
         engine, list(wrapped), use_gloo_process_groups=False, pg_collection=pgs
     )
+    if factored:
+        install_adafactor(optimizer, shards_of(wrapped, config), ours, pgs)
     _fuse(optimizer)
     return optimizer
 
@@ -103,7 +112,7 @@ def set_rates(optimizer: MegatronOptimizer, settings: OptimizerConfig, lr: float
     """Set the learning rate of the next update, and the weight decay of groups that decay."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-        group["weight_decay"] = settings.weight_decay * group.get("wd_mult", 1.0)
+        group["weight_decay"] = settings.used_weight_decay * group.get("wd_mult", 1.0)
 
 
 def grad_norm(optimizer: MegatronOptimizer, device: torch.device) -> float:

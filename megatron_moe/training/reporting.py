@@ -113,6 +113,7 @@ class Reporter:
             board.add_scalar("train/logit z", record.logit_z, record.iteration)
         values = {
             "train/consumed samples": float(last.consumed_samples),
+            "train/batch size": float(last.batch_size),
             "speed/tokens per second": speed.tokens_per_second,
             "speed/model TFLOPs per device": speed.tflops_per_device,
             "speed/seconds per step": speed.seconds_per_step,

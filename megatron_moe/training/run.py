@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from megatron_moe.checkpoint.save import shards_of
 from megatron_moe.config import RunConfig
 from megatron_moe.model.openmoe import OpenMoEModel
 from megatron_moe.parallel.context import ParallelContext
+from megatron_moe.training.freezing import Freezing
 from megatron_moe.training.optimizer import build_optimizer, wrap_chunks
 from megatron_moe.training.plan import TrainingPlan
 
@@ -31,6 +33,8 @@ class TrainingRun:
     """The same chunks with their gradient buffers."""
     optimizer: MegatronOptimizer
     """Moments, fp32 master weights under bf16, and the update."""
+    freezing: Freezing
+    """What the update must leave as it is."""
     vocab_size: int
     """V, padded."""
 
@@ -62,5 +66,6 @@ def prepare_run(
         chunks=chunks,
         wrapped=wrapped,
         optimizer=optimizer,
+        freezing=Freezing(config.optimizer, shards_of(chunks, config), optimizer),
         vocab_size=vocab_size,
     )

@@ -7,6 +7,7 @@ function: resuming needs no scheduler state, the step says it all.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from megatron_moe.config import OptimizerConfig
 
@@ -21,8 +22,9 @@ def learning_rate(optimizer: OptimizerConfig, completed: int, decay_iterations: 
 
     Returns:
         During warm-up a line from `lr_warmup_init` to `lr`; then the shape of `lr_decay_style`,
-        with `inverse-square-root` being lr * sqrt(warmup) / sqrt(step); after ``decay_iterations``
-        `min_lr` (but `lr` for `constant`).
+        with `inverse-square-root` being lr * sqrt(warmup) / sqrt(step), and `WSD` staying at `lr`
+        until its last `lr_wsd_decay_iters`; after ``decay_iterations`` `min_lr` (but `lr` for
+        `constant`).
     """
     peak, floor, warmup = optimizer.lr, optimizer.min_lr, optimizer.lr_warmup_iters
     if warmup > 0 and completed <= warmup:
@@ -34,7 +36,19 @@ def learning_rate(optimizer: OptimizerConfig, completed: int, decay_iterations: 
         return floor
     if optimizer.lr_decay_style == "inverse-square-root":
         return max(floor, peak * math.sqrt(max(warmup, 1)) / math.sqrt(max(completed, 1)))
+    if optimizer.lr_decay_style == "WSD":
+        assert optimizer.lr_wsd_decay_iters is not None
+        stable = decay_iterations - optimizer.lr_wsd_decay_iters
+        progress = max(completed - stable, 0) / optimizer.lr_wsd_decay_iters
+        return floor + (peak - floor) * _SHAPES[optimizer.lr_wsd_decay_style](progress)
     progress = (completed - warmup) / (decay_iterations - warmup)
-    if optimizer.lr_decay_style == "linear":
-        return floor + (peak - floor) * (1.0 - progress)
-    return floor + (peak - floor) * 0.5 * (math.cos(math.pi * progress) + 1.0)
+    return floor + (peak - floor) * _SHAPES[optimizer.lr_decay_style](progress)
+
+
+_SHAPES: dict[str, Callable[[float], float]] = {
+    "linear": lambda x: 1.0 - x,
+    "cosine": lambda x: 0.5 * (math.cos(math.pi * x) + 1.0),
+    "exponential": lambda x: 2.0 * 0.5**x - 1.0,
+    "minus_sqrt": lambda x: 1.0 - math.sqrt(x),
+}
+"""How far from the peak (1) to the floor (0), by the share of the decay that is done."""

@@ -46,9 +46,8 @@ def train_step(
     run.optimizer.zero_grad()
     targets = count_targets(batches, run) if run.has_loss else None
     flags = LocalFlags(run)
-    reported = forward_backward(
-        run.ctx, forward_function(run, targets), batches, run.wrapped, before_reduction=flags.look
-    )
+    forward = forward_function(run, targets, len(batches))
+    reported = forward_backward(run.ctx, forward, batches, run.wrapped, before_reduction=flags.look)
     sums = total_sums(reported, run)
     norm = update(run, learning_rate, flags, iteration)
     return StepResult(sums=sums, grad_norm=norm)
@@ -56,11 +55,15 @@ def train_step(
 
 def update(run: TrainingRun, learning_rate: float, flags: LocalFlags, iteration: int) -> float:
     """Apply the reduced gradients, unless they are not finite; returns their norm."""
+    frozen = run.freezing.at(iteration)
+    frozen.drop_gradients()
     run.optimizer.prepare_grads()
+    frozen.hide()
     norm = grad_norm(run.optimizer, run.ctx.platform.device)
     if not math.isfinite(norm):
         stop_run(run, flags, iteration, norm)
-    clip_gradients(run.optimizer, norm, run.config.optimizer.clip_grad)
+    clip_gradients(run.optimizer, norm, run.config.optimizer.used_clip_grad)
     set_rates(run.optimizer, run.config.optimizer, learning_rate)
-    run.optimizer.step_with_ready_grads()
+    with frozen.undisturbed():
+        run.optimizer.step_with_ready_grads()
     return norm

@@ -33,6 +33,7 @@ def test_presets_survive_json(name: str, tmp_path: Path) -> None:
         ({"data": {"data_path": [1]}}, "data_path in data", "a list, each text"),
         ({"moe": {"moe_capacity_rule": "t6x"}}, "moe_capacity_rule in moe", "'t5x' or 'port'"),
         ({"optimizer": {"lr": None}}, "lr in optimizer", "a number"),
+        ({"train": {"rampup_batch_size": [1, 2]}}, "rampup_batch_size in train", "3 entries"),
         ({"checkpoint": {"save": 3}}, "save in checkpoint", "text or null"),
     ],
 )

@@ -122,7 +122,9 @@ def one_step(
         spoil(run, swap)
     batches = own_batches(run.ctx)
     targets = count_targets([b for b in batches if b], run) if run.has_loss else None
-    reported = forward_backward(run.ctx, forward_function(run, targets), batches, run.wrapped)
+    reported = forward_backward(
+        run.ctx, forward_function(run, targets, len(batches)), batches, run.wrapped
+    )
     sums = total_sums(reported, run)
     torch.distributed.all_reduce(sums)
     statistics = collect_statistics(run.chunks, run.ctx.pgs)

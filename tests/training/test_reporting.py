@@ -54,7 +54,7 @@ def told(pool, corpus, tmp_path_factory) -> Told:
 
 def test_tensorboard_has_what_the_documentation_promises(told):
     tags = set(told.board.Tags()["scalars"])
-    expected = {f"train/{name}" for name in (*TRAIN, "consumed samples")}
+    expected = {f"train/{name}" for name in (*TRAIN, "consumed samples", "batch size")}
     expected |= {f"speed/{name}" for name in ("tokens per second", "seconds per step", "MFU")}
     expected |= {"speed/model TFLOPs per device", "memory/max allocated MiB"}
     expected |= {f"{s}/{n}" for s in ("validation", "test") for n in ("lm loss", "perplexity")}
@@ -76,6 +76,7 @@ def test_tensorboard_and_metrics_file_say_the_same(told):
         points = told.scalars(f"train/{name}")
         assert points == pytest.approx({s["iteration"]: s[key] for s in told.steps}, rel=1e-6)
     assert told.scalars("train/consumed samples") == {4: 32.0, 8: 64.0}
+    assert told.scalars("train/batch size") == {4: 8.0, 8: 8.0}
 
 
 def test_steps_are_counted_and_their_hexadecimal_floats_are_exact(told):

@@ -17,11 +17,16 @@ from tests.training.tiny import MODEL, pretrain_rank
 
 DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
 OVERLAPPED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 LAYOUTS = {
     "one process": (1, ["--eval-iters", "1", "--eval-interval", "4"]),
     "EP2": (2, ["--expert-model-parallel-size", "2", "--use-distributed-optimizer"]),
     "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
-    "TP2": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel"]),
+    "TP2": (2, TP2),
+    "TP2, Adafactor": (
+        2,
+        [*TP2, "--optimizer", "adafactor", "--adafactor-min-dim", "20", "--bf16"],
+    ),
     "EP2xDP2, bf16, everything overlapped": (
         4,
         ["--expert-model-parallel-size", "2", "--bf16", *OVERLAPPED],

@@ -1,0 +1,143 @@
+"""A file of conversations behind the interface of indexed data.
+
+The file is tokenized once per content and tokenizer; ids and masks stay in the index cache and are
+mapped from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_moe.data.causal import digest
+from megatron_moe.data.index_cache import Array, IndexCache
+from megatron_moe.data.indexed_check import Source
+from megatron_moe.data.objectives.chat import SYSTEM, USER, Exchange, read_line
+from megatron_moe.data.tokenizer import Tokenizer
+from megatron_moe.errors import UsageError
+
+_BLOCK = 1 << 22
+_INT32 = 4
+"""Megatron's code of the type of ids."""
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Tokens of all conversations, one after the other."""
+
+    ids: Array
+    learnt: Array
+    """Whether the loss counts where the id is predicted: answers and their ends."""
+    bounds: Array
+    """[N + 1]: conversation n has the ids from bounds[n] to bounds[n + 1]."""
+    prompts: Array
+    """[N], ids of a conversation before the first one that is learnt."""
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatSource(Source):
+    """A conversation stands for a document and a sequence."""
+
+    conversations: Conversations
+
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each conversation."""
+        return np.diff(self.conversations.bounds).astype(np.int32)
+
+
+def open_conversations(path: str, key: str, tokenizer: Tokenizer, cache: IndexCache) -> ChatSource:
+    """Check and tokenize a file, or take what is in the cache.
+
+    Args:
+        path: JSON Lines; empty lines are skipped.
+        key: see `chat.read_line`.
+        tokenizer: makes the ids.
+        cache: keeps them.
+
+    Raises:
+        UsageError: the file cannot be read, a line is no conversation, or there are none.
+    """
+    content = _hash(path)
+    description = {
+        "content": content,
+        "key": key,
+        "template": [SYSTEM, USER],
+        "tokenizer": tokenizer.identity,
+    }
+    arrays = cache.arrays(
+        f"chat-{digest(description)}", description, lambda: _tokenize(path, key, tokenizer)
+    )
+    conversations = Conversations(*arrays)
+    return ChatSource(
+        prefix=path,
+        type_code=_INT32,
+        sequences=len(conversations),
+        documents=len(conversations),
+        tokens=int(conversations.bounds[-1]),
+        fingerprint=digest({"content": content, "key": key, "template": [SYSTEM, USER]}),
+        conversations=conversations,
+    )
+
+
+def _hash(path: str) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    try:
+        with open(path, "rb") as stream:
+            while block := stream.read(_BLOCK):
+                found.update(block)
+    except OSError as error:
+        expected = "a readable file of conversations, JSON Lines"
+        raise UsageError("data path", path, expected, str(error)) from None
+    return found.hexdigest()
+
+
+def _lines(path: str) -> Iterator[tuple[int, str]]:
+    """Lines that are not empty, and their numbers from 1."""
+    with open(path, "rb") as stream:
+        for number, raw in enumerate(stream, 1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UsageError(
+                    f"line {number} of {path}", raw[:20], "UTF-8", str(error)
+                ) from None
+            if line.strip():
+                yield number, line
+
+
+def _tokenize(path: str, key: str, tokenizer: Tokenizer) -> list[Array]:
+    ids, learnt = array("i"), bytearray()
+    bounds, prompts = array("q", [0]), array("i")
+    for number, line in _lines(path):
+        exchanges = read_line(line, key, f"line {number} of {path}")
+        for new, counts in encode(exchanges, tokenizer):
+            if len(ids) == bounds[-1]:
+                prompts.append(len(new))
+            ids.extend(new)
+            learnt.extend(bytes([counts]) * len(new))
+        bounds.append(len(ids))
+    if not prompts:
+        raise UsageError(f"conversations in {path}", 0, "one at least")
+    plain: tuple[Any, ...] = (ids, learnt, bounds, prompts)
+    kinds = (np.int32, np.uint8, np.int64, np.int32)
+    return [np.frombuffer(part, dtype=kind) for part, kind in zip(plain, kinds, strict=True)]
+
+
+def encode(exchanges: Iterable[Exchange], tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
+    """Ids of prompts and of answers in turn, and whether they are learnt.
+
+    Each is tokenized by itself, so that a prompt has the ids that it has when the model is used.
+    An answer ends with `eod`.
+    """
+    for exchange in exchanges:
+        yield tokenizer.tokenize(exchange.prompt), False
+        yield [*tokenizer.tokenize(exchange.answer), tokenizer.eod], True
