@@ -59,6 +59,7 @@ def _run(size: _Size, released: bool) -> RunConfig:
     )
     # 1 / sqrt(max(step, 10000)): flat at 0.01 for 10000 steps.
     optimizer = OptimizerConfig(
+        optimizer="adafactor",
         lr=0.01,
         lr_decay_style="inverse-square-root",
         lr_warmup_iters=10000,
