@@ -17,7 +17,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 export CUDA_VISIBLE_DEVICES=""
 
 OUT="${QUICKSTART_DIR:-quickstart}"
-ITERS="${QUICKSTART_ITERS:-400}"
+ITERS="${QUICKSTART_ITERS:-300}"
 MORE=20
 VOCAB=4096
 
@@ -54,12 +54,13 @@ RUN=(
   --preset openmoe-tiny-released --expert-model-parallel-size 2
   "${DATA[@]}"
   --micro-batch-size 4 --global-batch-size 8
-  --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 20
+  --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 20
   --lr-decay-iters $((ITERS + MORE))
   --eval-interval 200 --eval-iters 16 --log-interval 20
   --save "$OUT/checkpoint" --tensorboard-dir "$OUT/tensorboard"
   --metrics-file "$OUT/logs/metrics.jsonl"
 )
+export OMP_NUM_THREADS=1 # two ranks on two cores
 TORCHRUN=(torchrun --standalone --nproc-per-node 2)
 
 say "4/6 Pretraining: $ITERS steps on 2 ranks, expert parallel 2"
