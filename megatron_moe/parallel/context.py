@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -125,6 +127,9 @@ def initialize_parallel(
     )
     pgs = ProcessGroupCollection.use_mpu_process_groups()
     stage_seed = seed + STAGE_SEED * pgs.pp.rank()
+    # Nothing of ours draws from Python's or NumPy's global streams; what a user adds may.
+    random.seed(stage_seed)
+    np.random.seed(stage_seed % 2**32)
     torch.manual_seed(stage_seed)
     model_parallel_cuda_manual_seed(stage_seed)
     return _context(layout, platform, pgs)
