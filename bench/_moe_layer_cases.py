@@ -98,19 +98,23 @@ def engine_layer(shape: Shape, factor: float | None, pgs: Any) -> torch.nn.Modul
     return build_module(spec.submodules.mlp, config=config, layer_number=1, pg_collection=pgs)
 
 
-def step_of(layer: torch.nn.Module, x_SBH: Tensor) -> Callable[[], None]:
-    """One forward and backward pass with fresh gradients of weights and input."""
-    x_SBH = x_SBH.clone().requires_grad_()
-    grad_SBH = torch.randn_like(x_SBH)
-    leaves = [x_SBH, *layer.parameters()]
+class Step:
+    """One forward and backward pass of a layer with fresh gradients of weights and input."""
 
-    def step() -> None:
-        for leaf in leaves:
+    def __init__(self, layer: torch.nn.Module, x_SBH: Tensor) -> None:
+        self.layer = layer
+        self.x_SBH = x_SBH.clone().requires_grad_()
+        self.grad_SBH = torch.randn_like(x_SBH)
+
+    def clear(self) -> None:
+        """Forget the gradients of the last pass."""
+        for leaf in (self.x_SBH, *self.layer.parameters()):
             leaf.grad = None
-        y = layer(x_SBH)
-        (y[0] if isinstance(y, tuple) else y).backward(grad_SBH)
 
-    return step
+    def __call__(self) -> None:
+        self.clear()
+        y = self.layer(self.x_SBH)
+        (y[0] if isinstance(y, tuple) else y).backward(self.grad_SBH)
 
 
 def kept_rows(layer: MoELayer, x_SBH: Tensor) -> list[int]:

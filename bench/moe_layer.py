@@ -22,11 +22,11 @@ from bench._moe_layer_cases import (
     CAPACITY_FACTOR,
     SHAPES,
     Shape,
+    Step,
     bare_gemms,
     engine_layer,
     kept_rows,
     our_layer,
-    step_of,
 )
 from bench.record import Record
 
@@ -57,8 +57,9 @@ def interleaved_medians(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def peak_mib(step: Callable[[], None]) -> float:
-    """Most memory that one call of ``step`` holds at once beyond what was there before, in MiB."""
+def peak_mib(step: Step) -> float:
+    """Most memory that one pass holds at once beyond input and weights, in MiB."""
+    step.clear()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
@@ -94,15 +95,15 @@ def _candidates(shape: Shape, pgs: Any) -> dict[str, Callable[[], None]]:
     port, t5x = (our_layer(shape, rule, CAPACITY_FACTOR) for rule in ("port", "t5x"))
     rows_port, rows_t5x = kept_rows(port, x_SBH), kept_rows(t5x, x_SBH)
     return {
-        "ours": step_of(port, x_SBH),
+        "ours": Step(port, x_SBH),
         "floor loop": bare_gemms(shape, rows_port, batched=False),
         "floor batched": bare_gemms(shape, rows_port, batched=True),
-        "stock capacity": step_of(engine_layer(shape, CAPACITY_FACTOR, pgs), x_SBH),
-        "stock dropless": step_of(engine_layer(shape, None, pgs), x_SBH),
-        "ours t5x": step_of(t5x, x_SBH),
+        "stock capacity": Step(engine_layer(shape, CAPACITY_FACTOR, pgs), x_SBH),
+        "stock dropless": Step(engine_layer(shape, None, pgs), x_SBH),
+        "ours t5x": Step(t5x, x_SBH),
         "floor t5x loop": bare_gemms(shape, rows_t5x, batched=False),
         "floor t5x batched": bare_gemms(shape, rows_t5x, batched=True),
-        "ours dropless": step_of(our_layer(shape, "port", None), x_SBH),
+        "ours dropless": Step(our_layer(shape, "port", None), x_SBH),
     }
 
 
@@ -138,7 +139,9 @@ def _memory(shape: Shape, candidates: dict[str, Callable[[], None]]) -> list[Rec
     mask = 4 * shape.tokens * shape.experts * slots / 2**20
     found = [Record(name=f"{prefix}, a mask we do not make", value=mask, unit="MiB")]
     for name in ("ours", "ours t5x", "stock capacity", "stock dropless"):
-        found.append(Record(name=f"{prefix}, {name}", value=peak_mib(candidates[name]), unit="MiB"))
+        step = candidates[name]
+        assert isinstance(step, Step)
+        found.append(Record(name=f"{prefix}, {name}", value=peak_mib(step), unit="MiB"))
     return found
 
 

@@ -20,11 +20,12 @@ def row_blocks(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         tensors: of as many rows each.
     """
     rows = tensors[0].shape[0]
-    step = max(1, CACHED_ELEMENTS // width)
+    blocks = max(1, round(rows * width / CACHED_ELEMENTS))
     # A subclass is a fake tensor: nothing is computed, so many small steps would only cost time.
     plain = type(tensors[0]) is Tensor and tensors[0].device.type == "cpu"
-    if not plain or rows <= step:
+    if not plain or blocks == 1:
         yield tensors
         return
+    step = -(-rows // blocks)
     for start in range(0, rows, step):
         yield tuple(tensor[start : start + step] for tensor in tensors)

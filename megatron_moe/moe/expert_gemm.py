@@ -51,22 +51,24 @@ def segments_of(counts: list[list[int]], block_rows: int) -> list[Segment]:
     return segments
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
-    """Neighbouring segments whose gate is computed in one go."""
+    """Neighbouring segments whose gate is computed in one go; ``rows`` in all."""
 
     start: int
     experts: list[int]
     sizes: list[int]
+    rows: int
 
-    @property
-    def rows(self) -> int:
-        """Rows of all its segments."""
-        return sum(self.sizes)
+    def of(self, buffer_RX: Tensor) -> Tensor:
+        """Its rows of a buffer."""
+        return buffer_RX.narrow(0, self.start, self.rows)
 
-    def parts(self, buffer_RX: Tensor) -> tuple[Tensor, ...]:
-        """Its rows of a buffer, one view per segment."""
-        return buffer_RX.narrow(0, self.start, self.rows).split(self.sizes)
+    def multiply(self, left_RX: Tensor, weights: tuple[Tensor, ...], out_RY: Tensor) -> None:
+        """Out = left times the weight of each row's expert; both are this run's rows."""
+        lefts, outs = left_RX.split(self.sizes), out_RY.split(self.sizes)
+        for expert, left, out in zip(self.experts, lefts, outs, strict=True):
+            torch.mm(left, weights[expert], out=out)
 
 
 def _runs(segments: list[Segment], width: int) -> list[_Run]:
@@ -77,8 +79,9 @@ def _runs(segments: list[Segment], width: int) -> list[_Run]:
         if segment.start == end and runs[-1].rows * width < LEAST_GATE_ELEMENTS:
             runs[-1].experts.append(segment.expert)
             runs[-1].sizes.append(segment.rows)
+            runs[-1].rows += segment.rows
         else:
-            runs.append(_Run(segment.start, [segment.expert], [segment.rows]))
+            runs.append(_Run(segment.start, [segment.expert], [segment.rows], segment.rows))
         end = segment.start + segment.rows
     return runs
 
@@ -107,14 +110,15 @@ class _WeightGradient:
         self.each = self.target.unbind()
         self.started: set[int] = set(range(weight.shape[0])) if self.fused else set()
 
-    def add(self, expert: int, left_RX: Tensor, right_RY: Tensor) -> None:
-        """Add left^T right for one expert."""
-        target = self.each[expert]
-        if expert in self.started:
-            torch.addmm(target, left_RX.t(), right_RY, out=target)
-        else:
-            torch.mm(left_RX.t(), right_RY, out=target)
-            self.started.add(expert)
+    def add(self, run: _Run, left_RX: Tensor, right_RY: Tensor) -> None:
+        """Add left^T right of each expert of a run, whose rows these are."""
+        lefts, rights = left_RX.t().split(run.sizes, dim=1), right_RY.split(run.sizes)
+        for expert, left, right in zip(run.experts, lefts, rights, strict=True):
+            if expert in self.started:
+                torch.addmm(self.each[expert], left, right, out=self.each[expert])
+            else:
+                torch.mm(left, right, out=self.each[expert])
+                self.started.add(expert)
 
     def add_batch(self, left_ERX: Tensor, right_ERY: Tensor) -> None:
         """Add left^T right for every expert."""
@@ -155,12 +159,10 @@ class _Loop(torch.autograd.Function):
         h_RF = x_RH.new_empty(max((run.rows for run in runs), default=0), width)
         w_in, w_out = weight_in.unbind(), weight_out.unbind()
         for run in runs:
-            for e, x, z in zip(run.experts, run.parts(x_RH), run.parts(z_RM), strict=True):
-                torch.mm(x, w_in[e], out=z)
-            h = h_RF[: run.rows]
-            gate.forward(z_RM.narrow(0, run.start, run.rows), ctx.blocks, out=h)
-            for e, h_e, y in zip(run.experts, h.split(run.sizes), run.parts(y_RH), strict=True):
-                torch.mm(h_e, w_out[e], out=y)
+            z, h = run.of(z_RM), h_RF[: run.rows]
+            run.multiply(run.of(x_RH), w_in, z)
+            gate.forward(z, ctx.blocks, out=h)
+            run.multiply(h, w_out, run.of(y_RH))
         ctx.save_for_backward(x_RH, z_RM, weight_in, weight_out)
         return y_RH
 
@@ -177,23 +179,11 @@ class _Loop(torch.autograd.Function):
         w_in, w_out = (w.transpose(1, 2).unbind() for w in (weight_in, weight_out))
         for run in runs:
             dh, h, dz = dh_RF[: run.rows], h_RF[: run.rows], dz_RM[: run.rows]
-            dys = run.parts(dy_RH)
-            for e, dy, dh_e in zip(run.experts, dys, dh.split(run.sizes), strict=True):
-                torch.mm(dy, w_out[e], out=dh_e)
-            z = z_RM.narrow(0, run.start, run.rows)
-            ctx.gate.backward(dh, z, ctx.blocks, grad_z=dz, out=h)
-            for e, dy, h_e, dz_e, x, dx in zip(
-                run.experts,
-                dys,
-                h.split(run.sizes),
-                dz.split(run.sizes),
-                run.parts(x_RH),
-                run.parts(dx_RH),
-                strict=True,
-            ):
-                d_out.add(e, h_e, dy)
-                torch.mm(dz_e, w_in[e], out=dx)
-                d_in.add(e, x, dz_e)
+            run.multiply(run.of(dy_RH), w_out, dh)
+            ctx.gate.backward(dh, run.of(z_RM), ctx.blocks, grad_z=dz, out=h)
+            d_out.add(run, h, run.of(dy_RH))
+            run.multiply(dz, w_in, run.of(dx_RH))
+            d_in.add(run, run.of(x_RH), dz)
         return dx_RH, d_in.finish(), d_out.finish(), None, None
 
 
