@@ -17,60 +17,68 @@ from megatron_moe.errors import UsageError
 from megatron_moe.moe import expert_gemm
 from megatron_moe.moe.exchange import ExpertGroups, size_of
 
-SMALL_GEMM = 1 << 21
-"""Multiply-adds of one expert's first GEMM below which a CPU spends more on calling GEMMs than a
-batched one spends on empty rows. Measured with one thread, loop against batched, ms: 0.07M
-multiply-adds 5.8 / 4.2; 0.4M 23.6 / 20.8; 1M 8.5 / 8.1; 2.1M 7.3 / 7.2; 17M 33 / 37; 67M 52 / 71
-(E = 64, 128, 32, 16, 16, 8)."""
-MOST_PADDING = 1.5
-"""Rows of the fixed-shape buffer per choice above which even small GEMMs are not worth padding."""
+SMALL_GEMM = 100_000_000
+"""Multiply-adds of one expert's first GEMM below which a CPU runs them faster as one batched GEMM.
+Bare GEMMs of a forward and backward pass, 2 threads, one by one against batched, ms: at 17M
+multiply-adds 13.4 / 12.5, at 67M 20.8 / 19.2, at 134M 173 / 187, at 1600M 936 / 1014."""
+MOST_PADDING = 1.15
+"""Rows of a batched GEMM per filled row above which that gain is spent on empty rows."""
 
 
 @dataclass(frozen=True)
 class ExpertImpl:
-    """How the expert GEMMs run, and why, for the log."""
+    """How the expert GEMMs run.
+
+    Args:
+        name: `loop` over experts, or `batched`.
+        reason: why, for the log.
+        expert_rows: with `batched`, rows of each expert; `None` for all slots.
+    """
 
     name: Literal["loop", "batched"]
     reason: str
+    expert_rows: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertWork:
-    """The size of a pass, known before it, the same on every rank.
+    """What a choice of implementation depends on.
 
     Args:
-        choices: K * T, over all ranks that share the tokens.
-        buffer_rows: rows of the fixed-shape buffer, groups * E * C.
+        readable: whether the host can read row counts without waiting.
+        filled: rows of each expert, if they are all on this rank and readable.
         multiply_adds: of one row in the first GEMM of an expert, H * M.
-        experts: E, over all ranks.
     """
 
-    choices: int
-    buffer_rows: int
+    readable: bool
+    filled: list[int] | None
     multiply_adds: int
-    experts: int
 
 
-def choose_impl(requested: str, x: Tensor, work: ExpertWork) -> ExpertImpl:
-    """`--moe-expert-impl` for activations like ``x``.
+def choose_impl(requested: str, work: ExpertWork) -> ExpertImpl:
+    """`--moe-expert-impl` for some work.
 
     Raises:
         UsageError: `loop` where the host cannot read row counts without waiting.
     """
-    # A subclass of Tensor here is a fake one: it has no values to read.
-    readable = x.device.type == "cpu" and type(x.detach()) is Tensor
-    if requested == "loop" and not readable:
-        raise UsageError("--moe-expert-impl", requested, f"auto or batched on {x.device.type}")
-    if requested == "batched":
-        return ExpertImpl("batched", "as asked")
-    if requested == "loop":
-        return ExpertImpl("loop", "as asked")
-    if not readable:
+    if requested == "loop" and not work.readable:
+        expected = "auto or batched: here reading row counts would wait for the device"
+        raise UsageError("--moe-expert-impl", requested, expected)
+    if requested != "auto":
+        return ExpertImpl("batched" if requested == "batched" else "loop", "as asked")
+    if not work.readable:
         return ExpertImpl("batched", "auto: no host read on this device")
-    small = work.choices * work.multiply_adds < SMALL_GEMM * work.experts
-    if small and work.buffer_rows <= MOST_PADDING * work.choices:
-        return ExpertImpl("batched", "auto: experts too small for a GEMM each")
+    if work.filled is not None:
+        rows, fullest = sum(work.filled), max(work.filled)
+        small = 0 < fullest * work.multiply_adds < SMALL_GEMM
+        if small and fullest * len(work.filled) <= MOST_PADDING * rows:
+            return ExpertImpl("batched", "auto: small, evenly loaded experts", fullest)
     return ExpertImpl("loop", "auto: on a CPU filled rows alone are computed")
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether reading values of ``x`` needs no waiting: a CPU tensor that is not a fake one."""
+    return x.device.type == "cpu" and type(x.detach()) is Tensor
 
 
 def gate_blocks(model: ModelConfig) -> int:

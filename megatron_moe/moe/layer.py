@@ -19,9 +19,10 @@ from megatron_moe.errors import UsageError
 from megatron_moe.moe import losses
 from megatron_moe.moe.capacity import Capacity, capacity_of
 from megatron_moe.moe.exchange import ExpertGroups, all_gather, rank_of, reduce_scatter, size_of
-from megatron_moe.moe.experts import ExpertImpl, Experts, ExpertWork, choose_impl
+from megatron_moe.moe.experts import ExpertImpl, Experts, ExpertWork, choose_impl, is_readable
 from megatron_moe.moe.plan import BufferLayout, Plan, make_plan
 from megatron_moe.moe.router import Scores, route
+from megatron_moe.moe.slots import SlotRule, assign_slots
 from megatron_moe.moe.statistics import RoutingCounter
 from megatron_moe.moe.transfer import combine, dispatch
 
@@ -89,6 +90,13 @@ class MoELayer(nn.Module):
         # The engine sums the gradients of such parameters over tensor-parallel ranks.
         self.router_weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
         self.experts = Experts(model, moe, self.groups, params_dtype, device)
+        shares = self.groups.slot_shares
+        self.slot_rule = SlotRule(
+            num_experts=moe.num_experts,
+            policy=moe.moe_token_drop_policy,
+            shares=shares,
+            share=rank_of(self.groups.tp) if shares > 1 else 0,
+        )
         self.counter = RoutingCounter(layer_number, moe.num_experts, device)
         self.on_routing: Callable[[Routing], None] | None = None
         self.kernels = _kernels(moe.moe_dispatch_impl, self.router_weight.device.type)
@@ -107,9 +115,14 @@ class MoELayer(nn.Module):
         capacity = capacity_of(self.moe, rows=batch, row_tokens=row_tokens, training=self.training)
         weights_TK, balance, z = self._with_losses(scores, choices_TK, batch)
         weights_TK = all_gather(weights_TK, self.groups.tp)
-        impl = self._impl(x_TH, capacity)
-        plan = self._plan(choices_TK, weights_TK, batch, capacity, impl)
-        y_TH = self._run_experts(all_gather(x_TH, self.groups.tp), weights_TK, plan, impl)
+        kernel = self.kernels["rank_in_expert"].module
+        slots = assign_slots(choices_TK, weights_TK, batch, capacity, self.slot_rule, kernel)
+        filled_E = slots.filled_GE.sum(0)
+        impl = choose_impl(self.moe.moe_expert_impl, self._work(filled_E))
+        layout = self._buffer_layout(impl, capacity)
+        plan = make_plan(slots, batch, capacity, layout)
+        x_TH = all_gather(x_TH, self.groups.tp)
+        y_TH = self._run_experts(x_TH, weights_TK, plan, filled_E, impl)
         self._record(scores, plan, capacity, balance, z)
         return reduce_scatter(y_TH, self.groups.tp).view_as(x_SBH)
 
@@ -137,43 +150,30 @@ class MoELayer(nn.Module):
             weights_TK = losses.attach(weights_TK, total / self.num_moe_layers)
         return weights_TK, balance, z
 
-    def _impl(self, x: Tensor, capacity: Capacity) -> ExpertImpl:
-        """How the expert GEMMs of a pass run."""
-        work = ExpertWork(
-            choices=capacity.groups * capacity.group_size * self.moe.moe_router_topk,
-            buffer_rows=capacity.groups * capacity.slots * self.moe.num_experts,
-            multiply_adds=self.experts.weight_in[0].numel(),
-            experts=self.moe.num_experts,
-        )
-        return choose_impl(self.moe.moe_expert_impl, x, work)
+    def _work(self, filled_E: Tensor) -> ExpertWork:
+        """What the choice of expert GEMMs depends on."""
+        readable = is_readable(filled_E)
+        filled = filled_E.tolist() if readable and self.groups.sources == 1 else None
+        multiply_adds = self.experts.weight_in[0].numel()
+        return ExpertWork(readable=readable, filled=filled, multiply_adds=multiply_adds)
 
-    def _plan(
-        self,
-        choices_TK: Tensor,
-        weights_TK: Tensor,
-        batch: int,
-        capacity: Capacity,
-        impl: ExpertImpl,
-    ) -> Plan:
-        """Slots and rows for all tokens of the rows."""
-        layout = BufferLayout(
-            num_experts=self.moe.num_experts,
-            blocks=size_of(self.groups.ep),
-            shares=self.groups.slot_shares,
-            share=rank_of(self.groups.tp) if self.groups.slot_shares > 1 else 0,
-            packed=impl.name == "loop",
-            policy=self.moe.moe_token_drop_policy,
-        )
-        kernel = self.kernels["rank_in_expert"].module
-        return make_plan(choices_TK, weights_TK, batch, capacity, layout, kernel)
+    def _buffer_layout(self, impl: ExpertImpl, capacity: Capacity) -> BufferLayout:
+        """The rows that an implementation wants."""
+        rule, ranks = self.slot_rule, size_of(self.groups.ep)
+        if impl.expert_rows is not None:
+            return BufferLayout.aligned(rule, impl.expert_rows)
+        if impl.name == "batched":
+            return BufferLayout.fixed(rule, capacity, ranks)
+        choices = capacity.groups * capacity.group_size * self.moe.moe_router_topk
+        return BufferLayout.packed(rule, capacity, ranks, choices)
 
     def _run_experts(
-        self, x_TH: Tensor, weights_TK: Tensor, plan: Plan, impl: ExpertImpl
+        self, x_TH: Tensor, weights_TK: Tensor, plan: Plan, filled_E: Tensor, impl: ExpertImpl
     ) -> Tensor:
         """Dispatch, compute, combine; partial sums where tokens or experts are shared."""
         rows = dispatch(x_TH, plan, self.kernels["dispatch_tokens"].module)
         rows = self.groups.to_experts(rows)
-        rows = self.experts(rows, plan.filled_E, impl, self.kernels["gated_silu"].module)
+        rows = self.experts(rows, filled_E, impl, self.kernels["gated_silu"].module)
         rows = self.groups.from_experts(rows)
         return combine(rows, weights_TK, plan, self.kernels["combine_tokens"].module)
 
@@ -192,14 +192,17 @@ class MoELayer(nn.Module):
                 self.on_routing(Routing(scores, kept_TK, capacity))
 
     def describe(self, rows: int, row_tokens: int) -> str:
-        """Which implementations run for a micro-batch, and why; one line for the log.
+        """Which implementations run, and why; one line for the log.
+
+        On one CPU rank `auto` decides by the loads of each pass; this is its choice for even ones.
 
         Args:
             rows: sequences B of the micro-batch.
             row_tokens: tokens S of a sequence, over all ranks that share it.
         """
-        capacity = capacity_of(self.moe, rows=rows, row_tokens=row_tokens, training=self.training)
-        impl = self._impl(self.router_weight, capacity)
+        mean = max(1, rows * row_tokens * self.moe.moe_router_topk // self.moe.num_experts)
+        even_E = torch.full_like(self.counter.sums[: self.moe.num_experts], mean).long()
+        impl = choose_impl(self.moe.moe_expert_impl, self._work(even_E))
         kernel = self.kernels["dispatch_tokens"]
         return (
             f"MoE experts: {impl.name} ({impl.reason}); "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.moe import MoELayer, collect_statistics
+from megatron_moe.moe.experts import ExpertWork, choose_impl
 from tests.moe.cases import (
     DTYPE,
     HIDDEN,
@@ -75,7 +77,7 @@ def compare(layer: MoELayer, x_SBH: Tensor, *, training: bool = True) -> int:
     return int((~kept).sum())
 
 
-@pytest.mark.parametrize("impl", ["loop", "batched"])
+@pytest.mark.parametrize("impl", ["loop", "batched", "auto"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 def test_training(settings: dict[str, Any], impl: str) -> None:
     width = {"moe_ffn_hidden_size": 8, **settings}
@@ -96,19 +98,19 @@ def odd_layer(impl: str) -> MoELayer:
     return layer
 
 
-@pytest.mark.parametrize("impl", ["loop", "batched"])
+@pytest.mark.parametrize("impl", ["loop", "batched", "auto"])
 @pytest.mark.parametrize("shape", [(1, 1), (7, 3), (13, 1)])
 def test_odd_shapes(shape: tuple[int, int], impl: str) -> None:
     layer = layer_of(moe_config(moe_expert_impl=impl))
     compare(layer, tokens(2, *shape))
 
 
-@pytest.mark.parametrize("impl", ["loop", "batched"])
+@pytest.mark.parametrize("impl", ["loop", "batched", "auto"])
 def test_three_matrices(impl: str) -> None:
     assert compare(layer_of(moe_config(moe_expert_impl=impl), "swiglu"), tokens(3)) > 0
 
 
-@pytest.mark.parametrize("impl", ["loop", "batched"])
+@pytest.mark.parametrize("impl", ["loop", "batched", "auto"])
 def test_evaluation_has_its_own_capacity(impl: str) -> None:
     moe = moe_config(moe_eval_capacity_factor=None, moe_expert_impl=impl)
     layer = layer_of(moe)
@@ -116,7 +118,7 @@ def test_evaluation_has_its_own_capacity(impl: str) -> None:
     assert compare(layer_of(moe), tokens(4)) > 0
 
 
-@pytest.mark.parametrize("impl", ["loop", "batched"])
+@pytest.mark.parametrize("impl", ["loop", "batched", "auto"])
 def test_all_tokens_to_one_expert(impl: str) -> None:
     """The others are empty and get zero gradients; 21 of 24 tokens lose both choices or more."""
     layer = layer_of(moe_config(moe_router_topk=1, moe_expert_impl=impl))
@@ -128,7 +130,7 @@ def test_all_tokens_to_one_expert(impl: str) -> None:
     assert layer.experts.weight_in.grad[[0, 1, 3]].abs().max() == 0
 
 
-@pytest.mark.parametrize("impl", ["loop", "batched"])
+@pytest.mark.parametrize("impl", ["loop", "batched", "auto"])
 def test_a_token_dropped_twice_gets_exactly_zero(impl: str) -> None:
     layer = layer_of(moe_config(moe_expert_impl=impl))
     seen = watched(layer)
@@ -192,7 +194,7 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("impl", ["loop", "batched"])
+@pytest.mark.parametrize("impl", ["loop", "batched", "auto"])
 def test_nothing_has_the_size_of_tokens_by_experts_by_capacity(impl: str) -> None:
     sequence, experts, slots = 512, 8, 64
     moe = moe_config(num_experts=experts, moe_expert_impl=impl)
@@ -212,10 +214,21 @@ def test_auto_takes_what_suits_the_size_and_says_so() -> None:
         layer = MoELayer(model, MoEConfig(**settings), layer_number=0, num_moe_layers=1)
         return layer.describe(2, sequence)
 
-    assert "batched (auto: experts too small" in choice(64)
-    assert "loop (auto: on a CPU filled rows" in choice(8192)
-    assert "loop (auto" in choice(64, moe_expert_capacity_factor=None)
+    assert "batched (auto: small, evenly loaded experts)" in choice(64)
+    assert "loop (auto: on a CPU filled rows alone are computed)" in choice(1 << 17)
     assert "loop (as asked)" in choice(64, moe_expert_impl="loop")
+
+
+def test_auto_decides_by_the_loads_of_the_pass() -> None:
+    def work(*filled: int) -> ExpertWork:
+        return ExpertWork(readable=True, filled=list(filled), multiply_adds=1000)
+
+    assert choose_impl("auto", work(100, 100, 90)).expert_rows == 100
+    assert choose_impl("auto", work(100, 100, 20)).name == "loop"
+    assert choose_impl("auto", work(10**6, 10**6, 10**6)).name == "loop"
+    assert choose_impl("auto", work(0, 0, 0)).name == "loop"
+    several_sources = replace(work(1), filled=None)
+    assert choose_impl("auto", several_sources).name == "loop"
 
 
 def test_the_loop_is_refused_where_there_is_nothing_to_read() -> None:
@@ -230,7 +243,7 @@ def test_a_missing_kernel_is_refused_at_once() -> None:
         layer_of(moe)
 
 
-@pytest.mark.parametrize("impl", ["loop", "batched"])
+@pytest.mark.parametrize("impl", ["loop", "batched", "auto"])
 def test_bfloat16(impl: str) -> None:
     """Low precision stays close to fp32 with the same weights."""
     torch.manual_seed(0)

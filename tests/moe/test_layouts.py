@@ -24,6 +24,7 @@ LAYOUTS = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "loop": {"moe_expert_impl": "loop"},
     "batched": {"moe_expert_impl": "batched"},
+    "auto": {},
 }
 
 

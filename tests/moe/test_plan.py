@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -12,18 +12,41 @@ from torch import Tensor
 from fused_kernels.reference import rank_in_expert
 from megatron_moe.moe.capacity import Capacity
 from megatron_moe.moe.plan import BufferLayout, Plan, make_plan
+from megatron_moe.moe.slots import SlotRule, Slots, assign_slots
+
+
+@dataclass
+class Planned:
+    """A plan and the slots it was made from."""
+
+    plan: Plan
+    slots: Slots
+    layout: BufferLayout
+
+    @property
+    def filled_E(self) -> list[int]:
+        return self.slots.filled_GE.sum(0).tolist()
 
 
 def plan_of(
     choices: list[list[int]] | Tensor,
     batch: int,
     capacity: Capacity,
-    layout: BufferLayout,
+    rule: SlotRule,
     weights: list[list[float]] | Tensor | None = None,
-) -> Plan:
+    kind: str = "fixed",
+    blocks: int = 1,
+) -> Planned:
     ids = torch.as_tensor(choices)
     values = torch.ones(ids.shape) if weights is None else torch.as_tensor(weights)
-    return make_plan(ids, values, batch, capacity, layout, rank_in_expert)
+    slots = assign_slots(ids, values, batch, capacity, rule, rank_in_expert)
+    if kind == "packed":
+        layout = BufferLayout.packed(rule, capacity, blocks, ids.numel())
+    elif kind == "aligned":
+        layout = BufferLayout.aligned(rule, int(slots.filled_GE.sum(0).max()))
+    else:
+        layout = BufferLayout.fixed(rule, capacity, blocks)
+    return Planned(make_plan(slots, batch, capacity, layout), slots, layout)
 
 
 ONE_ROW = [[0, 1], [0, 1], [0, 1], [1, 0]]
@@ -34,22 +57,24 @@ token 3 as its rank 3."""
 
 def test_all_first_choices_come_before_all_second_choices() -> None:
     capacity = Capacity(group_size=4, groups=1, slots=2)
-    plan = plan_of(ONE_ROW, 1, capacity, BufferLayout(num_experts=2))
+    planned = plan_of(ONE_ROW, 1, capacity, SlotRule(num_experts=2))
+    plan = planned.plan
     # Token 2 is dropped twice. Token 3 keeps its first choice and loses its second: each choice is
     # judged alone. Expert 1 keeps token 3 (first choice) and token 0 (second).
     assert plan.kept_TK.tolist() == [[True, True], [True, False], [False, False], [True, False]]
     assert plan.rows_TK.tolist() == [[0, 3], [1, 0], [0, 0], [2, 0]]
     assert plan.source_R.tolist() == [0, 1, 3, 0]
-    assert plan.filled_E.tolist() == [2, 2]
+    assert planned.filled_E == [2, 2]
 
 
 def test_a_second_choice_is_ranked_after_first_choices_that_were_dropped() -> None:
     """One slot more than expert 0 has undropped first choices would not be enough for token 3."""
     capacity = Capacity(group_size=4, groups=1, slots=3)
-    plan = plan_of(ONE_ROW, 1, capacity, BufferLayout(num_experts=2))
+    planned = plan_of(ONE_ROW, 1, capacity, SlotRule(num_experts=2))
+    plan = planned.plan
     assert plan.kept_TK.tolist() == [[True, True], [True, True], [True, False], [True, False]]
     # Rank 3 of expert 0 is token 3's: with four slots it stands behind all three first choices.
-    wide = plan_of(ONE_ROW, 1, replace(capacity, slots=4), BufferLayout(num_experts=2))
+    wide = plan_of(ONE_ROW, 1, replace(capacity, slots=4), SlotRule(num_experts=2)).plan
     assert wide.rows_TK.tolist() == [[0, 5], [1, 6], [2, 7], [4, 3]]
 
 
@@ -57,7 +82,7 @@ def test_tokens_of_a_row_compete_in_the_order_of_the_row() -> None:
     """Activations are [S, B, H]: tokens 0, 2, 4 are row 0 and tokens 1, 3, 5 row 1."""
     choices = [[0], [1], [0], [0], [0], [0]]
     capacity = Capacity(group_size=3, groups=2, slots=2)
-    plan = plan_of(choices, 2, capacity, BufferLayout(num_experts=2))
+    plan = plan_of(choices, 2, capacity, SlotRule(num_experts=2)).plan
     # Row 0 sends three tokens to expert 0: the last is dropped. Row 1 sends two.
     assert plan.kept_TK.flatten().tolist() == [True, True, True, True, False, True]
     # Fixed rows are (expert, group, slot): expert 0 has rows 0, 1 | 2, 3, expert 1 has 4, 5 | 6, 7.
@@ -67,21 +92,21 @@ def test_tokens_of_a_row_compete_in_the_order_of_the_row() -> None:
 def test_a_group_over_both_rows_takes_row_0_first() -> None:
     choices = [[0], [0], [0], [0]]  # row 0: tokens 0, 2; row 1: tokens 1, 3
     capacity = Capacity(group_size=4, groups=1, slots=3)
-    plan = plan_of(choices, 2, capacity, BufferLayout(num_experts=1))
+    plan = plan_of(choices, 2, capacity, SlotRule(num_experts=1)).plan
     assert plan.rows_TK.flatten().tolist() == [0, 2, 1, 0]
     assert plan.kept_TK.flatten().tolist() == [True, True, True, False]
 
 
 def test_groups_smaller_than_a_row() -> None:
     capacity = Capacity(group_size=2, groups=2, slots=1)
-    plan = plan_of([[0], [0], [0], [0]], 1, capacity, BufferLayout(num_experts=1))
+    plan = plan_of([[0], [0], [0], [0]], 1, capacity, SlotRule(num_experts=1)).plan
     assert plan.kept_TK.flatten().tolist() == [True, False, True, False]
 
 
 def test_policy_probs_keeps_the_most_probable_and_breaks_ties_by_position() -> None:
     weights = [[0.5, 0.3], [0.9, 0.05], [0.6, 0.3], [0.8, 0.7]]
-    layout = BufferLayout(num_experts=2, policy="probs")
-    plan = plan_of(ONE_ROW, 1, Capacity(group_size=4, groups=1, slots=2), layout, weights)
+    layout = SlotRule(num_experts=2, policy="probs")
+    plan = plan_of(ONE_ROW, 1, Capacity(group_size=4, groups=1, slots=2), layout, weights).plan
     # Expert 0: token 1 (.9), token 3's second choice (.7); out: token 2 (.6), token 0 (.5).
     # Expert 1: token 3 (.8), then tokens 0 and 2 tie at .3: token 0 is earlier.
     assert plan.kept_TK.tolist() == [[False, True], [True, False], [False, False], [True, True]]
@@ -91,10 +116,11 @@ def test_policy_probs_keeps_the_most_probable_and_breaks_ties_by_position() -> N
 def test_packed_rows_are_the_filled_ones_sorted_by_expert() -> None:
     choices = [[0], [1], [2], [0], [2], [2]]  # rows 0: 0, 2, 2 and 1: 1, 0, 2
     capacity = Capacity(group_size=3, groups=2, slots=1)
-    layout = BufferLayout(num_experts=4, packed=True)
-    plan = plan_of(choices, 2, capacity, layout)
+    layout = SlotRule(num_experts=4)
+    planned = plan_of(choices, 2, capacity, layout, kind="packed")
+    plan = planned.plan
     # Kept: expert 0 of both groups, expert 1 of row 1, expert 2 of both; token 4 is dropped.
-    assert plan.filled_E.tolist() == [2, 1, 2, 0]
+    assert planned.filled_E == [2, 1, 2, 0]
     assert plan.rows_TK.flatten().tolist() == [0, 2, 3, 1, 0, 4]
     assert plan.source_R.tolist() == [0, 3, 1, 2, 5, 0]
 
@@ -102,61 +128,71 @@ def test_packed_rows_are_the_filled_ones_sorted_by_expert() -> None:
 def test_packed_blocks_start_at_fixed_rows() -> None:
     choices = [[3], [0], [3], [2]]
     capacity = Capacity(group_size=4, groups=1, slots=2)
-    layout = BufferLayout(num_experts=4, blocks=2, packed=True)
-    assert layout.block_rows(capacity, choices=4) == 4
-    plan = plan_of(choices, 1, capacity, layout)
-    assert plan.rows_TK.flatten().tolist() == [5, 0, 6, 4]
+    planned = plan_of(choices, 1, capacity, SlotRule(num_experts=4), kind="packed", blocks=2)
+    assert planned.layout.block_rows == 4
+    assert planned.plan.rows_TK.flatten().tolist() == [5, 0, 6, 4]
 
 
 def test_ranks_that_share_tokens_divide_the_slots() -> None:
     capacity = Capacity(group_size=4, groups=1, slots=3)
-    layouts = [BufferLayout(num_experts=1, shares=2, share=i) for i in range(2)]
-    even, odd = (plan_of([[0]] * 4, 1, capacity, layout) for layout in layouts)
+    layouts = [SlotRule(num_experts=1, shares=2, share=i) for i in range(2)]
+    first, second = (plan_of([[0]] * 4, 1, capacity, layout) for layout in layouts)
+    even, odd = first.plan, second.plan
     assert even.owned_TK.flatten().tolist() == [True, False, True, False]
     assert odd.owned_TK.flatten().tolist() == [False, True, False, False]
-    assert even.filled_E.tolist() == [2]
-    assert odd.filled_E.tolist() == [1]
+    assert first.filled_E == [2]
+    assert second.filled_E == [1]
     assert even.kept_TK.equal(odd.kept_TK)
 
 
+def test_aligned_rows_are_filled_rows_with_equal_room_for_every_expert() -> None:
+    choices = [[0], [1], [2], [0], [2], [2]]  # rows 0: 0, 2, 2 and 1: 1, 0, 2
+    capacity = Capacity(group_size=3, groups=2, slots=2)
+    planned = plan_of(choices, 2, capacity, SlotRule(num_experts=4), kind="aligned")
+    assert planned.filled_E == [2, 1, 3, 0]
+    assert planned.layout.expert_rows == 3
+    # Expert 2 starts at row 6: tokens 2 and 4 of row 0, then token 5 of row 1.
+    assert planned.plan.rows_TK.flatten().tolist() == [0, 3, 6, 1, 7, 8]
+
+
 @pytest.mark.parametrize("policy", ["position", "probs"])
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize(
-    ("experts", "blocks", "shares"), [(6, 1, 1), (6, 2, 1), (6, 3, 2), (40, 4, 3)]
+    ("kind", "experts", "blocks", "shares"),
+    [
+        *itertools.product(["fixed", "packed", "aligned"], [6, 40], [1], [1, 3]),
+        *itertools.product(["fixed", "packed"], [6, 40], [2], [1, 2]),
+    ],
 )
 @pytest.mark.parametrize("slots", [1, 3, 30])
 def test_every_kept_choice_has_one_row_of_its_own(
-    policy: str, packed: bool, experts: int, blocks: int, shares: int, slots: int
+    policy: str, kind: str, experts: int, blocks: int, shares: int, slots: int
 ) -> None:
     torch.manual_seed(experts * slots)
     batch, tokens, topk = 3, 90, 3
     capacity = Capacity(group_size=30, groups=3, slots=slots)
     weights, choices = torch.rand(tokens, experts).topk(topk)
-    layout = BufferLayout(
-        num_experts=experts,
-        blocks=blocks,
-        shares=shares,
-        packed=packed,
-        policy=policy,  # type: ignore[arg-type]
-    )
-    plans = [
-        plan_of(choices, batch, capacity, replace(layout, share=i), weights) for i in range(shares)
+    rule = SlotRule(num_experts=experts, policy=policy, shares=shares)  # type: ignore[arg-type]
+    results = [
+        plan_of(choices, batch, capacity, replace(rule, share=i), weights, kind, blocks)
+        for i in range(shares)
     ]
-    owners = torch.stack([plan.owned_TK for plan in plans]).int().sum(0)
-    assert torch.equal(owners, plans[0].kept_TK.int())
-    block_rows = layout.block_rows(capacity, tokens * topk)
-    for plan in plans:
+    owners = torch.stack([r.plan.owned_TK for r in results]).int().sum(0)
+    assert torch.equal(owners, results[0].plan.kept_TK.int())
+    for result in results:
+        plan, block_rows = result.plan, result.layout.block_rows
         rows = plan.rows_TK[plan.owned_TK]
         assert rows.unique().numel() == rows.numel()
         token = torch.arange(tokens)[:, None].expand(tokens, topk)[plan.owned_TK]
         assert torch.equal(plan.source_R[rows], token)
         owned_experts = choices[plan.owned_TK]
-        assert torch.equal(plan.filled_E, torch.bincount(owned_experts, minlength=experts))
+        assert result.filled_E == torch.bincount(owned_experts, minlength=experts).tolist()
         assert plan.source_R.numel() == blocks * block_rows
         assert torch.equal(rows // block_rows, owned_experts // (experts // blocks))
-        if packed:
+        if kind == "packed":
             by_row = owned_experts[rows.argsort()]
             assert torch.equal(by_row, by_row.sort().values)
+        else:
+            assert torch.equal(rows // result.layout.expert_rows, owned_experts)
 
 
 @pytest.mark.parametrize("policy", ["position", "probs"])
@@ -164,8 +200,8 @@ def test_slots_are_full_before_anything_drops(policy: str) -> None:
     torch.manual_seed(3)
     weights, choices = torch.rand(64, 8).topk(2)
     capacity = Capacity(group_size=16, groups=4, slots=3)
-    layout = BufferLayout(num_experts=8, policy=policy)  # type: ignore[arg-type]
-    plan = plan_of(choices, 4, capacity, layout, weights)
+    rule = SlotRule(num_experts=8, policy=policy)  # type: ignore[arg-type]
+    kept_TK = plan_of(choices, 4, capacity, rule, weights).plan.kept_TK
     for row, expert in itertools.product(range(4), range(8)):
         mine = choices[row::4] == expert
-        assert (plan.kept_TK[row::4] & mine).sum() == min(int(mine.sum()), 3)
+        assert (kept_TK[row::4] & mine).sum() == min(int(mine.sum()), 3)
