@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST_GATE_ELEMENTS = 1 << 17
+LEAST_GATE_ELEMENTS = 1 << 18
 """Elements of the gated product below which experts share one call of the gate. Sixteen experts of
 64 x 512 in four calls rather than sixteen."""
 
@@ -120,14 +120,14 @@ class _WeightGradient:
                 torch.mm(left, right, out=self.each[expert])
                 self.started.add(expert)
 
-    def add_batch(self, left_ERX: Tensor, right_ERY: Tensor) -> None:
-        """Add left^T right for every expert."""
+    def add_batch(self, some: slice, left_ERX: Tensor, right_ERY: Tensor) -> None:
+        """Add left^T right of each of some experts, whose rows these are."""
         left_EXR = left_ERX.transpose(1, 2)
         if self.fused:
-            self.target.baddbmm_(left_EXR, right_ERY)
+            self.target[some].baddbmm_(left_EXR, right_ERY)
         else:
-            torch.bmm(left_EXR, right_ERY, out=self.target)
-            self.started.update(range(self.target.shape[0]))
+            torch.bmm(left_EXR, right_ERY, out=self.target[some])
+            self.started.update(range(some.start, some.stop))
 
     def finish(self) -> Tensor:
         """What the autograd function returns for the weight."""
@@ -187,29 +187,55 @@ class _Loop(torch.autograd.Function):
         return dx_RH, d_in.finish(), d_out.finish(), None, None
 
 
+def _portions(x_ERH: Tensor, width: int) -> list[slice]:
+    """Experts whose GEMMs are batched together: all, but on a CPU a few for each thread.
+
+    A batched GEMM gives each thread whole experts; what it made is then still in its cache when the
+    gate comes.
+    """
+    experts, rows = x_ERH.shape[:2]
+    if x_ERH.device.type != "cpu" or type(x_ERH) is not Tensor:
+        return [slice(0, experts)]
+    threads = torch.get_num_threads()
+    step = threads * max(1, round(LEAST_GATE_ELEMENTS / max(1, rows * width * threads)))
+    return [slice(start, min(start + step, experts)) for start in range(0, experts, step)]
+
+
 class _Batched(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_ERH: Tensor, weight_in: Tensor, weight_out: Tensor, gate: ModuleType
     ) -> Tensor:
-        ctx.blocks = weight_in.shape[2] // weight_out.shape[1]
-        ctx.gate = gate
-        z_ERM = torch.bmm(x_ERH, weight_in)
-        h_RF = gate.forward(z_ERM.flatten(0, 1), ctx.blocks)
+        (rows, width), y_ERH = (x_ERH.shape[1], weight_out.shape[1]), torch.empty_like(x_ERH)
+        ctx.blocks, ctx.gate = weight_in.shape[2] // width, gate
+        z_ERM = x_ERH.new_empty(*x_ERH.shape[:2], weight_in.shape[2])
+        portions = _portions(x_ERH, width)
+        h_ERF = x_ERH.new_empty(portions[0].stop, rows, width)
+        for some in portions:
+            z, h = z_ERM[some], h_ERF[: some.stop - some.start]
+            torch.bmm(x_ERH[some], weight_in[some], out=z)
+            gate.forward(z.flatten(0, 1), ctx.blocks, out=h.flatten(0, 1))
+            torch.bmm(h, weight_out[some], out=y_ERH[some])
         ctx.save_for_backward(x_ERH, z_ERM, weight_in, weight_out)
-        return torch.bmm(h_RF.view(*z_ERM.shape[:2], -1), weight_out)
+        return y_ERH
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x_ERH, z_ERM, weight_in, weight_out = ctx.saved_tensors
-        dy_ERH = grads[0].contiguous()
+        dy_ERH, dx_ERH = grads[0].contiguous(), torch.empty_like(x_ERH)
         d_in, d_out = _WeightGradient(weight_in), _WeightGradient(weight_out)
-        dh_ERF = torch.bmm(dy_ERH, weight_out.transpose(1, 2))
-        dz_RM, h_RF = ctx.gate.backward(dh_ERF.flatten(0, 1), z_ERM.flatten(0, 1), ctx.blocks)
-        dz_ERM, h_ERF = dz_RM.view_as(z_ERM), h_RF.view_as(dh_ERF)
-        d_out.add_batch(h_ERF, dy_ERH)
-        d_in.add_batch(x_ERH, dz_ERM)
-        dx_ERH = torch.bmm(dz_ERM, weight_in.transpose(1, 2))
+        portions = _portions(x_ERH, weight_out.shape[1])
+        most = (portions[0].stop, x_ERH.shape[1])
+        dh_ERF, h_ERF = (z_ERM.new_empty(*most, weight_out.shape[1]) for _ in range(2))
+        dz_ERM = z_ERM.new_empty(*most, z_ERM.shape[2])
+        for some in portions:
+            dh, h, dz = (t[: some.stop - some.start] for t in (dh_ERF, h_ERF, dz_ERM))
+            torch.bmm(dy_ERH[some], weight_out[some].transpose(1, 2), out=dh)
+            flat = (t.flatten(0, 1) for t in (dz, h))
+            ctx.gate.backward(dh.flatten(0, 1), z_ERM[some].flatten(0, 1), ctx.blocks, *flat)
+            d_out.add_batch(some, h, dy_ERH[some])
+            torch.bmm(dz, weight_in[some].transpose(1, 2), out=dx_ERH[some])
+            d_in.add_batch(some, x_ERH[some], dz)
         return dx_ERH, d_in.finish(), d_out.finish(), None
 
 

@@ -17,12 +17,11 @@ from megatron_moe.errors import UsageError
 from megatron_moe.moe import expert_gemm
 from megatron_moe.moe.exchange import ExpertGroups, size_of
 
-SMALL_GEMM = 100_000_000
-"""Multiply-adds of one expert's first GEMM below which a CPU runs them faster as one batched GEMM.
-Bare GEMMs of a forward and backward pass, 2 threads, one by one against batched, ms: at 17M
-multiply-adds 13.4 / 12.5, at 67M 20.8 / 19.2, at 134M 173 / 187, at 1600M 936 / 1014."""
-MOST_PADDING = 1.15
-"""Rows of a batched GEMM per filled row above which that gain is spent on empty rows."""
+PADDING_WORTH = ((30_000_000, 1.3), (100_000_000, 1.1))
+"""Multiply-adds of one expert's first GEMM below which a CPU runs them faster as one batched GEMM,
+and up to how many rows of it per filled row. Bare GEMMs of a forward and backward pass, 2 threads,
+one by one against batched over as many rows as the fullest expert has, ms: at 17M multiply-adds and
+1.25 rows per row 14.1 / 13.1; at 67M, 1.06: 23.0 / 21.4; at 134M, 1.15: 173 / 187."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +69,9 @@ def choose_impl(requested: str, work: ExpertWork) -> ExpertImpl:
         return ExpertImpl("batched", "auto: no host read on this device")
     if work.filled is not None:
         rows, fullest = sum(work.filled), max(work.filled)
-        small = 0 < fullest * work.multiply_adds < SMALL_GEMM
-        if small and fullest * len(work.filled) <= MOST_PADDING * rows:
+        padding = fullest * len(work.filled) / max(rows, 1)
+        size = fullest * work.multiply_adds
+        if size and any(size < most and padding <= worth for most, worth in PADDING_WORTH):
             return ExpertImpl("batched", "auto: small, evenly loaded experts", fullest)
     return ExpertImpl("loop", "auto: on a CPU filled rows alone are computed")
 
