@@ -30,7 +30,7 @@ from megatron_moe.config.presets import PRESETS
 PRESET = "openmoe-tiny"
 VOCAB = 4096
 """The quickstart's vocabulary."""
-SECONDS, ROUNDS = 60.0, (7, 40)
+SECONDS, ROUNDS = 120.0, (7, 60)
 SPEEDUP = 1.3
 
 

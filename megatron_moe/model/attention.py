@@ -33,12 +33,35 @@ def rotary_table(
     return angle.cos(), angle.sin()
 
 
+def _turn(x_SBND: Tensor, cos_SD: Tensor, sin_SD: Tensor, sign: int) -> Tensor:
+    """Each pair (x_i, x_{i+D/2}) turned by ``sign`` times its angle, in three passes."""
+    cos, sin = torch.cat((cos_SD, cos_SD), -1)[:, None, None, :], sin_SD[:, None, None, :]
+    x = x_SBND.to(cos_SD.dtype)
+    first, second = x.chunk(2, dim=-1)
+    turned = x * cos
+    new_first, new_second = turned.chunk(2, dim=-1)
+    new_first.addcmul_(second, sin, value=-sign)
+    new_second.addcmul_(first, sin, value=sign)
+    return turned.to(x_SBND.dtype)
+
+
+class _Rotation(torch.autograd.Function):
+    """Keeps nothing of ``x``: the gradient is turned back by the same angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SBND: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_SD, sin_SD)
+        return _turn(x_SBND, cos_SD, sin_SD, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos_SD, sin_SD = ctx.saved_tensors
+        return _turn(grads[0], cos_SD, sin_SD, -1), None, None
+
+
 def rotate(x_SBND: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
     """Rotate each pair (x_i, x_{i+D/2}) by its angle, in fp32; the result has the type of ``x``."""
-    cos, sin = cos_SD[:, None, None, :], sin_SD[:, None, None, :]
-    first, second = x_SBND.to(cos_SD.dtype).chunk(2, dim=-1)
-    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return rotated.to(x_SBND.dtype)
+    return _Rotation.apply(x_SBND, cos_SD, sin_SD)
 
 
 class RotaryCoreAttention(torch.nn.Module):

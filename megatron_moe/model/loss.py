@@ -18,6 +18,8 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
+from fused_kernels.reference._blocks import row_blocks
+
 
 class _Fp32Matmul(torch.autograd.Function):
     """(scale x) W^T in fp32, keeping only the operands in their own type for the backward pass."""
@@ -71,36 +73,40 @@ class Fp32LogitsLayer(ColumnParallelLinear):
 
 
 class _VocabParallelLoss(torch.autograd.Function):
-    """See `vocab_parallel_loss`. Takes ownership of the logits: their memory holds the softmax."""
+    """See `vocab_parallel_loss`.
+
+    Takes ownership of the logits: their memory holds exp(logit - max), which the backward pass
+    divides by the total while it scales it, one pass less over the logits.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, group: ProcessGroup) -> Tensor:
         columns = logits.shape[-1]
-        top = logits.detach().amax(dim=-1)
+        exps = logits.detach().flatten(0, -2)
+        top = exps.amax(dim=-1, keepdim=True)
         all_reduce(top, op=ReduceOp.MAX, group=group)
-        shifted = logits.detach().sub_(top.unsqueeze(-1))
-        index = target - group.rank() * columns
+        index = (target - group.rank() * columns).reshape(-1, 1)
         ours = (index >= 0) & (index < columns)
-        index = torch.where(ours, index, 0).unsqueeze(-1)
-        picked = shifted.gather(-1, index).squeeze(-1).masked_fill_(~ours, 0.0)
-        total = shifted.exp_().sum(dim=-1)
-        both = torch.stack((picked, total))
+        index = torch.where(ours, index, 0)
+        both = top.new_empty(2, *top.shape)
+        for part, maximum, chosen, picked, total in row_blocks(columns, exps, top, index, *both):
+            torch.gather(part.sub_(maximum), 1, chosen, out=picked)
+            torch.sum(part.exp_(), 1, keepdim=True, out=total)
+        both[0].masked_fill_(~ours, 0.0)
         all_reduce(both, group=group)
         picked, total = both
-        shifted.div_(total.unsqueeze(-1))
         log_total = total.log()
         log_z = log_total + top
-        ctx.save_for_backward(shifted, index, ours, log_z)
-        return torch.stack((log_total - picked, log_z.square()))
+        ctx.save_for_backward(exps, total, index, ours, log_z)
+        return torch.stack((log_total - picked, log_z.square())).view(2, *target.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        softmax, index, ours, log_z = ctx.saved_tensors
-        grad_ce, grad_z = grads[0]
-        scale = grad_ce + 2 * log_z * grad_z
-        grad = softmax.mul_(scale.unsqueeze(-1))
-        grad.scatter_add_(-1, index, -(grad_ce * ours).unsqueeze(-1))
-        return grad, None, None
+        exps, total, index, ours, log_z = ctx.saved_tensors
+        grad_ce, grad_z = grads[0].reshape(2, -1, 1)
+        grad = exps.mul_((grad_ce + 2 * log_z * grad_z) / total)
+        grad.scatter_add_(-1, index, -(grad_ce * ours))
+        return grad.view(*grads[0].shape[1:], -1), None, None
 
 
 def vocab_parallel_loss(logits_SBV: Tensor, target_SB: Tensor, group: ProcessGroup) -> Tensor:

@@ -6,10 +6,42 @@ the engine sums its gradient over the tensor-parallel ranks, each of which sees 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.nn import functional as F
+
+
+class _CpuRMSNorm(torch.autograd.Function):
+    """Nine passes over the activations; autograd through PyTorch's CPU path takes twenty.
+
+    With u = x / r, r = sqrt(mean(x^2) + eps) and g = weight * dy: dx = (g - u mean(g u)) / r and
+    dweight = sum over rows of dy u.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+        inverse = mean_square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        # Cast before scaling, as T5 does: bf16 results depend on the order.
+        normalised = (wide * inverse).to(x.dtype)
+        return normalised.mul_(weight) if weight.dtype == x.dtype else normalised * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, inverse = ctx.saved_tensors
+        width = x.shape[-1]
+        unit = (x.to(inverse.dtype) * inverse).reshape(-1, width)
+        grad = grads[0].to(inverse.dtype).reshape(-1, width)
+        wide_weight = weight.to(inverse.dtype)
+        product = grad * unit
+        mean = product.mv(wide_weight).div_(-width).unsqueeze(1)
+        grad_x = (grad * wide_weight).addcmul_(unit, mean).mul_(inverse.reshape(-1, 1))
+        return grad_x.view_as(x).to(x.dtype), product.sum(0).to(weight.dtype), None
 
 
 class RMSNorm(torch.nn.Module):
@@ -29,7 +61,8 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., H]; the result has the type of ``x``."""
+        if x.device.type == "cpu":
+            return _CpuRMSNorm.apply(x, self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         normalised = F.rms_norm(wide, (x.shape[-1],), None, self.eps)
-        # Cast before scaling, as T5 does: bf16 results depend on the order.
         return normalised.to(x.dtype) * self.weight

@@ -22,7 +22,7 @@ from torch import Tensor
 
 LEAST_GATE_ELEMENTS = 1 << 18
 """Elements of the gated product below which experts share one call of the gate. Sixteen experts of
-64 x 512 in four calls rather than sixteen."""
+64 x 512 in two calls rather than sixteen."""
 
 
 @dataclass(frozen=True)
@@ -120,14 +120,15 @@ class _WeightGradient:
                 torch.mm(left, right, out=self.each[expert])
                 self.started.add(expert)
 
-    def add_batch(self, some: slice, left_ERX: Tensor, right_ERY: Tensor) -> None:
-        """Add left^T right of each of some experts, whose rows these are."""
+    def add_batch(self, first: int, left_ERX: Tensor, right_ERY: Tensor) -> None:
+        """Add left^T right of the experts from ``first`` on, whose rows these are."""
+        end = first + left_ERX.shape[0]
         left_EXR = left_ERX.transpose(1, 2)
         if self.fused:
-            self.target[some].baddbmm_(left_EXR, right_ERY)
+            self.target[first:end].baddbmm_(left_EXR, right_ERY)
         else:
-            torch.bmm(left_EXR, right_ERY, out=self.target[some])
-            self.started.update(range(some.start, some.stop))
+            torch.bmm(left_EXR, right_ERY, out=self.target[first:end])
+            self.started.update(range(first, end))
 
     def finish(self) -> Tensor:
         """What the autograd function returns for the weight."""
@@ -187,56 +188,95 @@ class _Loop(torch.autograd.Function):
         return dx_RH, d_in.finish(), d_out.finish(), None, None
 
 
-def _portions(x_ERH: Tensor, width: int) -> list[slice]:
-    """Experts whose GEMMs are batched together: all, but on a CPU a few for each thread.
+@dataclass(frozen=True)
+class Portion:
+    """Neighbouring experts of one batched GEMM, each with ``rows`` rows of the buffer."""
 
-    A batched GEMM gives each thread whole experts; what it made is then still in its cache when the
-    gate comes.
+    experts: int
+    rows: int
+
+
+def portions_of(rows: list[int], width: int, threads: int = 0) -> list[Portion]:
+    """Which experts share a batched GEMM.
+
+    A batched GEMM gives each thread whole experts. With few of them at a time, what it made is
+    still in the thread's cache when the gate comes, and an expert is padded to the fullest of few.
+
+    Args:
+        rows: of each expert, at least.
+        width: F, columns of the gated product.
+        threads: of the CPU; 0: one GEMM for all.
     """
-    experts, rows = x_ERH.shape[:2]
-    if x_ERH.device.type != "cpu" or type(x_ERH) is not Tensor:
-        return [slice(0, experts)]
-    threads = torch.get_num_threads()
-    step = threads * max(1, round(LEAST_GATE_ELEMENTS / max(1, rows * width * threads)))
-    return [slice(start, min(start + step, experts)) for start in range(0, experts, step)]
+    step = len(rows)
+    if threads:
+        share = 2 * LEAST_GATE_ELEMENTS / max(1, max(rows) * width * threads)
+        step = threads * max(1, round(share))
+    parts = [rows[start : start + step] for start in range(0, len(rows), step)]
+    return [Portion(len(part), max(part)) for part in parts]
 
 
 class _Batched(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_ERH: Tensor, weight_in: Tensor, weight_out: Tensor, gate: ModuleType
+        ctx: Any,
+        x_RH: Tensor,
+        weight_in: Tensor,
+        weight_out: Tensor,
+        portions: list[Portion],
+        gate: ModuleType,
     ) -> Tensor:
-        (rows, width), y_ERH = (x_ERH.shape[1], weight_out.shape[1]), torch.empty_like(x_ERH)
-        ctx.blocks, ctx.gate = weight_in.shape[2] // width, gate
-        z_ERM = x_ERH.new_empty(*x_ERH.shape[:2], weight_in.shape[2])
-        portions = _portions(x_ERH, width)
-        h_ERF = x_ERH.new_empty(portions[0].stop, rows, width)
-        for some in portions:
-            z, h = z_ERM[some], h_ERF[: some.stop - some.start]
-            torch.bmm(x_ERH[some], weight_in[some], out=z)
-            gate.forward(z.flatten(0, 1), ctx.blocks, out=h.flatten(0, 1))
-            torch.bmm(h, weight_out[some], out=y_ERH[some])
-        ctx.save_for_backward(x_ERH, z_ERM, weight_in, weight_out)
-        return y_ERH
+        width, y_RH = weight_out.shape[1], torch.empty_like(x_RH)
+        ctx.blocks, ctx.gate, ctx.portions = weight_in.shape[2] // width, gate, portions
+        z_RM = x_RH.new_empty(x_RH.shape[0], weight_in.shape[2])
+        h_RF = x_RH.new_empty(_most_rows(portions), width)
+        # Cut once for all portions: a view of each in each turn costs more than a small gate.
+        weights = (_by_portion(w, portions) for w in (weight_in, weight_out))
+        rows = (_rows_of(t, portions) for t in (x_RH, z_RM, y_RH))
+        for portion, w_in, w_out, x, z, y in zip(portions, *weights, *rows, strict=True):
+            h = h_RF[: z.shape[0]]
+            torch.bmm(_split(x, portion), w_in, out=_split(z, portion))
+            gate.forward(z, ctx.blocks, out=h)
+            torch.bmm(_split(h, portion), w_out, out=_split(y, portion))
+        ctx.save_for_backward(x_RH, z_RM, weight_in, weight_out)
+        return y_RH
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x_ERH, z_ERM, weight_in, weight_out = ctx.saved_tensors
-        dy_ERH, dx_ERH = grads[0].contiguous(), torch.empty_like(x_ERH)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        x_RH, z_RM, weight_in, weight_out = ctx.saved_tensors
+        dy_RH, dx_RH = grads[0].contiguous(), torch.empty_like(x_RH)
         d_in, d_out = _WeightGradient(weight_in), _WeightGradient(weight_out)
-        portions = _portions(x_ERH, weight_out.shape[1])
-        most = (portions[0].stop, x_ERH.shape[1])
-        dh_ERF, h_ERF = (z_ERM.new_empty(*most, weight_out.shape[1]) for _ in range(2))
-        dz_ERM = z_ERM.new_empty(*most, z_ERM.shape[2])
-        for some in portions:
-            dh, h, dz = (t[: some.stop - some.start] for t in (dh_ERF, h_ERF, dz_ERM))
-            torch.bmm(dy_ERH[some], weight_out[some].transpose(1, 2), out=dh)
-            flat = (t.flatten(0, 1) for t in (dz, h))
-            ctx.gate.backward(dh.flatten(0, 1), z_ERM[some].flatten(0, 1), ctx.blocks, *flat)
-            d_out.add_batch(some, h, dy_ERH[some])
-            torch.bmm(dz, weight_in[some].transpose(1, 2), out=dx_ERH[some])
-            d_in.add_batch(some, x_ERH[some], dz)
-        return dx_ERH, d_in.finish(), d_out.finish(), None
+        most = _most_rows(ctx.portions)
+        dh_RF, h_RF = (z_RM.new_empty(most, weight_out.shape[1]) for _ in range(2))
+        dz_RM, first = z_RM.new_empty(most, z_RM.shape[1]), 0
+        weights = (_by_portion(w.transpose(1, 2), ctx.portions) for w in (weight_in, weight_out))
+        rows = (_rows_of(t, ctx.portions) for t in (x_RH, z_RM, dy_RH, dx_RH))
+        for portion, w_in, w_out, x, z, dy, dx in zip(ctx.portions, *weights, *rows, strict=True):
+            dh, h, dz = (t[: z.shape[0]] for t in (dh_RF, h_RF, dz_RM))
+            x, dy, dx = (_split(t, portion) for t in (x, dy, dx))
+            torch.bmm(dy, w_out, out=_split(dh, portion))
+            ctx.gate.backward(dh, z, ctx.blocks, grad_z=dz, out=h)
+            d_out.add_batch(first, _split(h, portion), dy)
+            torch.bmm(_split(dz, portion), w_in, out=dx)
+            d_in.add_batch(first, x, _split(dz, portion))
+            first += portion.experts
+        return dx_RH, d_in.finish(), d_out.finish(), None, None
+
+
+def _most_rows(portions: list[Portion]) -> int:
+    return max(portion.experts * portion.rows for portion in portions)
+
+
+def _by_portion(weight_EXY: Tensor, portions: list[Portion]) -> tuple[Tensor, ...]:
+    return weight_EXY.split([portion.experts for portion in portions])
+
+
+def _rows_of(buffer_RX: Tensor, portions: list[Portion]) -> tuple[Tensor, ...]:
+    return buffer_RX.split([portion.experts * portion.rows for portion in portions])
+
+
+def _split(rows_RX: Tensor, portion: Portion) -> Tensor:
+    """Rows of a portion by expert."""
+    return rows_RX.view(portion.experts, portion.rows, rows_RX.shape[1])
 
 
 def loop(
@@ -261,6 +301,23 @@ def loop(
     return _Loop.apply(x_RH, weight_in, weight_out, segments, gate)
 
 
-def batched(x_ERH: Tensor, weight_in: Tensor, weight_out: Tensor, gate: ModuleType) -> Tensor:
-    """All experts over a fixed-shape buffer [E, R, H]; arguments as for `loop`."""
-    return _Batched.apply(x_ERH, weight_in, weight_out, gate)
+def batched(
+    x_RH: Tensor,
+    weight_in: Tensor,
+    weight_out: Tensor,
+    portions: list[Portion],
+    gate: ModuleType,
+) -> Tensor:
+    """All experts over a buffer in which neighbours have as many rows.
+
+    Args:
+        x_RH: the buffer.
+        weight_in: as for `loop`.
+        weight_out: as for `loop`.
+        portions: all experts in order; their rows make up the buffer.
+        gate: the `gated_silu` kernel.
+
+    Returns:
+        [R, H].
+    """
+    return _Batched.apply(x_RH, weight_in, weight_out, portions, gate)

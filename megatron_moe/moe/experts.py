@@ -16,10 +16,11 @@ from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.moe import expert_gemm
 from megatron_moe.moe.exchange import ExpertGroups, size_of
+from megatron_moe.moe.expert_gemm import Portion, portions_of
 
 PADDING_WORTH = ((30_000_000, 1.3), (100_000_000, 1.1))
-"""Multiply-adds of one expert's first GEMM below which a CPU runs them faster as one batched GEMM,
-and up to how many rows of it per filled row. Bare GEMMs of a forward and backward pass, 2 threads,
+"""Multiply-adds of one expert's first GEMM below which a CPU runs them faster in batched GEMMs, and
+up to how many rows of them per filled row. Bare GEMMs of a forward and backward pass, 2 threads,
 one by one against batched over as many rows as the fullest expert has, ms: at 17M multiply-adds and
 1.25 rows per row 14.1 / 13.1; at 67M, 1.06: 23.0 / 21.4; at 134M, 1.15: 173 / 187."""
 
@@ -31,12 +32,12 @@ class ExpertImpl:
     Args:
         name: `loop` over experts, or `batched`.
         reason: why, for the log.
-        expert_rows: with `batched`, rows of each expert; `None` for all slots.
+        portions: with `batched`, which experts share a GEMM and their rows; `None` for all slots.
     """
 
     name: Literal["loop", "batched"]
     reason: str
-    expert_rows: int | None = None
+    portions: tuple[Portion, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +48,13 @@ class ExpertWork:
         readable: whether the host can read row counts without waiting.
         filled: rows of each expert, if they are all on this rank and readable.
         multiply_adds: of one row in the first GEMM of an expert, H * M.
+        width: columns of the gated product, F.
     """
 
     readable: bool
     filled: list[int] | None
     multiply_adds: int
+    width: int
 
 
 def choose_impl(requested: str, work: ExpertWork) -> ExpertImpl:
@@ -67,12 +70,12 @@ def choose_impl(requested: str, work: ExpertWork) -> ExpertImpl:
         return ExpertImpl("batched" if requested == "batched" else "loop", "as asked")
     if not work.readable:
         return ExpertImpl("batched", "auto: no host read on this device")
-    if work.filled is not None:
-        rows, fullest = sum(work.filled), max(work.filled)
-        padding = fullest * len(work.filled) / max(rows, 1)
-        size = fullest * work.multiply_adds
-        if size and any(size < most and padding <= worth for most, worth in PADDING_WORTH):
-            return ExpertImpl("batched", "auto: small, evenly loaded experts", fullest)
+    if work.filled is not None and any(work.filled):
+        portions = portions_of(work.filled, work.width, torch.get_num_threads())
+        padding = sum(p.experts * p.rows for p in portions) / sum(work.filled)
+        size = max(work.filled) * work.multiply_adds
+        if any(size < most and padding <= worth for most, worth in PADDING_WORTH):
+            return ExpertImpl("batched", "auto: small, evenly loaded experts", tuple(portions))
     return ExpertImpl("loop", "auto: on a CPU filled rows alone are computed")
 
 
@@ -142,22 +145,31 @@ class Experts(nn.Module):
         """Outputs for the rows that arrived from all sources.
 
         Args:
-            rows_RH: blocks of sources, each `packed` for `loop`, `fixed` for `batched`.
+            rows_RH: blocks of sources, each `packed` for `loop`, `fixed` or, where the
+                implementation names portions, `aligned` for `batched`.
             filled_E: rows that this rank filled for each of all experts.
             impl: which of the two.
             gate: the `gated_silu` kernel.
         """
-        sources = self.groups.sources
+        sources, hidden = self.groups.sources, rows_RH.shape[1]
+        weights = self.weight_in, self.weight_out
         if impl.name == "loop":
             counts = self.groups.counts_by_source(filled_E).tolist()
             segments = expert_gemm.segments_of(counts, rows_RH.shape[0] // sources)
-            return expert_gemm.loop(rows_RH, self.weight_in, self.weight_out, segments, gate)
-        hidden = rows_RH.shape[1]
+            return expert_gemm.loop(rows_RH, *weights, segments, gate)
+        if impl.portions is not None:
+            return expert_gemm.batched(rows_RH, *weights, list(impl.portions), gate)
         by_source = rows_RH.view(sources, self.num_local, -1, hidden)
-        by_expert = by_source.transpose(0, 1).reshape(self.num_local, -1, hidden)
-        out = expert_gemm.batched(by_expert, self.weight_in, self.weight_out, gate)
+        by_expert = by_source.transpose(0, 1).reshape(-1, hidden)
+        out = expert_gemm.batched(by_expert, *weights, self._fixed_portions(by_expert), gate)
         back = out.view(self.num_local, sources, -1, hidden).transpose(0, 1)
         return back.reshape(-1, hidden)
+
+    def _fixed_portions(self, by_expert_RH: Tensor) -> list[Portion]:
+        """Of a buffer in which all experts have the same number of rows."""
+        rows = [by_expert_RH.shape[0] // self.num_local] * self.num_local
+        threads = torch.get_num_threads() if is_readable(by_expert_RH) else 0
+        return portions_of(rows, self.weight_out.shape[1], threads)
 
     @torch.no_grad()
     def reset_parameters(self, std_scale: float, seed: int) -> None:

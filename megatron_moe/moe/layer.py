@@ -154,14 +154,18 @@ class MoELayer(nn.Module):
         """What the choice of expert GEMMs depends on."""
         readable = is_readable(filled_E)
         filled = filled_E.tolist() if readable and self.groups.sources == 1 else None
-        multiply_adds = self.experts.weight_in[0].numel()
-        return ExpertWork(readable=readable, filled=filled, multiply_adds=multiply_adds)
+        return ExpertWork(
+            readable=readable,
+            filled=filled,
+            multiply_adds=self.experts.weight_in[0].numel(),
+            width=self.experts.weight_out.shape[1],
+        )
 
     def _buffer_layout(self, impl: ExpertImpl, capacity: Capacity) -> BufferLayout:
         """The rows that an implementation wants."""
         rule, ranks = self.slot_rule, size_of(self.groups.ep)
-        if impl.expert_rows is not None:
-            return BufferLayout.aligned(rule, impl.expert_rows)
+        if impl.portions is not None:
+            return BufferLayout.aligned([p.rows for p in impl.portions for _ in range(p.experts)])
         if impl.name == "batched":
             return BufferLayout.fixed(rule, capacity, ranks)
         choices = capacity.groups * capacity.group_size * self.moe.moe_router_topk

@@ -43,7 +43,7 @@ def load_balancing_loss(probs_TE: Tensor, load_BE: Tensor, tokens: int, per_row:
 
 def router_z_loss(scores: Scores, tokens: int) -> Tensor:
     """This rank's share of the mean over ``tokens`` tokens."""
-    return scores.logits_TE.logsumexp(-1).square().sum() / tokens
+    return scores.log_z_T.square().sum() / tokens
 
 
 def attach(weights_TK: Tensor, loss: Tensor) -> Tensor:

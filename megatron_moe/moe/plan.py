@@ -4,8 +4,9 @@
   one batched GEMM wants where the host may not wait for counts.
 - `packed`: for each expert-parallel rank a block of fixed size, in it the filled rows sorted by
   expert, the empty ones at the end: what one GEMM per expert over its filled rows wants.
-- `aligned`: the filled rows of each expert together, every expert with as many rows as the fullest
-  fills: what one batched GEMM wants where the host knows the counts. For one expert-parallel rank.
+- `aligned`: the filled rows of each expert together, with room for as many as the fullest has of
+  those whose GEMMs are batched with its own: what batched GEMMs want where the host knows the
+  counts. For one expert-parallel rank.
 
 Shapes: T tokens in the order of the activations (sequence, then batch), K choices, G groups,
 E experts, R buffer rows.
@@ -14,6 +15,7 @@ E experts, R buffer rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -31,13 +33,15 @@ class BufferLayout:
         kind: which of the three.
         blocks: expert-parallel ranks; block i holds the experts of rank i.
         block_rows: rows of one block.
-        expert_rows: rows of one expert; unused by `packed`.
+        expert_rows: rows of one expert in `fixed`.
+        starts: first row of each expert in `aligned`.
     """
 
     kind: Literal["fixed", "packed", "aligned"]
     blocks: int
     block_rows: int
     expert_rows: int = 0
+    starts: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -58,10 +62,10 @@ class BufferLayout:
         return cls(kind="packed", blocks=blocks, block_rows=min(most, choices))
 
     @classmethod
-    def aligned(cls, rule: SlotRule, fullest: int) -> BufferLayout:
-        """As many rows for every expert as the fullest fills."""
-        rows = rule.num_experts * fullest
-        return cls(kind="aligned", blocks=1, block_rows=rows, expert_rows=fullest)
+    def aligned(cls, expert_rows: list[int]) -> BufferLayout:
+        """With these rows for each expert."""
+        ends = list(accumulate(expert_rows))
+        return cls(kind="aligned", blocks=1, block_rows=ends[-1], starts=(0, *ends[:-1]))
 
 
 @dataclass(frozen=True)
@@ -109,9 +113,10 @@ def _first_rows(filled_GE: Tensor, layout: BufferLayout) -> Tensor:
         filled_NE = filled_GE.sum(0).view(layout.blocks, -1)
         block_N = torch.arange(layout.blocks, device=device) * layout.block_rows
         first_E = (filled_NE.cumsum(1) - filled_NE + block_N.unsqueeze(1)).view(-1)
+    elif layout.kind == "aligned":
+        first_E = torch.tensor(layout.starts, device=device)
     else:
         first_E = torch.arange(experts, device=device) * layout.expert_rows
-    if layout.kind == "fixed":
         slots = layout.expert_rows // groups
         return first_E + torch.arange(groups, device=device).unsqueeze(1) * slots
     return first_E + filled_GE.cumsum(0) - filled_GE

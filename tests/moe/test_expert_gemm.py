@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fused_kernels.reference import gated_silu
 from megatron_moe.moe import expert_gemm
-from megatron_moe.moe.expert_gemm import Segment
+from megatron_moe.moe.expert_gemm import Portion, Segment, portions_of
 
 HIDDEN, FFN = 5, 3
 
@@ -67,18 +67,33 @@ def test_segments_are_the_filled_rows() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "portions",
+    [[Portion(4, 6)], [Portion(2, 5), Portion(2, 3)], [Portion(3, 4), Portion(1, 0)]],
+)
 @pytest.mark.parametrize("blocks", [2, 3])
-def test_batched(blocks: int) -> None:
+def test_batched(blocks: int, portions: list[Portion]) -> None:
     w_in, w_out = weights(4, blocks)
-    x = torch.randn(4, 6, HIDDEN, dtype=torch.float64, requires_grad=True)
-    y = expert_gemm.batched(x, w_in, w_out, gated_silu)
-    expected = torch.stack([plain(*each) for each in zip(x, w_in, w_out, strict=True)])
+    sizes = [p.rows for p in portions for _ in range(p.experts)]
+    x = torch.randn(sum(sizes), HIDDEN, dtype=torch.float64, requires_grad=True)
+    y = expert_gemm.batched(x, w_in, w_out, portions, gated_silu)
+    expected = torch.cat([plain(*each) for each in zip(x.split(sizes), w_in, w_out, strict=True)])
     torch.testing.assert_close(y, expected)
     grad = torch.randn_like(x)
     leaves = (x, w_in, w_out)
     torch.testing.assert_close(
         torch.autograd.grad(y, leaves, grad), torch.autograd.grad(expected, leaves, grad)
     )
+
+
+def test_portions_pad_to_the_fullest_of_a_few() -> None:
+    many = 2 * expert_gemm.LEAST_GATE_ELEMENTS
+    assert portions_of([3, 5, 2, 0, 7], many, threads=2) == [
+        Portion(2, 5), Portion(2, 2), Portion(1, 7)
+    ]  # fmt: skip
+    assert portions_of([3, 5, 2], 1, threads=2) == [Portion(3, 5)]
+    assert portions_of([3, 5, 2], many) == [Portion(3, 5)]
+    assert portions_of([0, 0], many, threads=2) == [Portion(2, 0)]
 
 
 @pytest.mark.parametrize("way", ["loop", "batched"])
@@ -90,7 +105,7 @@ def test_gradcheck(way: str) -> None:
     def run(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
         if way == "loop":
             return expert_gemm.loop(x, w_in, w_out, segments, gated_silu)
-        return expert_gemm.batched(x.view(2, 3, HIDDEN), w_in, w_out, gated_silu)
+        return expert_gemm.batched(x, w_in, w_out, [Portion(2, 3)], gated_silu)
 
     assert torch.autograd.gradcheck(run, (x, w_in, w_out))
 
@@ -105,7 +120,8 @@ def test_with_the_engines_wrapper_gradients_are_added_to_main_grad_once(way: str
     def run() -> Tensor:
         if way == "loop":
             return expert_gemm.loop(x.flatten(0, 1), w_in, w_out, segments, gated_silu).sum()
-        return expert_gemm.batched(x, w_in, w_out, gated_silu).sum()
+        portions = [Portion(1, 4), Portion(1, 4)]
+        return expert_gemm.batched(x.flatten(0, 1), w_in, w_out, portions, gated_silu).sum()
 
     expected = torch.autograd.grad(run(), (w_in, w_out))
     for weight in (w_in, w_out):
@@ -122,8 +138,8 @@ def test_a_main_grad_of_another_dtype_is_left_to_the_engine() -> None:
     w_in, w_out = (nn.Parameter(w.detach()) for w in weights(1, 2))
     w_in.main_grad = torch.zeros_like(w_in, dtype=torch.float32)
     w_in.grad_added_to_main_grad = False
-    x = torch.randn(1, 4, HIDDEN, dtype=torch.float64)
-    expert_gemm.batched(x, w_in, w_out, gated_silu).sum().backward()
+    x = torch.randn(4, HIDDEN, dtype=torch.float64)
+    expert_gemm.batched(x, w_in, w_out, [Portion(1, 4)], gated_silu).sum().backward()
     assert w_in.grad is not None
     assert not w_in.grad_added_to_main_grad
     assert w_in.main_grad.abs().max() == 0

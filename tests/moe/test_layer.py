@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.moe import MoELayer, collect_statistics
+from megatron_moe.moe.expert_gemm import Portion
 from megatron_moe.moe.experts import ExpertWork, choose_impl
 from tests.moe.cases import (
     DTYPE,
@@ -221,9 +222,9 @@ def test_auto_takes_what_suits_the_size_and_says_so() -> None:
 
 def test_auto_decides_by_the_loads_of_the_pass() -> None:
     def work(*filled: int) -> ExpertWork:
-        return ExpertWork(readable=True, filled=list(filled), multiply_adds=1000)
+        return ExpertWork(readable=True, filled=list(filled), multiply_adds=1000, width=10)
 
-    assert choose_impl("auto", work(100, 100, 90)).expert_rows == 100
+    assert choose_impl("auto", work(100, 100, 90)).portions == (Portion(3, 100),)
     assert choose_impl("auto", work(100, 100, 20)).name == "loop"
     assert choose_impl("auto", work(10**6, 10**6, 10**6)).name == "loop"
     assert choose_impl("auto", work(0, 0, 0)).name == "loop"

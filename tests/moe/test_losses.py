@@ -14,7 +14,7 @@ from megatron_moe.moe.router import Scores
 
 def scores_of(logits: Tensor, choices: Tensor) -> Scores:
     probs = logits.softmax(-1)
-    return Scores(logits, probs, choices, probs.gather(1, choices))
+    return Scores(logits, logits.logsumexp(-1), probs, choices, probs.gather(1, choices))
 
 
 @pytest.mark.parametrize("per_row", [True, False])

@@ -43,7 +43,9 @@ def plan_of(
     if kind == "packed":
         layout = BufferLayout.packed(rule, capacity, blocks, ids.numel())
     elif kind == "aligned":
-        layout = BufferLayout.aligned(rule, int(slots.filled_GE.sum(0).max()))
+        filled = slots.filled_GE.sum(0).tolist()
+        # As for GEMMs over two experts each.
+        layout = BufferLayout.aligned([max(filled[e // 2 * 2 :][:2]) for e in range(len(filled))])
     else:
         layout = BufferLayout.fixed(rule, capacity, blocks)
     return Planned(make_plan(slots, batch, capacity, layout), slots, layout)
@@ -145,14 +147,15 @@ def test_ranks_that_share_tokens_divide_the_slots() -> None:
     assert even.kept_TK.equal(odd.kept_TK)
 
 
-def test_aligned_rows_are_filled_rows_with_equal_room_for_every_expert() -> None:
+def test_aligned_rows_are_filled_rows_with_the_room_given_to_each_expert() -> None:
     choices = [[0], [1], [2], [0], [2], [2]]  # rows 0: 0, 2, 2 and 1: 1, 0, 2
     capacity = Capacity(group_size=3, groups=2, slots=2)
     planned = plan_of(choices, 2, capacity, SlotRule(num_experts=4), kind="aligned")
     assert planned.filled_E == [2, 1, 3, 0]
-    assert planned.layout.expert_rows == 3
-    # Expert 2 starts at row 6: tokens 2 and 4 of row 0, then token 5 of row 1.
-    assert planned.plan.rows_TK.flatten().tolist() == [0, 3, 6, 1, 7, 8]
+    assert planned.layout.starts == (0, 2, 4, 7)
+    assert planned.layout.rows == 10
+    # Expert 2 starts at row 4: tokens 2 and 4 of row 0, then token 5 of row 1.
+    assert planned.plan.rows_TK.flatten().tolist() == [0, 2, 4, 1, 5, 6]
 
 
 @pytest.mark.parametrize("policy", ["position", "probs"])
@@ -191,6 +194,9 @@ def test_every_kept_choice_has_one_row_of_its_own(
         if kind == "packed":
             by_row = owned_experts[rows.argsort()]
             assert torch.equal(by_row, by_row.sort().values)
+        elif kind == "aligned":
+            starts = torch.tensor(result.layout.starts)
+            assert torch.equal(torch.searchsorted(starts, rows, right=True) - 1, owned_experts)
         else:
             assert torch.equal(rows // result.layout.expert_rows, owned_experts)
 

@@ -14,9 +14,10 @@ from tests.moe.cases import layer_of, moe_config, tokens
 
 
 def one_pass(counter: RoutingCounter) -> None:
+    logits = torch.tensor([[5.0, 5.0, -95.0, -95.0], [1.0] * 4])
     probs = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.25] * 4])
     choices = torch.tensor([[0, 1], [0, 2]])
-    scores = Scores(probs.log(), probs, choices, probs.gather(1, choices))
+    scores = Scores(logits, logits.logsumexp(-1), probs, choices, probs.gather(1, choices))
     kept = torch.tensor([[True, True], [False, True]])
     counter.add(scores, kept, torch.tensor(2.5), torch.tensor(0.5), ranks_per_row=1)
 

@@ -89,7 +89,7 @@ def test_stages_of_an_interleaved_pipeline_hold_their_own_chunks() -> None:
         ),
     )
     first, second = describe_layout(config, None, 1024).per_stage
-    assert first.expert == 8 * 3 * 256 * 512  # layers 0 and 2, not 0 and 1
+    assert first.expert == 8 * 3 * 256 * 1024  # layers 0 and 2, not 0 and 1
     assert second.expert == 0
 
 

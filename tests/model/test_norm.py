@@ -1,0 +1,72 @@
+"""The norm against its definition in fp64, and its hand-written gradient against autograd."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from megatron_moe.platform import activate
+
+activate()
+
+from megatron_moe.model.norm import RMSNorm  # noqa: E402
+
+EPS = 1e-2
+
+
+def norm(width: int, dtype: torch.dtype) -> RMSNorm:
+    config = SimpleNamespace(params_dtype=dtype, sequence_parallel=True)
+    layer = RMSNorm(config, width, EPS)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(0)
+    layer.weight.data.copy_(1 + torch.randn(width, generator=generator))
+    return layer
+
+
+def by_definition(x: Tensor, weight: Tensor) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+
+
+def test_value_and_gradient_are_those_of_the_definition() -> None:
+    torch.manual_seed(1)
+    layer = norm(7, torch.float64)
+    x = torch.randn(3, 2, 7, dtype=torch.float64, requires_grad=True)
+    twin, weight = x.detach().clone().requires_grad_(), layer.weight.detach().clone()
+    weight.requires_grad_()
+    upstream = torch.randn(3, 2, 7, dtype=torch.float64)
+    found, expected = layer(x), by_definition(twin, weight)
+    torch.testing.assert_close(found, expected)
+    found.backward(upstream)
+    expected.backward(upstream)
+    torch.testing.assert_close(x.grad, twin.grad)
+    torch.testing.assert_close(layer.weight.grad, weight.grad)
+
+
+def test_gradient_of_a_transposed_input_and_gradient() -> None:
+    layer = norm(4, torch.float64)
+    x = torch.randn(3, 5, 4, dtype=torch.float64).transpose(0, 1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda y: layer(y).transpose(0, 1), (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_equals_the_other_devices_path(dtype: torch.dtype) -> None:
+    """Elsewhere PyTorch's fused norm is called; in bf16 both round before scaling, as T5 does."""
+    layer = norm(64, dtype)
+    x = torch.randn(9, 64).to(dtype)
+    expected = F.rms_norm(x.float(), (64,), None, EPS).to(dtype) * layer.weight
+    torch.testing.assert_close(
+        layer(x), expected, rtol=2e-6 if dtype == torch.float32 else 0.01, atol=0
+    )
+    exact = (layer(x) == expected).float().mean()
+    assert exact > 0.99 or dtype == torch.float32
+
+
+def test_a_row_of_zeros_has_finite_gradients() -> None:
+    layer = norm(4, torch.float32)
+    x = torch.zeros(2, 4, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+    torch.testing.assert_close(x.grad, (layer.weight / EPS**0.5).expand(2, 4).detach())
