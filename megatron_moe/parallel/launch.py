@@ -8,6 +8,7 @@ exit with code 2, and the mistake is printed once, however many ranks found it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
 import sys
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 MEETING_TIMEOUT = timedelta(seconds=120)
 """How long a rank that found a mistake waits for the others to get as far."""
+_MISTAKES = "mistakes"
+"""Key of the number of ranks that found one."""
 _LATE_TIMEOUT = timedelta(seconds=10)
 """The same once process groups exist: ranks that found nothing may never come."""
 
@@ -91,9 +94,12 @@ def _exit(line: str) -> NoReturn:
     late = dist.is_initialized()
     timeout = _LATE_TIMEOUT if late else MEETING_TIMEOUT
     store = _store("late" if late else "start", timeout)
-    found = _meet(store, here, line, timeout)
-    if here.rank == min(rank for rank, said in found.items() if said == line):
+    text = hashlib.sha256(line.encode()).hexdigest()
+    if store.add(f"said/{text}", 1) == 1:
         print(line, file=sys.stderr, flush=True)
+    store.add(_MISTAKES, 1)
+    with contextlib.suppress(dist.DistError):  # some rank never came
+        _arrive(store, "start", here, timeout)
     _leave(store, here, timeout)
 
 
@@ -129,7 +135,8 @@ def meet_at_start(world_size: int, timeout: timedelta) -> tuple[dist.Store, int]
     if here.alone:
         return dist.HashStore(), 0
     store = _store("start", timeout)
-    if any(_meet(store, here, "", timeout).values()):
+    _arrive(store, "start", here, timeout)
+    if store.add(_MISTAKES, 0):
         _leave(store, here, MEETING_TIMEOUT)
     return dist.PrefixStore("default", store), here.rank
 
@@ -143,22 +150,15 @@ def _store(meeting: str, timeout: timedelta) -> dist.Store:
     return dist.PrefixStore(f"{meeting}-{attempt}", store)
 
 
-def _meet(store: dist.Store, here: Launched, said: str, timeout: timedelta) -> dict[int, str]:
-    """Say something ('' for ready) and hear what every rank says.
+def _arrive(store: dist.Store, place: str, here: Launched, timeout: timedelta) -> None:
+    """Wait until all ranks are there: one count and one key, so a thousand ranks ask little."""
+    _count(store, place, here)
+    store.wait([f"{place}/all"], timeout)
 
-    A rank that has a mistake to tell and nobody to wait for any longer hears only itself.
-    """
-    import torch.distributed as dist
 
-    keys = [f"said/{rank}" for rank in range(here.world_size)]
-    store.set(keys[here.rank], said)
-    try:
-        store.wait(keys, timeout)
-        return {rank: text.decode() for rank, text in enumerate(store.multi_get(keys))}
-    except dist.DistError:
-        if not said:
-            raise
-        return {here.rank: said}
+def _count(store: dist.Store, place: str, here: Launched) -> None:
+    if store.add(f"{place}/count", 1) == here.world_size:
+        store.set(f"{place}/all", "1")
 
 
 def _leave(store: dist.Store, here: Launched, timeout: timedelta) -> NoReturn:
@@ -168,13 +168,11 @@ def _leave(store: dist.Store, here: Launched, timeout: timedelta) -> NoReturn:
     # Nothing is left to do or to put in order, so a rank that is terminated a moment before its end
     # may as well end with its own code.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    ranks = range(here.world_size)
     with contextlib.suppress(dist.DistError):  # some rank never came
-        store.set(f"heard/{here.rank}", "1")
-        store.wait([f"heard/{rank}" for rank in ranks], timeout)
-        store.set(f"left/{here.rank}", "1")
+        _arrive(store, "heard", here, timeout)
+        _count(store, "left", here)
         if here.rank == 0:  # it may be the one that serves the store
-            store.wait([f"left/{rank}" for rank in ranks], timeout)
+            store.wait(["left/all"], timeout)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(USAGE_EXIT_CODE)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, NoReturn, cast
+from typing import TYPE_CHECKING, NoReturn, TypeVar, cast
 
 from megatron_moe.errors import UsageError
 from megatron_moe.parallel import launch
@@ -13,6 +14,8 @@ from megatron_moe.parallel.launch import launched, run_or_exit
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+
+Answer = TypeVar("Answer")
 
 
 def main() -> None:
@@ -43,14 +46,21 @@ class SlowStore:
         self.store = store
         self.wait = store.wait
 
+    def add(self, key: str, amount: int) -> int:
+        return self._late(lambda: self.store.add(key, amount), 0)
+
     def set(self, key: str, value: str) -> None:
+        self._late(lambda: self.store.set(key, value), None)
+
+    def _late(self, call: Callable[[], Answer], otherwise: Answer) -> Answer:
         import torch.distributed as dist
 
         time.sleep(1)
         try:
-            self.store.set(key, value)
+            return call()
         except dist.DistError:
             print("the store is gone", file=sys.stderr)
+            return otherwise
 
 
 def linger() -> None:

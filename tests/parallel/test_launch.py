@@ -6,12 +6,15 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from megatron_moe.errors import UsageError
+from megatron_moe.parallel import launch
 from megatron_moe.parallel.launch import Launched, launched
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,6 +113,40 @@ def test_ranks_started_without_torchrun_wait_for_each_other() -> None:
     said = [rank.communicate(timeout=180)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2]
     assert said == ["", "program: error: --planted is 3, expected 1 or 2\n"]
+
+
+def test_the_meeting_asks_as_little_of_a_thousand_ranks_as_of_two() -> None:
+    """What a rank asks does not grow with their number; all leave only when all came."""
+    import torch.distributed as dist
+
+    class Counted(dist.HashStore):
+        asked = 0
+
+        def add(self, key: str, amount: int) -> int:
+            Counted.asked += 1
+            return super().add(key, amount)
+
+        def wait(self, keys: list[str], timeout: timedelta) -> None:
+            Counted.asked += len(keys)
+            super().wait(keys, timeout)
+
+    world, store, came, early = 256, Counted(), [], []
+
+    def rank(number: int) -> None:
+        came.append(number)
+        here = Launched(rank=number, world_size=world, alone=False)
+        launch._arrive(store, "start", here, timedelta(seconds=60))
+        if len(came) < world:
+            early.append(number)
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(came) == world
+    assert not early
+    assert Counted.asked == 2 * world
 
 
 def test_without_a_launcher_a_program_is_a_world_of_one() -> None:
