@@ -68,7 +68,7 @@ setup(
         "megatron_moe_tools",
     ],
     package_dir={"megatron_moe_tools": "tools"},
-    package_data={"megatron_moe": ["data/objectives/mixtures/*.toml"]},
+    package_data={"megatron_moe": ["data/objectives/denoisers/*.toml", "data/mixtures/*.toml"]},
     py_modules=["pretrain_openmoe"],
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

@@ -12,6 +12,13 @@ class DataConfig:
 
     data_path: tuple[str, ...] = ()
     """Prefixes of indexed data sets (`PREFIX.bin`, `PREFIX.idx`), or weight and prefix pairs."""
+    data_args_path: str | None = None
+    """File with the words of `--data-path`, for lists too long for a command line."""
+    mixture: str | None = None
+    """Sources by name instead of `--data-path`: `v1`, `v2` or `v3` of the paper, or a TOML file."""
+    data_root: str | None = None
+    """Directory of the prefixes of `--mixture`; `None` means that of the TOML file, and for `v1`,
+    `v2` and `v3` the working directory."""
     train_data_path: tuple[str, ...] = ()
     """Like `--data-path`, for training alone; then `--split` does not apply."""
     valid_data_path: tuple[str, ...] = ()
@@ -57,6 +64,9 @@ class TrainConfig:
     """Optimizer steps of the whole run, over all its restarts."""
     train_samples: int | None = None
     """The same, in sequences; give one of the two."""
+    stages: str | None = None
+    """TOML file of stages: objective, data, batch, sequence length, learning rate or dropout that
+    change in the middle of the run."""
     eval_interval: int = 1000
     """Steps between evaluations on validation data."""
     eval_iters: int = 100

@@ -1,18 +1,24 @@
 """Which sources make up training, validation and test, and in which proportions.
 
-`--data-path` feeds all three by `--split` (shares of documents, in file order);
-`--train-data-path`, `--valid-data-path` and `--test-data-path` feed one each. Either is a list of
-prefixes, or of weight and prefix pairs. A source of weight 0 is left out, unread.
+`--data-path`, the same words in the file of `--data-args-path`, or `--mixture` feed all three by
+`--split` (shares of documents, in file order); `--train-data-path`, `--valid-data-path` and
+`--test-data-path` feed one each. Each is a list of prefixes, or of weight and prefix pairs. A
+source of weight 0 is left out, unread. Every source stands for a domain, whose held-out loss is
+measured by itself.
 """
 
 from __future__ import annotations
 
 import math
+import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megatron_moe.config import DataConfig
 from megatron_moe.data.indexed_check import Source
+from megatron_moe.data.named_mixture import read_named_mixture
 from megatron_moe.errors import UsageError
 
 SPLITS = ("train", "valid", "test")
@@ -30,40 +36,118 @@ class Blend:
     """Proportions of samples; `None` takes the sizes of the sources."""
     bounds: tuple[float, float]
     """First and last document of every source, as shares of its documents."""
+    domains: tuple[str, ...] = ()
+    """What each prefix stands for; left out, all are one."""
+
+    def by_domain(self) -> dict[str, Blend]:
+        """The part of each domain, in the order of the prefixes; empty if there is but one."""
+        names = list(dict.fromkeys(self.domains))
+        return {name: self._only(name) for name in names} if len(names) > 1 else {}
+
+    def _only(self, name: str) -> Blend:
+        own = [i for i, domain in enumerate(self.domains) if domain == name]
+        weights = None if self.weights is None else tuple(self.weights[i] for i in own)
+        return replace(
+            self,
+            prefixes=tuple(self.prefixes[i] for i in own),
+            weights=weights,
+            domains=(name,) * len(own),
+        )
 
 
 def blends_of(data: DataConfig) -> dict[str, Blend | None]:
     """The blend of each split, `None` for a split without data.
 
     Raises:
-        UsageError: no training data, both ways of naming data at once, or a bad weight or split.
+        UsageError: no training data, several ways of naming data at once, a bad weight or split, or
+            a file of words or a mixture that cannot be read.
     """
     own = {
         "train": data.train_data_path,
         "valid": data.valid_data_path,
         "test": data.test_data_path,
     }
-    if data.data_path:
-        both = next((name for name, paths in own.items() if paths), None)
-        if both is not None:
-            found = " ".join(own[both])
-            raise UsageError(f"--{both}-data-path", found, "nothing beside --data-path")
-        prefixes, weights = parse_blend("--data-path", data.data_path)
+    shared = _shared(data)
+    if shared is not None:
+        _refuse_beside(shared.flag, own)
         return {
-            name: bounds
-            and Blend(flag="--data-path", prefixes=prefixes, weights=weights, bounds=bounds)
+            name: bounds and replace(shared, bounds=bounds)
             for name, bounds in zip(SPLITS, parse_split(data.split), strict=True)
         }
     if not data.train_data_path:
         raise UsageError("--data-path", "", "prefixes of indexed data (tools/preprocess_data.py)")
-    blends: dict[str, Blend | None] = {}
-    for name, values in own.items():
-        flag = f"--{name}-data-path"
-        prefixes, weights = parse_blend(flag, values) if values else ((), None)
-        blends[name] = (
-            Blend(flag=flag, prefixes=prefixes, weights=weights, bounds=_ALL) if prefixes else None
+    return {
+        name: _of_words(f"--{name}-data-path", values) if values else None
+        for name, values in own.items()
+    }
+
+
+def _shared(data: DataConfig) -> Blend | None:
+    """What feeds all splits."""
+    ways: dict[str, Sequence[str] | str | None] = {
+        "--data-path": data.data_path,
+        "--data-args-path": data.data_args_path,
+        "--mixture": data.mixture,
+    }
+    given = [flag for flag, value in ways.items() if value]
+    if len(given) > 1:
+        raise UsageError(given[1], ways[given[1]], f"nothing beside {given[0]}")
+    if data.data_root is not None and not data.mixture:
+        raise UsageError("--data-root", data.data_root, "--mixture with it")
+    if data.mixture:
+        named = read_named_mixture(data.mixture, data.data_root)
+        return Blend(
+            flag="--mixture",
+            prefixes=named.prefixes,
+            weights=named.weights,
+            bounds=_ALL,
+            domains=named.domains,
         )
-    return blends
+    if data.data_args_path:
+        return _of_words("--data-args-path", _words_of(data.data_args_path))
+    return _of_words("--data-path", data.data_path) if data.data_path else None
+
+
+def _refuse_beside(flag: str, own: Mapping[str, Sequence[str]]) -> None:
+    for name, paths in own.items():
+        if paths:
+            raise UsageError(f"--{name}-data-path", " ".join(paths), f"nothing beside {flag}")
+
+
+def _words_of(path: str) -> list[str]:
+    """The words of a file, as Megatron-LM reads it."""
+    try:
+        words = Path(path).read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        expected = "a readable file with the words of --data-path"
+        raise UsageError("--data-args-path", path, expected, str(error)) from None
+    if not words:
+        raise UsageError("--data-args-path", path, "a file with words", "it is empty")
+    return words
+
+
+def _of_words(flag: str, words: Sequence[str]) -> Blend:
+    prefixes, weights = parse_blend(flag, words)
+    return Blend(
+        flag=flag,
+        prefixes=prefixes,
+        weights=weights,
+        bounds=_ALL,
+        domains=domains_of(prefixes),
+    )
+
+
+def domains_of(prefixes: Sequence[str]) -> tuple[str, ...]:
+    """A name for each prefix: its file name without the end that preprocessing gives it.
+
+    Where that would give two of them one name, the whole prefix.
+    """
+    names = [os.path.basename(prefix).removesuffix("_text_document") for prefix in prefixes]
+    count = Counter(names)
+    return tuple(
+        name if name and count[name] == 1 else prefix
+        for name, prefix in zip(names, prefixes, strict=True)
+    )
 
 
 def parse_blend(
@@ -138,11 +222,11 @@ def usable(
             continue
         if name == "test":
             return None
-        documents = sources[prefix].documents
-        found = f"{split} of {documents} documents" if blend.flag == "--data-path" else prefix
+        documents, cut = sources[prefix].documents, blend.flag != f"--{name}-data-path"
+        found = f"{split} of {documents} documents" if cut else prefix
         expected = f"a share for {name} that holds tokens of {prefix}"
         raise UsageError(
-            "--split" if blend.flag == "--data-path" else blend.flag,
+            "--split" if cut else blend.flag,
             found,
             expected,
             "raise the share, or set it to 0 for none" if name == "valid" else "",

@@ -23,6 +23,7 @@ from megatron_moe.config import RunConfig
 from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.data.batch import Batch
 from megatron_moe.data.blend import SPLITS, Blend, blends_of, usable
+from megatron_moe.data.composition import Share, shares_of, text_per_row
 from megatron_moe.data.datasets import build_split, cache_for
 from megatron_moe.data.indexed_check import Source, inspect_source
 from megatron_moe.data.indexed_scan import check_range, source_range
@@ -48,6 +49,8 @@ class Data:
     identity: dict[str, Any]
     """What decides the order of training samples: content of the sources, weights, split, sequence
     length, seed, tokenizer, objective. Not paths, layout or length of the run."""
+    shares: tuple[Share, ...]
+    """What training samples are made of; the same on every rank."""
     loaders: dict[str, DataLoader[Packed]]
     """Of the evaluation splits; empty if this rank does not read."""
 
@@ -117,11 +120,19 @@ def build_data(
             sampler = MicroBatchSampler(_step_rows(name, config, rows), start, samples)
             loaders[name] = build_loader(dataset, sampler, config.data.num_workers, name != "train")
     train = loaders.pop("train", None)
+    assert blends["train"] is not None
     return Data(
         train=None if train is None else map(to_batch, iter(train)),
         has_valid=blends["valid"] is not None,
         has_test=blends["test"] is not None,
         identity=_identity(blends["train"], config, tokenizer, sources) | plan.identity,
+        shares=shares_of(
+            blends["train"],
+            sources,
+            config.data.seq_length,
+            _samples_of("train", config, rows),
+            text_per_row(config, tokenizer),
+        ),
         loaders=loaders,
     )
 
@@ -176,9 +187,8 @@ def _step_rows(name: str, config: RunConfig, rows: Rows) -> Rows:
 
 
 def _identity(
-    train: Blend | None, config: RunConfig, tokenizer: Tokenizer, sources: dict[str, Source]
+    train: Blend, config: RunConfig, tokenizer: Tokenizer, sources: dict[str, Source]
 ) -> dict[str, Any]:
-    assert train is not None
     return {
         "sources": [sources[prefix].fingerprint for prefix in train.prefixes],
         "weights": None if train.weights is None else list(train.weights),

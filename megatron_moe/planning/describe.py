@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_moe.config import RunConfig, moe_layer_pattern
+from megatron_moe.data.composition import Share, described_shares, share_lines
 from megatron_moe.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron_moe.errors import UsageError
 from megatron_moe.model.counting import (
@@ -46,6 +47,8 @@ class Description:
     layout: Layout
     per_stage: tuple[RankParameters, ...]
     """Parameters on each rank of every pipeline stage."""
+    shares: tuple[Share, ...]
+    """What training data is made of; empty if none is named."""
 
     def text(self) -> str:
         """For reading."""
@@ -54,12 +57,13 @@ class Description:
             self._parameter_lines(),
             self._flops_lines(),
             self._layout_lines(),
+            *self._data_sections(),
             self._config_lines(),
         )
         return "\n\n".join("\n".join(lines) for lines in sections)
 
     def to_json(self) -> str:
-        """For programs: one object with config, vocabulary, parameters, flops_per_token, layout."""
+        """For programs: one object; the sections of `text`, and the layout as it was resolved."""
         counts, flops = self.parameters, self.flops
         values = {
             "config": self.config.to_dict(),
@@ -78,6 +82,7 @@ class Description:
                 "forward_by_part": dataclasses.asdict(flops),
             },
             "layout": dataclasses.asdict(self.layout),
+            "training_data": [dataclasses.asdict(share) for share in self.shares],
             "parameters_per_rank": [
                 {"stage": stage, **dataclasses.asdict(rank), "total": rank.total}
                 for stage, rank in enumerate(self.per_stage)
@@ -138,6 +143,11 @@ class Description:
             *_table("Parameters per rank", ("dense", "expert", "all"), rows),
         ]
 
+    def _data_sections(self) -> list[list[str]]:
+        if not self.shares:
+            return []
+        return [["Training data", *(f"  {line}" for line in share_lines(self.shares))]]
+
     def _config_lines(self) -> list[str]:
         return ["Configuration", *_config_lines(self.config.to_dict())]
 
@@ -188,6 +198,7 @@ def describe_layout(
         parameters=count_parameters(*sizes),
         flops=flops_per_token(*sizes, config.data.seq_length),
         layout=layout,
+        shares=described_shares(config, layout.global_batch_size),
         per_stage=parameters_per_rank(
             *sizes,
             tp=layout.tp,

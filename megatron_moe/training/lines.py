@@ -8,6 +8,7 @@ from statistics import mean
 from megatron_moe.checkpoint import TrainState
 from megatron_moe.config import LoggingConfig
 from megatron_moe.config.rampup import BatchSizes
+from megatron_moe.data.composition import share_lines
 from megatron_moe.data.pipeline import Data
 from megatron_moe.model.counting import count_parameters
 from megatron_moe.moe.layer import MoELayer
@@ -36,6 +37,7 @@ def starting_lines(run: TrainingRun, data: Data, state: TrainState) -> list[str]
         f" data-parallel ranks; {run.plan.iterations} iterations",
         *_rampup_line(run.plan.batch_sizes),
         f" training data {data.fingerprint}; validation {'yes' if data.has_valid else 'none'}",
+        *(f"   {line}" for line in share_lines(data.shares)),
     ]
     layer = next((m for c in run.chunks for m in c.modules() if isinstance(m, MoELayer)), None)
     if layer is not None:

@@ -93,11 +93,50 @@ def test_blends_of_flags() -> None:
         (DataConfig(), "--data-path is ''"),
         (DataConfig(valid_data_path=("a",)), "--data-path is ''"),
         (DataConfig(data_path=("a",), valid_data_path=("b",)), "--valid-data-path is 'b'"),
+        (DataConfig(data_path=("a",), mixture="v1"), "--mixture is 'v1', expected nothing beside"),
+        (
+            DataConfig(data_path=("a",), data_args_path="f"),
+            "--data-args-path is 'f', expected nothing beside --data-path",
+        ),
+        (
+            DataConfig(data_args_path="f", mixture="v1"),
+            "--mixture is 'v1', expected nothing beside --data-args-path",
+        ),
+        (
+            DataConfig(mixture="v1", train_data_path=("a",)),
+            "--train-data-path is 'a', expected nothing beside --mixture",
+        ),
+        (DataConfig(data_path=("a",), data_root="d"), "--data-root is 'd', expected --mixture"),
+        (DataConfig(data_args_path="/no/such"), "--data-args-path is '/no/such'.*No such file"),
     ],
 )
 def test_refused_flags(data: DataConfig, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         blends_of(data)
+
+
+def test_words_of_a_file(tmp_path: Path) -> None:
+    """As Megatron-LM reads it: words between any blanks."""
+    path = tmp_path / "words"
+    path.write_text("0.3 a\n\t0.7  b\n")
+    as_words = blends_of(DataConfig(data_path=("0.3", "a", "0.7", "b")))
+    from_file = blends_of(DataConfig(data_args_path=str(path)))
+    for name in SPLITS:
+        one, other = as_words[name], from_file[name]
+        assert one is not None
+        assert other is not None
+        assert (one.prefixes, one.weights, one.bounds) == (
+            other.prefixes,
+            other.weights,
+            other.bounds,
+        )
+    for content, says in ((" \n", "it is empty"), ("1 a b", "expected prefixes alone")):
+        path.write_text(content)
+        with pytest.raises(UsageError, match=f"--data-args-path is .*{says}"):
+            blends_of(DataConfig(data_args_path=str(path)))
+    path.write_bytes(b"\xff")
+    with pytest.raises(UsageError, match=r"--data-args-path is .*expected a readable file"):
+        blends_of(DataConfig(data_args_path=str(path)))
 
 
 def engine_splits(blend: tuple[list[str], Any], split: str, sizes: list[int]) -> list[Any]:

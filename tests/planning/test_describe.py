@@ -130,12 +130,29 @@ def test_a_missing_tokenizer_is_refused() -> None:
         describe(replace(PRESETS["openmoe-base-16e"], data=data))
 
 
+def test_training_data_is_described() -> None:
+    config = PRESETS["openmoe-8b-32e"]
+    assert "Training data" not in describe(config)
+    config = replace(config, data=replace(config.data, mixture="v2", data_root="/none"))
+    text = describe(config)
+    rows = text.partition("Training data\n")[2].splitlines()[:10]
+    assert rows[7].split() == [
+        "commoncrawl", "43.50%", "no", "file", "-", "/none/commoncrawl_text_document",
+    ]  # fmt: skip
+    data = json.loads(describe(config, "json"))["training_data"]
+    assert len(data) == 9
+    assert sum(source["weight"] for source in data) == pytest.approx(1)
+
+
 def test_it_needs_neither_torch_nor_megatron() -> None:
     script = (
         "import sys\n"
+        "from dataclasses import replace\n"
         "from megatron_moe.config.presets import PRESETS\n"
         "from megatron_moe.planning.describe import describe\n"
-        "describe(PRESETS['openmoe-8b-32e'])\n"
+        "config = PRESETS['openmoe-8b-32e']\n"
+        "describe(config)\n"
+        "describe(replace(config, data=replace(config.data, mixture='v2')))\n"
         "sys.exit('torch' in sys.modules or 'megatron.core' in sys.modules)"
     )
     environment = {name: v for name, v in os.environ.items() if name != "WORLD_SIZE"}

@@ -20,7 +20,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-OPENMOE = Path(__file__).parent / "mixtures" / "openmoe.toml"
+OPENMOE = Path(__file__).parent / "denoisers" / "openmoe.toml"
 """The six denoisers of the paper."""
 _FLAG = "--ul2-mixture"
 

@@ -1,0 +1,119 @@
+"""Named mixtures: weights and domains of sources, from a TOML file (`--mixture`).
+
+    [domains]                       # everything that is measured by itself, and what it is
+    c4 = "C4, filtered web text"
+
+    [[source]]
+    domain = "c4"
+    prefix = "c4_text_document"     # below --data-root, or absolute
+    weight = 15                     # of samples, in proportion to the other weights
+
+The paper's v1, v2 and v3 come with the package. No torch here: `--describe` reads mixtures too.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_moe.errors import UsageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_FLAG = "--mixture"
+_SHIPPED = Path(__file__).parent / "mixtures"
+_KEYS = {"domain", "prefix", "weight"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NamedMixture:
+    """Sources with weights above 0, in the order of the file."""
+
+    prefixes: tuple[str, ...]
+    weights: tuple[float, ...]
+    domains: tuple[str, ...]
+    """What each prefix stands for; several may stand for one domain."""
+
+
+def shipped_mixtures() -> list[str]:
+    """Names of the mixtures that come with the package."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.toml"))
+
+
+def read_named_mixture(name: str, root: str | None) -> NamedMixture:
+    """A mixture of the package by its name, or else the TOML file of that path.
+
+    Args:
+        name: of `--mixture`.
+        root: of `--data-root`, where relative prefixes are; `None` takes the folder of the file,
+            and for a shipped mixture the working directory.
+
+    Raises:
+        UsageError: no such mixture, not of this form, a domain that is not declared, a source given
+            twice, or weights that cannot be meant.
+    """
+    ours = name in shipped_mixtures()
+    path = _SHIPPED / f"{name}.toml" if ours else Path(name)
+    sources = _sources(_content(name, path))
+    seen: set[str] = set()
+    for source in sources:
+        if source["prefix"] in seen:
+            raise UsageError(f"prefix in {path}", source["prefix"], "each prefix once")
+        seen.add(source["prefix"])
+    kept = [source for source in sources if source["weight"] > 0]
+    if not kept:
+        raise UsageError(f"weights in {path}", [0] * len(sources), "one at least above 0")
+    folder = root if root is not None else "" if ours else str(path.parent)
+    return NamedMixture(
+        prefixes=tuple(os.path.join(folder, source["prefix"]) for source in kept),
+        weights=tuple(float(source["weight"]) for source in kept),
+        domains=tuple(source["domain"] for source in kept),
+    )
+
+
+def _content(name: str, path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        expected = f"{', '.join(shipped_mixtures())}, or a readable file"
+        raise UsageError(_FLAG, name, expected, str(error)) from None
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(_FLAG, name, "a TOML file", str(error)) from None
+
+
+def _sources(content: dict[str, Any]) -> list[dict[str, Any]]:
+    """The `[[source]]` tables, each as it must be."""
+    domains, sources = content.get("domains"), content.get("source")
+    if (
+        set(content) != {"domains", "source"}
+        or not isinstance(domains, dict)
+        or not isinstance(sources, list)
+        or not sources
+    ):
+        expected = "a table [domains], one or more [[source]] tables, and nothing else"
+        raise UsageError(_FLAG, sorted(content), expected)
+    for number, source in enumerate(sources, 1):
+        _check(source, sorted(domains), f"source {number} of {_FLAG}")
+    return sources
+
+
+def _check(source: Any, domains: list[str], where: str) -> None:
+    if not isinstance(source, dict) or set(source) != _KEYS:
+        found = sorted(source) if isinstance(source, dict) else source
+        raise UsageError(f"keys of {where}", found, ", ".join(sorted(_KEYS)))
+    if source["domain"] not in domains:
+        expected = f"one of [domains]: {', '.join(domains)}"
+        raise UsageError(f"domain of {where}", source["domain"], expected)
+    if not isinstance(source["prefix"], str) or not source["prefix"]:
+        raise UsageError(f"prefix of {where}", source["prefix"], "the prefix of indexed data")
+    weight = source["weight"]
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not number or not 0 <= weight < math.inf:
+        raise UsageError(f"weight of {where}", weight, "a number, 0 or more")
