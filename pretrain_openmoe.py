@@ -10,7 +10,6 @@ All flags: --help. What happens in a step, and what is reported: docs/training.m
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
 
 from megatron_moe.config import RunConfig
@@ -35,8 +34,6 @@ def execute(command: Command) -> None:
 
 def pretrain(config: RunConfig) -> None:
     """Train on the ranks that the launcher started."""
-    # Each of its modules warns on each rank that Apex is missing, which is no news on a CPU.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
     from megatron_moe.platform import activate
 
     # Before anything imports the engine: on a CPU that import is half as long once patched.

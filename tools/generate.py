@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -162,9 +161,7 @@ def run(options: argparse.Namespace) -> None:
     Raises:
         UsageError: a flag, the checkpoint or the tokenizer is wrong.
     """
-    # Imported late, so that --help is quick, and quietly: the engine warns that Apex is missing,
-    # which does not matter to the reference model.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    # Imported late, so that --help is quick.
     from megatron_moe.checkpoint import read_config
 
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)

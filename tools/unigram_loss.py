@@ -9,7 +9,6 @@ Takes the flags of pretrain_openmoe.py; only those of data and batch sizes matte
 from __future__ import annotations
 
 import sys
-import warnings
 
 from megatron_moe.config.cli import parse_or_exit
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
@@ -18,8 +17,10 @@ from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 def main() -> int:
     """Entry point; returns the exit code."""
     command = parse_or_exit(prog="unigram_loss.py")
-    # The engine warns at its import that Apex is missing, which does not matter for counting.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+    # The engine, whose data sets are used, says that Apex is missing: no matter for counting.
+    from megatron_moe.platform.patches.noise import KnownWarnings
+
+    KnownWarnings().apply()
     from megatron_moe.training.unigram import unigram_loss
 
     try:

@@ -56,7 +56,7 @@ def latest_step(directory: str | Path) -> int:
     path = Path(directory)
     if not has_checkpoint(path):
         found = "an empty directory" if path.is_dir() else "missing"
-        fix = "--allow-missing-load starts from step 0 instead"
+        fix = "training starts from step 0 instead with --allow-missing-load"
         raise CheckpointError(f"checkpoint directory {path}", found, "a saved checkpoint", fix)
     steps = list(revisions(path))
     tracker = path / TRACKER

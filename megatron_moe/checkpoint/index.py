@@ -23,6 +23,8 @@ from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
 from megatron_moe.checkpoint.files import DTYPES
 from megatron_moe.checkpoint.mapped import TensorFiles
 
+INDEX = "index.json"
+"""The file that says where every tensor is."""
 MODEL = "model"
 """The kind of the weights; every other kind is optimizer state."""
 Name = tuple[str, str]

@@ -18,11 +18,10 @@ from megatron_moe.checkpoint.files import (
     write_json,
     write_tensors,
 )
-from megatron_moe.checkpoint.index import LogicalTensor, block_key
+from megatron_moe.checkpoint.index import INDEX, LogicalTensor, block_key
 from megatron_moe.checkpoint.parts import Part
 from megatron_moe.checkpoint.ranks import Ranks
 
-INDEX = "index.json"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 

@@ -136,10 +136,10 @@ def collect_statistics(chunks: Iterable[nn.Module], pgs: Any) -> dict[int, Layer
     """
     mine = counters(chunks)
     tp, dp, pp = (getattr(pgs, name, None) for name in ("tp", "dp", "pp"))
-    layers, width = _table_shape(mine, pp)
+    device = next((c.sums.device for c in mine.values()), _device_of(chunks))
+    layers, width = _table_shape(mine, pp, device)
     if layers == 0:
         return {}
-    device = next((c.sums.device for c in mine.values()), _device_of(chunks))
     table = torch.zeros(layers, width + 1, dtype=torch.float64, device=device)
     for number, counter in mine.items():
         table[number, :width] = counter.sums
@@ -151,13 +151,13 @@ def collect_statistics(chunks: Iterable[nn.Module], pgs: Any) -> dict[int, Layer
     return {i: _statistics(row[:width]) for i, row in enumerate(rows) if row[width] > 0}
 
 
-def _table_shape(mine: dict[int, RoutingCounter], pp: Group) -> tuple[int, int]:
+def _table_shape(
+    mine: dict[int, RoutingCounter], pp: Group, device: torch.device
+) -> tuple[int, int]:
     """Layers (highest number + 1) and sums per layer, over all pipeline stages."""
     width = max((c.sums.numel() for c in mine.values()), default=0)
-    shape = torch.tensor([max(mine, default=-1) + 1, width])
+    shape = torch.tensor([max(mine, default=-1) + 1, width], device=device)
     if size_of(pp) > 1:
-        device = "cuda" if dist.get_backend(pp) == "nccl" else "cpu"
-        shape = shape.to(device)
         dist.all_reduce(shape, op=dist.ReduceOp.MAX, group=pp)
     layers, width = shape.tolist()
     return layers, width

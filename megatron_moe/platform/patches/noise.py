@@ -8,12 +8,17 @@ from megatron_moe.platform.patches.base import Patch
 
 _FILTERS: tuple[tuple[str, type[Warning]], ...] = (
     ("Transformer Engine and Apex are not installed", UserWarning),
+    ("Apex is not installed", UserWarning),
+    ("full scope is deprecated", UserWarning),
     ("`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", Warning),
 )
 
 
 class KnownWarnings(Patch):
-    """The engine's fallbacks without GPU libraries, and its older names of two collectives."""
+    """The engine's fallbacks without GPU libraries, and its own uses of what is deprecated.
+
+    On a GPU they are news, and are shown.
+    """
 
     name = "known-warnings"
 
