@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -74,11 +75,42 @@ def test_a_missing_psutil_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_the_engine_still_has_its_fallback_that_deadlocks_without_psutil() -> None:
-    """If this fails, see whether `psutil` is still needed."""
-    import megatron.core.dist_checkpointing.strategies.filesystem_async as writer
+_SAVE = """
+import multiprocessing, sys
+{hide}
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+print("saving", flush=True)
+results = multiprocessing.get_context("fork").Queue()
+bucket = (sys.argv[1], sys.argv[1], ([], []))
+FileSystemWriterAsync.write_preloaded_data_multiproc([], False, 0, [bucket], results)
+print("saved", flush=True)
+"""
+"""The engine's own writer with one file to write and nothing to put into it."""
 
-    assert "psutil" in Path(writer.__file__).read_text()
+
+def _save(path: Path, hide: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "ignore", "-c", _SAVE.format(hide=hide), str(path)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+def test_without_psutil_the_engine_s_writer_waits_forever(tmp_path: Path) -> None:
+    """Why it is required: its writing process dies of it, and nobody tells the waiting one.
+
+    If this fails, see whether `psutil` is still needed.
+    """
+    healthy = _save(tmp_path / "healthy", "")
+    stuck = _save(tmp_path / "stuck", "sys.modules['psutil'] = None")
+    try:
+        assert healthy.communicate(timeout=120)[0].split() == ["saving", "saved"]
+        assert stuck.stdout is not None
+        assert stuck.stdout.readline() == "saving\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            stuck.wait(timeout=3)
+    finally:
+        os.killpg(stuck.pid, signal.SIGKILL)
+        stuck.communicate()
 
 
 @pytest.mark.parametrize("found", ["0.17.0", None])
