@@ -94,6 +94,7 @@ RANGES: dict[str, Range] = {
             "moe_z_loss_coeff",
             "num_workers",
             "eval_iters",
+            "domain_eval_iters",
             "seed",
             "lr",
             "min_lr",

@@ -35,12 +35,12 @@ class DataConfig:
     """Background threads or processes that prepare batches; 0 reads in the training process."""
     seq_length: int = 256
     """Tokens S of one sample."""
-    tokenizer_type: Literal["SentencePieceTokenizer", "ByteTokenizer", "NullTokenizer"] = (
-        "NullTokenizer"
-    )
+    tokenizer_type: Literal[
+        "SentencePieceTokenizer", "HuggingFaceTokenizer", "ByteTokenizer", "NullTokenizer"
+    ] = "NullTokenizer"
     """Tokenizer family. `NullTokenizer` has no text, only `--vocab-size` ids."""
     tokenizer_model: str | None = None
-    """File of the tokenizer."""
+    """File of the tokenizer: a SentencePiece model, or a `tokenizer.json` or its folder."""
     vocab_size: int | None = None
     """Vocabulary V before padding; `None` takes the tokenizer's."""
     vocab_extra_ids: int = 0
@@ -71,12 +71,20 @@ class TrainConfig:
     """Steps between evaluations on validation data."""
     eval_iters: int = 100
     """Global batches of one evaluation; 0 evaluates never."""
+    domain_eval_iters: int | None = None
+    """Global batches of each domain's own evaluation, where held-out data has several; 0 for none.
+    `None` divides `--eval-iters` among them, so that together they cost as much again."""
     exit_interval: int | None = None
     """Save and end once the iteration is a multiple of this."""
     seed: int = 1234
     """Seed of initialisation, data order and dropout."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights; otherwise fp32."""
+
+    def used_domain_eval_iters(self, domains: int) -> int:
+        """`domain_eval_iters` with its default, for so many domains."""
+        default = -(-self.eval_iters // max(domains, 1))
+        return default if self.domain_eval_iters is None else self.domain_eval_iters
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,8 +51,12 @@ class Data:
     length, seed, tokenizer, objective. Not paths, layout or length of the run."""
     shares: tuple[Share, ...]
     """What training samples are made of; the same on every rank."""
+    domains: dict[str, dict[str, int]]
+    """By split, what is evaluated by itself, and for how many global batches; the same on every
+    rank. Nothing for training, and for data of one domain, whose loss is the split's."""
     loaders: dict[str, DataLoader[Packed]]
-    """Of the evaluation splits; empty if this rank does not read."""
+    """Of the evaluation splits and, as `SPLIT/DOMAIN`, their domains; empty if this rank does not
+    read."""
 
     @property
     def fingerprint(self) -> str:
@@ -71,6 +75,10 @@ class Data:
     def test(self) -> Iterator[Batch] | None:
         """Likewise for test data."""
         return self._fresh("test")
+
+    def domain(self, split: str, name: str) -> Iterator[Batch] | None:
+        """Likewise for one of `domains`: what `valid` would give if there were no other."""
+        return self._fresh(f"{split}/{name}")
 
     def _fresh(self, name: str) -> Iterator[Batch] | None:
         return map(to_batch, iter(self.loaders[name])) if name in self.loaders else None
@@ -111,14 +119,11 @@ def build_data(
         dp_rank=dp_rank,
         dp_size=dp_size,
     )
+    opener = _Opener(config, tokenizer, plan, sources, rows)
+    parts = {name: _parts(name, blend, config) for name, blend in blends.items()}
     loaders: dict[str, DataLoader[Packed]] = {}
-    for name, blend in blends.items():
-        samples = _samples_of(name, config, rows)
-        if reads_data and blend:
-            dataset = build_split(name, blend, samples, config, tokenizer, sources, plan)
-            start = consumed_train_samples if name == "train" else 0
-            sampler = MicroBatchSampler(_step_rows(name, config, rows), start, samples)
-            loaders[name] = build_loader(dataset, sampler, config.data.num_workers, name != "train")
+    if reads_data:
+        loaders = opener.loaders(blends, parts, consumed_train_samples)
     train = loaders.pop("train", None)
     assert blends["train"] is not None
     return Data(
@@ -133,8 +138,60 @@ def build_data(
             _samples_of("train", config, rows),
             text_per_row(config, tokenizer),
         ),
+        domains={
+            name: dict.fromkeys(own, config.train.used_domain_eval_iters(len(own)))
+            for name, own in parts.items()
+        },
         loaders=loaders,
     )
+
+
+@dataclass(frozen=True)
+class _Opener:
+    """What all loaders of a rank have in common."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    plan: ObjectivePlan
+    sources: dict[str, Source]
+    rows: Rows
+
+    def loaders(
+        self,
+        blends: dict[str, Blend | None],
+        parts: dict[str, dict[str, Blend]],
+        consumed: int,
+    ) -> dict[str, DataLoader[Packed]]:
+        """Of every split, and as `SPLIT/DOMAIN` of what is evaluated by itself."""
+        found: dict[str, DataLoader[Packed]] = {}
+        for name, blend in blends.items():
+            if blend:
+                training, samples = name == "train", _samples_of(name, self.config, self.rows)
+                start = consumed if training else 0
+                found[name] = self._loader(name, blend, start, samples, persistent=not training)
+            iterations = self.config.train.used_domain_eval_iters(len(parts[name]))
+            samples = iterations * self.rows.global_batch_size
+            for domain, part in parts[name].items():
+                # Its workers start and end with each evaluation: there may be many domains.
+                found[f"{name}/{domain}"] = self._loader(name, part, 0, samples, persistent=False)
+        return found
+
+    def _loader(
+        self, name: str, blend: Blend, start: int, samples: int, persistent: bool
+    ) -> DataLoader[Packed]:
+        """Samples ``start`` to ``samples`` of a blend, in the rows of this rank."""
+        config = self.config
+        dataset = build_split(name, blend, samples, config, self.tokenizer, self.sources, self.plan)
+        sampler = MicroBatchSampler(_step_rows(name, config, self.rows), start, samples)
+        return build_loader(dataset, sampler, config.data.num_workers, persistent)
+
+
+def _parts(name: str, blend: Blend | None, config: RunConfig) -> dict[str, Blend]:
+    """The domains of a split that are evaluated by themselves."""
+    if blend is None or name == "train":
+        return {}
+    parts = blend.by_domain()
+    return parts if config.train.used_domain_eval_iters(len(parts)) else {}
 
 
 def _check(

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 
 from megatron_moe.data.batch import Batch
+from megatron_moe.data.pipeline import Data
 from megatron_moe.moe.statistics import counters
 from megatron_moe.parallel.schedule import forward_backward
 from megatron_moe.platform import rng_states, set_rng_states
@@ -22,6 +25,31 @@ from megatron_moe.training.run import TrainingRun
 
 NextBatches = Callable[[], Sequence[Batch | None]]
 """Gives this rank's micro-batches of the next global batch."""
+
+
+Fetch = Callable[[Iterator[Batch] | None], Sequence[Batch | None]]
+"""Likewise, from an iterator over micro-batches, `None` on ranks that do not read."""
+
+
+def evaluate_split(run: TrainingRun, data: Data, split: str, fetch: Fetch) -> Evaluation:
+    """The loss of the blend, then of each of its domains, in the order of their prefixes.
+
+    A domain's batches hold nothing else, so its loss is what a run on it alone would find, whatever
+    the layout and the other domains are.
+
+    Args:
+        run: the run.
+        data: of this rank.
+        split: `valid` or `test`.
+        fetch: gives this rank's micro-batches of the next global batch.
+    """
+    blend = data.test() if split == "test" else data.valid()
+    found = evaluate(run, lambda: fetch(blend), run.config.train.eval_iters)
+    parts: dict[str, Evaluation] = {}
+    for name, iterations in data.domains[split].items():
+        batches = data.domain(split, name)
+        parts[name] = evaluate(run, partial(fetch, batches), iterations)
+    return replace(found, domains=parts)
 
 
 def evaluate(run: TrainingRun, next_batches: NextBatches, iterations: int) -> Evaluation:

@@ -13,7 +13,13 @@ from megatron_moe.data.pipeline import Data
 from megatron_moe.model.counting import count_parameters
 from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.statistics import LayerStatistics
-from megatron_moe.training.metrics import StepRecord, Summary, Throughput, mean_loss
+from megatron_moe.training.metrics import (
+    Evaluation,
+    StepRecord,
+    Summary,
+    Throughput,
+    mean_loss,
+)
 from megatron_moe.training.run import TrainingRun
 
 Layers = Mapping[int, LayerStatistics]
@@ -88,6 +94,18 @@ def progress_line(
     parts += [
         f"{speed.memory_bytes / 2**20:.0f} MiB",
         f"{speed.seconds_per_step * 1e3:.1f} ms/iter",
+    ]
+    return " | ".join(parts)
+
+
+def evaluation_line(name: str, iteration: int, found: Evaluation) -> str:
+    """A held-out loss, and those of its domains."""
+    parts = [
+        f" {name} at iteration {iteration}",
+        f"lm loss {found.lm_loss:.6E}",
+        f"perplexity {found.perplexity:.4E}",
+        f"targets {found.targets}",
+        *(f"{domain} {part.lm_loss:.6E}" for domain, part in found.domains.items()),
     ]
     return " | ".join(parts)
 

@@ -11,7 +11,7 @@ from megatron_moe.data.distribute import fetch_step
 from megatron_moe.data.pipeline import Data
 from megatron_moe.model.counting import flops_per_token
 from megatron_moe.moe.statistics import collect_statistics, reset_statistics
-from megatron_moe.training.evaluation import evaluate
+from megatron_moe.training.evaluation import evaluate_split
 from megatron_moe.training.finite import NonFiniteError
 from megatron_moe.training.metrics import Evaluation, Meter, StepRecord, Summary
 from megatron_moe.training.reporting import Reporter
@@ -142,10 +142,9 @@ def _evaluate(session: _Session, name: str) -> None:
     ):
         return
     session.meter.pause()
-    batches = data.test() if name == "test" else data.valid()
-    size = run.plan.batch_sizes.full
-    found = evaluate(run, lambda: next_batches(run, batches, size), run.config.train.eval_iters)
-    session.reporter.evaluation(name, session.progress.iteration, found.lm_loss, found.targets)
+    size, split = run.plan.batch_sizes.full, "test" if name == "test" else "valid"
+    found = evaluate_split(run, data, split, lambda batches: next_batches(run, batches, size))
+    session.reporter.evaluation(name, session.progress.iteration, found)
     if name == "validation":
         session.valid = found
     session.meter.resume()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,6 +80,24 @@ class Evaluation:
     """Cross entropy in nats: its sum over all targets, divided by their number."""
     targets: int
     """Real targets it was taken over."""
+    domains: Mapping[str, Evaluation] = field(default_factory=dict)
+    """The same of each domain by itself, in order; empty if there is but one."""
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the loss, kept within a float."""
+        return math.exp(min(self.lm_loss, 700.0))
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--metrics-file`, with hexadecimal floats like those of steps."""
+        values: dict[str, Any] = {
+            "lm_loss": self.lm_loss,
+            "targets": self.targets,
+            "lm_loss_hex": self.lm_loss.hex(),
+        }
+        if self.domains:
+            values["domains"] = {name: part.to_json() for name, part in self.domains.items()}
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,6 @@ The tags of TensorBoard are listed in docs/training.md.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from megatron_moe.checkpoint import TrainState
 from megatron_moe.config import LoggingConfig
 from megatron_moe.data.pipeline import Data
 from megatron_moe.moe.statistics import LayerStatistics
-from megatron_moe.training.lines import final_lines, progress_line, starting_lines
-from megatron_moe.training.metrics import StepRecord, Summary, Throughput
+from megatron_moe.training.lines import evaluation_line, final_lines, progress_line, starting_lines
+from megatron_moe.training.metrics import Evaluation, StepRecord, Summary, Throughput
 from megatron_moe.training.outputs import forget_later_steps
 from megatron_moe.training.run import TrainingRun
 
@@ -92,16 +91,23 @@ class Reporter:
             for number, layer in layers.items():
                 self._layer_scalars(number, layer, records[-1].iteration)
 
-    def evaluation(self, name: str, iteration: int, loss: float, targets: int) -> None:
-        """A held-out loss: in the log, and under `{name}/lm loss` in TensorBoard."""
-        perplexity = math.exp(min(loss, 700.0))
-        self.say(
-            f" {name} at iteration {iteration} | lm loss {loss:.6E}"
-            f" | perplexity {perplexity:.4E} | targets {targets}"
-        )
+    def evaluation(self, name: str, iteration: int, found: Evaluation) -> None:
+        """A held-out loss and those of its domains: in the log, the metrics file and TensorBoard.
+
+        TensorBoard has them under `{name}/lm loss` and `{name}/lm loss of {domain}`. The metrics
+        file, which else has nothing but steps, gets a line if there are several domains.
+        """
+        if self._writes:
+            self.say(evaluation_line(name, iteration, found))
+        if self._file is not None and found.domains:
+            line = {"iteration": iteration, "evaluation": name, **found.to_json()}
+            with self._file.open("a") as file:
+                file.write(json.dumps(line) + "\n")
         if self._board is not None:
-            self._board.add_scalar(f"{name}/lm loss", loss, iteration)
-            self._board.add_scalar(f"{name}/perplexity", perplexity, iteration)
+            self._board.add_scalar(f"{name}/lm loss", found.lm_loss, iteration)
+            self._board.add_scalar(f"{name}/perplexity", found.perplexity, iteration)
+            for domain, part in found.domains.items():
+                self._board.add_scalar(f"{name}/lm loss of {domain}", part.lm_loss, iteration)
 
     def _training_scalars(self, records: Sequence[StepRecord], speed: Throughput) -> None:
         last, board = records[-1], self._board
