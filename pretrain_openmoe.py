@@ -42,32 +42,32 @@ def pretrain(config: RunConfig) -> None:
     from megatron_moe.model.build import build_model
     from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
     from megatron_moe.parallel.launch import launched
-    from megatron_moe.parallel.layout import resolve_layout
     from megatron_moe.training.loop import train
     from megatron_moe.training.outputs import check_outputs
-    from megatron_moe.training.placement import check_coordinates, open_data
-    from megatron_moe.training.plan import resolve_plan
+    from megatron_moe.training.placement import check_coordinates
     from megatron_moe.training.reporting import Reporter
     from megatron_moe.training.resume import changed_settings, load_run, starting_point
     from megatron_moe.training.run import prepare_run
+    from megatron_moe.training.stages import resolve_course
+    from megatron_moe.training.supply import open_supply
 
     here = launched()
     vocab_size = padded_vocab_size(config.data, build_tokenizer(config.data))
-    layout = resolve_layout(config, here.world_size, vocab_size)
-    plan = resolve_plan(config, layout.global_batch_size)
+    course = resolve_course(config, here.world_size, vocab_size)
     check_outputs(config)
-    start = starting_point(config)
-    data = open_data(config, layout, here.rank, start.consumed_train_samples)
-    ctx = initialize_parallel(layout, config.parallel, platform, config.train.seed)
-    check_coordinates(layout, ctx)
-    chunks = build_model(config, layout, ctx.pgs, vocab_size, platform.device)
-    run = prepare_run(config, plan, ctx, chunks, vocab_size)
-    reporter = Reporter(config.logging, plan.iterations, ctx.rank == 0, start.iteration)
-    reporter.start(run, data, start)
-    for change in changed_settings(config):
+    start = starting_point(course)
+    supply, data = open_supply(course, here.rank, start)
+    stage = course.at(start.state.iteration)
+    ctx = initialize_parallel(stage.layout, config.parallel, platform, config.train.seed)
+    check_coordinates(stage.layout, ctx)
+    chunks = build_model(stage.config, stage.layout, ctx.pgs, vocab_size, platform.device)
+    run = prepare_run(stage.config, stage.plan, ctx, chunks, vocab_size)
+    reporter = Reporter(config.logging, course.iterations, ctx.rank == 0, start.state.iteration)
+    reporter.start(run, course, data, start.state)
+    for change in changed_settings(course, start):
         reporter.say(f" since the checkpoint: {change}")
-    load_run(run, data)
-    summary = train(run, data, start, reporter)
+    load_run(run, data, course, start)
+    summary = train(run, course, supply, data, start, reporter)
     reporter.end(summary)
     destroy_parallel(default_group=True)
     if summary.failure is not None:

@@ -21,12 +21,13 @@ from megatron_moe.training.metrics import (
     mean_loss,
 )
 from megatron_moe.training.run import TrainingRun
+from megatron_moe.training.stages import Course, Stage, differences, stage_lines
 
 Layers = Mapping[int, LayerStatistics]
 """Routing since the last log interval, by 0-based layer number."""
 
 
-def starting_lines(run: TrainingRun, data: Data, state: TrainState) -> list[str]:
+def starting_lines(run: TrainingRun, course: Course, data: Data, state: TrainState) -> list[str]:
     """Where the run is, how it is laid out, what it trains, which implementations were taken."""
     config, layout, platform = run.config, run.ctx.layout, run.ctx.platform
     counts = count_parameters(config.model, config.moe, run.vocab_size)
@@ -40,7 +41,8 @@ def starting_lines(run: TrainingRun, data: Data, state: TrainState) -> list[str]
         f" vocabulary {run.vocab_size}",
         f" step: {layout.global_batch_size} sequences of {config.data.seq_length}"
         f" = {layout.num_microbatches} micro-batches of {layout.micro_batch_size} on {layout.dp}"
-        f" data-parallel ranks; {run.plan.iterations} iterations",
+        f" data-parallel ranks; {course.iterations} iterations",
+        *(f" {line}" for line in stage_lines(course)),
         *_rampup_line(run.plan.batch_sizes),
         f" training data {data.fingerprint}; validation {'yes' if data.has_valid else 'none'}",
         *(f"   {line}" for line in share_lines(data.shares)),
@@ -50,8 +52,20 @@ def starting_lines(run: TrainingRun, data: Data, state: TrainState) -> list[str]
         where = layer.describe(layout.micro_batch_size, config.data.seq_length)
         lines.append(f" {where}")
     if state.iteration:
-        lines.append(f" going on from iteration {state.iteration} of {config.checkpoint.load}")
+        where = f" in stage {course.at(state.iteration).name}" if course.staged else ""
+        load = config.checkpoint.load
+        lines.append(f" going on from iteration {state.iteration} of {load}{where}")
     return lines
+
+
+def switch_lines(before: Stage, after: Stage, state: TrainState) -> list[str]:
+    """Where one stage ends, and what the next has differently."""
+    return [
+        f" stage {after.number} {after.name} begins after iteration {state.iteration},"
+        f" {state.consumed_train_samples} samples, {after.first_token} tokens; before it"
+        f" {before.name}",
+        *(f" stage {after.name}: {line}" for line in differences(before.config, after.config)),
+    ]
 
 
 def _rampup_line(sizes: BatchSizes) -> list[str]:
@@ -68,11 +82,13 @@ def progress_line(
     speed: Throughput,
     layers: Layers,
     iterations: int,
+    stage: str = "",
 ) -> str:
     """One interval in one line: means over the interval for losses, the last step for the rest."""
     last = records[-1]
     parts = [
         f" iteration {last.iteration}/{iterations}",
+        *([f"stage {stage}"] if stage else []),
         f"samples {last.consumed_samples}",
         f"batch {last.batch_size}",
         f"lr {last.learning_rate:.4E}",

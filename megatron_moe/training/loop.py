@@ -1,4 +1,8 @@
-"""The training loop: fetch, step, report, evaluate, save, until the run or this start ends."""
+"""The training loop: fetch, step, report, evaluate, save, until the run or this start ends.
+
+Where a stage of the run ends, everything that the next one has differently changes there: data,
+shape of the batches, learning rate, dropout.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +10,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_moe.checkpoint import TrainState
-from megatron_moe.data.batch import Batch
+from megatron_moe.data.batch import Batch, extra_planes
 from megatron_moe.data.distribute import fetch_step
 from megatron_moe.data.pipeline import Data
 from megatron_moe.model.counting import flops_per_token
 from megatron_moe.moe.statistics import collect_statistics, reset_statistics
+from megatron_moe.training.consumed import StageRecord, record_of
+from megatron_moe.training.dropout import set_dropout
 from megatron_moe.training.evaluation import evaluate_split
 from megatron_moe.training.finite import NonFiniteError
 from megatron_moe.training.metrics import Evaluation, Meter, StepRecord, Summary
 from megatron_moe.training.reporting import Reporter
-from megatron_moe.training.resume import save_run
+from megatron_moe.training.resume import Start, save_run
 from megatron_moe.training.run import TrainingRun
-from megatron_moe.training.schedule import learning_rate
+from megatron_moe.training.stages import Course, Stage
 from megatron_moe.training.step import train_step
+from megatron_moe.training.supply import Supply
 
 
 @dataclass
@@ -26,11 +33,15 @@ class _Session:
     """What changes while the loop runs."""
 
     run: TrainingRun
+    course: Course
+    stage: Stage
+    supply: Supply
     data: Data
     reporter: Reporter
     meter: Meter
     progress: TrainState
     saved_at: int | None
+    over: list[StageRecord]
     first: StepRecord | None = None
     last: StepRecord | None = None
     valid: Evaluation | None = None
@@ -38,19 +49,39 @@ class _Session:
     tokens: int = 0
 
 
-def train(run: TrainingRun, data: Data, progress: TrainState, reporter: Reporter) -> Summary:
-    """Train from ``progress`` to the end of the run or of this start of it (`--exit-interval`).
+def train(
+    run: TrainingRun,
+    course: Course,
+    supply: Supply,
+    data: Data,
+    start: Start,
+    reporter: Reporter,
+) -> Summary:
+    """Train from ``start`` to the end of the run or of this start of it (`--exit-interval`).
 
     A step whose gradient is not finite ends it too: the summary says so, nothing is saved.
+
+    Args:
+        run: model and optimizer, built for the stage of the next step.
+        course: the stages of the whole run.
+        supply: the data of stages to come.
+        data: that of the stage of the next step.
+        start: where the run begins or goes on.
+        reporter: who tells.
     """
-    settings = run.config.checkpoint
+    settings, progress = course.config.checkpoint, start.state
+    stage = course.at(progress.iteration)
     session = _Session(
         run=run,
+        course=course,
+        stage=stage,
+        supply=supply,
         data=data,
         reporter=reporter,
         meter=make_meter(run),
         progress=progress,
         saved_at=progress.iteration if settings.load == settings.save else None,
+        over=[r for r in start.records if r.first_iteration < stage.first_iteration],
     )
     for chunk in run.wrapped:
         chunk.train()
@@ -73,29 +104,51 @@ def train(run: TrainingRun, data: Data, progress: TrainState, reporter: Reporter
 
 
 def _steps(session: _Session) -> None:
-    run, train_settings = session.run, session.run.config.train
-    save_interval = run.config.checkpoint.save_interval
-    while session.progress.iteration < run.plan.iterations:
+    course, save_interval = session.course, session.course.config.checkpoint.save_interval
+    exit_interval = course.config.train.exit_interval
+    while session.progress.iteration < course.iterations:
+        if session.progress.iteration == session.stage.last_iteration:
+            _next_stage(session)
         _one_step(session)
         done = session.progress.iteration
-        ends = done == run.plan.iterations
-        leaves = train_settings.exit_interval and done % train_settings.exit_interval == 0
-        if done % run.config.logging.log_interval == 0:
+        ends, stage_ends = done == course.iterations, done == session.stage.last_iteration
+        if done % course.config.logging.log_interval == 0:
             _report(session)
-        if done % train_settings.eval_interval == 0 and not ends:
+        if (done % session.run.config.train.eval_interval == 0 or stage_ends) and not ends:
             _evaluate(session, "validation")
         if save_interval and done % save_interval == 0:
             _save(session)
-        if leaves and not ends:
+        if exit_interval and done % exit_interval == 0 and not ends:
             session.reporter.say(f" leaving at iteration {done}, a multiple of --exit-interval")
             return
 
 
+def _next_stage(session: _Session) -> None:
+    """Go over to the stage of the next step; parameters and random states are left alone."""
+    _report(session)
+    session.meter.pause()
+    before, done = session.stage, session.progress
+    session.over.append(record_of(before, done, session.data.fingerprint))
+    session.stage = stage = session.course.at(done.iteration)
+    session.data = session.supply.open(stage)
+    session.run = enter_stage(session.run, stage)
+    _set_sizes(session.meter, session.run)
+    session.reporter.stage(before, stage, done)
+    session.meter.resume()
+
+
+def enter_stage(run: TrainingRun, stage: Stage) -> TrainingRun:
+    """The same model and optimizer, with the settings of a stage."""
+    set_dropout(run.chunks, stage.config.model)
+    ctx = replace(run.ctx, layout=stage.layout)
+    return replace(run, config=stage.config, plan=stage.plan, ctx=ctx)
+
+
 def _one_step(session: _Session) -> None:
-    run, progress = session.run, session.progress
-    batch_size = run.plan.batch_sizes.at(progress.consumed_train_samples)
+    run, progress, stage = session.run, session.progress, session.stage
+    batch_size = stage.batch_size(progress.consumed_train_samples)
     batches = next_batches(run, session.data.train, batch_size)
-    rate = learning_rate(run.config.optimizer, progress.iteration, run.plan.decay_iterations)
+    rate = stage.rate(progress.iteration)
     result = train_step(run, batches, rate, progress.iteration + 1)
     session.progress = replace(
         progress,
@@ -115,7 +168,7 @@ def _one_step(session: _Session) -> None:
 def _finish(session: _Session) -> None:
     """What happens at the end whatever the intervals: report, evaluate, save."""
     _report(session)
-    if session.progress.iteration == session.run.plan.iterations:
+    if session.progress.iteration == session.course.iterations:
         _evaluate(session, "validation")
         _evaluate(session, "test")
     _save(session)
@@ -151,11 +204,14 @@ def _evaluate(session: _Session, name: str) -> None:
 
 
 def _save(session: _Session) -> None:
-    progress = session.progress
-    if session.run.config.checkpoint.save is None or session.saved_at == progress.iteration:
+    progress, course = session.progress, session.course
+    if course.config.checkpoint.save is None or session.saved_at == progress.iteration:
         return
     session.meter.pause()
-    where = save_run(session.run, session.data, progress)
+    records = list(session.over)
+    if progress.iteration > session.stage.first_iteration:
+        records.append(record_of(session.stage, progress, session.data.fingerprint))
+    where = save_run(session.run, session.data, progress, course, records)
     session.reporter.say(f" saved iteration {progress.iteration} to {where}")
     session.saved_at = progress.iteration
     session.meter.resume()
@@ -167,7 +223,8 @@ def next_batches(
     """This rank's micro-batches of the next global batch; ``None`` each if its stage needs none."""
     layout = run.ctx.layout
     num_microbatches = batch_size // (layout.micro_batch_size * layout.dp)
-    if not run.ctx.needs_data:
+    extra = extra_planes(run.config.objective)
+    if not run.ctx.needs_data and not extra:
         return [None] * num_microbatches
     return fetch_step(
         batches,
@@ -175,20 +232,27 @@ def next_batches(
         run.ctx.pgs.tp,
         (layout.micro_batch_size, run.config.data.seq_length),
         run.ctx.platform.device,
+        extra,
     )
 
 
 def make_meter(run: TrainingRun) -> Meter:
     """A meter with the model's arithmetic and the device's peak."""
     config, platform = run.config, run.ctx.platform
-    flops = flops_per_token(
-        config.model, config.moe, run.vocab_size, config.data.seq_length
-    ).training
     peak = config.logging.device_peak_tflops or platform.peak_tflops(config.train.bf16)
-    return Meter(
+    meter = Meter(
         platform=platform,
-        tokens_per_sample=config.data.seq_length,
-        flops_per_token=flops,
+        tokens_per_sample=0,
+        flops_per_token=0.0,
         world_size=run.ctx.world_size,
         peak_tflops=peak,
     )
+    _set_sizes(meter, run)
+    return meter
+
+
+def _set_sizes(meter: Meter, run: TrainingRun) -> None:
+    """What a sample is depends on the stage."""
+    config, length = run.config, run.config.data.seq_length
+    flops = flops_per_token(config.model, config.moe, run.vocab_size, length)
+    meter.tokens_per_sample, meter.flops_per_token = length, flops.training

@@ -11,7 +11,6 @@ from megatron_moe.config import OptimizerConfig, RunConfig
 from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.config.ranges import check_ranges
 from megatron_moe.errors import UsageError
-from megatron_moe.training.freezing import check_freezing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +43,7 @@ def resolve_plan(config: RunConfig, global_batch_size: int) -> TrainingPlan:
     decay = config.optimizer.lr_decay_iters or iterations
     _check_optimizer(config, decay)
     _check_adafactor(config)
-    check_freezing(config)
+    _check_freezing(config)
     return TrainingPlan(
         iterations=iterations,
         decay_iterations=decay,
@@ -94,6 +93,14 @@ def _check_wsd(optimizer: OptimizerConfig, decay: int) -> None:
     if steps is None or not 1 <= steps <= longest:
         expected = f"1 to {longest}, the steps between warm-up and the end of the decay"
         raise UsageError(flag, steps, expected)
+
+
+def _check_freezing(config: RunConfig) -> None:
+    if config.optimizer.freeze_params or config.optimizer.freeze_router_after is not None:
+        # Imported here: it needs torch, which --describe does not.
+        from megatron_moe.training.freezing import check_freezing
+
+        check_freezing(config)
 
 
 def _check_adafactor(config: RunConfig) -> None:

@@ -15,10 +15,17 @@ from megatron_moe.checkpoint import TrainState
 from megatron_moe.config import LoggingConfig
 from megatron_moe.data.pipeline import Data
 from megatron_moe.moe.statistics import LayerStatistics
-from megatron_moe.training.lines import evaluation_line, final_lines, progress_line, starting_lines
+from megatron_moe.training.lines import (
+    evaluation_line,
+    final_lines,
+    progress_line,
+    starting_lines,
+    switch_lines,
+)
 from megatron_moe.training.metrics import Evaluation, StepRecord, Summary, Throughput
 from megatron_moe.training.outputs import forget_later_steps
 from megatron_moe.training.run import TrainingRun
+from megatron_moe.training.stages import Course, Stage
 
 Layers = Mapping[int, LayerStatistics]
 """Routing since the last log interval, by 0-based layer number."""
@@ -41,6 +48,7 @@ class Reporter:
         self._logging, self._iterations, self._writes = logging, iterations, writes
         self._board: SummaryWriter | None = None
         self._file: Path | None = None
+        self._stage: Stage | None = None
         if writes and logging.tensorboard_dir is not None:
             self._board = SummaryWriter(logging.tensorboard_dir, purge_step=start + 1)
         if writes and logging.metrics_file is not None:
@@ -53,11 +61,24 @@ class Reporter:
         if self._writes:
             print(line, flush=True)
 
-    def start(self, run: TrainingRun, data: Data, state: TrainState) -> None:
+    def start(self, run: TrainingRun, course: Course, data: Data, state: TrainState) -> None:
         """What is about to run, where, and on what."""
         if self._writes:
-            for line in starting_lines(run, data, state):
+            for line in starting_lines(run, course, data, state):
                 self.say(line)
+        if course.staged:
+            self._stage = course.at(state.iteration)
+
+    def stage(self, before: Stage, after: Stage, state: TrainState) -> None:
+        """Another stage begins: what it has differently, in the log and in TensorBoard's texts."""
+        self._stage = after
+        lines = switch_lines(before, after, state)
+        for line in lines:
+            self.say(line)
+        if self._board is not None:
+            text = "\n".join(f"- {line.strip()}" for line in lines)
+            self._board.add_text("stage", text, state.iteration + 1)
+            self._board.add_scalar("train/stage", after.number, state.iteration + 1)
 
     def end(self, summary: Summary) -> None:
         """How it went, in the last lines."""
@@ -82,7 +103,8 @@ class Reporter:
         """
         if not self._writes:
             return
-        self.say(progress_line(records, speed, layers, self._iterations))
+        name = self._stage.name if self._stage is not None else ""
+        self.say(progress_line(records, speed, layers, self._iterations, name))
         if self._file is not None:
             with self._file.open("a") as file:
                 file.writelines(json.dumps(record.to_json()) + "\n" for record in records)
@@ -125,6 +147,8 @@ class Reporter:
             "speed/seconds per step": speed.seconds_per_step,
             "memory/max allocated MiB": speed.memory_bytes / 2**20,
         }
+        if self._stage is not None:
+            values["train/stage"] = float(self._stage.number)
         if speed.mfu is not None:
             values["speed/MFU"] = speed.mfu
         for tag, value in values.items():

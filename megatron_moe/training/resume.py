@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_moe.checkpoint import (
@@ -10,7 +11,7 @@ from megatron_moe.checkpoint import (
     TrainState,
     has_checkpoint,
     load_checkpoint,
-    read_config,
+    read_metadata,
     save_checkpoint,
 )
 from megatron_moe.checkpoint.directory import step_directory
@@ -18,41 +19,73 @@ from megatron_moe.checkpoint.reading import open_checkpoint
 from megatron_moe.config import RunConfig
 from megatron_moe.data.pipeline import Data
 from megatron_moe.errors import UsageError
+from megatron_moe.training.consumed import (
+    KEY,
+    StageRecord,
+    check_consumed,
+    previous_settings,
+    recorded,
+    to_extra,
+)
 from megatron_moe.training.run import TrainingRun
+from megatron_moe.training.stages import Course, differences
 
 
-def starting_point(config: RunConfig) -> TrainState:
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a run begins, or goes on."""
+
+    state: TrainState
+    records: tuple[StageRecord, ...] = ()
+    """The stages that took the steps so far; none at the beginning."""
+    before: RunConfig | None = None
+    """The saved run's configuration, if this one goes on with it."""
+
+
+def starting_point(course: Course) -> Start:
     """Step and sample to go on from, read before anything else is built.
 
     Raises:
-        UsageError: `--load` names no checkpoint or a damaged one. Only `--allow-missing-load` makes
-            an empty directory mean step 0.
+        UsageError: `--load` names no checkpoint or a damaged one, or the stages contradict what it
+            has done. Only `--allow-missing-load` makes an empty directory mean step 0.
     """
-    settings = config.checkpoint
+    settings = course.config.checkpoint
     if settings.load is None:
         if settings.finetune:
             raise UsageError("--finetune", True, "--load with it")
-        return TrainState()
-    if _nothing_to_load(config):
-        return TrainState()
+        return Start(state=TrainState())
+    if _nothing_to_load(course.config):
+        return Start(state=TrainState())
     _, path = step_directory(settings.load, settings.ckpt_step)
-    state = open_checkpoint(path).train
-    return TrainState() if settings.finetune else state
+    opened = open_checkpoint(path)
+    if settings.finetune:
+        return Start(state=TrainState())
+    records = recorded(opened.train, opened)
+    check_consumed(course, opened.train, records)
+    return Start(state=opened.train, records=records, before=opened.config)
 
 
-def changed_settings(config: RunConfig) -> list[str]:
+def changed_settings(course: Course, start: Start) -> list[str]:
     """What differs from the run that saved the checkpoint, one line each; for the log.
 
     The learning rate is a function of the settings and the step, so a changed length or rate takes
     effect at once; whoever goes on should see that. What must not differ is refused by the load.
+    Of a stage table, the stage under way is compared; a stage that begins now says so itself.
     """
-    settings = config.checkpoint
-    if settings.load is None or settings.finetune or _nothing_to_load(config):
+    if start.before is None:
         return []
-    before = read_config(settings.load, settings.ckpt_step)
+    if not _by_stages(course, start):
+        return _changes(start.before, course.config)
+    stage, last = course.at(start.state.iteration), start.records[-1]
+    if stage.first_iteration != last.first_iteration:
+        return []
+    return differences(previous_settings(last, str(course.config.checkpoint.load)), stage.config)
+
+
+def _changes(before: RunConfig, after: RunConfig) -> list[str]:
     found = []
     for section in ("model", "moe", "data", "train", "optimizer"):
-        old, new = asdict(getattr(before, section)), asdict(getattr(config, section))
+        old, new = asdict(getattr(before, section)), asdict(getattr(after, section))
         found += [
             f"--{name.replace('_', '-')} was {old[name]}, is {new[name]}"
             for name in new
@@ -61,37 +94,63 @@ def changed_settings(config: RunConfig) -> list[str]:
     return found
 
 
-def load_run(run: TrainingRun, data: Data) -> None:
+def _by_stages(course: Course, start: Start) -> bool:
+    """Whether what was consumed is known by stages, and was compared so."""
+    return course.staged or KEY in start.state.extra
+
+
+def load_run(run: TrainingRun, data: Data, course: Course, start: Start) -> None:
     """Put the checkpoint's weights, and unless told otherwise moments and random states, in place.
 
     Raises:
         UsageError: on every rank: the checkpoint is damaged or of another model or data.
     """
-    settings = run.config.checkpoint
-    if settings.load is None or _nothing_to_load(run.config):
+    settings = course.config.checkpoint
+    if settings.load is None or _nothing_to_load(course.config):
         return
+    config, metadata = course.config, _metadata(run, data)
+    if start.before is not None and _by_stages(course, start):
+        # Length of rows and data belong to stages, and were held against the records.
+        before = read_metadata(settings.load, settings.ckpt_step)
+        length = start.before.data.seq_length
+        config = replace(config, data=replace(config.data, seq_length=length))
+        metadata = replace(metadata, data_fingerprint=before.data_fingerprint)
     fresh = settings.finetune
     load_checkpoint(
         settings.load,
-        config=run.config,
+        config=config,
         ctx=run.ctx,
         chunks=run.wrapped,
         optimizer=run.optimizer,
         step=settings.ckpt_step,
         with_optimizer=not (fresh or settings.no_load_optim),
         with_rng=not (fresh or settings.no_load_rng),
-        metadata=_metadata(run, data),
+        metadata=metadata,
     )
 
 
-def save_run(run: TrainingRun, data: Data, state: TrainState) -> Path:
-    """Save the run as it stands after ``state.iteration`` steps; returns where."""
-    settings = run.config.checkpoint
+def save_run(
+    run: TrainingRun,
+    data: Data,
+    state: TrainState,
+    course: Course,
+    records: Sequence[StageRecord] = (),
+) -> Path:
+    """Save the run as it stands after ``state.iteration`` steps; returns where.
+
+    Args:
+        run: the run.
+        data: of the stage that took the last step.
+        state: how far it is.
+        course: its stages.
+        records: of the stages that have begun; none without a stage table.
+    """
+    settings = course.config.checkpoint
     assert settings.save is not None
     return save_checkpoint(
         settings.save,
-        state,
-        config=run.config,
+        replace(state, extra=to_extra(records) if course.staged else {}),
+        config=course.config,
         ctx=run.ctx,
         chunks=run.wrapped,
         optimizer=run.optimizer,
