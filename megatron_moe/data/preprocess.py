@@ -1,34 +1,50 @@
-"""JSON Lines to indexed data: what Megatron-LM's `tools/preprocess_data.py` does, as a library.
+"""Text to indexed data: what Megatron-LM's `tools/preprocess_data.py` does, as a library.
 
-Lines stream through worker processes in batches; a bounded number is under way at any time, and a
-worker that dies is an error rather than a wait. What is written does not depend on their number.
+The input is cut into partitions, each of which becomes a data set of its own, atomically and with a
+manifest; then they are merged. A run that is started again redoes only what is not finished, or was
+made from something else. What is written depends neither on the number of partitions nor on that of
+workers.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from multiprocessing import get_context
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from megatron_moe.config import DataConfig
+from megatron_moe.data.encoding import Refusal
+from megatron_moe.data.indexed_format import paths_of
 from megatron_moe.data.indexed_writer import IndexedWriter
-from megatron_moe.data.tokenizer import Tokenizer, build_tokenizer, unpadded_vocab_size
+from megatron_moe.data.manifest import (
+    Manifest,
+    difference,
+    files_fit,
+    manifest_path,
+    origins,
+    read_manifest,
+    write_manifest,
+)
+from megatron_moe.data.merge import merge
+from megatron_moe.data.reading import Batch, read_batches
+from megatron_moe.data.sources import (
+    InputFile,
+    Stretch,
+    TextDocuments,
+    cut,
+    find_inputs,
+    refuse_changed,
+)
+from megatron_moe.data.tokenizer import build_tokenizer, unpadded_vocab_size
+from megatron_moe.data.workers import Workers
 from megatron_moe.errors import UsageError
 
-_BATCH = 1 << 18
-"""Bytes of text that one task tokenizes."""
-_AHEAD = 4
-"""Tasks under way per worker."""
+PARTITION = 1 << 30
+"""Bytes of input in a partition, where their number is not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,198 +52,248 @@ class PreprocessOptions:
     """What to tokenize and where to write it."""
 
     input: tuple[str, ...]
-    """JSON Lines files, read one after the other."""
+    """Files and globs, read one after the other."""
     output_prefix: str
-    """Files are named `{output_prefix}_{key}_document.bin` and `.idx`."""
+    """Files are named `{output_prefix}_{key}_document.bin`, `.idx` and `.json`."""
     json_keys: tuple[str, ...] = ("text",)
     """Fields to tokenize, each into files of its own."""
     append_eod: bool = False
     """End every document that is not empty with the tokenizer's end-of-document id."""
     workers: int = 1
     """Processes that tokenize; 1 tokenizes in this one."""
+    partitions: int | None = None
+    """Into how many the input is cut; `None`: one for each GiB."""
+    partition: int | None = None
+    """Make this one alone, counted from 0, and merge nothing: a task of a cluster."""
+    domain: str | None = None
+    """What the text is, for the manifest."""
+    text_documents: TextDocuments = "file"
+    """A document of a text file: all of it, or a block between blank lines."""
+    word_cache: bool = True
+    """Remember the ids of words, where that changes none."""
     log_interval: int = 1000
     """Documents between updates of the progress line."""
 
 
-@dataclass(frozen=True)
-class Lines:
-    """Some lines of one file."""
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One partition, or all of the input."""
 
-    path: str
-    first: int
-    """Number of the first, counted from 1."""
-    content: tuple[bytes, ...]
+    name: str
+    prefixes: tuple[str, ...]
+    """One for each key."""
+    stretches: tuple[Stretch, ...]
+    recipes: tuple[Manifest, ...]
+    """What the manifests are to say, but for the counts."""
 
-
-@dataclass(frozen=True)
-class Encoded:
-    """Documents of one key: ids, tokens of each sequence, sequences of each document."""
-
-    ids: npt.NDArray[np.int32]
-    lengths: npt.NDArray[np.int64]
-    sequences: npt.NDArray[np.int64]
+    @property
+    def size(self) -> int:
+        """Bytes of input."""
+        return sum(stretch.end - stretch.start for stretch in self.stretches)
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """The arguments of a `UsageError` from a worker, as exceptions do not travel with four."""
-
-    arguments: tuple[str, object, str, str]
+Say = Callable[[str], None]
 
 
-Result = list[Encoded] | Refusal
+def output_prefixes(options: PreprocessOptions, part: str = "") -> tuple[str, ...]:
+    """The prefix of each key's files, of all or of a part."""
+    return tuple(f"{options.output_prefix}{part}_{key}_document" for key in options.json_keys)
 
 
-def output_prefixes(options: PreprocessOptions) -> list[str]:
-    """The prefix of each key's files."""
-    return [f"{options.output_prefix}_{key}_document" for key in options.json_keys]
-
-
-def preprocess(options: PreprocessOptions, data: DataConfig, *, progress: bool = True) -> int:
+def preprocess(
+    options: PreprocessOptions,
+    data: DataConfig,
+    *,
+    progress: bool = True,
+    say: Say = lambda _: None,
+) -> list[Manifest]:
     """Tokenize the files into indexed data.
 
     Args:
         options: what and where.
         data: names the tokenizer and the vocabulary size.
         progress: show a progress line on standard error.
+        say: takes a line about what is kept, or made again.
 
     Returns:
-        The number of documents.
+        The manifest of each key.
 
     Raises:
-        UsageError: a file cannot be read, a line is not a JSON object with the keys, an id is
-            outside the vocabulary. Nothing is written then.
+        UsageError: a file cannot be read or changes meanwhile, a line is not a JSON object with the
+            keys, an id is outside the vocabulary, the disk is full. What was there stays then, and
+            partitions that were finished are kept.
     """
-    limit = unpadded_vocab_size(data, build_tokenizer(data))
-    documents, due = 0, options.log_interval
+    files = find_inputs(options.input)
+    whole, parts = _plan(options, data, files)
+    if whole is not None and (made := _already(whole, say)):
+        return made
+    wanted = parts if options.partition is None else [parts[options.partition]]
+    missing = [task for task in wanted if task is whole or not _already(task, say)]
     with ExitStack() as stack:
-        total = sum(_size_of(path) for path in options.input)
         bar = stack.enter_context(
-            tqdm(total=total, unit="B", unit_scale=True, disable=not progress, mininterval=1.0)
+            tqdm(
+                total=sum(task.size for task in missing),
+                unit="B",
+                unit_scale=True,
+                disable=not progress,
+                mininterval=1.0,
+            )
         )
-        writers = [
-            stack.enter_context(IndexedWriter(prefix, limit)) for prefix in output_prefixes(options)
-        ]
-        for lines, result in _encoded(options, data):
-            if isinstance(result, Refusal):
-                raise UsageError(*result.arguments)
-            for writer, encoded in zip(writers, result, strict=True):
-                writer.add_documents(encoded.ids, encoded.lengths, encoded.sequences)
-            documents = writers[0].documents
-            if documents >= due:
-                bar.set_postfix_str(f"{documents} documents", refresh=False)
-                due = documents - documents % options.log_interval + options.log_interval
-            bar.update(sum(map(len, lines.content)))
-        bar.set_postfix_str(f"{documents} documents")
-    return documents
+        workers = stack.enter_context(
+            Workers(
+                options.workers, data, options.json_keys, options.append_eod, options.word_cache
+            )
+        )
+        for task in missing:
+            _make(task, options, workers, bar)
+    if whole is None or wanted == [whole]:
+        return [_manifest(prefix) for prefix in wanted[0].prefixes]
+    return _join(wanted, whole)
 
 
-def _size_of(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError as error:
-        raise UsageError("--input", path, "a readable file", str(error)) from None
-
-
-def read_batches(paths: Sequence[str]) -> Iterator[Lines]:
-    """The lines of all files, in order, in batches of some size."""
-    for path in paths:
-        try:
-            with open(path, "rb") as stream:
-                first = 1
-                while content := stream.readlines(_BATCH):
-                    yield Lines(path, first, tuple(content))
-                    first += len(content)
-        except OSError as error:
-            raise UsageError("--input", path, "a readable file", str(error)) from None
-
-
-def encode(tokenizer: Tokenizer, lines: Lines, keys: Sequence[str], append_eod: bool) -> Result:
-    """Tokenize some lines. Blank lines are no documents.
-
-    A field is a text, or a list of texts, which become sequences of one document. Sequences without
-    ids are left out, as Megatron-LM leaves them out.
-    """
-    columns: list[list[list[list[int]]]] = [[] for _ in keys]
-    for number, line in enumerate(lines.content, lines.first):
-        if line.isspace():
-            continue
-        try:
-            for column, texts in zip(columns, _texts(line, keys), strict=True):
-                sequences = [ids for text in texts if (ids := tokenizer.tokenize(text))]
-                if append_eod and sequences:
-                    sequences[-1].append(tokenizer.eod)
-                column.append(sequences)
-        except UsageError as error:
-            what = f"{error.what}, line {number} of {lines.path}"
-            return Refusal((what, error.found, error.expected, error.fix))
-    return [_pack(column) for column in columns]
-
-
-def _texts(line: bytes, keys: Sequence[str]) -> Iterator[list[str]]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:  # malformed JSON, or not UTF-8
-        raise UsageError("JSON", _start(line), "an object", str(error)) from None
-    for key in keys:
-        value = record.get(key) if isinstance(record, dict) else None
-        texts = value if isinstance(value, list) else [value]
-        if not all(isinstance(text, str) for text in texts):
-            expected = f"an object with a text in {key!r}"
-            raise UsageError(f"--json-keys {key}", _start(line), expected)
-        yield list(map(str, texts))
-
-
-def _start(line: bytes) -> str:
-    return line[:60].decode("utf-8", errors="replace")
-
-
-def _pack(documents: list[list[list[int]]]) -> Encoded:
-    sequences = [ids for document in documents for ids in document]
-    lengths = np.array([len(ids) for ids in sequences], dtype=np.int64)
-    flat = (value for ids in sequences for value in ids)
-    return Encoded(
-        ids=np.fromiter(flat, dtype=np.int32, count=int(lengths.sum())),
-        lengths=lengths,
-        sequences=np.array([len(document) for document in documents], dtype=np.int64),
+def _plan(
+    options: PreprocessOptions, data: DataConfig, files: Sequence[InputFile]
+) -> tuple[Task | None, list[Task]]:
+    """All of the input, unless a partition is asked for, and the partitions."""
+    tokenizer = build_tokenizer(data)
+    recipe = Manifest(
+        tokenizer=data.tokenizer_type,
+        tokenizer_hash=tokenizer.identity,
+        vocab_size=unpadded_vocab_size(data, tokenizer),
+        key="",
+        append_eod=options.append_eod,
+        text_documents=options.text_documents,
+        domain=options.domain,
+        inputs=(),
     )
+    if any(file.kind == "text" for file in files) and len(options.json_keys) > 1:
+        expected = "one key, which names the output, for text files"
+        raise UsageError("--json-keys", " ".join(options.json_keys), expected)
+
+    def task(name: str, part: str, stretches: Sequence[Stretch]) -> Task:
+        return Task(
+            name=name,
+            prefixes=output_prefixes(options, part),
+            stretches=tuple(stretches),
+            recipes=tuple(
+                replace(recipe, key=key, inputs=origins(stretches)) for key in options.json_keys
+            ),
+        )
+
+    size = sum(file.size for file in files)
+    count = options.partitions or max(1, -(-size // PARTITION))
+    whole = task("output", "", cut(files, 1)[0])
+    if count == 1 and options.partition is None:
+        return whole, [whole]
+    tasks = [
+        task(f"partition {number} of {count}", f"_part{number:05d}of{count:05d}", stretches)
+        for number, stretches in enumerate(cut(files, count))
+    ]
+    return (whole if options.partition is None else None), tasks
 
 
-def _encoded(options: PreprocessOptions, data: DataConfig) -> Iterator[tuple[Lines, Result]]:
-    """Every batch with its result, in order."""
-    batches = read_batches(options.input)
-    if options.workers <= 1:
-        tokenizer = build_tokenizer(data)
-        for lines in batches:
-            yield lines, encode(tokenizer, lines, options.json_keys, options.append_eod)
-        return
-    pending: deque[tuple[Lines, Future[Result]]] = deque()
-    with ProcessPoolExecutor(
-        options.workers, get_context("spawn"), initializer=_start_worker, initargs=(data,)
-    ) as pool:
-        try:
-            for lines in batches:
-                task = pool.submit(_work, lines, options.json_keys, options.append_eod)
-                pending.append((lines, task))
-                if len(pending) >= _AHEAD * options.workers:
-                    yield pending[0][0], pending.popleft()[1].result()
-            while pending:
-                yield pending[0][0], pending.popleft()[1].result()
-        except BrokenProcessPool:
-            raise UsageError(
-                "--workers", options.workers, "workers that live", "one was killed; out of memory?"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+def _already(task: Task, say: Say) -> list[Manifest]:
+    """The manifests of what an earlier run has finished; none if it has to be made."""
+    found = [read_manifest(prefix) for prefix in task.prefixes]
+    for prefix, manifest, recipe in zip(task.prefixes, found, task.recipes, strict=True):
+        if manifest is None:
+            return []
+        reason = difference(manifest, recipe)
+        if not reason and not files_fit(prefix, manifest):
+            reason = "files are missing or of another size"
+        if reason:
+            say(f"{task.name}: made again, {reason}")
+            return []
+    say(f"{task.name}: finished before, kept")
+    return [manifest for manifest in found if manifest is not None]
 
 
-_worker_tokenizer: list[Tokenizer] = []
-"""Of a worker process: models are not sent with every task."""
+def _make(task: Task, options: PreprocessOptions, workers: Workers, bar: tqdm[None]) -> None:
+    """Tokenize one task into its files and manifests."""
+    for prefix in task.prefixes:
+        remove_leftovers(prefix)
+        manifest_path(prefix).unlink(missing_ok=True)
+    text_bytes = [0 for _ in task.prefixes]
+    try:
+        with ExitStack() as stack:
+            limit = task.recipes[0].vocab_size
+            writers = [stack.enter_context(IndexedWriter(p, limit)) for p in task.prefixes]
+            due = options.log_interval
+            for batch, result in workers.encode(_batches(task, options)):
+                if isinstance(result, Refusal):
+                    raise UsageError(*result.arguments)
+                for number, (writer, encoded) in enumerate(zip(writers, result, strict=True)):
+                    writer.add_documents(encoded.ids, encoded.lengths, encoded.sequences)
+                    text_bytes[number] += encoded.text_bytes
+                if writers[0].documents >= due:
+                    bar.set_postfix_str(f"{writers[0].documents} documents", refresh=False)
+                    due = writers[0].documents + options.log_interval
+                bar.update(batch.taken)
+            refuse_changed(list({s.file.path: s.file for s in task.stretches}.values()))
+            if task.name == "output":
+                _refuse_empty(writers, options)
+            bar.set_postfix_str(f"{writers[0].documents} documents")
+        for recipe, writer, size in zip(task.recipes, writers, text_bytes, strict=True):
+            manifest = replace(
+                recipe,
+                documents=writer.documents,
+                sequences=writer.sequences,
+                tokens=writer.tokens,
+                text_bytes=size,
+            )
+            write_manifest(writer.prefix, manifest)
+    except OSError as error:  # what is read has its own message
+        fix = "finished partitions are kept; make room and run it again"
+        raise UsageError(
+            "--output-prefix", options.output_prefix, f"a place with room ({error.strerror})", fix
+        ) from None
 
 
-def _start_worker(data: DataConfig) -> None:
-    _worker_tokenizer[:] = [build_tokenizer(data)]
+def _batches(task: Task, options: PreprocessOptions) -> Iterator[Batch]:
+    for stretch in task.stretches:
+        yield from read_batches(stretch, options.json_keys, options.text_documents)
 
 
-def _work(lines: Lines, keys: Sequence[str], append_eod: bool) -> Result:
-    return encode(_worker_tokenizer[0], lines, keys, append_eod)
+def _refuse_empty(writers: Sequence[IndexedWriter], options: PreprocessOptions) -> None:
+    for key, writer in zip(options.json_keys, writers, strict=True):
+        if writer.tokens == 0:
+            found = f"{writer.documents} documents without a token in {key!r}"
+            raise UsageError("--input", found, "at least one document with text")
+
+
+def _join(tasks: Sequence[Task], whole: Task) -> list[Manifest]:
+    """Merge the partitions of each key, then remove them."""
+    for number, prefix in enumerate(whole.prefixes):
+        remove_leftovers(prefix)
+        parts = [task.prefixes[number] for task in tasks]
+        if sum(_manifest(part).tokens for part in parts) == 0:
+            found = f"{sum(_manifest(part).documents for part in parts)} documents without a token"
+            raise UsageError("--input", found, "at least one document with text")
+        merge(parts, prefix)
+    for prefix in (prefix for task in tasks for prefix in task.prefixes):
+        for path in (*paths_of(prefix), manifest_path(prefix)):
+            Path(path).unlink(missing_ok=True)
+    return [_manifest(prefix) for prefix in whole.prefixes]
+
+
+def _manifest(prefix: str) -> Manifest:
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        raise UsageError("manifest of " + prefix, None, "what was just written", "run it again")
+    return manifest
+
+
+def remove_leftovers(prefix: str) -> list[str]:
+    """Remove unfinished files of this prefix whose process is gone: it was killed.
+
+    Returns:
+        Their paths.
+    """
+    removed = []
+    for path in (*paths_of(prefix), str(manifest_path(prefix))):
+        for partial in Path(path).parent.glob(Path(path).name + ".partial-*"):
+            process = partial.name.rpartition("-")[2]
+            if process.isdigit() and not os.path.exists(f"/proc/{process}"):
+                partial.unlink(missing_ok=True)
+                removed.append(str(partial))
+    return removed

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 
 from megatron_moe.config import DataConfig
+from megatron_moe.data.word_cache import WordCache, word_patterns
 from megatron_moe.errors import UsageError
 
 PAD, EOS, UNK = 0, 1, 2
@@ -41,6 +44,25 @@ class Tokenizer(ABC):
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
         """The ids of ``text``, without `eod`."""
+
+    def encode(self, text: bytes) -> npt.NDArray[np.int32]:
+        """The ids of a text in UTF-8, without `eod`: `tokenize`, as fast as it goes.
+
+        Raises:
+            UsageError: an id is beyond 32 bits.
+        """
+        try:
+            return np.array(self.tokenize(text.decode()), dtype=np.int32)
+        except OverflowError as error:
+            raise UsageError("token id", str(error), "an id of 31 bits") from None
+
+    def remember_words(self) -> str:
+        """Let `encode` remember the ids of words, if that changes no id.
+
+        Returns:
+            Why it does not; empty if it does.
+        """
+        return f"{type(self).__name__} has none"
 
     @abstractmethod
     def detokenize(self, ids: Sequence[int]) -> str:
@@ -73,17 +95,50 @@ class SentencePieceTokenizer(Tokenizer):
         )
         if self.eod < 0:
             raise UsageError("--tokenizer-model", path, "a model with an end-of-sequence piece")
+        self.extra_ids = sentinels_at_the_end(self._model.id_to_piece, self.vocab_size)
         self.identity = hashlib.sha256(content).hexdigest()
+        self._words: WordCache | None = None
+        self._prefix = b""
 
     def tokenize(self, text: str) -> list[int]:
         """The ids of ``text``, without `eod`."""
         ids: list[int] = self._model.encode(text)
         return ids
 
+    def encode(self, text: bytes) -> npt.NDArray[np.int32]:
+        """The same as an array, of a text in UTF-8."""
+        if self._words is not None:
+            return self._words.ids(self._prefix + text if text else text)
+        ids: npt.NDArray[np.int32] = self._model.encode(text, return_type="numpy")
+        return ids
+
+    def remember_words(self) -> str:
+        """See `Tokenizer.remember_words` and `megatron_moe.data.word_cache`."""
+        from sentencepiece import sentencepiece_model_pb2 as messages
+
+        content = self._model.serialized_model_proto()
+        proto = messages.ModelProto.FromString(content)  # type: ignore[attr-defined]
+        patterns = word_patterns(proto)
+        if isinstance(patterns, str):
+            return patterns
+        self._prefix = b" " if proto.normalizer_spec.add_dummy_prefix else b""
+        proto.normalizer_spec.add_dummy_prefix = False
+        bare = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        self._words = WordCache(lambda word: bare.encode(word, return_type="numpy"), patterns)
+        return ""
+
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of ``ids``."""
         text: str = self._model.decode([i if i < self.vocab_size else self.unk for i in ids])
         return text
+
+
+def sentinels_at_the_end(piece_of: Callable[[int], str | None], size: int) -> int:
+    """How many of the last ids are T5's sentinels, which descend: `<extra_id_0>` is the last."""
+    count = 0
+    while count < size and piece_of(size - 1 - count) == f"<extra_id_{count}>":
+        count += 1
+    return count
 
 
 class ByteTokenizer(Tokenizer):
@@ -98,6 +153,10 @@ class ByteTokenizer(Tokenizer):
     def tokenize(self, text: str) -> list[int]:
         """The ids of ``text``, without `eod`."""
         return [byte + self._first for byte in text.encode("utf-8")]
+
+    def encode(self, text: bytes) -> npt.NDArray[np.int32]:
+        """The same as an array, of a text in UTF-8."""
+        return np.frombuffer(text, dtype=np.uint8).astype(np.int32) + self._first
 
     def detokenize(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
@@ -140,6 +199,12 @@ def build_tokenizer(data: DataConfig) -> Tokenizer:
         if data.tokenizer_model is None:
             raise UsageError("--tokenizer-model", None, "a SentencePiece model file")
         tokenizer: Tokenizer = SentencePieceTokenizer(data.tokenizer_model)
+    elif data.tokenizer_type == "HuggingFaceTokenizer":
+        if data.tokenizer_model is None:
+            raise UsageError("--tokenizer-model", None, "a tokenizer.json, or its folder")
+        from megatron_moe.data.tokenizer_huggingface import HuggingFaceTokenizer
+
+        tokenizer = HuggingFaceTokenizer(data.tokenizer_model)
     elif data.tokenizer_type == "ByteTokenizer":
         tokenizer = ByteTokenizer()
     else:

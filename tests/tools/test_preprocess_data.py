@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moe.data.manifest import read_manifest
 from tests.data.corpus import engine_reads
 from tools.preprocess_data import main
 
@@ -29,7 +30,13 @@ def test_flags(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert engine_reads(tmp_path / "out_text_document") == [[100, 101, 1]]
     assert engine_reads(tmp_path / "out_note_document") == [[102, 1], [103, 1]]
     report = capsys.readouterr()
-    assert report.out.startswith("2 documents in ")
+    lines = report.out.splitlines()
+    assert lines[0] == "word cache: off, ByteTokenizer has none"
+    assert lines[1:3] == [
+        "text: 2 documents, 3 tokens, 1.5000 tokens per byte",
+        "note: 2 documents, 4 tokens, 2.0000 tokens per byte",
+    ]
+    assert lines[3].startswith("2 documents in ")
     assert "out_text_document.bin and .idx" in report.out
     assert "2 documents" in report.err  # the progress line
 
@@ -48,19 +55,48 @@ def test_as_a_script_with_a_mistake(corpus: Path, tmp_path: Path) -> None:
     assert engine_reads(tmp_path / "out_text_document") == [[100, 101]]
 
 
-@pytest.mark.parametrize("flag", ["--workers", "--log-interval"])
-def test_numbers_must_be_positive(
-    corpus: Path, flag: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("--workers 0", "--workers is 0, expected a positive number"),
+        ("--partitions 0", "--partitions is 0, expected a positive number"),
+        ("--log-interval 0", "--log-interval is 0, expected a positive number"),
+        ("--partition 1", "--partitions is None, expected their number"),
+        ("--partitions 4 --partition 4", "--partition is 4, expected 0 to 3"),
+        ("--json-keys text note text", "--json-keys is 'text note text', expected each key once"),
+    ],
+)
+def test_flags_that_cannot_be(
+    corpus: Path, flags: str, says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = f"--input {corpus} --output-prefix out --tokenizer-type ByteTokenizer {flag} 0"
+    words = f"--input {corpus} --output-prefix out --tokenizer-type ByteTokenizer {flags}"
     with pytest.raises(SystemExit) as caught:
         main(words.split())
     assert caught.value.code == 2
-    assert f"{flag} is 0, expected a positive number" in capsys.readouterr().err
+    assert says in capsys.readouterr().err
+
+
+def test_one_partition_alone(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"--input {corpus} --output-prefix {tmp_path}/out --tokenizer-type ByteTokenizer"
+    words += " --domain books --vocab-extra-ids 300 --partitions 2 --partition"
+    main([*words.split(), "0"])
+    assert engine_reads(tmp_path / "out_part00000of00002_text_document") == [[100, 101]]
+    assert len(list(tmp_path.glob("out*"))) == 3, "no other partition, and nothing merged"
+    manifest = read_manifest(f"{tmp_path}/out_part00000of00002_text_document")
+    assert manifest is not None
+    assert (manifest.domain, manifest.vocab_size) == ("books", 559)
+    capsys.readouterr()
+    main([*words.split(), "0"])
+    assert "partition 0 of 2: finished before, kept" in capsys.readouterr().out
+    main([*words.split(), "1"])
+    assert (tmp_path / "out_part00001of00002_text_document.idx").exists()
 
 
 def test_no_torch_is_imported() -> None:
     """Tokenizing starts at once, in every worker."""
-    code = "import sys, tools.preprocess_data; print({'torch', 'megatron'} & set(sys.modules))"
+    heavy = "{'torch', 'megatron', 'pyarrow'}"
+    code = f"import sys, tools.preprocess_data; print({heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
