@@ -11,10 +11,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -59,25 +60,59 @@ def write_tensors(
     Raises:
         OSError: the disk is full, or anything else.
     """
+    return write_pending(path, [_whole(key, tensor) for key, tensor in tensors], metadata)
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A tensor to be written, made while it is written."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Callable[[], Iterator[Tensor]]
+    """Its elements in row-major order, cut anywhere."""
+
+
+def _whole(key: str, tensor: Tensor) -> Pending:
+    return Pending(key, tensor.dtype, tuple(tensor.shape), lambda: iter([tensor]))
+
+
+def write_pending(
+    path: Path, tensors: Sequence[Pending], metadata: Mapping[str, str]
+) -> FileRecord:
+    """`write_tensors`, holding one part of one tensor at a time.
+
+    Raises:
+        OSError: the disk is full, or anything else.
+        ValueError: the parts of a tensor are not what it was said to be.
+    """
     # Wide types first keeps every tensor aligned to its own width.
-    ordered = sorted(tensors, key=lambda item: (-item[1].element_size(), item[0]))
+    ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.key))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for key, tensor in ordered:
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        dtype = DTYPES[tensor.dtype]
-        header[key] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for tensor in ordered:
+        start, end = end, end + prod(tensor.shape) * tensor.dtype.itemsize
+        entry = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape)}
+        header[tensor.key] = {**entry, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return _write(path, _tensor_bytes(len(text).to_bytes(8, "little") + text, ordered))
 
 
-def _tensor_bytes(head: bytes, tensors: Sequence[tuple[str, Tensor]]) -> Iterator[memoryview]:
+def _tensor_bytes(head: bytes, tensors: Sequence[Pending]) -> Iterator[memoryview]:
     yield memoryview(head)
-    for _, tensor in tensors:
-        data = tensor.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
-        raw: Any = data.view(-1).view(torch.uint8).numpy()
-        yield memoryview(raw)
+    for tensor in tensors:
+        left = prod(tensor.shape)
+        for part in tensor.parts():
+            left -= part.numel()
+            if part.dtype != tensor.dtype or left < 0:
+                raise ValueError(f"{tensor.key}: a part is {part.dtype}, {left} elements are left")
+            data = part.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
+            raw: Any = data.view(-1).view(torch.uint8).numpy()
+            yield memoryview(raw)
+        if left:
+            raise ValueError(f"{tensor.key}: {left} elements are missing")
 
 
 def write_json(path: Path, value: Any) -> FileRecord:

@@ -1,0 +1,233 @@
+"""`config.json` of the released OpenMoE checkpoints, and ours.
+
+The released files call the architecture `OpenMoeForCausalLM` with `model_type` llama. What they
+have no field for (the capacity rule, the group size, ...) travels under `megatron_moe`, which other
+readers ignore; a model that they would compute differently is refused.
+Source of the fields: the released `config.json` files and the PyTorch port that reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from typing import Any
+
+from megatron_moe.checkpoint.errors import CheckpointError
+from megatron_moe.config import ModelConfig, MoEConfig, RunConfig, moe_layer_pattern
+
+OURS = "megatron_moe"
+"""The field that holds our own configuration."""
+_ARCHITECTURE = "OpenMoeForCausalLM"
+_PAD, _EOS = 0, 1
+_GATES = {"swiglu": "gated-swiglu", "silu": "swiglu"}
+"""hidden_act with mlp_gated: `swiglu` halves the gate's columns first: four matrices."""
+
+
+def interval_pattern(layers: int, interval: int) -> str:
+    """`--moe-layer-freq` of OpenMoE's rule: layer i (0-based) is MoE if (i + 1) % interval == 0."""
+    whole, rest = divmod(layers, interval)
+    pattern = f"([0]*{interval - 1}+[1])*{whole}"
+    return f"{pattern}+[0]*{rest}" if rest else pattern
+
+
+def to_hf(config: RunConfig, vocab_size: int, dtype: str) -> dict[str, Any]:
+    """The contents of `config.json`.
+
+    Args:
+        config: of the run.
+        vocab_size: V.
+        dtype: of the weights, torch's name.
+
+    Raises:
+        CheckpointError: the released layout cannot say what this model is.
+    """
+    model, moe = config.model, config.moe
+    interval = _interval(config)
+    _check_expressible(config)
+    acts = {variant: act for act, variant in _GATES.items()}
+    return {
+        "architectures": [_ARCHITECTURE],
+        "model_type": "llama",
+        "torch_dtype": dtype,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_attention_heads,
+        "head_dim": model.kv_channels,
+        "hidden_act": acts[model.ffn_variant],
+        "mlp_gated": True,
+        "attention_bias": False,
+        "max_position_embeddings": model.max_position_embeddings,
+        "rope_theta": model.rotary_base,
+        "rope_scaling": None,
+        "rms_norm_eps": model.norm_epsilon,
+        "tie_word_embeddings": False,
+        "vocab_size": vocab_size,
+        "pad_token_id": _PAD,
+        "bos_token_id": _PAD,
+        "eos_token_id": _EOS,
+        "dropout_rate": model.hidden_dropout,
+        "layer_norm_epsilon": model.norm_epsilon,
+        "use_cache": True,
+        "num_experts": moe.num_experts,
+        "moe_layer_interval": interval,
+        "router_topk": moe.moe_router_topk,
+        "router_capacity_factor_train": moe.moe_expert_capacity_factor or 1.25,
+        "router_capacity_factor_eval": moe.moe_eval_capacity_factor or 2.0,
+        "router_min_capacity": moe.moe_min_capacity,
+        "router_noisy_policy": None,
+        "router_drop_tks": moe.moe_eval_capacity_factor is not None,
+        "router_aux_loss_factor": moe.moe_aux_loss_coeff,
+        "router_z_loss_factor": moe.moe_z_loss_coeff,
+        "z_loss_factor": model.logit_z_loss_coeff,
+        "label_smoothing": 0.0,
+        "enable_load_balance": False,
+        "enable_kernel": False,
+        "enable_comm_overlap": False,
+        "enable_hierarchical_alltoall": False,
+        OURS: {"model": dataclasses.asdict(model), "moe": dataclasses.asdict(moe)},
+    }
+
+
+def _interval(config: RunConfig) -> int:
+    pattern = moe_layer_pattern(config.moe.moe_layer_freq, config.model.num_layers)
+    interval = pattern.index(True) + 1 if True in pattern else len(pattern) + 1
+    if pattern != tuple((i + 1) % interval == 0 for i in range(len(pattern))):
+        expected = "MoE layers i with (i + 1) % N == 0, all that the Hugging Face layout can say"
+        raise CheckpointError("--moe-layer-freq", config.moe.moe_layer_freq, expected)
+    return interval
+
+
+def _check_expressible(config: RunConfig) -> None:
+    model, moe = config.model, config.moe
+    width = model.ffn_hidden_size
+    fixed = {
+        "--softmax-scale": (model.softmax_scale, 1.0),
+        "--untie-embeddings-and-output-weights": (model.untie_embeddings_and_output_weights, True),
+        "--moe-shared-expert-placement": (moe.moe_shared_expert_placement, "sequential"),
+        "--moe-shared-expert-intermediate-size": (moe.moe_shared_expert_intermediate_size, width),
+        "--moe-ffn-hidden-size": (moe.moe_ffn_hidden_size or width, width),
+    }
+    faults = [
+        f"{flag} is {found!r}, the Hugging Face layout means {only!r}"
+        for flag, (found, only) in fixed.items()
+        if found != only
+    ]
+    if faults:
+        expected = "the released variant, for the Hugging Face layout"
+        raise CheckpointError("the model's variant", "another", expected, "", faults)
+
+
+def from_hf(values: dict[str, Any], source: str) -> tuple[RunConfig, int]:
+    """Our configuration, and the vocabulary.
+
+    Args:
+        values: contents of ``source``.
+        source: the file, for messages.
+
+    Raises:
+        UsageError: a field is missing, or says something that this model cannot be.
+    """
+    _check_known(values, source)
+    run = RunConfig()
+    layers, width = (
+        _int(values, "num_hidden_layers", source),
+        _int(values, "intermediate_size", source),
+    )
+    model = ModelConfig(
+        num_layers=layers,
+        hidden_size=_int(values, "hidden_size", source),
+        ffn_hidden_size=width,
+        num_attention_heads=_int(values, "num_attention_heads", source),
+        kv_channels=_int(values, "head_dim", source),
+        max_position_embeddings=_int(values, "max_position_embeddings", source),
+        rotary_base=float(values.get("rope_theta", 1e4)),
+        norm_epsilon=float(values.get("rms_norm_eps", 1e-6)),
+        ffn_variant=_GATES[values["hidden_act"]],  # type: ignore[arg-type]
+    )
+    drops = bool(values.get("router_drop_tks", True))
+    moe = MoEConfig(
+        num_experts=_int(values, "num_experts", source),
+        moe_layer_freq=interval_pattern(layers, _int(values, "moe_layer_interval", source)),
+        moe_router_topk=_int(values, "router_topk", source),
+        moe_shared_expert_intermediate_size=width,
+        moe_expert_capacity_factor=float(values.get("router_capacity_factor_train", 1.25)),
+        moe_eval_capacity_factor=(
+            float(values.get("router_capacity_factor_eval", 2.0)) if drops else None
+        ),
+        moe_min_capacity=int(values.get("router_min_capacity", 4)),
+        moe_aux_loss_coeff=float(values.get("router_aux_loss_factor", 0.01)),
+        moe_z_loss_coeff=float(values.get("router_z_loss_factor", 1e-4)),
+    )
+    if OURS in values:
+        model, moe = _with_ours(values[OURS], model, moe, source)
+    return replace(run, model=model, moe=moe), _int(values, "vocab_size", source)
+
+
+_MEANINGS = {
+    "architectures": ([_ARCHITECTURE],),
+    "hidden_act": tuple(_GATES),
+    "mlp_gated": (True,),
+    "attention_bias": (False,),
+    "tie_word_embeddings": (False,),
+    "rope_scaling": (None,),
+    "router_noisy_policy": (None,),
+}
+"""Fields of which only these values are what we compute. Absent ones but `hidden_act` mean that."""
+
+
+def _check_known(values: dict[str, Any], source: str) -> None:
+    for key, known in _MEANINGS.items():
+        if key == "hidden_act" or key in values:
+            found = values.get(key)
+            if found not in known:
+                expected = " or ".join(map(repr, known))
+                raise CheckpointError(f"{key} in {source}", found, expected)
+    heads, shared = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    if shared not in (None, heads):
+        expected = f"num_attention_heads ({heads}): there is no grouped-query attention"
+        raise CheckpointError(f"num_key_value_heads in {source}", shared, expected)
+
+
+def _int(values: dict[str, Any], key: str, source: str) -> int:
+    found = values.get(key)
+    if type(found) is not int or found < 1:
+        raise CheckpointError(f"{key} in {source}", found, "a whole number of at least 1")
+    return found
+
+
+def _with_ours(
+    ours: Any, model: ModelConfig, moe: MoEConfig, source: str
+) -> tuple[ModelConfig, MoEConfig]:
+    """Our own settings, if they agree with the fields that everybody reads."""
+    if not isinstance(ours, dict):
+        raise CheckpointError(f"{OURS} in {source}", type(ours).__name__, "an object")
+    run = RunConfig.from_dict(ours, source)
+    pairs = [(run.model, model, _MODEL_FIELDS), (run.moe, moe, _MOE_FIELDS)]
+    for mine, theirs, names in pairs:
+        for name in names:
+            if getattr(mine, name) != getattr(theirs, name):
+                what = f"{name} under {OURS} in {source}"
+                expected = f"{getattr(theirs, name)!r}, as the rest of the file says"
+                raise CheckpointError(what, getattr(mine, name), expected)
+    pattern = moe_layer_pattern(run.moe.moe_layer_freq, run.model.num_layers)
+    if pattern != moe_layer_pattern(moe.moe_layer_freq, model.num_layers):
+        what = f"moe_layer_freq under {OURS} in {source}"
+        raise CheckpointError(what, run.moe.moe_layer_freq, moe.moe_layer_freq)
+    return run.model, run.moe
+
+
+_MODEL_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "kv_channels",
+    "rotary_base",
+    "norm_epsilon",
+    "ffn_variant",
+    "softmax_scale",
+    "untie_embeddings_and_output_weights",
+)
+_MOE_FIELDS = ("num_experts", "moe_router_topk", "moe_shared_expert_placement")

@@ -1,0 +1,126 @@
+"""Our own checkpoints, as a source and as a target of conversions. Optimizer state stays behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_moe.checkpoint import directory as directories
+from megatron_moe.checkpoint.blocks import Block
+from megatron_moe.checkpoint.directory import step_directory
+from megatron_moe.checkpoint.errors import CheckpointError
+from megatron_moe.checkpoint.files import DTYPES, FileRecord, write_json, write_pending
+from megatron_moe.checkpoint.index import (
+    INDEX,
+    MODEL,
+    LogicalTensor,
+    TensorReader,
+    block_key,
+    to_json,
+)
+from megatron_moe.checkpoint.manifest import require_whole
+from megatron_moe.checkpoint.reading import CONFIG, STATE, Opened, open_checkpoint
+from megatron_moe.checkpoint.state import Metadata, TrainState, as_json
+from megatron_moe.convert.lazy import LazyTensor
+from megatron_moe.convert.model import Model
+from megatron_moe.convert.sharding import Progress, shards_of
+
+_TORCH = {name: dtype for dtype, name in DTYPES.items()}
+
+
+def read_native(directory: str | Path, step: int | None = None) -> Model:
+    """A step of a run, by default the one that the tracker names. Every file's checksum is read.
+
+    Raises:
+        UsageError: there is no such checkpoint, or it is damaged.
+    """
+    opened = open_checkpoint(step_directory(directory, step)[1])
+    names = [name for kind, name in opened.tensors if kind == MODEL]
+    used = {file for name in names for file, _ in opened.tensors[MODEL, name].blocks}
+    require_whole(opened.path, opened.files, sorted(used))
+    model = opened.config.data.tokenizer_model
+    files = (Path(model),) if model and Path(model).is_file() else ()
+    return Model(
+        source=str(opened.path),
+        config=opened.config,
+        vocab_size=opened.metadata.padded_vocab_size,
+        tensors={name: _lazy(opened, name) for name in names},
+        step=opened.train.iteration,
+        tokenizer_hash=opened.metadata.tokenizer_hash,
+        tokenizer_files=files,
+    )
+
+
+def _lazy(opened: Opened, name: str) -> LazyTensor:
+    """Reads the parts of blocks that the rows asked for are made of, and nothing else."""
+    tensor = opened.tensors[MODEL, name]
+    dtype, shape = _TORCH[tensor.dtype], tensor.shape
+
+    def rows(start: int, stop: int) -> Tensor:
+        # A reader of its own: closing it gives back the pages that it mapped.
+        reader = TensorReader(opened.path, opened.tensors)
+        sizes = (stop - start, *shape[1:])
+        out = torch.empty(sizes, dtype=dtype)
+        reader.fill(MODEL, name, Block(shape, (start, *(0,) * (len(shape) - 1)), sizes), out)
+        return out
+
+    return LazyTensor(shape, dtype, rows)
+
+
+def write_native(model: Model, directory: Path, max_shard: int, progress: Progress) -> Path:
+    """Write a checkpoint without optimizer and random states, and point the tracker at it.
+
+    Args:
+        model: what to write.
+        directory: of the checkpoints of one run; older ones stay.
+        max_shard: bytes of one file, except for a tensor that is larger.
+        progress: told of the bytes written.
+
+    Returns:
+        Where the checkpoint is.
+
+    Raises:
+        CheckpointError: the directory cannot be written or is full; nothing is left behind.
+    """
+    temporary: Path | None = None
+    try:
+        temporary = directories.begin(directory, model.step)
+        tensors: list[LogicalTensor] = []
+        files: dict[str, FileRecord] = {}
+        for number, names in enumerate(shards_of(model.tensors, max_shard)):
+            file = f"rank-{number:05d}.safetensors"
+            pending = []
+            for name in names:
+                tensor = model.tensors[name]
+                block = Block.whole(tensor.shape)
+                key = block_key(MODEL, name, block.offsets)
+                pending.append(tensor.pending(key, progress))
+                dtype = DTYPES[tensor.dtype]
+                shape = tensor.shape
+                tensors.append(LogicalTensor(MODEL, name, shape, dtype, shape, ((file, block),)))
+            files[file] = write_pending(temporary / file, pending, {"format": "pt"})
+        for name, value in {**_documents(model), INDEX: to_json(tensors)}.items():
+            files[name] = write_json(temporary / name, value)
+        return directories.commit(temporary, model.step, files)
+    except OSError as error:
+        found = error.strerror or str(error)
+        expected = f"a directory with room for {model.bytes} bytes"
+        raise CheckpointError(f"--save {directory}", found, expected) from error
+    finally:
+        if temporary is not None:
+            directories.discard(temporary)
+
+
+def _documents(model: Model) -> dict[str, object]:
+    metadata = Metadata(padded_vocab_size=model.vocab_size, tokenizer_hash=model.tokenizer_hash)
+    return {
+        CONFIG: model.config.to_dict(),
+        STATE: {
+            "train": as_json(TrainState(iteration=model.step)),
+            "metadata": as_json(metadata),
+            "optimizer": None,
+            "random": None,
+        },
+    }
