@@ -28,6 +28,10 @@ class ObjectiveConfig:
     (which leave up to half of a row empty)."""
     eod_mask_loss: bool = False
     """Do not count what is predicted right after an end of document (causal and prefix LM)."""
+    reset_position_ids: bool = False
+    """Count rotary positions from the start of each document (of each conversation, with `sft`)."""
+    reset_attention_mask: bool = False
+    """Let no position see another document (another conversation, with `sft`)."""
     sft_key: str = "messages"
     """Where a line of a conversation file is an object: its key that holds the list of turns."""
     sft_pack: bool = True

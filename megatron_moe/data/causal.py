@@ -29,6 +29,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset, _BinReader
 
+from megatron_moe.data.batch import document_planes
 from megatron_moe.data.index_cache import Array, IndexCache
 from megatron_moe.data.indexed_check import Source, document_of_sequence
 from megatron_moe.data.indexed_format import paths_of
@@ -49,6 +50,8 @@ class CausalConfig(GPTDatasetConfig):
     """No token id may reach it."""
     plan: Any = None
     """What the objective's data set needs besides."""
+    planes: tuple[str, ...] = ()
+    """What samples hold besides tokens, labels and loss mask; see `batch.extra_planes`."""
 
 
 class CheckedFileReader(_BinReader):
@@ -125,17 +128,25 @@ class CausalDataset(GPTDataset):
         }
 
     def __getitem__(self, idx: int) -> Sample:
-        """Sample ``idx``: tokens [S] and labels [S], int64, and loss_mask [S], bool."""
+        """Sample ``idx``: tokens [S] and labels [S], int64, and loss_mask [S], bool.
+
+        With `planes`, also positions or documents [S], int64. As in Megatron-LM an end of document
+        belongs to the document that it ends, and what follows it begins another.
+        """
         text, documents = self._query_document_sample_shuffle_indices(idx)
         pad = self._pad_token_id
         padding = text == pad
         if padding.any():
             text = np.where(padding, 0, text)
         self._check_ids(text, documents)
-        counts = ~padding[1:]
+        counts, ends = ~padding[1:], text[:-1] == self.config.tokenizer.eod
         if self.config.eod_mask_loss:
-            counts &= text[:-1] != self.config.tokenizer.eod
-        return {"tokens": text[:-1], "labels": text[1:], "loss_mask": counts}
+            counts &= ~ends
+        sample = {"tokens": text[:-1], "labels": text[1:], "loss_mask": counts}
+        if self.config.planes:
+            begins = np.concatenate(([True], ends[:-1]))
+            sample |= document_planes(begins, self.config.planes)
+        return sample
 
     def _check_ids(self, text: npt.NDArray[np.integer], sequences: npt.NDArray[np.integer]) -> None:
         if text.min() < 0 or text.max() >= self.config.token_limit:

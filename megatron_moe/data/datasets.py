@@ -11,6 +11,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from torch.utils.data import Dataset
 
 from megatron_moe.config import RunConfig
+from megatron_moe.data.batch import extra_planes
 from megatron_moe.data.blend import SPLITS, Blend, weights_of
 from megatron_moe.data.causal import BlendedCausalDataset, CausalConfig, Sample
 from megatron_moe.data.index_cache import IndexCache
@@ -90,6 +91,7 @@ def build_split(
         caches={prefix: cache_for(prefix, config) for prefix in blend.prefixes},
         token_limit=plan.token_limit,
         plan=plan.settings,
+        planes=extra_planes(config.objective),
     )
     engine_config.split_matrix = _only(name, blend.bounds)
     sizes = _only(name, samples, otherwise=0)

@@ -14,11 +14,11 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from megatron_moe.data.batch import Batch
+from megatron_moe.data.batch import PLANES, Batch
 from megatron_moe.data.causal import Sample
 
 Packed = npt.NDArray[np.int32]
-"""A micro-batch [3, B, S]: tokens, labels, and a mask of 0 and 1."""
+"""A micro-batch [3, B, S]: tokens, labels, and a mask of 0 and 1; then its extra planes, if any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +82,26 @@ def collate(samples: Sequence[Sample]) -> Packed:
     One plain array goes through the worker's pipe. Tensors would go through file descriptors that
     the worker must hand over itself, three switches of process for each micro-batch.
     """
-    packed_3BS = np.empty((3, len(samples), len(samples[0]["tokens"])), dtype=np.int32)
+    # A blend says of each sample which source it is of; nobody asks.
+    planes = [name for name in PLANES if name in samples[0]]
+    packed_PBS = np.empty((len(planes), len(samples), len(samples[0]["tokens"])), dtype=np.int32)
     for row, sample in enumerate(samples):
-        packed_3BS[0, row] = sample["tokens"]
-        packed_3BS[1, row] = sample["labels"]
-        packed_3BS[2, row] = sample["loss_mask"]
-    return packed_3BS
+        for plane, name in enumerate(planes):
+            packed_PBS[plane, row] = sample[name]
+    return packed_PBS
 
 
-def to_batch(packed_3BS: Packed) -> Batch:
-    """What `collate` made, as tensors."""
-    tokens_BS, labels_BS, mask_BS = torch.from_numpy(packed_3BS)
+def to_batch(packed_PBS: Packed, extra: Sequence[str] = ()) -> Batch:
+    """What `collate` made, as tensors.
+
+    Args:
+        packed_PBS: tokens, labels, mask and what else samples hold, in this order.
+        extra: names of the planes after the third; see `batch.extra_planes`.
+    """
+    tokens_BS, labels_BS, mask_BS, *planes = torch.from_numpy(packed_PBS)
     return Batch(
-        tokens_BS=tokens_BS.long(), labels_BS=labels_BS.long(), loss_mask_BS=mask_BS.float()
+        tokens_BS=tokens_BS.long(),
+        labels_BS=labels_BS.long(),
+        loss_mask_BS=mask_BS.float(),
+        **{f"{name}_BS": plane.long() for name, plane in zip(extra, planes, strict=True)},
     )

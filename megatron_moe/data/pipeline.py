@@ -15,13 +15,14 @@ import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from megatron_moe.config import RunConfig
 from megatron_moe.config.rampup import BatchSizes
-from megatron_moe.data.batch import Batch
+from megatron_moe.data.batch import Batch, extra_planes
 from megatron_moe.data.blend import SPLITS, Blend, blends_of, usable
 from megatron_moe.data.composition import Share, shares_of, text_per_row
 from megatron_moe.data.datasets import build_split, cache_for
@@ -54,6 +55,8 @@ class Data:
     domains: dict[str, dict[str, int]]
     """By split, what is evaluated by itself, and for how many global batches; the same on every
     rank. Nothing for training, and for data of one domain, whose loss is the split's."""
+    extra: tuple[str, ...]
+    """What batches hold besides tokens, labels and loss mask."""
     loaders: dict[str, DataLoader[Packed]]
     """Of the evaluation splits and, as `SPLIT/DOMAIN`, their domains; empty if this rank does not
     read."""
@@ -81,7 +84,9 @@ class Data:
         return self._fresh(f"{split}/{name}")
 
     def _fresh(self, name: str) -> Iterator[Batch] | None:
-        return map(to_batch, iter(self.loaders[name])) if name in self.loaders else None
+        if name not in self.loaders:
+            return None
+        return map(partial(to_batch, extra=self.extra), iter(self.loaders[name]))
 
 
 def build_data(
@@ -105,7 +110,7 @@ def build_data(
         num_microbatches: micro-batches of one step.
         consumed_train_samples: where to go on.
         reads_data: whether this rank gives batches to the model: tensor-parallel rank 0 of the
-            first and last pipeline stage.
+            first and last pipeline stage, and of every stage if there are `extra_planes`.
 
     Raises:
         UsageError: missing, broken or empty data, ids beyond the vocabulary, flags in conflict.
@@ -124,10 +129,10 @@ def build_data(
     loaders: dict[str, DataLoader[Packed]] = {}
     if reads_data:
         loaders = opener.loaders(blends, parts, consumed_train_samples)
-    train = loaders.pop("train", None)
+    train, extra = loaders.pop("train", None), extra_planes(config.objective)
     assert blends["train"] is not None
     return Data(
-        train=None if train is None else map(to_batch, iter(train)),
+        train=None if train is None else map(partial(to_batch, extra=extra), iter(train)),
         has_valid=blends["valid"] is not None,
         has_test=blends["test"] is not None,
         identity=_identity(blends["train"], config, tokenizer, sources) | plan.identity,
@@ -142,6 +147,7 @@ def build_data(
             name: dict.fromkeys(own, config.train.used_domain_eval_iters(len(own)))
             for name, own in parts.items()
         },
+        extra=extra,
         loaders=loaders,
     )
 

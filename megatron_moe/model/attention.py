@@ -4,6 +4,9 @@ The engine's PyTorch core attention materialises S x S scores; this one is PyTor
 `scaled_dot_product_attention`. Rotation happens here, not in the engine, because the engine rounds
 sine and cosine to the activations' type and OpenMoE keeps them in fp32.
 
+Rows of several documents may have positions and a mask of their own (`Documents`). They go through
+the engine as its `packed_seq_params`, which it hands to every layer and to recomputation as it is.
+
 Shapes: S tokens of a row, B rows, N heads of this rank, D head dimension.
 """
 
@@ -11,6 +14,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,10 +37,10 @@ def rotary_table(
     return angle.cos(), angle.sin()
 
 
-def _turn(x_SBND: Tensor, cos_SD: Tensor, sin_SD: Tensor, sign: int) -> Tensor:
+def _turn(x_SBND: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     """Each pair (x_i, x_{i+D/2}) turned by ``sign`` times its angle, in three passes."""
-    cos, sin = torch.cat((cos_SD, cos_SD), -1)[:, None, None, :], sin_SD[:, None, None, :]
-    x = x_SBND.to(cos_SD.dtype)
+    cos = torch.cat((cos, cos), -1)
+    x = x_SBND.to(cos.dtype)
     first, second = x.chunk(2, dim=-1)
     turned = x * cos
     new_first, new_second = turned.chunk(2, dim=-1)
@@ -49,19 +53,62 @@ class _Rotation(torch.autograd.Function):
     """Keeps nothing of ``x``: the gradient is turned back by the same angle."""
 
     @staticmethod
-    def forward(ctx: Any, x_SBND: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-        ctx.save_for_backward(cos_SD, sin_SD)
-        return _turn(x_SBND, cos_SD, sin_SD, 1)
+    def forward(ctx: Any, x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x_SBND, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos_SD, sin_SD = ctx.saved_tensors
-        return _turn(grads[0], cos_SD, sin_SD, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _turn(grads[0], cos, sin, -1), None, None
 
 
-def rotate(x_SBND: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
-    """Rotate each pair (x_i, x_{i+D/2}) by its angle, in fp32; the result has the type of ``x``."""
-    return _Rotation.apply(x_SBND, cos_SD, sin_SD)
+def rotate(x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate each pair (x_i, x_{i+D/2}) by its angle, in fp32; the result has the type of ``x``.
+
+    Args:
+        x_SBND: queries or keys.
+        cos: [S, D/2], the same for all rows, or [S, B, D/2].
+        sin: likewise.
+    """
+    if cos.dim() == 2:
+        cos, sin = cos[:, None], sin[:, None]
+    return _Rotation.apply(x_SBND, cos[:, :, None], sin[:, :, None])
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a micro-batch are, for the attention of all its layers."""
+
+    positions_BS: Tensor | None
+    """Of the rotary embedding; `None` counts from the start of the row."""
+    documents_BS: Tensor | None
+    """Attention stays among equal numbers; `None` lets it see the row."""
+    qkv_format: str = "sbhd"
+    """What the engine asks of its `packed_seq_params`: tensors are shaped as ever."""
+    _bias: dict[torch.dtype, Tensor] = field(default_factory=dict)
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """[B, 1, S, S], to be added to scores: 0 where a position may look, else -inf.
+
+        Made once for all layers and heads, which share its memory: B S^2 numbers in the type of the
+        activations, for as long as the micro-batch is under way.
+        """
+        if self.documents_BS is None:
+            return None
+        if dtype not in self._bias:
+            ids_BS = self.documents_BS
+            sees_BSS = (ids_BS[:, :, None] == ids_BS[:, None, :]).tril_()
+            zero = torch.zeros((), dtype=dtype, device=ids_BS.device)
+            self._bias[dtype] = torch.where(sees_BSS, zero, -torch.inf)[:, None]
+        return self._bias[dtype]
+
+
+def documents_of(positions_BS: Tensor | None, documents_BS: Tensor | None) -> Documents | None:
+    """What the layers need; `None` for rows that are one, which take the plain causal path."""
+    if positions_BS is None and documents_BS is None:
+        return None
+    return Documents(positions_BS, documents_BS)
 
 
 class RotaryCoreAttention(torch.nn.Module):
@@ -107,7 +154,7 @@ class RotaryCoreAttention(torch.nn.Module):
         attention_mask: Tensor | None = None,
         attn_mask_type: Any = None,
         attention_bias: Tensor | None = None,
-        packed_seq_params: Any = None,
+        packed_seq_params: Documents | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -115,30 +162,32 @@ class RotaryCoreAttention(torch.nn.Module):
             query: [S, B, N, D].
             key: likewise.
             value: likewise.
-            attention_mask: must be ``None``: the mask is causal.
+            attention_mask: must be ``None``: the mask is causal, within documents if there are any.
             attn_mask_type: the engine's word for that; not needed.
             attention_bias: must be ``None``.
-            packed_seq_params: must be ``None``.
+            packed_seq_params: the rows' `Documents`, ``None`` if rows are one.
 
         Returns:
             [S, B, N * D].
         """
-        if (
-            attention_mask is not None
-            or attention_bias is not None
-            or packed_seq_params is not None
-        ):
-            raise ValueError("OpenMoE attention is causal: no mask, bias or packed sequences")
+        if attention_mask is not None or attention_bias is not None:
+            raise ValueError("OpenMoE attention is causal: no mask or bias")
         length, batch, heads, dim = query.shape
         cos, sin = self._angles(length, query)
+        bias = None
+        if packed_seq_params is not None:
+            bias, positions_BS = packed_seq_params.bias(query.dtype), packed_seq_params.positions_BS
+            if positions_BS is not None:
+                cos, sin = cos[positions_BS.t()], sin[positions_BS.t()]
         q, k = rotate(query, cos, sin), rotate(key, cos, sin)
         with self._dropout_rng():
             out = F.scaled_dot_product_attention(
                 q.permute(1, 2, 0, 3),
                 k.permute(1, 2, 0, 3),
                 value.permute(1, 2, 0, 3),
+                attn_mask=bias,
                 dropout_p=self.dropout if self.training else 0.0,
-                is_causal=True,
+                is_causal=bias is None,
                 scale=self.scale,
             )
         return out.permute(2, 0, 1, 3).reshape(length, batch, heads * dim)

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_moe.config import ModelConfig, MoEConfig, moe_layer_pattern
+from megatron_moe.model.attention import Documents
 from megatron_moe.model.ffn import DenseFFN, engine_device
 from megatron_moe.model.norm import RMSNorm
 from megatron_moe.moe.layer import MoELayer
@@ -116,17 +117,24 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
         x = self._add(x, routed)
         return self._add(x, self._run(self.shared, self.shared_norm(x), self.recompute_mlp))
 
-    def forward(self, hidden_states: Tensor, **unused: Any) -> tuple[Tensor, None]:
+    def forward(
+        self, hidden_states: Tensor, packed_seq_params: Documents | None = None, **unused: Any
+    ) -> tuple[Tensor, None]:
         """Apply to [S, B, H]; the second result is the engine's cross-attention context.
 
         Args:
             hidden_states: the residual stream, this rank's part of S under sequence parallelism.
+            packed_seq_params: where the documents of rows are, if they are told apart.
             unused: what the engine's block passes for other architectures; must be ``None``.
         """
         given = [name for name, value in unused.items() if value is not None]
         if given:
             raise ValueError(f"OpenMoE layers take no {', '.join(given)}")
-        attention, _ = self.self_attention(self.input_layernorm(hidden_states), attention_mask=None)
+        attention, _ = self.self_attention(
+            self.input_layernorm(hidden_states),
+            attention_mask=None,
+            packed_seq_params=packed_seq_params,
+        )
         output = self._feed_forward(self._add(hidden_states, attention))
         # The pipeline schedule frees outputs by replacing their storage: views would keep it.
         return make_viewless_tensor(output, output.requires_grad, keep_graph=True), None

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import (
 from torch import Tensor
 
 from megatron_moe.config import ModelConfig
+from megatron_moe.model.attention import documents_of
 from megatron_moe.model.loss import Fp32LogitsLayer, vocab_parallel_loss
 from megatron_moe.model.norm import RMSNorm
 
@@ -89,12 +90,21 @@ class OpenMoEModel(LanguageModule):
         tensor = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
         self.decoder.set_input_tensor(tensor)
 
-    def forward(self, tokens_BS: Tensor | None, labels_BS: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BS: Tensor | None,
+        labels_BS: Tensor | None = None,
+        positions_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
+    ) -> Tensor:
         """Run this chunk.
 
         Args:
             tokens_BS: token ids, needed by the first chunk only.
             labels_BS: targets; the last chunk returns logits when it gets none.
+            positions_BS: of the rotary embedding, needed by every chunk; `None` counts from the
+                start of the row.
+            documents_BS: attention stays among equal numbers; needed by every chunk.
 
         Returns:
             The residual stream [S, B, H] for the next stage; or on the last chunk the per-token
@@ -102,7 +112,10 @@ class OpenMoEModel(LanguageModule):
             logits [B, S, V of this rank].
         """
         hidden = self.embedding(tokens_BS, None) if self.pre_process else None
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None)
+        documents = documents_of(positions_BS, documents_BS)
+        hidden = self.decoder(
+            hidden_states=hidden, attention_mask=None, packed_seq_params=documents
+        )
         if not self.post_process:
             return hidden
         shared = self.share_embeddings_and_output_weights

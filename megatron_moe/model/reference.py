@@ -51,17 +51,20 @@ class ReferenceOutput:
     """`total_loss` with this micro-batch's own number of targets; `None` without labels."""
 
 
-def rotate(x_BNSD: Tensor, base: float) -> Tensor:
+def rotate(x_BNSD: Tensor, base: float, positions_BS: Tensor | None = None) -> Tensor:
     """Rotary position embedding, half-split: channel i is paired with channel i + D/2.
 
     Position p turns pair i by the angle p * base^(-2i/D). Angles, sine and cosine are fp32.
+    Without positions they count from the start of the row.
     """
     x = full_precision(x_BNSD)
     length, width = x.shape[-2:]
     exponents = torch.arange(0, width, 2, device=x.device, dtype=x.dtype) / width
     positions = torch.arange(length, device=x.device, dtype=x.dtype)
-    angles_SD = torch.outer(positions, 1.0 / base**exponents)
-    cos, sin = angles_SD.cos(), angles_SD.sin()
+    if positions_BS is not None:
+        positions = positions_BS[:, None].to(x.dtype)
+    angles = positions[..., None] * (1.0 / base**exponents)  # [S, D/2] or [B, 1, S, D/2]
+    cos, sin = angles.cos(), angles.sin()
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x_BNSD.dtype)
@@ -105,21 +108,42 @@ class Attention(nn.Module):
         self.value = nn.Linear(model.hidden_size, inner, bias=False)
         self.output = nn.Linear(inner, model.hidden_size, bias=False)
 
-    def forward(self, x_BSH: Tensor) -> Tensor:
+    def forward(
+        self, x_BSH: Tensor, positions_BS: Tensor | None = None, documents_BS: Tensor | None = None
+    ) -> Tensor:
         """[B, S, H] -> [B, S, H]."""
         heads, base = (self.model.num_attention_heads, -1), self.model.rotary_base
         query = self.query(x_BSH).unflatten(-1, heads).transpose(1, 2)
         key = self.key(x_BSH).unflatten(-1, heads).transpose(1, 2)
         value = self.value(x_BSH).unflatten(-1, heads).transpose(1, 2)
-        y_BNSD = F.scaled_dot_product_attention(
-            rotate(query, base),
-            rotate(key, base),
+        query, key = rotate(query, base, positions_BS), rotate(key, base, positions_BS)
+        if documents_BS is None:
+            y_BNSD = self._attend(query, key, value)
+        else:
+            y_BNSD = torch.cat(
+                [
+                    self._by_document(query[b], key[b], value[b], ids)
+                    for b, ids in enumerate(documents_BS)
+                ]
+            )
+        return self.output(y_BNSD.transpose(1, 2).flatten(2))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[B, N, S, D] each: every position attends to those up to itself."""
+        return F.scaled_dot_product_attention(
+            query,
+            key,
             value,
             is_causal=True,
             scale=softmax_scale(self.model),
             dropout_p=self.model.attention_dropout if self.training else 0.0,
         )
-        return self.output(y_BNSD.transpose(1, 2).flatten(2))
+
+    def _by_document(self, query: Tensor, key: Tensor, value: Tensor, ids_S: Tensor) -> Tensor:
+        """[N, S, D] each: a row, document by document as if each were alone; [1, N, S, D]."""
+        lengths = torch.unique_consecutive(ids_S, return_counts=True)[1].tolist()
+        parts = [tensor[None].split(lengths, dim=2) for tensor in (query, key, value)]
+        return torch.cat([self._attend(*part) for part in zip(*parts, strict=True)], dim=2)
 
 
 class FeedForward(nn.Module):
@@ -196,9 +220,16 @@ class Block(nn.Module):
         self.shared_norm = RMSNorm(model) if width is not None and sequential else None
         self.shared = None if width is None else FeedForward(model, width)
 
-    def forward(self, x_BSH: Tensor, training_capacity: bool) -> tuple[Tensor, Routing | None]:
+    def forward(
+        self,
+        x_BSH: Tensor,
+        training_capacity: bool,
+        positions_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
+    ) -> tuple[Tensor, Routing | None]:
         """[B, S, H] -> [B, S, H] and, for an MoE layer, what its router decided."""
-        x = x_BSH + self.dropout(self.attention(self.attention_norm(x_BSH)))
+        attended = self.attention(self.attention_norm(x_BSH), positions_BS, documents_BS)
+        x = x_BSH + self.dropout(attended)
         normed = self.ffn_norm(x)
         if self.ffn is not None:
             return x + self.dropout(self.ffn(normed)), None
@@ -274,13 +305,18 @@ class ReferenceOpenMoE(nn.Module):
             raise UsageError("number of tensors missing", len(missing), expected)
 
     def hidden_states(
-        self, tokens_BS: Tensor, *, training_capacity: bool
+        self,
+        tokens_BS: Tensor,
+        *,
+        training_capacity: bool,
+        positions_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """Everything before the logits: [B, S, H] after the final norm, and the routing."""
         x_BSH = self.embedding(tokens_BS)
         routing = []
         for layer in self.layers:
-            x_BSH, decided = layer(x_BSH, training_capacity)
+            x_BSH, decided = layer(x_BSH, training_capacity, positions_BS, documents_BS)
             if decided is not None:
                 routing.append(decided)
         return self.final_norm(x_BSH), routing
@@ -299,6 +335,8 @@ class ReferenceOpenMoE(nn.Module):
         loss_mask_BS: Tensor | None = None,
         *,
         training_capacity: bool,
+        positions_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
     ) -> ReferenceOutput:
         """One micro-batch.
 
@@ -307,8 +345,16 @@ class ReferenceOpenMoE(nn.Module):
             labels_BS: int64 ids to predict at each position.
             loss_mask_BS: weight of each position; `None` counts all.
             training_capacity: the capacity factor of training rather than evaluation.
+            positions_BS: of the rotary embedding; `None` counts from the start of each row.
+            documents_BS: attention stays among equal numbers, which never fall along a row; `None`
+                lets it see the row. Capacity groups are the same with and without.
         """
-        x_BSH, routing = self.hidden_states(tokens_BS, training_capacity=training_capacity)
+        x_BSH, routing = self.hidden_states(
+            tokens_BS,
+            training_capacity=training_capacity,
+            positions_BS=positions_BS,
+            documents_BS=documents_BS,
+        )
         logits = self.logits(x_BSH)
         cross_entropy_BS = logit_z_BS = None
         if labels_BS is not None:

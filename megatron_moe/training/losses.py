@@ -51,7 +51,7 @@ def forward_function(
         batch = next(batches)
         if batch is None:
             return chunk(None), _no_loss
-        output = chunk(batch.tokens_BS, batch.labels_BS)
+        output = chunk(batch.tokens_BS, batch.labels_BS, batch.positions_BS, batch.documents_BS)
         return output, micro_batch_loss(batch, scale, run.config.model.logit_z_loss_coeff)
 
     return forward

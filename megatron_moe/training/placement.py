@@ -7,6 +7,7 @@ nobody waits in a collective while another builds an index.
 from __future__ import annotations
 
 from megatron_moe.config import RunConfig
+from megatron_moe.data.batch import extra_planes
 from megatron_moe.data.pipeline import Data, build_data
 from megatron_moe.parallel.context import ParallelContext
 from megatron_moe.parallel.layout import Layout
@@ -25,7 +26,9 @@ def open_data(config: RunConfig, layout: Layout, rank: int, consumed_samples: in
         dp_size=layout.dp,
         num_microbatches=layout.num_microbatches,
         consumed_train_samples=consumed_samples,
-        reads_data=tp_rank == 0 and pp_rank in (0, layout.pp - 1),
+        # Middle stages need where documents begin, and reading that is cheaper than sending it.
+        reads_data=tp_rank == 0
+        and (pp_rank in (0, layout.pp - 1) or bool(extra_planes(config.objective))),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,8 +25,17 @@ def batches(count: int, seed: int = 0) -> Iterator[Batch]:
         yield Batch(tokens_BS=ids[:, :-1], labels_BS=ids[:, 1:], loss_mask_BS=mask)
 
 
+def with_documents(count: int, seed: int = 0) -> Iterator[Batch]:
+    for batch in batches(count, seed):
+        ids = batch.tokens_BS % 7
+        yield replace(batch, positions_BS=ids, documents_BS=ids.cumsum(1))
+
+
 def equal(one: Batch, other: Batch) -> bool:
     pairs = [(getattr(one, name), getattr(other, name)) for name in vars(one)]
+    if any((a is None) != (b is None) for a, b in pairs):
+        return False
+    pairs = [(a, b) for a, b in pairs if a is not None]
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
 
@@ -40,6 +50,20 @@ def fetch_twice(rank: int, world_size: int) -> list[bool]:
 
 def test_every_rank_gets_what_the_first_read(pool: Pool) -> None:
     assert pool.run(fetch_twice, 4) == [[True] * 6] * 4
+
+
+def fetch_documents(rank: int, world_size: int) -> list[bool]:
+    iterator = with_documents(4) if rank == 0 else None
+    names, group = ("positions", "documents"), dist.group.WORLD
+    got = fetch_step(iterator, 2, group, (2, 8), CPU, names)
+    part = fetch_step(iterator, 2, group, (2, 8), CPU, names[1:])
+    read = list(with_documents(4))
+    read[2:] = [replace(batch, positions_BS=None) for batch in read[2:]]
+    return [equal(a, b) for a, b in zip([*got, *part], read, strict=True)]
+
+
+def test_documents_come_along(pool: Pool) -> None:
+    assert pool.run(fetch_documents, 2) == [[True] * 4] * 2
 
 
 def fetch_too_much(rank: int, world_size: int) -> Any:

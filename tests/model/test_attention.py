@@ -14,7 +14,12 @@ from megatron_moe.platform import activate
 
 activate()
 
-from megatron_moe.model.attention import RotaryCoreAttention, rotary_table, rotate  # noqa: E402
+from megatron_moe.model.attention import (  # noqa: E402
+    RotaryCoreAttention,
+    documents_of,
+    rotary_table,
+    rotate,
+)
 
 
 def core(scale: float | None, dim: int = 6, **changes: Any) -> RotaryCoreAttention:
@@ -83,6 +88,44 @@ def test_depends_on_relative_position_only() -> None:
     for distance in range(-8, 9):
         diagonal = scores.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+
+
+def test_documents_by_hand() -> None:
+    """Each document as if it were alone; the last row is one document."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(7, 2, 1, 6, dtype=torch.float64) for _ in range(3))
+    lengths = ((3, 1, 3), (7,))
+    numbers = [[i for i, n in enumerate(row) for _ in range(n)] for row in lengths]
+    places = [[p for n in row for p in range(n)] for row in lengths]
+    documents = documents_of(torch.tensor(places), torch.tensor(numbers))
+    found = core(1.0)(q, k, v, packed_seq_params=documents)
+    for b, row in enumerate(lengths):
+        start = 0
+        for length in row:
+            part = slice(start, start + length)
+            expected = by_hand(q[part, b, 0], k[part, b, 0], v[part, b, 0], 100.0, 1.0)
+            torch.testing.assert_close(found[part, b], expected, rtol=1e-6, atol=1e-6)
+            start += length
+
+
+def test_rows_that_are_one_take_the_plain_path() -> None:
+    assert documents_of(None, None) is None
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(7, 2, 1, 6) for _ in range(3))
+    one = documents_of(torch.arange(7).expand(2, 7), torch.zeros(2, 7, dtype=torch.int64))
+    plain = core(1.0)(q, k, v)
+    torch.testing.assert_close(core(1.0)(q, k, v, packed_seq_params=one), plain)
+
+
+def test_layers_share_one_mask() -> None:
+    documents = documents_of(None, torch.tensor([[0, 0, 1]]))
+    assert documents is not None
+    mask = documents.bias(torch.bfloat16)
+    assert mask is not None
+    assert documents.bias(torch.bfloat16) is mask
+    assert (mask.dtype, mask.shape) == (torch.bfloat16, (1, 1, 3, 3))
+    inf = torch.inf
+    assert mask[0, 0].tolist() == [[0, -inf, -inf], [0, 0, -inf], [-inf, -inf, 0]]
 
 
 def test_refuses_what_it_would_ignore() -> None:

@@ -128,6 +128,25 @@ def run_config(variant: str, flags: dict[str, Any], **train: Any) -> RunConfig:
     )
 
 
+EOD = 0
+"""The most frequent id: a row has several documents, some of a single token."""
+PLANES = ("positions", "documents")
+
+
+def document_planes(tokens: Tensor, extra: tuple[str, ...]) -> dict[str, Tensor]:
+    """Positions and documents of rows whose documents end with `EOD`, token by token."""
+    planes = {name: torch.zeros_like(tokens) for name in PLANES}
+    for row, ids in enumerate(tokens.tolist()):
+        position = document = 0
+        for place, token in enumerate(ids):
+            planes["positions"][row, place] = position
+            planes["documents"][row, place] = document
+            position += 1
+            if token == EOD:
+                position, document = 0, document + 1
+    return {f"{name}_BS": planes[name] for name in extra}
+
+
 def global_batch(seed: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens, labels and loss mask of one step, each [GLOBAL_ROWS, SEQ]."""
     generator = torch.Generator().manual_seed(seed)

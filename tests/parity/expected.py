@@ -10,7 +10,14 @@ from torch import Tensor
 
 from megatron_moe.model.logical import initial_tensors, logical_parameters
 from megatron_moe.model.reference import ReferenceOpenMoE
-from tests.parity.cases import GLOBAL_ROWS, ROWS, VOCAB, global_batch, run_config
+from tests.parity.cases import (
+    GLOBAL_ROWS,
+    ROWS,
+    VOCAB,
+    document_planes,
+    global_batch,
+    run_config,
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +41,9 @@ def reference_model(variant: str) -> ReferenceOpenMoE:
     return model.double().train()
 
 
-def step_loss(model: ReferenceOpenMoE, seed: int = 3) -> tuple[Tensor, Tensor, list[list]]:
+def step_loss(
+    model: ReferenceOpenMoE, seed: int = 3, extra: tuple[str, ...] = ()
+) -> tuple[Tensor, Tensor, list[list]]:
     """Loss of the global batch, its sums, and the routing of each micro-batch.
 
     The cross entropy is the mean over all real targets of the global batch; the losses of MoE
@@ -46,7 +55,8 @@ def step_loss(model: ReferenceOpenMoE, seed: int = 3) -> tuple[Tensor, Tensor, l
     sums = sums.double()
     count = GLOBAL_ROWS // ROWS
     for rows in torch.arange(GLOBAL_ROWS).split(ROWS):
-        out = model(tokens[rows], labels[rows], mask[rows], training_capacity=True)
+        planes = document_planes(tokens[rows], extra)
+        out = model(tokens[rows], labels[rows], mask[rows], training_capacity=True, **planes)
         ce = (out.cross_entropy_BS * mask[rows]).sum()
         log_z = (out.logit_z_BS * mask[rows]).sum()
         sums = sums + torch.stack((ce.detach(), log_z.detach(), mask[rows].sum().double()))
@@ -59,10 +69,10 @@ def step_loss(model: ReferenceOpenMoE, seed: int = 3) -> tuple[Tensor, Tensor, l
 
 
 @cache
-def expected(variant: str) -> Expected:
+def expected(variant: str, extra: tuple[str, ...] = ()) -> Expected:
     """The reference's step, computed once per variant."""
     model = reference_model(variant)
-    total, sums, routing = step_loss(model)
+    total, sums, routing = step_loss(model, extra=extra)
     total.backward()
     aux: dict[int, tuple[float, float]] = {}
     kept: dict[int, list[int]] = {}

@@ -22,7 +22,7 @@ from megatron_moe.platform import activate
 from megatron_moe.training.losses import count_targets, forward_function, total_sums
 from megatron_moe.training.plan import resolve_plan
 from megatron_moe.training.run import TrainingRun, prepare_run
-from tests.parity.cases import ROWS, VOCAB, global_batch, run_config
+from tests.parity.cases import ROWS, VOCAB, document_planes, global_batch, run_config
 from tests.parity.compare import Block
 
 
@@ -61,19 +61,22 @@ def gradient_blocks(chunks: list[OpenMoEModel], config: RunConfig) -> list[Block
     return found
 
 
-def own_batches(ctx: ParallelContext, seed: int = 3) -> list[Batch | None]:
+def own_batches(
+    ctx: ParallelContext, seed: int = 3, extra: tuple[str, ...] = ()
+) -> list[Batch | None]:
     """This rank's micro-batches of the global batch, in the order the data pipeline gives them."""
     count = ctx.layout.num_microbatches
-    if not ctx.needs_data:
+    if not ctx.needs_data and not extra:
         return [None] * count
-    return [micro_batch(index * ctx.dp_size + ctx.dp_rank, seed) for index in range(count)]
+    return [micro_batch(index * ctx.dp_size + ctx.dp_rank, seed, extra) for index in range(count)]
 
 
-def micro_batch(index: int, seed: int = 3) -> Batch:
+def micro_batch(index: int, seed: int = 3, extra: tuple[str, ...] = ()) -> Batch:
     """Rows [index * ROWS, + ROWS) of the global batch."""
     rows = slice(index * ROWS, (index + 1) * ROWS)
     tokens, labels, mask = global_batch(seed)
-    return Batch(tokens[rows], labels[rows], mask[rows])
+    planes = document_planes(tokens[rows], extra)
+    return Batch(tokens[rows], labels[rows], mask[rows], **planes)
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,7 @@ def one_step(
     flags: dict[str, Any],
     swap: str | None = None,
     bf16: bool = False,
+    extra: tuple[str, ...] = (),
 ) -> Outcome:
     """Forward and backward of one global batch through the production path.
 
@@ -116,11 +120,12 @@ def one_step(
         flags: the layout.
         swap: name of a logical tensor to spoil: its block is given that of another rank.
         bf16: whether weights and activations are bf16.
+        extra: what batches hold of documents.
     """
     run = prepare(variant, flags, world_size, bf16=bf16)
     if swap is not None:
         spoil(run, swap)
-    batches = own_batches(run.ctx)
+    batches = own_batches(run.ctx, extra=extra)
     targets = count_targets([b for b in batches if b], run) if run.has_loss else None
     reported = forward_backward(
         run.ctx, forward_function(run, targets, len(batches)), batches, run.wrapped

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_moe.config import RunConfig
+from megatron_moe.data.batch import extra_planes
 from megatron_moe.data.causal import CausalDataset
 from megatron_moe.data.objectives.prefix_lm import PrefixLmDataset
 from megatron_moe.data.objectives.sft import SftDataset, SftPlan
@@ -44,6 +45,15 @@ def plan_objective(config: RunConfig, tokenizer: Tokenizer) -> ObjectivePlan:
             f"only causal or prefix-lm with it, not {name}",
             "rows of several parts have ends of their own, and say what is learnt",
         )
+    resets = extra_planes(objective)
+    if resets and name == "ul2":
+        flag = "--reset-position-ids" if "positions" in resets else "--reset-attention-mask"
+        raise UsageError(
+            flag,
+            True,
+            "off with --objective ul2",
+            "as in the paper, inputs and targets are one row with positions from its start",
+        )
     if name == "ul2":
         plan = plan_ul2(config, tokenizer)
         return ObjectivePlan(
@@ -55,7 +65,7 @@ def plan_objective(config: RunConfig, tokenizer: Tokenizer) -> ObjectivePlan:
     limit = unpadded_vocab_size(config.data, tokenizer)
     if name == "sft":
         pack = config.objective.sft_pack
-        identity = {"objective": name, "pack": pack}
+        identity = {"objective": name, "pack": pack, **_reset_identity(resets)}
         settings = SftPlan(pack=pack)
         return ObjectivePlan(
             dataset=SftDataset, token_limit=limit, settings=settings, identity=identity
@@ -63,5 +73,11 @@ def plan_objective(config: RunConfig, tokenizer: Tokenizer) -> ObjectivePlan:
     identity = {"objective": name} if name != "causal" or eod else {}
     if eod:
         identity["eod_mask_loss"] = True
+    identity |= _reset_identity(resets)
     dataset = PrefixLmDataset if name == "prefix-lm" else CausalDataset
     return ObjectivePlan(dataset=dataset, token_limit=limit, identity=identity)
+
+
+def _reset_identity(resets: tuple[str, ...]) -> dict[str, Any]:
+    """Empty without resets, so that runs go on from checkpoints that know none."""
+    return {"reset": list(resets)} if resets else {}

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
+from megatron_moe.data.batch import document_planes
 from megatron_moe.data.causal import Sample, digest
 from megatron_moe.data.index_cache import Array
 from megatron_moe.data.objectives.chat_source import ChatSource, Conversations
@@ -91,18 +92,24 @@ class SftDataset(MegatronDataset):
         return len(self.rows) - 1
 
     def __getitem__(self, idx: int) -> Sample:
-        """Row ``idx``: tokens [S] and labels [S], int64, and loss_mask [S], bool."""
+        """Row ``idx``: tokens [S] and labels [S], int64, and loss_mask [S], bool.
+
+        With `planes`, also positions or documents [S], int64: of conversations, and of the pads.
+        """
         size = self.config.sequence_length + 1
         text = np.full(size, max(self.config.tokenizer.pad, 0), dtype=np.int64)
         counts = np.zeros(size, dtype=bool)
-        end = 0
+        begins, end = np.zeros(size, dtype=bool), 0
         for number in self.conversations[self.rows[idx] : self.rows[idx + 1]].tolist():
             first, last = map(int, self.dataset.bounds[number : number + 2])
             start, last = end, min(last, first + size)
+            begins[start] = True
             end += last - first
             text[start:end] = self.dataset.ids[first:last]
             counts[start:end] = self.dataset.learnt[first:last]
-        return {"tokens": text[:-1], "labels": text[1:], "loss_mask": counts[1:]}
+        begins[end:][:1] = True
+        sample = {"tokens": text[:-1], "labels": text[1:], "loss_mask": counts[1:]}
+        return sample | document_planes(begins[:-1], self.config.planes)
 
 
 def plan_rows(
