@@ -27,6 +27,8 @@ from megatron_moe.model.counting import (
 from megatron_moe.model.logical import expert_width
 from megatron_moe.parallel.launch import launched
 from megatron_moe.parallel.layout import Layout, resolve_layout
+from megatron_moe.planning.describe_stages import stage_section, stage_values
+from megatron_moe.training.stages import Course, resolve_course
 
 ASSUMED_VOCAB = 8192
 """Vocabulary described when neither a tokenizer nor `--vocab-size` says one; the text says so."""
@@ -49,6 +51,8 @@ class Description:
     """Parameters on each rank of every pipeline stage."""
     shares: tuple[Share, ...]
     """What training data is made of; empty if none is named."""
+    course: Course | None = None
+    """The stages of the run; `None` without a stage table. Everything else is of the first."""
 
     def text(self) -> str:
         """For reading."""
@@ -58,6 +62,7 @@ class Description:
             self._flops_lines(),
             self._layout_lines(),
             *self._data_sections(),
+            *([stage_section(self.course)] if self.course is not None else []),
             self._config_lines(),
         )
         return "\n\n".join("\n".join(lines) for lines in sections)
@@ -88,6 +93,8 @@ class Description:
                 for stage, rank in enumerate(self.per_stage)
             ],
         }
+        if self.course is not None:
+            values["stages"] = stage_values(self.course)
         return json.dumps(values, indent=2)
 
     def _model_lines(self) -> list[str]:
@@ -123,7 +130,7 @@ class Description:
         parts = dataclasses.asdict(self.flops)
         rows = [(part.replace("_", " "), count, 3 * count) for part, count in parts.items()]
         rows.append(("all", self.flops.forward, self.flops.training))
-        title = f"FLOPs per token at {self.config.data.seq_length} tokens"
+        title = f"FLOPs per token at {self.layout.seq_length} tokens"
         return [*_table(title, ("forward", "forward + backward"), rows)]
 
     def _layout_lines(self) -> list[str]:
@@ -144,7 +151,7 @@ class Description:
         ]
 
     def _data_sections(self) -> list[list[str]]:
-        if not self.shares:
+        if not self.shares or self.course is not None:
             return []
         return [["Training data", *(f"  {line}" for line in share_lines(self.shares))]]
 
@@ -169,9 +176,19 @@ def describe(
     vocab_size = ASSUMED_VOCAB
     if not assumed:
         vocab_size = padded_vocab_size(config.data, build_tokenizer(config.data))
-    description = describe_layout(config, None, vocab_size, world_size)
+    if config.train.stages is None:
+        description = describe_layout(config, None, vocab_size, world_size)
+    else:
+        description = _describe_stages(config, vocab_size, world_size)
     description = dataclasses.replace(description, vocab_assumed=assumed)
     return description.text() if how == "text" else description.to_json()
+
+
+def _describe_stages(config: RunConfig, vocab_size: int, world_size: int | None) -> Description:
+    course = resolve_course(config, _ranks(config, world_size), vocab_size)
+    first = course.stages[0]
+    description = describe_layout(first.config, first.layout, vocab_size)
+    return dataclasses.replace(description, config=config, course=course)
 
 
 def describe_layout(
@@ -186,10 +203,7 @@ def describe_layout(
         world_size: see `describe`; not needed with a layout.
     """
     if layout is None:
-        ranks = world_size if world_size is not None else _default_world_size(config)
-        if ranks < 1:
-            raise UsageError("--world-size", ranks, "at least 1")
-        layout = resolve_layout(config, ranks, vocab_size)
+        layout = resolve_layout(config, _ranks(config, world_size), vocab_size)
     sizes = (config.model, config.moe, vocab_size)
     return Description(
         config=config,
@@ -212,6 +226,13 @@ def describe_layout(
 
 def _vocab_unknown(config: RunConfig) -> bool:
     return config.data.tokenizer_type == "NullTokenizer" and config.data.vocab_size is None
+
+
+def _ranks(config: RunConfig, world_size: int | None) -> int:
+    ranks = world_size if world_size is not None else _default_world_size(config)
+    if ranks < 1:
+        raise UsageError("--world-size", ranks, "at least 1")
+    return ranks
 
 
 def _default_world_size(config: RunConfig) -> int:

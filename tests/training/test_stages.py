@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_moe.config.cli import parse_args
 from megatron_moe.errors import UsageError
 from megatron_moe.training.schedule import learning_rate
+from megatron_moe.training.stages import resolve_course
 from tests.support.pool import Pool
 from tests.training.stage_tables import FIRST, SECOND, TABLE, course_of, steps_of
 from tests.training.tiny import MODEL, pretrain_rank
@@ -247,3 +249,17 @@ def test_the_checkpoint_says_how_much_of_each_stage_was_consumed(pool, corpus, t
     assert state["consumed_train_samples"] == 72
     found = [(r["name"], r["iterations"], r["samples"]) for r in state["extra"]["stages"]]
     assert found == [("first", 8, 64), ("second", 2, 8)]
+
+
+def test_the_documented_table_is_one(tmp_path):
+    manual = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text()
+    example = manual.split("as a causal language model on another mixture")[1]
+    lines = example.split("    pretrain_openmoe.py")[0].splitlines()
+    path = tmp_path / "stages.toml"
+    path.write_text("\n".join(line[4:] for line in lines if line.startswith("    ")))
+    argv = ["--preset", "openmoe-8b-32e-released", "--train-iters", "526000"]
+    course = resolve_course(parse_args([*argv, "--stages", str(path)]).config, 1)
+    assert [s.name for s in course.stages] == ["ul2", "causal", "chat"]
+    assert course.stages[0].last_iteration == 390000
+    # 1.1e12 tokens are 524520 whole steps of 1024 x 2048.
+    assert course.stages[1].last_iteration == 1_100_000_000_000 // (1024 * 2048)
