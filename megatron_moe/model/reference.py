@@ -221,15 +221,10 @@ class Block(nn.Module):
         self.shared = None if width is None else FeedForward(model, width)
 
     def forward(
-        self,
-        x_BSH: Tensor,
-        training_capacity: bool,
-        positions_BS: Tensor | None = None,
-        documents_BS: Tensor | None = None,
+        self, x_BSH: Tensor, training_capacity: bool, *places_BS: Tensor | None
     ) -> tuple[Tensor, Routing | None]:
         """[B, S, H] -> [B, S, H] and, for an MoE layer, what its router decided."""
-        attended = self.attention(self.attention_norm(x_BSH), positions_BS, documents_BS)
-        x = x_BSH + self.dropout(attended)
+        x = x_BSH + self.dropout(self.attention(self.attention_norm(x_BSH), *places_BS))
         normed = self.ffn_norm(x)
         if self.ffn is not None:
             return x + self.dropout(self.ffn(normed)), None
