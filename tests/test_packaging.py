@@ -122,6 +122,8 @@ def test_installed_commands_start_anywhere(wheel: Path, tmp_path: Path) -> None:
     commands = sorted(path.name for path in (site / "bin").iterdir())
     assert commands == [
         "openmoe-generate",
+        "openmoe-inspect-data",
+        "openmoe-merge-datasets",
         "openmoe-preprocess",
         "openmoe-pretrain",
         "openmoe-train-tokenizer",

@@ -1,0 +1,145 @@
+r"""Look into an indexed data set. Exit code 0: fine; 1: damaged or different; 2: a wrong flag.
+
+# statistics, and what the manifest says
+python tools/inspect_data.py data/corpus_text_document
+
+# document 7 as text, or as ids without a tokenizer
+python tools/inspect_data.py data/corpus_text_document --document 7 \
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model
+
+# read everything: structure, and every id below the vocabulary's size
+python tools/inspect_data.py data/corpus_text_document --verify --vocab-size 256384
+
+# the same documents?
+python tools/inspect_data.py data/corpus_text_document --compare other/corpus_text_document
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import get_args, get_type_hints
+
+from megatron_moe.config import DataConfig
+from megatron_moe.data.indexed_check import Source, inspect_source
+from megatron_moe.data.indexed_format import paths_of
+from megatron_moe.data.inspection import (
+    document,
+    first_difference,
+    named,
+    statistics,
+    verify,
+)
+from megatron_moe.data.manifest import read_manifest
+from megatron_moe.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
+
+TOKENIZERS = get_args(get_type_hints(DataConfig)["tokenizer_type"])
+FAULT_EXIT_CODE = 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags."""
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = made.add_argument
+    add("prefix", help="path without suffix")
+    add("--document", type=int, metavar="N", help="print document N, counted from 0")
+    add("--verify", action="store_true", help="read all of it and check every number")
+    add("--compare", metavar="PREFIX", help="whether another data set holds the same documents")
+    add("--tokenizer-type", choices=TOKENIZERS, help="for --document as text")
+    add("--tokenizer-model", help="file of the tokenizer")
+    add("--vocab-size", type=int, help="ids must be below it (what the manifest says)")
+    return made
+
+
+def tokenizer_of(options: argparse.Namespace, source: Source) -> Tokenizer | None:
+    """The tokenizer that was asked for, which has to be the one the data was made with."""
+    if options.tokenizer_type is None:
+        return None
+    tokenizer = build_tokenizer(
+        DataConfig(
+            tokenizer_type=options.tokenizer_type,
+            tokenizer_model=options.tokenizer_model,
+            vocab_size=options.vocab_size,
+        )
+    )
+    manifest = read_manifest(source.prefix)
+    if manifest is not None and manifest.tokenizer_hash != tokenizer.identity:
+        found = options.tokenizer_model or options.tokenizer_type
+        expected = f"the {manifest.tokenizer} of hash {manifest.tokenizer_hash}"
+        raise UsageError("tokenizer", found, f"{expected}, which made the data")
+    return tokenizer
+
+
+def show(source: Source) -> None:
+    """Statistics, and what the manifest says."""
+    found = statistics(source)
+    print(f"documents    {found.documents}, {found.empty_documents} of them empty")
+    print(f"sequences    {found.sequences}")
+    print(f"tokens       {found.tokens}, {source.dtype.name}")
+    print(f"length       {found.shortest} to {found.longest}, median {found.median}")
+    manifest = read_manifest(source.prefix)
+    if manifest is None:
+        print("manifest     none")
+        return
+    print(f"tokenizer    {manifest.tokenizer} {manifest.tokenizer_hash}")
+    print(f"vocabulary   {manifest.vocab_size}")
+    print(f"domain       {manifest.domain or 'not named'}")
+    print(
+        f"text         {manifest.text_bytes} bytes, {manifest.tokens_per_byte:.4f} tokens per byte"
+    )
+    print(f"from         {len(manifest.inputs)} files, {manifest.inputs[0].path} first")
+
+
+def print_document(source: Source, number: int, tokenizer: Tokenizer | None) -> None:
+    """One document, a line break between its sequences."""
+    for ids in document(source, number):
+        values = ids.tolist()
+        print(" ".join(map(str, values)) if tokenizer is None else tokenizer.detokenize(values))
+
+
+def inspect(options: argparse.Namespace, source: Source) -> int:
+    """Do what the flags ask for; the exit code."""
+    if options.document is not None:
+        print_document(source, options.document, tokenizer_of(options, source))
+    elif options.compare is not None:
+        unlike = first_difference(source, inspect_source(named(options.compare)))
+        print(f"different: {unlike}" if unlike else f"the same {source.documents} documents")
+        return FAULT_EXIT_CODE if unlike else 0
+    elif options.verify:
+        found = verify(source, options.vocab_size)
+        print(f"whole: {source.tokens} ids from {found.smallest} to {found.largest}")
+    else:
+        show(source)
+    return 0
+
+
+def fault_of(options: argparse.Namespace, opened: bool) -> int:
+    """The exit code of a refusal: 1 if the data is to blame."""
+    prefixes = [named(name) for name in (options.prefix, options.compare) if name]
+    there = all(os.path.exists(path) for prefix in prefixes for path in paths_of(prefix))
+    to_blame = there and (not opened or options.verify or options.compare is not None)
+    return FAULT_EXIT_CODE if to_blame else USAGE_EXIT_CODE
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    options = parser().parse_args(argv)
+    opened = False
+    try:
+        source = inspect_source(named(options.prefix))
+        opened = True
+        code = inspect(options, source)
+    except UsageError as error:
+        print(f"inspect_data.py: error: {error}", file=sys.stderr)
+        code = fault_of(options, opened)
+    if code:
+        raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()
