@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import sentencepiece
+from sentencepiece import sentencepiece_model_pb2 as messages
 
 from megatron_moe.config import DataConfig
 from megatron_moe.data.tokenizer import (
@@ -14,6 +16,7 @@ from megatron_moe.data.tokenizer import (
     NullTokenizer,
     build_tokenizer,
     padded_vocab_size,
+    sentinel_ids,
     unpadded_vocab_size,
 )
 from megatron_moe.errors import UsageError
@@ -58,6 +61,56 @@ def test_sentencepiece_against_the_library(model: Path) -> None:
         assert not {tokenizer.pad, tokenizer.eod} & set(ids)
     padded = [*tokenizer.tokenize("word1"), 400, 511]
     assert tokenizer.detokenize(padded).startswith("word1")
+
+
+def test_arrays_equal_lists(model: Path) -> None:
+    for tokenizer in (
+        build_tokenizer(
+            DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model))
+        ),
+        ByteTokenizer(),
+    ):
+        for text in TEXTS:
+            ids = tokenizer.encode(text.encode())
+            assert ids.dtype == "int32"
+            assert ids.tolist() == tokenizer.tokenize(text)
+
+
+def test_umt5s_extra_ids(model: Path, tmp_path: Path) -> None:
+    """300 sentinels after the model's own ids, the first the highest; padded to a multiple."""
+    data = DataConfig(
+        tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model), vocab_extra_ids=300
+    )
+    tokenizer = build_tokenizer(data)
+    assert unpadded_vocab_size(data, tokenizer) == 700
+    assert padded_vocab_size(data, tokenizer) == 768
+    assert sentinel_ids(data, tokenizer) == range(699, 399, -1)
+    umt5 = replace(data, tokenizer_type="NullTokenizer", vocab_size=256300)
+    assert sentinel_ids(umt5, build_tokenizer(umt5))[0] == 256299
+    assert padded_vocab_size(umt5, build_tokenizer(umt5)) == 256384
+
+
+def test_sentinels_inside_the_model(tmp_path: Path) -> None:
+    """A model whose last pieces are T5's sentinels needs no extra ids."""
+    path = tmp_path / "t.model"
+    with path.open("wb") as stream:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["some words of text"] * 10),
+            model_writer=stream,
+            model_type="char",
+            vocab_size=40,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    proto = messages.ModelProto.FromString(path.read_bytes())
+    size = len(proto.pieces)
+    for number in (2, 1, 0):
+        proto.pieces.add(piece=f"<extra_id_{number}>", type=4)
+    path.write_bytes(proto.SerializeToString())
+    data = DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(path))
+    tokenizer = build_tokenizer(data)
+    assert (tokenizer.vocab_size, tokenizer.extra_ids) == (size + 3, 3)
+    assert sentinel_ids(data, tokenizer) == range(size + 2, size - 1, -1)
 
 
 def test_identity_follows_the_model(model: Path, tmp_path: Path) -> None:
