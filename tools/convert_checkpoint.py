@@ -1,10 +1,12 @@
-r"""Convert checkpoints: native <-> Hugging Face, and native -> native (cast, strip, average).
+r"""Convert checkpoints between native, Hugging Face and t5x; cast, strip and average native ones.
 
 Tensors are streamed, so memory does not grow with the model. A conversion is all or nothing.
 
     python tools/convert_checkpoint.py --from native --load checkpoints --to hf --save openmoe-hf
     python tools/convert_checkpoint.py --from hf --load openmoe-8b --to native --save checkpoints \
         --dtype bf16 --verify
+    python tools/convert_checkpoint.py --from t5x --load checkpoint_400000 --to native --save ckpt \
+        --preset openmoe-8b-32e-released
     python tools/convert_checkpoint.py --from native --load a b c --to native --save mean
     python tools/convert_checkpoint.py --from native --load checkpoints --to hf --save x --dry-run
 """
@@ -18,6 +20,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_moe.config import RunConfig
+from megatron_moe.config.presets import PRESETS
 from megatron_moe.convert.formats import FORMATS, Target, compare, planned, read, write
 from megatron_moe.convert.lazy import LazyTensor
 from megatron_moe.convert.model import DTYPES, Model, average, cast
@@ -43,6 +47,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--load", required=True, nargs="+", type=Path, help="a checkpoint; several are averaged")
     add("--save", required=True, type=Path, help="hf: a new directory; native: of a run's steps")
     add("--ckpt-step", type=int, help="native: the step to read, by default the tracker's")
+    add("--preset", choices=PRESETS, help="t5x: the model, which its checkpoints do not name")
+    add("--config", type=Path, help="t5x: likewise, from the config.json of a run")
     add("--dtype", choices=DTYPES, help="of the result; by default that of the source")
     add("--expert-layout", choices=("stacked", "unstacked"), default="stacked", help="hf")
     add("--max-shard-size", type=float, default=_SHARD_GIB, help="GiB of one file")
@@ -61,7 +67,8 @@ def run(options: argparse.Namespace) -> None:
     """
     if not options.max_shard_size > 0:
         raise UsageError("--max-shard-size", options.max_shard_size, "a positive number of GiB")
-    models = [read(options.source, path, options.ckpt_step) for path in options.load]
+    config = configuration(options)
+    models = [read(options.source, path, options.ckpt_step, config) for path in options.load]
     model = cast(with_tokenizer(average(models), options.tokenizer_model), options.dtype)
     target = Target(
         format=options.target,
@@ -78,6 +85,22 @@ def run(options: argparse.Namespace) -> None:
     print(f"{len(model.tensors)} tensors, {model.bytes} bytes: {where}")
     if options.verify or options.verify_logits:
         verify(model, target, options.verify_logits)
+
+
+def configuration(options: argparse.Namespace) -> RunConfig | None:
+    """Of `--preset` or `--config`, if one is given.
+
+    Raises:
+        UsageError: both are, or the format says what the model is by itself.
+    """
+    if options.preset is None and options.config is None:
+        return None
+    flag, value = ("--preset", options.preset) if options.preset else ("--config", options.config)
+    if options.source != "t5x":
+        raise UsageError(flag, str(value), f"absent: checkpoints of {options.source} hold theirs")
+    if options.preset and options.config:
+        raise UsageError("--config", str(options.config), "absent beside --preset")
+    return PRESETS[options.preset] if options.preset else RunConfig.load(options.config)
 
 
 def with_tokenizer(model: Model, path: Path | None) -> Model:
@@ -112,7 +135,8 @@ def verify(model: Model, target: Target, logits: bool) -> None:
         UsageError: it differs.
     """
     step = model.step if target.format == "native" else None
-    written = read(target.format, target.path, step)
+    config = model.config if target.format == "t5x" else None
+    written = read(target.format, target.path, step, config)
     with tqdm(total=model.bytes, unit="B", unit_scale=True, desc="verifying") as bar:
         count = compare(model, written, bar.update)
     print(f"verified: {count} tensors have the same shape, type and SHA-256")

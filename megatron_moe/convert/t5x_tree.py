@@ -1,0 +1,105 @@
+"""The `checkpoint` file of t5x: a msgpack tree whose large arrays are named by TensorStore specs.
+
+Arrays inside the file are msgpack extension types of flax: 1 an array, 3 a scalar, each a packed
+(shape, dtype, bytes). Nothing else is built from the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_moe.checkpoint.errors import Corrupt
+from megatron_moe.errors import UsageError
+
+FILE = "checkpoint"
+VERSION = 3
+_ARRAY, _SCALAR = 1, 3
+
+
+def library(name: str) -> Any:
+    """A package of the extra `t5x`.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        fix = "pip install 'megatron-moe[t5x]'"
+        raise UsageError(
+            f"package {name}", "missing", "installed, for the t5x format", fix
+        ) from None
+
+
+def read_tree(directory: Path) -> dict[str, Any]:
+    """The state: `target`, a tree of specs and arrays, and `state`.
+
+    Raises:
+        Corrupt: there is no such file, or it holds something else.
+    """
+    msgpack, path = library("msgpack"), directory / FILE
+    try:
+        tree = msgpack.unpackb(path.read_bytes(), ext_hook=_extension, raw=False)
+    except FileNotFoundError:
+        raise Corrupt(str(path), "missing", "the msgpack file of a t5x checkpoint") from None
+    except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:
+        raise Corrupt(str(path), str(error), "the msgpack file of a t5x checkpoint") from None
+    found = tree.get("optimizer") if isinstance(tree, dict) else None
+    if not isinstance(found, dict) or not isinstance(found.get("target"), dict):
+        raise Corrupt(str(path), "another tree", "optimizer/target in it")
+    return found
+
+
+def _extension(code: int, data: bytes) -> Any:
+    if code not in (_ARRAY, _SCALAR):
+        raise ValueError(f"extension type {code}")
+    shape, dtype, values = library("msgpack").unpackb(data)
+    if dtype == "bfloat16":
+        return np.frombuffer(values, library("ml_dtypes").bfloat16).reshape(shape)
+    kind = np.dtype(dtype)
+    if kind.hasobject:
+        raise ValueError(f"an array of {dtype}")
+    return np.frombuffer(values, kind).reshape(shape)
+
+
+def write_tree(path: Path, target: dict[str, Any], step: int) -> None:
+    """Write the file: specs by path below `target`, and the step.
+
+    Raises:
+        OSError: the disk is full, or anything else.
+    """
+    msgpack = library("msgpack")
+    nested: dict[str, Any] = {}
+    for name, spec in target.items():
+        *folders, leaf = name.split("/")
+        place = nested
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[leaf] = spec
+    count = msgpack.packb(((), "int32", np.int32(step).tobytes()))
+    state = {"step": msgpack.ExtType(_SCALAR, count), "param_states": {}}
+    tree = {"version": VERSION, "optimizer": {"target": nested, "state": state}}
+    path.write_bytes(msgpack.packb(tree))
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Path and leaf of every array or spec of a tree."""
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict) and "driver" not in value:
+            yield from leaves(value, f"{path}/")
+        else:
+            yield path, value
+
+
+def step_of(tree: dict[str, Any]) -> int:
+    """Optimizer steps done; 0 if the file does not say."""
+    state = tree.get("state")
+    step = state.get("step") if isinstance(state, dict) else None
+    return int(step) if isinstance(step, np.ndarray | int) and np.size(step) == 1 else 0
