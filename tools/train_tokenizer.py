@@ -1,4 +1,4 @@
-r"""Train a SentencePiece tokenizer on JSON Lines: unigram, byte fallback, umT5's special ids.
+r"""Train a SentencePiece tokenizer: unigram or byte pairs, byte fallback, umT5's special ids.
 
 pad = 0, eos = 1, unk = 2, no beginning-of-sequence id. Text comes back as it was: white space and
 line ends are kept, nothing is normalised, what has no piece is written in bytes. (The one exception
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
 import sys
 import time
@@ -22,6 +21,8 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_moe.data.reading import read_batches
+from megatron_moe.data.sources import cut, find_inputs
 from megatron_moe.data.tokenizer import EOS, PAD, UNK
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
@@ -44,17 +45,17 @@ def sentences(paths: Sequence[str], key: str, megabytes: float) -> Iterator[str]
 
 
 def texts(path: str, key: str) -> Iterator[str]:
-    """The text of each line."""
-    try:
-        with open(path, encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
-                record = json.loads(line)
-                if not isinstance(record, dict) or not isinstance(record.get(key), str):
-                    expected = f"an object with a text in {key!r}"
-                    raise UsageError(f"line {number} of {path}", line[:60], expected)
-                yield record[key]
-    except (OSError, ValueError) as error:
-        raise UsageError("--input", path, "a readable JSON Lines file", str(error)) from None
+    """The texts of a file of any kind that tools/preprocess_data.py takes."""
+    for stretch in cut(find_inputs([path]), 1)[0]:
+        for batch in read_batches(stretch, [key], "file"):
+            done = 0
+            try:
+                for (fields,) in batch.documents([key]):
+                    yield from (text.decode() for text in fields)
+                    done += 1
+            except UsageError as error:
+                what = f"{error.what}, {batch.place(done)}"
+                raise UsageError(what, error.found, error.expected, error.fix) from None
 
 
 def train(options: argparse.Namespace) -> bytes:
@@ -64,7 +65,7 @@ def train(options: argparse.Namespace) -> bytes:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=sentences(options.input, options.json_key, options.megabytes),
             model_writer=model,
-            model_type="unigram",
+            model_type=options.model_type,
             vocab_size=options.vocab_size,
             pad_id=PAD,
             eos_id=EOS,
@@ -94,9 +95,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON Lines")
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files of text")
     parser.add_argument("--output", required=True, type=Path, help="model file to write")
     parser.add_argument("--vocab-size", type=int, default=8192, help="pieces (8192)")
+    parser.add_argument(
+        "--model-type",
+        choices=["unigram", "bpe"],
+        default="unigram",
+        help="unigram as umT5's, or byte pairs, which preprocessing encodes word by word (unigram)",
+    )
     parser.add_argument("--json-key", default="text", help="field of the text (text)")
     parser.add_argument("--megabytes", type=float, default=4.0, help="text to train on (4)")
     options = parser.parse_args(argv)

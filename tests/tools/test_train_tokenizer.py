@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import sysconfig
 from pathlib import Path
@@ -50,6 +51,21 @@ def test_text_comes_back(model: Path, corpus: Path) -> None:
     assert sum(map(len, texts)) / sum(len(tokenizer.tokenize(t)) for t in texts) > 2
 
 
+def test_byte_pairs_and_packed_input(corpus: Path, tmp_path: Path) -> None:
+    """Any kind of input; the model is one that words can be remembered of, and text comes back."""
+    packed = tmp_path / "code.jsonl.gz"
+    packed.write_bytes(gzip.compress(corpus.read_bytes()))
+    path = tmp_path / "t.model"
+    words = ["--model-type", "bpe", "--vocab-size", "1000"]
+    main(["--input", str(packed), "--output", str(path), *words])
+    tokenizer = build_tokenizer(
+        DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(path))
+    )
+    assert tokenizer.remember_words() == ""
+    text = json.loads(corpus.read_text().splitlines()[0])["text"]
+    assert tokenizer.detokenize(tokenizer.encode(text.encode()).tolist()) == text
+
+
 def test_same_model_each_time(model: Path, corpus: Path, tmp_path: Path) -> None:
     again = tmp_path / "t.model"
     main(["--input", str(corpus), "--output", str(again), "--vocab-size", "1000"])
@@ -63,8 +79,9 @@ def test_same_model_each_time(model: Path, corpus: Path, tmp_path: Path) -> None
 def test_files_share_the_sample(tmp_path: Path) -> None:
     for name in "ab":
         text = json.dumps({"text": name * 5000}) + "\n"
-        (tmp_path / name).write_text(text * 10)
-    pieces = list(sentences([str(tmp_path / "a"), str(tmp_path / "b")], "text", 0.02))
+        (tmp_path / f"{name}.jsonl").write_text(text * 10)
+    paths = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    pieces = list(sentences(paths, "text", 0.02))
     counts = {name: sum(piece.count(name) for piece in pieces) for name in "ab"}
     assert counts == {"a": 10_000, "b": 10_000}
     assert max(map(len, pieces)) <= 2048
@@ -75,7 +92,7 @@ def test_files_share_the_sample(tmp_path: Path) -> None:
     [
         (["--vocab-size", "90000"], "--vocab-size is 90000"),
         (["--input", "/no/such"], "--input is '/no/such'"),
-        (["--json-key", "body"], "line 1 of"),
+        (["--json-key", "body"], "--json-keys body, line 1 of"),
         (["--output", "/proc/no/t.model"], "/proc/no"),
     ],
 )
