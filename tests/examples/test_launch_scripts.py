@@ -71,6 +71,7 @@ def test_every_script_is_covered() -> None:
     """A new example must get a test here (or in a file of its own beside it)."""
     names = {path.name for path in (ROOT / "examples").iterdir()}
     assert names == {
+        "chat_tuning.sh",
         "infiniband.sh",
         "preprocess_slurm.sbatch",
         "pretrain_34b_slurm.sbatch",
