@@ -1,0 +1,156 @@
+"""What is in a native checkpoint, and how two of them differ. One part of one tensor at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import zip_longest
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from megatron_moe.checkpoint.directory import revisions, step_directory
+from megatron_moe.checkpoint.reading import Opened, open_checkpoint
+from megatron_moe.convert.lazy import LazyTensor
+from megatron_moe.convert.native import read_native
+
+_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}
+"""Bytes of an element, by safetensors' names."""
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """One tensor of the model.
+
+    Args:
+        name: logical.
+        shape: logical.
+        dtype: torch's name.
+        mean: of its elements, in fp64 like the others.
+        std: their standard deviation.
+        largest: their largest absolute value.
+        finite: whether all of them are finite.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    mean: float
+    std: float
+    largest: float
+    finite: bool
+
+
+def overview(directory: Path, step: int | None = None) -> dict[str, Any]:
+    """Step, progress, sizes by kind, files and vocabulary, as JSON values. Reads no tensor.
+
+    Raises:
+        UsageError: there is no such checkpoint, or its JSON files are damaged.
+    """
+    number, path = step_directory(directory, step)
+    opened = open_checkpoint(path)
+    model, moe = opened.config.model, opened.config.moe
+    return {
+        "path": str(path),
+        "step": number,
+        "steps": sorted(revisions(Path(directory))),
+        "samples": opened.train.consumed_train_samples,
+        "layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_variant": model.ffn_variant,
+        "experts": moe.num_experts,
+        "moe_layer_freq": moe.moe_layer_freq,
+        "padded_vocab_size": opened.metadata.padded_vocab_size,
+        "tokenizer_hash": opened.metadata.tokenizer_hash,
+        "data_fingerprint": opened.metadata.data_fingerprint,
+        "random_states": opened.random,
+        "kinds": _kinds(opened),
+        "files": {name: record.bytes for name, record in sorted(opened.files.items())},
+    }
+
+
+def _kinds(opened: Opened) -> dict[str, dict[str, int]]:
+    """By kind: tensors, elements and bytes."""
+    found: dict[str, dict[str, int]] = {}
+    for tensor in opened.tensors.values():
+        kind = found.setdefault(tensor.kind, {"tensors": 0, "elements": 0, "bytes": 0})
+        kind["tensors"] += 1
+        kind["elements"] += prod(tensor.shape)
+        kind["bytes"] += prod(tensor.shape) * _WIDTHS[tensor.dtype]
+    return found
+
+
+def tensor_facts(directory: Path, step: int | None, pattern: str) -> Iterator[TensorFacts]:
+    """Facts of the model's tensors whose names match a shell pattern, in the model's order.
+
+    Raises:
+        UsageError: there is no such checkpoint, or it is damaged.
+    """
+    for name, tensor in read_native(directory, step).tensors.items():
+        if fnmatch(name, pattern):
+            yield _facts(name, tensor)
+
+
+def _facts(name: str, tensor: LazyTensor) -> TensorFacts:
+    count, mean, spread, largest, finite = 0, 0.0, 0.0, 0.0, True
+    for part in tensor.parts():
+        values = part.double().flatten()
+        finite = finite and bool(values.isfinite().all())
+        # Means and squared deviations of parts, joined without cancellation (Chan et al., 1979).
+        size, its = values.numel(), float(values.mean())
+        total = count + size
+        spread += float((values - its).square().sum()) + (its - mean) ** 2 * count * size / total
+        mean += (its - mean) * size / total
+        count, largest = total, max(largest, float(values.abs().max()))
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TensorFacts(name, tensor.shape, dtype, mean, math.sqrt(spread / count), largest, finite)
+
+
+def differences(first: Path, second: Path, steps: tuple[int | None, int | None]) -> Iterator[str]:
+    """A line for every setting and every tensor in which two checkpoints differ.
+
+    Raises:
+        UsageError: one of them is missing or damaged.
+    """
+    a, b = read_native(first, steps[0]), read_native(second, steps[1])
+    mine, theirs = _flat(a.config.to_dict()), _flat(b.config.to_dict())
+    for key in sorted(mine.keys() | theirs.keys()):
+        if mine.get(key) != theirs.get(key):
+            yield f"{key}: {mine.get(key)!r} and {theirs.get(key)!r}"
+    for name in sorted(a.tensors.keys() ^ b.tensors.keys()):
+        yield f"{name}: only in the {'first' if name in a.tensors else 'second'}"
+    for name in a.tensors:
+        if name in b.tensors:
+            line = _tensor_difference(a.tensors[name], b.tensors[name])
+            if line:
+                yield f"{name}: {line}"
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    return {f"{s}.{key}": value for s, values in config.items() for key, value in values.items()}
+
+
+def _tensor_difference(first: LazyTensor, second: LazyTensor) -> str:
+    if first.shape != second.shape:
+        return f"shape {list(first.shape)} and {list(second.shape)}"
+    largest, changed, count = 0.0, 0, prod(first.shape)
+    for a, b in zip_longest(_slabs(first), _slabs(second)):
+        apart = (a.double() - b.double()).abs()
+        # Two values that are not numbers are as different as can be, unless both are.
+        apart = apart.nan_to_num(nan=math.inf).masked_fill(a.isnan() & b.isnan(), 0.0)
+        changed += int((apart > 0).sum())
+        largest = max(largest, float(apart.max()))
+    kinds = f", {first.dtype} and {second.dtype}" if first.dtype != second.dtype else ""
+    if not changed and not kinds:
+        return ""
+    return f"{changed} of {count} elements differ, by up to {largest:.3g}{kinds}"
+
+
+def _slabs(tensor: LazyTensor) -> Iterator[Any]:
+    """Rows in steps that do not depend on the dtype, so that two tensors are cut alike."""
+    rows = tensor.shape[0]
+    step = max(1, (16 << 20) // max(1, prod(tensor.shape[1:])))
+    for start in range(0, rows, step):
+        yield tensor.rows(start, min(start + step, rows))

@@ -1,0 +1,109 @@
+"""What the command prints of a checkpoint, and that damage and differences are found."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_moe.convert import inspection, lazy
+from megatron_moe.convert.formats import Target, write
+from megatron_moe.convert.lazy import of_tensor
+from megatron_moe.convert.model import Model
+from tests.convert.cases import CONFIG, VOCAB, model_of
+from tools.inspect_checkpoint import main
+
+
+def save(model: Model, directory: Path) -> Path:
+    write(model, Target(format="native", path=directory), lambda _: None)
+    return directory
+
+
+def changed(model: Model, name: str, tensor: torch.Tensor) -> Model:
+    return replace(model, tensors={**model.tensors, name: of_tensor(tensor)})
+
+
+def test_overview(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save(model_of(step=3), tmp_path)
+    save(model_of(step=8, dtype=torch.bfloat16), tmp_path)
+    assert main([str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["step"], found["steps"], found["experts"]) == (8, [3, 8], 4)
+    elements = sum(t.bytes for t in model_of().tensors.values()) // 4
+    assert found["kinds"] == {"model": {"tensors": 49, "elements": elements, "bytes": 2 * elements}}
+    assert found["padded_vocab_size"] == VOCAB
+    assert main([str(tmp_path), "--ckpt-step", "3"]) == 0
+    said = capsys.readouterr().out
+    assert "rank-00000.safetensors" in said
+    assert f"49 tensors  {elements} elements  {4 * elements} bytes" in said
+
+
+def test_facts_of_tensors(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lazy, "PART_BYTES", 100)  # joined from many parts
+    router = torch.randn(4, 16) + 100.0
+    odd = torch.ones(16)
+    odd[3] = float("nan")
+    model = changed(model_of(), "layers.1.moe.router.weight", router)
+    save(changed(model, "final_norm.weight", odd), tmp_path)
+    assert main([str(tmp_path), "--tensors", "*.router.weight", "--json"]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["name"], second["name"]) == (
+        "layers.1.moe.router.weight",
+        "layers.3.moe.router.weight",
+    )
+    exact = router.double()
+    assert first["mean"] == pytest.approx(float(exact.mean()), rel=1e-12)
+    assert first["std"] == pytest.approx(float(exact.std(correction=0)), rel=1e-9)
+    assert first["largest"] == float(exact.abs().max())
+    assert main([str(tmp_path), "--tensors"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 49
+    assert [line.split()[0] for line in lines if "NOT FINITE" in line] == ["final_norm.weight"]
+
+
+def test_differences(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of()
+    first = save(model, tmp_path / "first")
+    assert main([str(first), "--compare", str(save(model, tmp_path / "same"))]) == 0
+    assert capsys.readouterr().out == "no difference\n"
+    down = model.tensors["layers.1.moe.experts.down"].whole().clone()
+    down[3, 2, 1] += 0.5
+    down[0, 0, 0] = float("nan")
+    other = changed(model, "layers.1.moe.experts.down", down)
+    config = replace(CONFIG, moe=replace(CONFIG.moe, moe_router_topk=1))
+    second = save(replace(other, config=config), tmp_path / "second")
+    assert main([str(first), "--compare", str(second)]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "moe.moe_router_topk: 2 and 1",
+        f"layers.1.moe.experts.down: 2 of {down.numel()} elements differ, by up to inf",
+    ]
+    third = save(model_of(dtype=torch.bfloat16), tmp_path / "third")
+    assert main([str(first), "--compare", str(third)]) == 1
+    assert "torch.float32 and torch.bfloat16" in capsys.readouterr().out
+
+
+def test_damage_is_exit_1_and_a_wrong_flag_exit_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(model_of(), tmp_path / "run")
+    assert main([str(tmp_path / "run"), "--verify"]) == 0
+    file = tmp_path / "run/iter_0000005/rank-00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    for flags in (["--verify"], ["--tensors"], ["--compare", str(tmp_path / "run")]):
+        assert main([str(tmp_path / "run"), *flags]) == 1
+        assert "rank-00000.safetensors has SHA-256" in capsys.readouterr().err
+    for flags in (["--ckpt-step", "9"], ["--compare-step", "3"]):
+        assert main([str(tmp_path / "run"), *flags]) == 2
+    assert main([str(tmp_path / "absent")]) == 2
+    file.write_bytes(bytes(data[:-5]) + bytes([data[-5] ^ 1]) + bytes(data[-4:]))
+    assert main([str(tmp_path / "run"), "--tensors", "nothing"]) == 2
+    assert inspection.overview(tmp_path / "run")["step"] == 5
