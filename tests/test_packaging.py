@@ -121,7 +121,9 @@ def test_installed_commands_start_anywhere(wheel: Path, tmp_path: Path) -> None:
     subprocess.run([*command, str(wheel)], check=True)
     commands = sorted(path.name for path in (site / "bin").iterdir())
     assert commands == [
+        "openmoe-convert",
         "openmoe-generate",
+        "openmoe-inspect-checkpoint",
         "openmoe-inspect-data",
         "openmoe-merge-datasets",
         "openmoe-preprocess",
