@@ -91,3 +91,14 @@ def test_shares_of_many_windows() -> None:
     assert (draw_kinds(NOISE, weights, 100) == draw_kinds(NOISE, weights, count)[:100]).all()
     doubled = [2 * weight for weight in weights]
     assert (draw_kinds(NOISE, doubled, 100) == draw_kinds(NOISE, weights, 100)).all()
+
+
+def test_beyond_two_to_the_31_tokens() -> None:
+    """Five documents of 2^30 tokens, cut every 3 * 2^28: where each window starts, by hand."""
+    length, size = 1 << 30, 3 << 28
+    lengths = np.full(5, length, dtype=np.int32)
+    windows = Windows(*cut_windows(NOISE, np.arange(5), lengths, (size,), (1,), 6))
+    begins = [size * w for w in range(len(windows.starts))]
+    assert begins[-1] > 2**32
+    assert windows.starts.tolist() == [[b // length, b % length] for b in begins]
+    assert sorted(windows.documents[:5].tolist()) == list(range(5))
