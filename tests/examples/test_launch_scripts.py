@@ -16,6 +16,9 @@ import pytest
 from megatron_moe.config.cli import parse_args
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.parallel.layout import Layout, resolve_layout
+from megatron_moe.planning.describe import describe
+from megatron_moe.training.stages import resolve_course
+from tools import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 STUBS = {
@@ -23,7 +26,30 @@ STUBS = {
     "BASH_FUNC_srun%%": '() { while [[ "$1" == --* ]]; do shift; done; "$@"; }',
     "BASH_FUNC_scontrol%%": "() { echo node-a; echo node-b; }",
 }
-USER = {"DATA_PATH": "/data/corpus", "TOKENIZER": "/data/spm.model", "SAVE": "/ckpt"}
+USER = {
+    "DATA_PATH": "/data/corpus",
+    "DATA_ROOT": "/data",
+    "TOKENIZER": "/data/spm.model",
+    "SAVE": "/ckpt",
+}
+SLURM = {
+    "pretrain_base_slurm.sbatch": ("openmoe-base-16e-released", (1, 1, 8, 16, 2)),
+    "pretrain_8b_slurm.sbatch": ("openmoe-8b-32e-released", (1, 1, 8, 64, 8)),
+    "pretrain_34b_slurm.sbatch": ("openmoe-34b-32e-released", (2, 4, 8, 16, 4)),
+}
+"""The preset of each, and TP, PP, EP, DP and EDP of its layout."""
+RECIPES = {
+    "pretrain_base_slurm.sbatch": ([("ul2", 500_000, "v1")], 128),
+    "pretrain_8b_slurm.sbatch": (
+        [("ul2", 390_000, "v1"), ("causal", 1_100_000_000_000 // (1024 * 2048), "v2")],
+        1024,
+    ),
+    "pretrain_34b_slurm.sbatch": (
+        [("ul2", 25_000, "v3"), ("causal", 200_000_000_000 // (1024 * 2048), "v3")],
+        1024,
+    ),
+}
+"""As published: objective, last step and mixture of each stage, and sequences of a step."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +103,10 @@ def test_every_script_is_covered() -> None:
         "pretrain_34b_slurm.sbatch",
         "pretrain_8b_node.sh",
         "pretrain_8b_slurm.sbatch",
+        "pretrain_base_slurm.sbatch",
         "quickstart.sh",
         "quickstart_summary.py",
+        "stages",
     }
 
 
@@ -93,23 +121,76 @@ def test_one_node_8b() -> None:
     assert layout.num_microbatches == 1024 // 8
 
 
-@pytest.mark.parametrize(
-    ("script", "preset", "degrees"),
-    [
-        ("pretrain_8b_slurm.sbatch", "openmoe-8b-32e-released", (1, 1, 8, 64, 8)),
-        ("pretrain_34b_slurm.sbatch", "openmoe-34b-32e-released", (2, 4, 8, 16, 4)),
-    ],
-)
-def test_slurm(script: str, preset: str, degrees: tuple[int, ...]) -> None:
+def slurm(script: str, **variables: str) -> Launch:
+    """Launch a Slurm script on the nodes that it asks for."""
     nodes = sbatch_option(script, "nodes")
-    found = launch(script, SLURM_JOB_NUM_NODES=nodes, SLURM_JOB_ID="41", SLURM_JOB_NODELIST="x")
+    job = {"SLURM_JOB_NUM_NODES": nodes, "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "x"}
+    return launch(script, **job, **variables)
+
+
+@pytest.mark.parametrize("script", list(SLURM))
+def test_slurm(script: str) -> None:
+    preset, degrees = SLURM[script]
+    found = slurm(script)
     assert parse_args(found.arguments).config.model == PRESETS[preset].model
     layout = layout_of(found)
-    assert found.world_size == 8 * int(nodes)
+    assert found.world_size == 8 * int(sbatch_option(script, "nodes"))
     assert (layout.tp, layout.pp, layout.ep, layout.dp, layout.edp) == degrees
     assert found.option("--rdzv-endpoint") == "node-a:20041"
     assert found.option("--nproc-per-node") == sbatch_option(script, "gpus-per-node")
     assert sbatch_option(script, "ntasks-per-node") == "1", "torchrun starts the ranks of a node"
+
+
+@pytest.mark.parametrize("script", list(RECIPES))
+def test_the_published_recipes(script: str) -> None:
+    stages, batch = RECIPES[script]
+    found = slurm(script)
+    config = parse_args(found.arguments).config
+    course = resolve_course(config, found.world_size)
+    got = [
+        (s.config.objective.objective, s.last_iteration, s.config.data.mixture)
+        for s in course.stages
+    ]
+    assert got == stages
+    for stage in course.stages:
+        assert stage.layout.global_batch_size == batch
+        assert stage.config.optimizer.optimizer == "adafactor"
+        assert stage.config.data.data_root == "/data"
+        # 1 / sqrt(max(step, 10000)), of the run's steps in every stage.
+        for step in (stage.first_iteration, stage.last_iteration - 1):
+            assert stage.rate(step) == pytest.approx(max(step, 10000) ** -0.5)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A SentencePiece model; the scripts name the vocabulary's size themselves."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = folder / "texts.jsonl"
+    words = " ".join(f"{a}{b}" for a in "aeioubcd" for b in "mnprst")
+    texts.write_text(f'{{"text": "{words}"}}\n' * 20)
+    model = folder / "tokenizer.model"
+    train_tokenizer.main(["--input", str(texts), "--output", str(model), "--vocab-size", "280"])
+    return str(model)
+
+
+@pytest.mark.parametrize("script", ["pretrain_8b_node.sh", *SLURM])
+def test_every_script_can_be_described(script: str, tokenizer: str) -> None:
+    start = slurm if script in SLURM else launch
+    found = start(script, TOKENIZER=tokenizer)
+    words = ["--describe", "text", "--world-size", str(found.world_size)]
+    command = parse_args([*found.arguments, *words])
+    text = describe(command.config, "text", command.world_size)
+    assert "vocabulary    256384 padded, untied" in text
+    stages = RECIPES.get(script, ([], 0))[0]
+    for number, (objective, last, _) in enumerate(stages, 1):
+        line = f"stage {number}/{len(stages)} {objective}: steps "
+        assert any(line in row and f"to {last}, {objective}" in row for row in text.splitlines())
+        assert "/data/c4_text_document" in text, "the sources of its mixture"
+
+
+def test_another_stage_table_may_be_named() -> None:
+    found = slurm("pretrain_8b_slurm.sbatch", STAGES="mine.toml")
+    assert parse_args(found.arguments).config.train.stages == "mine.toml"
 
 
 def test_missing_setting_is_named() -> None:
