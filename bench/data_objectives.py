@@ -32,21 +32,20 @@ MICRO, MICRO_BATCHES = 4, 2
 LENGTHS = (256, 2048)
 """Its own sequence length, and that of the published sizes."""
 OBJECTIVES: tuple[Objective, ...] = ("causal", "prefix-lm", "ul2", "sft")
-VOCAB, TOKENS, BIG_TOKENS = 259, 5_000_000, 1_000_000_000
+VOCAB, TOKENS = 259, 5_000_000
 
 
 def records() -> list[Record]:
-    """Time per step to make its batches, and to cut 10^9 tokens into windows."""
+    """Time per step to make its batches."""
     with tempfile.TemporaryDirectory() as folder:
         tokens, chat = str(Path(folder) / "corpus"), str(Path(folder) / "chat.jsonl")
         _write(tokens)
         _write_chat(chat)
-        found = [
+        return [
             _wait(chat if name == "sft" else tokens, name, length)
             for name in OBJECTIVES
             for length in LENGTHS
         ]
-    return [*found, _windows()]
 
 
 def _write(prefix: str) -> None:
@@ -107,19 +106,6 @@ def _wait(prefix: str, objective: Objective, seq_length: int) -> Record:
         target=f"<= {100 * SHARE:g}",
         met=share <= SHARE,
     )
-
-
-def _windows() -> Record:
-    """An epoch of 10^6 documents."""
-    from megatron_moe.data.objectives.noise import noise_of
-    from megatron_moe.data.objectives.windows import cut_windows
-
-    documents = BIG_TOKENS // 1000
-    lengths = np.random.default_rng(0).integers(1, 2000, documents).astype(np.int32)
-    start = time.perf_counter()
-    cut_windows(noise_of(0), np.arange(documents), lengths, (1100, 1500, 1019), (1, 1, 2), 1)
-    seconds = time.perf_counter() - start
-    return Record(name="objectives/ul2_indices_of_1e9_tokens", value=seconds, unit="s")
 
 
 if __name__ == "__main__":
