@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from megatron_moe.config import RunConfig
 from megatron_moe.config.cli import Command, parse_args
-from megatron_moe.parallel.launch import run_or_exit
+from megatron_moe.parallel.launch import ended_reader_is_fine, run_or_exit
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -29,7 +29,9 @@ def execute(command: Command) -> None:
     else:
         from megatron_moe.planning.describe import describe
 
-        print(describe(command.config, command.describe, command.world_size))
+        text = describe(command.config, command.describe, command.world_size)
+        with ended_reader_is_fine():
+            print(text, flush=True)
 
 
 def pretrain(config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-r"""Convert checkpoints between native, Hugging Face and t5x; cast, strip and average native ones.
+r"""Convert checkpoints: native, Hugging Face, t5x; cast, strip, average; dense models to experts.
 
 Tensors are streamed, so memory does not grow with the model. A conversion is all or nothing.
 
@@ -25,6 +25,7 @@ from megatron_moe.config.presets import PRESETS
 from megatron_moe.convert.formats import FORMATS, Target, compare, planned, read, write
 from megatron_moe.convert.lazy import LazyTensor
 from megatron_moe.convert.model import DTYPES, Model, average, cast
+from megatron_moe.convert.upcycle import MODES, Upcycling, upcycle
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
 _SHARD_GIB = 5.0
@@ -56,7 +57,43 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="list the tensors, write nothing")
     add("--verify", action="store_true", help="read the result back and compare it")
     add("--verify-logits", action="store_true", help="--verify, and the logits of a prompt")
+    more = parser.add_argument_group("a mixture of experts from a dense checkpoint")
+    add = more.add_argument
+    add("--upcycle", choices=MODES, help="shared: starts exactly as the dense model; copy: nearly")
+    add("--num-experts", type=int, help="with --upcycle")
+    add("--moe-layer-freq", help="with --upcycle: which layers, e.g. ([0]*3+[1])*8")
+    add("--moe-router-topk", type=int, help="with --upcycle, by default 2")
+    add("--upcycle-noise", type=float, help="relative standard deviation added to each expert")
+    add("--upcycle-fresh", type=float, help="share of each expert's hidden units drawn anew")
+    add("--seed", type=int, help="with --upcycle, by default 1234")
     return parser.parse_args(argv)
+
+
+def upcycling(options: argparse.Namespace) -> Upcycling | None:
+    """What `--upcycle` asks for.
+
+    Raises:
+        UsageError: a flag of it is missing, or there without it.
+    """
+    names = {
+        "num_experts": "num_experts",
+        "moe_layer_freq": "layer_freq",
+        "moe_router_topk": "topk",
+        "upcycle_noise": "noise",
+        "upcycle_fresh": "fresh",
+        "seed": "seed",
+    }
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.upcycle is None:
+        for name, value in given.items():
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(flag, value, "absent without --upcycle")
+        return None
+    for name in ("num_experts", "moe_layer_freq"):
+        if name not in given:
+            raise UsageError(f"--{name.replace('_', '-')}", None, "given with --upcycle")
+    values = {"topk": 2, **{names[name]: value for name, value in given.items()}}
+    return Upcycling(mode=options.upcycle, **values)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -69,7 +106,9 @@ def run(options: argparse.Namespace) -> None:
         raise UsageError("--max-shard-size", options.max_shard_size, "a positive number of GiB")
     config = configuration(options)
     models = [read(options.source, path, options.ckpt_step, config) for path in options.load]
-    model = cast(with_tokenizer(average(models), options.tokenizer_model), options.dtype)
+    model = with_tokenizer(average(models), options.tokenizer_model)
+    how = upcycling(options)
+    model = cast(model if how is None else upcycle(model, how), options.dtype)
     target = Target(
         format=options.target,
         path=options.save,

@@ -12,7 +12,7 @@ import hashlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn
@@ -82,6 +82,16 @@ def run_or_exit(main: Callable[[], None], prog: str = "pretrain_openmoe.py") -> 
         main()
     except UsageError as error:
         _exit(f"{prog}: error: {error}")
+
+
+@contextlib.contextmanager
+def ended_reader_is_fine() -> Iterator[None]:
+    """Print for a reader such as `head`, which may end before the text does."""
+    try:
+        yield
+    except BrokenPipeError:
+        # Else the interpreter fails once more when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _exit(line: str) -> NoReturn:

@@ -100,6 +100,18 @@ def test_describe_needs_no_launcher(capsys):
     assert '"num_experts": 32' in capsys.readouterr().out
 
 
+def test_describe_may_be_cut_short_by_its_reader():
+    """As `| head -0` does: the reader is gone before anything is printed."""
+    command = [sys.executable, str(ROOT / "pretrain_openmoe.py"), "--preset", "openmoe-tiny"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [*command, "--describe"], stdout=writing, stderr=subprocess.PIPE, text=True
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def torchrun(ranks: int, argv: list[str]) -> subprocess.CompletedProcess[str]:
     """Start the program under the real launcher."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
