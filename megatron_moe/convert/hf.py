@@ -21,6 +21,7 @@ from megatron_moe.convert.hf_config import from_hf, to_hf
 from megatron_moe.convert.hf_files import open_files
 from megatron_moe.convert.hf_names import EXPERT, ExpertLayout, expert_name, hf_name, layout_of
 from megatron_moe.convert.lazy import LazyTensor, row_of, stacked
+from megatron_moe.convert.llama import ARCHITECTURE, read_llama
 from megatron_moe.convert.model import Model
 from megatron_moe.convert.sharding import Progress, shards_of
 from megatron_moe.model.logical import logical_parameters
@@ -33,13 +34,16 @@ TOKENIZERS = ("tokenizer.model", "spiece.model", "tokenizer.json", "tokenizer_co
 
 
 def read_hf(directory: Path) -> Model:
-    """A checkpoint directory, in either layout of the experts.
+    """A checkpoint directory: OpenMoE in either layout of the experts, or a dense Llama.
 
     Raises:
         UsageError: a file is missing or damaged, or it is another kind of model.
     """
     source = directory / CONFIG
-    config, vocab_size = from_hf(read_json(source), str(source))
+    values = read_json(source)
+    if values.get("architectures") == [ARCHITECTURE]:
+        return read_llama(directory, values)
+    config, vocab_size = from_hf(values, str(source))
     found = open_files(directory)
     layout = layout_of(set(found))
     tensors: dict[str, LazyTensor] = {}

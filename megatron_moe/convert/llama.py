@@ -1,0 +1,118 @@
+"""Hugging Face checkpoints of Llama, read as a dense model of ours: a source for upcycling.
+
+The same block with three-matrix FFNs, attention scaled by 1/sqrt(d) and rotate-half rotary
+embeddings. Two things have no like here and are made explicit: key and value heads that groups of
+queries share (grouped-query attention) are repeated for each query head, and a tied logits matrix
+becomes one of its own. Both leave the logits as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
+from megatron_moe.config import ModelConfig, RunConfig
+from megatron_moe.convert.hf_files import open_files
+from megatron_moe.convert.hf_names import hf_name
+from megatron_moe.convert.lazy import LazyTensor
+from megatron_moe.convert.model import Model
+from megatron_moe.model.logical import logical_parameters
+
+ARCHITECTURE = "LlamaForCausalLM"
+_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
+"""Fields that must say this, if they are there."""
+_IGNORED = "rotary_emb.inv_freq"
+"""A constant that older files hold for every layer."""
+
+
+def read_llama(directory: Path, values: dict[str, Any]) -> Model:
+    """A checkpoint directory.
+
+    Args:
+        directory: with `config.json` and the weights.
+        values: contents of `config.json`.
+
+    Raises:
+        UsageError: a file is missing or damaged, or the model is one that ours cannot be.
+    """
+    source = directory / "config.json"
+    config, groups = _configuration(values, str(source))
+    found = {n: t for n, t in open_files(directory).items() if not n.endswith(_IGNORED)}
+    vocab_size = values.get("vocab_size")
+    if type(vocab_size) is not int or vocab_size < 1:
+        raise CheckpointError(f"vocab_size in {source}", vocab_size, "a whole number of at least 1")
+    if values.get("tie_word_embeddings") and "model.embed_tokens.weight" in found:
+        found.setdefault("lm_head.weight", found["model.embed_tokens.weight"])
+    tensors, used = {}, set()
+    for name in logical_parameters(config.model, config.moe, vocab_size):
+        theirs = hf_name(name, "stacked")
+        if theirs not in found:
+            raise Corrupt(str(directory), f"without {theirs}", "all tensors of the model")
+        used.add(theirs)
+        shared = groups > 1 and name.endswith(("attention.key.weight", "attention.value.weight"))
+        width = config.model.kv_channels
+        tensors[name] = _repeated(found[theirs], groups, width) if shared else found[theirs]
+    extra = sorted(found.keys() - used)
+    if extra:
+        raise Corrupt(str(directory), f"with {', '.join(extra[:5])}", "no tensor but the model's")
+    return Model(source=str(directory), config=config, vocab_size=vocab_size, tensors=tensors)
+
+
+def _configuration(values: dict[str, Any], source: str) -> tuple[RunConfig, int]:
+    """Ours, and how many query heads share a key head."""
+    for key, only in _ONLY.items():
+        if values.get(key, only) != only:
+            raise CheckpointError(f"{key} in {source}", values[key], repr(only))
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    for name in names:
+        size: Any = values.get(name)
+        if type(size) is not int or size < 1:
+            expected = "a whole number of at least 1"
+            raise CheckpointError(f"{name} in {source}", size, expected)
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    shared = values.get("num_key_value_heads") or heads
+    if heads % shared:
+        expected = f"a divisor of num_attention_heads ({heads})"
+        raise CheckpointError(f"num_key_value_heads in {source}", shared, expected)
+    model = ModelConfig(
+        num_layers=values["num_hidden_layers"],
+        hidden_size=hidden,
+        ffn_hidden_size=values["intermediate_size"],
+        num_attention_heads=heads,
+        kv_channels=values.get("head_dim") or hidden // heads,
+        max_position_embeddings=int(values.get("max_position_embeddings", 2048)),
+        rotary_base=_rotary_base(values, source),
+        norm_epsilon=float(values.get("rms_norm_eps", 1e-6)),
+        ffn_variant="swiglu",
+        softmax_scale=None,
+    )
+    run = RunConfig()
+    moe = replace(run.moe, moe_layer_freq=f"[0]*{model.num_layers}")
+    return replace(run, model=model, moe=moe), heads // shared
+
+
+def _rotary_base(values: dict[str, Any], source: str) -> float:
+    """From either of the two places where it has been kept."""
+    newer = values.get("rope_parameters")
+    if not isinstance(newer, Mapping):
+        return float(values.get("rope_theta", 1e4))
+    kind = newer.get("rope_type", "default")
+    if kind != "default":
+        raise CheckpointError(f"rope_type in {source}", kind, "'default'")
+    return float(newer.get("rope_theta", 1e4))
+
+
+def _repeated(tensor: LazyTensor, groups: int, width: int) -> LazyTensor:
+    """[heads * width, H] with each head ``groups`` times in a row."""
+    shape = (tensor.shape[0] * groups, *tensor.shape[1:])
+
+    def rows(start: int, stop: int) -> Tensor:
+        heads = tensor.whole().unflatten(0, (-1, width))
+        return heads.repeat_interleave(groups, 0).flatten(0, 1)[start:stop]
+
+    return LazyTensor(shape, tensor.dtype, rows)
