@@ -18,6 +18,7 @@ from pathlib import Path
 
 from megatron_moe.config import DataConfig
 from megatron_moe.data.indexed_check import Source
+from megatron_moe.data.manifest import read_manifest
 from megatron_moe.data.named_mixture import read_named_mixture
 from megatron_moe.errors import UsageError
 
@@ -138,16 +139,22 @@ def _of_words(flag: str, words: Sequence[str]) -> Blend:
 
 
 def domains_of(prefixes: Sequence[str]) -> tuple[str, ...]:
-    """A name for each prefix: its file name without the end that preprocessing gives it.
+    """What each prefix stands for.
 
-    Where that would give two of them one name, the whole prefix.
+    The domain that its manifest names (`--domain` of preprocessing), else its file name without the
+    end that preprocessing gives it, or the whole prefix where two of them would have one name.
+
+    Raises:
+        UsageError: a manifest is none.
     """
     names = [os.path.basename(prefix).removesuffix("_text_document") for prefix in prefixes]
     count = Counter(names)
-    return tuple(
-        name if name and count[name] == 1 else prefix
-        for name, prefix in zip(names, prefixes, strict=True)
-    )
+    found = []
+    for name, prefix in zip(names, prefixes, strict=True):
+        manifest = read_manifest(prefix)
+        named = None if manifest is None else manifest.domain
+        found.append(named or (name if name and count[name] == 1 else prefix))
+    return tuple(found)
 
 
 def parse_blend(

@@ -29,6 +29,7 @@ from megatron_moe.data.datasets import build_split, cache_for
 from megatron_moe.data.indexed_check import Source, inspect_source
 from megatron_moe.data.indexed_scan import check_range, source_range
 from megatron_moe.data.loader import MicroBatchSampler, Packed, Rows, build_loader, to_batch
+from megatron_moe.data.made_for import check_manifest
 from megatron_moe.data.objectives.chat_source import open_conversations
 from megatron_moe.data.objectives.select import ObjectivePlan, plan_objective
 from megatron_moe.data.tokenizer import Tokenizer, build_tokenizer
@@ -223,6 +224,7 @@ def _open(prefix: str, config: RunConfig, tokenizer: Tokenizer, limit: int) -> S
     if config.objective.objective == "sft":
         return open_conversations(prefix, config.objective.sft_key, tokenizer, cache)
     source = inspect_source(prefix)
+    check_manifest(prefix, config, tokenizer)
     found = source_range(source, cache)
     check_range(source, found, limit)
     return source
