@@ -13,7 +13,6 @@ times the raw rate of the machine it was measured on (64 MB of Python sources, 8
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import subprocess
@@ -21,9 +20,11 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import sentencepiece
@@ -39,6 +40,8 @@ from tools.train_tokenizer import train
 
 ROOT = Path(__file__).resolve().parents[1]
 MEGABYTES, WORKERS, PIECES = 60, 2, 8192
+SLICES = 4
+"""Of the corpus; each is encoded by the library and by the workers in turn."""
 SHARE = 0.85
 """Of `WORKERS` times the raw rate, that has to be reached without a word cache."""
 CACHED = 2.0
@@ -50,22 +53,22 @@ MEMORY = 400
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """A JSON Lines file."""
+class Slice:
+    """A JSON Lines file, and the size of its texts in UTF-8."""
 
     path: Path
     megabytes: float
-    """Of its texts in UTF-8."""
 
 
 def records() -> list[Record]:
     """Rates of both models, checked against the library, and memory."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        corpus = _corpus(folder)
-        found = [Record(name="tokenize/corpus", value=corpus.megabytes, unit="MB")]
+        slices = _corpus(folder)
+        size = sum(piece.megabytes for piece in slices)
+        found = [Record(name="tokenize/corpus", value=size, unit="MB")]
         for kind in ("unigram", "bpe"):
-            found += _of_model(kind, corpus, folder)
+            found += _of_model(kind, slices, folder)
     return found
 
 
@@ -82,93 +85,118 @@ def _texts() -> Iterator[str]:
                 yield text
 
 
-def _corpus(folder: Path) -> Corpus:
-    path, size = folder / "corpus.jsonl", 0
-    with path.open("w") as stream:
-        for text in _texts():
-            stream.write(json.dumps({"text": text}) + "\n")
-            size += len(text.encode())
-            if size > MEGABYTES * 1e6:
-                break
-    return Corpus(path, size / 1e6)
+def _corpus(folder: Path) -> list[Slice]:
+    texts, slices = _texts(), []
+    for number in range(SLICES):
+        path, size = folder / f"corpus-{number}.jsonl", 0
+        with path.open("w") as stream:
+            for text in texts:
+                stream.write(json.dumps({"text": text}) + "\n")
+                size += len(text.encode())
+                if size > MEGABYTES / SLICES * 1e6:
+                    break
+        slices.append(Slice(path, size / 1e6))
+    return slices
 
 
-def _of_model(kind: str, corpus: Corpus, folder: Path) -> list[Record]:
+def _of_model(kind: str, slices: Sequence[Slice], folder: Path) -> list[Record]:
+    """Slice by slice the library, then the workers with each way; medians of the ratios."""
+    model = _train(kind, slices, folder)
+    data = DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model))
+    raws: list[float] = []
+    expected: list[bytes] = []
+    ratios: dict[str, list[float]] = (
+        {"plain": [], "word_cache": []} if kind == "bpe" else {"plain": []}
+    )
+    with ExitStack() as stack:
+        pools = {
+            way: stack.enter_context(Workers(WORKERS, data, ["text"], True, way != "plain"))
+            for way in ratios
+        }
+        for pool in pools.values():  # start them
+            _encode(pool, slices[0], folder)
+        for piece in slices:
+            rate, ids = _raw(model, piece)
+            raws.append(rate)
+            expected.append(ids)
+            for way, pool in pools.items():
+                rate, found = _encode(pool, piece, folder)
+                _refuse(f"{kind}, {way}", found, ids)
+                ratios[way].append(rate / raws[-1])
+        memory = max(_peak(child.pid) for child in multiprocessing.active_children())
+    rate, found = _command(model, slices, folder)
+    _refuse(f"{kind}, command", found, b"".join(expected))
+    name, workers = f"tokenize/{kind}", f"{WORKERS}_workers"
+    made = [Record(name=f"{name}/raw_1_process", value=median(raws), unit="MB/s")]
+    for way, values in ratios.items():
+        needed = SHARE * WORKERS if way == "plain" else CACHED
+        made.append(_reached(f"{name}/{way}_{workers}", median(values), "x raw", needed))
+    made.append(Record(name=f"{name}/whole_process_{workers}", value=rate, unit="MB/s"))
+    lead = rate / median(raws) / MEGATRON
+    made.append(_reached(f"{name}/whole_process_to_megatron", lead, "x 0.4 raw", LEAD))
+    return [*made, _bounded(f"{name}/memory_of_a_worker", memory, "MB", MEMORY)]
+
+
+def _train(kind: str, slices: Sequence[Slice], folder: Path) -> Path:
     model = folder / f"{kind}.model"
     options = argparse.Namespace(
-        input=[str(corpus.path)],
+        input=[str(piece.path) for piece in slices],
         json_key="text",
         megabytes=2.0,
         vocab_size=PIECES,
         model_type=kind,
     )
     model.write_bytes(train(options))
-    raw, expected = _raw(model, corpus)
-    name = f"tokenize/{kind}"
-    found = [Record(name=f"{name}/raw_1_process", value=raw, unit="MB/s")]
-    for cache in (False, True) if kind == "bpe" else (False,):
-        rate, ids, memory = _workers(model, corpus, folder, cache)
-        if ids != expected:
-            raise AssertionError(f"{kind}: the ids of {WORKERS} workers are not the library's")
-        way = "word_cache" if cache else "plain"
-        needed = CACHED if cache else SHARE * WORKERS
-        found.append(_reached(f"{name}/{way}_{WORKERS}_workers", rate / raw, "x raw", needed))
-        found.append(_bounded(f"{name}/{way}_memory_of_a_worker", memory, "MB", MEMORY))
-    rate, ids = _command(model, corpus, folder)
-    if ids != expected:
-        raise AssertionError(f"{kind}: the ids of the command are not the library's")
-    found.append(Record(name=f"{name}/whole_process_{WORKERS}_workers", value=rate, unit="MB/s"))
-    lead = rate / raw / MEGATRON
-    found.append(_reached(f"{name}/whole_process_to_megatron", lead, "x 0.4 raw", LEAD))
-    return found
+    return model
 
 
-def _raw(model: Path, corpus: Corpus) -> tuple[float, str]:
-    """MB/s of `encode` alone, and a hash of its ids, with an end of document after each text."""
+def _refuse(what: str, found: bytes, expected: bytes) -> None:
+    if found != expected:
+        raise AssertionError(f"{what}: the ids are not the library's")
+
+
+def _raw(model: Path, piece: Slice) -> tuple[float, bytes]:
+    """MB/s of `encode` alone, and its ids, with an end of document after each text."""
     library = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    digest, seconds = hashlib.sha256(), 0.0
-    with corpus.path.open("rb") as stream:
+    parts, seconds = [], 0.0
+    with piece.path.open("rb") as stream:
         for line in stream:
             text = json.loads(line)["text"]
             start = time.perf_counter()
             ids = library.encode(text)
             seconds += time.perf_counter() - start
-            digest.update(np.array([*ids, library.eos_id()], "<u2").tobytes())
-    return corpus.megabytes / seconds, digest.hexdigest()
+            parts.append(np.array([*ids, library.eos_id()], "<u2").tobytes())
+    return piece.megabytes / seconds, b"".join(parts)
 
 
-def _workers(model: Path, corpus: Corpus, folder: Path, cache: bool) -> tuple[float, str, float]:
-    """MB/s from file to file once the workers have started, a hash of the ids, and the MB that the
-    largest worker had at most.
-    """
-    data = DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(model))
-    ((stretch,),) = cut(find_inputs([str(corpus.path)]), 1)
-    batches = list(read_batches(stretch, ["text"], "file"))
-    prefix = str(folder / "workers")
-    with Workers(WORKERS, data, ["text"], True, cache) as workers:
-        for _ in workers.encode(iter(batches[:WORKERS])):
-            pass
-        start = time.perf_counter()
-        with IndexedWriter(prefix, PIECES) as writer:
-            for _, result in workers.encode(read_batches(stretch, ["text"], "file")):
-                if isinstance(result, Refusal):
-                    raise AssertionError(result.arguments)
-                writer.add_documents(result[0].ids, result[0].lengths, result[0].sequences)
-        seconds = time.perf_counter() - start
-        memory = max(_peak(child.pid) for child in multiprocessing.active_children())
-    return corpus.megabytes / seconds, _hash(prefix), memory
-
-
-def _command(model: Path, corpus: Corpus, folder: Path) -> tuple[float, str]:
-    """MB/s of the command from its start to its end, and the hash of the ids."""
-    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py")]
-    command += ["--input", str(corpus.path), "--output-prefix", str(folder / f"out-{model.stem}")]
-    command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model)]
-    command += ["--append-eod", "--workers", str(WORKERS)]
+def _encode(pool: Workers, piece: Slice, folder: Path) -> tuple[float, bytes]:
+    """MB/s of the workers from file to file, and the ids."""
+    ((stretch,),) = cut(find_inputs([str(piece.path)]), 1)
     start = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
-    rate = corpus.megabytes / (time.perf_counter() - start)
-    return rate, _hash(str(folder / f"out-{model.stem}_text_document"))
+    with IndexedWriter(str(folder / "workers"), PIECES) as writer:
+        for _, result in pool.encode(read_batches(stretch, ["text"], "file")):
+            if isinstance(result, Refusal):
+                raise AssertionError(result.arguments)
+            writer.add_documents(result[0].ids, result[0].lengths, result[0].sequences)
+    rate = piece.megabytes / (time.perf_counter() - start)
+    return rate, (folder / "workers.bin").read_bytes()
+
+
+def _command(model: Path, slices: Sequence[Slice], folder: Path) -> tuple[float, bytes]:
+    """MB/s of the command from its start to its end, and the ids."""
+    prefix = str(folder / model.stem)
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "preprocess_data.py"),
+        "--output-prefix",
+        prefix,
+    ]
+    command += ["--input", *(str(piece.path) for piece in slices), "--workers", str(WORKERS)]
+    command += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(model)]
+    start = time.perf_counter()
+    subprocess.run([*command, "--append-eod"], check=True, capture_output=True)
+    rate = sum(piece.megabytes for piece in slices) / (time.perf_counter() - start)
+    return rate, Path(f"{prefix}_text_document.bin").read_bytes()
 
 
 def _peak(process: int | None) -> float:
@@ -176,14 +204,6 @@ def _peak(process: int | None) -> float:
     status = Path(f"/proc/{process}/status").read_text()
     (line,) = [line for line in status.splitlines() if line.startswith("VmHWM:")]
     return int(line.split()[1]) * 1024 / 1e6
-
-
-def _hash(prefix: str) -> str:
-    with open(f"{prefix}.bin", "rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
 
 
 def _reached(name: str, value: float, unit: str, needed: float) -> Record:
