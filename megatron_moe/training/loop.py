@@ -112,7 +112,7 @@ def _steps(session: _Session) -> None:
         _one_step(session)
         done = session.progress.iteration
         ends, stage_ends = done == course.iterations, done == session.stage.last_iteration
-        if done % course.config.logging.log_interval == 0:
+        if done % course.config.logging.log_interval == 0 or stage_ends:
             _report(session)
         if (done % session.run.config.train.eval_interval == 0 or stage_ends) and not ends:
             _evaluate(session, "validation")
@@ -125,7 +125,6 @@ def _steps(session: _Session) -> None:
 
 def _next_stage(session: _Session) -> None:
     """Go over to the stage of the next step; parameters and random states are left alone."""
-    _report(session)
     session.meter.pause()
     before, done = session.stage, session.progress
     session.over.append(record_of(before, done, session.data.fingerprint))
