@@ -25,8 +25,9 @@ from collections.abc import Sequence
 from typing import get_args, get_type_hints
 
 from megatron_moe.config import DataConfig
-from megatron_moe.data.preprocess import PreprocessOptions, output_prefixes, preprocess
+from megatron_moe.data.preprocess import preprocess
 from megatron_moe.data.sources import TextDocuments
+from megatron_moe.data.tasks import PreprocessOptions, output_prefixes
 from megatron_moe.data.tokenizer import build_tokenizer
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 

@@ -13,7 +13,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from megatron_moe.config import DataConfig
 from megatron_moe.data import reading, workers
 from megatron_moe.data.manifest import read_manifest
-from megatron_moe.data.preprocess import PreprocessOptions, preprocess
+from megatron_moe.data.preprocess import preprocess
+from megatron_moe.data.tasks import PreprocessOptions
 from megatron_moe.data.tokenizer import ByteTokenizer
 from megatron_moe.errors import UsageError
 from tests.data.corpus import engine_reads

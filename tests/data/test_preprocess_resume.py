@@ -16,7 +16,8 @@ import pytest
 from megatron_moe.config import DataConfig
 from megatron_moe.data import preprocess as module
 from megatron_moe.data.manifest import read_manifest
-from megatron_moe.data.preprocess import PreprocessOptions, preprocess
+from megatron_moe.data.preprocess import preprocess
+from megatron_moe.data.tasks import PreprocessOptions
 from megatron_moe.errors import UsageError
 
 BYTES = DataConfig(tokenizer_type="ByteTokenizer")
