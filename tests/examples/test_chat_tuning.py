@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moe.config.cli import parse_args
+from megatron_moe.planning.describe import describe
 from tests.examples.test_quickstart import RECORD, after
 from tests.support.pool import Pool
 from tests.training.tiny import pretrain_rank
@@ -95,6 +96,7 @@ def test_held_out_answers_become_likelier(
     tokenizer = ["--output", str(quickstart / "tokenizer.model"), "--vocab-size", "600"]
     train_tokenizer.main(["--input", str(texts), *tokenizer])
     before, tuning = after(calls(quickstart), "pretrain_openmoe.py")
+    assert "shared 1024, sequential" in describe(parse_args(tuning).config, "text", 2)
     checkpoint = str(quickstart / "checkpoint")
     load = before.index("--load")
     scratch = [*before[:load], *before[load + 3 :]]  # without --load DIR --finetune
