@@ -71,6 +71,18 @@ def test_batches_are_bounded(tmp_path: Path) -> None:
         assert max(sizes) <= reading.BATCH + 1100
 
 
+def test_lines_are_counted_over_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "BATCH", 100)
+    lines = b"".join(b'{"text": "%d"}\n' % i + b"\n" * (i % 2) for i in range(100))
+    bad = lines.splitlines().index(b'{"text": "77"}') + 1
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    for name in ("a.jsonl", "b.jsonl.gz"):
+        (batch,) = [b for b in batches_of(tmp_path / name) if "77" in texts_in([b])]
+        index = texts_in([batch]).index("77")
+        assert batch.place(index) == f"line {bad} of {tmp_path / name}"
+
+
 def test_text_files(tmp_path: Path) -> None:
     content = "\n\na\nb\n\n \t\nc é\n\r\n\nd"
     (tmp_path / "a.txt").write_text(content, newline="")
