@@ -144,6 +144,30 @@ def commit(temporary: Path, step: int, files: Mapping[str, FileRecord]) -> Path:
     return final
 
 
+def prune(directory: str | Path, step: int, keep_last: int, keep_every: int | None) -> list[int]:
+    """Remove what is older than the newest few; called by one rank, after the save of a step.
+
+    Args:
+        directory: of a run's checkpoints.
+        step: the one just saved. Later ones, of a run that went back, are left alone.
+        keep_last: how many steps stay, this one included.
+        keep_every: multiples of this stay as well.
+
+    Returns:
+        The steps that were removed.
+
+    Raises:
+        OSError: one could not be removed; it is whole, or gone.
+    """
+    found = revisions(Path(directory))
+    older = [each for each in found if each <= step]
+    doomed = [s for s in older[:-keep_last] if keep_every is None or s % keep_every]
+    for each in doomed:
+        for path in found[each]:
+            remove(path)
+    return doomed
+
+
 def remove(path: Path) -> None:
     """Delete a checkpoint so that no half of it can be taken for a whole one."""
     doomed = path.with_name(f"{_REMOVING}{path.name}-{secrets.token_hex(4)}")

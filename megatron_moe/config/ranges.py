@@ -76,6 +76,8 @@ RANGES: dict[str, Range] = {
             "eval_interval",
             "exit_interval",
             "save_interval",
+            "keep_last",
+            "keep_every",
             "log_interval",
             "lr_decay_iters",
             "lr_wsd_decay_iters",

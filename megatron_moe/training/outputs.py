@@ -17,8 +17,12 @@ def check_outputs(config: RunConfig) -> None:
     Hours later, at the first save, would be late to find out.
 
     Raises:
-        UsageError: a directory or file that can be neither made nor written.
+        UsageError: a directory or file that can be neither made nor written, or rules for what
+            stays of it that do not belong together.
     """
+    kept = config.checkpoint
+    if kept.keep_every is not None and kept.keep_last is None:
+        raise UsageError("--keep-every", kept.keep_every, "--keep-last with it")
     _directory("--save", config.checkpoint.save)
     _directory("--tensorboard-dir", config.logging.tensorboard_dir)
     metrics = config.logging.metrics_file

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from megatron_moe.checkpoint import (
     read_metadata,
     save_checkpoint,
 )
-from megatron_moe.checkpoint.directory import step_directory
+from megatron_moe.checkpoint.directory import prune, step_directory
 from megatron_moe.checkpoint.reading import open_checkpoint
 from megatron_moe.config import RunConfig
 from megatron_moe.data.pipeline import Data
@@ -147,7 +148,7 @@ def save_run(
     """
     settings = course.config.checkpoint
     assert settings.save is not None
-    return save_checkpoint(
+    path = save_checkpoint(
         settings.save,
         replace(state, extra=to_extra(records) if course.staged else {}),
         config=course.config,
@@ -158,6 +159,13 @@ def save_run(
         with_optimizer=not settings.no_save_optim,
         with_rng=not settings.no_save_rng,
     )
+    if settings.keep_last is not None and run.ctx.rank == 0:
+        try:
+            prune(settings.save, state.iteration, settings.keep_last, settings.keep_every)
+        except OSError as error:
+            # Too many checkpoints are no reason to end a run.
+            warnings.warn(f"old checkpoints of {settings.save} stay: {error}", stacklevel=2)
+    return path
 
 
 def _nothing_to_load(config: RunConfig) -> bool:

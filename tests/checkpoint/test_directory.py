@@ -11,6 +11,7 @@ import pytest
 from megatron_moe.checkpoint import has_checkpoint, latest_step
 from megatron_moe.checkpoint.directory import (
     TRACKER,
+    prune,
     remove,
     revisions,
     step_directory,
@@ -147,3 +148,27 @@ def test_a_flipped_digit_in_the_manifest_is_noticed(saved):
     path.write_text(path.read_text().replace('"step": 20', '"step": 21'))
     with pytest.raises(Corrupt, match="digest"):
         read_manifest(path.parent)
+
+
+def _steps(directory):
+    return list(revisions(directory))
+
+
+@pytest.mark.parametrize(
+    ("step", "last", "every", "left"),
+    [
+        (50, 2, None, [40, 50]),
+        (50, 1, None, [50]),
+        (50, 9, None, [10, 20, 30, 40, 50]),
+        (50, 1, 20, [20, 40, 50]),
+        (30, 1, None, [30, 40, 50]),  # a run that went back leaves what was ahead of it
+    ],
+)
+def test_old_steps_are_removed(tmp_path, step, last, every, left):
+    for number in (10, 20, 30, 40, 50):
+        toy.save(tmp_path, number)
+    gone = prune(tmp_path, step, last, every)
+    assert _steps(tmp_path) == left
+    assert sorted(gone + left) == [10, 20, 30, 40, 50]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert latest_step(tmp_path) == 50

@@ -55,6 +55,16 @@ def test_save_interval(runs):
     ]
 
 
+def test_keep_last_and_keep_every(runs, tmp_path):
+    line = "--train-iters 6 --save-interval 1 --keep-last 2 --keep-every 3"
+    assert runs.go(line, "--save", str(tmp_path))[0] == runs.steps
+    names = sorted(path.name for path in tmp_path.iterdir())
+    kept = ["iter_0000003", "iter_0000005", "iter_0000006"]
+    assert names == [*kept, "latest_checkpointed_iteration.txt"]
+    _, said = runs.go("--train-iters 6 --keep-every 3", "--save", str(tmp_path), code=2)
+    assert said.strip() == "--keep-every is 3, expected --keep-last with it"
+
+
 def test_ckpt_step_goes_on_from_an_older_step(runs):
     assert runs.load("--ckpt-step 4 --train-iters 6")[0] == runs.steps[4:]
     assert "--ckpt-step" in runs.load("--ckpt-step 5 --train-iters 6", code=2)[1]
