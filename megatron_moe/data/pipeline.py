@@ -223,7 +223,13 @@ def _open(prefix: str, config: RunConfig, tokenizer: Tokenizer, limit: int) -> S
     cache = cache_for(prefix, config)
     if config.objective.objective == "sft":
         return open_conversations(prefix, config.objective.sft_key, tokenizer, cache)
-    source = inspect_source(prefix)
+    try:
+        source = inspect_source(prefix)
+    except UsageError as error:
+        if error.what != "data path" or not config.data.mixture:
+            raise
+        fix = f"{error.fix}; --data-root says where the prefixes of --mixture are"
+        raise UsageError(error.what, prefix, error.expected, fix) from None
     check_manifest(prefix, config, tokenizer)
     found = source_range(source, cache)
     check_range(source, found, limit)

@@ -90,7 +90,9 @@ def test_data_that_is_not_there_yet(mixture: str) -> None:
     web, code = described_shares(config, 8)
     assert (web.there, code.there, code.tokens, code.epochs) == (True, False, None, None)
     assert "no file" in share_lines((web, code))[2]
-    with pytest.raises(UsageError, match=r"data path is '.*/b', expected .*No such file"):
+    with pytest.raises(
+        UsageError, match=r"data path is '.*/b', expected .*No such file.*--data-root"
+    ):
         build_data(
             config,
             dp_rank=0,
