@@ -12,7 +12,7 @@ from megatron_moe.config.cli import all_flags
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FOLDERS = "bench|docs|examples|fused_kernels|megatron_moe|tests|tools"
-LAUNCHER = {"--nproc-per-node", "--help", "--durations"}
+LAUNCHER = {"--nproc-per-node", "--help", "--durations", "--parsable", "--dependency", "--array"}
 """Flags of other programs that the pages show."""
 
 
