@@ -158,7 +158,7 @@ class CheckpointConfig:
     save_interval: int | None = None
     """Steps between saves; a run with `--save` always saves at its end."""
     keep_last: int | None = None
-    """Newest steps that stay in `--save`; older ones go once a save is complete. `None`: all stay."""
+    """Newest steps that stay in `--save`; older ones go after a complete save. `None` keeps all."""
     keep_every: int | None = None
     """With `--keep-last`, steps that are multiples of this stay as well."""
     ckpt_step: int | None = None
