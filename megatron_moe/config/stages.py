@@ -77,7 +77,7 @@ SETTINGS: dict[str, str] = {
     **{name: "data" for name in _names(DataConfig) if name not in _FIXED_DATA},
     **dict.fromkeys(("attention_dropout", "hidden_dropout"), "model"),
     **dict.fromkeys(("micro_batch_size", "global_batch_size", "rampup_batch_size"), "train"),
-    **dict.fromkeys(("eval_interval", "eval_iters", "seed"), "train"),
+    **dict.fromkeys(("eval_interval", "eval_iters", "domain_eval_iters", "seed"), "train"),
     **dict.fromkeys((*_RATES, "clip_grad", "weight_decay"), "optimizer"),
 }
 """What a stage can set, with the section of the configuration that it belongs to."""
