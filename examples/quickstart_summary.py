@@ -35,7 +35,9 @@ class Results:
 def read(folder: Path) -> Results:
     """Collect the results from the files of a finished quickstart."""
     lines = (folder / "logs" / "metrics.jsonl").read_text().splitlines()
-    losses = [json.loads(line)["lm_loss"] for line in lines]
+    records = [json.loads(line) for line in lines]
+    # Evaluations are told among the steps.
+    losses = [record["lm_loss"] for record in records if "evaluation" not in record]
     pretrain, more, unigram = (
         (folder / "logs" / f"{name}.log").read_text()
         for name in ("pretrain", "continue", "unigram")

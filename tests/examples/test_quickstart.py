@@ -103,7 +103,9 @@ def finished(folder: Path, valid: float) -> Path:
     """The logs of a finished quickstart."""
     logs = folder / "logs"
     logs.mkdir()
+    records: list[dict[str, object]]
     records = [{"iteration": i + 1, "lm_loss": 8.0 - 0.1 * i} for i in range(30)]
+    records.append({"iteration": 30, "evaluation": "validation", "lm_loss": valid})
     (logs / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     speeds = (" iteration 1 | 900 tokens/s | 1 MiB\n", " iteration 2 | 1000 tokens/s | 1 MiB\n")
     (logs / "pretrain.log").write_text("".join(speeds) + " i | 4000 tokens/s | 1 MiB\n")
