@@ -37,6 +37,8 @@ DTYPES = {
     torch.uint8: "U8",
 }
 """Names of dtypes in safetensors."""
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+"""The inverse of `DTYPES`."""
 
 
 @dataclass(frozen=True)

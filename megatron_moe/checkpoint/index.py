@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_moe.checkpoint.blocks import Block, Shape, copy_overlap
 from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
-from megatron_moe.checkpoint.files import DTYPES
+from megatron_moe.checkpoint.files import DTYPES, TORCH_DTYPES
 from megatron_moe.checkpoint.mapped import TensorFiles
 
 INDEX = "index.json"
@@ -190,7 +190,6 @@ class TensorReader:
     def whole(self, kind: str, name: str) -> Tensor:
         """A whole logical tensor, on the CPU."""
         tensor = self.tensors[kind, name]
-        names = {value: dtype for dtype, value in DTYPES.items()}
-        out = torch.empty(tensor.shape, dtype=names[tensor.dtype])
+        out = torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype])
         self.fill(kind, name, Block.whole(tensor.view), out.view(tensor.view))
         return out

@@ -8,12 +8,13 @@ from pathlib import Path
 
 from megatron_moe.checkpoint.errors import Corrupt
 from megatron_moe.config import RunConfig
-from megatron_moe.convert.hf import check_new, hf_tensors, read_hf, write_hf
+from megatron_moe.convert.hf import hf_tensors, read_hf, write_hf
 from megatron_moe.convert.hf_config import to_hf
 from megatron_moe.convert.hf_names import ExpertLayout
 from megatron_moe.convert.lazy import LazyTensor
 from megatron_moe.convert.model import Model, check_tensors
 from megatron_moe.convert.native import read_native, write_native
+from megatron_moe.convert.new_directory import check_new
 from megatron_moe.convert.sharding import Progress
 from megatron_moe.convert.t5x import read_t5x, write_t5x
 from megatron_moe.convert.t5x_names import t5x_name

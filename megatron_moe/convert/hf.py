@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +9,9 @@ from typing import Any
 
 import torch
 
-from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
+from megatron_moe.checkpoint.errors import Corrupt
 from megatron_moe.checkpoint.files import (
     read_json,
-    sync_directory,
     write_json,
     write_pending,
 )
@@ -23,6 +21,7 @@ from megatron_moe.convert.hf_names import EXPERT, ExpertLayout, expert_name, hf_
 from megatron_moe.convert.lazy import LazyTensor, row_of, stacked
 from megatron_moe.convert.llama import ARCHITECTURE, read_llama
 from megatron_moe.convert.model import Model
+from megatron_moe.convert.new_directory import new_directory
 from megatron_moe.convert.sharding import Progress, shards_of
 from megatron_moe.model.logical import logical_parameters
 
@@ -107,37 +106,15 @@ def write_hf(
         CheckpointError: the directory exists, the disk is full, or the layout cannot say what this
             model is.
     """
-    check_new(directory)
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in model.tensors.values()}
     config = to_hf(model.config, model.vocab_size, min(dtypes, key=_width))
-    temporary = directory.with_name(f".{directory.name}-{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir(parents=True)
+    with new_directory(directory, model.bytes) as temporary:
         for name, value in _written(model, temporary, layout, max_shard, progress):
             write_json(temporary / name, value)
         write_json(temporary / CONFIG, config)
         for file in model.tokenizer_files:
             shutil.copyfile(file, temporary / file.name)
-        sync_directory(temporary)
-        temporary.rename(directory)
-        sync_directory(directory.parent)
-    except OSError as error:
-        found = error.strerror or str(error)
-        expected = f"a directory with room for {model.bytes} bytes"
-        raise CheckpointError(f"--save {directory}", found, expected) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return directory
-
-
-def check_new(directory: Path) -> None:
-    """Refuse a directory that is there: nothing is overwritten.
-
-    Raises:
-        CheckpointError: it is there.
-    """
-    if directory.exists():
-        raise CheckpointError("--save", str(directory), "a directory that does not exist yet")
 
 
 def _width(dtype: str) -> int:

@@ -132,25 +132,25 @@ def from_hf(values: dict[str, Any], source: str) -> tuple[RunConfig, int]:
     _check_known(values, source)
     run = RunConfig()
     layers, width = (
-        _int(values, "num_hidden_layers", source),
-        _int(values, "intermediate_size", source),
+        whole_number(values, "num_hidden_layers", source),
+        whole_number(values, "intermediate_size", source),
     )
     model = ModelConfig(
         num_layers=layers,
-        hidden_size=_int(values, "hidden_size", source),
+        hidden_size=whole_number(values, "hidden_size", source),
         ffn_hidden_size=width,
-        num_attention_heads=_int(values, "num_attention_heads", source),
-        kv_channels=_int(values, "head_dim", source),
-        max_position_embeddings=_int(values, "max_position_embeddings", source),
+        num_attention_heads=whole_number(values, "num_attention_heads", source),
+        kv_channels=whole_number(values, "head_dim", source),
+        max_position_embeddings=whole_number(values, "max_position_embeddings", source),
         rotary_base=float(values.get("rope_theta", 1e4)),
         norm_epsilon=float(values.get("rms_norm_eps", 1e-6)),
         ffn_variant=_GATES[values["hidden_act"]],  # type: ignore[arg-type]
     )
     drops = bool(values.get("router_drop_tks", True))
     moe = MoEConfig(
-        num_experts=_int(values, "num_experts", source),
-        moe_layer_freq=interval_pattern(layers, _int(values, "moe_layer_interval", source)),
-        moe_router_topk=_int(values, "router_topk", source),
+        num_experts=whole_number(values, "num_experts", source),
+        moe_layer_freq=interval_pattern(layers, whole_number(values, "moe_layer_interval", source)),
+        moe_router_topk=whole_number(values, "router_topk", source),
         moe_shared_expert_intermediate_size=width,
         moe_expert_capacity_factor=float(values.get("router_capacity_factor_train", 1.25)),
         moe_eval_capacity_factor=(
@@ -162,7 +162,7 @@ def from_hf(values: dict[str, Any], source: str) -> tuple[RunConfig, int]:
     )
     if OURS in values:
         model, moe = _with_ours(values[OURS], model, moe, source)
-    return replace(run, model=model, moe=moe), _int(values, "vocab_size", source)
+    return replace(run, model=model, moe=moe), whole_number(values, "vocab_size", source)
 
 
 _MEANINGS = {
@@ -190,7 +190,12 @@ def _check_known(values: dict[str, Any], source: str) -> None:
         raise CheckpointError(f"num_key_value_heads in {source}", shared, expected)
 
 
-def _int(values: dict[str, Any], key: str, source: str) -> int:
+def whole_number(values: dict[str, Any], key: str, source: str) -> int:
+    """A field that is a size.
+
+    Raises:
+        CheckpointError: it is missing, or something else.
+    """
     found = values.get(key)
     if type(found) is not int or found < 1:
         raise CheckpointError(f"{key} in {source}", found, "a whole number of at least 1")

@@ -11,10 +11,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_moe.checkpoint.errors import Corrupt
-from megatron_moe.checkpoint.files import DTYPES, read_json
-from megatron_moe.convert.lazy import LazyTensor
+from megatron_moe.checkpoint.files import TORCH_DTYPES, read_json
+from megatron_moe.convert.lazy import LazyTensor, of_tensor
 
-_TORCH = {name: dtype for dtype, name in DTYPES.items()}
 _PATTERNS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 """Begin and end of the names of tensor files, in the order of preference."""
 
@@ -66,8 +65,8 @@ def _safetensors(path: Path) -> dict[str, LazyTensor]:
 
 
 def _slice(path: Path, key: str, shape: tuple[int, ...], dtype: str) -> LazyTensor:
-    if dtype not in _TORCH:
-        raise Corrupt(f"{key} in {path}", dtype, f"one of {', '.join(_TORCH)}")
+    if dtype not in TORCH_DTYPES:
+        raise Corrupt(f"{key} in {path}", dtype, f"one of {', '.join(TORCH_DTYPES)}")
 
     def rows(start: int, stop: int) -> Tensor:
         # Opened each time: what was mapped for one part is given back before the next.
@@ -75,7 +74,7 @@ def _slice(path: Path, key: str, shape: tuple[int, ...], dtype: str) -> LazyTens
             part: Tensor = file.get_slice(key)[start:stop]
             return part
 
-    return LazyTensor(shape, _TORCH[dtype], rows)
+    return LazyTensor(shape, TORCH_DTYPES[dtype], rows)
 
 
 def _pickled(path: Path) -> dict[str, LazyTensor]:
@@ -87,8 +86,4 @@ def _pickled(path: Path) -> dict[str, LazyTensor]:
         raise Corrupt(str(path), reason, "tensors in PyTorch's format") from None
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
         raise Corrupt(str(path), type(found).__name__, "a mapping of names to tensors")
-    return {name: _rows_of(tensor) for name, tensor in found.items()}
-
-
-def _rows_of(tensor: Tensor) -> LazyTensor:
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda start, stop: tensor[start:stop])
+    return {name: of_tensor(tensor) for name, tensor in found.items()}

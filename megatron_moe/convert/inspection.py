@@ -6,18 +6,18 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from megatron_moe.checkpoint.directory import revisions, step_directory
+from megatron_moe.checkpoint.files import TORCH_DTYPES
 from megatron_moe.checkpoint.reading import Opened, open_checkpoint
 from megatron_moe.convert.lazy import LazyTensor
 from megatron_moe.convert.native import read_native
 
-_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1}
-"""Bytes of an element, by safetensors' names."""
+_ELEMENTS = 16 << 20
+"""Of two tensors compared at a time; counted so, they are cut alike whatever their dtypes."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _kinds(opened: Opened) -> dict[str, dict[str, int]]:
         kind = found.setdefault(tensor.kind, {"tensors": 0, "elements": 0, "bytes": 0})
         kind["tensors"] += 1
         kind["elements"] += prod(tensor.shape)
-        kind["bytes"] += prod(tensor.shape) * _WIDTHS[tensor.dtype]
+        kind["bytes"] += prod(tensor.shape) * TORCH_DTYPES[tensor.dtype].itemsize
     return found
 
 
@@ -136,7 +136,8 @@ def _tensor_difference(first: LazyTensor, second: LazyTensor) -> str:
     if first.shape != second.shape:
         return f"shape {list(first.shape)} and {list(second.shape)}"
     largest, changed, count = 0.0, 0, prod(first.shape)
-    for a, b in zip_longest(_slabs(first), _slabs(second)):
+    step = max(1, _ELEMENTS // max(1, prod(first.shape[1:])))
+    for a, b in zip(first.parts(step), second.parts(step), strict=True):
         apart = (a.double() - b.double()).abs()
         # Two values that are not numbers are as different as can be, unless both are.
         apart = apart.nan_to_num(nan=math.inf).masked_fill(a.isnan() & b.isnan(), 0.0)
@@ -146,11 +147,3 @@ def _tensor_difference(first: LazyTensor, second: LazyTensor) -> str:
     if not changed and not kinds:
         return ""
     return f"{changed} of {count} elements differ, by up to {largest:.3g}{kinds}"
-
-
-def _slabs(tensor: LazyTensor) -> Iterator[Any]:
-    """Rows in steps that do not depend on the dtype, so that two tensors are cut alike."""
-    rows = tensor.shape[0]
-    step = max(1, (16 << 20) // max(1, prod(tensor.shape[1:])))
-    for start in range(0, rows, step):
-        yield tensor.rows(start, min(start + step, rows))

@@ -40,9 +40,10 @@ class LazyTensor:
         """All of it."""
         return self.rows(0, self.shape[0])
 
-    def parts(self) -> Iterator[Tensor]:
-        """Its rows in order, some at a time."""
-        step = max(1, PART_BYTES // max(1, self.bytes // max(1, self.shape[0])))
+    def parts(self, step: int | None = None) -> Iterator[Tensor]:
+        """Its rows in order, ``step`` at a time, by default about `PART_BYTES`."""
+        if step is None:
+            step = max(1, PART_BYTES // max(1, self.bytes // max(1, self.shape[0])))
         for start in range(0, self.shape[0], step):
             yield self.rows(start, min(start + step, self.shape[0]))
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
 from megatron_moe.config import ModelConfig, RunConfig
+from megatron_moe.convert.hf_config import whole_number
 from megatron_moe.convert.hf_files import open_files
 from megatron_moe.convert.hf_names import hf_name
 from megatron_moe.convert.lazy import LazyTensor
@@ -43,9 +44,7 @@ def read_llama(directory: Path, values: dict[str, Any]) -> Model:
     source = directory / "config.json"
     config, groups = _configuration(values, str(source))
     found = {n: t for n, t in open_files(directory).items() if not n.endswith(_IGNORED)}
-    vocab_size = values.get("vocab_size")
-    if type(vocab_size) is not int or vocab_size < 1:
-        raise CheckpointError(f"vocab_size in {source}", vocab_size, "a whole number of at least 1")
+    vocab_size = whole_number(values, "vocab_size", str(source))
     if values.get("tie_word_embeddings") and "model.embed_tokens.weight" in found:
         found.setdefault("lm_head.weight", found["model.embed_tokens.weight"])
     tensors, used = {}, set()
@@ -68,21 +67,18 @@ def _configuration(values: dict[str, Any], source: str) -> tuple[RunConfig, int]
     for key, only in _ONLY.items():
         if values.get(key, only) != only:
             raise CheckpointError(f"{key} in {source}", values[key], repr(only))
-    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-    for name in names:
-        size: Any = values.get(name)
-        if type(size) is not int or size < 1:
-            expected = "a whole number of at least 1"
-            raise CheckpointError(f"{name} in {source}", size, expected)
-    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    layers, hidden, width, heads = (
+        whole_number(values, name, source)
+        for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
+    )
     shared = values.get("num_key_value_heads") or heads
     if heads % shared:
         expected = f"a divisor of num_attention_heads ({heads})"
         raise CheckpointError(f"num_key_value_heads in {source}", shared, expected)
     model = ModelConfig(
-        num_layers=values["num_hidden_layers"],
+        num_layers=layers,
         hidden_size=hidden,
-        ffn_hidden_size=values["intermediate_size"],
+        ffn_hidden_size=width,
         num_attention_heads=heads,
         kv_channels=values.get("head_dim") or hidden // heads,
         max_position_embeddings=int(values.get("max_position_embeddings", 2048)),

@@ -10,8 +10,13 @@ from torch import Tensor
 from megatron_moe.checkpoint import directory as directories
 from megatron_moe.checkpoint.blocks import Block
 from megatron_moe.checkpoint.directory import step_directory
-from megatron_moe.checkpoint.errors import CheckpointError
-from megatron_moe.checkpoint.files import DTYPES, FileRecord, write_json, write_pending
+from megatron_moe.checkpoint.files import (
+    DTYPES,
+    TORCH_DTYPES,
+    FileRecord,
+    write_json,
+    write_pending,
+)
 from megatron_moe.checkpoint.index import (
     INDEX,
     MODEL,
@@ -25,9 +30,8 @@ from megatron_moe.checkpoint.reading import CONFIG, STATE, Opened, open_checkpoi
 from megatron_moe.checkpoint.state import Metadata, TrainState, as_json
 from megatron_moe.convert.lazy import LazyTensor
 from megatron_moe.convert.model import Model
+from megatron_moe.convert.new_directory import no_room
 from megatron_moe.convert.sharding import Progress, shards_of
-
-_TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def read_native(directory: str | Path, step: int | None = None) -> Model:
@@ -56,7 +60,7 @@ def read_native(directory: str | Path, step: int | None = None) -> Model:
 def _lazy(opened: Opened, name: str) -> LazyTensor:
     """Reads the parts of blocks that the rows asked for are made of, and nothing else."""
     tensor = opened.tensors[MODEL, name]
-    dtype, shape = _TORCH[tensor.dtype], tensor.shape
+    dtype, shape = TORCH_DTYPES[tensor.dtype], tensor.shape
 
     def rows(start: int, stop: int) -> Tensor:
         # A reader of its own: closing it gives back the pages that it mapped.
@@ -105,9 +109,7 @@ def write_native(model: Model, directory: Path, max_shard: int, progress: Progre
             files[name] = write_json(temporary / name, value)
         return directories.commit(temporary, model.step, files)
     except OSError as error:
-        found = error.strerror or str(error)
-        expected = f"a directory with room for {model.bytes} bytes"
-        raise CheckpointError(f"--save {directory}", found, expected) from error
+        raise no_room(directory, model.bytes, error) from error
     finally:
         if temporary is not None:
             directories.discard(temporary)

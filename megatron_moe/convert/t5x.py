@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -13,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
-from megatron_moe.checkpoint.files import sync_directory
+from megatron_moe.checkpoint.errors import Corrupt
 from megatron_moe.config import RunConfig
-from megatron_moe.convert.hf import check_new
-from megatron_moe.convert.lazy import LazyTensor
+from megatron_moe.convert.lazy import LazyTensor, of_tensor
 from megatron_moe.convert.model import Model
+from megatron_moe.convert.new_directory import new_directory, no_room
 from megatron_moe.convert.sharding import Progress
 from megatron_moe.convert.t5x_names import t5x_name
 from megatron_moe.convert.t5x_tree import FILE, leaves, library, read_tree, step_of, write_tree
@@ -72,8 +68,7 @@ def _array(directory: Path, path: str, found: dict[str, Any], transposed: bool) 
     leaf = found[path]
     if not isinstance(leaf, dict):
         values = _as_torch(np.array(leaf))
-        values = values.t() if transposed else values
-        return LazyTensor(tuple(values.shape), values.dtype, lambda a, b: values[a:b])
+        return of_tensor(values.t() if transposed else values)
     array = _opened(directory, path, leaf)
     dtype = array.dtype.name
     if dtype not in _DTYPES:
@@ -126,24 +121,15 @@ def write_t5x(model: Model, directory: Path, progress: Progress) -> Path:
     Raises:
         CheckpointError: the directory exists, or the disk is full.
     """
-    check_new(directory)
-    temporary = directory.with_name(f".{directory.name}-{secrets.token_hex(4)}")
     try:
-        temporary.mkdir(parents=True)
-        specs = {}
-        for name, tensor in model.tensors.items():
-            path, transposed = t5x_name(name)
-            specs[path] = _write_array(temporary, path, tensor, transposed, progress)
-        write_tree(temporary / FILE, specs, model.step)
-        _sync(temporary)
-        temporary.rename(directory)
-        sync_directory(directory.parent)
-    except (OSError, ValueError) as error:
-        found = getattr(error, "strerror", None) or str(error).split("\n", maxsplit=1)[0]
-        expected = f"a directory with room for {model.bytes} bytes"
-        raise CheckpointError(f"--save {directory}", found, expected) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with new_directory(directory, model.bytes) as temporary:
+            specs = {}
+            for name, tensor in model.tensors.items():
+                path, transposed = t5x_name(name)
+                specs[path] = _write_array(temporary, path, tensor, transposed, progress)
+            write_tree(temporary / FILE, specs, model.step)
+    except ValueError as error:  # so TensorStore says that it cannot write
+        raise no_room(directory, model.bytes, error) from error
     return directory
 
 
@@ -184,14 +170,3 @@ def _chunks(shape: tuple[int, ...], width: int) -> list[int]:
         longest = chunks.index(max(chunks))
         chunks[longest] = -(-chunks[longest] // 2)
     return chunks
-
-
-def _sync(directory: Path) -> None:
-    """Onto the disk with everything that was written."""
-    for path in directory.rglob("*"):
-        if path.is_dir():
-            sync_directory(path)
-        else:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    sync_directory(directory)
