@@ -44,8 +44,7 @@ def starting_lines(run: TrainingRun, course: Course, data: Data, state: TrainSta
         f" data-parallel ranks; {course.iterations} iterations",
         *(f" {line}" for line in stage_lines(course)),
         *_rampup_line(run.plan.batch_sizes),
-        f" training data {data.fingerprint}; validation {'yes' if data.has_valid else 'none'}",
-        *(f"   {line}" for line in share_lines(data.shares)),
+        *_data_lines(data),
     ]
     layer = next((m for c in run.chunks for m in c.modules() if isinstance(m, MoELayer)), None)
     if layer is not None:
@@ -58,13 +57,22 @@ def starting_lines(run: TrainingRun, course: Course, data: Data, state: TrainSta
     return lines
 
 
-def switch_lines(before: Stage, after: Stage, state: TrainState) -> list[str]:
-    """Where one stage ends, and what the next has differently."""
+def switch_lines(before: Stage, after: Stage, data: Data, state: TrainState) -> list[str]:
+    """Where one stage ends, what the next has differently, and what its data is made of."""
     return [
         f" stage {after.number} {after.name} begins after iteration {state.iteration},"
         f" {state.consumed_train_samples} samples, {after.first_token} tokens; before it"
         f" {before.name}",
         *(f" stage {after.name}: {line}" for line in differences(before.config, after.config)),
+        *_data_lines(data),
+    ]
+
+
+def _data_lines(data: Data) -> list[str]:
+    """Which training data it is, and its sources with their shares."""
+    return [
+        f" training data {data.fingerprint}; validation {'yes' if data.has_valid else 'none'}",
+        *(f"   {line}" for line in share_lines(data.shares)),
     ]
 
 

@@ -132,7 +132,7 @@ def _next_stage(session: _Session) -> None:
     session.data = session.supply.open(stage)
     session.run = enter_stage(session.run, stage)
     _set_sizes(session.meter, session.run)
-    session.reporter.stage(before, stage, done)
+    session.reporter.stage(before, stage, session.data, done)
     session.meter.resume()
 
 

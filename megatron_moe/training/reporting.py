@@ -69,10 +69,12 @@ class Reporter:
         if course.staged:
             self._stage = course.at(state.iteration)
 
-    def stage(self, before: Stage, after: Stage, state: TrainState) -> None:
-        """Another stage begins: what it has differently, in the log and in TensorBoard's texts."""
+    def stage(self, before: Stage, after: Stage, data: Data, state: TrainState) -> None:
+        """Another stage begins: what it has differently and what its data is made of, in the log
+        and in TensorBoard's texts.
+        """
         self._stage = after
-        lines = switch_lines(before, after, state)
+        lines = switch_lines(before, after, data, state)
         for line in lines:
             self.say(line)
         if self._board is not None:

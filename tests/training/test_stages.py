@@ -17,7 +17,7 @@ from megatron_moe.training.schedule import learning_rate
 from megatron_moe.training.stages import resolve_course
 from tests.support.pool import Pool
 from tests.training.stage_tables import FIRST, SECOND, TABLE, course_of, steps_of
-from tests.training.tiny import MODEL, pretrain_rank
+from tests.training.tiny import MODEL, pretrain_rank, write_corpus
 
 _DROPOUT = ["--hidden-dropout", "0.1"]
 _TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
@@ -238,6 +238,27 @@ def test_the_log_and_tensorboard_show_the_switch(pool, corpus, tmp_path):
     texts = board.Tensors("stage/text_summary")
     assert [event.step for event in texts] == [9, 15]
     assert b"--objective was prefix-lm, is causal" in texts[0].tensor_proto.string_val[0]
+
+
+def test_a_switch_says_what_the_next_stages_data_is_made_of(pool, corpus, tmp_path):
+    other = write_corpus(tmp_path / "other")
+    sources = [3, corpus, 1, other]
+    table = tmp_path / "stages.toml"
+    table.write_text(TABLE.replace("seq-length = 64", f"data-path = {json.dumps(sources)}"))
+    flags = ["--stages", str(table), "--train-iters", "20", "--tensorboard-dir", str(tmp_path)]
+    log = _run(pool, 1, tmp_path / "run", corpus, flags).splitlines()
+    begins = next(i for i, line in enumerate(log) if line.startswith(" stage 2 second begins"))
+    ends = next(i for i, line in enumerate(log) if line.startswith(" stage 3 third begins"))
+    table_rows = [line.split() for line in log[begins:ends] if "%" in line]
+    told = {row[-1]: row for row in table_rows if row[-1] in (corpus, other)}
+    assert {prefix: row[1] for prefix, row in told.items()} == {corpus: "75.00%", other: "25.00%"}
+    # 6 steps of 4 rows of 32: the epochs of this stage, not those of the run.
+    tokens, epochs = int(told[other][2].replace(",", "")), float(told[other][3])
+    assert epochs == pytest.approx(6 * 4 * 32 * 0.25 / tokens, rel=5e-3)
+    board = EventAccumulator(str(tmp_path), {"tensors": 0})
+    board.Reload()
+    text = board.Tensors("stage/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "75.00%" in text and other in text
 
 
 def test_the_checkpoint_says_how_much_of_each_stage_was_consumed(pool, corpus, tmp_path):
