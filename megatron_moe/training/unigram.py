@@ -2,24 +2,27 @@
 
 Token frequencies are those of all training documents (blended by the weights of their sources, plus
 one count for every id of the vocabulary, so that unseen ids have a finite loss); the loss is taken
-over exactly the held-out targets that a run with this configuration evaluates on.
+over exactly the held-out targets that a run with this configuration evaluates on. A run in stages
+has such a bar for each: training and held-out data, objective and batches are then a stage's own.
 V is the vocabulary.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.config import RunConfig
+from megatron_moe.config.stages import StageSpec, read_stages
 from megatron_moe.data.blend import Blend, blends_of
 from megatron_moe.data.indexed_check import Source, inspect_source
 from megatron_moe.data.indexed_format import paths_of
 from megatron_moe.data.pipeline import build_data
 from megatron_moe.data.tokenizer import build_tokenizer, unpadded_vocab_size
 from megatron_moe.errors import UsageError
+from megatron_moe.training.stages import named
 
 Counts = npt.NDArray[np.float64]
 
@@ -37,17 +40,48 @@ class UnigramLoss:
     """Held-out targets."""
     training_tokens: int
     """Tokens counted."""
+    stage: str = ""
+    """The name of the stage that it is of; empty for a run without stages."""
 
 
-def unigram_loss(config: RunConfig) -> UnigramLoss:
+def unigram_loss(config: RunConfig, stage: str | None = None) -> UnigramLoss:
     """The held-out loss of the unigram model.
 
     Args:
         config: data, batch sizes and `--eval-iters` of the run to compare with.
+        stage: name or number (from 1) of a stage of the run; `None` takes the last one.
 
     Raises:
-        UsageError: the data cannot be used, or nothing is held out.
+        UsageError: the data cannot be used, or nothing is held out; there is no such stage.
     """
+    if config.train.stages is None:
+        if stage is not None:
+            raise UsageError("--stage", stage, "no value: the run has no --stages")
+        return _of_one(config)
+    spec = _chosen(read_stages(config.train.stages), stage)
+    # Held-out samples do not depend on how long the stage is.
+    train = replace(config.train, stages=None, train_iters=1, train_samples=None)
+    with named(spec.label):
+        return replace(_of_one(spec.applied(replace(config, train=train))), stage=spec.name)
+
+
+def _chosen(specs: tuple[StageSpec, ...], stage: str | None) -> StageSpec:
+    """A stage by name or number."""
+    if stage is None:
+        return specs[-1]
+    found = {str(number): spec for number, spec in enumerate(specs, 1)}
+    found |= {spec.name: spec for spec in specs}
+    if stage not in found:
+        names = ", ".join(spec.name for spec in specs)
+        raise UsageError("--stage", stage, f"one of {names}, or a number from 1 to {len(specs)}")
+    return found[stage]
+
+
+def _of_one(config: RunConfig) -> UnigramLoss:
+    """Of a configuration that is the same from beginning to end."""
+    if config.objective.objective == "sft":
+        expected = "an objective over indexed data, of which tokens can be counted"
+        raise UsageError("--objective", "sft", expected, "--stage chooses a stage of a run")
     vocab_size = unpadded_vocab_size(config.data, build_tokenizer(config.data))
     blend = blends_of(config.data)["train"]
     if blend is None:
