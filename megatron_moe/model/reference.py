@@ -11,7 +11,7 @@ feed-forward width, V vocabulary, E experts, K choices per token.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,14 +21,11 @@ from torch import Tensor, nn
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig, moe_layer_pattern
 from megatron_moe.errors import UsageError
-from megatron_moe.model.logical import (
-    expert_width,
-    gate_blocks,
-    initial_tensors,
-    logical_parameters,
-    softmax_scale,
-)
-from megatron_moe.model.reference_routing import Routing, full_precision, route
+from megatron_moe.model.logical import initial_tensors, logical_parameters
+from megatron_moe.model.reference_attention import Attention
+from megatron_moe.model.reference_cache import Cache, LayerMemory
+from megatron_moe.model.reference_ffn import Experts, FeedForward
+from megatron_moe.model.reference_routing import Routing, capacity_factor, full_precision, route
 
 
 @dataclass(frozen=True)
@@ -51,36 +48,6 @@ class ReferenceOutput:
     """`total_loss` with this micro-batch's own number of targets; `None` without labels."""
 
 
-def rotate(x_BNSD: Tensor, base: float, positions_BS: Tensor | None = None) -> Tensor:
-    """Rotary position embedding, half-split: channel i is paired with channel i + D/2.
-
-    Position p turns pair i by the angle p * base^(-2i/D). Angles, sine and cosine are fp32.
-    Without positions they count from the start of the row.
-    """
-    x = full_precision(x_BNSD)
-    length, width = x.shape[-2:]
-    exponents = torch.arange(0, width, 2, device=x.device, dtype=x.dtype) / width
-    positions = torch.arange(length, device=x.device, dtype=x.dtype)
-    if positions_BS is not None:
-        positions = positions_BS[:, None].to(x.dtype)
-    angles = positions[..., None] * (1.0 / base**exponents)  # [S, D/2] or [B, 1, S, D/2]
-    cos, sin = angles.cos(), angles.sin()
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x_BNSD.dtype)
-
-
-def gated(gate: Tensor, up: Tensor, model: ModelConfig) -> Tensor:
-    """The inside of a feed-forward layer: [.., F] from the gate and up projections.
-
-    `swiglu`: silu(gate) * up (paper). `gated-swiglu`, gate = [a|b]: a * silu(b) * up (released).
-    """
-    if model.ffn_variant == "swiglu":
-        return F.silu(gate) * up
-    a, b = gate.chunk(2, dim=-1)
-    return a * F.silu(b) * up
-
-
 class RMSNorm(nn.Module):
     """T5's norm: x / sqrt(mean(x^2) + eps) in fp32, cast back, times a learned scale."""
 
@@ -96,94 +63,6 @@ class RMSNorm(nn.Module):
         return x.to(x_BSH.dtype) * self.weight
 
 
-class Attention(nn.Module):
-    """Causal attention with RoPE on queries and keys; heads are head-major in the N*D rows."""
-
-    def __init__(self, model: ModelConfig) -> None:
-        super().__init__()
-        self.model = model
-        inner = model.num_attention_heads * model.kv_channels
-        self.query = nn.Linear(model.hidden_size, inner, bias=False)
-        self.key = nn.Linear(model.hidden_size, inner, bias=False)
-        self.value = nn.Linear(model.hidden_size, inner, bias=False)
-        self.output = nn.Linear(inner, model.hidden_size, bias=False)
-
-    def forward(
-        self, x_BSH: Tensor, positions_BS: Tensor | None = None, documents_BS: Tensor | None = None
-    ) -> Tensor:
-        """[B, S, H] -> [B, S, H]."""
-        heads, base = (self.model.num_attention_heads, -1), self.model.rotary_base
-        query = self.query(x_BSH).unflatten(-1, heads).transpose(1, 2)
-        key = self.key(x_BSH).unflatten(-1, heads).transpose(1, 2)
-        value = self.value(x_BSH).unflatten(-1, heads).transpose(1, 2)
-        query, key = rotate(query, base, positions_BS), rotate(key, base, positions_BS)
-        if documents_BS is None:
-            y_BNSD = self._attend(query, key, value)
-        else:
-            y_BNSD = torch.cat(
-                [
-                    self._by_document(query[b], key[b], value[b], ids)
-                    for b, ids in enumerate(documents_BS)
-                ]
-            )
-        return self.output(y_BNSD.transpose(1, 2).flatten(2))
-
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[B, N, S, D] each: every position attends to those up to itself."""
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            is_causal=True,
-            scale=softmax_scale(self.model),
-            dropout_p=self.model.attention_dropout if self.training else 0.0,
-        )
-
-    def _by_document(self, query: Tensor, key: Tensor, value: Tensor, ids_S: Tensor) -> Tensor:
-        """[N, S, D] each: a row, document by document as if each were alone; [1, N, S, D]."""
-        lengths = torch.unique_consecutive(ids_S, return_counts=True)[1].tolist()
-        parts = [tensor[None].split(lengths, dim=2) for tensor in (query, key, value)]
-        return torch.cat([self._attend(*part) for part in zip(*parts, strict=True)], dim=2)
-
-
-class FeedForward(nn.Module):
-    """A dense feed-forward layer of width F, also the shared expert."""
-
-    def __init__(self, model: ModelConfig, width: int) -> None:
-        super().__init__()
-        self.model = model
-        self.gate = nn.Linear(model.hidden_size, gate_blocks(model) * width, bias=False)
-        self.up = nn.Linear(model.hidden_size, width, bias=False)
-        self.down = nn.Linear(width, model.hidden_size, bias=False)
-
-    def forward(self, x_BSH: Tensor) -> Tensor:
-        """[B, S, H] -> [B, S, H]."""
-        return self.down(gated(self.gate(x_BSH), self.up(x_BSH), self.model))
-
-
-class Experts(nn.Module):
-    """The E routed experts of a layer, each a feed-forward layer, stored [E, in, out]."""
-
-    def __init__(self, model: ModelConfig, moe: MoEConfig) -> None:
-        super().__init__()
-        self.model = model
-        experts, hidden, width = moe.num_experts, model.hidden_size, expert_width(model, moe)
-        self.gate = nn.Parameter(torch.empty(experts, hidden, gate_blocks(model) * width))
-        self.up = nn.Parameter(torch.empty(experts, hidden, width))
-        self.down = nn.Parameter(torch.empty(experts, width, hidden))
-
-    def forward(self, x_TH: Tensor, ids_TK: Tensor, probs_TK: Tensor, kept_TK: Tensor) -> Tensor:
-        """Sum over a token's kept choices of probability times expert output, [T, H]."""
-        y_TH = torch.zeros(x_TH.shape, dtype=probs_TK.dtype, device=x_TH.device)
-        for expert in range(self.gate.shape[0]):
-            # Experts without tokens run on no rows, so that their gradients are zeros, not None.
-            token, choice = (kept_TK & (ids_TK == expert)).nonzero(as_tuple=True)
-            x = x_TH[token]
-            inner = gated(x @ self.gate[expert], x @ self.up[expert], self.model)
-            y_TH.index_add_(0, token, inner @ self.down[expert] * probs_TK[token, choice, None])
-        return y_TH.to(x_TH.dtype)
-
-
 class MoE(nn.Module):
     """Router, capacity and routed experts; the shared expert belongs to the block."""
 
@@ -194,12 +73,19 @@ class MoE(nn.Module):
         self.router = nn.Linear(model.hidden_size, moe.num_experts, bias=False)
         self.experts = Experts(model, moe)
 
-    def forward(self, x_BSH: Tensor, training_capacity: bool) -> tuple[Tensor, Routing]:
-        """[B, S, H] -> [B, S, H] and what was decided. Dropped choices contribute zero."""
+    def forward(
+        self, x_BSH: Tensor, training_capacity: bool, real_BS: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """[B, S, H] -> [B, S, H] and what was decided. Dropped choices contribute zero.
+
+        Padding, where ``real_BS`` is false, goes to no expert.
+        """
         x_TH = x_BSH.flatten(0, 1)
         logits_TE = F.linear(full_precision(x_TH), full_precision(self.router.weight))
         rows = x_BSH.shape[0]
         routing = route(logits_TE, rows, self.moe, self.layer, training_capacity=training_capacity)
+        if real_BS is not None:
+            routing = replace(routing, kept_TK=routing.kept_TK & real_BS.flatten()[:, None])
         y_TH = self.experts(x_TH, routing.ids_TK, routing.probs_TK, routing.kept_TK)
         return y_TH.view_as(x_BSH), routing
 
@@ -221,15 +107,21 @@ class Block(nn.Module):
         self.shared = None if width is None else FeedForward(model, width)
 
     def forward(
-        self, x_BSH: Tensor, training_capacity: bool, *places_BS: Tensor | None
+        self,
+        x_BSH: Tensor,
+        training_capacity: bool,
+        *places_BS: Tensor | None,
+        memory: LayerMemory | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """[B, S, H] -> [B, S, H] and, for an MoE layer, what its router decided."""
-        x = x_BSH + self.dropout(self.attention(self.attention_norm(x_BSH), *places_BS))
+        mixed = self.attention(self.attention_norm(x_BSH), *places_BS, memory=memory)
+        x = x_BSH + self.dropout(mixed)
         normed = self.ffn_norm(x)
         if self.ffn is not None:
             return x + self.dropout(self.ffn(normed)), None
         assert self.moe is not None
-        branch, routing = self.moe(normed, training_capacity)
+        real_BS = None if memory is None else memory.step.real_BS
+        branch, routing = self.moe(normed, training_capacity, real_BS)
         if self.shared is not None and self.shared_norm is None:
             branch = branch + self.shared(normed)
         x = x + self.dropout(branch)
@@ -314,6 +206,43 @@ class ReferenceOpenMoE(nn.Module):
             x_BSH, decided = layer(x_BSH, training_capacity, positions_BS, documents_BS)
             if decided is not None:
                 routing.append(decided)
+        return self.final_norm(x_BSH), routing
+
+    def new_cache(self, rows: int, slots: int | None = None) -> Cache:
+        """For ``rows`` rows of up to ``slots`` tokens, by default all that the model allows."""
+        where = self.embedding.weight
+        slots = self.model.max_position_embeddings if slots is None else slots
+        return Cache(self.model, rows, slots, device=where.device, dtype=where.dtype)
+
+    def continued(
+        self, tokens_BS: Tensor, cache: Cache, counts: Sequence[int] | None = None
+    ) -> tuple[Tensor, list[Routing]]:
+        """`hidden_states` of tokens that follow those in the cache, which then holds them as well.
+
+        Args:
+            tokens_BS: int64 ids; a row with fewer than S is filled up with any id, at its end.
+            cache: of this model.
+            counts: tokens of each row that are no padding; `None` means S. Values for padding mean
+                nothing, and it is kept by no expert.
+
+        Raises:
+            UsageError: a row becomes longer than the cache, or the model drops tokens, which would
+                make the result depend on what comes later.
+        """
+        factor = capacity_factor(self.moe, training_capacity=False)
+        if factor is not None:
+            expected = "None (dropless) with a cache: a later token may displace an earlier one"
+            raise UsageError("--moe-eval-capacity-factor", factor, expected)
+        rows, length = tokens_BS.shape
+        step = cache.begin(rows, length, counts)
+        x_BSH = self.embedding(tokens_BS)
+        routing = []
+        for number, layer in enumerate(self.layers):
+            memory = cache.layer(number, step)
+            x_BSH, decided = layer(x_BSH, False, step.positions_BS, memory=memory)
+            if decided is not None:
+                routing.append(decided)
+        cache.finish(step)
         return self.final_norm(x_BSH), routing
 
     def logits(self, x_BSH: Tensor) -> Tensor:

@@ -14,16 +14,9 @@ from torch import Tensor, nn
 from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.model.logical import initial_tensors, logical_parameters
-from megatron_moe.model.reference import (
-    Attention,
-    Block,
-    Experts,
-    FeedForward,
-    MoE,
-    ReferenceOpenMoE,
-    RMSNorm,
-    rotate,
-)
+from megatron_moe.model.reference import Block, MoE, ReferenceOpenMoE, RMSNorm
+from megatron_moe.model.reference_attention import Attention, rotate
+from megatron_moe.model.reference_ffn import Experts, FeedForward
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=8, ffn_hidden_size=12, num_attention_heads=2, kv_channels=6
