@@ -92,7 +92,7 @@ def test_rows_of_different_lengths_are_as_each_alone() -> None:
     read = [0, 0, 0]
     # Prompts of different lengths, one missing at first; a token each; pieces of different lengths,
     # one empty, whose padding goes beyond the last slot.
-    for counts in ([3, 8, 0], [0, 0, 5], [1, 1, 1], [5, 0, 2], [1, 1, 1]):
+    for counts in ([3, 8, 0], [1, 0, 5], [1, 1, 1], [5, 0, 2], [1, 1, 1]):
         padded = torch.full((3, max(counts)), 29)
         for row, count in enumerate(counts):
             padded[row, :count] = torch.tensor(rows[row][read[row] : read[row] + count])
@@ -107,7 +107,7 @@ def test_rows_of_different_lengths_are_as_each_alone() -> None:
             new = slice(read[row], read[row] + count)
             torch.testing.assert_close(logits[row, :count], expected[new], rtol=1e-9, atol=1e-9)
             read[row] += count
-    assert cache.lengths == read == [10, 10, 9]
+    assert cache.lengths == read == [11, 10, 9]
 
 
 @torch.no_grad()
