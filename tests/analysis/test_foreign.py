@@ -1,0 +1,151 @@
+"""Weights as the family's own class has them; other files refused, nothing written, nothing run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_moe.analysis.families import FAMILIES
+from megatron_moe.analysis.foreign import ForeignModel, open_foreign
+from megatron_moe.errors import UsageError
+from tests.analysis.families import SETTINGS, make, save
+
+LAYERS = {
+    "mixtral": [0, 1, 2],
+    "olmoe": [0, 1, 2],
+    "qwen2_moe": [1, 3],
+    "qwen3_moe": [0, 2],
+    "deepseek": [1, 2],
+    "deepseek_v2": [1, 2],
+    "deepseek_v3": [1, 2],
+}
+
+
+def check(found: ForeignModel, model: Any) -> None:
+    """Every matrix against the class's own parameters."""
+    for weights in found.layers:
+        block = model.model.layers[weights.layer].mlp
+        assert torch.equal(weights.router.whole(), block.gate.weight)
+        both, down = block.experts.gate_up_proj, block.experts.down_proj
+        assert len(weights.experts) == found.num_experts == len(both)
+        for e, expert in enumerate(weights.experts):
+            gate, up = both[e].chunk(2)
+            assert torch.equal(expert.gate.whole(), gate)
+            assert torch.equal(expert.up.whole(), up)
+            assert torch.equal(expert.up.rows(3, 7), up[3:7])
+            assert torch.equal(expert.down.whole(), down[e])
+        shared = getattr(block, "shared_experts", getattr(block, "shared_expert", None))
+        assert (weights.shared is None) == (shared is None)
+        if shared is not None:
+            for name in ("gate", "up", "down"):
+                matrix = getattr(weights.shared, name).whole()
+                assert torch.equal(matrix, getattr(shared, f"{name}_proj").weight)
+        gated = getattr(block, "shared_expert_gate", None)
+        assert (weights.shared_gate is None) == (gated is None)
+        if gated is not None:
+            assert torch.equal(weights.shared_gate.whole(), gated.weight)
+        bias = getattr(block.gate, "e_score_correction_bias", None)
+        assert (weights.bias is None) == (bias is None)
+        if bias is not None:
+            assert torch.equal(weights.bias.whole(), bias)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("original", [True, False], ids=["published names", "stacked"])
+def test_weights_are_the_class_s_own(tmp_path: Path, kind: str, original: bool) -> None:
+    model = make(kind, torch.bfloat16)
+    save(model, tmp_path / "m", save_original_format=original, max_shard_size="20KB")
+    assert len(list((tmp_path / "m").glob("*.safetensors"))) > 1
+    found = open_foreign(tmp_path / "m")
+    assert [weights.layer for weights in found.layers] == LAYERS[kind]
+    check(found, model)
+
+
+def test_pytorch_s_own_files(tmp_path: Path) -> None:
+    model = make("olmoe")
+    save(model, tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    check(open_foreign(tmp_path), model)
+
+
+def test_a_file_that_would_run_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    save(make("olmoe"), tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Hostile()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UsageError, match=r"pytorch_model\.bin"):
+        open_foreign(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def _edit(path: Path, **changes: Any) -> None:
+    values = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model_type": "llama"}, "model_type .* 'llama', expected one of mixtral, olmoe, qwen2_m"),
+        ({"model_type": None}, "model_type .* is None"),
+        ({"model_type": ["mixtral"]}, "model_type"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ({"num_local_experts": 5}, "gate.weight .* 'shape \\[4, 16\\]', expected \\[5, 16\\]"),
+        ({"num_hidden_layers": 4}, "without model.layers.3"),
+        ({"intermediate_size": 13}, r"experts.0.w1.weight .* expected \[13, 16\]"),
+        ({"hidden_size": "wide"}, "config.json is .*hidden_size.*expected settings of a Mixtral"),
+    ],
+)
+def test_another_configuration_is_refused(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    save(make("mixtral"), tmp_path)
+    _edit(tmp_path / "config.json", **changes)
+    with pytest.raises(UsageError, match=said):
+        open_foreign(tmp_path)
+
+
+def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:
+    save(make("deepseek_v3"), tmp_path)
+    file = tmp_path / "model.safetensors"
+    values = load_file(file)
+    del values["model.layers.2.mlp.gate.e_score_correction_bias"]
+    save_file(values, file)
+    with pytest.raises(UsageError, match=r"without model\.layers\.2\.mlp\.gate\.e_score"):
+        open_foreign(tmp_path)
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(UsageError, match=r"model\.safetensors"):
+        open_foreign(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UsageError, match=r"config\.json.* is 'missing'"):
+        open_foreign(tmp_path)
+
+
+def test_a_rule_that_the_class_does_not_have_is_refused(tmp_path: Path) -> None:
+    save(make("deepseek_v2"), tmp_path)
+    _edit(tmp_path / "config.json", topk_method="other")
+    with pytest.raises(UsageError, match="topk_method of a DeepSeek-V2 is 'other'"):
+        open_foreign(tmp_path)
+
+
+def test_without_the_package_one_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # an import of it fails
+    (tmp_path / "config.json").write_text('{"model_type": "mixtral"}')
+    with pytest.raises(UsageError, match=r"package transformers is 'missing'.*megatron-moe\[hf\]"):
+        open_foreign(tmp_path)
+
+
+def test_the_table_is_tested_whole() -> None:
+    assert set(FAMILIES) == set(SETTINGS) == set(LAYERS)
