@@ -8,6 +8,9 @@ python tools/inspect_checkpoint.py checkpoints --tensors '*.router.weight'
 python tools/inspect_checkpoint.py checkpoints --ckpt-step 2000 --verify
 # settings and tensors in which two differ
 python tools/inspect_checkpoint.py checkpoints --compare other --compare-step 1000
+# a Mixtral, DeepSeekMoE, OLMoE or Qwen-MoE directory: family, experts, routing rule, sizes;
+# --tensors and --compare take such directories too
+python tools/inspect_checkpoint.py mixtral-8x7b
 """
 
 from __future__ import annotations
@@ -15,12 +18,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+from megatron_moe.analysis.foreign import is_foreign, open_foreign
+from megatron_moe.analysis.foreign_overview import foreign_differences, foreign_overview
 from megatron_moe.checkpoint.errors import Corrupt
 from megatron_moe.checkpoint.reading import verify
-from megatron_moe.convert.inspection import differences, overview, tensor_facts
+from megatron_moe.convert.inspection import (
+    TensorFacts,
+    differences,
+    facts_of,
+    overview,
+    tensor_facts,
+)
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
 FAULT_EXIT_CODE = 1
@@ -34,7 +46,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
-    add("load", type=Path, help="directory of a run's checkpoints")
+    add("load", type=Path, help="directory of a run's checkpoints, or of another program's model")
     add("--ckpt-step", type=int, help="by default the one that the tracker names")
     add("--tensors", nargs="?", const="*", metavar="PATTERN", help="facts of matching tensors")
     add("--verify", action="store_true", help="read all of it and compare every checksum")
@@ -52,29 +64,71 @@ def run(options: argparse.Namespace) -> int:
     """
     if options.compare_step is not None and options.compare is None:
         raise UsageError("--compare-step", options.compare_step, "--compare beside it")
+    if is_foreign(options.load):
+        return run_foreign(options)
     if options.verify:
         verify(options.load, options.ckpt_step)
         print(f"{options.load}: whole")
     elif options.compare is not None:
         steps = options.ckpt_step, options.compare_step
-        lines = list(differences(options.load, options.compare, steps))
-        print("\n".join(lines) if lines else "no difference")
-        return FAULT_EXIT_CODE if lines else 0
+        return report(differences(options.load, options.compare, steps))
     elif options.tensors is not None:
-        print_tensors(options)
+        facts = tensor_facts(options.load, options.ckpt_step, options.tensors)
+        print_tensors(options, facts)
     else:
         print_overview(options)
     return 0
 
 
-def print_tensors(options: argparse.Namespace) -> None:
+def run_foreign(options: argparse.Namespace) -> int:
+    """The same for another program's model, which has no steps and no checksums.
+
+    Raises:
+        UsageError: the family is unknown, the files are damaged, or a flag means nothing here.
+    """
+    flags = {"--ckpt-step": options.ckpt_step, "--compare-step": options.compare_step}
+    for flag, value in {**flags, "--verify": options.verify or None}.items():
+        if value is not None:
+            raise UsageError(flag, value, f"absent: {options.load} has neither steps nor checksums")
+    model = open_foreign(options.load)
+    if options.compare is not None:
+        return report(foreign_differences(model, open_foreign(options.compare)))
+    if options.tensors is not None:
+        print_tensors(options, facts_of(model.tensors, options.tensors))
+    else:
+        print_foreign(foreign_overview(model), options.json)
+    return 0
+
+
+def print_foreign(found: dict[str, Any], as_json: bool) -> None:
+    """Family, rule, sizes, and a line per layer with experts."""
+    if as_json:
+        print(json.dumps(found))
+        return
+    layers = found.pop("moe_layers")
+    for key, value in found.items():
+        print(f"{key:<18} {value}")
+    for layer in layers:
+        router = "x".join(map(str, layer["router"]))
+        sizes = f"{layer['expert_elements']} elements an expert, {layer['shared_elements']} shared"
+        print(f"layer {layer['layer']:<12} router {router} {layer['dtype']}  {sizes}")
+
+
+def report(differences: Iterable[str]) -> int:
+    """Print the differences; returns the exit code."""
+    lines = list(differences)
+    print("\n".join(lines) if lines else "no difference")
+    return FAULT_EXIT_CODE if lines else 0
+
+
+def print_tensors(options: argparse.Namespace, facts: Iterable[TensorFacts]) -> None:
     """A line per tensor.
 
     Raises:
         UsageError: no tensor matches.
     """
     found = False
-    for fact in tensor_facts(options.load, options.ckpt_step, options.tensors):
+    for fact in facts:
         found = True
         if options.json:
             print(json.dumps(vars(fact)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from math import prod
@@ -88,7 +88,12 @@ def tensor_facts(directory: Path, step: int | None, pattern: str) -> Iterator[Te
     Raises:
         UsageError: there is no such checkpoint, or it is damaged.
     """
-    for name, tensor in read_native(directory, step).tensors.items():
+    yield from facts_of(read_native(directory, step).tensors, pattern)
+
+
+def facts_of(tensors: Mapping[str, LazyTensor], pattern: str) -> Iterator[TensorFacts]:
+    """Facts of those tensors whose names match a shell pattern."""
+    for name, tensor in tensors.items():
         if fnmatch(name, pattern):
             yield _facts(name, tensor)
 
@@ -115,15 +120,26 @@ def differences(first: Path, second: Path, steps: tuple[int | None, int | None])
         UsageError: one of them is missing or damaged.
     """
     a, b = read_native(first, steps[0]), read_native(second, steps[1])
-    mine, theirs = _flat(a.config.to_dict()), _flat(b.config.to_dict())
-    for key in sorted(mine.keys() | theirs.keys()):
-        if mine.get(key) != theirs.get(key):
-            yield f"{key}: {mine.get(key)!r} and {theirs.get(key)!r}"
-    for name in sorted(a.tensors.keys() ^ b.tensors.keys()):
-        yield f"{name}: only in the {'first' if name in a.tensors else 'second'}"
-    for name in a.tensors:
-        if name in b.tensors:
-            line = _tensor_difference(a.tensors[name], b.tensors[name])
+    yield from setting_differences(_flat(a.config.to_dict()), _flat(b.config.to_dict()))
+    yield from tensor_differences(a.tensors, b.tensors)
+
+
+def setting_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> Iterator[str]:
+    """A line for every setting in which two configurations differ."""
+    for key in sorted(first.keys() | second.keys()):
+        if first.get(key) != second.get(key):
+            yield f"{key}: {first.get(key)!r} and {second.get(key)!r}"
+
+
+def tensor_differences(
+    first: Mapping[str, LazyTensor], second: Mapping[str, LazyTensor]
+) -> Iterator[str]:
+    """A line for every tensor that only one side has, or whose values differ."""
+    for name in sorted(first.keys() ^ second.keys()):
+        yield f"{name}: only in the {'first' if name in first else 'second'}"
+    for name in first:
+        if name in second:
+            line = _tensor_difference(first[name], second[name])
             if line:
                 yield f"{name}: {line}"
 

@@ -13,6 +13,7 @@ from megatron_moe.convert import inspection, lazy
 from megatron_moe.convert.formats import Target, write
 from megatron_moe.convert.lazy import of_tensor
 from megatron_moe.convert.model import Model
+from tests.analysis import families
 from tests.convert.cases import CONFIG, VOCAB, model_of
 from tools.inspect_checkpoint import main
 
@@ -107,3 +108,53 @@ def test_damage_is_exit_1_and_a_wrong_flag_exit_2(
     file.write_bytes(bytes(data[:-5]) + bytes([data[-5] ^ 1]) + bytes(data[-4:]))
     assert main([str(tmp_path / "run"), "--tensors", "nothing"]) == 2
     assert inspection.overview(tmp_path / "run")["step"] == 5
+
+
+def test_another_program_s_mixture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = families.make("deepseek_v3")
+    families.save(module, tmp_path / "v3")
+    assert main([str(tmp_path / "v3"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["family"], found["experts"], found["top_k"]) == ("DeepSeek-V3", 8, 3)
+    total = sum(p.numel() for p in module.parameters()) + 2 * 8  # and the biases, which are buffers
+    assert found["parameters"] == total
+    assert found["activated"] == total - 2 * (8 - 3) * 3 * 12 * 16
+    assert found["bytes"] == 4 * total
+    assert found["moe_layers"][1] == {
+        "layer": 2,
+        "router": [8, 16],
+        "dtype": "float32",
+        "expert_elements": 3 * 12 * 16,
+        "shared_elements": 3 * 12 * 16,
+    }
+    assert main([str(tmp_path / "v3")]) == 0
+    said = capsys.readouterr().out
+    rule = "sigmoid over 8, choice by score plus bias, best 2 of 4 groups by their best two, best 3"
+    assert f"{rule}, weights sum to 1, times 2.5" in said
+    assert "router 8x16 float32  576 elements an expert, 576 shared" in said
+    assert main([str(tmp_path / "v3"), "--tensors", "*.1.mlp.gate.weight", "--json"]) == 0
+    fact = json.loads(capsys.readouterr().out)
+    router = module.model.layers[1].mlp.gate.weight.detach().double()
+    assert fact["std"] == pytest.approx(float(router.std(correction=0)), rel=1e-9)
+
+
+def test_two_of_another_program_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = families.make("olmoe")
+    first = families.save(module, tmp_path / "first")
+    module.config.norm_topk_prob = True
+    with torch.no_grad():
+        module.model.layers[1].mlp.gate.weight[0, 0] += 0.5
+    second = families.save(module, tmp_path / "second")
+    assert main([str(first), "--compare", str(first)]) == 0
+    assert capsys.readouterr().out == "no difference\n"
+    assert main([str(first), "--compare", str(second)]) == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "norm_topk_prob: False and True",
+        "model.layers.1.mlp.gate.weight: 1 of 96 elements differ, by up to 0.5",
+    ]
+    for flags in (["--verify"], ["--ckpt-step", "3"]):
+        assert main([str(first), *flags]) == 2
+        assert "absent: " in capsys.readouterr().err
+    (second / "config.json").write_text('{"model_type": "grok"}')
+    assert main([str(second)]) == 2
+    assert "expected one of mixtral, olmoe" in capsys.readouterr().err
