@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ def read_hf(directory: Path) -> Model:
     """
     source = directory / CONFIG
     values = read_json(source)
+    files = tuple(directory / name for name in TOKENIZERS if (directory / name).is_file())
     if values.get("architectures") == [ARCHITECTURE]:
-        return read_llama(directory, values)
+        return replace(read_llama(directory, values), tokenizer_files=files)
     config, vocab_size = from_hf(values, str(source))
     found = open_files(directory)
     layout = layout_of(set(found))
@@ -62,7 +64,6 @@ def read_hf(directory: Path) -> Model:
     extra = sorted(set(found) - used)
     if extra:
         raise Corrupt(str(directory), f"with {', '.join(extra[:5])}", "no tensor but the model's")
-    files = tuple(directory / name for name in TOKENIZERS if (directory / name).is_file())
     return Model(
         source=str(directory),
         config=config,
