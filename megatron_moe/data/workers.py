@@ -78,6 +78,7 @@ _tokenizer: list[Tokenizer] = []
 
 def _prepare(data: DataConfig, word_cache: bool) -> None:
     tokenizer = build_tokenizer(data)
+    tokenizer.hurry()
     if word_cache:
         tokenizer.remember_words()
     _tokenizer[:] = [tokenizer]
