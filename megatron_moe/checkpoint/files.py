@@ -12,9 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import FileIO
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,9 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
-
-CHUNK = 16 << 20
-"""Bytes written or hashed at a time."""
+from megatron_moe.checkpoint.stream import CHUNK, FileRecord, write_stream
 
 DTYPES = {
     torch.float64: "F64",
@@ -41,14 +37,6 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 """The inverse of `DTYPES`."""
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """What the manifest says of one file."""
-
-    sha256: str
-    bytes: int
-
-
 def write_tensors(
     path: Path, tensors: Sequence[tuple[str, Tensor]], metadata: Mapping[str, str]
 ) -> FileRecord:
@@ -62,7 +50,7 @@ def write_tensors(
     Raises:
         OSError: the disk is full, or anything else.
     """
-    return write_pending(path, [_whole(key, tensor) for key, tensor in tensors], metadata)
+    return write_pending(path, [pending(key, tensor) for key, tensor in tensors], metadata)
 
 
 @dataclass(frozen=True)
@@ -76,7 +64,8 @@ class Pending:
     """Its elements in row-major order, cut anywhere."""
 
 
-def _whole(key: str, tensor: Tensor) -> Pending:
+def pending(key: str, tensor: Tensor) -> Pending:
+    """A tensor that is there already."""
     return Pending(key, tensor.dtype, tuple(tensor.shape), lambda: iter([tensor]))
 
 
@@ -89,7 +78,17 @@ def write_pending(
         OSError: the disk is full, or anything else.
         ValueError: the parts of a tensor are not what it was said to be.
     """
-    # Wide types first keeps every tensor aligned to its own width.
+    head, ordered = arranged(tensors, metadata)
+    return write_stream(path, _tensor_bytes(head, ordered))
+
+
+def arranged(
+    tensors: Sequence[Pending], metadata: Mapping[str, str]
+) -> tuple[bytes, list[Pending]]:
+    """The head of a safetensors file, and the tensors in the order in which they follow it.
+
+    Wide types first: that keeps every tensor aligned to its own width.
+    """
     ordered = sorted(tensors, key=lambda tensor: (-tensor.dtype.itemsize, tensor.key))
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -99,7 +98,7 @@ def write_pending(
         header[tensor.key] = {**entry, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return _write(path, _tensor_bytes(len(text).to_bytes(8, "little") + text, ordered))
+    return len(text).to_bytes(8, "little") + text, ordered
 
 
 def _tensor_bytes(head: bytes, tensors: Sequence[Pending]) -> Iterator[memoryview]:
@@ -128,28 +127,7 @@ def write_json(path: Path, value: Any) -> FileRecord:
         text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise CheckpointError(path.name, str(error), "values that JSON can hold") from None
-    return _write(path, iter([memoryview(text.encode())]))
-
-
-def _write(path: Path, parts: Iterator[memoryview]) -> FileRecord:
-    """Hashing runs in a second thread: both release the interpreter's lock."""
-    digest, total = hashlib.sha256(), 0
-    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        for part in parts:
-            total += len(part)
-            for i in range(0, len(part), CHUNK):
-                chunk = part[i : i + CHUNK]
-                hashing = pool.submit(digest.update, chunk)
-                _write_all(file, chunk)
-                hashing.result()
-        os.fsync(file.fileno())
-    return FileRecord(digest.hexdigest(), total)
-
-
-def _write_all(file: FileIO, data: memoryview) -> None:
-    """An unbuffered write may take less than it was given, as before the disk is full."""
-    while data:
-        data = data[file.write(data) :]
+    return write_stream(path, iter([memoryview(text.encode())]))
 
 
 def sync_directory(path: Path) -> None:
@@ -170,7 +148,7 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
     try:
-        _write(temporary, iter([memoryview(text.encode())]))
+        write_stream(temporary, iter([memoryview(text.encode())]))
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)

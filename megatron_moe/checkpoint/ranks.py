@@ -27,11 +27,13 @@ class Ranks:
         rank: this one.
         size: how many.
         device: where the communication library wants its tensors.
+        group: what they talk over; by default the default group.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
+    group: dist.ProcessGroup | None = None
 
     def gather(self, value: Any) -> list[Any] | None:
         """Every rank's value, in rank order, on rank 0; None on the others."""
@@ -39,12 +41,12 @@ class Ranks:
             return [value]
         mine = self._encode(value)
         lengths = [torch.zeros_like(_length(mine)) for _ in range(self.size)]
-        dist.all_gather(lengths, _length(mine))
+        dist.all_gather(lengths, _length(mine), group=self.group)
         counts = torch.cat(lengths).tolist()
         padded = torch.zeros(max(counts), dtype=torch.uint8, device=self.device)
         padded[: mine.numel()] = mine
         received = [torch.empty_like(padded) for _ in counts] if self.rank == 0 else None
-        dist.gather(padded, received, dst=0)
+        dist.gather(padded, received, dst=0, group=self.group)
         if received is None:
             return None
         return [_decode(data[:n]) for data, n in zip(received, counts, strict=True)]
@@ -55,11 +57,19 @@ class Ranks:
             return value
         data = self._encode(value if self.rank == 0 else None)
         length = _length(data)
-        dist.broadcast(length, src=0)
+        dist.broadcast(length, src=0, group=self.group)
         if self.rank != 0:
             data = torch.empty(int(length), dtype=torch.uint8, device=self.device)
-        dist.broadcast(data, src=0)
+        dist.broadcast(data, src=0, group=self.group)
         return _decode(data)
+
+    def sums(self, *values: int) -> list[int]:
+        """Each number added up over all ranks, on every rank."""
+        if self.size == 1:
+            return list(values)
+        found = torch.tensor(values, dtype=torch.int64, device=self.device)
+        dist.all_reduce(found, group=self.group)
+        return [int(value) for value in found.tolist()]
 
     def together(self, action: Callable[[], T]) -> T:
         """Run ``action`` here while the other ranks run theirs.

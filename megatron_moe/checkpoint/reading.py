@@ -12,11 +12,12 @@ from torch import Tensor
 from megatron_moe.checkpoint import index
 from megatron_moe.checkpoint.directory import step_directory
 from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
-from megatron_moe.checkpoint.files import FileRecord, read_json
+from megatron_moe.checkpoint.files import read_json
 from megatron_moe.checkpoint.index import INDEX, MODEL, LogicalTensor, Name, TensorReader, block_key
 from megatron_moe.checkpoint.manifest import read_manifest, require_whole
 from megatron_moe.checkpoint.mapped import TensorFiles
 from megatron_moe.checkpoint.state import Metadata, TrainState, metadata_from, train_state_from
+from megatron_moe.checkpoint.stream import FileRecord
 from megatron_moe.config import RunConfig
 from megatron_moe.errors import UsageError
 

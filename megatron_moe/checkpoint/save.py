@@ -13,7 +13,7 @@ from megatron_moe.checkpoint.parts import Part, Replicas, owned
 from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.checkpoint.reading import CONFIG, STATE
 from megatron_moe.checkpoint.state import Metadata, TrainState, as_json
-from megatron_moe.checkpoint.writer import write_checkpoint
+from megatron_moe.checkpoint.writer import Contents, write_checkpoint
 from megatron_moe.config import RunConfig
 from megatron_moe.model.shards import ParamShard, model_shards
 from megatron_moe.parallel.context import ParallelContext
@@ -55,12 +55,39 @@ def save_checkpoint(
             are as they were.
     """
     ranks = ranks_of(ctx)
+    contents = contents_of(
+        state,
+        config=config,
+        ctx=ctx,
+        chunks=chunks,
+        optimizer=optimizer if with_optimizer else None,
+        metadata=metadata,
+        with_rng=with_rng,
+        ranks=ranks,
+    )
+    return write_checkpoint(directory, state.iteration, ranks=ranks, **vars(contents))
+
+
+def contents_of(
+    state: TrainState,
+    *,
+    config: RunConfig,
+    ctx: ParallelContext,
+    chunks: Sequence[Any],
+    optimizer: Any,
+    metadata: Metadata,
+    with_rng: bool,
+    ranks: Ranks,
+) -> Contents:
+    """What this rank writes in a save; called by all ranks together.
+
+    As for `save_checkpoint`, but ``optimizer`` is the one to save, or None.
+    """
     _finish_parameter_gather(chunks)
-    saved_optimizer = optimizer if with_optimizer else None
 
     def plan() -> list[Part]:
         shards = shards_of(chunks, config)
-        states = optimizer_shards(saved_optimizer) if saved_optimizer is not None else None
+        states = optimizer_shards(optimizer) if optimizer is not None else None
         return list(owned(shards, states, _replicas(ctx)))
 
     parts = ranks.together(plan)
@@ -69,14 +96,12 @@ def save_checkpoint(
         STATE: {
             "train": as_json(state),
             "metadata": as_json(metadata),
-            "optimizer": _optimizer_document(saved_optimizer, ranks),
+            "optimizer": _optimizer_document(optimizer, ranks),
             "random": rng.layout_of(ctx.layout) if with_rng else None,
         },
     }
     header = {"format": "pt", **({RANDOM: json.dumps(rng.capture())} if with_rng else {})}
-    return write_checkpoint(
-        directory, state.iteration, ranks=ranks, parts=parts, documents=documents, header=header
-    )
+    return Contents(parts=parts, documents=documents, header=header)
 
 
 def _optimizer_document(optimizer: Any, ranks: Ranks) -> dict[str, Any] | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from megatron_moe.checkpoint import directory as directories
@@ -13,16 +16,31 @@ from megatron_moe.checkpoint import index
 from megatron_moe.checkpoint.errors import CheckpointError
 from megatron_moe.checkpoint.files import (
     DTYPES,
-    FileRecord,
+    Pending,
     free_bytes,
+    pending,
     write_json,
-    write_tensors,
+    write_pending,
 )
+from megatron_moe.checkpoint.host_copy import HostCopy
 from megatron_moe.checkpoint.index import INDEX, LogicalTensor, block_key
 from megatron_moe.checkpoint.parts import Part
 from megatron_moe.checkpoint.ranks import Ranks
+from megatron_moe.checkpoint.stream import FileRecord, write_stream
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a rank saves: the arguments of `write_checkpoint`."""
+
+    parts: Sequence[Part]
+    """Of tensors, in this rank's memory."""
+    documents: Mapping[str, Any]
+    """File name -> JSON value, written by rank 0."""
+    header: Mapping[str, str]
+    """Strings for the head of this rank's file."""
 
 
 def rank_file(rank: int) -> str:
@@ -55,21 +73,33 @@ def write_checkpoint(
     Raises:
         CheckpointError: on every rank, if any failed. What was there before is as it was.
     """
-    needed = sum(part.values.numel() * part.values.element_size() for part in parts)
-    needed = ranks.broadcast(sum(ranks.gather(needed) or []))
-    saving = _Saving(Path(directory), step, ranks, needed)
+    saving = Saving(Path(directory), step, ranks, bytes_of(parts, ranks))
     try:
         saving.begin()
         written = ranks.together(lambda: saving.write(parts, header))
-        told = ranks.gather([written.sha256, written.bytes, _index_of(parts, ranks.rank)])
-        return saving.finish(told, documents)
+        told = ranks.gather([written.sha256, written.bytes, index_of(parts, ranks.rank)])
+        path = ranks.together(lambda: "" if told is None else str(saving.commit(told, documents)))
+        return Path(ranks.broadcast(path))
     except BaseException:
         saving.give_up()
         raise
 
 
-class _Saving:
-    """One save under way."""
+def bytes_of(parts: Sequence[Part], ranks: Ranks) -> int:
+    """Bytes of the tensors that all ranks together write."""
+    mine = sum(part.values.numel() * part.values.element_size() for part in parts)
+    return int(ranks.broadcast(sum(ranks.gather(mine) or [])))
+
+
+class Saving:
+    """One save under way.
+
+    Args:
+        directory: of the run's checkpoints.
+        step: the step saved.
+        ranks: who saves together.
+        needed: bytes of tensors in all, for messages.
+    """
 
     def __init__(self, directory: Path, step: int, ranks: Ranks, needed: int) -> None:
         self.directory, self.step, self.ranks, self.needed = directory, step, ranks, needed
@@ -79,49 +109,61 @@ class _Saving:
         """Rank 0 makes the temporary directory, all learn its name."""
 
         def make() -> str:
-            try:
+            if self.ranks.rank != 0:
+                return ""
+            with self.failures():
                 return str(directories.begin(self.directory, self.step))
-            except OSError as error:
-                raise self.failure(error) from error
 
-        made = self.ranks.together(lambda: make() if self.ranks.rank == 0 else "")
-        self.temporary = Path(self.ranks.broadcast(made))
+        self.temporary = Path(self.ranks.broadcast(self.ranks.together(make)))
 
     def write(self, parts: Sequence[Part], header: Mapping[str, str]) -> FileRecord:
-        """This rank's file."""
+        """This rank's file, straight from the tensors."""
+        with self.failures():
+            return write_pending(self._file(), tensors_of(parts), header)
+
+    def write_copy(self, copy: HostCopy, stop: Event) -> FileRecord:
+        """This rank's file, from a copy; may run in another thread.
+
+        Raises:
+            Stopped: ``stop`` was set.
+        """
+        with self.failures():
+            return write_stream(self._file(), copy.parts(), stop)
+
+    def commit(self, told: Sequence[Any], documents: Mapping[str, Any]) -> Path:
+        """Write index, documents and manifest, and make the save count; called by rank 0 alone.
+
+        Args:
+            told: of each rank, the SHA-256 and bytes of its file and its `index_of`.
+            documents: file name -> JSON value.
+        """
         assert self.temporary is not None
-        tensors = [(block_key(p.kind, p.name, p.block.offsets), p.values) for p in parts]
-        try:
-            return write_tensors(self.temporary / rank_file(self.ranks.rank), tensors, header)
-        except OSError as error:
-            raise self.failure(error) from error
-
-    def finish(self, told: list[Any] | None, documents: Mapping[str, Any]) -> Path:
-        """Rank 0 writes index, documents and manifest, and makes the save count."""
-
-        def commit() -> str:
-            assert told is not None and self.temporary is not None
-            files = {rank_file(r): FileRecord(*record[:2]) for r, record in enumerate(told)}
-            shares = (index.from_json(share, INDEX, partial=True) for *_, share in told)
-            tensors = index.merge(chain.from_iterable(shares))
-            try:
-                for name, value in {**documents, INDEX: index.to_json(tensors.values())}.items():
-                    files[name] = write_json(self.temporary / name, value)
-                return str(directories.commit(self.temporary, self.step, files))
-            except OSError as error:
-                raise self.failure(error) from error
-
-        return Path(
-            self.ranks.broadcast(self.ranks.together(lambda: commit() if told is not None else ""))
-        )
+        files = {rank_file(r): FileRecord(*record[:2]) for r, record in enumerate(told)}
+        shares = (index.from_json(share, INDEX, partial=True) for *_, share in told)
+        tensors = index.merge(chain.from_iterable(shares))
+        with self.failures():
+            for name, value in {**documents, INDEX: index.to_json(tensors.values())}.items():
+                files[name] = write_json(self.temporary / name, value)
+            return directories.commit(self.temporary, self.step, files)
 
     def give_up(self) -> None:
         """Remove what was written; after a commit there is nothing to remove."""
         if self.ranks.rank == 0 and self.temporary is not None:
             directories.discard(self.temporary)
 
-    def failure(self, error: OSError) -> CheckpointError:
-        """A failed write in words: step, directory, bytes needed."""
+    @contextmanager
+    def failures(self) -> Iterator[None]:
+        """Turn a failed write into words: step, directory, bytes needed."""
+        try:
+            yield
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _file(self) -> Path:
+        assert self.temporary is not None
+        return self.temporary / rank_file(self.ranks.rank)
+
+    def _failure(self, error: OSError) -> CheckpointError:
         what = f"save of step {self.step} to {self.directory}"
         found = error.strerror or str(error)
         if error.errno not in _NO_SPACE:
@@ -133,7 +175,12 @@ class _Saving:
         )
 
 
-def _index_of(parts: Sequence[Part], rank: int) -> dict[str, Any]:
+def tensors_of(parts: Sequence[Part]) -> list[Pending]:
+    """What a rank's file holds."""
+    return [pending(block_key(p.kind, p.name, p.block.offsets), p.values) for p in parts]
+
+
+def index_of(parts: Sequence[Part], rank: int) -> dict[str, Any]:
     """The index of one rank's file."""
     grouped: dict[index.Name, LogicalTensor] = {}
     for part in parts:

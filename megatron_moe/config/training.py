@@ -157,6 +157,9 @@ class CheckpointConfig:
     """Directory to continue from."""
     save_interval: int | None = None
     """Steps between saves; a run with `--save` always saves at its end."""
+    async_save: bool = False
+    """Train on while a save is written: only the copy to host memory is waited for. Takes as much
+    host memory as a rank saves."""
     keep_last: int | None = None
     """Newest steps that stay in `--save`; older ones go after a complete save. `None` keeps all."""
     keep_every: int | None = None

@@ -21,8 +21,9 @@ from megatron_moe.training.evaluation import evaluate_split
 from megatron_moe.training.finite import NonFiniteError
 from megatron_moe.training.metrics import Evaluation, Meter, StepRecord, Summary
 from megatron_moe.training.reporting import Reporter
-from megatron_moe.training.resume import Start, save_run
+from megatron_moe.training.resume import Start
 from megatron_moe.training.run import TrainingRun
+from megatron_moe.training.saves import Saves
 from megatron_moe.training.stages import Course, Stage
 from megatron_moe.training.step import train_step
 from megatron_moe.training.supply import Supply
@@ -39,6 +40,7 @@ class _Session:
     data: Data
     reporter: Reporter
     meter: Meter
+    saves: Saves
     progress: TrainState
     saved_at: int | None
     over: list[StageRecord]
@@ -79,6 +81,7 @@ def train(
         data=data,
         reporter=reporter,
         meter=make_meter(run),
+        saves=Saves(course, run.ctx, reporter.say),
         progress=progress,
         saved_at=progress.iteration if settings.load == settings.save else None,
         over=[r for r in start.records if r.first_iteration < stage.first_iteration],
@@ -92,7 +95,11 @@ def train(
         _finish(session)
     except NonFiniteError as error:
         _report(session)
+        session.saves.finish()
         failure = str(error)
+    except BaseException:
+        session.saves.abandon()
+        raise
     return Summary(
         state=session.progress,
         first=session.first,
@@ -110,6 +117,7 @@ def _steps(session: _Session) -> None:
         if session.progress.iteration == session.stage.last_iteration:
             _next_stage(session)
         _one_step(session)
+        session.saves.poll()
         done = session.progress.iteration
         ends, stage_ends = done == course.iterations, done == session.stage.last_iteration
         if done % course.config.logging.log_interval == 0 or stage_ends:
@@ -171,6 +179,7 @@ def _finish(session: _Session) -> None:
         _evaluate(session, "validation")
         _evaluate(session, "test")
     _save(session)
+    session.saves.finish()
 
 
 def _report(session: _Session) -> None:
@@ -210,8 +219,7 @@ def _save(session: _Session) -> None:
     records = list(session.over)
     if progress.iteration > session.stage.first_iteration:
         records.append(record_of(session.stage, progress, session.data.fingerprint))
-    where = save_run(session.run, session.data, progress, course, records)
-    session.reporter.say(f" saved iteration {progress.iteration} to {where}")
+    session.saves.save(session.run, session.data, progress, records)
     session.saved_at = progress.iteration
     session.meter.resume()
 

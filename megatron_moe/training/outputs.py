@@ -23,6 +23,8 @@ def check_outputs(config: RunConfig) -> None:
     kept = config.checkpoint
     if kept.keep_every is not None and kept.keep_last is None:
         raise UsageError("--keep-every", kept.keep_every, "--keep-last with it")
+    if kept.async_save and kept.save is None:
+        raise UsageError("--async-save", True, "--save with it")
     _directory("--save", config.checkpoint.save)
     _directory("--tensorboard-dir", config.logging.tensorboard_dir)
     metrics = config.logging.metrics_file

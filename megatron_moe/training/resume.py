@@ -1,11 +1,8 @@
-"""Where a run starts from, and what it leaves to go on from: the loop's view of checkpoints."""
+"""Where a run starts from: the loop's view of loading a checkpoint."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 from megatron_moe.checkpoint import (
     Metadata,
@@ -13,9 +10,8 @@ from megatron_moe.checkpoint import (
     has_checkpoint,
     load_checkpoint,
     read_metadata,
-    save_checkpoint,
 )
-from megatron_moe.checkpoint.directory import prune, step_directory
+from megatron_moe.checkpoint.directory import step_directory
 from megatron_moe.checkpoint.reading import open_checkpoint
 from megatron_moe.config import RunConfig
 from megatron_moe.data.pipeline import Data
@@ -26,7 +22,6 @@ from megatron_moe.training.consumed import (
     check_consumed,
     previous_settings,
     recorded,
-    to_extra,
 )
 from megatron_moe.training.run import TrainingRun
 from megatron_moe.training.stages import Course, differences
@@ -109,7 +104,7 @@ def load_run(run: TrainingRun, data: Data, course: Course, start: Start) -> None
     settings = course.config.checkpoint
     if settings.load is None or _nothing_to_load(course.config):
         return
-    config, metadata = course.config, _metadata(run, data)
+    config, metadata = course.config, metadata_of(run, data)
     if start.before is not None and _by_stages(course, start):
         # Length of rows and data belong to stages, and were held against the records.
         before = read_metadata(settings.load, settings.ckpt_step)
@@ -130,51 +125,14 @@ def load_run(run: TrainingRun, data: Data, course: Course, start: Start) -> None
     )
 
 
-def save_run(
-    run: TrainingRun,
-    data: Data,
-    state: TrainState,
-    course: Course,
-    records: Sequence[StageRecord] = (),
-) -> Path:
-    """Save the run as it stands after ``state.iteration`` steps; returns where.
-
-    Args:
-        run: the run.
-        data: of the stage that took the last step.
-        state: how far it is.
-        course: its stages.
-        records: of the stages that have begun; none without a stage table.
-    """
-    settings = course.config.checkpoint
-    assert settings.save is not None
-    path = save_checkpoint(
-        settings.save,
-        replace(state, extra=to_extra(records) if course.staged else {}),
-        config=course.config,
-        ctx=run.ctx,
-        chunks=run.wrapped,
-        optimizer=run.optimizer,
-        metadata=_metadata(run, data),
-        with_optimizer=not settings.no_save_optim,
-        with_rng=not settings.no_save_rng,
-    )
-    if settings.keep_last is not None and run.ctx.rank == 0:
-        try:
-            prune(settings.save, state.iteration, settings.keep_last, settings.keep_every)
-        except OSError as error:
-            # Too many checkpoints are no reason to end a run.
-            warnings.warn(f"old checkpoints of {settings.save} stay: {error}", stacklevel=2)
-    return path
-
-
 def _nothing_to_load(config: RunConfig) -> bool:
     settings = config.checkpoint
     assert settings.load is not None
     return settings.allow_missing_load and not has_checkpoint(settings.load)
 
 
-def _metadata(run: TrainingRun, data: Data) -> Metadata:
+def metadata_of(run: TrainingRun, data: Data) -> Metadata:
+    """What a run must share with the checkpoint that it goes on from."""
     return Metadata(
         padded_vocab_size=run.vocab_size,
         tokenizer_hash=str(data.identity["tokenizer"]),

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_moe.checkpoint.background import BackgroundSaves
 from megatron_moe.checkpoint.index import TensorReader
 from megatron_moe.checkpoint.optimizer_state import OptimizerShard
 from megatron_moe.checkpoint.parts import Part, Replicas, held, owned
 from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.checkpoint.reading import CONFIG, STATE, open_checkpoint
 from megatron_moe.checkpoint.state import Metadata, TrainState, as_json
-from megatron_moe.checkpoint.writer import write_checkpoint
+from megatron_moe.checkpoint.writer import Contents, write_checkpoint
 from megatron_moe.config import RunConfig
 from megatron_moe.model.shards import ParamShard, Piece
+from tests.checkpoint.gate import hold_writers
 
 WIDTH, HIDDEN = 8, 6
 
@@ -71,8 +73,8 @@ def adam_state(local: list[ParamShard], start: int = 0, stop: int | None = None)
     return states
 
 
-def save(directory: Path, step: int, ranks: Ranks | None = None) -> Path:
-    """Save `logical(step)` from all ranks, each a part of the tensors."""
+def contents(step: int, ranks: Ranks | None = None) -> Contents:
+    """What a rank saves of `logical(step)`: a part of the tensors."""
     ranks = ranks or Ranks()
     local = shards(logical(step), ranks.rank, ranks.size)
     parts: list[Part] = list(owned(local, adam_state(local), Replicas()))
@@ -82,14 +84,26 @@ def save(directory: Path, step: int, ranks: Ranks | None = None) -> Path:
         "optimizer": {"step": step},
         "random": None,
     }
-    return write_checkpoint(
-        directory,
-        step,
-        ranks=ranks,
-        parts=parts,
-        documents={CONFIG: RunConfig().to_dict(), STATE: state},
-        header={"format": "pt"},
-    )
+    documents = {CONFIG: RunConfig().to_dict(), STATE: state}
+    return Contents(parts=parts, documents=documents, header={"format": "pt"})
+
+
+def save(directory: Path, step: int, ranks: Ranks | None = None) -> Path:
+    """Save `logical(step)` from all ranks."""
+    ranks = ranks or Ranks()
+    return write_checkpoint(directory, step, ranks=ranks, **vars(contents(step, ranks)))
+
+
+def save_behind(directory: Path, step: int, ranks: Ranks | None = None) -> Path | None:
+    """`save`, asynchronously, with tensors that change as soon as they may."""
+    ranks = ranks or Ranks()
+    saves, what = BackgroundSaves(ranks), contents(step, ranks)
+    gate = hold_writers(directory)
+    saves.start(directory, step, what)
+    for part in what.parts:
+        part.values.fill_(float("nan"))
+    gate.set()
+    return saves.finish()
 
 
 def load(path: Path, part: int = 0, parts: int = 1) -> tuple[list[ParamShard], dict[Any, Any]]:

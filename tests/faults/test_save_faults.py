@@ -1,5 +1,7 @@
 """Saves that are killed or run out of space, at every point: the old checkpoint always survives.
 
+Synchronous and asynchronous ones alike.
+
 Each child process is a fork, so that torch is imported once. Kill points are Python's own audit
 events (every open, rename, mkdir and removal below the directory) and the kernel's limit on file
 sizes, which ends a process in the middle of a write; nothing in the code under test is replaced.
@@ -7,89 +9,38 @@ sizes, which ends a process in the middle of a write; nothing in the code under 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from megatron_moe.checkpoint import CheckpointError, latest_step, verify
-from megatron_moe.checkpoint.directory import remove, revisions, step_directory
+from megatron_moe.checkpoint.directory import remove, revisions
 from megatron_moe.checkpoint.ranks import Ranks
 from tests.checkpoint import toy
+from tests.faults.killing import POINTS, Save, check_whole, fork, fork_ranks, kill_at
 
-POINTS = 200
-"""More than a save has; the loop ends when a save survives."""
-
-
-def fork(body: Callable[[], None]) -> int:
-    """Run ``body`` in a child; its exit status, or minus the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(start_fork(body), 0)[1])
+both_ways = pytest.mark.parametrize("save", [toy.save, toy.save_behind])
+"""Synchronously and behind the back of a training that has overwritten everything already."""
 
 
-def start_fork(body: Callable[[], None]) -> int:
-    """Run ``body`` in a child; its process id."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            body()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
-
-
-def kill_at(event: int, directory: Path) -> None:
-    """From now on, be killed before the given change or opening of something below a directory."""
-    seen = 0
-    prefix = str(directory)
-
-    def watch(name: str, arguments: tuple[object, ...]) -> None:
-        nonlocal seen
-        watched = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
-        if name not in watched or not str(arguments[0]).startswith(prefix):
-            return
-        if seen == event:
-            os.kill(os.getpid(), signal.SIGKILL)
-        seen += 1
-
-    sys.addaudithook(watch)
-
-
-def check_whole(directory: Path, old: int, new: int) -> int:
-    """The next start finds a complete checkpoint, the old or the new; which one."""
-    step = latest_step(directory)
-    assert step in (old, new)
-    for present in revisions(directory):
-        verify(directory, present)
-    local, _ = toy.load(step_directory(directory)[1])
-    for shard in local:
-        assert torch.equal(shard.param, toy.logical(step)[shard.local_name])
-    return step
-
-
-def _killed_save(event: int, directory: Path, step: int) -> None:
+def _killed_save(save: Save, event: int, directory: Path, step: int) -> None:
     kill_at(event, directory)
-    toy.save(directory, step)
+    save(directory, step)
 
 
-def _kill_everywhere(directory: Path, step: int) -> list[int]:
+def _kill_everywhere(save: Save, directory: Path, step: int) -> list[int]:
     """Save ``step`` to copies of a directory, killed at each point; the steps then found."""
     found = []
     for event in range(POINTS):
         copy = directory.with_name(f"copy-{event}")
         shutil.copytree(directory, copy)
-        status = fork(partial(_killed_save, event, copy, step))
+        status = fork(partial(_killed_save, save, event, copy, step))
         if status == 0:
             assert latest_step(copy) == step
             return found
@@ -102,19 +53,21 @@ def _kill_everywhere(directory: Path, step: int) -> list[int]:
     raise AssertionError("the save never survived")
 
 
-def test_a_kill_at_any_point_of_a_save_leaves_a_complete_checkpoint(tmp_path):
+@both_ways
+def test_a_kill_at_any_point_of_a_save_leaves_a_complete_checkpoint(tmp_path, save):
     directory = tmp_path / "run"
     toy.save(directory, 10)
-    found = _kill_everywhere(directory, 20)
+    found = _kill_everywhere(save, directory, 20)
     assert len(found) > 10 and set(found) == {10, 20}
     assert found == sorted(found)
 
 
-def test_a_kill_while_a_step_is_saved_again_never_harms_the_old_one(tmp_path):
+@both_ways
+def test_a_kill_while_a_step_is_saved_again_never_harms_the_old_one(tmp_path, save):
     """Both hold the same step; whichever is found must be whole at every point."""
     directory = tmp_path / "run"
     toy.save(directory, 10)
-    assert len(_kill_everywhere(directory, 10)) > 10
+    assert len(_kill_everywhere(save, directory, 10)) > 10
 
 
 def test_a_kill_while_a_checkpoint_is_removed_leaves_it_whole_or_gone(tmp_path):
@@ -135,7 +88,8 @@ def test_a_kill_while_a_checkpoint_is_removed_leaves_it_whole_or_gone(tmp_path):
     verify(directory, 10)
 
 
-def test_a_kill_in_the_middle_of_any_write_leaves_the_old_checkpoint(tmp_path):
+@both_ways
+def test_a_kill_in_the_middle_of_any_write_leaves_the_old_checkpoint(tmp_path, save):
     """The limit on file sizes sends SIGXFSZ, whose default is to end the process at once."""
     directory = tmp_path / "run"
     path = toy.save(directory, 10)
@@ -145,7 +99,7 @@ def test_a_kill_in_the_middle_of_any_write_leaves_the_old_checkpoint(tmp_path):
         def body(limit: int = limit) -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            toy.save(directory, 20)
+            save(directory, 20)
 
         largest = max(sizes.values())
         status = fork(body)
@@ -153,22 +107,23 @@ def test_a_kill_in_the_middle_of_any_write_leaves_the_old_checkpoint(tmp_path):
         assert check_whole(directory, 10, 20) == 10
 
 
-def _limited_save(directory: Path, step: int, limit: int, message: Path) -> None:
+def _limited_save(save: Save, directory: Path, step: int, limit: int, message: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        toy.save(directory, step)
+        save(directory, step)
     except CheckpointError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         message.write_text(str(error))
         os._exit(2)
 
 
+@both_ways
 @pytest.mark.parametrize("limit", [0, 100, 1500])
-def test_a_write_that_fails_says_step_and_bytes_and_leaves_nothing(tmp_path, limit):
+def test_a_write_that_fails_says_step_and_bytes_and_leaves_nothing(tmp_path, save, limit):
     directory, message = tmp_path / "run", tmp_path / "message"
     toy.save(directory, 10)
     before = sorted(p.name for p in directory.iterdir())
-    assert fork(lambda: _limited_save(directory, 20, limit, message)) == 2
+    assert fork(lambda: _limited_save(save, directory, 20, limit, message)) == 2
     text = message.read_text()
     # Weights and two moments, 54 fp32 elements each.
     assert f"save of step 20 to {directory}" in text and "648 bytes" in text
@@ -177,51 +132,14 @@ def test_a_write_that_fails_says_step_and_bytes_and_leaves_nothing(tmp_path, lim
     assert check_whole(directory, 10, 20) == 10
 
 
-@contextlib.contextmanager
-def _ballast(mount: Path, free: int) -> Iterator[None]:
-    """A mounted file system with so many KiB left."""
-    path = mount / "ballast"
-    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(1024))
-    with path.open("r+b") as file:
-        file.truncate(max(path.stat().st_size - (free << 10), 0))
-    yield
-    path.unlink()
-
-
-@contextlib.contextmanager
-def _limit(free: int) -> Iterator[None]:
-    """Files of at most half a KiB per KiB: the next best thing without the right to mount."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (free << 9, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.fixture
-def scarce(tmp_path):
-    """A directory, and a context in which it has little room."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", str(mount)]
-    may_mount = (
-        shutil.which("mount") and not subprocess.run(command, capture_output=True).returncode
-    )
-    if may_mount:
-        yield mount / "run", lambda free: _ballast(mount, free)
-        subprocess.run(["umount", "-l", str(mount)], check=True)
-    else:
-        yield mount / "run", _limit
-
-
-def test_a_full_disk_is_an_error_and_the_old_checkpoint_stays(scarce):
+@both_ways
+def test_a_full_disk_is_an_error_and_the_old_checkpoint_stays(scarce, save):
     directory, room = scarce
     toy.save(directory, 10)
     message = f"save of step 20 to {directory} is .* room for 648 bytes .* intact"
     for free in (0, 1, 4, 8, 12):  # KiB: from nothing at all to all files but the last
         with room(free), pytest.raises(CheckpointError, match=message) as error:
-            toy.save(directory, 20)
+            save(directory, 20)
         assert "No space left" in str(error.value) or "File too large" in str(error.value)
         assert check_whole(directory, 10, 10) == 10
         assert list(revisions(directory)) == [10]
@@ -229,26 +147,8 @@ def test_a_full_disk_is_an_error_and_the_old_checkpoint_stays(scarce):
     assert check_whole(directory, 20, 20) == 20
 
 
-def fork_ranks(body: Callable[[Ranks], None], scratch: Path) -> list[int]:
-    """Run ``body`` on two ranks of a gloo group; their exit statuses, 3 for an error."""
-
-    def child(rank: int) -> None:
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-        store = torch.distributed.FileStore(str(scratch), 2)
-        torch.distributed.init_process_group(
-            "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=30)
-        )
-        try:
-            body(Ranks(rank, 2))
-        except (CheckpointError, RuntimeError):
-            os._exit(3)
-
-    scratch.unlink(missing_ok=True)
-    children = [start_fork(partial(child, rank)) for rank in range(2)]
-    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
-
-
-def test_a_rank_that_cannot_write_stops_the_save_on_all(tmp_path):
+@both_ways
+def test_a_rank_that_cannot_write_stops_the_save_on_all(tmp_path, save):
     directory = tmp_path / "run"
 
     def body(ranks: Ranks) -> None:
@@ -257,7 +157,7 @@ def test_a_rank_that_cannot_write_stops_the_save_on_all(tmp_path):
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
             resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
         try:
-            toy.save(directory, 20, ranks)
+            save(directory, 20, ranks)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
             text = str(sys.exc_info()[1])
@@ -271,8 +171,9 @@ def test_a_rank_that_cannot_write_stops_the_save_on_all(tmp_path):
     assert check_whole(directory, 10, 20) == 10
 
 
+@both_ways
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_killed_at_any_point_ends_the_other_and_loses_nothing(tmp_path, victim):
+def test_a_rank_killed_at_any_point_ends_the_other_and_loses_nothing(tmp_path, save, victim):
     directory, store = tmp_path / "run", tmp_path / "store"
     assert fork_ranks(lambda ranks: toy.save(directory, 10, ranks) and None, store) == [0, 0]
     found = []
@@ -283,7 +184,7 @@ def test_a_rank_killed_at_any_point_ends_the_other_and_loses_nothing(tmp_path, v
         def body(ranks: Ranks, event: int = event, copy: Path = copy) -> None:
             if ranks.rank == victim:
                 kill_at(event, copy)
-            toy.save(copy, 20, ranks)
+            save(copy, 20, ranks)
 
         statuses = fork_ranks(body, store)
         if statuses == [0, 0]:

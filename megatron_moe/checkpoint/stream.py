@@ -1,0 +1,87 @@
+"""Bytes on their way to a file: written once, hashed meanwhile, synced at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from threading import Event
+
+CHUNK = 16 << 20
+"""Bytes written or hashed at a time."""
+SMALL = 1 << 20
+"""Shorter parts are put together, up to about as many bytes: each chunk has a fixed cost."""
+_AHEAD = 2
+"""Chunks that writing may be ahead of hashing."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says of one file."""
+
+    sha256: str
+    bytes: int
+
+
+class Stopped(Exception):
+    """A write that was told to stop; its file is of no use."""
+
+
+def write_stream(path: Path, parts: Iterator[memoryview], stop: Event | None = None) -> FileRecord:
+    """Write a new file and sync it to the disk.
+
+    Hashing runs in a second thread: both release the interpreter's lock.
+
+    Args:
+        path: a file that does not exist.
+        parts: its bytes, cut anywhere. At most the last few are kept.
+        stop: give up at the next chunk once this is set.
+
+    Raises:
+        OSError: the disk is full, or anything else.
+        Stopped: ``stop`` was set.
+    """
+    digest, total = hashlib.sha256(), 0
+    hashing: deque[Future[None]] = deque()
+    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        for chunk in _chunks(parts):
+            if stop is not None and stop.is_set():
+                raise Stopped
+            hashing.append(pool.submit(digest.update, chunk))
+            _write_all(file, chunk)
+            total += len(chunk)
+            if len(hashing) > _AHEAD:
+                hashing.popleft().result()
+        os.fsync(file.fileno())
+    for last in hashing:
+        last.result()
+    return FileRecord(digest.hexdigest(), total)
+
+
+def _chunks(parts: Iterator[memoryview]) -> Iterator[memoryview]:
+    """The same bytes in pieces that are neither tiny nor huge."""
+    small = bytearray()
+    for part in parts:
+        if len(part) < SMALL:
+            small += part
+            if len(small) < SMALL:
+                continue
+            part = memoryview(b"")
+        if small:
+            yield memoryview(small)
+            small = bytearray()  # the old one is still being hashed
+        for i in range(0, len(part), CHUNK):
+            yield part[i : i + CHUNK]
+    if small:
+        yield memoryview(small)
+
+
+def _write_all(file: FileIO, data: memoryview) -> None:
+    """An unbuffered write may take less than it was given, as before the disk is full."""
+    while data:
+        data = data[file.write(data) :]

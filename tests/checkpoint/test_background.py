@@ -1,0 +1,130 @@
+"""Asynchronous saves of a toy model: the same bytes, one at a time, failures told on every rank."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_moe.checkpoint import CheckpointError, latest_step, verify
+from megatron_moe.checkpoint.background import BackgroundSaves
+from megatron_moe.checkpoint.files import pending, write_tensors
+from megatron_moe.checkpoint.host_copy import HostMemory
+from megatron_moe.checkpoint.ranks import Ranks
+from megatron_moe.checkpoint.stream import Stopped, write_stream
+from tests.checkpoint import toy
+
+
+def contents_of(path: Path) -> dict[str, bytes]:
+    """Every file of a checkpoint."""
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def test_a_copy_is_the_file_that_its_tensors_would_become(tmp_path):
+    """Of all widths and memory layouts; the memory is used again, by a larger and a smaller one."""
+    memory = HostMemory(pinned=False)
+    for rows in (3, 40, 2):
+        tensors = {
+            "byte": torch.arange(rows, dtype=torch.uint8),
+            "half": torch.randn(rows, 3).to(torch.bfloat16),
+            "strided": torch.randn(rows, 6)[:, 1::2],
+            "turned": torch.randn(5, rows).t(),
+            "double": torch.randn(rows, dtype=torch.float64),
+            "empty": torch.zeros(0, rows),
+            "scalar": torch.tensor(float(rows)),
+        }
+        path = tmp_path / f"{rows}.safetensors"
+        expected = write_tensors(path, list(tensors.items()), {"format": "pt"})
+        copy = memory.copy([pending(*item) for item in tensors.items()], {"format": "pt"})
+        for tensor in tensors.values():
+            tensor.zero_()
+        assert b"".join(copy.parts()) == path.read_bytes()
+        assert write_stream(tmp_path / f"{rows}.copy", copy.parts()) == expected
+
+
+def _save_both(rank, world_size, *, directory):
+    ranks = Ranks(rank, world_size)
+    toy.save(directory / "now", 10, ranks)
+    return toy.save_behind(directory / "behind", 10, ranks)
+
+
+def test_the_bytes_are_those_of_a_synchronous_save(pool, tmp_path):
+    """Although the tensors are overwritten as soon as the copy is taken."""
+    paths = pool.run(_save_both, 2, directory=tmp_path)
+    assert paths == [tmp_path / "behind" / "iter_0000010"] * 2
+    expected = contents_of(tmp_path / "now" / "iter_0000010")
+    assert len(expected) == 6
+    assert contents_of(paths[0]) == expected
+    assert latest_step(tmp_path / "behind") == 10
+    verify(tmp_path / "behind")
+
+
+def test_one_save_at_a_time(tmp_path):
+    saves, done = BackgroundSaves(Ranks()), []
+    assert saves.poll() is None and saves.finish() is None and saves.step is None
+    saves.start(tmp_path, 10, toy.contents(10), lambda: done.append(latest_step(tmp_path)))
+    assert saves.step == 10
+    with pytest.raises(RuntimeError, match="step 10 is still being saved"):
+        saves.start(tmp_path, 20, toy.contents(20))
+    assert saves.finish() == tmp_path / "iter_0000010"
+    assert done == [10]
+    assert saves.poll() is None and saves.finish() is None and saves.step is None
+    saves.start(tmp_path, 20, toy.contents(20))
+    assert saves.finish() == tmp_path / "iter_0000020"
+    for step in (10, 20):
+        verify(tmp_path, step)
+
+
+def test_a_write_that_is_told_to_stop_stops(tmp_path):
+    stop, written = threading.Event(), []
+
+    def parts():
+        for number in range(4):
+            written.append(number)
+            stop.set()
+            yield memoryview(bytes(2 << 20))
+
+    with pytest.raises(Stopped):
+        write_stream(tmp_path / "file", parts(), stop)
+    assert written == [0]
+
+
+def _fail(rank, world_size, *, directory, victim):
+    """How many times each rank asked before it was told, and what."""
+    ranks = Ranks(rank, world_size)
+    toy.save(directory, 10, ranks)
+    saves, polls = BackgroundSaves(ranks), 0
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    try:
+        if rank == victim:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
+        saves.start(directory, 20, toy.contents(20, ranks))
+        while True:
+            polls += 1
+            saves.poll()
+            torch.distributed.barrier()
+    except CheckpointError as error:
+        return polls, str(error), saves.step
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_failed_writer_is_told_on_every_rank_at_the_same_step(pool, tmp_path, victim):
+    first, second = pool.run(_fail, 2, directory=tmp_path, victim=victim)
+    assert first == second
+    polls, text, under_way = first
+    assert polls >= 1 and under_way is None
+    assert text.startswith(f"save of step 20 to {tmp_path} is 'File too large")
+    assert "\n" not in text
+    assert latest_step(tmp_path) == 10
+    verify(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "iter_0000010",
+        "latest_checkpointed_iteration.txt",
+    ]
