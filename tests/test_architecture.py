@@ -58,6 +58,7 @@ def test_design_directions_are_free(tmp_path: Path) -> None:
         ("megatron_moe/checkpoint/a.py", "from megatron_moe.training import step"),
         ("megatron_moe/training/a.py", "from megatron_moe.convert import hf"),
         ("megatron_moe/analysis/a.py", "from megatron_moe.planning import memory"),
+        ("megatron_moe/training/a.py", "from megatron_moe.inference import generation"),
         ("megatron_moe/training/a.py", "from tools import generate"),
         ("megatron_moe/training/a.py", "import tests.support.pool"),
         ("megatron_moe/unplanned/a.py", "from megatron_moe.moe import layer"),

@@ -38,10 +38,11 @@ ALLOWED: dict[str, set[str]] = {
     "planning": _ENGINE,
     "analysis": _ENGINE | {"convert"},
     "convert": _ENGINE,
+    "inference": _MODEL | {"checkpoint", "convert"},
 }
 """What each part of `megatron_moe` may import of the others. `errors` is open to all. The last
-three are leaves: only tools and `pretrain_openmoe` import them, and `analysis` reads the
-checkpoints of other programs with `convert`."""
+four are leaves: only tools and `pretrain_openmoe` import them, and `analysis` and `inference` read
+checkpoints of other formats with `convert`."""
 KERNEL_LIBRARIES = {"torch", "triton", "fused_kernels"}
 """What `fused_kernels` may import besides the standard library."""
 LIGHT = {"torch", "megatron", "numpy", "megatron_moe.platform"}

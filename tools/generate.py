@@ -1,198 +1,29 @@
-r"""Generate text from a checkpoint, with the single-device reference model.
+r"""Generate text from a checkpoint, native or Hugging Face, on one CPU or GPU.
 
-The checkpoint names its tokenizer; `--tokenizer-model` says where that file is now. Nothing is
-dropped by default, as capacity would let the text's length decide which tokens are computed.
+The checkpoint names its tokenizer; `--tokenizer-model` says where that file is now. By default
+nothing is dropped, as capacity would let the text's length decide which tokens are computed.
 
     python tools/generate.py --load checkpoints --prompt "def read(self, size):" \
         --max-new-tokens 64 --temperature 0.8 --top-p 0.9
+    python tools/generate.py --load openmoe-8b --prompts-file prompts.txt --batch-size 8 --json
+    python tools/generate.py --load checkpoints --prompt "import os" --show-routing
+    python tools/generate.py --load checkpoints --interactive
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from megatron_moe.config import RunConfig
-from megatron_moe.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
-from megatron_moe.model.reference import ReferenceOpenMoE
 
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen from its logits."""
-
-    temperature: float = 1.0
-    """Logits are divided by it; 0 takes the most probable token."""
-    top_k: int = 0
-    """Only the k most probable tokens; 0 for all."""
-    top_p: float = 1.0
-    """Only the most probable tokens whose probabilities reach p together; 1 for all."""
-
-    def check(self) -> None:
-        """Refuse what is no distribution.
-
-        Raises:
-            UsageError: a value is out of range.
-        """
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise UsageError("--temperature", self.temperature, "a number of at least 0")
-        if self.top_k < 0:
-            raise UsageError("--top-k", self.top_k, "at least 0")
-        if not 0 < self.top_p <= 1:
-            raise UsageError("--top-p", self.top_p, "above 0 and at most 1")
-
-
-def next_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Draw one token: temperature first, then top-k, then top-p of what is left.
-
-    Args:
-        logits_V: fp32, on the CPU.
-        sampling: how.
-        generator: source of randomness.
-    """
-    if sampling.temperature == 0:
-        return int(logits_V.argmax())
-    best = (logits_V / sampling.temperature).sort(descending=True, stable=True)
-    logits_V = best.values[: sampling.top_k or None]
-    probs_V = logits_V.softmax(dim=-1)
-    # A token stays if those before it have not reached p: the one that reaches it is in.
-    before_V = probs_V.cumsum(dim=-1) - probs_V
-    probs_V = probs_V.where(before_V < sampling.top_p, 0.0)
-    return int(best.indices[torch.multinomial(probs_V, 1, generator=generator)])
-
-
-@torch.no_grad()
-def generate(
-    model: ReferenceOpenMoE,
-    prompt: Sequence[int],
-    *,
-    tokens: int,
-    vocab_size: int,
-    eod: int,
-    sampling: Sampling,
-    seed: int,
-) -> Iterator[int]:
-    """New token ids after a prompt, until an end of document, which is not given.
-
-    Args:
-        model: runs a full forward pass per token.
-        prompt: ids, at least one.
-        tokens: how many at most.
-        vocab_size: ids that the tokenizer has; padding beyond is never drawn.
-        eod: id that ends the text.
-        sampling: how tokens are chosen.
-        seed: of the draws.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    device = model.embedding.weight.device
-    ids = list(prompt)
-    for _ in range(tokens):
-        tokens_BS = torch.tensor([ids], device=device)
-        x_BSH, _ = model.hidden_states(tokens_BS, training_capacity=False)
-        logits_V = model.logits(x_BSH[0, -1])[:vocab_size].float().cpu()
-        token = next_token(logits_V, sampling, generator)
-        if token == eod:
-            return
-        ids.append(token)
-        yield token
-
-
-def load_model(options: argparse.Namespace, config: RunConfig) -> ReferenceOpenMoE:
-    """The checkpoint's weights in the reference model, ready for inference."""
-    from megatron_moe.checkpoint import load_logical, read_metadata
-
-    moe = config.moe
-    if not options.drop_tokens:
-        moe = replace(moe, moe_eval_capacity_factor=None)
-    vocab_size = read_metadata(options.load, options.ckpt_step).padded_vocab_size
-    dtype = torch.bfloat16 if options.bf16 else torch.float32
-    model = ReferenceOpenMoE(
-        config.model, moe, vocab_size, seed=None, device=options.device, dtype=dtype
-    )
-    model.load_logical(load_logical(options.load, options.ckpt_step))
-    return model.eval()
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        UsageError: PyTorch does not know it, or this machine has none.
-    """
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError("--device", device, "a device of this machine", reason) from None
-
-
-def load_tokenizer(options: argparse.Namespace, config: RunConfig) -> Tokenizer:
-    """The tokenizer that the checkpoint was trained with.
-
-    Raises:
-        UsageError: its file is missing, or is another tokenizer's.
-    """
-    from megatron_moe.checkpoint import read_metadata
-
-    data = config.data
-    if options.tokenizer_model is not None:
-        data = replace(data, tokenizer_model=options.tokenizer_model)
-    tokenizer = build_tokenizer(data)
-    trained = read_metadata(options.load, options.ckpt_step).tokenizer_hash
-    if trained and trained != tokenizer.identity:
-        raise UsageError(
-            "--tokenizer-model",
-            data.tokenizer_model,
-            f"the tokenizer of the checkpoint ({trained[:12]}...)",
-        )
-    return tokenizer
-
-
-def run(options: argparse.Namespace) -> None:
-    """Generate, and print prompt and continuation.
-
-    Raises:
-        UsageError: a flag, the checkpoint or the tokenizer is wrong.
-    """
-    # Imported late, so that --help is quick.
-    from megatron_moe.checkpoint import read_config
-
-    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    sampling.check()
-    if options.max_new_tokens < 1:
-        raise UsageError("--max-new-tokens", options.max_new_tokens, "at least 1")
-    check_device(options.device)
-    config = read_config(options.load, options.ckpt_step)
-    tokenizer = load_tokenizer(options, config)
-    # A document begins after the end of another: that is what an empty prompt continues.
-    prompt = tokenizer.tokenize(options.prompt) or [tokenizer.eod]
-    if max(prompt) >= tokenizer.vocab_size or min(prompt) < 0:
-        raise UsageError("--prompt", options.prompt, f"ids from 0 to {tokenizer.vocab_size - 1}")
-    longest, length = config.model.max_position_embeddings, len(prompt) + options.max_new_tokens
-    if length > longest:
-        raise UsageError(
-            "--max-new-tokens",
-            options.max_new_tokens,
-            f"at most {max(longest - len(prompt), 0)}: the prompt has {len(prompt)} tokens, "
-            f"--max-position-embeddings is {longest}",
-        )
-    new = generate(
-        load_model(options, config),
-        prompt,
-        tokens=options.max_new_tokens,
-        vocab_size=tokenizer.vocab_size,
-        eod=tokenizer.eod,
-        sampling=sampling,
-        seed=options.seed,
-    )
-    print(tokenizer.detokenize([*prompt, *new]))
+if TYPE_CHECKING:
+    from megatron_moe.inference.generation import Rules
+    from megatron_moe.inference.loading import Loaded
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -203,20 +34,158 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
-    add("--load", required=True, metavar="DIR", help="checkpoints of a run")
-    add("--ckpt-step", type=int, help="step to load (the newest)")
-    add("--prompt", default="", help="text to continue (none: a new document)")
+    add = parser.add_argument_group("the model").add_argument
+    add("--load", required=True, type=Path, metavar="DIR", help="checkpoints of a run, or weights")
+    add("--format", choices=("auto", "native", "hf"), default="auto", help="of --load (auto)")
+    add("--ckpt-step", type=int, help="native: step to load (the newest)")
+    add("--tokenizer-type", help="instead of the checkpoint's, e.g. SentencePieceTokenizer")
+    add("--tokenizer-model", metavar="FILE", help="where the tokenizer is now")
+    add("--device", default="cpu", help="device of PyTorch, e.g. cuda (cpu)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="to compute in (fp32)")
+    moe = "dropless; eval: the run's evaluation capacity, needs --no-kv-cache (dropless)"
+    add("--moe-capacity", choices=("dropless", "eval"), default="dropless", help=moe)
+    add("--no-kv-cache", action="store_true", help="read the whole text again for every token")
+    add = parser.add_argument_group("what to continue").add_argument
+    add("--prompt", action="append", metavar="TEXT", help="may be repeated (none: a new document)")
+    add("--prompts-file", metavar="FILE", help="a prompt a line, or .jsonl; - is standard input")
+    add("--interactive", action="store_true", help="ask for prompts, one after the other")
+    add("--append-eod", action="store_true", help="end of document after a prompt, as UL2 has it")
+    add = parser.add_argument_group("how").add_argument
     add("--max-new-tokens", type=int, default=64, help="at most this many (64)")
     add("--temperature", type=float, default=1.0, help="0 takes the most probable token (1)")
     add("--top-k", type=int, default=0, help="draw from the k most probable; 0 for all (0)")
     add("--top-p", type=float, default=1.0, help="draw from the most probable up to p (1)")
-    add("--seed", type=int, default=1234, help="of the draws (1234)")
-    add("--tokenizer-model", metavar="FILE", help="where the tokenizer is now")
-    add("--drop-tokens", action="store_true", help="use the evaluation capacity of the run")
-    add("--bf16", action="store_true", help="compute in bfloat16 instead of fp32")
-    add("--device", default="cpu", help="device of PyTorch, e.g. cuda (cpu)")
+    add(
+        "--seed", type=int, default=1234, help="of the first prompt; the next takes the next (1234)"
+    )
+    add("--batch-size", type=int, default=8, help="prompts at a time (8)")
+    add = parser.add_argument_group("output").add_argument
+    add("--json", action="store_true", help="an object a line and prompt, with token ids")
+    add("--show-routing", action="store_true", help="which experts each token took, by layer")
+    add("--no-stream", action="store_true", help="print a text when it is whole")
     return parser.parse_args(argv)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse flags that cannot work, before anything is loaded.
+
+    Raises:
+        UsageError: the first such flag.
+    """
+    for flag, value in {
+        "--max-new-tokens": options.max_new_tokens,
+        "--batch-size": options.batch_size,
+    }.items():
+        if value < 1:
+            raise UsageError(flag, value, "at least 1")
+    if not 0 <= options.seed < 2**63:
+        raise UsageError("--seed", options.seed, "from 0 to 2^63 - 1")
+    if options.prompt and options.prompts_file:
+        raise UsageError("--prompts-file", options.prompts_file, "absent beside --prompt")
+    if options.moe_capacity == "eval" and not options.no_kv_cache:
+        raise UsageError(
+            "--moe-capacity",
+            "eval",
+            "--no-kv-cache with it",
+            "under a capacity a later token may displace an earlier one, which a cache cannot undo",
+        )
+    if options.interactive:
+        for flag in ("prompt", "prompts_file", "json"):
+            if getattr(options, flag):
+                name = f"--{flag.replace('_', '-')}"
+                raise UsageError(name, getattr(options, flag), "absent beside --interactive")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load, generate, print.
+
+    Raises:
+        UsageError: a flag, the checkpoint, the tokenizer or a prompt is wrong.
+    """
+    # Imported late, so that --help and a wrong flag are answered at once.
+    from megatron_moe.inference.generation import Rules
+    from megatron_moe.inference.loading import Wanted, load
+    from megatron_moe.inference.prompts import read_prompts
+    from megatron_moe.inference.sampling import Sampling
+
+    check(options)
+    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    sampling.check()
+    prompts = read_prompts(options.prompts_file) if options.prompts_file else options.prompt
+    loaded = load(
+        Wanted(
+            path=options.load,
+            format=options.format,
+            step=options.ckpt_step,
+            tokenizer_type=options.tokenizer_type,
+            tokenizer_model=options.tokenizer_model,
+            capacity=options.moe_capacity,
+            device=options.device,
+            dtype=options.dtype,
+        )
+    )
+    rules = Rules(
+        tokens=options.max_new_tokens,
+        vocab_size=loaded.text.size,
+        eod=loaded.text.eod,
+        sampling=sampling,
+        cached=not options.no_kv_cache,
+    )
+    if options.interactive:
+        ask(options, loaded, rules)
+    else:
+        answer(options, loaded, rules, prompts or [""])
+
+
+def answer(
+    options: argparse.Namespace,
+    loaded: Loaded,
+    rules: Rules,
+    prompts: Sequence[str],
+    start: int = 0,
+) -> None:
+    """Continue prompts, batch by batch.
+
+    Args:
+        options: the command line.
+        loaded: the model.
+        rules: how to go on.
+        prompts: texts.
+        start: prompts before these, which have taken seeds.
+
+    Raises:
+        UsageError: a prompt has ids that the model has not, or is too long; nothing is printed.
+    """
+    from megatron_moe.inference.generation import check_lengths, generate
+    from megatron_moe.inference.output import Output, Style
+    from megatron_moe.inference.prompts import encode_prompts
+    from megatron_moe.inference.routing_log import RoutingLog
+
+    ids = encode_prompts(prompts, loaded.text, append_eod=options.append_eod)
+    check_lengths(loaded.model, ids, rules.tokens)
+    style = Style(as_json=options.json, numbered=len(prompts) > 1, stream=not options.no_stream)
+    for first in range(0, len(ids), options.batch_size):
+        batch = slice(first, first + options.batch_size)
+        log = RoutingLog(len(ids[batch])) if options.show_routing else None
+        seeds = [options.seed + start + first + row for row in range(len(ids[batch]))]
+        drawn = generate(loaded.model, ids[batch], rules, seeds, log)
+        Output(prompts[batch], ids[batch], loaded.text, style, first, log).print(drawn)
+
+
+def ask(options: argparse.Namespace, loaded: Loaded, rules: Rules) -> None:
+    """Continue prompts as they are typed, until the end of input. A mistake costs a line."""
+    print(f"{loaded.source}. An empty line starts a document; Ctrl-D ends.", file=sys.stderr)
+    for number in range(sys.maxsize):
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            answer(options, loaded, rules, [prompt], number)
+        except UsageError as error:
+            print(f"generate.py: {error}", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -227,6 +196,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UsageError as error:
         print(f"generate.py: error: {error}", file=sys.stderr)
         raise SystemExit(USAGE_EXIT_CODE) from None
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -162,7 +162,3 @@ class Cache:
             for layer, tensor in enumerate(tensors):
                 tensors[layer] = tensor.index_select(0, chosen)
         self.lengths = [self.lengths[row] for row in rows]
-
-    def cut(self, length: int) -> None:
-        """Forget what comes after the first ``length`` tokens of each row."""
-        self.lengths = [min(old, length) for old in self.lengths]

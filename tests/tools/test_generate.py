@@ -1,113 +1,64 @@
-"""Text from a checkpoint: the model's own choices, the sampling rules, the errors."""
+"""The command: what it prints, where prompts come from, the errors."""
 
 from __future__ import annotations
 
-from collections import Counter
+import io
+import json
+import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_moe.checkpoint.blocks import Block
-from megatron_moe.checkpoint.index import MODEL
-from megatron_moe.checkpoint.parts import Part
-from megatron_moe.checkpoint.ranks import Ranks
-from megatron_moe.checkpoint.reading import CONFIG, STATE
-from megatron_moe.checkpoint.state import Metadata, TrainState, as_json
-from megatron_moe.checkpoint.writer import write_checkpoint
-from megatron_moe.config import DataConfig, ModelConfig, MoEConfig, RunConfig
-from megatron_moe.data.tokenizer import ByteTokenizer
-from megatron_moe.model.reference import ReferenceOpenMoE
-from tools.generate import Sampling, generate, main, next_token
+from megatron_moe.config import DataConfig
+from tests.inference.cases import CONFIG, TOKENIZER, greedy, model, save
+from tools.generate import main
 
-PADDED = 384
-CONFIG_OF_RUN = RunConfig(
-    model=ModelConfig(
-        num_layers=2,
-        hidden_size=32,
-        ffn_hidden_size=32,
-        num_attention_heads=2,
-        kv_channels=16,
-        max_position_embeddings=40,
-    ),
-    moe=MoEConfig(
-        num_experts=4,
-        moe_layer_freq="[0,1]",
-        moe_shared_expert_intermediate_size=None,
-        moe_eval_capacity_factor=0.25,
-        moe_min_capacity=1,
-    ),
-    data=DataConfig(tokenizer_type="ByteTokenizer"),
-)
-
-
-def _model(moe: MoEConfig = CONFIG_OF_RUN.moe) -> ReferenceOpenMoE:
-    model = ReferenceOpenMoE(CONFIG_OF_RUN.model, moe, PADDED, seed=2)
-    with torch.no_grad():
-        model.layers[1].moe.experts.down *= 50  # what experts do, and so drops, must show
-        model.output.weight *= 8  # peaked enough for different texts to differ
-        model.output.weight[[0, 1, 2]] = 0  # no special ids: an early end would hide the rest
-        model.output.weight[259:] *= 8  # and padding that would win if it were allowed
-    return model.eval()
-
-
-def _save(directory: Path, config: RunConfig) -> None:
-    """Write a native checkpoint of `_model()`, trained with a byte tokenizer."""
-    parts = [
-        Part(MODEL, name, tuple(t.shape), Block.whole(tuple(t.shape)), t)
-        for name, t in _model().state_dict().items()
-    ]
-    metadata = Metadata(padded_vocab_size=PADDED, tokenizer_hash=ByteTokenizer().identity)
-    state = {
-        "train": as_json(TrainState(iteration=7)),
-        "metadata": as_json(metadata),
-        "optimizer": None,
-        "random": None,
-    }
-    write_checkpoint(
-        directory,
-        7,
-        ranks=Ranks(),
-        parts=parts,
-        documents={CONFIG: config.to_dict(), STATE: state},
-        header={"format": "pt"},
-    )
+GREEDY = ("--temperature", "0", "--max-new-tokens")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("checkpoint")
-    _save(directory, CONFIG_OF_RUN)
-    return directory
+    return save(tmp_path_factory.mktemp("checkpoint"))
 
 
 def _text(capsys: pytest.CaptureFixture[str], checkpoint: Path, *flags: str) -> str:
     main(["--load", str(checkpoint), *flags])
-    return capsys.readouterr().out[:-1]
+    return capsys.readouterr().out.removesuffix("\n")
 
 
-def _greedy(model: ReferenceOpenMoE, prompt: str, tokens: int) -> str:
-    """The most probable continuation, from the logits of plain forward passes."""
-    tokenizer = ByteTokenizer()
-    ids = tokenizer.tokenize(prompt)
-    for _ in range(tokens):
-        logits = model(torch.tensor([ids]), training_capacity=False).logits[0, -1]
-        ids.append(int(logits[: tokenizer.vocab_size].argmax()))
-    return tokenizer.detokenize(ids)
+def _objects(capsys: pytest.CaptureFixture[str], checkpoint: Path, *flags: str) -> list[Any]:
+    text = _text(capsys, checkpoint, "--json", *flags)
+    return [json.loads(line) for line in text.splitlines()]
 
 
+def _expected(prompt: str, tokens: int, **moe: Any) -> str:
+    ids = TOKENIZER.tokenize(prompt)
+    made = model(replace(CONFIG.moe, **{"moe_eval_capacity_factor": None, **moe}))
+    return TOKENIZER.detokenize([*ids, *greedy(made, ids, tokens)])
+
+
+@pytest.mark.parametrize("cache", [(), ("--no-kv-cache",)])
+@pytest.mark.parametrize("stream", [(), ("--no-stream",)])
 def test_greedy_text_is_the_models_own_without_drops(
+    capsys: pytest.CaptureFixture[str],
+    checkpoint: Path,
+    cache: tuple[str, ...],
+    stream: tuple[str, ...],
+) -> None:
+    found = _text(capsys, checkpoint, "--prompt", "abcd", *GREEDY, "12", *cache, *stream)
+    assert found == _expected("abcd", 12)
+
+
+def test_the_capacity_of_the_run_on_request(
     capsys: pytest.CaptureFixture[str], checkpoint: Path
 ) -> None:
-    dropless = _model(replace(CONFIG_OF_RUN.moe, moe_eval_capacity_factor=None))
-    flags = ("--prompt", "abcd", "--max-new-tokens", "12", "--temperature", "0")
+    flags = ("--prompt", "abcd", *GREEDY, "12", "--moe-capacity", "eval", "--no-kv-cache")
     text = _text(capsys, checkpoint, *flags)
-    assert text == _greedy(dropless, "abcd", 12)
-    dropping = _text(capsys, checkpoint, *flags, "--drop-tokens")
-    assert dropping == _greedy(_model(), "abcd", 12)
-    assert dropping != text, "the case cannot tell dropless from dropping"
+    assert text == _expected("abcd", 12, moe_eval_capacity_factor=0.25)
+    assert text != _expected("abcd", 12), "the case cannot tell dropless from dropping"
 
 
 def test_a_seed_repeats_a_sample_and_another_gives_another(
@@ -120,69 +71,139 @@ def test_a_seed_repeats_a_sample_and_another_gives_another(
     assert first.startswith("ab")
 
 
-def test_an_empty_prompt_begins_a_document(
+def test_the_seed_of_a_prompt_does_not_depend_on_its_batch(
     capsys: pytest.CaptureFixture[str], checkpoint: Path
 ) -> None:
-    assert _text(capsys, checkpoint, "--max-new-tokens", "4")
+    flags = (*("--prompt", "ab") * 4, "--max-new-tokens", "8", "--temperature", "2")
+    together = _objects(capsys, checkpoint, *flags)
+    assert _objects(capsys, checkpoint, *flags, "--batch-size", "3") == together
+    assert len({each["text"] for each in together}) == 4
+    alone = _objects(capsys, checkpoint, *flags[6:], "--seed", "1237")
+    assert alone == together[3:]
+
+
+def test_several_prompts_in_batches_are_as_each_alone(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path
+) -> None:
+    prompts = ["abcd", "x", "longer prompt"]
+    flags = [word for prompt in prompts for word in ("--prompt", prompt)]
+    text = _text(capsys, checkpoint, *flags, *GREEDY, "9", "--batch-size", "2")
+    wanted = [f"--- prompt {n}\n{_expected(p, 9)}" for n, p in enumerate(prompts, 1)]
+    assert text == "\n".join(wanted)
+
+
+def test_prompts_of_a_file_and_of_standard_input(
+    capsys: pytest.CaptureFixture[str],
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, objects = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    plain.write_text("ab\n\ncdé\n")
+    objects.write_text('{"prompt": "two\\nlines"}\n{"prompt": "", "more": 1}\n')
+    found = _objects(capsys, checkpoint, "--prompts-file", str(plain), *GREEDY, "3")
+    assert [each["prompt"] for each in found] == ["ab", "cdé"]
+    found = _objects(capsys, checkpoint, "--prompts-file", str(objects), *GREEDY, "3")
+    assert [each["prompt"] for each in found] == ["two\nlines", ""]
+    assert found[1]["prompt_ids"] == [1], "an empty prompt begins a document"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("from a pipe\n"))
+    (found,) = _objects(capsys, checkpoint, "--prompts-file", "-", *GREEDY, "3")
+    assert found["prompt"] == "from a pipe"
+
+
+def test_json_holds_ids_text_and_why_it_ends(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path
+) -> None:
+    (found,) = _objects(capsys, checkpoint, "--prompt", "abcd", *GREEDY, "5", "--append-eod")
+    prompt = [*TOKENIZER.tokenize("abcd"), 1]
+    ids = greedy(model(), prompt, 5)
+    assert found == {
+        "prompt": "abcd",
+        "text": TOKENIZER.detokenize(ids),
+        "finish": "length",
+        "prompt_ids": prompt,
+        "ids": ids,
+    }
+
+
+def test_routing_as_a_table_and_as_json(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path
+) -> None:
+    flags = ("--prompt", "abcd", *GREEDY, "3", "--show-routing")
+    ids = TOKENIZER.tokenize("abcd")
+    read = [*ids, *greedy(model(), ids, 3)[:-1]]
+    (routing,) = model()(torch.tensor([read]), training_capacity=False).routing
+    (found,) = _objects(capsys, checkpoint, *flags)
+    assert found["routing"][0]["layer"] == 1
+    assert found["routing"][0]["experts"] == routing.ids_TK.tolist()
+    assert found["tokens"][:4] == ["'a'", "'b'", "'c'", "'d'"]
+    table = _text(capsys, checkpoint, *flags).splitlines()[-7:]
+    assert table[0].split() == ["token", "layer", "1"]
+    for place, line in enumerate(table[1:]):
+        best, second = routing.ids_TK[place].tolist()
+        p, q = routing.probs_TK[place].tolist()
+        assert line.split()[0] == str(place)
+        assert line.endswith(f"{best}:{p:.2f} {second}:{q:.2f}")
+
+
+def test_hugging_face_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    weights = save(tmp_path / "weights", layout="hf")
+    flags = ("--tokenizer-type", "ByteTokenizer", "--prompt", "abcd", *GREEDY, "6")
+    assert _text(capsys, weights, *flags) == _expected("abcd", 6)
 
 
 def test_bf16_runs(capsys: pytest.CaptureFixture[str], checkpoint: Path) -> None:
-    assert _text(capsys, checkpoint, "--bf16", "--prompt", "a", "--max-new-tokens", "4")
+    assert _text(capsys, checkpoint, "--dtype", "bf16", "--prompt", "a", "--max-new-tokens", "4")
 
 
-def test_generation_ends_at_the_end_of_a_document() -> None:
-    model = _model()
-    prompt = [10, 11]
-    greedy = partial(
-        generate, model, prompt, tokens=6, vocab_size=259, sampling=Sampling(temperature=0), seed=0
-    )
-    ids = list(greedy(eod=1))
-    assert len(ids) == 6
-    assert list(greedy(eod=ids[3])) == ids[: ids.index(ids[3])]
+def test_interactive_answers_line_by_line_and_survives_mistakes(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"abcd\n{'x' * 40}\nef\n"))
+    main(["--load", str(checkpoint), "--interactive", *GREEDY, "6"])
+    printed = capsys.readouterr()
+    assert printed.out == f"{_expected('abcd', 6)}\n{_expected('ef', 6)}\n"
+    assert "the prompt has 40 tokens" in printed.err
 
 
-LOGITS = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
+class _Closed(io.StringIO):
+    """A pipe whose reader has gone."""
+
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+    def fileno(self) -> int:
+        return self.end.fileno()
 
 
-def _frequencies(sampling: Sampling, draws: int = 1000) -> list[float]:
-    generator = torch.Generator().manual_seed(0)
-    counts = Counter(next_token(LOGITS, sampling, generator) for _ in range(draws))
-    return [counts[token] / draws for token in range(4)]
-
-
-@pytest.mark.parametrize(
-    ("sampling", "expected"),
-    [
-        (Sampling(), [0.5, 0.1, 0.3, 0.1]),
-        (Sampling(temperature=0), [1, 0, 0, 0]),
-        (Sampling(temperature=0.5), [25 / 36, 1 / 36, 9 / 36, 1 / 36]),
-        (Sampling(top_k=2), [0.625, 0, 0.375, 0]),
-        (Sampling(top_k=9), [0.5, 0.1, 0.3, 0.1]),
-        (Sampling(top_p=0.45), [1, 0, 0, 0]),
-        (Sampling(top_p=0.6), [0.625, 0, 0.375, 0]),
-        (Sampling(top_p=0.85), [5 / 9, 1 / 9, 3 / 9, 0]),  # of equals, the first
-        (Sampling(top_k=2, top_p=0.62), [1, 0, 0, 0]),  # p is of what top-k left
-        (Sampling(top_p=0.7, temperature=0.5), [25 / 34, 0, 9 / 34, 0]),
-    ],
-)
-def test_sampling_rules_worked_by_hand(sampling: Sampling, expected: list[float]) -> None:
-    found = _frequencies(sampling)
-    # Four standard deviations of a frequency over 1000 draws.
-    assert found == pytest.approx(expected, abs=0.063)
-    assert [f > 0 for f in found] == [e > 0 for e in expected]
+def test_a_reader_that_has_seen_enough_is_no_error(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    closed = _Closed()
+    with (tmp_path / "end").open("w") as closed.end:
+        monkeypatch.setattr(sys, "stdout", closed)
+        main(["--load", str(checkpoint), "--prompt", "a", "--max-new-tokens", "1"])
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         (["--temperature", "-1"], "--temperature is -1.0"),
-        (["--temperature", "nan"], "--temperature"),
         (["--top-p", "0"], "--top-p"),
         (["--top-k", "-1"], "--top-k"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--seed", "-1"], "--seed"),
         (["--prompt", "x" * 30, "--max-new-tokens", "11"], "at most 10: the prompt has 30"),
+        (["--prompt", "a", "--prompt", "x" * 30, "--max-new-tokens", "11"], "prompt 2 has 30"),
         (["--ckpt-step", "8"], "8"),
         (["--device", "abacus"], "--device"),
+        (["--moe-capacity", "eval"], "--no-kv-cache with it"),
+        (["--prompts-file", "/none/x"], "--prompts-file"),
+        (["--prompts-file", "/dev/null"], "it is empty"),
+        (["--prompt", "a", "--prompts-file", "-"], "absent beside --prompt"),
+        (["--interactive", "--prompt", "a"], "absent beside --interactive"),
+        (["--interactive", "--json"], "--json"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
@@ -197,6 +218,16 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert named in printed.err
 
 
+def test_a_prompts_file_with_a_line_that_is_no_prompt(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "a"}\n["b"]\n')
+    with pytest.raises(SystemExit):
+        main(["--load", str(checkpoint), "--prompts-file", str(path)])
+    assert f"line 2 of {path}" in capsys.readouterr().err
+
+
 def test_a_missing_checkpoint_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -209,8 +240,8 @@ def test_a_missing_checkpoint_is_refused(
 def test_another_tokenizer_than_the_trained_one_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    _save(tmp_path, replace(CONFIG_OF_RUN, data=DataConfig(vocab_size=300)))
+    save(tmp_path, replace(CONFIG, data=DataConfig(vocab_size=300)))
     with pytest.raises(SystemExit) as ended:
-        main(["--load", str(tmp_path), "--prompt", "1 2"])
+        main(["--load", str(tmp_path), "--tokenizer-type", "ByteTokenizer", "--prompt", "1 2"])
     assert ended.value.code == 2
     assert "tokenizer of the checkpoint" in capsys.readouterr().err

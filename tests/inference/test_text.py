@@ -1,0 +1,137 @@
+"""Text that can be read: in parts as it comes, and with sentinels."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import sentencepiece
+
+from megatron_moe.config import DataConfig
+from megatron_moe.data.tokenizer import ByteTokenizer, NullTokenizer, build_tokenizer
+from megatron_moe.errors import UsageError
+from megatron_moe.inference.text import Text, TextStream
+from tests.data.test_tokenizer_huggingface import make
+
+BYTES = DataConfig(tokenizer_type="ByteTokenizer")
+SENTENCE = "naïve 日本語 😀, and  then:\n\tmore"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Every kind of tokenizer that has text."""
+    folder = tmp_path_factory.mktemp("tokenizers")
+    words = folder / "words.txt"
+    words.write_text(
+        "\n".join(f"word{i} and the other wörds{i % 7} of {i * i}" for i in range(300))
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(words),
+        model_prefix=str(folder / "pieces"),
+        vocab_size=380,
+        byte_fallback=True,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    pieces = DataConfig(
+        tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(folder / "pieces.model")
+    )
+    added = DataConfig(**{**vars(pieces), "vocab_extra_ids": 5})
+    byte_level = DataConfig(
+        tokenizer_type="HuggingFaceTokenizer",
+        tokenizer_model=str(make(folder, ["<pad>", "</s>", "<unk>"])),
+    )
+    configs = {"bytes": BYTES, "pieces": pieces, "sentinels": added, "byte level": byte_level}
+    made = {name: Text(build_tokenizer(data), data) for name, data in configs.items()}
+    return {"model": folder / "pieces.model", **made}
+
+
+KINDS = ("bytes", "pieces", "sentinels", "byte level")
+
+
+def _streamed(text: Text, ids: list[int], prompt: list[int]) -> list[str]:
+    stream = TextStream(text, prompt)
+    return [*(stream.push(token) for token in ids), stream.finish()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prompt", ["", "the other"])
+def test_parts_are_the_text_and_hold_no_half_characters(
+    texts: dict[str, Any], kind: str, prompt: str
+) -> None:
+    text = texts[kind]
+    before, ids = text.encode(prompt), text.encode(SENTENCE)
+    parts = _streamed(text, ids, before)
+    whole = text.decode([*before, *ids])
+    assert "".join(parts) == whole[len(text.decode(before)) :]
+    assert SENTENCE in whole
+    assert not any("\ufffd" in part for part in parts)
+    assert sum(map(bool, parts)) > 10, "text must come as it is made"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parts_of_any_ids_are_their_text(texts: dict[str, Any], kind: str) -> None:
+    # Half characters, special ids and sentinels anywhere: what a young model says.
+    text = texts[kind]
+    for seed in range(200):
+        drawn = random.Random(seed)
+        ids = [drawn.randrange(text.size) for _ in range(30)]
+        assert "".join(_streamed(text, ids, [])) == text.decode(ids)
+        assert (
+            "".join(_streamed(text, ids[9:], ids[:9]))
+            == text.decode(ids)[len(text.decode(ids[:9])) :]
+        )
+
+
+def test_bytes_that_are_no_text_are_not_held_for_ever() -> None:
+    stream = TextStream(Text(ByteTokenizer(), BYTES))
+    assert len("".join(stream.push(0x80 + 3) for _ in range(20))) == 17
+    assert stream.finish() == "\ufffd" * 3
+
+
+def test_sentinels_are_written_and_read(texts: dict[str, Any]) -> None:
+    text = texts["sentinels"]
+    ids = text.encode("the <extra_id_0> words<extra_id_4>")
+    # The first sentinel is the highest id, as in T5.
+    assert text.size == 385
+    assert [i for i in ids if i >= 380] == [384, 380]
+    assert text.decode(ids).split() == ["the", "<extra_id_0>", "words<extra_id_4>"]
+    with pytest.raises(UsageError, match=r"<extra_id_5>.*up to <extra_id_4>"):
+        text.encode("<extra_id_5>")
+
+
+def test_a_blank_after_a_sentinel_stays(texts: dict[str, Any]) -> None:
+    text = texts["sentinels"]
+    ids = text.tokenizer.tokenize("the words")
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(texts["model"])).id_to_piece(ids)
+    cut = max(i for i, piece in enumerate(pieces) if piece.startswith("▁"))
+    assert text.decode([*ids[:cut], 384, *ids[cut:]]) == "the<extra_id_0> words"
+
+
+def test_without_sentinels_their_names_are_text() -> None:
+    text = Text(ByteTokenizer(), BYTES)
+    assert text.decode(text.encode("<extra_id_0>")) == "<extra_id_0>"
+    assert len(text.encode("<extra_id_0>")) == 12
+
+
+def test_pieces_for_tables(texts: dict[str, Any]) -> None:
+    text = texts["sentinels"]
+    blank, the, *_ = text.tokenizer.tokenize("the words")
+    assert (text.piece(blank), text.piece(the)) == ("' '", "'the'")
+    assert text.piece(384) == "'<extra_id_0>'"
+    assert text.piece(text.eod) == "<1>"
+    assert Text(ByteTokenizer(), BYTES).piece(0xC3 + 3) == "<198>"
+
+
+def test_ids_beyond_the_vocabulary_are_refused() -> None:
+    text = Text(NullTokenizer(50), DataConfig(vocab_size=50))
+    assert text.decode(text.encode("7 8")) == "7 8"
+    for wrong in ("7 50", "-1"):
+        with pytest.raises(UsageError, match="ids from 0 to 49"):
+            text.encode(wrong)
