@@ -76,6 +76,8 @@ class TrainConfig:
     `None` divides `--eval-iters` among them, so that together they cost as much again."""
     exit_interval: int | None = None
     """Save and end once the iteration is a multiple of this."""
+    exit_signal_handler: bool = False
+    """On SIGTERM to any rank, save after the current step and end all ranks with exit code 0."""
     seed: int = 1234
     """Seed of initialisation, data order and dropout."""
     bf16: bool = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 from megatron_moe.checkpoint import TrainState
 from megatron_moe.data.batch import Batch, extra_planes
@@ -23,7 +24,8 @@ from megatron_moe.training.metrics import Evaluation, Meter, StepRecord, Summary
 from megatron_moe.training.reporting import Reporter
 from megatron_moe.training.resume import Start
 from megatron_moe.training.run import TrainingRun
-from megatron_moe.training.saves import Saves
+from megatron_moe.training.saves import Saves, host_ranks
+from megatron_moe.training.signals import ExitSignal
 from megatron_moe.training.stages import Course, Stage
 from megatron_moe.training.step import train_step
 from megatron_moe.training.supply import Supply
@@ -41,6 +43,7 @@ class _Session:
     reporter: Reporter
     meter: Meter
     saves: Saves
+    signal: ExitSignal | None
     progress: TrainState
     saved_at: int | None
     over: list[StageRecord]
@@ -82,6 +85,7 @@ def train(
         reporter=reporter,
         meter=make_meter(run),
         saves=Saves(course, run.ctx, reporter.say),
+        signal=_exit_signal(course, run),
         progress=progress,
         saved_at=progress.iteration if settings.load == settings.save else None,
         over=[r for r in start.records if r.first_iteration < stage.first_iteration],
@@ -100,6 +104,9 @@ def train(
     except BaseException:
         session.saves.abandon()
         raise
+    finally:
+        if session.signal is not None:
+            session.signal.close()
     return Summary(
         state=session.progress,
         first=session.first,
@@ -129,6 +136,16 @@ def _steps(session: _Session) -> None:
         if exit_interval and done % exit_interval == 0 and not ends:
             session.reporter.say(f" leaving at iteration {done}, a multiple of --exit-interval")
             return
+        if session.signal is not None and not ends and session.signal.agreed():
+            session.reporter.say(f" leaving at iteration {done}: SIGTERM")
+            return
+
+
+def _exit_signal(course: Course, run: TrainingRun) -> ExitSignal | None:
+    if not course.config.train.exit_signal_handler:
+        return None
+    minutes = course.config.parallel.distributed_timeout_minutes
+    return ExitSignal(host_ranks(run.ctx, timedelta(minutes=minutes)))
 
 
 def _next_stage(session: _Session) -> None:
