@@ -22,7 +22,7 @@ from megatron_moe.moe.exchange import ExpertGroups, all_gather, rank_of, reduce_
 from megatron_moe.moe.experts import ExpertImpl, Experts, ExpertWork, choose_impl, is_readable
 from megatron_moe.moe.plan import BufferLayout, Plan, make_plan
 from megatron_moe.moe.router import Scores, route
-from megatron_moe.moe.slots import SlotRule, assign_slots
+from megatron_moe.moe.slots import SlotRule, Slots, assign_slots
 from megatron_moe.moe.statistics import RoutingCounter
 from megatron_moe.moe.transfer import combine, dispatch
 
@@ -113,17 +113,16 @@ class MoELayer(nn.Module):
         choices_TK = self._gather_choices(scores.choices_TK)
         row_tokens = choices_TK.shape[0] // batch
         capacity = capacity_of(self.moe, rows=batch, row_tokens=row_tokens, training=self.training)
-        weights_TK, balance, z = self._with_losses(scores, choices_TK, batch)
-        weights_TK = all_gather(weights_TK, self.groups.tp)
-        kernel = self.kernels["rank_in_expert"].module
-        slots = assign_slots(choices_TK, weights_TK, batch, capacity, self.slot_rule, kernel)
+        slots = self._assign_slots(scores, choices_TK, batch, capacity)
+        weights_TK, balance, z = self._with_losses(scores, choices_TK, slots, capacity, batch)
         filled_E = slots.filled_GE.sum(0)
         impl = choose_impl(self.moe.moe_expert_impl, self._work(filled_E))
         layout = self._buffer_layout(impl, capacity)
         plan = make_plan(slots, batch, capacity, layout)
         x_TH = all_gather(x_TH, self.groups.tp)
+        weights_TK = all_gather(weights_TK, self.groups.tp)
         y_TH = self._run_experts(x_TH, weights_TK, plan, filled_E, impl)
-        self._record(scores, plan, capacity, balance, z)
+        self._record(scores, slots, plan, capacity, (balance, z))
         return reduce_scatter(y_TH, self.groups.tp).view_as(x_SBH)
 
     def _gather_choices(self, choices_TK: Tensor) -> Tensor:
@@ -132,23 +131,34 @@ class MoELayer(nn.Module):
             return choices_TK
         return all_gather(choices_TK.int(), self.groups.tp).long()
 
+    def _assign_slots(
+        self, scores: Scores, choices_TK: Tensor, batch: int, capacity: Capacity
+    ) -> Slots:
+        """Who keeps a slot; by probability, that of all tokens of the rows is needed as well."""
+        values_TK = scores.weights_TK.detach()
+        if self.slot_rule.policy == "probs":
+            values_TK = all_gather(values_TK, self.groups.tp)
+        kernel = self.kernels["rank_in_expert"].module
+        return assign_slots(choices_TK, values_TK, batch, capacity, self.slot_rule, kernel)
+
     def _with_losses(
-        self, scores: Scores, choices_TK: Tensor, batch: int
+        self, scores: Scores, choices_TK: Tensor, slots: Slots, capacity: Capacity, batch: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Combine weights that carry the losses, and this rank's shares of the two losses."""
-        kind, tokens = self.moe.moe_router_load_balancing_type, choices_TK.shape[0]
-        z = losses.router_z_loss(scores, tokens)
-        if kind == "none":
-            balance = torch.zeros_like(z)
+        moe, layers = self.moe, self.num_moe_layers
+        rule = losses.LossRule(
+            tokens=choices_TK.shape[0],
+            per_row=moe.moe_router_load_balancing_type == "seq_aux_loss",
+            balance_weight=moe.moe_aux_loss_coeff / layers,
+            z_weight=moe.moe_z_loss_coeff / layers,
+        )
+        if moe.moe_router_load_balancing_type == "none":
+            load_BE = choices_TK.new_zeros(batch, moe.num_experts)
+        elif capacity.groups == batch:
+            load_BE = slots.load_GE  # Every row is a group.
         else:
-            load_BE = losses.load_per_row(choices_TK, batch, self.moe.num_experts)
-            per_row = kind == "seq_aux_loss"
-            balance = losses.load_balancing_loss(scores.probs_TE, load_BE, tokens, per_row)
-        weights_TK = scores.weights_TK
-        if torch.is_grad_enabled() and weights_TK.requires_grad:
-            total = balance * self.moe.moe_aux_loss_coeff + z * self.moe.moe_z_loss_coeff
-            weights_TK = losses.attach(weights_TK, total / self.num_moe_layers)
-        return weights_TK, balance, z
+            load_BE = losses.load_per_row(choices_TK, batch, moe.num_experts)
+        return losses.attach_losses(scores, load_BE, rule)
 
     def _work(self, filled_E: Tensor) -> ExpertWork:
         """What the choice of expert GEMMs depends on."""
@@ -182,18 +192,29 @@ class MoELayer(nn.Module):
         return combine(rows, weights_TK, plan, self.kernels["combine_tokens"].module)
 
     def _record(
-        self, scores: Scores, plan: Plan, capacity: Capacity, balance: Tensor, z: Tensor
+        self,
+        scores: Scores,
+        slots: Slots,
+        plan: Plan,
+        capacity: Capacity,
+        shares: tuple[Tensor, Tensor],
     ) -> None:
-        """Count this pass once and show it to the observer.
+        """Count this pass once and show it to the observer; ``shares`` of both losses.
 
         While training, a pass without gradients is the first pass of a checkpointed layer.
         """
-        local = scores.choices_TK.shape[0]
-        kept_TK = plan.kept_TK.narrow(0, rank_of(self.groups.tp) * local, local)
-        if torch.is_grad_enabled() or not self.training:
-            self.counter.add(scores, kept_TK, balance, z, self.shards)
-            if self.on_routing is not None:
-                self.on_routing(Routing(scores, kept_TK, capacity))
+        if self.training and not torch.is_grad_enabled():
+            return
+        rank = rank_of(self.groups.tp)
+        load_E, kept_E = slots.load_GE.sum(0), slots.full_GE.sum(0)
+        if rank:
+            # Every rank of the rows knows all their loads: the first one counts them.
+            load_E, kept_E = torch.zeros_like(load_E), torch.zeros_like(kept_E)
+        self.counter.add(scores, load_E, kept_E, *shares, self.shards)
+        if self.on_routing is not None:
+            local = scores.choices_TK.shape[0]
+            kept_TK = plan.kept_TK.narrow(0, rank * local, local)
+            self.on_routing(Routing(scores, kept_TK, capacity))
 
     def describe(self, rows: int, row_tokens: int) -> str:
         """Which implementations run, and why; one line for the log.

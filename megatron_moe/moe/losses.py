@@ -11,6 +11,9 @@ Shapes: T tokens of this rank, E experts, B rows, K choices.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,40 +21,89 @@ from megatron_moe.moe.router import Scores
 
 
 def load_per_row(choices_TK: Tensor, batch: int, num_experts: int) -> Tensor:
-    """Choices per row and expert, [B, E] fp32, of tokens in (sequence, batch) order."""
-    choices_BA = choices_TK.view(-1, batch, choices_TK.shape[1]).transpose(0, 1).reshape(batch, -1)
-    load_BE = torch.zeros(batch, num_experts, device=choices_TK.device)
-    return load_BE.scatter_add_(1, choices_BA, torch.ones_like(choices_BA, dtype=torch.float32))
+    """Choices per row and expert, [B, E] int64, of tokens in (sequence, batch) order."""
+    tokens, topk = choices_TK.shape
+    choices_BA = choices_TK.view(tokens // batch, batch, topk).transpose(0, 1).reshape(batch, -1)
+    load_BE = choices_TK.new_zeros(batch, num_experts)
+    return load_BE.scatter_add_(1, choices_BA, torch.ones_like(choices_BA))
 
 
-def load_balancing_loss(probs_TE: Tensor, load_BE: Tensor, tokens: int, per_row: bool) -> Tensor:
-    """This rank's share of the load-balancing loss.
+@dataclass(frozen=True, kw_only=True)
+class LossRule:
+    """How the two losses are made, and what they weigh beside the model's loss.
 
     Args:
-        probs_TE: probabilities of this rank's tokens.
-        load_BE: choices over all ranks that share the rows.
-        tokens: tokens of the micro-batch over these ranks.
-        per_row: mean over rows of the loss of each, or one loss over the micro-batch.
+        tokens: tokens of the micro-batch over the ranks that share its rows.
+        per_row: mean over rows of the balance loss of each, or one loss over the micro-batch.
+        balance_weight: factor of the balance loss.
+        z_weight: factor of the z-loss.
     """
-    rows, experts = load_BE.shape
-    if per_row:
+
+    tokens: int
+    per_row: bool
+    balance_weight: float = 1.0
+    z_weight: float = 1.0
+
+
+def attach_losses(scores: Scores, load_BE: Tensor, rule: LossRule) -> tuple[Tensor, Tensor, Tensor]:
+    """Let the losses take part in the backward pass of whatever is made from the combine weights.
+
+    Args:
+        scores: of this rank's tokens.
+        load_BE: int64 choices over all ranks that share the rows; zeros: no balance loss.
+        rule: as above.
+
+    Returns:
+        The combine weights [T, K], and this rank's shares of both losses, unweighted and without
+        gradient, for the record.
+    """
+    inputs = scores.weights_TK, scores.probs_TE, scores.log_z_T
+    return _AttachLosses.apply(*inputs, load_BE, rule)
+
+
+class _AttachLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weights_TK: Tensor,
+        probs_TE: Tensor,
+        log_z_T: Tensor,
+        load_BE: Tensor,
+        rule: LossRule,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, experts = load_BE.shape
+        # E * sum_e (load / S) (mass / S) averaged over B rows, where S = tokens / B; one row of
+        # all tokens where the micro-batch is judged as a whole.
+        slope_BE = load_BE if rule.per_row else load_BE.sum(0, keepdim=True).expand(rows, -1)
+        slope_BE = slope_BE.to(probs_TE.dtype)
         mass_BE = probs_TE.view(-1, rows, experts).sum(0)
-        # E * sum_e (load / S) (mass / S) averaged over B rows, where S = tokens / B.
-        return (mass_BE * load_BE).sum() * (experts * rows / tokens**2)
-    return (probs_TE.sum(0) * load_BE.sum(0)).sum() * (experts / tokens**2)
+        factor = experts * (rows if rule.per_row else 1) / rule.tokens**2
+        balance = torch.vdot(mass_BE.reshape(-1), slope_BE.reshape(-1)) * factor
+        z = torch.vdot(log_z_T, log_z_T) / rule.tokens
+        ctx.save_for_backward(log_z_T, slope_BE)
+        ctx.tokens = probs_TE.shape[0]
+        ctx.weights = rule.balance_weight * factor, 2 * rule.z_weight / rule.tokens
+        ctx.mark_non_differentiable(balance, z)
+        return weights_TK, balance, z
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        log_z_T, slope_BE = ctx.saved_tensors
+        rows, experts = slope_BE.shape
+        scale = _engine_scale()
+        slope_BE, log_z_T = (
+            x * (weight * scale if scale is not None else weight)
+            for x, weight in zip((slope_BE, log_z_T), ctx.weights, strict=True)
+        )
+        probs_TE = slope_BE.expand(ctx.tokens // rows, rows, experts).reshape(-1, experts)
+        return grads[0], probs_TE, log_z_T, None, None
 
 
-def router_z_loss(scores: Scores, tokens: int) -> Tensor:
-    """This rank's share of the mean over ``tokens`` tokens."""
-    return scores.log_z_T.square().sum() / tokens
-
-
-def attach(weights_TK: Tensor, loss: Tensor) -> Tensor:
-    """Let ``loss`` take part in the backward pass of whatever is made from ``weights_TK``.
-
-    The engine's schedule sets the scale of such losses to that of the main loss of a micro-batch.
+def _engine_scale() -> Tensor | None:
+    """Of losses that a layer attaches: the engine's schedule sets it to that of the main loss of a
+    micro-batch, before each backward pass; `None` outside a schedule: 1.
     """
     # Imported here: Megatron-Core takes seconds to import and a forward pass does not need it.
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    return MoEAuxLossAutoScaler.apply(weights_TK, loss)
+    return MoEAuxLossAutoScaler.main_loss_backward_scale

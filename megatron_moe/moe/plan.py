@@ -88,20 +88,21 @@ class Plan:
 def make_plan(slots: Slots, batch: int, capacity: Capacity, layout: BufferLayout) -> Plan:
     """Give each choice with a slot of this rank its row."""
     row_GA = _first_rows(slots.filled_GE, layout).gather(1, slots.experts_GA) + slots.slot_GA
-    rows_TK = by_token(row_GA.masked_fill(~slots.owned_GA, 0), batch, capacity)
-    kept_TK = by_token(slots.kept_GA, batch, capacity)
-    owned_TK = kept_TK
+    # What has no row here goes to one row past the end.
+    target_TK = by_token(row_GA.where(slots.owned_GA, layout.rows), batch, capacity)
+    owned_TK = target_TK < layout.rows
+    kept_TK = owned_TK
     if slots.owned_GA is not slots.kept_GA:
-        owned_TK = by_token(slots.owned_GA, batch, capacity)
-    return Plan(rows_TK, owned_TK, kept_TK, _sources(rows_TK, owned_TK, layout.rows))
+        kept_TK = by_token(slots.kept_GA, batch, capacity)
+    rows_TK = target_TK * owned_TK
+    return Plan(rows_TK, owned_TK, kept_TK, _sources(target_TK, layout.rows))
 
 
-def _sources(rows_TK: Tensor, owned_TK: Tensor, rows: int) -> Tensor:
-    """The token of each row: the inverse of ``rows_TK``. One spare row takes what has no row."""
-    tokens, topk = rows_TK.shape
-    token_TK = torch.arange(tokens, device=rows_TK.device).unsqueeze(1).expand(tokens, topk)
-    target_TK = rows_TK.masked_fill(~owned_TK, rows)
-    spare = rows_TK.new_zeros(rows + 1)
+def _sources(target_TK: Tensor, rows: int) -> Tensor:
+    """The token of each row: the inverse of ``target_TK``. The spare row takes what has none."""
+    tokens, topk = target_TK.shape
+    token_TK = torch.arange(tokens, device=target_TK.device).unsqueeze(1).expand(tokens, topk)
+    spare = target_TK.new_zeros(rows + 1)
     return spare.scatter_(0, target_TK.reshape(-1), token_TK.reshape(-1))[:rows]
 
 

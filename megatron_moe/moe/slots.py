@@ -43,6 +43,8 @@ class Slots:
         slot_GA: int64 place among this rank's slots of that expert and group, if it is its own.
         owned_GA: bool, whether it is.
         kept_GA: bool, whether the choice has a slot on any rank: is not dropped.
+        load_GE: int64 choices before drops, over all ranks that share the tokens.
+        full_GE: int64 those of them that have a slot on any rank.
         filled_GE: int64 slots filled on this rank.
     """
 
@@ -50,6 +52,8 @@ class Slots:
     slot_GA: Tensor
     owned_GA: Tensor
     kept_GA: Tensor
+    load_GE: Tensor
+    full_GE: Tensor
     filled_GE: Tensor
 
 
@@ -78,12 +82,13 @@ def assign_slots(
     else:
         rank_GA, load_GE = rank_in_expert.forward(experts_GA, rule.num_experts)
     kept_GA = rank_GA < capacity.slots
-    filled_GE = load_GE.clamp(max=capacity.slots)
+    full_GE = load_GE.clamp(max=capacity.slots)
     if rule.shares == 1:
-        return Slots(experts_GA, rank_GA, kept_GA, kept_GA, filled_GE)
+        return Slots(experts_GA, rank_GA, kept_GA, kept_GA, load_GE, full_GE, full_GE)
     owned_GA = kept_GA & (rank_GA % rule.shares == rule.share)
-    filled_GE = (filled_GE + (rule.shares - 1 - rule.share)) // rule.shares
-    return Slots(experts_GA, rank_GA // rule.shares, owned_GA, kept_GA, filled_GE)
+    filled_GE = (full_GE + (rule.shares - 1 - rule.share)) // rule.shares
+    slot_GA = rank_GA // rule.shares
+    return Slots(experts_GA, slot_GA, owned_GA, kept_GA, load_GE, full_GE, filled_GE)
 
 
 def by_priority(value_TK: Tensor, batch: int, capacity: Capacity) -> Tensor:

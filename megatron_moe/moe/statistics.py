@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megatron_moe.moe.exchange import Group, size_of
 from megatron_moe.moe.router import Scores
 
-_SCALARS = ("tokens", "entropy", "load_balancing", "router_z", "micro_batches")
+_SCALARS = ("tokens", "micro_batches", "entropy", "load_balancing", "router_z")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,12 +75,17 @@ class RoutingCounter(nn.Module):
             "sums", torch.zeros(size, dtype=torch.float64, device=device), persistent=False
         )
         self.sums: Tensor
+        # Tokens and micro-batches of a pass, kept on the device: they hardly ever change.
+        self.register_buffer("step", torch.zeros_like(self.sums[:2]), persistent=False)
+        self.step: Tensor
+        self._step: tuple[int, int] | None = None
 
     @torch.no_grad()
     def add(
         self,
         scores: Scores,
-        kept_TK: Tensor,
+        load_E: Tensor,
+        kept_E: Tensor,
         load_balancing: Tensor,
         router_z: Tensor,
         ranks_per_row: int,
@@ -89,23 +94,18 @@ class RoutingCounter(nn.Module):
 
         Args:
             scores: of this rank's tokens.
-            kept_TK: which of their choices were not dropped.
+            load_E: choices of each expert that this rank counts, before drops.
+            kept_E: those of them that were not dropped.
             load_balancing: this rank's share of the loss, without coefficient.
             router_z: likewise.
             ranks_per_row: ranks that share the micro-batch; each counts its part of it.
         """
-        experts = self.num_experts
-        chosen = scores.choices_TK.reshape(-1)
-        kept = kept_TK.reshape(-1).double()
-        self.sums[:experts].scatter_add_(0, chosen, torch.ones_like(kept))
-        self.sums[experts : 2 * experts].scatter_add_(0, chosen, kept)
-        # -ln p = ln Z - logit: no logarithm for each expert.
-        surprise_TE = scores.log_z_T.unsqueeze(1) - scores.logits_TE
-        entropy = (scores.probs_TE * surprise_TE).sum()
+        if self._step != (scores.choices_TK.shape[0], ranks_per_row):
+            self._step = scores.choices_TK.shape[0], ranks_per_row
+            self.step[0], self.step[1] = self._step[0], 1.0 / ranks_per_row
+        entropy = -torch.vdot(scores.probs_TE.t().reshape(-1), scores.log_probs_TE.t().reshape(-1))
         values = torch.stack((entropy, load_balancing, router_z))
-        self.sums[2 * experts + 1 : 2 * experts + 4] += values
-        self.sums[2 * experts] += scores.choices_TK.shape[0]
-        self.sums[-1] += 1.0 / ranks_per_row
+        self.sums += torch.cat((load_E, kept_E, self.step, values))
 
     def reset(self) -> None:
         """Start counting afresh."""
@@ -171,7 +171,7 @@ def _device_of(chunks: Iterable[nn.Module]) -> torch.device:
 def _statistics(sums: list[float]) -> LayerStatistics:
     """One row of sums as means."""
     experts = (len(sums) - len(_SCALARS)) // 2
-    tokens, entropy, balance, z, batches = sums[2 * experts :]
+    tokens, batches, entropy, balance, z = sums[2 * experts :]
     return LayerStatistics(
         load=tuple(sums[:experts]),
         kept=tuple(sums[experts : 2 * experts]),

@@ -9,12 +9,19 @@ import torch
 from torch import Tensor
 
 from megatron_moe.moe import losses
+from megatron_moe.moe.losses import LossRule
 from megatron_moe.moe.router import Scores
 
 
-def scores_of(logits: Tensor, choices: Tensor) -> Scores:
-    probs = logits.softmax(-1)
-    return Scores(logits, logits.logsumexp(-1), probs, choices, probs.gather(1, choices))
+def scores_of(probs: Tensor, log_z: Tensor) -> Scores:
+    """Scores in which the losses see these, and the first expert is every token's only choice."""
+    choices = torch.zeros(probs.shape[0], 1, dtype=torch.int64)
+    return Scores(probs.log(), probs.log(), log_z, probs, choices, probs[:, :1])
+
+
+def balance_of(probs: Tensor, load: Tensor, tokens: int, per_row: bool) -> Tensor:
+    scores = scores_of(probs, torch.zeros(probs.shape[0]))
+    return losses.attach_losses(scores, load, LossRule(tokens=tokens, per_row=per_row))[1]
 
 
 @pytest.mark.parametrize("per_row", [True, False])
@@ -24,14 +31,14 @@ def test_balanced_routing_has_loss_k(per_row: bool, topk: int) -> None:
     choices = torch.stack([(torch.arange(8) // 2 + k) % 4 for k in range(topk)], dim=1)
     load = losses.load_per_row(choices, 2, 4)
     assert load.tolist() == [[topk] * 4] * 2
-    loss = losses.load_balancing_loss(torch.full((8, 4), 0.25), load, 8, per_row)
+    loss = balance_of(torch.full((8, 4), 0.25), load, 8, per_row)
     assert loss.item() == pytest.approx(topk)
 
 
 def test_all_tokens_to_one_expert_has_loss_e() -> None:
     probs = torch.tensor([[1.0, 0.0, 0.0]]).expand(4, 3)
     load = losses.load_per_row(torch.zeros(4, 1, dtype=torch.int64), 1, 3)
-    assert losses.load_balancing_loss(probs, load, 4, True).item() == pytest.approx(3.0)
+    assert balance_of(probs, load, 4, True).item() == pytest.approx(3.0)
 
 
 def test_rows_that_balance_each_other_are_balanced_only_together() -> None:
@@ -43,8 +50,8 @@ def test_rows_that_balance_each_other_are_balanced_only_together() -> None:
     probs = torch.nn.functional.one_hot(choices[:, 0], 2).float()
     load = losses.load_per_row(choices, 2, 2)
     assert load.tolist() == [[2, 0], [0, 2]]
-    assert losses.load_balancing_loss(probs, load, 4, per_row=True).item() == pytest.approx(2.0)
-    assert losses.load_balancing_loss(probs, load, 4, per_row=False).item() == pytest.approx(1.0)
+    assert balance_of(probs, load, 4, per_row=True).item() == pytest.approx(2.0)
+    assert balance_of(probs, load, 4, per_row=False).item() == pytest.approx(1.0)
 
 
 def test_shares_of_ranks_add_up() -> None:
@@ -52,30 +59,47 @@ def test_shares_of_ranks_add_up() -> None:
     choices, probs = torch.randint(0, 5, (12, 2)), torch.rand(12, 5).softmax(-1)
     load = losses.load_per_row(choices, 2, 5)
     for per_row in (True, False):
-        whole = losses.load_balancing_loss(probs, load, 12, per_row)
-        halves = [losses.load_balancing_loss(p, load, 12, per_row) for p in probs.split(6)]
+        whole = balance_of(probs, load, 12, per_row)
+        halves = [balance_of(p, load, 12, per_row) for p in probs.split(6)]
         torch.testing.assert_close(sum(halves), whole)
 
 
 def test_router_z_by_hand() -> None:
     """Logits (0, 0) give log 2, (3, 3) give 3 + log 2."""
-    logits = torch.tensor([[0.0, 0.0], [3.0, 3.0]])
-    z = losses.router_z_loss(scores_of(logits, torch.zeros(2, 1, dtype=torch.int64)), 2)
+    log_z = torch.tensor([math.log(2), 3 + math.log(2)])
+    scores, load = scores_of(torch.full((2, 2), 0.5), log_z), torch.zeros(1, 2, dtype=torch.int64)
+    _, _, z = losses.attach_losses(scores, load, LossRule(tokens=2, per_row=True))
     assert z.item() == pytest.approx((math.log(2) ** 2 + (3 + math.log(2)) ** 2) / 2)
 
 
+@pytest.mark.parametrize("per_row", [True, False])
 @pytest.mark.parametrize("scale", [None, 0.25])
-def test_an_attached_loss_adds_its_scaled_gradient_and_no_value(
-    scale: float | None, monkeypatch: pytest.MonkeyPatch
+def test_attached_losses_add_their_scaled_gradient_and_no_value(
+    per_row: bool, scale: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Against the definitions written with plain operations and autograd, in fp64."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     monkeypatch.setattr(MoEAuxLossAutoScaler, "main_loss_backward_scale", None)
     if scale is not None:
         MoEAuxLossAutoScaler.set_loss_scale(torch.full((1,), scale))
-    x = torch.tensor([2.0], requires_grad=True)
-    y = losses.attach(x * 3, x.square().sum())
-    assert y.tolist() == [6.0]
-    y.sum().backward()
-    assert x.grad is not None
-    assert x.grad.item() == pytest.approx(3 + (scale or 1.0) * 4)
+    torch.manual_seed(4)
+    tokens, rows, experts = 12, 3, 5
+    logits = torch.randn(tokens, experts, dtype=torch.float64, requires_grad=True)
+    choices = torch.randint(0, experts, (tokens, 2))
+    rule = LossRule(tokens=tokens, per_row=per_row, balance_weight=0.3, z_weight=0.7)
+    load = losses.load_per_row(choices, rows, experts)
+    scores = scores_of(logits.softmax(-1), logits.logsumexp(-1))
+    weights, *found = losses.attach_losses(scores, load, rule)
+    assert torch.equal(weights, scores.weights_TK)
+
+    chosen = torch.nn.functional.one_hot(choices, experts).sum(1).double()
+    shares, probs = (x.view(-1, rows, experts) for x in (chosen, logits.softmax(-1)))
+    dims = (0,) if per_row else (0, 1)
+    balance = (experts * (shares.mean(dims) * probs.mean(dims)).sum(-1)).mean()
+    z = logits.logsumexp(-1).square().mean()
+    torch.testing.assert_close(torch.stack(found), torch.stack((balance, z)))
+    value = scores.weights_TK.square().sum()
+    total = value + (scale or 1.0) * (0.3 * balance + 0.7 * z)
+    (expected,) = torch.autograd.grad(total, logits, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(weights.square().sum(), logits)[0], expected)

@@ -25,7 +25,9 @@ def test_low_precision_tokens_are_scored_in_fp32() -> None:
     x, weight = torch.randn(5, 16).bfloat16(), torch.randn(4, 16).bfloat16()
     scores = route(x, weight, 2)
     assert scores.logits_TE.dtype == scores.probs_TE.dtype == torch.float32
-    assert torch.equal(scores.logits_TE, x.float() @ weight.float().t())
+    torch.testing.assert_close(
+        scores.logits_TE, x.float() @ weight.float().t(), rtol=1e-6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("topk", [1, 2, 3, 6])
@@ -42,8 +44,40 @@ def test_the_best_experts_in_order(topk: int) -> None:
     assert torch.equal(top_choices(probs, topk), probs.topk(topk).indices)
 
 
-def test_the_gradient_reaches_router_and_tokens_through_the_softmax() -> None:
+@pytest.mark.parametrize("topk", [1, 2, 3])
+def test_scores_are_their_definitions_in_value_and_gradient(topk: int) -> None:
+    """Against softmax and logsumexp of plain logits and autograd, in fp64."""
     torch.manual_seed(2)
-    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda a, b: route(a, b, 2).weights_TK, (x, weight))
+    logits = x @ weight.t()
+    probs, log_z = logits.softmax(-1), logits.logsumexp(-1)
+    scores = route(x, weight, topk)
+    weights = probs.gather(1, scores.choices_TK)
+    found = scores.weights_TK, scores.probs_TE, scores.log_z_T
+    for one, expected in zip(found, (weights, probs, log_z), strict=True):
+        torch.testing.assert_close(one, expected)
+    torch.testing.assert_close(scores.log_probs_TE, logits.log_softmax(-1))
+    factors = [torch.randn_like(one) for one in found]
+    # Together and each alone: a gradient that is not there is no gradient of zeros.
+    for used in ([0, 1, 2], [0], [1], [2]):
+        mine, theirs = (
+            torch.autograd.grad(
+                sum((values[i] * factors[i]).sum() for i in used), (x, weight), retain_graph=True
+            )
+            for values in (found, (weights, probs, log_z))
+        )
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_log_z_keeps_its_digits_where_one_logit_is_far_below() -> None:
+    x, weight = torch.tensor([[1.0]]), torch.tensor([[-1.0e6], [0.25], [0.5]])
+    expected = torch.tensor([[-1.0e6, 0.25, 0.5]], dtype=torch.float64).logsumexp(-1)
+    torch.testing.assert_close(route(x, weight, 2).log_z_T.double(), expected, rtol=1e-6, atol=0)
+
+
+def test_a_frozen_router_passes_gradients_to_tokens_alone() -> None:
+    x, weight = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    route(x, weight, 2).weights_TK.sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0

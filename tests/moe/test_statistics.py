@@ -15,11 +15,13 @@ from tests.moe.cases import layer_of, moe_config, tokens
 
 def one_pass(counter: RoutingCounter) -> None:
     logits = torch.tensor([[5.0, 5.0, -95.0, -95.0], [1.0] * 4])
-    probs = torch.tensor([[0.5, 0.5, 0.0, 0.0], [0.25] * 4])
     choices = torch.tensor([[0, 1], [0, 2]])
-    scores = Scores(logits, logits.logsumexp(-1), probs, choices, probs.gather(1, choices))
-    kept = torch.tensor([[True, True], [False, True]])
-    counter.add(scores, kept, torch.tensor(2.5), torch.tensor(0.5), ranks_per_row=1)
+    probs = logits.softmax(-1)
+    weights, log_z = probs.gather(1, choices), logits.logsumexp(-1)
+    scores = Scores(logits, logits.log_softmax(-1), log_z, probs, choices, weights)
+    # The first choice of the second token was dropped.
+    load, kept = torch.tensor([2, 1, 1, 0]), torch.tensor([1, 1, 1, 0])
+    counter.add(scores, load, kept, torch.tensor(2.5), torch.tensor(0.5), ranks_per_row=1)
 
 
 def test_two_micro_batches_by_hand() -> None:
