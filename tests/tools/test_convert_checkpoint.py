@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,23 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_moe.checkpoint import load_logical, verify
-from megatron_moe.config import RunConfig
 from megatron_moe.convert.formats import Target, read, write
-from tests.checkpoint.layouts import Case
 from tests.checkpoint.test_load import _save
 from tests.convert.cases import model_of
+from tests.convert.layout_pairs import OneWidth
 from tests.support.pool import Pool
 from tools.convert_checkpoint import main
-
-
-class OneWidth(Case):
-    """With feed-forward layers of one width, as the Hugging Face layout has them."""
-
-    def config(self) -> RunConfig:
-        run = super().config()
-        width = run.model.ffn_hidden_size
-        widths = {"moe_ffn_hidden_size": width, "moe_shared_expert_intermediate_size": width}
-        return replace(run, moe=replace(run.moe, **widths))
 
 
 def convert(source: str, load: Path, target: str, save: Path, *more: str) -> int:
