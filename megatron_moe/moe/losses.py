@@ -84,10 +84,13 @@ class _AttachLosses(torch.autograd.Function):
         ctx.tokens = probs_TE.shape[0]
         ctx.weights = rule.balance_weight * factor, 2 * rule.z_weight / rule.tokens
         ctx.mark_non_differentiable(balance, z)
+        ctx.set_materialize_grads(False)
         return weights_TK, balance, z
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(
+        ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
         log_z_T, slope_BE = ctx.saved_tensors
         rows, experts = slope_BE.shape
         scale = _engine_scale()

@@ -34,17 +34,23 @@ class LocalFlags:
 
     def look(self) -> None:
         """Note the state of the gradient buffers, to be called before they are reduced."""
+        if self._run.ctx.world_size > 1:
+            self._sum = self._total()
+
+    def finite(self) -> bool:
+        """The answer; a host read. A single rank looks only now: nothing was mixed with its own."""
+        total = self._total() if self._sum is None else self._sum
+        return total is None or bool(torch.isfinite(total))
+
+    def _total(self) -> Tensor | None:
+        """One number that is finite if all gradients are."""
         # A sum over finite fp32 gradients overflows only if they are useless as well.
         parts = [
             buffer.grad_data.sum()
             for chunk in self._run.wrapped
             for buffer in [*chunk.buffers, *chunk.expert_parallel_buffers]
         ]
-        self._sum = torch.stack(parts).sum() if parts else None
-
-    def finite(self) -> bool:
-        """The answer; a host read."""
-        return self._sum is None or bool(torch.isfinite(self._sum))
+        return torch.stack(parts).sum() if parts else None
 
 
 def stop_run(run: TrainingRun, flags: LocalFlags, iteration: int, norm: float) -> NoReturn:

@@ -102,7 +102,8 @@ def test_the_reference_is_sensitive_to_normalisation_and_capacity():
 
 
 @pytest.mark.parametrize(
-    ("name", "poisoned", "named"), [("DP2", 1, "1"), ("DP2 sharded", 0, "0"), ("PP2", 1, "0, 1")]
+    ("name", "poisoned", "named"),
+    [("1", 0, "0"), ("DP2", 1, "1"), ("DP2 sharded", 0, "0"), ("PP2", 1, "0, 1")],
 )
 def test_a_nan_stops_every_rank_before_anything_changes(name, poisoned, named, pool):
     world, flags = LAYOUTS[name]
