@@ -7,7 +7,6 @@ writer holds one tensor at a time. Reading is the package's.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,13 +14,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
-from megatron_moe.checkpoint.stream import CHUNK, FileRecord, write_stream
+from megatron_moe.checkpoint.stream import CHUNK, FileRecord, hash_of, write_stream
 
 DTYPES = {
     torch.float64: "F64",
@@ -109,11 +108,28 @@ def _tensor_bytes(head: bytes, tensors: Sequence[Pending]) -> Iterator[memoryvie
             left -= part.numel()
             if part.dtype != tensor.dtype or left < 0:
                 raise ValueError(f"{tensor.key}: a part is {part.dtype}, {left} elements are left")
-            data = part.detach().to("cpu", memory_format=torch.contiguous_format).contiguous()
-            raw: Any = data.view(-1).view(torch.uint8).numpy()
-            yield memoryview(raw)
+            for piece in _pieces(part.detach()):
+                raw: Any = piece.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+                yield memoryview(raw)
         if left:
             raise ValueError(f"{tensor.key}: {left} elements are missing")
+
+
+def _pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """A tensor in its order, cut into what is copied at a time if it must be copied.
+
+    Copies of a few MB use the same memory again and again; one of a whole tensor takes new pages.
+    """
+    size = tensor.numel() * tensor.element_size()
+    if size <= CHUNK or (tensor.is_contiguous() and not tensor.is_cuda):
+        yield tensor
+        return
+    rows = max(CHUNK * tensor.shape[0] // size, 1)
+    for part in tensor.split(rows):
+        if len(part) == 1:
+            yield from _pieces(part[0])
+        else:
+            yield part
 
 
 def write_json(path: Path, value: Any) -> FileRecord:
@@ -171,14 +187,6 @@ def check_file(path: Path, record: FileRecord) -> str | None:
     if digest != record.sha256:
         return f"{path} has SHA-256 {digest[:16]}..., expected {record.sha256[:16]}..."
     return None
-
-
-def hash_of(file: BinaryIO) -> str:
-    """SHA-256 of the rest of an open file, in hexadecimal."""
-    digest = hashlib.sha256()
-    while chunk := file.read(CHUNK):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

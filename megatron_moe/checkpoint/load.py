@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ from megatron_moe.config import RunConfig
 from megatron_moe.parallel.context import ParallelContext
 
 _log = logging.getLogger(__name__)
+
+_FILLING_THREADS = 4
 
 
 def load_checkpoint(
@@ -136,11 +140,17 @@ def _require_fit(
 
 
 def _fill(opened: Opened, parts: Sequence[Part]) -> None:
-    """Read every part, one at a time, straight from the mapped files."""
-    reader = TensorReader(opened.path, opened.tensors)
-    with torch.no_grad():
-        for part in parts:
-            reader.fill(part.kind, part.name, part.block, part.values)
+    """Read every part straight from the mapped files, a few at a time."""
+
+    def some(share: Sequence[Part]) -> None:
+        reader = TensorReader(opened.path, opened.tensors)
+        with torch.no_grad():  # it holds for a thread
+            for part in share:
+                reader.fill(part.kind, part.name, part.block, part.values)
+
+    threads = min(_FILLING_THREADS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(some, (parts[i::threads] for i in range(threads))))
 
 
 def _load_random_states(opened: Opened, config: RunConfig, ctx: ParallelContext) -> None:

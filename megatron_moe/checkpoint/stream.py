@@ -1,4 +1,7 @@
-"""Bytes on their way to a file: written once, hashed meanwhile, synced at the end."""
+"""Bytes on their way to a file or from it, hashed meanwhile.
+
+Hashing runs in a second thread: like reading and writing, it releases the interpreter's lock.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import FileIO
+from io import BufferedReader, FileIO
+from itertools import cycle
 from pathlib import Path
 from threading import Event
 
@@ -35,8 +39,6 @@ class Stopped(Exception):
 def write_stream(path: Path, parts: Iterator[memoryview], stop: Event | None = None) -> FileRecord:
     """Write a new file and sync it to the disk.
 
-    Hashing runs in a second thread: both release the interpreter's lock.
-
     Args:
         path: a file that does not exist.
         parts: its bytes, cut anywhere. At most the last few are kept.
@@ -48,15 +50,20 @@ def write_stream(path: Path, parts: Iterator[memoryview], stop: Event | None = N
     """
     digest, total = hashlib.sha256(), 0
     hashing: deque[Future[None]] = deque()
-    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        for chunk in _chunks(parts):
-            if stop is not None and stop.is_set():
-                raise Stopped
-            hashing.append(pool.submit(digest.update, chunk))
-            _write_all(file, chunk)
-            total += len(chunk)
-            if len(hashing) > _AHEAD:
-                hashing.popleft().result()
+    chunks = _chunks(parts)
+    # Three threads: parts are made (copied from a GPU, or to be contiguous), written, and hashed.
+    with path.open("xb", buffering=0) as file, ThreadPoolExecutor(1) as hasher:
+        with ThreadPoolExecutor(1) as maker:
+            coming = maker.submit(next, chunks, None)
+            while (chunk := coming.result()) is not None:
+                if stop is not None and stop.is_set():
+                    raise Stopped
+                coming = maker.submit(next, chunks, None)
+                hashing.append(hasher.submit(digest.update, chunk))
+                _write_all(file, chunk)
+                total += len(chunk)
+                if len(hashing) > _AHEAD:
+                    hashing.popleft().result()
         os.fsync(file.fileno())
     for last in hashing:
         last.result()
@@ -85,3 +92,21 @@ def _write_all(file: FileIO, data: memoryview) -> None:
     """An unbuffered write may take less than it was given, as before the disk is full."""
     while data:
         data = data[file.write(data) :]
+
+
+def hash_of(file: BufferedReader) -> str:
+    """SHA-256 of the rest of an open file, in hexadecimal; reading runs ahead of hashing."""
+    digest, hashing = hashlib.sha256(), deque[Future[None]]()
+    left = os.fstat(file.fileno()).st_size - file.tell()
+    buffers = [memoryview(bytearray(min(max(left, 1), CHUNK // 4))) for _ in range(_AHEAD + 1)]
+    with ThreadPoolExecutor(1) as pool:
+        for buffer in cycle(buffers):
+            if len(hashing) == len(buffers):
+                hashing.popleft().result()  # it was the last to use this buffer
+            count = file.readinto(buffer)
+            if not count:
+                break
+            hashing.append(pool.submit(digest.update, buffer[:count]))
+    for last in hashing:
+        last.result()
+    return digest.hexdigest()

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_moe.checkpoint import CheckpointError, TrainState, load_logical, verify
-from megatron_moe.checkpoint.files import FileRecord, hash_of
 from megatron_moe.checkpoint.manifest import MANIFEST, write_manifest
 from megatron_moe.checkpoint.reading import open_checkpoint
+from megatron_moe.checkpoint.stream import FileRecord, hash_of
 from megatron_moe.errors import UsageError
 from tests.checkpoint import toy
 
