@@ -22,7 +22,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.analysis.foreign import is_foreign, open_foreign
+from megatron_moe.analysis.foreign import open_foreign
+from megatron_moe.analysis.foreign_config import is_foreign
 from megatron_moe.analysis.foreign_overview import foreign_differences, foreign_overview
 from megatron_moe.checkpoint.errors import Corrupt
 from megatron_moe.checkpoint.reading import verify

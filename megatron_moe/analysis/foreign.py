@@ -11,18 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from megatron_moe.analysis.families import FAMILIES, Family, Rule
+from megatron_moe.analysis.foreign_config import CONFIG, Settings, read_settings
 from megatron_moe.checkpoint.errors import Corrupt
-from megatron_moe.checkpoint.files import read_json
 from megatron_moe.convert.hf_files import open_files
 from megatron_moe.convert.lazy import LazyTensor
-from megatron_moe.errors import UsageError
-
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -61,47 +56,15 @@ class ForeignModel:
 
     Args:
         path: the directory.
-        model_type: key of `FAMILIES`.
-        family: the entry.
-        config: the family's own configuration class, filled.
-        rule: how its routers choose.
+        settings: family, sizes, routing rule.
         layers: the layers with experts, in order.
         tensors: everything in the files, by its name there.
     """
 
     path: Path
-    model_type: str
-    family: Family
-    config: Any
-    rule: Rule
+    settings: Settings
     layers: tuple[LayerWeights, ...]
     tensors: Mapping[str, LazyTensor]
-
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return int(getattr(self.config, self.family.experts))
-
-
-def transformers() -> Any:
-    """The package.
-
-    Raises:
-        UsageError: it is not installed.
-    """
-    import importlib
-
-    try:
-        return importlib.import_module("transformers")
-    except ImportError:
-        expected = "installed, for the models of other programs"
-        fix = "pip install 'megatron-moe[hf]'"
-        raise UsageError("package transformers", "missing", expected, fix) from None
-
-
-def is_foreign(path: Path) -> bool:
-    """Whether this is a directory of one checkpoint, with a `model_type`, rather than of a run."""
-    return (path / CONFIG).is_file() and "model_type" in read_json(path / CONFIG)
 
 
 def open_foreign(path: str | Path) -> ForeignModel:
@@ -112,71 +75,54 @@ def open_foreign(path: str | Path) -> ForeignModel:
             damaged, or tensors are not those that the configuration means.
     """
     path = Path(path)
-    values = read_json(path / CONFIG)
-    kind = values.get("model_type")
-    family = FAMILIES.get(kind) if isinstance(kind, str) else None
-    if family is None:
-        fix = "OpenMoE and Llama are read by tools/convert_checkpoint.py --from hf"
-        expected = f"one of {', '.join(FAMILIES)}"
-        raise UsageError(f"model_type in {path / CONFIG}", kind, expected, fix)
-    if values.get("quantization_config"):
-        what = f"quantization_config in {path / CONFIG}"
-        raise UsageError(what, "there", "absent: weights in fp32, bf16 or fp16")
-    config = _configuration(family, path, values)
-    rule, tensors = family.rule(config), open_files(path)
-    reader = _Reader(path, family, config, tensors)
+    settings = read_settings(path)
+    tensors = open_files(path)
+    reader = _Reader(path, settings, tensors)
     return ForeignModel(
         path=path,
-        model_type=str(kind),
-        family=family,
-        config=config,
-        rule=rule,
-        layers=tuple(reader.layer(i, rule.biased) for i in family.moe_layers(config)),
+        settings=settings,
+        layers=tuple(reader.layer(index) for index in settings.moe_layers),
         tensors=tensors,
     )
-
-
-def _configuration(family: Family, path: Path, values: dict[str, Any]) -> Any:
-    package, source = transformers(), str(path / CONFIG)
-    try:
-        return family.configuration(package, path, values, source)
-    except UsageError:
-        raise
-    except Exception as error:  # whatever the class makes of wrong values
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise Corrupt(source, reason, f"settings of a {family.label}") from None
 
 
 @dataclass(frozen=True)
 class _Reader:
     path: Path
-    family: Family
-    config: Any
+    settings: Settings
     tensors: dict[str, LazyTensor]
 
-    def layer(self, index: int, biased: bool) -> LayerWeights:
-        family, hidden = self.family, self.config.hidden_size
-        experts, width = getattr(self.config, family.experts), getattr(self.config, family.width)
+    @property
+    def hidden(self) -> int:
+        return int(self.settings.config.hidden_size)
+
+    def layer(self, index: int) -> LayerWeights:
+        family, experts = self.settings.family, self.settings.num_experts
+        width = getattr(self.settings.config, family.width)
         prefix = f"model.layers.{index}."
         # `transformers` calls the module `mlp` in all families and may save it under that name.
         old = f"{prefix}{family.block}.gate.weight" in self.tensors
         block = f"{prefix}{family.block if old else 'mlp'}."
         gate, shared = f"{block}gate.", f"{block}{family.shared}"
-        bias = self._get(f"{gate}e_score_correction_bias", experts) if biased else None
+        bias = (
+            self._get(f"{gate}e_score_correction_bias", experts)
+            if self.settings.rule.biased
+            else None
+        )
         return LayerWeights(
             layer=index,
-            router=self._get(f"{gate}weight", experts, hidden),
+            router=self._get(f"{gate}weight", experts, self.hidden),
             bias=bias,
             experts=self._experts(f"{block}experts", experts, width),
             shared=self._shared(shared) if family.shared else None,
             shared_gate=(
-                self._get(f"{shared}_gate.weight", 1, hidden) if family.shared_gate else None
+                self._get(f"{shared}_gate.weight", 1, self.hidden) if family.shared_gate else None
             ),
         )
 
     def _experts(self, prefix: str, count: int, width: int) -> tuple[ExpertWeights, ...]:
         """From a matrix each, or from the stacks [E, 2F, H] and [E, H, F] of newer files."""
-        hidden = self.config.hidden_size
+        hidden = self.hidden
         if f"{prefix}.gate_up_proj" in self.tensors:
             both = self._get(f"{prefix}.gate_up_proj", count, 2 * width, hidden)
             down = self._get(f"{prefix}.down_proj", count, hidden, width)
@@ -185,16 +131,17 @@ class _Reader:
                 ExpertWeights(*(_part(s, e, *rows) for s, *rows in cuts)) for e in range(count)
             )
         return tuple(
-            self._expert(f"{prefix}.{e}", self.family.matrices, width) for e in range(count)
+            self._expert(f"{prefix}.{e}", self.settings.family.matrices, width)
+            for e in range(count)
         )
 
     def _shared(self, prefix: str) -> ExpertWeights:
         names = ("gate_proj", "up_proj", "down_proj")
-        return self._expert(prefix, names, self.family.shared_width(self.config))
+        return self._expert(prefix, names, self.settings.family.shared_width(self.settings.config))
 
     def _expert(self, prefix: str, names: tuple[str, str, str], width: int) -> ExpertWeights:
         gate, up, down = (f"{prefix}.{name}.weight" for name in names)
-        hidden = self.config.hidden_size
+        hidden = self.hidden
         return ExpertWeights(
             self._get(gate, width, hidden),
             self._get(up, width, hidden),

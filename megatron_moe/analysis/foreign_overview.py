@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from megatron_moe.analysis.foreign import ExpertWeights, ForeignModel, LayerWeights
+from megatron_moe.analysis.foreign_config import Settings
 from megatron_moe.convert.inspection import setting_differences, tensor_differences
 
 
@@ -16,21 +17,22 @@ def foreign_overview(model: ForeignModel) -> dict[str, Any]:
     `parameters` counts the elements of all files; `activated` leaves out the experts that a token
     does not pass.
     """
-    config, rule = model.config, model.rule
+    settings = model.settings
+    config, rule, family = settings.config, settings.rule, settings.family
     total = sum(prod(tensor.shape) for tensor in model.tensors.values())
     idle = sum(_size(expert) for layer in model.layers for expert in layer.experts[rule.topk :])
     return {
         "path": str(model.path),
-        "family": model.family.label,
-        "model_type": model.model_type,
+        "family": family.label,
+        "model_type": settings.model_type,
         "layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
-        "experts": model.num_experts,
+        "experts": settings.num_experts,
         "top_k": rule.topk,
-        "expert_width": getattr(config, model.family.width),
-        "shared_width": model.family.shared_width(config),
-        "routing": routing_in_words(model),
+        "expert_width": getattr(config, family.width),
+        "shared_width": family.shared_width(config),
+        "routing": routing_in_words(settings),
         "parameters": total,
         "activated": total - idle,
         "bytes": sum(tensor.bytes for tensor in model.tensors.values()),
@@ -38,10 +40,10 @@ def foreign_overview(model: ForeignModel) -> dict[str, Any]:
     }
 
 
-def routing_in_words(model: ForeignModel) -> str:
+def routing_in_words(settings: Settings) -> str:
     """The rule in one line."""
-    rule = model.rule
-    words = [f"{rule.score} over {model.num_experts}"]
+    rule = settings.rule
+    words = [f"{rule.score} over {settings.num_experts}"]
     if rule.biased:
         words.append("choice by score plus bias")
     if rule.groups > 1:
@@ -50,14 +52,16 @@ def routing_in_words(model: ForeignModel) -> str:
     words.append("weights sum to 1" if rule.normalised else "weights are the scores")
     if rule.scale != 1.0:
         words.append(f"times {rule.scale:g}")
-    if model.family.shared_gate:
+    if settings.family.shared_gate:
         words.append("shared expert behind a sigmoid gate")
     return ", ".join(words)
 
 
 def foreign_differences(first: ForeignModel, second: ForeignModel) -> Iterator[str]:
     """A line for every setting and every tensor in which two models differ."""
-    yield from setting_differences(first.config.to_dict(), second.config.to_dict())
+    yield from setting_differences(
+        first.settings.config.to_dict(), second.settings.config.to_dict()
+    )
     yield from tensor_differences(first.tensors, second.tensors)
 
 

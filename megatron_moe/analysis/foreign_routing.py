@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moe.analysis.foreign import ForeignModel, transformers
+from megatron_moe.analysis.foreign import ForeignModel
+from megatron_moe.analysis.foreign_config import transformers
 from megatron_moe.checkpoint.errors import Corrupt
 from megatron_moe.errors import UsageError
 
@@ -75,7 +76,7 @@ class ForeignRunner:
         Raises:
             UsageError: an id is not in the vocabulary.
         """
-        size = self.model.config.vocab_size
+        size = self.model.settings.config.vocab_size
         outside = tokens_BS[(tokens_BS < 0) | (tokens_BS >= size)]
         if len(outside):
             raise UsageError("a token id", int(outside[0]), f"from 0 to {size - 1}")
@@ -104,7 +105,7 @@ class ForeignRunner:
         weights_TK = weights_TK.float().gather(1, order_TK)
         weights_TK, order_TK = weights_TK.sort(dim=-1, descending=True, stable=True)
         ids_TK = ids_TK.gather(1, order_TK)
-        soft = self.model.rule.score == "softmax"
+        soft = self.model.settings.rule.score == "softmax"
         probs_TE = logits_TE.float().softmax(-1) if soft else logits_TE.float().sigmoid()
         return LayerRouting(
             layer=layer,
@@ -113,7 +114,7 @@ class ForeignRunner:
             probs_TK=probs_TE.gather(1, ids_TK),
             weights_TK=weights_TK,
             kept_TK=torch.ones_like(ids_TK, dtype=torch.bool),
-            counts_E=ids_TK.flatten().bincount(minlength=self.model.num_experts),
+            counts_E=ids_TK.flatten().bincount(minlength=self.model.settings.num_experts),
             inputs_TH=given.flatten(0, -2) if inputs else None,
         )
 
@@ -131,9 +132,10 @@ def load_foreign(
     Raises:
         UsageError: the class wants other tensors than the files hold.
     """
-    module, report = model.family.model_class(transformers()).from_pretrained(
+    settings = model.settings
+    module, report = settings.family.model_class(transformers()).from_pretrained(
         model.path,
-        config=model.config,
+        config=settings.config,
         dtype=dtype or "auto",
         experts_implementation="eager",  # the grouped product wants widths of its own
         local_files_only=True,
@@ -147,5 +149,5 @@ def load_foreign(
         if report[fault]:
             names = ", ".join(sorted(map(str, report[fault]))[:5])
             found = f"{fault.replace('_', ' ')}: {names}"
-            raise Corrupt(str(model.path), found, f"all tensors of a {model.family.label}")
+            raise Corrupt(str(model.path), found, f"all tensors of a {settings.family.label}")
     return ForeignRunner(model, module.to(device).eval().requires_grad_(False))

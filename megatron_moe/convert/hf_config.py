@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_moe.checkpoint.errors import CheckpointError
 from megatron_moe.config import ModelConfig, MoEConfig, RunConfig, moe_layer_pattern
+from megatron_moe.convert.hf_fields import SIZE, number, whole_number
 
 OURS = "megatron_moe"
 """The field that holds our own configuration."""
@@ -131,19 +132,17 @@ def from_hf(values: dict[str, Any], source: str) -> tuple[RunConfig, int]:
     """
     _check_known(values, source)
     run = RunConfig()
-    layers, width = (
-        whole_number(values, "num_hidden_layers", source),
-        whole_number(values, "intermediate_size", source),
-    )
+    layers = whole_number(values, "num_hidden_layers", source)
+    width = whole_number(values, "intermediate_size", source, most=SIZE)
     model = ModelConfig(
         num_layers=layers,
-        hidden_size=whole_number(values, "hidden_size", source),
+        hidden_size=whole_number(values, "hidden_size", source, most=SIZE),
         ffn_hidden_size=width,
         num_attention_heads=whole_number(values, "num_attention_heads", source),
         kv_channels=whole_number(values, "head_dim", source),
-        max_position_embeddings=whole_number(values, "max_position_embeddings", source),
-        rotary_base=float(values.get("rope_theta", 1e4)),
-        norm_epsilon=float(values.get("rms_norm_eps", 1e-6)),
+        max_position_embeddings=whole_number(values, "max_position_embeddings", source, most=SIZE),
+        rotary_base=number(values, "rope_theta", source, 1e4),
+        norm_epsilon=number(values, "rms_norm_eps", source, 1e-6),
         ffn_variant=_GATES[values["hidden_act"]],  # type: ignore[arg-type]
     )
     drops = bool(values.get("router_drop_tks", True))
@@ -152,17 +151,17 @@ def from_hf(values: dict[str, Any], source: str) -> tuple[RunConfig, int]:
         moe_layer_freq=interval_pattern(layers, whole_number(values, "moe_layer_interval", source)),
         moe_router_topk=whole_number(values, "router_topk", source),
         moe_shared_expert_intermediate_size=width,
-        moe_expert_capacity_factor=float(values.get("router_capacity_factor_train", 1.25)),
+        moe_expert_capacity_factor=number(values, "router_capacity_factor_train", source, 1.25),
         moe_eval_capacity_factor=(
-            float(values.get("router_capacity_factor_eval", 2.0)) if drops else None
+            number(values, "router_capacity_factor_eval", source, 2.0) if drops else None
         ),
-        moe_min_capacity=int(values.get("router_min_capacity", 4)),
-        moe_aux_loss_coeff=float(values.get("router_aux_loss_factor", 0.01)),
-        moe_z_loss_coeff=float(values.get("router_z_loss_factor", 1e-4)),
+        moe_min_capacity=whole_number(values, "router_min_capacity", source, 4),
+        moe_aux_loss_coeff=number(values, "router_aux_loss_factor", source, 0.01),
+        moe_z_loss_coeff=number(values, "router_z_loss_factor", source, 1e-4),
     )
     if OURS in values:
         model, moe = _with_ours(values[OURS], model, moe, source)
-    return replace(run, model=model, moe=moe), whole_number(values, "vocab_size", source)
+    return replace(run, model=model, moe=moe), whole_number(values, "vocab_size", source, most=SIZE)
 
 
 _MEANINGS = {
@@ -188,18 +187,6 @@ def _check_known(values: dict[str, Any], source: str) -> None:
     if shared not in (None, heads):
         expected = f"num_attention_heads ({heads}): there is no grouped-query attention"
         raise CheckpointError(f"num_key_value_heads in {source}", shared, expected)
-
-
-def whole_number(values: dict[str, Any], key: str, source: str) -> int:
-    """A field that is a size.
-
-    Raises:
-        CheckpointError: it is missing, or something else.
-    """
-    found = values.get(key)
-    if type(found) is not int or found < 1:
-        raise CheckpointError(f"{key} in {source}", found, "a whole number of at least 1")
-    return found
 
 
 def _with_ours(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
 from megatron_moe.config import ModelConfig, RunConfig
-from megatron_moe.convert.hf_config import whole_number
+from megatron_moe.convert.hf_fields import SIZE, number, whole_number
 from megatron_moe.convert.hf_files import open_files
 from megatron_moe.convert.hf_names import hf_name
 from megatron_moe.convert.lazy import LazyTensor
@@ -44,7 +44,7 @@ def read_llama(directory: Path, values: dict[str, Any]) -> Model:
     source = directory / "config.json"
     config, groups = _configuration(values, str(source))
     found = {n: t for n, t in open_files(directory).items() if not n.endswith(_IGNORED)}
-    vocab_size = whole_number(values, "vocab_size", str(source))
+    vocab_size = whole_number(values, "vocab_size", str(source), most=SIZE)
     if values.get("tie_word_embeddings") and "model.embed_tokens.weight" in found:
         found.setdefault("lm_head.weight", found["model.embed_tokens.weight"])
     tensors, used = {}, set()
@@ -67,23 +67,24 @@ def _configuration(values: dict[str, Any], source: str) -> tuple[RunConfig, int]
     for key, only in _ONLY.items():
         if values.get(key, only) != only:
             raise CheckpointError(f"{key} in {source}", values[key], repr(only))
-    layers, hidden, width, heads = (
-        whole_number(values, name, source)
-        for name in ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads")
-    )
-    shared = values.get("num_key_value_heads") or heads
+    layers = whole_number(values, "num_hidden_layers", source)
+    heads = whole_number(values, "num_attention_heads", source)
+    shared = whole_number(values, "num_key_value_heads", source, heads)
+    hidden = whole_number(values, "hidden_size", source, most=SIZE)
     if heads % shared:
         expected = f"a divisor of num_attention_heads ({heads})"
         raise CheckpointError(f"num_key_value_heads in {source}", shared, expected)
     model = ModelConfig(
         num_layers=layers,
         hidden_size=hidden,
-        ffn_hidden_size=width,
+        ffn_hidden_size=whole_number(values, "intermediate_size", source, most=SIZE),
         num_attention_heads=heads,
-        kv_channels=values.get("head_dim") or hidden // heads,
-        max_position_embeddings=int(values.get("max_position_embeddings", 2048)),
+        kv_channels=whole_number(values, "head_dim", source, max(1, hidden // heads)),
+        max_position_embeddings=whole_number(
+            values, "max_position_embeddings", source, 2048, most=SIZE
+        ),
         rotary_base=_rotary_base(values, source),
-        norm_epsilon=float(values.get("rms_norm_eps", 1e-6)),
+        norm_epsilon=number(values, "rms_norm_eps", source, 1e-6),
         ffn_variant="swiglu",
         softmax_scale=None,
     )
@@ -96,11 +97,11 @@ def _rotary_base(values: dict[str, Any], source: str) -> float:
     """From either of the two places where it has been kept."""
     newer = values.get("rope_parameters")
     if not isinstance(newer, Mapping):
-        return float(values.get("rope_theta", 1e4))
+        return number(values, "rope_theta", source, 1e4)
     kind = newer.get("rope_type", "default")
     if kind != "default":
         raise CheckpointError(f"rope_type in {source}", kind, "'default'")
-    return float(newer.get("rope_theta", 1e4))
+    return number(newer, "rope_theta", f"rope_parameters in {source}", 1e4)
 
 
 def _repeated(tensor: LazyTensor, groups: int, width: int) -> LazyTensor:

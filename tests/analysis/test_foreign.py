@@ -33,7 +33,7 @@ def check(found: ForeignModel, model: Any) -> None:
         block = model.model.layers[weights.layer].mlp
         assert torch.equal(weights.router.whole(), block.gate.weight)
         both, down = block.experts.gate_up_proj, block.experts.down_proj
-        assert len(weights.experts) == found.num_experts == len(both)
+        assert len(weights.experts) == found.settings.num_experts == len(both)
         for e, expert in enumerate(weights.experts):
             gate, up = both[e].chunk(2)
             assert torch.equal(expert.gate.whole(), gate)
@@ -103,7 +103,10 @@ def _edit(path: Path, **changes: Any) -> None:
         ({"num_local_experts": 5}, "gate.weight .* 'shape \\[4, 16\\]', expected \\[5, 16\\]"),
         ({"num_hidden_layers": 4}, "without model.layers.3"),
         ({"intermediate_size": 13}, r"experts.0.w1.weight .* expected \[13, 16\]"),
-        ({"hidden_size": "wide"}, "config.json is .*hidden_size.*expected settings of a Mixtral"),
+        ({"hidden_size": "wide"}, "hidden_size .* is 'wide', expected a whole number"),
+        ({"hidden_act": 7}, "config.json is .*hidden_act.*expected settings of a Mixtral"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers .* at most 65536"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok .* is 5, expected at most 4 experts"),
     ],
 )
 def test_another_configuration_is_refused(

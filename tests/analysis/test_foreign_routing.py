@@ -83,9 +83,13 @@ def test_choices_and_weights(tmp_path: Path, kind: str) -> None:
         near = {"rtol": 1e-4, "atol": 1e-4}
         torch.testing.assert_close(record.inputs_TH.double(), x_TH, **near)  # type: ignore
         logits_TE = x_TH @ weights.router.whole().double().T
-        bias = [0.0] * opened.num_experts if weights.bias is None else weights.bias.whole().tolist()
+        bias = (
+            [0.0] * opened.settings.num_experts
+            if weights.bias is None
+            else weights.bias.whole().tolist()
+        )
         for token, row in enumerate(logits_TE.tolist()):
-            expected = chosen(opened.rule, row, bias)
+            expected = chosen(opened.settings.rule, row, bias)
             ids, said = record.ids_TK[token].tolist(), record.weights_TK[token].tolist()
             assert set(ids) == set(expected)
             assert said == sorted(said, reverse=True)
@@ -95,7 +99,7 @@ def test_choices_and_weights(tmp_path: Path, kind: str) -> None:
         torch.testing.assert_close(record.router_probs_TE.double(), probs_TE, **near)
         picked = record.router_probs_TE.gather(1, record.ids_TK)
         assert torch.equal(record.probs_TK, picked)
-        counts = [int((record.ids_TK == e).sum()) for e in range(opened.num_experts)]
+        counts = [int((record.ids_TK == e).sum()) for e in range(opened.settings.num_experts)]
         assert record.counts_E.tolist() == counts
         assert bool(record.kept_TK.all())
         made = mixture(weights, record, x_TH)

@@ -1,0 +1,128 @@
+"""`config.json` of another program's mixture: which family, what its class makes of it, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_moe.analysis.families import FAMILIES, Family, Rule
+from megatron_moe.checkpoint.errors import Corrupt
+from megatron_moe.checkpoint.files import read_json
+from megatron_moe.convert.hf_fields import MANY, SIZE, whole_number
+from megatron_moe.errors import UsageError
+
+CONFIG = "config.json"
+_COUNTS = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "decoder_sparse_step",
+    "n_group",
+    "topk_group",
+)
+_SIZES = ("hidden_size", "moe_intermediate_size", "shared_expert_intermediate_size", "vocab_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a directory says of its model.
+
+    Args:
+        model_type: key of `FAMILIES`.
+        family: the entry.
+        config: the family's own configuration class, filled.
+        rule: how its routers choose.
+        moe_layers: indices of the layers with experts.
+        num_experts: E.
+    """
+
+    model_type: str
+    family: Family
+    config: Any
+    rule: Rule
+    moe_layers: tuple[int, ...]
+    num_experts: int
+
+
+def transformers() -> Any:
+    """The package.
+
+    Raises:
+        UsageError: it is not installed.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module("transformers")
+    except ImportError:
+        expected = "installed, for the models of other programs"
+        fix = "pip install 'megatron-moe[hf]'"
+        raise UsageError("package transformers", "missing", expected, fix) from None
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether this is a directory of one checkpoint, with a `model_type`, rather than of a run."""
+    return (path / CONFIG).is_file() and "model_type" in read_json(path / CONFIG)
+
+
+def read_settings(path: Path) -> Settings:
+    """From the file in a directory.
+
+    Raises:
+        UsageError: `transformers` is not installed, the family is unknown, or the file is missing,
+            damaged or says what the family cannot be.
+    """
+    values, source = read_json(path / CONFIG), str(path / CONFIG)
+    kind = values.get("model_type")
+    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    if family is None:
+        fix = "OpenMoE and Llama are read by tools/convert_checkpoint.py --from hf"
+        raise UsageError(f"model_type in {source}", kind, f"one of {', '.join(FAMILIES)}", fix)
+    if values.get("quantization_config"):
+        expected = "absent: weights in fp32, bf16 or fp16"
+        raise UsageError(f"quantization_config in {source}", "there", expected)
+    _check_numbers(values, source)
+    package = transformers()
+    try:
+        config = family.configuration(package, path, values, source)
+        found = Settings(
+            model_type=str(kind),
+            family=family,
+            config=config,
+            rule=family.rule(config),
+            moe_layers=tuple(family.moe_layers(config)),
+            num_experts=getattr(config, family.experts),
+        )
+        _check_rule(found, source)
+    except UsageError:
+        raise
+    except Exception as error:  # whatever the class makes of wrong values
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise Corrupt(source, reason, f"settings of a {family.label}") from None
+    return found
+
+
+def _check_numbers(values: dict[str, Any], source: str) -> None:
+    """Before any class makes lists of them."""
+    for keys, most in ((_COUNTS, MANY), (_SIZES, SIZE)):
+        for key in keys:
+            if values.get(key) is not None:
+                whole_number(values, key, source, most=most)
+    dense = values.get("first_k_dense_replace")
+    if dense is not None:
+        whole_number({"first_k_dense_replace": dense or 1}, "first_k_dense_replace", source)
+
+
+def _check_rule(found: Settings, source: str) -> None:
+    rule, experts = found.rule, found.num_experts
+    if rule.topk > experts:
+        raise Corrupt(f"num_experts_per_tok in {source}", rule.topk, f"at most {experts} experts")
+    if experts % rule.groups or rule.kept_groups > rule.groups:
+        groups = f"{rule.kept_groups} of {rule.groups}"
+        expected = f"some of equal groups of {experts} experts"
+        raise Corrupt(f"topk_group and n_group in {source}", groups, expected)
