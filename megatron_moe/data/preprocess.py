@@ -31,7 +31,7 @@ from megatron_moe.data.tasks import (
     plan_tasks,
     remove_leftovers,
 )
-from megatron_moe.data.workers import Workers
+from megatron_moe.data.workers import Workers, start_early
 from megatron_moe.errors import UsageError
 
 
@@ -58,6 +58,8 @@ def preprocess(
             keys, an id is outside the vocabulary, the disk is full. What was there stays then, and
             partitions that were finished are kept.
     """
+    if options.workers > 1:
+        start_early()
     files = find_inputs(options.input)
     whole, parts = plan_tasks(options, data, files)
     if whole is not None and (made := finished(whole, say)):

@@ -18,7 +18,7 @@ import sentencepiece
 
 from megatron_moe.config import DataConfig
 from megatron_moe.data.plain_spaces import MARK, with_plain_spaces
-from megatron_moe.data.word_cache import WordCache, word_patterns
+from megatron_moe.data.word_cache import WordCache, word_pattern
 from megatron_moe.errors import UsageError
 
 PAD, EOS, UNK = 0, 1, 2
@@ -129,13 +129,13 @@ class SentencePieceTokenizer(Tokenizer):
     def remember_words(self) -> str:
         """See `Tokenizer.remember_words` and `megatron_moe.data.word_cache`."""
         proto = self._proto()
-        patterns = word_patterns(proto)
-        if isinstance(patterns, str):
-            return patterns
+        pattern = word_pattern(proto)
+        if isinstance(pattern, str):
+            return pattern
         self._prefix = b" " if proto.normalizer_spec.add_dummy_prefix else b""
         proto.normalizer_spec.add_dummy_prefix = False
         bare = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-        self._words = WordCache(lambda word: bare.encode(word, return_type="numpy"), patterns)
+        self._words = WordCache(lambda word: bare.encode(word, return_type="numpy"), pattern)
         return ""
 
     def _proto(self) -> Any:

@@ -34,8 +34,8 @@ CLASSES: dict[str, bytes] = {
 """Ranges of bytes, as regular expressions write them. `high`: all of a character beyond ASCII."""
 LONGEST = 64
 """Bytes of the longest word that is remembered."""
-_WORDS, _PARTS = 300_000, 200_000
-"""Entries of the two levels, after which a level starts anew: together below 120 MB."""
+_WORDS = 300_000
+"""Entries, after which the cache starts anew: below 70 MB."""
 _BPE = 2
 """`TrainerSpec.ModelType.BPE`."""
 _TEXT_TYPES = {1, 4, 5}
@@ -44,8 +44,8 @@ _TEXT_TYPES = {1, 4, 5}
 Encode = Callable[[bytes], npt.NDArray[np.int32]]
 
 
-def word_patterns(proto: Any) -> tuple[bytes, bytes] | str:
-    """Regular expressions that cut text into words, and words into parts; or why there are none.
+def word_pattern(proto: Any) -> bytes | str:
+    """A regular expression that cuts text wherever no piece crosses; or why there is none.
 
     Args:
         proto: the parsed model file.
@@ -64,7 +64,7 @@ def word_patterns(proto: Any) -> tuple[bytes, bytes] | str:
     crossing = {left for left, right in pairs if right == "space" and left != "space"}
     if crossing:
         return f"it has pieces with a space after a {min(crossing)}"
-    return _patterns(pairs)
+    return _pattern(pairs)
 
 
 def _neighbours(pieces: Iterable[str]) -> set[tuple[str, str]]:
@@ -82,65 +82,53 @@ def _neighbours(pieces: Iterable[str]) -> set[tuple[str, str]]:
     return pairs
 
 
-def _patterns(pairs: set[tuple[str, str]]) -> tuple[bytes, bytes]:
+def _pattern(pairs: set[tuple[str, str]]) -> bytes:
     groups = [{name} for name in CLASSES if name != "space"]
     for left, right in sorted(pairs):
         if left != "space":
             merged = set().union(*(group for group in groups if {left, right} & group))
             groups = [group for group in groups if not merged & group] + [merged]
-    spaces = b" *" if ("space", "space") in pairs else b" ?"
 
     def alternative(group: set[str]) -> bytes:
-        lead = spaces if any(("space", name) in pairs for name in group) else b""
         repeats = any((a, b) in pairs for a in group for b in group)
         ranges = b"".join(CLASSES[name] for name in sorted(group))
-        return lead + b"[" + ranges + (b"]+" if repeats else b"]")
+        return b"[" + ranges + (b"]+" if repeats else b"]")
 
-    rest = b" +" if spaces == b" *" else b" "
-    parts = b"|".join([*(alternative(group) for group in groups), rest])
-    if {"newline"} in groups:
-        words = b"|".join([spaces + rb"[^ \n]+", alternative({"newline"}), rest])
-    else:
-        words = b"|".join([spaces + rb"[^ ]+", rest])
-    return words, parts
+    led = [group for group in groups if any(("space", name) in pairs for name in group)]
+    rest = [alternative(group) for group in groups if group not in led]
+    joined = ("space", "space") in pairs
+    if led:
+        spaces = b" *" if joined else b" ?"
+        rest.insert(0, spaces + b"(?:" + b"|".join(map(alternative, led)) + b")")
+    return b"|".join([*rest, b" +" if joined else b" "])
 
 
-class WordCache:
-    """Encodes text word by word, and each new word part by part. Memory is bounded.
+class WordCache(dict[bytes, bytes]):
+    """Packed ids by word; encodes text word by word.
+
+    Starts anew when it is full, so that it follows a change of domain.
 
     Args:
         encode: the ids of a text, without anything put before it.
-        patterns: of `word_patterns`.
+        pattern: of `word_pattern`.
     """
 
-    def __init__(self, encode: Encode, patterns: tuple[bytes, bytes]) -> None:
+    def __init__(self, encode: Encode, pattern: bytes) -> None:
+        super().__init__()
         self._encode = encode
-        self._find = re.compile(patterns[0]).findall
-        find_parts = re.compile(patterns[1]).findall
-        parts = _Level(lambda part: encode(part).tobytes(), _PARTS)
-        self._parts = parts
-        self._words = _Level(
-            lambda word: b"".join(map(parts.__getitem__, find_parts(word))), _WORDS
-        )
+        self._find = re.compile(pattern).findall
 
     def ids(self, text: bytes) -> npt.NDArray[np.int32]:
         """The ids of a text in UTF-8."""
-        if _MARK in text:  # to the model a space as well, which the patterns do not know
+        if _MARK in text:  # to the model a space as well, which the pattern does not know
             return self._encode(text)
-        packed = b"".join(map(self._words.__getitem__, self._find(text)))
+        packed = b"".join(map(self.__getitem__, self._find(text)))
         return np.frombuffer(packed, dtype=np.int32)
 
-
-class _Level(dict[bytes, bytes]):
-    """Packed ids by word; starts anew when it is full, so that it follows a change of domain."""
-
-    def __init__(self, make: Callable[[bytes], bytes], limit: int) -> None:
-        self._make, self._limit = make, limit
-
     def __missing__(self, word: bytes) -> bytes:
-        packed = self._make(word)
+        packed = self._encode(word).tobytes()
         if len(word) <= LONGEST:
-            if len(self) >= self._limit:
+            if len(self) >= _WORDS:
                 self.clear()
             self[word] = packed
         return packed
