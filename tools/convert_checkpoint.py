@@ -24,13 +24,12 @@ from megatron_moe.config import RunConfig
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.convert.formats import FORMATS, Target, compare, planned, read, write
 from megatron_moe.convert.lazy import LazyTensor
+from megatron_moe.convert.logits import PROMPT, free_memory, logits_difference, memory_needed
 from megatron_moe.convert.model import DTYPES, Model, average, cast
 from megatron_moe.convert.upcycle import MODES, Upcycling, upcycle
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
 _SHARD_GIB = 5.0
-_PROMPT = (7, 3, 11, 3, 19, 2, 5, 13)
-"""Token ids, taken modulo the vocabulary, on which logits are compared."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -55,8 +54,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-shard-size", type=float, default=_SHARD_GIB, help="GiB of one file")
     add("--tokenizer-model", type=Path, help="a tokenizer file to put beside the result")
     add("--dry-run", action="store_true", help="list the tensors, write nothing")
-    add("--verify", action="store_true", help="read the result back and compare it")
-    add("--verify-logits", action="store_true", help="--verify, and the logits of a prompt")
+    add("--verify", action="store_true", help="read the result back and compare it; and logits")
+    add("--verify-logits", action="store_true", help="--verify; refuse if memory is too small")
     more = parser.add_argument_group("a mixture of experts from a dense checkpoint")
     add = more.add_argument
     add("--upcycle", choices=MODES, help="shared: starts exactly as the dense model; copy: nearly")
@@ -119,11 +118,13 @@ def run(options: argparse.Namespace) -> None:
     if options.dry_run:
         print_plan(tensors, model.bytes)
         return
+    if options.verify_logits:
+        require_memory(model)
     with tqdm(total=model.bytes, unit="B", unit_scale=True, desc="converting") as bar:
         where = write(model, target, bar.update)
     print(f"{len(model.tensors)} tensors, {model.bytes} bytes: {where}")
     if options.verify or options.verify_logits:
-        verify(model, target, options.verify_logits)
+        verify(model, target)
 
 
 def configuration(options: argparse.Namespace) -> RunConfig | None:
@@ -167,8 +168,23 @@ def print_plan(tensors: Mapping[str, LazyTensor], size: int) -> None:
     print(f"{len(tensors)} tensors, {size} bytes; nothing was written")
 
 
-def verify(model: Model, target: Target, logits: bool) -> None:
-    """Read the result back and compare it with what it was made from.
+def require_memory(model: Model) -> None:
+    """For `--verify-logits`, before anything is written.
+
+    Raises:
+        UsageError: the model does not fit.
+    """
+    needed, free = memory_needed(model), free_memory()
+    if needed > free:
+        found, expected = (
+            f"for a model of {needed} bytes",
+            f"at most the {free} bytes that are free",
+        )
+        raise UsageError("--verify-logits", found, expected, "--verify compares all but logits")
+
+
+def verify(model: Model, target: Target) -> None:
+    """Read the result back and compare it with what it was made from; logits too, if it fits.
 
     Raises:
         UsageError: it differs.
@@ -179,28 +195,15 @@ def verify(model: Model, target: Target, logits: bool) -> None:
     with tqdm(total=model.bytes, unit="B", unit_scale=True, desc="verifying") as bar:
         count = compare(model, written, bar.update)
     print(f"verified: {count} tensors have the same shape, type and SHA-256")
-    if logits:
-        difference = logits_difference(model, written)
-        if difference != 0.0:
-            raise UsageError("logits of the result", f"off by {difference}", "those of the source")
-        print(f"verified: logits of {len(_PROMPT)} tokens are the same")
-
-
-def logits_difference(first: Model, second: Model) -> float:
-    """Largest difference of logits on a prompt, by the single-device model in fp32."""
-    import torch
-
-    from megatron_moe.model.reference import ReferenceOpenMoE
-
-    found = []
-    for model in (first, second):
-        moe, size = model.config.moe, model.vocab_size
-        reference = ReferenceOpenMoE(model.config.model, moe, size, seed=None)
-        reference.load_logical((n, t.whole().float()) for n, t in model.tensors.items())
-        tokens = torch.tensor([[token % size for token in _PROMPT]])
-        with torch.no_grad():
-            found.append(reference.eval()(tokens, training_capacity=False).logits)
-    return float((found[0] - found[1]).abs().max())
+    needed, free = memory_needed(model), free_memory()
+    if needed > free:
+        gib = f"{needed / 2**30:.1f} GiB, {max(0, free) / 2**30:.1f} are free"
+        print(f"logits are not compared: the model takes {gib}")
+        return
+    difference = logits_difference(model, written)
+    if difference != 0.0:
+        raise UsageError("logits of the result", f"off by {difference}", "those of the source")
+    print(f"verified: logits of {len(PROMPT)} tokens are the same")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

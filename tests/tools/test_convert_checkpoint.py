@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_moe.checkpoint import load_logical, verify
+from megatron_moe.convert import logits
 from megatron_moe.convert.formats import Target, read, write
 from tests.checkpoint.test_load import _save
 from tests.convert.cases import model_of
@@ -37,6 +39,7 @@ def test_there_and_back_verified(
     assert "verified: 49 tensors have the same shape, type and SHA-256" in said
     assert "verified: logits of 8 tokens are the same" in said
     assert convert("hf", tmp_path / "hf", "native", tmp_path / "back", "--verify") == 0
+    assert "verified: logits of 8 tokens are the same" in capsys.readouterr().out
     verify(tmp_path / "back")
     first, second = dict(load_logical(native)), dict(load_logical(tmp_path / "back"))
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
@@ -82,8 +85,8 @@ def test_verification_fails_on_a_changed_value(
     save_file(values, file)
     model, target = read("native", native), Target(format="hf", path=tmp_path / "hf")
     with pytest.raises(Exception, match=r"output\.weight in .* other values"):
-        convert_checkpoint.verify(model, target, logits=False)
-    assert convert_checkpoint.logits_difference(model, read("hf", tmp_path / "hf")) > 0
+        convert_checkpoint.verify(model, target)
+    assert logits.logits_difference(model, read("hf", tmp_path / "hf")) > 0
 
 
 def test_mistakes_are_one_line_and_exit_2(
@@ -105,3 +108,100 @@ def test_mistakes_are_one_line_and_exit_2(
         assert lines[0].startswith("convert_checkpoint.py: error: ")
         assert said in lines[0]
     assert not (tmp_path / "x").exists()
+
+
+def test_logits_need_memory(
+    native: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine with too little: the rest is verified, or nothing is written if logits must be."""
+    size = sum(t.bytes for t in model_of().tensors.values())
+    assert size < logits.memory_needed(model_of()) < 2 * size
+    assert logits.memory_needed(model_of(dtype=torch.bfloat16)) == logits.memory_needed(model_of())
+    assert 0 < logits.free_memory() <= psutil.virtual_memory().total
+    monkeypatch.setattr("tools.convert_checkpoint.free_memory", lambda: size)
+    assert convert("native", native, "hf", tmp_path / "a", "--verify") == 0
+    said = capsys.readouterr().out
+    assert "verified: 49 tensors" in said
+    assert "logits are not compared: the model takes" in said
+    assert convert("native", native, "hf", tmp_path / "b", "--verify-logits") == 2
+    assert f"at most the {size} bytes that are free" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_bar_ends_at_all_bytes(
+    native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = sum(t.bytes for t in model_of().tensors.values())
+    assert convert("native", native, "hf", tmp_path / "hf", "--verify") == 0
+    bars = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if line]
+    for name in ("converting", "verifying"):
+        assert any(line.startswith(f"{name}: 100%") for line in bars)
+    for target in ("native", "hf", "t5x"):
+        seen: list[int] = []
+        write(model_of(), Target(format=target, path=tmp_path / f"{target}-2"), seen.append)
+        assert sum(seen) == size
+
+
+@pytest.mark.parametrize("target", ["native", "hf", "t5x"])
+def test_a_dry_run_of_every_format_writes_nothing(
+    native: Path, tmp_path: Path, target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    more = ("--expert-layout", "unstacked") if target == "hf" else ()
+    assert convert("native", native, target, tmp_path / "x", "--dry-run", *more) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    write(
+        model_of(), Target(format=target, path=tmp_path / "y", layout="unstacked"), lambda _: None
+    )
+    assert last.startswith(f"{len(lines)} tensors, {sum(int(x.split()[-2]) for x in lines)} bytes")
+    written = {"native": 49, "hf": 49 + 2 * 3 * 3, "t5x": 49}  # 4 experts for a stack
+    assert len(lines) == written[target]
+    assert (
+        sorted(p for p in tmp_path.rglob("*") if (tmp_path / "y") not in (p, *p.parents)) == before
+    )
+
+
+def test_several_are_averaged_and_cast(tmp_path: Path) -> None:
+    models = [model_of(seed=seed) for seed in (1, 2, 3)]
+    for number, model in enumerate(models):
+        write(model, Target(format="native", path=tmp_path / str(number)), lambda _: None)
+    flags = ["--from", "native", "--load", *(str(tmp_path / str(i)) for i in range(3))]
+    flags += ["--to", "hf", "--save", str(tmp_path / "mean"), "--dtype", "bf16", "--verify"]
+    assert main(flags) == 0
+    for name, tensor in read("hf", tmp_path / "mean").tensors.items():
+        each = torch.stack([model.tensors[name].whole().double() for model in models])
+        assert torch.equal(tensor.whole(), each.mean(0).float().bfloat16()), name
+
+
+def test_native_to_native_in_files_of_another_size(native: Path, tmp_path: Path) -> None:
+    more = ("--max-shard-size", "0.00001", "--verify")
+    assert convert("native", native, "native", tmp_path / "many", *more) == 0
+    assert len(list((tmp_path / "many").rglob("*.safetensors"))) > 3
+    assert convert("native", tmp_path / "many", "native", tmp_path / "one", "--verify") == 0
+    (one,), (first,) = ([*p.rglob("*.safetensors")] for p in (tmp_path / "one", native))
+    assert one.read_bytes() == first.read_bytes()
+
+
+def test_a_way_through_every_format(native: Path, tmp_path: Path) -> None:
+    """From `hf` to `t5x` and back too, without our own format between them."""
+    model_of().config.save(tmp_path / "config.json")
+    known = ("--config", str(tmp_path / "config.json"))
+    assert convert("native", native, "hf", tmp_path / "1", "--expert-layout", "unstacked") == 0
+    assert convert("hf", tmp_path / "1", "t5x", tmp_path / "2", "--verify") == 0
+    assert convert("t5x", tmp_path / "2", "hf", tmp_path / "3", *known, "--verify") == 0
+    assert convert("hf", tmp_path / "3", "native", tmp_path / "4", "--verify") == 0
+    first, last = dict(load_logical(native)), dict(load_logical(tmp_path / "4"))
+    assert first.keys() == last.keys()
+    assert all(torch.equal(tensor, last[name]) for name, tensor in first.items())
+
+
+def test_the_tokenizer_travels(native: Path, tmp_path: Path) -> None:
+    pieces = tmp_path / "tokenizer.model"
+    pieces.write_bytes(b"pieces")
+    more = ("--tokenizer-model", str(pieces))
+    assert convert("native", native, "hf", tmp_path / "1", *more) == 0
+    assert convert("hf", tmp_path / "1", "hf", tmp_path / "2") == 0
+    assert (tmp_path / "2/tokenizer.model").read_bytes() == b"pieces"
