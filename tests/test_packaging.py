@@ -122,6 +122,7 @@ def test_installed_commands_start_anywhere(wheel: Path, tmp_path: Path) -> None:
     commands = sorted(path.name for path in (site / "bin").iterdir())
     assert commands == [
         "openmoe-convert",
+        "openmoe-evaluate",
         "openmoe-generate",
         "openmoe-inspect-checkpoint",
         "openmoe-inspect-data",

@@ -16,10 +16,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
+from megatron_moe.inference.command import add_model_flags, wanted
 
 if TYPE_CHECKING:
     from megatron_moe.inference.generation import Rules
@@ -34,16 +34,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument_group("the model").add_argument
-    add("--load", required=True, type=Path, metavar="DIR", help="checkpoints of a run, or weights")
-    add("--format", choices=("auto", "native", "hf"), default="auto", help="of --load (auto)")
-    add("--ckpt-step", type=int, help="native: step to load (the newest)")
-    add("--tokenizer-type", help="instead of the checkpoint's, e.g. SentencePieceTokenizer")
-    add("--tokenizer-model", metavar="FILE", help="where the tokenizer is now")
-    add("--device", default="cpu", help="device of PyTorch, e.g. cuda (cpu)")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="to compute in (fp32)")
-    moe = "dropless; eval: the run's evaluation capacity, needs --no-kv-cache (dropless)"
-    add("--moe-capacity", choices=("dropless", "eval"), default="dropless", help=moe)
+    moe = "eval: that of the run's evaluations, needs --no-kv-cache (dropless)"
+    add_model_flags(parser, moe)
+    add = parser.add_argument
     add("--no-kv-cache", action="store_true", help="read the whole text again for every token")
     add = parser.add_argument_group("what to continue").add_argument
     add("--prompt", action="append", metavar="TEXT", help="may be repeated (none: a new document)")
@@ -104,7 +97,7 @@ def run(options: argparse.Namespace) -> None:
     """
     # Imported late, so that --help and a wrong flag are answered at once.
     from megatron_moe.inference.generation import Rules
-    from megatron_moe.inference.loading import Wanted, load
+    from megatron_moe.inference.loading import load
     from megatron_moe.inference.prompts import read_prompts
     from megatron_moe.inference.sampling import Sampling
 
@@ -112,18 +105,7 @@ def run(options: argparse.Namespace) -> None:
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     sampling.check()
     prompts = read_prompts(options.prompts_file) if options.prompts_file else options.prompt
-    loaded = load(
-        Wanted(
-            path=options.load,
-            format=options.format,
-            step=options.ckpt_step,
-            tokenizer_type=options.tokenizer_type,
-            tokenizer_model=options.tokenizer_model,
-            capacity=options.moe_capacity,
-            device=options.device,
-            dtype=options.dtype,
-        )
-    )
+    loaded = load(wanted(options))
     rules = Rules(
         tokens=options.max_new_tokens,
         vocab_size=loaded.text.size,

@@ -1,0 +1,131 @@
+"""EleutherAI's lm-eval on a model of ours: the three kinds of requests that its tasks make.
+
+lm-eval is in the extra [eval], so this module is imported where tasks are asked for and nowhere
+else. Its rules are kept: a pair is tokenized together and split at the length of the context alone;
+what is too long loses its left end; whole texts are scored in windows in which every token is
+predicted once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+
+from megatron_moe.errors import UsageError
+from megatron_moe.inference.answers import Scorer
+from megatron_moe.inference.loading import Loaded
+
+
+class HarnessModel(TemplateLM):
+    """Answers lm-eval's requests.
+
+    Args:
+        loaded: the model.
+        batch_size: rows at a time.
+    """
+
+    def __init__(self, loaded: Loaded, batch_size: int) -> None:
+        super().__init__()
+        self.loaded = loaded
+        self.scorer = Scorer(loaded, batch_size)
+        self.batch_size = batch_size
+        self.max_length = loaded.longest
+
+    @property
+    def eot_token_id(self) -> int:
+        """Stands before a text without a context, as before a document."""
+        return self.loaded.text.eod
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_: Any
+    ) -> list[int]:
+        """The ids of a text. Nothing is put around it."""
+        return self.loaded.text.encode(string)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_more: Any
+    ) -> list[tuple[float, bool]]:
+        found = self.scorer.pairs([(context, more) for _, context, more in requests])
+        for (key, _, _), answer in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood", key, answer)
+        return found
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """The log likelihood of whole texts."""
+        windows = [self._windows(request.args[0]) for request in requests]
+        found = iter(self.scorer.pairs([window for text in windows for window in text]))
+        sums = [sum(next(found)[0] for _ in text) for text in windows]
+        for request, value in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
+        return sums
+
+    def _windows(self, text: str) -> list[tuple[list[int], list[int]]]:
+        """Context and continuation of each window of a text."""
+        ids, longest = self.tok_encode(text), self.max_length
+        windows = get_rolling_token_windows(ids, self.eot_token_id, longest, context_len=1)
+        return [make_disjoint_window(window) for window in windows]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Continuations of contexts, up to the stops of their tasks."""
+        found = self.scorer.texts([request.args for request in requests])
+        for request, text in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("generate_until", request.args, text)
+        return found
+
+
+def evaluate_tasks(
+    loaded: Loaded,
+    tasks: Sequence[str],
+    *,
+    batch_size: int,
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Run tasks by name.
+
+    Args:
+        loaded: the model.
+        tasks: names, as lm-eval knows them.
+        batch_size: rows at a time.
+        include_path: where tasks are defined, instead of lm-eval's own.
+        num_fewshot: examples in a context; `None` leaves it to the task.
+        limit: documents of each task; `None` takes all.
+
+    Returns:
+        lm-eval's results, without its samples.
+
+    Raises:
+        UsageError: no such task, or no such directory.
+    """
+    if include_path is not None and not include_path.is_dir():
+        raise UsageError("--include-path", str(include_path), "a directory of tasks")
+    manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
+    unknown = [name for name in tasks if name not in manager.all_tasks]
+    if unknown:
+        some = ", ".join(manager.all_tasks[:10])
+        raise UsageError("--tasks", unknown[0], f"tasks of lm-eval, such as {some}")
+    results = simple_evaluate(
+        model=HarnessModel(loaded, batch_size),
+        tasks=list(tasks),
+        num_fewshot=num_fewshot,
+        limit=limit,
+        task_manager=manager,
+        log_samples=False,
+        bootstrap_iters=0,
+    )
+    return dict(results)
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """A line for each task and metric."""
+    return str(make_table(results)).rstrip()

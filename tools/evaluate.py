@@ -1,0 +1,207 @@
+r"""Evaluate a checkpoint, native or Hugging Face: perplexity on indexed data, tasks of lm-eval.
+
+Perplexity is of every token of the data, in file order, once; with `--held-out` of the samples that
+the run's own evaluations measure. Tasks need the extra [eval].
+
+    python tools/evaluate.py --load checkpoints --data-path data/wiki data/code
+    python tools/evaluate.py --load openmoe-8b --data-path 0.3 data/wiki 0.7 data/code --json
+    python tools/evaluate.py --load checkpoints --held-out valid
+    python tools/evaluate.py --load checkpoints --tasks arc_easy,hellaswag --num-fewshot 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
+from megatron_moe.inference.command import add_model_flags, require_harness, wanted
+
+if TYPE_CHECKING:
+    from megatron_moe.config import RunConfig
+    from megatron_moe.inference.loading import Loaded
+    from megatron_moe.inference.perplexity import Perplexity
+
+OWNERS = {
+    "seq_length": "data_path",
+    "max_tokens": "data_path",
+    "eval_iters": "held_out",
+    "global_batch_size": "held_out",
+    "include_path": "tasks",
+    "num_fewshot": "tasks",
+    "limit": "tasks",
+}
+"""Flags, and what they belong to."""
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    moe = "eval: that of the run's evaluations (dropless; eval with --held-out)"
+    add_model_flags(parser, moe)
+    parser.add_argument("--batch-size", type=int, help="rows at a time (8)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    add = parser.add_argument_group("perplexity of data").add_argument
+    add("--data-path", nargs="+", metavar="WORD", help="prefixes, or weight and prefix pairs")
+    add("--seq-length", type=int, help="tokens of a row (the run's; of weights: the longest)")
+    add("--max-tokens", type=int, help="only so many of each prefix, from its start (all)")
+    add = parser.add_argument_group("perplexity of a run's held-out samples").add_argument
+    add("--held-out", choices=("valid", "test"), help="which")
+    add("--eval-iters", type=int, help="global batches (the run's)")
+    add("--global-batch-size", type=int, help="sequences of one (the run's)")
+    add = parser.add_argument_group("tasks").add_argument
+    add("--tasks", type=lambda words: words.split(","), help="of lm-eval, separated by commas")
+    add("--include-path", type=Path, help="directory of tasks of your own; then only those")
+    add("--num-fewshot", type=int, help="examples in a context (the task's)")
+    add("--limit", type=int, help="documents of each task (all)")
+    return parser.parse_args(argv)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse flags that cannot work, before anything is loaded.
+
+    Raises:
+        UsageError: the first such flag.
+    """
+    ways = {"data_path": "--data-path", "held_out": "--held-out", "tasks": "--tasks"}
+    given = [name for name in ways if getattr(options, name)]
+    if len(given) != 1:
+        found = " ".join(ways[name] for name in given) or None
+        raise UsageError("what to evaluate", found, f"one of {', '.join(ways.values())}")
+    for name, owner in OWNERS.items():
+        flag = f"--{name.replace('_', '-')}"
+        if getattr(options, name) is not None and owner != given[0]:
+            raise UsageError(flag, getattr(options, name), f"absent without {ways[owner]}")
+    if options.held_out and options.batch_size is not None:
+        expected = "absent with --held-out: the run's --micro-batch-size holds"
+        raise UsageError("--batch-size", options.batch_size, expected)
+    for name in ("batch_size", "seq_length", "max_tokens", "eval_iters", "limit"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')}", value, "at least 1")
+    if options.num_fewshot is not None and options.num_fewshot < 0:
+        raise UsageError("--num-fewshot", options.num_fewshot, "at least 0")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Load, evaluate, print.
+
+    Raises:
+        UsageError: a flag, the checkpoint, the tokenizer or the data is wrong.
+    """
+    check(options)
+    if options.tasks:
+        require_harness()  # before seconds or minutes of loading
+    from megatron_moe.inference.loading import load
+
+    loaded = load(wanted(options, "eval" if options.held_out else "dropless"))
+    if options.tasks:
+        run_tasks(options, loaded)
+        return
+    found = held_out(options, loaded) if options.held_out else data(options, loaded)
+    if options.json:
+        about = {"checkpoint": loaded.source, "step": loaded.step, "dropless": not loaded.drops}
+        print(json.dumps(about | {"results": [each.to_json() for each in found]}))
+    else:
+        print(table(found))
+
+
+def data(options: argparse.Namespace, loaded: Loaded) -> list[Perplexity]:
+    """Of indexed data.
+
+    Raises:
+        UsageError: rows are longer than the model allows, or the data is wrong.
+    """
+    from megatron_moe.inference.loading import format_of
+    from megatron_moe.inference.perplexity import evaluate_data
+
+    trained = loaded.config.data.seq_length
+    default = loaded.longest if format_of(wanted(options)) == "hf" else trained
+    length = options.seq_length or min(default, loaded.longest)
+    if length > loaded.longest:
+        expected = f"at most --max-position-embeddings ({loaded.longest})"
+        raise UsageError("--seq-length", length, expected)
+    return evaluate_data(
+        loaded,
+        options.data_path,
+        seq_length=length,
+        batch_size=options.batch_size or 8,
+        max_tokens=options.max_tokens,
+    )
+
+
+def held_out(options: argparse.Namespace, loaded: Loaded) -> list[Perplexity]:
+    """Of the run's samples.
+
+    Raises:
+        UsageError: weights that are no run's, or its data is wrong.
+    """
+    from megatron_moe.inference.loading import format_of
+    from megatron_moe.inference.perplexity import evaluate_held_out
+
+    if format_of(wanted(options)) == "hf":
+        raise UsageError("--held-out", options.held_out, "a native checkpoint: it names its data")
+    return evaluate_held_out(loaded, with_flags(loaded.config, options), options.held_out)
+
+
+def with_flags(config: RunConfig, options: argparse.Namespace) -> RunConfig:
+    """The run, with what the command line says otherwise."""
+    names = ("eval_iters", "global_batch_size")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return replace(config, train=replace(config.train, **given))
+
+
+def run_tasks(options: argparse.Namespace, loaded: Loaded) -> None:
+    """Run tasks of lm-eval and print their results."""
+    from megatron_moe.inference.harness import evaluate_tasks, results_table
+
+    results: dict[str, Any] = evaluate_tasks(
+        loaded,
+        options.tasks,
+        batch_size=options.batch_size or 8,
+        include_path=options.include_path,
+        num_fewshot=options.num_fewshot,
+        limit=options.limit,
+    )
+    print(json.dumps(results, default=str) if options.json else results_table(results))
+
+
+def table(found: Sequence[Perplexity]) -> str:
+    """A line for each domain."""
+    rows = [("domain", "tokens", "loss", "perplexity", "bits/byte", "weight")]
+    for each in found:
+        optional = [
+            "-" if value is None else f"{value:.4f}" for value in (each.bits_per_byte, each.weight)
+        ]
+        loss, perplexity = f"{each.loss:.4f}", f"{each.perplexity:.4g}"
+        rows.append((each.name, f"{each.tokens:,}", loss, perplexity, optional[0], optional[1]))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    options = parse(argv)
+    try:
+        run(options)
+    except UsageError as error:
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        raise SystemExit(USAGE_EXIT_CODE) from None
+
+
+if __name__ == "__main__":
+    main()
