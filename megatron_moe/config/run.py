@@ -70,7 +70,7 @@ class RunConfig:
             values = json.loads(Path(path).read_text())
         except OSError as error:
             raise UsageError("--config", str(path), "a readable file", str(error)) from None
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # neither UTF-8, nor JSON, nor sane
             raise UsageError("--config", str(path), "a JSON file", str(error)) from None
         if not isinstance(values, dict):
             raise UsageError("--config", str(path), "a JSON object of sections")

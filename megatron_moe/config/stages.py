@@ -141,7 +141,7 @@ def read_stages(path: str) -> tuple[StageSpec, ...]:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(FLAG, path, "a readable TOML file", str(error)) from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(FLAG, path, "a TOML file", str(error)) from None
     tables = content.get("stage")
     if set(content) != {"stage"} or not isinstance(tables, list) or not tables:

@@ -112,7 +112,7 @@ def read_manifest(prefix: str) -> Manifest | None:
         return Manifest(**known)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UsageError("manifest", str(path), FORMAT, f"{reason}; remove it") from None
 

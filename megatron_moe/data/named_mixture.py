@@ -84,7 +84,7 @@ def _content(name: str, path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         expected = f"{', '.join(shipped_mixtures())}, or a readable file"
         raise UsageError(_FLAG, name, expected, str(error)) from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(_FLAG, name, "a TOML file", str(error)) from None
 
 

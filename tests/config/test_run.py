@@ -55,8 +55,8 @@ def test_numbers_may_be_written_without_a_point(tmp_path: Path) -> None:
 
 
 def test_what_is_no_configuration_is_refused(tmp_path: Path) -> None:
-    for text in ("", "[]", "{"):
-        (tmp_path / "config.json").write_text(text)
+    for text in (b"", b"[]", b"{", b"\xff", b"[" * 100_000):
+        (tmp_path / "config.json").write_bytes(text)
         with pytest.raises(UsageError, match="--config"):
             RunConfig.load(tmp_path / "config.json")
     with pytest.raises(UsageError, match="--config"):

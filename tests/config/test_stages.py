@@ -130,6 +130,7 @@ REFUSED = {
     "a table": ("[stage]\nname = 'x'", "expected one or more [[stage]] tables"),
     "no tables": ("stage = [1]", "stage 1 of {file} is 1, expected a [[stage]] table"),
     "no TOML": ("[[stage", "--stages is '{file}', expected a TOML file"),
+    "too deep": ("a = " + "[" * 100_000, "--stages is '{file}', expected a TOML file"),
 }
 
 

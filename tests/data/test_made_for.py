@@ -76,9 +76,10 @@ def test_what_was_not_is_refused(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_garbage_is_no_manifest(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", ["{}", "{", "[]", "[" * 100_000], ids=lambda c: c[:9])
+def test_garbage_is_no_manifest(tmp_path: Path, content: str) -> None:
     prefix = made(tmp_path)
-    Path(f"{prefix}.json").write_text("{}")
+    Path(f"{prefix}.json").write_text(content)
     with pytest.raises(UsageError, match=r"manifest is '.*x\.json'.*remove it"):
         data_of(prefix, **BYTES)
 

@@ -85,6 +85,7 @@ def test_a_mixture_is_a_blend(tmp_path: Path) -> None:
 
 BAD = {
     "no toml": ("[domains", "--mixture is .*, expected a TOML file"),
+    "too deep": ("a = " + "[" * 100_000, "--mixture is .*, expected a TOML file"),
     "no domains": (GOOD.replace("[domains]", "[names]"), r"expected a table \[domains\]"),
     "no source": ('[domains]\na = "a"\n', r"one or more \[\[source\]\] tables"),
     "another table": (GOOD + "[more]\n", "and nothing else"),
@@ -104,6 +105,28 @@ BAD = {
         r"weights in .* is \[0, 0, 0, 0\], expected one at least above 0",
     ),
     "no prefix": (GOOD.replace('"a"', '""', 1), "prefix of source 1 of --mixture is ''"),
+    "a prefix that is no text": (
+        GOOD.replace('"a"', "7", 1),
+        "prefix of source 1 of --mixture is 7,",
+    ),
+    "prefixes": (GOOD.replace('"a"', '["a"]', 1), r"prefix of source 1 of --mixture is \['a'\]"),
+    "a domain that is no text": (
+        GOOD.replace('"web"', '["web"]', 1),
+        r"domain of source 1 of .* is \['web'\]",
+    ),
+    "domains that are no table": (
+        GOOD.replace("[domains]", "[[domains]]"),
+        "--mixture is .*, expected a table",
+    ),
+    "sources that are one table": (
+        '[domains]\na = "a"\n[source]\nx = 1\n',
+        r"one or more \[\[source\]\] tables",
+    ),
+    "a source that is no table": (
+        'source = [1]\n[domains]\na = "a"\n',
+        "keys of source 1 of --mixture is 1,",
+    ),
+    "weights": (GOOD.replace("0.5", "[0.5]"), r"weight of source 2 of --mixture is \[0.5\]"),
     "twice": (GOOD.replace('"sub/c"', '"a"'), "prefix in .* is 'a', expected each prefix once"),
 }
 

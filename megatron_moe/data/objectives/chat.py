@@ -63,7 +63,7 @@ def _turns(line: str, key: str, where: str) -> Sequence[tuple[str, str]]:
     """Roles and contents, not empty."""
     try:
         value: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(where, line.strip()[:40], "JSON", str(error)) from None
     if isinstance(value, dict):
         if key not in value:

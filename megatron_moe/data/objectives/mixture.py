@@ -86,7 +86,7 @@ def read_mixture(path: str | None) -> tuple[Denoiser, ...]:
         content = tomllib.loads(Path(where).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(_FLAG, where, "a readable file", str(error)) from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(_FLAG, where, "a TOML file", str(error)) from None
     entries = content.get("denoiser")
     if set(content) != {"denoiser"} or not isinstance(entries, list) or not entries:

@@ -176,8 +176,47 @@ def test_rows_by_hand() -> None:
     assert all(sum({7: 6, 8: 6, 9: 4}[c] for c in row) <= 10 for row in held)
 
 
+def test_beyond_two_to_the_31_ids(tmp_path: Path) -> None:
+    """Two conversations of 2^30 ids, then two short ones, in a cache that is mostly hole.
+
+    The cache is that of four short conversations; the first two are then stretched.
+    """
+    talks = [chat("a", "A"), chat("b", "B"), chat("Hi", "Yo"), chat("Ha", "Ya")]
+    path = write_lines(tmp_path / "a.jsonl", talks)
+    expected = {learnt(row): row for row in sft(path, sft_pack=False)}
+    (folder,) = (tmp_path / "cache").glob("chat-*")
+    ids, counts, bounds, _ = (np.load(folder / f"{i}.npy") for i in range(4))
+    assert bounds.dtype == np.int64
+    moved = 2**31 - bounds[2]
+    for number, values in ((0, ids), (1, counts)):
+        grown = np.lib.format.open_memmap(
+            folder / f"{number}.npy", "w+", values.dtype, (int(bounds[4] + moved),)
+        )
+        grown[2**31 :] = values[bounds[2] :]
+        grown.flush()
+    np.save(folder / "2.npy", np.array([0, 2**30, *(bounds[2:] + moved)]))
+    sizes = json.loads((folder / "manifest.json").read_text())
+    sizes = {name: (folder / name).stat().st_size for name in sizes}
+    (folder / "manifest.json").write_text(json.dumps(sizes))
+    found = {learnt(row): row for row in sft(path, sft_pack=False)}
+    assert set(found) == {"", f"Yo{EOS}", f"Ya{EOS}"}, "what was stretched is hole"
+    assert all(found[answer] == expected[answer] for answer in (f"Yo{EOS}", f"Ya{EOS}"))
+    packed = [text_of(row[0]) for row in sft(path)]
+    two = {f"<s>[INST] Hi [/INST]Yo{EOS}", f"<s>[INST] Ha [/INST]Ya{EOS}"}
+    assert {text for text in packed if text} <= {*two, *map("".join, itertools.permutations(two))}
+    assert any(packed)
+
+
 BAD = {
     "{": "line 2 of",
+    "[" * 100_000: "line 2 of",
+    '[{"role": ["user"], "content": "x"}]': "turn 1 in line 2",
+    '[{"role": "user", "content": "x"}, {"role": "assistant", "content": ["y"]}]': "turn 2 in line",
+    '[{"content": "x"}]': "turn 1 in line 2",
+    '["role"]': "turn 1 in line 2",
+    '{"messages": {"role": "user", "content": "x"}}': "turns in line 2",
+    '{"messages": "Hi"}': "turns in line 2",
+    "3": "turns in line 2",
     "[]": "turns in line 2",
     '"text"': "turns in line 2",
     '{"talk": []}': "keys in line 2 of",
@@ -194,7 +233,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("line", list(BAD))
+@pytest.mark.parametrize("line", list(BAD), ids=lambda line: line[:40])
 def test_bad_lines_are_refused(line: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(chat("Hi", "Yo")) + "\n" + line + "\n")
