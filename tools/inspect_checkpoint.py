@@ -69,10 +69,11 @@ def run(options: argparse.Namespace) -> int:
         return run_foreign(options)
     if options.verify:
         verify(options.load, options.ckpt_step)
-        print(f"{options.load}: whole")
+        whole = {"path": str(options.load), "whole": True}
+        print(json.dumps(whole) if options.json else f"{options.load}: whole")
     elif options.compare is not None:
         steps = options.ckpt_step, options.compare_step
-        return report(differences(options.load, options.compare, steps))
+        return report(differences(options.load, options.compare, steps), options.json)
     elif options.tensors is not None:
         facts = tensor_facts(options.load, options.ckpt_step, options.tensors)
         print_tensors(options, facts)
@@ -93,7 +94,8 @@ def run_foreign(options: argparse.Namespace) -> int:
             raise UsageError(flag, value, f"absent: {options.load} has neither steps nor checksums")
     model = open_foreign(options.load)
     if options.compare is not None:
-        return report(foreign_differences(model, open_foreign(options.compare)))
+        found = foreign_differences(model, open_foreign(options.compare))
+        return report(found, options.json)
     if options.tensors is not None:
         print_tensors(options, facts_of(model.tensors, options.tensors))
     else:
@@ -115,10 +117,14 @@ def print_foreign(found: dict[str, Any], as_json: bool) -> None:
         print(f"layer {layer['layer']:<12} router {router} {layer['dtype']}  {sizes}")
 
 
-def report(differences: Iterable[str]) -> int:
-    """Print the differences; returns the exit code."""
+def report(differences: Iterable[str], as_json: bool) -> int:
+    """Print the differences, each a name and what differs; returns the exit code."""
     lines = list(differences)
-    print("\n".join(lines) if lines else "no difference")
+    if as_json:
+        pairs = (line.split(": ", 1) for line in lines)
+        print(json.dumps({"differences": [{"name": name, "is": text} for name, text in pairs]}))
+    else:
+        print("\n".join(lines) if lines else "no difference")
     return FAULT_EXIT_CODE if lines else 0
 
 

@@ -90,6 +90,48 @@ def test_differences(
     assert "torch.float32 and torch.bfloat16" in capsys.readouterr().out
 
 
+def test_differences_of_shape_and_of_what_is_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For programs, as JSON: another width, and a layer without experts."""
+    first = save(model_of(), tmp_path / "first")
+    pattern = replace(CONFIG.moe, moe_layer_freq="[0,0,0,1]")
+    shape = replace(CONFIG.model, kv_channels=4)
+    second = save(model_of(replace(CONFIG, model=shape, moe=pattern)), tmp_path / "second")
+    assert main([str(first), "--compare", str(second), "--json"]) == 1
+    found = {d["name"]: d["is"] for d in json.loads(capsys.readouterr().out)["differences"]}
+    assert found["moe.moe_layer_freq"] == "'([0]*1+[1])*2' and '[0,0,0,1]'"
+    assert found["model.kv_channels"] == "8 and 4"
+    assert found["layers.0.attention.query.weight"] == "shape [24, 16] and [12, 16]"
+    assert found["layers.1.moe.router.weight"] == "only in the first"
+    assert found["layers.1.ffn.gate.weight"] == "only in the second"
+    assert "layers.0.ffn_norm.weight" in found  # other values: drawn after other shapes
+    assert main([str(first), "--compare", str(first), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"differences": []}
+    assert main([str(first), "--verify", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"path": str(first), "whole": True}
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "another length", "index", "manifest"])
+def test_every_damage_is_found_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str
+) -> None:
+    step = save(model_of(), tmp_path / "run") / "iter_0000005"
+    name = {"index": "index.json", "manifest": "manifest.json"}.get(damage)
+    file = step / (name or "rank-00000.safetensors")
+    data = file.read_bytes()
+    if damage == "missing":
+        file.unlink()
+    elif damage == "another length":
+        file.write_bytes(data + b"x")
+    elif damage == "cut":
+        file.write_bytes(data[:-1])
+    else:
+        file.write_bytes(data.replace(b"1", b"2", 1))
+    assert main([str(tmp_path / "run"), "--verify"]) == 1
+    assert file.name in capsys.readouterr().err
+
+
 def test_damage_is_exit_1_and_a_wrong_flag_exit_2(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
