@@ -1,4 +1,4 @@
-"""Pretrain OpenMoE: configuration -> platform -> layout -> data -> model -> training.
+r"""Pretrain OpenMoE: configuration -> platform -> layout -> data -> model -> training.
 
     torchrun --nproc-per-node 2 pretrain_openmoe.py --preset openmoe-tiny \
         --expert-model-parallel-size 2 --data-path corpus_text_document --train-iters 100
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 
 from megatron_moe.config import RunConfig
 from megatron_moe.config.cli import Command, parse_args
@@ -19,7 +20,7 @@ from megatron_moe.parallel.launch import ended_reader_is_fine, run_or_exit
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: describe or train."""
-    run_or_exit(lambda: execute(parse_args(argv)))
+    run_or_exit(lambda: execute(parse_args(argv, examples=__doc__ or "")))
 
 
 def execute(command: Command) -> None:
@@ -40,6 +41,7 @@ def pretrain(config: RunConfig) -> None:
 
     # Before anything imports the engine: on a CPU that import is half as long once patched.
     platform = activate(config.parallel.distributed_backend)
+    from megatron_moe.checkpoint.ranks import early_ranks
     from megatron_moe.data.tokenizer import build_tokenizer, padded_vocab_size
     from megatron_moe.model.build import build_model
     from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
@@ -57,7 +59,9 @@ def pretrain(config: RunConfig) -> None:
     vocab_size = padded_vocab_size(config.data, build_tokenizer(config.data))
     course = resolve_course(config, here.world_size, vocab_size)
     check_outputs(config)
-    start = starting_point(course)
+    timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
+    ranks = early_ranks(here, timeout)
+    start = starting_point(course, ranks)
     supply, data = open_supply(course, here.rank, start)
     stage = course.at(start.state.iteration)
     ctx = initialize_parallel(stage.layout, config.parallel, platform, config.train.seed)
@@ -66,6 +70,8 @@ def pretrain(config: RunConfig) -> None:
     run = prepare_run(stage.config, stage.plan, ctx, chunks, vocab_size)
     reporter = Reporter(config.logging, course.iterations, ctx.rank == 0, start.state.iteration)
     reporter.start(run, course, data, start.state)
+    for line in start.skipped:
+        reporter.say(f" WARNING: {line}")
     for change in changed_settings(course, start):
         reporter.say(f" since the checkpoint: {change}")
     load_run(run, data, course, start)

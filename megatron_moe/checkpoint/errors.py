@@ -48,8 +48,21 @@ class CheckpointError(UsageError):
         return cls(*values)
 
 
+_ANOTHER = "another step, with --ckpt-step or --checkpoint-fallback, may be whole"
+
+
 class Corrupt(CheckpointError):
     """A file of a checkpoint that is not what was written: another one may be whole."""
+
+    def __init__(
+        self,
+        what: str,
+        found: object,
+        expected: str,
+        fix: str = _ANOTHER,
+        details: Iterable[str] = (),
+    ) -> None:
+        super().__init__(what, found, expected, fix or _ANOTHER, details)
 
 
 def merged(errors: list[CheckpointError]) -> CheckpointError:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_moe.checkpoint import rng
+from megatron_moe.checkpoint.choice import Chosen, verify_tensors
 from megatron_moe.checkpoint.compare import (
     config_differences,
     metadata_differences,
@@ -22,12 +23,11 @@ from megatron_moe.checkpoint.compare import (
 from megatron_moe.checkpoint.directory import step_directory
 from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
 from megatron_moe.checkpoint.index import TensorReader
-from megatron_moe.checkpoint.manifest import require_whole
 from megatron_moe.checkpoint.mapped import TensorFiles
 from megatron_moe.checkpoint.optimizer_state import optimizer_shards, set_optimizer_step
 from megatron_moe.checkpoint.parts import Part, held
 from megatron_moe.checkpoint.ranks import Ranks
-from megatron_moe.checkpoint.reading import Opened, open_checkpoint
+from megatron_moe.checkpoint.reading import Documents, Opened, opened_from, read_documents
 from megatron_moe.checkpoint.save import RANDOM, ranks_of, shards_of
 from megatron_moe.checkpoint.state import Metadata, TrainState
 from megatron_moe.checkpoint.writer import rank_file
@@ -47,6 +47,7 @@ def load_checkpoint(
     chunks: Sequence[Any],
     optimizer: Any,
     step: int | None = None,
+    chosen: Chosen | None = None,
     with_optimizer: bool = True,
     with_rng: bool = True,
     metadata: Metadata | None = None,
@@ -64,6 +65,7 @@ def load_checkpoint(
         chunks: model chunks of this rank, in Megatron-Core's wrappers or bare.
         optimizer: Megatron-Core's, or None.
         step: by default the one that the tracker names.
+        chosen: the step's directory, if it was chosen before.
         with_optimizer: load optimizer state; otherwise masters are set from the weights.
         with_rng: load random states; on another layout than the saved one they are derived anew
             (see `megatron_moe.checkpoint.rng`).
@@ -73,7 +75,7 @@ def load_checkpoint(
         UsageError: on every rank: there is no checkpoint, it is damaged, or it does not fit.
     """
     ranks = ranks_of(ctx)
-    opened = _open(Path(directory), step, ranks)
+    opened = _open(Path(directory), step, chosen, ranks)
     loaded_optimizer = optimizer if with_optimizer else None
 
     def plan() -> list[Part]:
@@ -89,8 +91,8 @@ def load_checkpoint(
             else None
         )
     )
-    mine = opened.tensor_files[ranks.rank :: ranks.size]
-    ranks.together(lambda: require_whole(opened.path, opened.files, mine))
+    if chosen is None or not chosen.verified:
+        verify_tensors(opened, ranks)
     ranks.together(lambda: _fill(opened, parts))
     if loaded_optimizer is not None:
         set_optimizer_step(loaded_optimizer, (opened.optimizer or {}).get("step"))
@@ -101,13 +103,15 @@ def load_checkpoint(
     return opened.train
 
 
-def _open(directory: Path, step: int | None, ranks: Ranks) -> Opened:
-    """Rank 0 chooses the directory, so that all read the same."""
-    chosen = ranks.together(
-        lambda: str(step_directory(directory, step)[1]) if ranks.rank == 0 else ""
-    )
-    path = Path(ranks.broadcast(chosen))
-    return ranks.together(lambda: open_checkpoint(path))
+def _open(directory: Path, step: int | None, chosen: Chosen | None, ranks: Ranks) -> Opened:
+    """Rank 0 chooses the directory and reads its small files, and tells the others."""
+
+    def read() -> tuple[str, Documents]:
+        path = chosen.path if chosen is not None else step_directory(directory, step)[1]
+        return str(path), read_documents(path)
+
+    told = ranks.broadcast(ranks.together(lambda: read() if ranks.rank == 0 else None))
+    return ranks.together(lambda: opened_from(Path(told[0]), told[1]))
 
 
 def _require_fit(

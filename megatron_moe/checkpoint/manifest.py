@@ -21,6 +21,8 @@ VERSION = 1
 
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 _HASHING_THREADS = 4
+_NAMED = 3
+"""Damaged files that the last line of an error names; the lines above it have all."""
 
 
 def write_manifest(path: Path, step: int, files: Mapping[str, FileRecord]) -> None:
@@ -83,8 +85,9 @@ def require_whole(path: Path, files: Mapping[str, FileRecord], names: Iterable[s
     chosen = list(names)
     with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as pool:
         faults = list(pool.map(lambda name: check_file(path / name, files[name]), chosen))
-    lines = [fault for fault in faults if fault]
-    if lines:
-        expected = "as it was written"
-        fix = "load another step with --ckpt-step"
-        raise Corrupt(str(path), f"{len(lines)} damaged files", expected, fix, lines)
+    found = [(name, fault) for name, fault in zip(chosen, faults, strict=True) if fault]
+    if found:
+        named = ", ".join(name for name, _ in found[:_NAMED])
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        lines = [fault for _, fault in found]
+        raise Corrupt(str(path), f"damaged in {named}{more}", "as it was written", "", lines)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,8 @@ import torch.distributed as dist
 
 from megatron_moe.checkpoint.errors import CheckpointError, Corrupt, merged
 from megatron_moe.errors import UsageError
+from megatron_moe.parallel.launch import Launched
+from megatron_moe.parallel.meeting import Meeting
 
 T = TypeVar("T")
 
@@ -107,6 +110,43 @@ class Ranks:
     def _encode(self, value: Any) -> torch.Tensor:
         data = bytearray(json.dumps(value).encode())
         return torch.frombuffer(data, dtype=torch.uint8).to(self.device)
+
+
+@dataclass(frozen=True)
+class MeetingRanks(Ranks):
+    """The same before there are process groups.
+
+    Args:
+        meeting: where they meet, if there are several.
+    """
+
+    meeting: Meeting | None = None
+
+    def gather(self, value: Any) -> list[Any] | None:
+        """As `Ranks.gather`."""
+        if self.meeting is None:
+            return [value]
+        told = self.meeting.gather(json.dumps(value))
+        return None if told is None else [json.loads(text) for text in told]
+
+    def broadcast(self, value: Any) -> Any:
+        """As `Ranks.broadcast`."""
+        if self.meeting is None:
+            return value
+        return json.loads(self.meeting.broadcast(json.dumps(value if self.rank == 0 else None)))
+
+
+def early_ranks(here: Launched, timeout: timedelta) -> Ranks:
+    """The ranks of a launch, whether their groups are made already or not.
+
+    Args:
+        here: this rank.
+        timeout: for the slowest rank.
+    """
+    if dist.is_initialized():
+        return Ranks(here.rank, here.world_size)
+    meeting = Meeting(here, timeout) if here.world_size > 1 else None
+    return MeetingRanks(here.rank, here.world_size, meeting=meeting)
 
 
 def _error(name: str, values: list[Any]) -> CheckpointError:

@@ -14,7 +14,7 @@ from megatron_moe.checkpoint.directory import step_directory
 from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
 from megatron_moe.checkpoint.files import read_json
 from megatron_moe.checkpoint.index import INDEX, MODEL, LogicalTensor, Name, TensorReader, block_key
-from megatron_moe.checkpoint.manifest import read_manifest, require_whole
+from megatron_moe.checkpoint.manifest import MANIFEST, read_manifest, require_whole
 from megatron_moe.checkpoint.mapped import TensorFiles
 from megatron_moe.checkpoint.state import Metadata, TrainState, metadata_from, train_state_from
 from megatron_moe.checkpoint.stream import FileRecord
@@ -46,6 +46,10 @@ class Opened:
         return sorted(name for name in self.files if name.endswith(".safetensors"))
 
 
+Documents = dict[str, dict[str, Any]]
+"""The JSON files of a checkpoint by name, its manifest as file name -> [SHA-256, bytes]."""
+
+
 def open_checkpoint(path: Path) -> Opened:
     """Read and verify everything but the tensors of one step.
 
@@ -55,13 +59,34 @@ def open_checkpoint(path: Path) -> Opened:
     Raises:
         Corrupt: a file is missing, changed or not what it should be.
     """
+    return opened_from(path, read_documents(path))
+
+
+def read_documents(path: Path) -> Documents:
+    """The small files of a step, as they were written; any rank can be told them.
+
+    Raises:
+        Corrupt: one is missing, changed or not what it should be.
+    """
     files = read_manifest(path)
-    documents = [name for name in (CONFIG, STATE, INDEX) if name in files]
-    if len(documents) < 3:
-        raise Corrupt(str(path), documents, f"{CONFIG}, {STATE} and {INDEX} in its manifest")
-    require_whole(path, files, documents)
-    state, source = _state(path), str(path / STATE)
-    tensors = {(t.kind, t.name): t for t in _tensors(path)}
+    names = [name for name in (CONFIG, STATE, INDEX) if name in files]
+    if len(names) < 3:
+        raise Corrupt(str(path), names, f"{CONFIG}, {STATE} and {INDEX} in its manifest")
+    require_whole(path, files, names)
+    listed = {name: [record.sha256, record.bytes] for name, record in files.items()}
+    return {MANIFEST: listed, **{name: read_json(path / name) for name in names}}
+
+
+def opened_from(path: Path, documents: Documents) -> Opened:
+    """What the documents of a step say; without the index there are no tensors.
+
+    Raises:
+        Corrupt: they are not what they should be.
+    """
+    files = {name: FileRecord(*entry) for name, entry in documents[MANIFEST].items()}
+    state, source = _state(documents[STATE], path), str(path / STATE)
+    found = index.from_json(documents.get(INDEX, {}), str(path / INDEX))
+    tensors = {(t.kind, t.name): t for t in found}
     for tensor in tensors.values():
         for file, _ in tensor.blocks:
             if file not in files:
@@ -69,7 +94,7 @@ def open_checkpoint(path: Path) -> Opened:
     return Opened(
         path=path,
         files=files,
-        config=_config(path),
+        config=_config(documents[CONFIG], path),
         train=train_state_from(state["train"], source),
         metadata=metadata_from(state["metadata"], source),
         optimizer=state["optimizer"],
@@ -78,8 +103,8 @@ def open_checkpoint(path: Path) -> Opened:
     )
 
 
-def _state(path: Path) -> dict[str, Any]:
-    state, source = read_json(path / STATE), str(path / STATE)
+def _state(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    source = str(path / STATE)
     if state.keys() != {"train", "metadata", "optimizer", "random"}:
         raise Corrupt(source, sorted(state), "train, metadata, optimizer, random")
     optimizer = state["optimizer"] or {"step": None}
@@ -89,13 +114,9 @@ def _state(path: Path) -> dict[str, Any]:
     return state
 
 
-def _tensors(path: Path) -> Iterator[LogicalTensor]:
-    return index.from_json(read_json(path / INDEX), str(path / INDEX))
-
-
-def _config(path: Path) -> RunConfig:
+def _config(values: dict[str, Any], path: Path) -> RunConfig:
     try:
-        return RunConfig.from_dict(read_json(path / CONFIG), str(path / CONFIG))
+        return RunConfig.from_dict(values, str(path / CONFIG))
     except (TypeError, AttributeError) as error:
         raise Corrupt(str(path / CONFIG), repr(error), "a run's configuration") from None
 

@@ -168,6 +168,8 @@ class CheckpointConfig:
     """With `--keep-last`, steps that are multiples of this stay as well."""
     ckpt_step: int | None = None
     """Step to load; `None` means the newest."""
+    checkpoint_fallback: bool = False
+    """If the newest checkpoint of `--load` is damaged, take the newest earlier one that is whole."""
     finetune: bool = False
     """Take only the weights of `--load`: step, optimizer, RNG and data start afresh."""
     no_load_optim: bool = False

@@ -9,11 +9,10 @@ from megatron_moe.checkpoint import (
     TrainState,
     has_checkpoint,
     load_checkpoint,
-    read_metadata,
 )
-from megatron_moe.checkpoint.directory import step_directory
-from megatron_moe.checkpoint.reading import open_checkpoint
-from megatron_moe.config import RunConfig
+from megatron_moe.checkpoint.choice import Chosen, choose
+from megatron_moe.checkpoint.ranks import Ranks
+from megatron_moe.config import CheckpointConfig, RunConfig
 from megatron_moe.data.pipeline import Data
 from megatron_moe.errors import UsageError
 from megatron_moe.training.consumed import (
@@ -36,29 +35,60 @@ class Start:
     """The stages that took the steps so far; none at the beginning."""
     before: RunConfig | None = None
     """The saved run's configuration, if this one goes on with it."""
+    chosen: Chosen | None = None
+    """The checkpoint to load, if any."""
+    metadata: Metadata | None = None
+    """Its vocabulary, tokenizer and data."""
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Why newer checkpoints are not loaded, one line each."""
+        return () if self.chosen is None else self.chosen.skipped
 
 
-def starting_point(course: Course) -> Start:
-    """Step and sample to go on from, read before anything else is built.
+def starting_point(course: Course, ranks: Ranks | None = None) -> Start:
+    """Step and sample to go on from, read before anything else is built; called by all ranks.
+
+    Args:
+        course: the stages and settings of the run.
+        ranks: those of the launch: one reads and tells the others. By default this one is alone.
 
     Raises:
-        UsageError: `--load` names no checkpoint or a damaged one, or the stages contradict what it
-            has done. Only `--allow-missing-load` makes an empty directory mean step 0.
+        UsageError: on every rank: `--load` names no checkpoint or a damaged one, or the stages
+            contradict what it has done. Only `--allow-missing-load` makes an empty directory mean
+            step 0.
     """
-    settings = course.config.checkpoint
+    settings, ranks = course.config.checkpoint, ranks or Ranks()
+    _check_flags(settings)
     if settings.load is None:
-        if settings.finetune:
-            raise UsageError("--finetune", True, "--load with it")
         return Start(state=TrainState())
-    if _nothing_to_load(course.config):
+    may_miss = settings.allow_missing_load and ranks.rank == 0
+    if ranks.broadcast(may_miss and not has_checkpoint(settings.load)):
         return Start(state=TrainState())
-    _, path = step_directory(settings.load, settings.ckpt_step)
-    opened = open_checkpoint(path)
+    chosen, opened = choose(
+        settings.load, settings.ckpt_step, fallback=settings.checkpoint_fallback, ranks=ranks
+    )
     if settings.finetune:
-        return Start(state=TrainState())
+        return Start(state=TrainState(), chosen=chosen, metadata=opened.metadata)
     records = recorded(opened.train, opened)
     check_consumed(course, opened.train, records)
-    return Start(state=opened.train, records=records, before=opened.config)
+    return Start(
+        state=opened.train,
+        records=records,
+        before=opened.config,
+        chosen=chosen,
+        metadata=opened.metadata,
+    )
+
+
+def _check_flags(settings: CheckpointConfig) -> None:
+    if settings.load is None:
+        for flag in ("finetune", "checkpoint_fallback"):
+            if getattr(settings, flag):
+                raise UsageError(f"--{flag.replace('_', '-')}", True, "--load with it")
+    if settings.checkpoint_fallback and settings.ckpt_step is not None:
+        fix = "it chooses the step itself"
+        raise UsageError("--checkpoint-fallback", True, "no --ckpt-step with it", fix)
 
 
 def changed_settings(course: Course, start: Start) -> list[str]:
@@ -102,12 +132,12 @@ def load_run(run: TrainingRun, data: Data, course: Course, start: Start) -> None
         UsageError: on every rank: the checkpoint is damaged or of another model or data.
     """
     settings = course.config.checkpoint
-    if settings.load is None or _nothing_to_load(course.config):
+    if settings.load is None or start.chosen is None:
         return
     config, metadata = course.config, metadata_of(run, data)
-    if start.before is not None and _by_stages(course, start):
+    before = start.metadata
+    if start.before is not None and before is not None and _by_stages(course, start):
         # Length of rows and data belong to stages, and were held against the records.
-        before = read_metadata(settings.load, settings.ckpt_step)
         length = start.before.data.seq_length
         config = replace(config, data=replace(config.data, seq_length=length))
         metadata = replace(metadata, data_fingerprint=before.data_fingerprint)
@@ -118,17 +148,11 @@ def load_run(run: TrainingRun, data: Data, course: Course, start: Start) -> None
         ctx=run.ctx,
         chunks=run.wrapped,
         optimizer=run.optimizer,
-        step=settings.ckpt_step,
+        chosen=start.chosen,
         with_optimizer=not (fresh or settings.no_load_optim),
         with_rng=not (fresh or settings.no_load_rng),
         metadata=metadata,
     )
-
-
-def _nothing_to_load(config: RunConfig) -> bool:
-    settings = config.checkpoint
-    assert settings.load is not None
-    return settings.allow_missing_load and not has_checkpoint(settings.load)
 
 
 def metadata_of(run: TrainingRun, data: Data) -> Metadata:

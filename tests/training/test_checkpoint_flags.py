@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -120,3 +121,30 @@ def test_a_missing_checkpoint_is_step_0_only_if_asked_for(runs, tmp_path):
 def test_train_samples_is_rounded_down_to_steps(runs):
     steps, _ = runs.go("--train-samples 31")
     assert [step["consumed_samples"] for step in steps] == [8, 16, 24]
+
+
+def test_checkpoint_fallback_takes_the_newest_whole_step_and_says_so(runs, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(runs.saved, copy)
+    damaged = copy / "iter_0000006" / "rank-00000.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-5] ^= 1
+    damaged.write_bytes(data)
+    line = "--train-iters 6 --save-interval 2"
+    _, said = runs.go(line, "--load", str(copy), "--save", str(copy), code=2)
+    assert f"{damaged} has SHA-256" in said
+    last = said.splitlines()[-1]
+    assert "rank-00000.safetensors" in last and "--checkpoint-fallback" in last
+    both = (line, "--checkpoint-fallback", "--load", str(copy), "--save", str(copy))
+    steps, log = runs.go(*both)
+    assert steps == runs.steps[4:]
+    warning = next(text for text in log.splitlines() if text.startswith(" WARNING: "))
+    assert "iter_0000006 is damaged and was not taken" in warning and str(damaged) in warning
+    assert (copy / "latest_checkpointed_iteration.txt").read_text() == "6\n"
+    assert "WARNING" not in runs.go(*both)[1]
+
+
+def test_checkpoint_fallback_chooses_alone(runs):
+    line = "--train-iters 6 --checkpoint-fallback"
+    assert "--load with it" in runs.go(line, code=2)[1]
+    assert "no --ckpt-step with it" in runs.load(f"{line} --ckpt-step 4", code=2)[1]
