@@ -3,7 +3,9 @@
 Reads syntax trees, so an import inside a function counts like any other and nothing is executed.
 Sizes past the target are warnings, past twice the target errors. Exit code 1 if there are errors.
 
-    python tools/check_architecture.py [ROOT]
+    # this repository, or another folder of sources
+    python tools/check_architecture.py
+    python tools/check_architecture.py ../other
 """
 
 from __future__ import annotations
@@ -253,7 +255,9 @@ def check(root: Path) -> list[Finding]:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the findings; 1 if any is an error."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     default = Path(__file__).resolve().parent.parent
     parser.add_argument("root", nargs="?", type=Path, default=default)
     findings = check(parser.parse_args(argv).root)

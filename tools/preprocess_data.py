@@ -13,7 +13,9 @@ Flags and files are those of Megatron-LM's tool of this name. Input: JSON Lines 
         --vocab-extra-ids 300 --append-eod --workers 16 --partitions 32
 
     # one task of a cluster: partition 3 of 32, to be merged by tools/merge_datasets.py
-    python tools/preprocess_data.py ... --partitions 32 --partition 3
+    python tools/preprocess_data.py --input 'c4/*.jsonl.zst' --output-prefix data/c4 \
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model umt5.model \
+        --append-eod --workers 16 --partitions 32 --partition 3
 """
 
 from __future__ import annotations

@@ -30,9 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own = argparse.ArgumentParser(prog="unigram_loss.py", add_help=False, allow_abbrev=False)
     own.add_argument("--stage")
     chosen, others = own.parse_known_args(argv)
-    if {"-h", "--help"} & set(others):
-        print(__doc__)
-    command = parse_or_exit(others, prog="unigram_loss.py")
+    command = parse_or_exit(others, prog="unigram_loss.py", examples=__doc__ or "")
     # The engine, whose data sets are used, says that Apex is missing: no matter for counting.
     from megatron_moe.platform.patches.noise import KnownWarnings
 

@@ -56,18 +56,23 @@ class Command:
     """As given; `None` if the flag was not used."""
 
 
-def parse_args(argv: Sequence[str] | None = None, prog: str = "pretrain_openmoe.py") -> Command:
+def parse_args(
+    argv: Sequence[str] | None = None, prog: str = "pretrain_openmoe.py", examples: str = ""
+) -> Command:
     """Read a command line.
 
     Args:
         argv: arguments without the program's name; `None` takes this process's.
         prog: name shown in the help.
+        examples: printed before the help, which is long.
 
     Raises:
         UsageError: an unknown flag (names the closest one), a bad value, an unknown preset.
         SystemExit: `-h` or `--help`, after printing it, with code 0.
     """
     args = _complete_describe(list(sys.argv[1:] if argv is None else argv))
+    if examples and {"-h", "--help"} & set(args):
+        print(examples)
     options, unknown = _parse(args, _defaults(args), prog)
     if unknown:
         _refuse_unknown(unknown)
@@ -82,10 +87,12 @@ def parse_args(argv: Sequence[str] | None = None, prog: str = "pretrain_openmoe.
     )
 
 
-def parse_or_exit(argv: Sequence[str] | None = None, prog: str = "pretrain_openmoe.py") -> Command:
+def parse_or_exit(
+    argv: Sequence[str] | None = None, prog: str = "pretrain_openmoe.py", examples: str = ""
+) -> Command:
     """`parse_args`, with an error as one line on standard error and exit code 2."""
     try:
-        return parse_args(argv, prog)
+        return parse_args(argv, prog, examples)
     except UsageError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         raise SystemExit(USAGE_EXIT_CODE) from None
