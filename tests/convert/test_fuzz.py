@@ -28,7 +28,24 @@ from tests.convert.test_llama import weights
 
 MEMORY = 1 << 30
 """Bytes that all of one case's attempts may add to the process's peak."""
-ODD: list[Any] = [None, True, -1, 0, 1, 3, 10**8, 10**12, 10**30, 1e308, "", "7", "x" * 300, [], [1], {}]
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    3,
+    10**8,
+    10**12,
+    10**30,
+    1e308,
+    "",
+    "7",
+    "x" * 300,
+    [],
+    [1],
+    {},
+]
 
 
 def damaged(good: bytes, source: random.Random, times: int) -> Iterator[bytes]:
