@@ -8,6 +8,7 @@ nothing is dropped, as capacity would let the text's length decide which tokens 
     python tools/generate.py --load openmoe-8b --prompts-file prompts.txt --batch-size 8 --json
     python tools/generate.py --load checkpoints --prompt "import os" --show-routing
     python tools/generate.py --load checkpoints --interactive
+    python tools/generate.py --load tuned --chat --interactive
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prompts-file", metavar="FILE", help="a prompt a line, or .jsonl; - is standard input")
     add("--interactive", action="store_true", help="ask for prompts, one after the other")
     add("--append-eod", action="store_true", help="end of document after a prompt, as UL2 has it")
+    add("--chat", action="store_true", help="prompts are questions to a model tuned with sft")
+    add("--system", default="", metavar="TEXT", help="with --chat: stands before the first one")
     add = parser.add_argument_group("how").add_argument
     add("--max-new-tokens", type=int, default=64, help="at most this many (64)")
     add("--temperature", type=float, default=1.0, help="0 takes the most probable token (1)")
@@ -75,6 +78,12 @@ def check(options: argparse.Namespace) -> None:
         raise UsageError("--seed", options.seed, "from 0 to 2^63 - 1")
     if options.prompt and options.prompts_file:
         raise UsageError("--prompts-file", options.prompts_file, "absent beside --prompt")
+    if options.system and not options.chat:
+        raise UsageError("--system", options.system, "absent without --chat")
+    if options.append_eod and options.chat:
+        raise UsageError(
+            "--append-eod", True, "absent beside --chat, whose template has no such end"
+        )
     if options.moe_capacity == "eval" and not options.no_kv_cache:
         raise UsageError(
             "--moe-capacity",
@@ -116,7 +125,22 @@ def run(options: argparse.Namespace) -> None:
     if options.interactive:
         ask(options, loaded, rules)
     else:
-        answer(options, loaded, rules, prompts or [""])
+        prompts = prompts or [""]
+        answer(options, loaded, rules, prompts, encoded(options, loaded, prompts))
+
+
+def encoded(options: argparse.Namespace, loaded: Loaded, prompts: Sequence[str]) -> list[list[int]]:
+    """The ids of prompts; with `--chat` each is the question of a conversation of its own.
+
+    Raises:
+        UsageError: a prompt has ids that the model has not.
+    """
+    from megatron_moe.inference.chat import Conversation
+    from megatron_moe.inference.prompts import encode_prompts
+
+    if options.chat:
+        return [Conversation(loaded.text, options.system).ask(prompt) for prompt in prompts]
+    return encode_prompts(prompts, loaded.text, append_eod=options.append_eod)
 
 
 def answer(
@@ -124,8 +148,9 @@ def answer(
     loaded: Loaded,
     rules: Rules,
     prompts: Sequence[str],
+    ids: Sequence[list[int]],
     start: int = 0,
-) -> None:
+) -> list[list[int]]:
     """Continue prompts, batch by batch.
 
     Args:
@@ -133,37 +158,60 @@ def answer(
         loaded: the model.
         rules: how to go on.
         prompts: texts.
+        ids: what the model reads of each.
         start: prompts before these, which have taken seeds.
 
+    Returns:
+        The new ids of each.
+
     Raises:
-        UsageError: a prompt has ids that the model has not, or is too long; nothing is printed.
+        UsageError: a prompt is too long; nothing is printed.
     """
     from megatron_moe.inference.generation import check_lengths, generate
     from megatron_moe.inference.output import Output, Style
-    from megatron_moe.inference.prompts import encode_prompts
     from megatron_moe.inference.routing_log import RoutingLog
 
-    ids = encode_prompts(prompts, loaded.text, append_eod=options.append_eod)
     check_lengths(loaded.model, ids, rules.tokens)
-    style = Style(as_json=options.json, numbered=len(prompts) > 1, stream=not options.no_stream)
+    style = Style(
+        as_json=options.json,
+        echo=not options.chat,
+        numbered=len(prompts) > 1,
+        stream=not options.no_stream,
+    )
+    found: list[list[int]] = []
     for first in range(0, len(ids), options.batch_size):
         batch = slice(first, first + options.batch_size)
         log = RoutingLog(len(ids[batch])) if options.show_routing else None
         seeds = [options.seed + start + first + row for row in range(len(ids[batch]))]
         drawn = generate(loaded.model, ids[batch], rules, seeds, log)
-        Output(prompts[batch], ids[batch], loaded.text, style, first, log).print(drawn)
+        output = Output(prompts[batch], ids[batch], loaded.text, style, first, log)
+        output.print(drawn)
+        found += [each.ids for each in output.answers]
+    return found
 
 
 def ask(options: argparse.Namespace, loaded: Loaded, rules: Rules) -> None:
-    """Continue prompts as they are typed, until the end of input. A mistake costs a line."""
-    print(f"{loaded.source}. An empty line starts a document; Ctrl-D ends.", file=sys.stderr)
+    """Continue prompts as they are typed, until the end of input. A mistake costs a line.
+
+    With `--chat` they are the questions of one conversation.
+    """
+    from megatron_moe.inference.chat import RESET, Conversation
+
+    hint = f"{RESET} forgets what was said" if options.chat else "An empty line starts a document"
+    print(f"{loaded.source}. {hint}; Ctrl-D ends.", file=sys.stderr)
+    talk = Conversation(loaded.text, options.system)
     for number in range(sys.maxsize):
         try:
             prompt = input("> " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
             return
         try:
-            answer(options, loaded, rules, [prompt], number)
+            if options.chat and prompt.strip() == RESET:
+                talk = Conversation(loaded.text, options.system)
+                continue
+            ids = talk.ask(prompt) if options.chat else encoded(options, loaded, [prompt])[0]
+            (new,) = answer(options, loaded, rules, [prompt], [ids], number)
+            talk.remember(ids, new)
         except UsageError as error:
             print(f"generate.py: {error}", file=sys.stderr)
         except KeyboardInterrupt:

@@ -166,6 +166,44 @@ def test_interactive_answers_line_by_line_and_survives_mistakes(
     assert "the prompt has 40 tokens" in printed.err
 
 
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with room for a conversation."""
+    config = replace(CONFIG, model=replace(CONFIG.model, max_position_embeddings=100))
+    return save(tmp_path_factory.mktemp("talker"), config)
+
+
+def _turn(question: str) -> list[int]:
+    return TOKENIZER.tokenize(f"<s>[INST] {question} [/INST]")
+
+
+def test_questions_are_put_into_the_template_and_answers_alone_are_printed(
+    capsys: pytest.CaptureFixture[str], talker: Path
+) -> None:
+    flags = ("--chat", "--system", "S", "--prompt", "ab", *GREEDY, "6")
+    prompt = [*TOKENIZER.tokenize("<<SYS>>\nS\n<</SYS>>\n\n"), *_turn("ab")]
+    assert _text(capsys, talker, *flags) == TOKENIZER.detokenize(greedy(model(), prompt, 6))
+    (found,) = _objects(capsys, talker, *flags)
+    assert (found["prompt"], found["prompt_ids"]) == ("ab", prompt)
+
+
+def test_a_conversation_goes_on_until_it_is_reset_or_full(
+    capsys: pytest.CaptureFixture[str], talker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = f"1\n2\n/reset\n2\n{'x' * 80}\n3\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(asked))
+    main(["--load", str(talker), "--interactive", "--chat", *GREEDY, "14"])
+    printed = capsys.readouterr()
+    first = greedy(model(), _turn("1"), 14)
+    second = greedy(model(), [*_turn("1"), *first, 1, *_turn("2")], 14)
+    anew = greedy(model(), _turn("2"), 14)
+    last = greedy(model(), [*_turn("2"), *anew, 1, *_turn("3")], 14)
+    expected = [TOKENIZER.detokenize(ids) for ids in (first, second, anew, last)]
+    assert printed.out.removesuffix("\n") == "\n".join(expected)
+    assert expected[1] != expected[2], "the case cannot tell a conversation from its end"
+    assert "--max-new-tokens is 14" in printed.err
+
+
 class _Closed(io.StringIO):
     """A pipe whose reader has gone."""
 
@@ -204,6 +242,8 @@ def test_a_reader_that_has_seen_enough_is_no_error(
         (["--prompt", "a", "--prompts-file", "-"], "absent beside --prompt"),
         (["--interactive", "--prompt", "a"], "absent beside --interactive"),
         (["--interactive", "--json"], "--json"),
+        (["--system", "x"], "absent without --chat"),
+        (["--chat", "--append-eod"], "absent beside --chat"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
