@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_moe.errors import UsageError
+from megatron_moe.inference.loading import Wanted, load
 from tests.inference.cases import TOKENIZER, greedy, model, save
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,11 +109,9 @@ def test_whole_texts(results: Any) -> None:
     assert found["word_perplexity,none"] == pytest.approx(math.exp(-total / words), rel=1e-4)
 
 
-def test_a_task_that_is_not_there_is_one_line(checkpoint: Path, tmp_path: Path) -> None:
-    flags = ("--load", str(checkpoint), "--tasks", "abacus", "--include-path", "examples/lm_eval")
-    done = _run(tmp_path, *flags)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    last = done.stderr.splitlines()[-1]
-    assert "--tasks is 'abacus'" in last
-    assert "openmoe_demo_choice" in last
+def test_a_task_that_is_not_there_is_refused(checkpoint: Path) -> None:
+    from megatron_moe.inference.harness import evaluate_tasks
+
+    loaded, tasks = load(Wanted(path=checkpoint)), ROOT / "examples" / "lm_eval"
+    with pytest.raises(UsageError, match=r"--tasks is 'abacus'.* openmoe_demo_choice"):
+        evaluate_tasks(loaded, ["abacus"], batch_size=1, include_path=tasks)
