@@ -12,7 +12,8 @@ from megatron_moe.config.cli import all_flags
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FOLDERS = "bench|docs|examples|fused_kernels|megatron_moe|tests|tools"
-LAUNCHER = {"--nproc-per-node", "--help", "--durations", "--parsable", "--dependency", "--array"}
+SLURM = {"--parsable", "--dependency", "--kill-on-invalid-dep", "--array", "--cpus-per-task"}
+LAUNCHER = {"--nproc-per-node", "--help", "--durations", *SLURM}
 """Flags of other programs that the pages show."""
 
 

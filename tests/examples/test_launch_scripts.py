@@ -99,6 +99,7 @@ def test_every_script_is_covered() -> None:
     assert names == {
         "chat_tuning.sh",
         "infiniband.sh",
+        "lm_eval",
         "preprocess_slurm.sbatch",
         "pretrain_34b_slurm.sbatch",
         "pretrain_8b_node.sh",
