@@ -21,6 +21,7 @@ TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
 LAYOUTS = {
     "one process": (1, ["--eval-iters", "1", "--eval-interval", "4"]),
     "EP2": (2, ["--expert-model-parallel-size", "2", "--use-distributed-optimizer"]),
+    "DP2": (2, []),
     "PP2": (2, ["--pipeline-model-parallel-size", "2"]),
     "TP2": (2, TP2),
     "TP2, Adafactor": (

@@ -1,0 +1,83 @@
+"""Whole runs in processes of their own, killed again and again, that lose and repeat nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_moe.checkpoint import verify
+from megatron_moe.config import DataConfig
+from megatron_moe.data.indexed_writer import IndexedWriter
+from megatron_moe.data.tokenizer import build_tokenizer
+from tests.training.tiny import MODEL
+
+ROOT = Path(__file__).resolve().parents[2]
+_UL2 = (
+    "--objective ul2 --ul2-fill-rows --seq-length 128 "
+    "--tokenizer-type ByteTokenizer --vocab-extra-ids 60 --vocab-size 384"
+)
+KILLS = (" iteration 4/", " iteration 7/", " saved iteration 9 ")
+"""What the log says when the first, second and third start are killed."""
+
+
+def _corpus(prefix: Path) -> str:
+    tokenizer = build_tokenizer(DataConfig(tokenizer_type="ByteTokenizer"))
+    with IndexedWriter(str(prefix), tokenizer.vocab_size) as writer:
+        for number in range(300):
+            ids = tokenizer.tokenize(f"document {number}: " + "some words " * (number % 9 + 1))
+            writer.add_document([*ids, tokenizer.eod])
+    return str(prefix)
+
+
+def _start(corpus: str, directory: Path, *flags: str) -> subprocess.Popen[str]:
+    argv = [*MODEL, "--data-path", corpus, "--train-iters", "14", "--hidden-dropout", "0.1"]
+    argv += ["--log-interval", "1", "--save-interval", "3", *_UL2.split()]
+    argv += ["--metrics-file", str(directory / "metrics.jsonl"), "--save", str(directory)]
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "pretrain_openmoe.py"), *argv, *flags],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def _kill_at(process: subprocess.Popen[str], mark: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(mark):
+            process.kill()
+            break
+    process.stdout.close()
+    assert process.wait() == -9, f"the run ended before it said {mark!r}"
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--async-save"]], ids=["now", "behind"])
+def test_a_run_killed_three_times_is_one_that_was_not(tmp_path, flags):
+    """Every loss to the bit, so every sample and every draw of noise once; the same last state."""
+    corpus = _corpus(tmp_path / "corpus")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    _end(_start(corpus, whole, *flags))
+    going_on = ["--load", str(killed), "--allow-missing-load"]
+    for mark in KILLS:
+        _kill_at(_start(corpus, killed, *flags, *going_on), mark)
+    _end(_start(corpus, killed, *flags, *going_on))
+    steps = (killed / "metrics.jsonl").read_text()
+    assert [json.loads(line)["iteration"] for line in steps.splitlines()] == list(range(1, 15))
+    assert steps == (whole / "metrics.jsonl").read_text()
+    verify(killed)
+    name = "iter_0000014/rank-00000.safetensors"
+    assert (killed / name).read_bytes() == (whole / name).read_bytes()
