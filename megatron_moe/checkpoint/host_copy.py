@@ -13,7 +13,9 @@ from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from megatron_moe.checkpoint.errors import CheckpointError
 from megatron_moe.checkpoint.files import Pending, arranged
 
 
@@ -48,12 +50,15 @@ class HostMemory:
         Args:
             tensors: on any device and in any memory layout, each in a single part.
             metadata: strings for the head of the file.
+
+        Raises:
+            CheckpointError: there is not enough memory.
         """
         head, ordered = arranged(tensors, metadata)
         total = sum(prod(tensor.shape) * tensor.dtype.itemsize for tensor in ordered)
         if total > self._bytes.numel():
             self._bytes = torch.empty(0, dtype=torch.uint8)  # the old memory goes first
-            self._bytes = torch.empty(total, dtype=torch.uint8, pin_memory=self._pinned)
+            self._bytes = self._allocate(total)
         start, on_gpu = 0, False
         for tensor in ordered:
             (source,) = tensor.parts()
@@ -66,3 +71,11 @@ class HostMemory:
             torch.cuda.current_stream().synchronize()
         raw: Any = self._bytes[:total].numpy()
         return HostCopy(head, memoryview(raw))
+
+    def _allocate(self, size: int) -> Tensor:
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+        except RuntimeError:
+            found = f"a copy of {size} bytes that the host has no memory for"
+            fix = "save without it, or from more ranks"
+            raise CheckpointError("--async-save", found, "memory for one copy", fix) from None

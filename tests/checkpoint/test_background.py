@@ -46,6 +46,12 @@ def test_a_copy_is_the_file_that_its_tensors_would_become(tmp_path):
         assert write_stream(tmp_path / f"{rows}.copy", copy.parts()) == expected
 
 
+def test_no_memory_for_a_copy_is_said(tmp_path):
+    huge = pending("x", torch.zeros(1).expand(1 << 50))
+    with pytest.raises(CheckpointError, match=r"--async-save is 'a copy of 4503599627370496 bytes"):
+        HostMemory(pinned=False).copy([huge], {})
+
+
 def _save_both(rank, world_size, *, directory):
     ranks = Ranks(rank, world_size)
     toy.save(directory / "now", 10, ranks)

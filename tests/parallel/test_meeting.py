@@ -12,6 +12,8 @@ from functools import partial
 
 import pytest
 
+from megatron_moe.checkpoint.errors import Corrupt
+from megatron_moe.checkpoint.ranks import early_ranks
 from megatron_moe.errors import UsageError
 from megatron_moe.parallel.launch import launched, run_or_exit
 from megatron_moe.parallel.meeting import Meeting
@@ -56,5 +58,24 @@ def test_a_rank_with_a_mistake_of_its_own_ends_those_that_wait_for_it(mistaken):
             raise UsageError("--planted", rank, "nothing")
         meeting.gather("x")
         meeting.broadcast("y")
+
+    assert _ranks(body) == [2, 2, 2]
+
+
+def test_what_one_rank_finds_wrong_is_wrong_for_all():
+    """As ranks of a checkpoint: the same error everywhere, said once by the launch."""
+
+    def body(rank: int, _: Meeting) -> None:
+        ranks = early_ranks(launched(), timedelta(seconds=60))
+        assert ranks.broadcast(["told", rank]) == ["told", 0]
+        assert ranks.gather(rank) == ([0, 1, 2] if rank == 0 else None)
+
+        def read() -> None:
+            if rank == 0:
+                raise Corrupt("file", "damaged", "whole")
+
+        with pytest.raises(Corrupt, match="file is 'damaged'"):
+            ranks.together(read)
+        ranks.together(read)
 
     assert _ranks(body) == [2, 2, 2]
