@@ -70,19 +70,27 @@ def _model() -> Model:
     run = PRESETS["openmoe-34b-32e-released"]
     moe = replace(run.moe, num_experts=4, moe_layer_freq="[0,1]")
     config = replace(RunConfig(), model=replace(run.model, num_layers=2), moe=moe)
-    seed = torch.randn(1 << 20).bfloat16()
+    return synthetic_model(config, VOCAB, torch.randn(1 << 20).bfloat16())
 
-    def lazy(shape: tuple[int, ...]) -> LazyTensor:
-        def rows(start: int, stop: int) -> torch.Tensor:
-            sizes = (stop - start, *shape[1:])
-            count = torch.Size(sizes).numel()
-            return seed.repeat(count // len(seed) + 1)[:count].view(sizes)
 
-        return LazyTensor(shape, torch.bfloat16, rows)
+def synthetic_model(config: RunConfig, vocab: int, values: torch.Tensor) -> Model:
+    """A model whose tensors are made of ``values``, each from a place of its own, over and over."""
+    parameters = logical_parameters(config.model, config.moe, vocab)
+    tensors = {}
+    for number, (name, parameter) in enumerate(parameters.items()):
+        tensors[name] = _repeating(parameter.shape, values, number * 7919)
+    return Model(source="synthetic", config=config, vocab_size=vocab, tensors=tensors)
 
-    parameters = logical_parameters(config.model, config.moe, VOCAB)
-    tensors = {name: lazy(parameter.shape) for name, parameter in parameters.items()}
-    return Model(source="synthetic", config=config, vocab_size=VOCAB, tensors=tensors)
+
+def _repeating(shape: tuple[int, ...], values: torch.Tensor, offset: int) -> LazyTensor:
+    width = torch.Size(shape[1:]).numel()
+
+    def rows(start: int, stop: int) -> torch.Tensor:
+        first, count = (offset + start * width) % len(values), (stop - start) * width
+        found = values.repeat((first + count) // len(values) + 1)[first : first + count]
+        return found.view(stop - start, *shape[1:])
+
+    return LazyTensor(shape, values.dtype, rows)
 
 
 def _timed(action: Callable[[], object]) -> tuple[float, float]:
