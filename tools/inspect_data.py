@@ -33,6 +33,7 @@ from megatron_moe.data.inspection import (
     verify,
 )
 from megatron_moe.data.manifest import read_manifest
+from megatron_moe.data.progress import progress_bar
 from megatron_moe.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
@@ -107,11 +108,14 @@ def inspect(options: argparse.Namespace, source: Source) -> int:
     if options.document is not None:
         print_document(source, options.document, tokenizer_of(options, source))
     elif options.compare is not None:
-        unlike = first_difference(source, inspect_source(named(options.compare)))
+        with progress_bar(source.tokens, " tokens") as bar:
+            other = inspect_source(named(options.compare))
+            unlike = first_difference(source, other, bar.update)
         print(f"different: {unlike}" if unlike else f"the same {source.documents} documents")
         return FAULT_EXIT_CODE if unlike else 0
     elif options.verify:
-        found = verify(source, options.vocab_size)
+        with progress_bar(source.tokens, " tokens") as bar:
+            found = verify(source, options.vocab_size, bar.update)
         print(f"whole: {source.tokens} ids from {found.smallest} to {found.largest}")
     else:
         show(source)

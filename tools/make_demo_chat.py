@@ -24,7 +24,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from megatron_moe_tools.make_demo_corpus import library_files, topics
+from megatron_moe_tools.make_demo_corpus import library_files, topics, with_progress
 
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
@@ -39,7 +39,7 @@ Conversation = list[Turn]
 
 def conversations_of_library(root: Path) -> Iterator[Conversation]:
     """About the functions and classes of the standard library at ``root``."""
-    for path in library_files(root):
+    for path in with_progress(list(library_files(root))):
         if path.suffix != ".py":
             continue
         try:

@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_moe.data.progress import progress_bar
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
 LEFT_OUT = {
@@ -57,7 +58,7 @@ class Document:
 
 def documents_of_library(root: Path) -> Iterator[Document]:
     """Code and prose of the standard library at ``root``."""
-    for path in library_files(root):
+    for path in with_progress(list(library_files(root))):
         name = path.relative_to(root).as_posix()
         try:
             text = path.read_text(encoding="utf-8")
@@ -76,6 +77,14 @@ def library_files(root: Path) -> Iterator[Path]:
         for name in sorted(names):
             if Path(name).suffix in {".py", *NOTES}:
                 yield Path(folder, name)
+
+
+def with_progress(paths: Sequence[Path]) -> Iterator[Path]:
+    """The paths, while a bar tells how many are done."""
+    with progress_bar(len(paths), " files") as bar:
+        for path in paths:
+            yield path
+            bar.update(1)
 
 
 def separate(source: str, name: str) -> Iterator[Document]:

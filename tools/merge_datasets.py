@@ -24,6 +24,7 @@ from collections.abc import Iterable, Sequence
 from megatron_moe.data.indexed_format import paths_of
 from megatron_moe.data.manifest import manifest_path
 from megatron_moe.data.merge import merge
+from megatron_moe.data.progress import progress_bar
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
 _PART = re.compile(r"^(.*_part)(\d{5})of(\d{5})(_.*)$")
@@ -95,7 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         prefixes = find_parts(options.input)
         print(f"merging {len(prefixes)} data sets ...", flush=True)
-        parts = merge(prefixes, options.output_prefix)
+        with progress_bar(sum(os.path.getsize(paths_of(p)[0]) for p in prefixes), "B") as bar:
+            parts = merge(prefixes, options.output_prefix, bar.update)
     except UsageError as error:
         print(f"merge_datasets.py: error: {error}", file=sys.stderr)
         raise SystemExit(USAGE_EXIT_CODE) from None

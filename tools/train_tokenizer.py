@@ -21,6 +21,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_moe.data.progress import progress_bar
 from megatron_moe.data.reading import read_batches
 from megatron_moe.data.sources import cut, find_inputs
 from megatron_moe.data.tokenizer import EOS, PAD, UNK
@@ -31,8 +32,16 @@ _SENTENCE = 2048
 
 
 def sentences(paths: Sequence[str], key: str, megabytes: float) -> Iterator[str]:
-    """Pieces of the files' texts, an equal share of the size from each file."""
+    """Pieces of the files' texts, an equal share from each file; a bar tells how far."""
     share = megabytes * 1e6 / len(paths)
+    with progress_bar(int(share * len(paths)), " characters") as bar:
+        for piece in _sentences(paths, key, share):
+            yield piece
+            bar.update(len(piece))
+        bar.total = bar.n  # there may be less text than asked for
+
+
+def _sentences(paths: Sequence[str], key: str, share: float) -> Iterator[str]:
     for path in paths:
         room = share
         for text in texts(path, key):

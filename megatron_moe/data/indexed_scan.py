@@ -16,6 +16,7 @@ import numpy.typing as npt
 from megatron_moe.data.index_cache import IndexCache
 from megatron_moe.data.indexed_check import Source, document_of_sequence
 from megatron_moe.data.indexed_format import HEADER, paths_of
+from megatron_moe.data.progress import Advance, nobody
 from megatron_moe.errors import UsageError
 
 _CHUNK = 1 << 22
@@ -61,8 +62,12 @@ def check_range(source: Source, found: TokenRange, vocab_size: int) -> None:
             )
 
 
-def scan_source(source: Source) -> TokenRange:
+def scan_source(source: Source, advance: Advance = nobody) -> TokenRange:
     """Read the whole data set once.
+
+    Args:
+        source: what `inspect_source` has found.
+        advance: is told the tokens that were read.
 
     Raises:
         UsageError: a length is negative, an offset is not where the previous sequence ends, or the
@@ -80,7 +85,7 @@ def scan_source(source: Source) -> TokenRange:
         _refuse_index(path, "offset of sequence", offsets != due, first, offsets, due)
         start = int(following[-1])
     _scan_documents(source, path)
-    return _scan_tokens(source)
+    return _scan_tokens(source, advance)
 
 
 def _index_chunks(
@@ -119,7 +124,7 @@ def _scan_documents(source: Source, path: str) -> None:
         raise UsageError(what, previous, str(source.sequences), "preprocess it again")
 
 
-def _scan_tokens(source: Source) -> TokenRange:
+def _scan_tokens(source: Source, advance: Advance) -> TokenRange:
     path = paths_of(source.prefix)[0]
     low = high = (0, 0)
     for first, ids in _index_chunks(path, source.dtype.str, 0, source.tokens):
@@ -130,6 +135,7 @@ def _scan_tokens(source: Source) -> TokenRange:
             low = (int(ids[at_low]), first + at_low)
         if first == 0 or ids[at_high] > high[0]:
             high = (int(ids[at_high]), first + at_high)
+        advance(len(ids))
     return TokenRange(
         smallest=low[0],
         smallest_document=_document_of(source, low[1]),

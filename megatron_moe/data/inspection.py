@@ -15,6 +15,7 @@ from megatron_moe.data.indexed_check import Source
 from megatron_moe.data.indexed_format import HEADER, paths_of
 from megatron_moe.data.indexed_scan import TokenRange, check_range, scan_source
 from megatron_moe.data.manifest import files_fit, read_manifest
+from megatron_moe.data.progress import Advance, nobody
 from megatron_moe.errors import UsageError
 
 _CHUNK = 1 << 22
@@ -82,18 +83,19 @@ def tokens_of(source: Source) -> npt.NDArray[np.integer]:
     return tokens
 
 
-def verify(source: Source, vocab_size: int | None) -> TokenRange:
+def verify(source: Source, vocab_size: int | None, advance: Advance = nobody) -> TokenRange:
     """Read all of it: every length, offset and bound in its place, every id in the vocabulary.
 
     Args:
         source: what `inspect_source` has found.
         vocab_size: `None` takes the manifest's, if there is one.
+        advance: is told the tokens that were read.
 
     Raises:
         UsageError: names what is wrong, and where.
     """
     manifest = read_manifest(source.prefix)
-    found = scan_source(source)
+    found = scan_source(source, advance)
     if manifest is not None and not files_fit(source.prefix, manifest):
         words = f"{manifest.documents} documents, {manifest.tokens} tokens, as its manifest says"
         raise UsageError(
@@ -105,7 +107,7 @@ def verify(source: Source, vocab_size: int | None) -> TokenRange:
     return found
 
 
-def first_difference(one: Source, other: Source) -> str:
+def first_difference(one: Source, other: Source, advance: Advance = nobody) -> str:
     """Where two data sets differ, in words; empty if they hold the same documents.
 
     The type of the ids is not compared: the same ids in 16 and in 32 bits are the same.
@@ -125,6 +127,8 @@ def first_difference(one: Source, other: Source) -> str:
                 at = first + int(unlike[0])
                 place = f" ({_place(one, at)})" if name == "token" else ""
                 return f"{name} {at}{place}: {left[at]} and {right[at]}"
+            if name == "token":
+                advance(min(_CHUNK, len(left) - first))
     return ""
 
 

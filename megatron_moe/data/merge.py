@@ -7,7 +7,6 @@ at all.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from megatron_moe.data.manifest import (
     read_manifest,
     write_manifest,
 )
+from megatron_moe.data.progress import Advance, nobody
 from megatron_moe.errors import UsageError
 
 _CHUNK = 1 << 20
@@ -45,8 +45,13 @@ class Part:
     bytes: int
 
 
-def merge(prefixes: Sequence[str], output: str) -> list[Part]:
+def merge(prefixes: Sequence[str], output: str, advance: Advance = nobody) -> list[Part]:
     """Write ``output.bin`` and ``output.idx``, and a manifest if all parts have one.
+
+    Args:
+        prefixes: of the parts, in order.
+        output: prefix of the result.
+        advance: is told the bytes of tokens that were copied.
 
     Returns:
         The parts, as they were found.
@@ -69,7 +74,7 @@ def merge(prefixes: Sequence[str], output: str) -> list[Part]:
     known = [manifest for manifest in manifests if manifest is not None]
     refuse_mixture([p for p, m in zip(prefixes, manifests, strict=True) if m], known)
     try:
-        _write(parts, output)
+        _write(parts, output, advance)
         if len(known) == len(parts):
             write_manifest(output, merged(known))
     except OSError as error:
@@ -110,7 +115,7 @@ def _look_at(prefix: str) -> Part:
     return Part(prefix, code, 0, ends - 1, 0)
 
 
-def _write(parts: Sequence[Part], output: str) -> None:
+def _write(parts: Sequence[Part], output: str, advance: Advance) -> None:
     Path(output).parent.mkdir(parents=True, exist_ok=True)
     targets = paths_of(output)
     partial = [f"{path}.partial-{os.getpid()}" for path in targets]
@@ -119,7 +124,9 @@ def _write(parts: Sequence[Part], output: str) -> None:
             tokens, index = (stack.enter_context(open(path, "wb")) for path in partial)
             for part in parts:
                 with open(paths_of(part.prefix)[0], "rb") as source:
-                    shutil.copyfileobj(source, tokens, _COPY)
+                    while block := source.read(_COPY):
+                        tokens.write(block)
+                        advance(len(block))
             _write_index(parts, index)
             for stream in (tokens, index):
                 stream.flush()

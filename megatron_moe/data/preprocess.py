@@ -21,6 +21,7 @@ from megatron_moe.data.indexed_format import paths_of
 from megatron_moe.data.indexed_writer import IndexedWriter
 from megatron_moe.data.manifest import Manifest, manifest_path, read_manifest, write_manifest
 from megatron_moe.data.merge import merge
+from megatron_moe.data.progress import progress_bar
 from megatron_moe.data.reading import Batch, read_batches
 from megatron_moe.data.sources import find_inputs, refuse_changed
 from megatron_moe.data.tasks import (
@@ -67,15 +68,8 @@ def preprocess(
     wanted = parts if options.partition is None else [parts[options.partition]]
     missing = [task for task in wanted if task is whole or not finished(task, say)]
     with ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(
-                total=sum(task.size for task in missing),
-                unit="B",
-                unit_scale=True,
-                disable=not progress,
-                mininterval=1.0,
-            )
-        )
+        size = sum(task.size for task in missing)
+        bar = stack.enter_context(progress_bar(size, "B", progress))
         workers = stack.enter_context(
             Workers(
                 options.workers, data, options.json_keys, options.append_eod, options.word_cache
