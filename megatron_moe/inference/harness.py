@@ -8,6 +8,8 @@ predicted once.
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.answers import Scorer
 from megatron_moe.inference.loading import Loaded
+
+BOOTSTRAP = 1000
+"""Resamples for the standard error of a metric that has no formula for it."""
 
 
 class HarnessModel(TemplateLM):
@@ -114,15 +119,17 @@ def evaluate_tasks(
     if unknown:
         some = ", ".join(manager.all_tasks[:10])
         raise UsageError("--tasks", unknown[0], f"tasks of lm-eval, such as {some}")
-    results = simple_evaluate(
-        model=HarnessModel(loaded, batch_size),
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        task_manager=manager,
-        log_samples=False,
-        bootstrap_iters=0,
-    )
+    # What lm-eval prints on its way is no part of the results.
+    with contextlib.redirect_stdout(sys.stderr):
+        results = simple_evaluate(
+            model=HarnessModel(loaded, batch_size),
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=BOOTSTRAP,
+        )
     return dict(results)
 
 
