@@ -169,7 +169,7 @@ class CheckpointConfig:
     ckpt_step: int | None = None
     """Step to load; `None` means the newest."""
     checkpoint_fallback: bool = False
-    """If the newest checkpoint of `--load` is damaged, take the newest earlier one that is whole."""
+    """If the newest checkpoint of `--load` is damaged, take the newest earlier whole one."""
     finetune: bool = False
     """Take only the weights of `--load`: step, optimizer, RNG and data start afresh."""
     no_load_optim: bool = False

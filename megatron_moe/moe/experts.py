@@ -5,6 +5,7 @@ Shapes: E experts of this rank, H hidden, F width of an expert on this rank, R b
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
@@ -18,11 +19,12 @@ from megatron_moe.moe import expert_gemm
 from megatron_moe.moe.exchange import ExpertGroups, size_of
 from megatron_moe.moe.expert_gemm import Portion, portions_of
 
-PADDING_WORTH = ((30_000_000, 1.3), (100_000_000, 1.1))
-"""Multiply-adds of one expert's first GEMM below which a CPU runs them faster in batched GEMMs, and
-up to how many rows of them per filled row. Bare GEMMs of a forward and backward pass, 2 threads,
-one by one against batched over as many rows as the fullest expert has, ms: at 17M multiply-adds and
-1.25 rows per row 14.1 / 13.1; at 67M, 1.06: 23.0 / 21.4; at 134M, 1.15: 173 / 187."""
+PADDING_WORTH = ((30_000_000, 1.3), (100_000_000, 1.1), (math.inf, 1.02))
+"""Multiply-adds of one expert's first GEMM up to which a CPU runs them faster in batched GEMMs, if
+there are no more rows of them per filled row than this. Bare GEMMs of a forward and backward pass,
+2 threads, one by one against batched over as many rows as the fullest expert has, ms: at 17M
+multiply-adds and 1.25 rows per row 14.1 / 13.1; at 67M, 1.06: 23.0 / 21.4; at 134M, 1.15:
+173 / 187; at 1007M, 1.00 (all experts full): 572 / 535."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def choose_impl(requested: str, work: ExpertWork) -> ExpertImpl:
         padding = sum(p.experts * p.rows for p in portions) / sum(work.filled)
         size = max(work.filled) * work.multiply_adds
         if any(size < most and padding <= worth for most, worth in PADDING_WORTH):
-            return ExpertImpl("batched", "auto: small, evenly loaded experts", tuple(portions))
+            return ExpertImpl("batched", "auto: evenly loaded experts", tuple(portions))
     return ExpertImpl("loop", "auto: on a CPU filled rows alone are computed")
 
 

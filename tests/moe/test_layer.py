@@ -215,18 +215,22 @@ def test_auto_takes_what_suits_the_size_and_says_so() -> None:
         layer = MoELayer(model, MoEConfig(**settings), layer_number=0, num_moe_layers=1)
         return layer.describe(2, sequence)
 
-    assert "batched (auto: small, evenly loaded experts)" in choice(64)
-    assert "loop (auto: on a CPU filled rows alone are computed)" in choice(1 << 17)
+    assert "batched (auto: evenly loaded experts)" in choice(64)
     assert "loop (as asked)" in choice(64, moe_expert_impl="loop")
 
 
 def test_auto_decides_by_the_loads_of_the_pass() -> None:
-    def work(*filled: int) -> ExpertWork:
-        return ExpertWork(readable=True, filled=list(filled), multiply_adds=1000, width=10)
+    def work(*filled: int, multiply_adds: int = 1000) -> ExpertWork:
+        rows = list(filled)
+        return ExpertWork(readable=True, filled=rows, multiply_adds=multiply_adds, width=10)
 
     assert choose_impl("auto", work(100, 100, 90)).portions == (Portion(3, 100),)
     assert choose_impl("auto", work(100, 100, 20)).name == "loop"
-    assert choose_impl("auto", work(10**6, 10**6, 10**6)).name == "loop"
+    # Large experts are worth no padding.
+    full = work(1000, 1000, 1000, multiply_adds=10**7)
+    assert choose_impl("auto", full).portions == (Portion(3, 1000),)
+    large = choose_impl("auto", work(1000, 900, 1000, multiply_adds=10**7))
+    assert (large.name, large.reason) == ("loop", "auto: on a CPU filled rows alone are computed")
     assert choose_impl("auto", work(0, 0, 0)).name == "loop"
     several_sources = replace(work(1), filled=None)
     assert choose_impl("auto", several_sources).name == "loop"
