@@ -1,7 +1,7 @@
 """Asynchronous saves: training waits for a copy to host memory, the rest goes on behind it.
 
 A save is in one of two phases. *Writing*: on every rank a thread writes, hashes and syncs the
-rank's file from its copy. *Committing*: once all have, a thread of rank 0 writes index and
+rank's files from their copy. *Committing*: once all have, a thread of rank 0 writes index and
 manifest, renames, and moves the tracker. Threads never communicate: collectives of two threads over
 one group could meet in different orders on different ranks. It is the main thread that asks, at
 step boundaries (`poll`), whether all ranks have finished a phase: all ranks take the same steps, so
@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.checkpoint.host_copy import HostMemory
+from megatron_moe.checkpoint.host_copy import HostCopy, HostMemory
+from megatron_moe.checkpoint.rank_files import RankFile, divided, index_of, tensors_of
 from megatron_moe.checkpoint.ranks import Ranks
-from megatron_moe.checkpoint.stream import FileRecord, Stopped
-from megatron_moe.checkpoint.writer import Contents, Saving, bytes_of, index_of, tensors_of
+from megatron_moe.checkpoint.stream import Stopped
+from megatron_moe.checkpoint.writer import Contents, Saving, Written, bytes_of, heads, told_of
 
 _PAUSE = 0.01
 """Seconds between questions when there is nothing to do but wait."""
@@ -126,13 +127,14 @@ class BackgroundSaves:
         saving = Saving(Path(directory), step, ranks, bytes_of(parts, ranks))
         try:
             saving.begin()
-            copy = ranks.together(lambda: self._memory.copy(tensors_of(parts), contents.header))
-            shares = ranks.gather(index_of(parts, ranks.rank))
+            files = divided(parts, ranks.rank)
+            copies = ranks.together(lambda: self._copies(files, contents.header))
+            shares = ranks.gather(index_of(files))
         except BaseException:
             saving.give_up()
             raise
         stop = threading.Event()
-        task = _Task(lambda: saving.write_copy(copy, stop))
+        task = _Task(lambda: saving.write_copies(copies, stop))
         self._flight = _Flight(saving, contents, shares, task, stop, afterwards)
 
     def poll(self) -> Path | None:
@@ -180,16 +182,21 @@ class BackgroundSaves:
         if flight is not None:
             flight.stop.set()
 
-    def _commit(self, flight: _Flight, written: FileRecord) -> None:
+    def _copies(self, files: Sequence[RankFile], header: Mapping[str, str]) -> dict[str, HostCopy]:
+        """Of each file of this rank."""
+        tensors = [tensors_of(parts) for _, parts in files]
+        copies = self._memory.copy(list(zip(tensors, heads(header, len(files)), strict=True)))
+        return dict(zip((name for name, _ in files), copies, strict=True))
+
+    def _commit(self, flight: _Flight, written: Written) -> None:
         """All files are written: let rank 0 make them count."""
-        told = self._ranks.gather([written.sha256, written.bytes])
+        told = self._ranks.gather(told_of(written))
         shares, saving = flight.shares, flight.saving
 
         def commit() -> str:
             if told is None or shares is None:
                 return ""
-            records = [[*record, share] for record, share in zip(told, shares, strict=True)]
-            path = saving.commit(records, flight.contents.documents)
+            path = saving.commit(list(zip(told, shares, strict=True)), flight.contents.documents)
             flight.afterwards()
             return str(path)
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
-from megatron_moe.checkpoint.stream import CHUNK, FileRecord, hash_of, write_stream
+from megatron_moe.checkpoint.stream import CHUNK, FileRecord, Stream, hash_of, write_stream
 
 DTYPES = {
     torch.float64: "F64",
@@ -32,6 +32,8 @@ DTYPES = {
     torch.uint8: "U8",
 }
 """Names of dtypes in safetensors."""
+PLAIN_HEAD = {"format": "pt"}
+"""What the head of a file says at least: readers of other libraries ask for it."""
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 """The inverse of `DTYPES`."""
 
@@ -62,6 +64,11 @@ class Pending:
     parts: Callable[[], Iterator[Tensor]]
     """Its elements in row-major order, cut anywhere."""
 
+    @property
+    def bytes(self) -> int:
+        """Its size in a file."""
+        return prod(self.shape) * self.dtype.itemsize
+
 
 def pending(key: str, tensor: Tensor) -> Pending:
     """A tensor that is there already."""
@@ -77,8 +84,13 @@ def write_pending(
         OSError: the disk is full, or anything else.
         ValueError: the parts of a tensor are not what it was said to be.
     """
+    return write_stream(path, stream_of(tensors, metadata)())
+
+
+def stream_of(tensors: Sequence[Pending], metadata: Mapping[str, str]) -> Stream:
+    """The bytes of a safetensors file, of which one part of one tensor is held at a time."""
     head, ordered = arranged(tensors, metadata)
-    return write_stream(path, _tensor_bytes(head, ordered))
+    return lambda: _tensor_bytes(head, ordered)
 
 
 def arranged(
@@ -92,7 +104,7 @@ def arranged(
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for tensor in ordered:
-        start, end = end, end + prod(tensor.shape) * tensor.dtype.itemsize
+        start, end = end, end + tensor.bytes
         entry = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape)}
         header[tensor.key] = {**entry, "data_offsets": [start, end]}
     text = json.dumps(header).encode()

@@ -26,11 +26,11 @@ from megatron_moe.checkpoint.index import TensorReader
 from megatron_moe.checkpoint.mapped import TensorFiles
 from megatron_moe.checkpoint.optimizer_state import optimizer_shards, set_optimizer_step
 from megatron_moe.checkpoint.parts import Part, held
+from megatron_moe.checkpoint.rank_files import rank_file
 from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.checkpoint.reading import Documents, Opened, opened_from, read_documents
 from megatron_moe.checkpoint.save import RANDOM, ranks_of, shards_of
 from megatron_moe.checkpoint.state import Metadata, TrainState
-from megatron_moe.checkpoint.writer import rank_file
 from megatron_moe.config import RunConfig
 from megatron_moe.parallel.context import ParallelContext
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.checkpoint import rng
+from megatron_moe.checkpoint.files import PLAIN_HEAD
 from megatron_moe.checkpoint.optimizer_state import optimizer_shards, optimizer_step
 from megatron_moe.checkpoint.parts import Part, Replicas, owned
 from megatron_moe.checkpoint.ranks import Ranks
@@ -19,7 +20,7 @@ from megatron_moe.model.shards import ParamShard, model_shards
 from megatron_moe.parallel.context import ParallelContext
 
 RANDOM = "random"
-"""Key of a rank's random states in the head of its file."""
+"""Key of a rank's random states in the head of its first file."""
 
 
 def save_checkpoint(
@@ -100,7 +101,7 @@ def contents_of(
             "random": rng.layout_of(ctx.layout) if with_rng else None,
         },
     }
-    header = {"format": "pt", **({RANDOM: json.dumps(rng.capture())} if with_rng else {})}
+    header = {**PLAIN_HEAD, **({RANDOM: json.dumps(rng.capture())} if with_rng else {})}
     return Contents(parts=parts, documents=documents, header=header)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
@@ -20,6 +20,10 @@ CHUNK = 16 << 20
 """Bytes written or hashed at a time."""
 SMALL = 1 << 20
 """Shorter parts are put together, up to about as many bytes: each chunk has a fixed cost."""
+Stream = Callable[[], Iterator[memoryview]]
+"""Begins the bytes of a file, cut anywhere."""
+_FILES = 4
+"""Files written at a time, if there are so many cores."""
 _AHEAD = 2
 """Chunks that writing may be ahead of hashing."""
 
@@ -68,6 +72,33 @@ def write_stream(path: Path, parts: Iterator[memoryview], stop: Event | None = N
     for last in hashing:
         last.result()
     return FileRecord(digest.hexdigest(), total)
+
+
+def write_streams(streams: Mapping[Path, Stream], stop: Event | None = None) -> list[FileRecord]:
+    """`write_stream` of several files, a few at a time; if one fails, none goes on.
+
+    Raises:
+        OSError: the disk is full, or anything else.
+        Stopped: ``stop`` was set.
+    """
+    given_up = stop or Event()
+
+    def write(path: Path) -> FileRecord:
+        try:
+            return write_stream(path, streams[path](), given_up)
+        except BaseException:
+            given_up.set()
+            raise
+
+    with ThreadPoolExecutor(min(_FILES, os.cpu_count() or 1)) as pool:
+        tasks = [pool.submit(write, path) for path in streams]
+    errors = [error for task in tasks if (error := task.exception())]
+    for error in errors:
+        if not isinstance(error, Stopped):
+            raise error
+    if errors:
+        raise errors[0]
+    return [task.result() for task in tasks]
 
 
 def _chunks(parts: Iterator[memoryview]) -> Iterator[memoryview]:

@@ -14,20 +14,16 @@ from typing import Any
 from megatron_moe.checkpoint import directory as directories
 from megatron_moe.checkpoint import index
 from megatron_moe.checkpoint.errors import CheckpointError
-from megatron_moe.checkpoint.files import (
-    DTYPES,
-    Pending,
-    free_bytes,
-    pending,
-    write_json,
-    write_pending,
-)
+from megatron_moe.checkpoint.files import PLAIN_HEAD, free_bytes, stream_of, write_json
 from megatron_moe.checkpoint.host_copy import HostCopy
-from megatron_moe.checkpoint.index import INDEX, LogicalTensor, block_key
+from megatron_moe.checkpoint.index import INDEX
 from megatron_moe.checkpoint.parts import Part
+from megatron_moe.checkpoint.rank_files import RankFile, divided, index_of, tensors_of
 from megatron_moe.checkpoint.ranks import Ranks
-from megatron_moe.checkpoint.stream import FileRecord, write_stream
+from megatron_moe.checkpoint.stream import FileRecord, Stream, write_streams
 
+Written = dict[str, FileRecord]
+"""Files of a rank by name."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -40,12 +36,7 @@ class Contents:
     documents: Mapping[str, Any]
     """File name -> JSON value, written by rank 0."""
     header: Mapping[str, str]
-    """Strings for the head of this rank's file."""
-
-
-def rank_file(rank: int) -> str:
-    """The name of the file that a rank writes."""
-    return f"rank-{rank:05d}.safetensors"
+    """Strings for the head of this rank's first file."""
 
 
 def write_checkpoint(
@@ -65,7 +56,7 @@ def write_checkpoint(
         ranks: who saves together.
         parts: what this rank writes.
         documents: file name -> JSON value, written by rank 0.
-        header: strings for the head of this rank's file.
+        header: strings for the head of this rank's first file.
 
     Returns:
         Where the checkpoint is.
@@ -76,8 +67,9 @@ def write_checkpoint(
     saving = Saving(Path(directory), step, ranks, bytes_of(parts, ranks))
     try:
         saving.begin()
-        written = ranks.together(lambda: saving.write(parts, header))
-        told = ranks.gather([written.sha256, written.bytes, index_of(parts, ranks.rank)])
+        files = divided(parts, ranks.rank)
+        written = ranks.together(lambda: saving.write(files, header))
+        told = ranks.gather([told_of(written), index_of(files)])
         path = ranks.together(lambda: "" if told is None else str(saving.commit(told, documents)))
         return Path(ranks.broadcast(path))
     except BaseException:
@@ -116,30 +108,40 @@ class Saving:
 
         self.temporary = Path(self.ranks.broadcast(self.ranks.together(make)))
 
-    def write(self, parts: Sequence[Part], header: Mapping[str, str]) -> FileRecord:
-        """This rank's file, straight from the tensors."""
-        with self.failures():
-            return write_pending(self._file(), tensors_of(parts), header)
+    def write(self, files: Sequence[RankFile], header: Mapping[str, str]) -> Written:
+        """This rank's files, straight from the tensors."""
+        return self._write(
+            {
+                name: stream_of(tensors_of(parts), head)
+                for (name, parts), head in zip(files, heads(header, len(files)), strict=True)
+            }
+        )
 
-    def write_copy(self, copy: HostCopy, stop: Event) -> FileRecord:
-        """This rank's file, from a copy; may run in another thread.
+    def write_copies(self, copies: Mapping[str, HostCopy], stop: Event) -> Written:
+        """This rank's files, from copies; may run in another thread.
 
         Raises:
             Stopped: ``stop`` was set.
         """
+        return self._write({name: copy.parts for name, copy in copies.items()}, stop)
+
+    def _write(self, streams: Mapping[str, Stream], stop: Event | None = None) -> Written:
+        assert self.temporary is not None
         with self.failures():
-            return write_stream(self._file(), copy.parts(), stop)
+            paths = {self.temporary / name: stream for name, stream in streams.items()}
+            records = write_streams(paths, stop)
+        return dict(zip(streams, records, strict=True))
 
     def commit(self, told: Sequence[Any], documents: Mapping[str, Any]) -> Path:
         """Write index, documents and manifest, and make the save count; called by rank 0 alone.
 
         Args:
-            told: of each rank, the SHA-256 and bytes of its file and its `index_of`.
+            told: of each rank, `told_of` its files and their `index_of`.
             documents: file name -> JSON value.
         """
         assert self.temporary is not None
-        files = {rank_file(r): FileRecord(*record[:2]) for r, record in enumerate(told)}
-        shares = (index.from_json(share, INDEX, partial=True) for *_, share in told)
+        files = {name: FileRecord(*known) for records, _ in told for name, known in records.items()}
+        shares = (index.from_json(share, INDEX, partial=True) for _, share in told)
         tensors = index.merge(chain.from_iterable(shares))
         with self.failures():
             for name, value in {**documents, INDEX: index.to_json(tensors.values())}.items():
@@ -159,10 +161,6 @@ class Saving:
         except OSError as error:
             raise self._failure(error) from error
 
-    def _file(self) -> Path:
-        assert self.temporary is not None
-        return self.temporary / rank_file(self.ranks.rank)
-
     def _failure(self, error: OSError) -> CheckpointError:
         what = f"save of step {self.step} to {self.directory}"
         found = error.strerror or str(error)
@@ -175,19 +173,11 @@ class Saving:
         )
 
 
-def tensors_of(parts: Sequence[Part]) -> list[Pending]:
-    """What a rank's file holds."""
-    return [pending(block_key(p.kind, p.name, p.block.offsets), p.values) for p in parts]
+def heads(header: Mapping[str, str], files: int) -> list[Mapping[str, str]]:
+    """Strings for the head of each of a rank's files: the first has what is said once."""
+    return [header, *[PLAIN_HEAD] * (files - 1)]
 
 
-def index_of(parts: Sequence[Part], rank: int) -> dict[str, Any]:
-    """The index of one rank's file."""
-    grouped: dict[index.Name, LogicalTensor] = {}
-    for part in parts:
-        known = grouped.get((part.kind, part.name))
-        blocks = (*(known.blocks if known else ()), (rank_file(rank), part.block))
-        dtype = DTYPES[part.values.dtype]
-        grouped[part.kind, part.name] = LogicalTensor(
-            part.kind, part.name, part.shape, dtype, part.block.view, blocks
-        )
-    return index.to_json(grouped.values())
+def told_of(written: Written) -> dict[str, list[Any]]:
+    """What rank 0 is told of a rank's files."""
+    return {name: [record.sha256, record.bytes] for name, record in written.items()}

@@ -12,6 +12,7 @@ import torch
 
 from megatron_moe.checkpoint.errors import Corrupt
 from megatron_moe.checkpoint.files import (
+    PLAIN_HEAD,
     read_json,
     write_json,
     write_pending,
@@ -133,7 +134,7 @@ def _written(
         several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = several if len(shards) > 1 else SINGLE
         pending = [tensors[name].pending(name, progress) for name in names]
-        write_pending(directory / file, pending, {"format": "pt"})
+        write_pending(directory / file, pending, PLAIN_HEAD)
         where.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         total = sum(tensor.bytes for tensor in tensors.values())

@@ -12,6 +12,7 @@ from megatron_moe.checkpoint.blocks import Block
 from megatron_moe.checkpoint.directory import step_directory
 from megatron_moe.checkpoint.files import (
     DTYPES,
+    PLAIN_HEAD,
     TORCH_DTYPES,
     FileRecord,
     write_json,
@@ -104,7 +105,7 @@ def write_native(model: Model, directory: Path, max_shard: int, progress: Progre
                 dtype = DTYPES[tensor.dtype]
                 shape = tensor.shape
                 tensors.append(LogicalTensor(MODEL, name, shape, dtype, shape, ((file, block),)))
-            files[file] = write_pending(temporary / file, pending, {"format": "pt"})
+            files[file] = write_pending(temporary / file, pending, PLAIN_HEAD)
         for name, value in {**_documents(model), INDEX: to_json(tensors)}.items():
             files[name] = write_json(temporary / name, value)
         return directories.commit(temporary, model.step, files)

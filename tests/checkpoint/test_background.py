@@ -24,32 +24,40 @@ def contents_of(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def test_a_copy_is_the_file_that_its_tensors_would_become(tmp_path):
-    """Of all widths and memory layouts; the memory is used again, by a larger and a smaller one."""
+def test_copies_are_the_files_that_their_tensors_would_become(tmp_path):
+    """Of all widths and memory layouts; the memory is used again, by larger and smaller ones."""
     memory = HostMemory(pinned=False)
     for rows in (3, 40, 2):
         tensors = {
-            "byte": torch.arange(rows, dtype=torch.uint8),
+            "double": torch.randn(rows, dtype=torch.float64),
             "half": torch.randn(rows, 3).to(torch.bfloat16),
             "strided": torch.randn(rows, 6)[:, 1::2],
             "turned": torch.randn(5, rows).t(),
-            "double": torch.randn(rows, dtype=torch.float64),
             "empty": torch.zeros(0, rows),
             "scalar": torch.tensor(float(rows)),
+            "byte": torch.arange(rows, dtype=torch.uint8),
         }
-        path = tmp_path / f"{rows}.safetensors"
-        expected = write_tensors(path, list(tensors.items()), {"format": "pt"})
-        copy = memory.copy([pending(*item) for item in tensors.items()], {"format": "pt"})
+        items = list(tensors.items())
+        files = {"one": items, "none": [], "odd": items[-1:], "two": items[:4]}
+        expected = {
+            name: write_tensors(tmp_path / f"{rows}.{name}", held, {"name": name})
+            for name, held in files.items()
+        }
+        given = [([pending(*i) for i in held], {"name": name}) for name, held in files.items()]
+        copies = memory.copy(given)
         for tensor in tensors.values():
             tensor.zero_()
-        assert b"".join(copy.parts()) == path.read_bytes()
-        assert write_stream(tmp_path / f"{rows}.copy", copy.parts()) == expected
+        for (name, record), copy in zip(expected.items(), copies, strict=True):
+            path = tmp_path / f"{rows}.{name}"
+            assert b"".join(copy.parts()) == path.read_bytes()
+            assert write_stream(path.with_suffix(".copy"), copy.parts()) == record
+            path.with_suffix(".copy").unlink()
 
 
 def test_no_memory_for_a_copy_is_said(tmp_path):
     huge = pending("x", torch.zeros(1).expand(1 << 50))
     with pytest.raises(CheckpointError, match=r"--async-save is 'a copy of 4503599627370496 bytes"):
-        HostMemory(pinned=False).copy([huge], {})
+        HostMemory(pinned=False).copy([([huge], {})])
 
 
 def _save_both(rank, world_size, *, directory):

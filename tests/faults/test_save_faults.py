@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe.checkpoint import CheckpointError, latest_step, verify
+from megatron_moe.checkpoint import CheckpointError, latest_step, rank_files, verify
 from megatron_moe.checkpoint.directory import remove, revisions
 from megatron_moe.checkpoint.ranks import Ranks
 from tests.checkpoint import toy
@@ -27,6 +27,14 @@ from tests.faults.killing import POINTS, Save, check_whole, fork, fork_ranks, ki
 
 both_ways = pytest.mark.parametrize("save", [toy.save, toy.save_behind])
 """Synchronously and behind the back of a training that has overwritten everything already."""
+
+
+@pytest.fixture(params=[1, 3], ids=["one file", "three files"], autouse=True)
+def files(request, monkeypatch):
+    """Files of a rank."""
+    if request.param > 1:
+        monkeypatch.setattr(rank_files, "FILE_BYTES", 200)
+    return request.param
 
 
 def _killed_save(save: Save, event: int, directory: Path, step: int) -> None:
