@@ -18,14 +18,12 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from bench._one_rank import one_rank
 from bench.record import Record
 from megatron_moe.config import RunConfig
 from megatron_moe.config.presets import PRESETS
@@ -109,22 +107,6 @@ class Subject:
         }
 
 
-@contextmanager
-def one_rank(config: RunConfig) -> Iterator[Any]:
-    """The parallel context of a single rank."""
-    from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
-    from megatron_moe.parallel.layout import resolve_layout
-    from megatron_moe.platform import activate
-
-    platform = activate()
-    layout = resolve_layout(config, 1, VOCAB)
-    store = torch.distributed.HashStore()
-    try:
-        yield initialize_parallel(layout, config.parallel, platform, 1, store=store, rank=0)
-    finally:
-        destroy_parallel(default_group=True)
-
-
 def timed(action: Callable[[], object]) -> float:
     """Seconds."""
     before = time.perf_counter()
@@ -184,7 +166,7 @@ def one_round(subject: Subject, root: Path) -> dict[str, float]:
 def measure(rounds: int = ROUNDS) -> list[dict[str, float]]:
     """Seconds of each round; the first has memory that is touched for the first time."""
     config = configuration()
-    with one_rank(config) as ctx, tempfile.TemporaryDirectory() as scratch:
+    with one_rank(config, VOCAB) as ctx, tempfile.TemporaryDirectory() as scratch:
         subject = Subject(config, ctx)
         return [one_round(subject, Path(scratch)) for _ in range(rounds)]
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +27,9 @@ from bench._moe_layer_cases import (
     kept_rows,
     our_layer,
 )
+from bench._one_rank import one_rank
 from bench.record import Record
+from megatron_moe.config import RunConfig
 
 SECONDS_PER_SHAPE = 20.0
 ROUNDS = (5, 60)
@@ -69,25 +70,6 @@ def peak_mib(step: Step) -> float:
         held += size
         most = max(most, held)
     return most / 2**20
-
-
-@contextmanager
-def _one_process() -> Iterator[Any]:
-    """The engine's process groups for a single rank."""
-    import torch.distributed as dist
-
-    from megatron_moe.config import RunConfig
-    from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
-    from megatron_moe.parallel.layout import resolve_layout
-    from megatron_moe.platform import activate
-
-    config = RunConfig()
-    layout = resolve_layout(config, world_size=1)
-    ctx = initialize_parallel(layout, config.parallel, activate(), 1, store=dist.HashStore())
-    try:
-        yield ctx.pgs
-    finally:
-        destroy_parallel(default_group=True)
 
 
 def _candidates(shape: Shape, pgs: Any) -> dict[str, Callable[[], None]]:
@@ -148,9 +130,9 @@ def _memory(shape: Shape, candidates: dict[str, Callable[[], None]]) -> list[Rec
 def records() -> list[Record]:
     """Measure every shape."""
     found: list[Record] = []
-    with _one_process() as pgs:
+    with one_rank(RunConfig()) as ctx:
         for shape in SHAPES:
-            candidates = _candidates(shape, pgs)
+            candidates = _candidates(shape, ctx.pgs)
             medians = interleaved_medians(candidates, SECONDS_PER_SHAPE, ROUNDS)
             found += _judge(shape, {name: 1e3 * value for name, value in medians.items()})
             found += _memory(shape, candidates)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from bench._one_rank import one_rank
 from bench.record import Record
 from bench.train_step import VOCAB, configuration, training_step
 from megatron_moe.config import RunConfig
@@ -75,22 +76,14 @@ def _cpu_medians(steps: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def _step_record(name: str, config: RunConfig) -> Record:
-    from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
-    from megatron_moe.parallel.layout import resolve_layout
-    from megatron_moe.platform import activate
-
-    layout = resolve_layout(config, 1, VOCAB)
-    ctx = initialize_parallel(
-        layout, config.parallel, activate(), 1, store=torch.distributed.HashStore()
-    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        step = training_step(config, ctx, None)
-        medians = _cpu_medians({"ours": step, "mode": _caught(step)})
+        with one_rank(config, VOCAB) as ctx:
+            step = training_step(config, ctx, None)
+            medians = _cpu_medians({"ours": step, "mode": _caught(step)})
     finally:
         torch.set_num_threads(threads)
-        destroy_parallel(default_group=True)
     ratio = medians["mode"] / medians["ours"]
     return Record(name=f"platform/{name}/under a TorchFunctionMode", value=ratio, unit="x ours")
 

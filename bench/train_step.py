@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bench._moe_layer_cases import CAPACITY_FACTOR, Shape, engine_layer
+from bench._one_rank import one_rank
 from bench.moe_layer import interleaved_medians
 from bench.record import Record
 from megatron_moe.config import RunConfig
@@ -130,23 +130,6 @@ def _candidates(ctx: Any) -> dict[str, Callable[[], Callable[[], Any]]]:
     }
 
 
-@contextmanager
-def _one_rank() -> Iterator[Any]:
-    """The parallel context of a single rank."""
-    from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
-    from megatron_moe.parallel.layout import resolve_layout
-    from megatron_moe.platform import activate
-
-    platform = activate()
-    config = configuration("t5x")
-    layout = resolve_layout(config, 1, VOCAB)
-    store = torch.distributed.HashStore()
-    try:
-        yield initialize_parallel(layout, config.parallel, platform, 1, store=store, rank=0)
-    finally:
-        destroy_parallel(default_group=True)
-
-
 def peak_memory(name: str) -> float:
     """Peak resident memory that one candidate adds to an idle process with the engine, MiB."""
     command = [sys.executable, "-m", "bench.train_step", "--peak", name]
@@ -156,7 +139,7 @@ def peak_memory(name: str) -> float:
 
 def _print_peak(name: str) -> None:
     """In a process of its own: build one candidate, take three steps, print what that took."""
-    with _one_rank() as ctx:
+    with one_rank(configuration("t5x"), VOCAB) as ctx:
         # Linux: the peak starts anew from here, without what the imports needed.
         Path("/proc/self/clear_refs").write_text("5")
         before = _peak_kib()
@@ -173,7 +156,7 @@ def _peak_kib() -> int:
 
 def records() -> list[Record]:
     """Ratios, tokens/s and peak memory of each."""
-    with _one_rank() as ctx:
+    with one_rank(configuration("t5x"), VOCAB) as ctx:
         candidates = {name: make() for name, make in _candidates(ctx).items()}
         medians = interleaved_medians(candidates, SECONDS, ROUNDS)
         tokens = ctx.layout.global_batch_size * ctx.layout.seq_length
