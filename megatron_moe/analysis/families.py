@@ -9,7 +9,7 @@ Sources: the classes themselves; Mixtral (arXiv 2401.04088), DeepSeekMoE (2401.0
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,6 +134,16 @@ def _deepseek_v3(config: Any) -> Rule:
     )
 
 
+_DEEPSEEK = Family(
+    label="DeepSeekMoE",
+    classes="",
+    experts="n_routed_experts",
+    rule=_deepseek_v2,
+    moe_layers=_after_dense,
+    shared="shared_experts",
+    shared_width=_deepseek_shared,
+)
+
 FAMILIES: Mapping[str, Family] = {
     "mixtral": Family(
         label="Mixtral",
@@ -164,32 +174,8 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_moe": Family(
         label="Qwen3-MoE", classes="Qwen3Moe", rule=_softmax, moe_layers=_sparse_steps
     ),
-    "deepseek": Family(
-        label="DeepSeekMoE",
-        classes="",
-        experts="n_routed_experts",
-        rule=_deepseek_v2,
-        moe_layers=_after_dense,
-        shared="shared_experts",
-        shared_width=_deepseek_shared,
-    ),
-    "deepseek_v2": Family(
-        label="DeepSeek-V2",
-        classes="DeepseekV2",
-        experts="n_routed_experts",
-        rule=_deepseek_v2,
-        moe_layers=_after_dense,
-        shared="shared_experts",
-        shared_width=_deepseek_shared,
-    ),
-    "deepseek_v3": Family(
-        label="DeepSeek-V3",
-        classes="DeepseekV3",
-        experts="n_routed_experts",
-        rule=_deepseek_v3,
-        moe_layers=_after_dense,
-        shared="shared_experts",
-        shared_width=_deepseek_shared,
-    ),
+    "deepseek": _DEEPSEEK,
+    "deepseek_v2": replace(_DEEPSEEK, label="DeepSeek-V2", classes="DeepseekV2"),
+    "deepseek_v3": replace(_DEEPSEEK, label="DeepSeek-V3", classes="DeepseekV3", rule=_deepseek_v3),
 }
 """By `model_type`."""

@@ -6,7 +6,7 @@ tokens in (sequence, batch) order, K choices, E experts, R buffer rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,16 +113,19 @@ class MoELayer(nn.Module):
         choices_TK = self._gather_choices(scores.choices_TK)
         row_tokens = choices_TK.shape[0] // batch
         capacity = capacity_of(self.moe, rows=batch, row_tokens=row_tokens, training=self.training)
-        slots = self._assign_slots(scores, choices_TK, batch, capacity)
-        weights_TK, balance, z = self._with_losses(scores, choices_TK, slots, capacity, batch)
+        weights_TK = all_gather(scores.weights_TK, self.groups.tp)
+        kernel = self.kernels["rank_in_expert"].module
+        slots = assign_slots(choices_TK, weights_TK, batch, capacity, self.slot_rule, kernel)
+        load_BE = self._load_per_row(choices_TK, slots, capacity, batch)
+        rule = self._loss_rule(choices_TK.shape[0])
+        weights_TK, *shares = losses.attach_losses(weights_TK, scores, load_BE, rule)
         filled_E = slots.filled_GE.sum(0)
         impl = choose_impl(self.moe.moe_expert_impl, self._work(filled_E))
         layout = self._buffer_layout(impl, capacity)
         plan = make_plan(slots, batch, capacity, layout)
         x_TH = all_gather(x_TH, self.groups.tp)
-        weights_TK = all_gather(weights_TK, self.groups.tp)
         y_TH = self._run_experts(x_TH, weights_TK, plan, filled_E, impl)
-        self._record(scores, slots, plan, capacity, (balance, z))
+        self._record(scores, slots, plan, capacity, shares)
         return reduce_scatter(y_TH, self.groups.tp).view_as(x_SBH)
 
     def _gather_choices(self, choices_TK: Tensor) -> Tensor:
@@ -131,34 +134,25 @@ class MoELayer(nn.Module):
             return choices_TK
         return all_gather(choices_TK.int(), self.groups.tp).long()
 
-    def _assign_slots(
-        self, scores: Scores, choices_TK: Tensor, batch: int, capacity: Capacity
-    ) -> Slots:
-        """Who keeps a slot; by probability, that of all tokens of the rows is needed as well."""
-        values_TK = scores.weights_TK.detach()
-        if self.slot_rule.policy == "probs":
-            values_TK = all_gather(values_TK, self.groups.tp)
-        kernel = self.kernels["rank_in_expert"].module
-        return assign_slots(choices_TK, values_TK, batch, capacity, self.slot_rule, kernel)
-
-    def _with_losses(
-        self, scores: Scores, choices_TK: Tensor, slots: Slots, capacity: Capacity, batch: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Combine weights that carry the losses, and this rank's shares of the two losses."""
+    def _loss_rule(self, tokens: int) -> losses.LossRule:
+        """For a micro-batch of so many tokens."""
         moe, layers = self.moe, self.num_moe_layers
-        rule = losses.LossRule(
-            tokens=choices_TK.shape[0],
+        return losses.LossRule(
+            tokens=tokens,
             per_row=moe.moe_router_load_balancing_type == "seq_aux_loss",
             balance_weight=moe.moe_aux_loss_coeff / layers,
             z_weight=moe.moe_z_loss_coeff / layers,
         )
-        if moe.moe_router_load_balancing_type == "none":
-            load_BE = choices_TK.new_zeros(batch, moe.num_experts)
-        elif capacity.groups == batch:
-            load_BE = slots.load_GE  # Every row is a group.
-        else:
-            load_BE = losses.load_per_row(choices_TK, batch, moe.num_experts)
-        return losses.attach_losses(scores, load_BE, rule)
+
+    def _load_per_row(
+        self, choices_TK: Tensor, slots: Slots, capacity: Capacity, batch: int
+    ) -> Tensor:
+        """Choices [B, E] that the balance loss is made of; zeros without one."""
+        if self.moe.moe_router_load_balancing_type == "none":
+            return choices_TK.new_zeros(batch, self.moe.num_experts)
+        if capacity.groups == batch:
+            return slots.load_GE  # Every row is a group.
+        return losses.load_per_row(choices_TK, batch, self.moe.num_experts)
 
     def _work(self, filled_E: Tensor) -> ExpertWork:
         """What the choice of expert GEMMs depends on."""
@@ -197,7 +191,7 @@ class MoELayer(nn.Module):
         slots: Slots,
         plan: Plan,
         capacity: Capacity,
-        shares: tuple[Tensor, Tensor],
+        shares: Sequence[Tensor],
     ) -> None:
         """Count this pass once and show it to the observer; ``shares`` of both losses.
 
@@ -210,7 +204,8 @@ class MoELayer(nn.Module):
         if rank:
             # Every rank of the rows knows all their loads: the first one counts them.
             load_E, kept_E = torch.zeros_like(load_E), torch.zeros_like(kept_E)
-        self.counter.add(scores, load_E, kept_E, *shares, self.shards)
+        balance, z = shares
+        self.counter.add(scores, load_E, kept_E, balance, z, self.shards)
         if self.on_routing is not None:
             local = scores.choices_TK.shape[0]
             kept_TK = plan.kept_TK.narrow(0, rank * local, local)

@@ -45,20 +45,22 @@ class LossRule:
     z_weight: float = 1.0
 
 
-def attach_losses(scores: Scores, load_BE: Tensor, rule: LossRule) -> tuple[Tensor, Tensor, Tensor]:
+def attach_losses(
+    weights_TK: Tensor, scores: Scores, load_BE: Tensor, rule: LossRule
+) -> tuple[Tensor, Tensor, Tensor]:
     """Let the losses take part in the backward pass of whatever is made from the combine weights.
 
     Args:
+        weights_TK: combine weights, of this rank's tokens or of more.
         scores: of this rank's tokens.
         load_BE: int64 choices over all ranks that share the rows; zeros: no balance loss.
         rule: as above.
 
     Returns:
-        The combine weights [T, K], and this rank's shares of both losses, unweighted and without
+        The combine weights, and this rank's shares of both losses, unweighted and without
         gradient, for the record.
     """
-    inputs = scores.weights_TK, scores.probs_TE, scores.log_z_T
-    return _AttachLosses.apply(*inputs, load_BE, rule)
+    return _AttachLosses.apply(weights_TK, scores.probs_TE, scores.log_z_T, load_BE, rule)
 
 
 class _AttachLosses(torch.autograd.Function):

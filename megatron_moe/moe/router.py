@@ -56,7 +56,7 @@ class _Route(torch.autograd.Function):
         logits_ET = torch.mm(weight_EH, x_TH.t())
         log_probs_ET = logits_ET.log_softmax(0)
         probs_ET = log_probs_ET.exp()
-        choices_KT, weights_KT = _best(probs_ET, topk)
+        choices_KT, weights_KT = best_choices(probs_ET, topk)
         # Of the best expert, whose logit is closest to log Z: the difference loses least.
         best_1T = choices_KT[:1]
         log_z_T = (logits_ET.gather(0, best_1T) - log_probs_ET.gather(0, best_1T)).squeeze(0)
@@ -82,8 +82,12 @@ class _Route(torch.autograd.Function):
         return dx_TH, dl_ET.mm(x_TH) if ctx.needs_input_grad[1] else None, None
 
 
-def _best(probs_ET: Tensor, topk: int) -> tuple[Tensor, Tensor]:
-    """Ids and values of the k largest entries of each column; see `top_choices`."""
+def best_choices(probs_ET: Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """Ids and values of the k largest entries of each column, the best in the first row.
+
+    Among equals the lower id comes first, so that the same token makes the same choice on every
+    layout.
+    """
     if topk > ARGMAX_MAX_CHOICES:
         ranked = torch.sort(probs_ET, dim=0, descending=True, stable=True)
         return ranked.indices[:topk], ranked.values[:topk]
@@ -95,11 +99,3 @@ def _best(probs_ET: Tensor, topk: int) -> tuple[Tensor, Tensor]:
     if topk == 1:
         return found[0].indices, found[0].values
     return torch.cat([best.indices for best in found]), torch.cat([best.values for best in found])
-
-
-def top_choices(probs_TE: Tensor, topk: int) -> Tensor:
-    """Ids of the k largest entries of each row, best first, the lower id first among equals.
-
-    The order among equals is fixed so that the same token makes the same choice on every layout.
-    """
-    return _best(probs_TE.t(), topk)[0].t()

@@ -21,7 +21,9 @@ def scores_of(probs: Tensor, log_z: Tensor) -> Scores:
 
 def balance_of(probs: Tensor, load: Tensor, tokens: int, per_row: bool) -> Tensor:
     scores = scores_of(probs, torch.zeros(probs.shape[0]))
-    return losses.attach_losses(scores, load, LossRule(tokens=tokens, per_row=per_row))[1]
+    return losses.attach_losses(
+        scores.weights_TK, scores, load, LossRule(tokens=tokens, per_row=per_row)
+    )[1]
 
 
 @pytest.mark.parametrize("per_row", [True, False])
@@ -68,7 +70,9 @@ def test_router_z_by_hand() -> None:
     """Logits (0, 0) give log 2, (3, 3) give 3 + log 2."""
     log_z = torch.tensor([math.log(2), 3 + math.log(2)])
     scores, load = scores_of(torch.full((2, 2), 0.5), log_z), torch.zeros(1, 2, dtype=torch.int64)
-    _, _, z = losses.attach_losses(scores, load, LossRule(tokens=2, per_row=True))
+    _, _, z = losses.attach_losses(
+        scores.weights_TK, scores, load, LossRule(tokens=2, per_row=True)
+    )
     assert z.item() == pytest.approx((math.log(2) ** 2 + (3 + math.log(2)) ** 2) / 2)
 
 
@@ -90,7 +94,7 @@ def test_attached_losses_add_their_scaled_gradient_and_no_value(
     rule = LossRule(tokens=tokens, per_row=per_row, balance_weight=0.3, z_weight=0.7)
     load = losses.load_per_row(choices, rows, experts)
     scores = scores_of(logits.softmax(-1), logits.logsumexp(-1))
-    weights, *found = losses.attach_losses(scores, load, rule)
+    weights, *found = losses.attach_losses(scores.weights_TK, scores, load, rule)
     assert torch.equal(weights, scores.weights_TK)
 
     chosen = torch.nn.functional.one_hot(choices, experts).sum(1).double()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_moe.moe.router import route, top_choices
+from megatron_moe.moe.router import best_choices, route
 
 
 def test_by_hand_the_weights_are_raw_probabilities() -> None:
@@ -34,14 +34,18 @@ def test_low_precision_tokens_are_scored_in_fp32() -> None:
 def test_among_equals_the_lower_expert_comes_first(topk: int) -> None:
     probs = torch.tensor([[0.1, 0.2, 0.2, 0.1, 0.2, 0.2], [1 / 6] * 6])
     expected = [[1, 2, 4, 5, 0, 3], [0, 1, 2, 3, 4, 5]]
-    assert top_choices(probs, topk).tolist() == [row[:topk] for row in expected]
+    ids, values = best_choices(probs.t(), topk)
+    assert ids.t().tolist() == [row[:topk] for row in expected]
+    assert torch.equal(values.t(), probs.gather(1, ids.t()))
 
 
 @pytest.mark.parametrize("topk", [1, 2, 3])
 def test_the_best_experts_in_order(topk: int) -> None:
     torch.manual_seed(1)
     probs = torch.randn(50, 9).softmax(-1)
-    assert torch.equal(top_choices(probs, topk), probs.topk(topk).indices)
+    ids, values = best_choices(probs.t(), topk)
+    assert torch.equal(ids.t(), probs.topk(topk).indices)
+    assert torch.equal(values.t(), probs.topk(topk).values)
 
 
 @pytest.mark.parametrize("topk", [1, 2, 3])
