@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
-from megatron_moe.inference.command import add_model_flags, require_harness, wanted
+from megatron_moe.errors import UsageError, exit_on_mistake
+from megatron_moe.inference.command import model_parser, require_harness, wanted
 
 if TYPE_CHECKING:
     from megatron_moe.config import RunConfig
@@ -41,14 +40,8 @@ OWNERS = {
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
     moe = "eval: that of the run's evaluations (dropless; eval with --held-out)"
-    add_model_flags(parser, moe)
+    parser = model_parser("evaluate.py", __doc__, moe)
     parser.add_argument("--batch-size", type=int, help="rows at a time (8)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add = parser.add_argument_group("perplexity of data").add_argument
@@ -196,11 +189,8 @@ def table(found: Sequence[Perplexity]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options = parse(argv)
-    try:
+    with exit_on_mistake("evaluate.py"):
         run(options)
-    except UsageError as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        raise SystemExit(USAGE_EXIT_CODE) from None
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
-from megatron_moe.inference.command import add_model_flags, wanted
+from megatron_moe.errors import UsageError, exit_on_mistake
+from megatron_moe.inference.command import model_parser, wanted
 
 if TYPE_CHECKING:
     from megatron_moe.inference.generation import Rules
@@ -29,14 +29,8 @@ if TYPE_CHECKING:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="generate.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
     moe = "eval: that of the run's evaluations, needs --no-kv-cache (dropless)"
-    add_model_flags(parser, moe)
+    parser = model_parser("generate.py", __doc__, moe)
     add = parser.add_argument
     add("--no-kv-cache", action="store_true", help="read the whole text again for every token")
     add = parser.add_argument_group("what to continue").add_argument
@@ -222,10 +216,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options = parse(argv)
     try:
-        run(options)
-    except UsageError as error:
-        print(f"generate.py: error: {error}", file=sys.stderr)
-        raise SystemExit(USAGE_EXIT_CODE) from None
+        with exit_on_mistake("generate.py"):
+            run(options)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -18,7 +18,6 @@ import ast
 import hashlib
 import json
 import os
-import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,7 +25,7 @@ from pathlib import Path
 
 from megatron_moe_tools.make_demo_corpus import library_files, topics, with_progress
 
-from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
+from megatron_moe.errors import UsageError, exit_on_mistake
 
 SYSTEM = "You explain Python and its standard library."
 SHORTEST, LONGEST = 20, 600
@@ -119,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="JSON Lines file")
     parser.add_argument("--conversations", type=int, default=4000, help="most of them (4000)")
     options = parser.parse_args(argv)
-    try:
+    with exit_on_mistake("make_demo_chat.py", OSError):
         if options.conversations < 1:
             raise UsageError("--conversations", options.conversations, "at least 1")
         options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -132,9 +131,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.replace(partial, options.output)
         answers = sum(len(turns) // 2 for turns in chosen)
         print(f"{options.output}: {len(chosen)} conversations, {answers} answers")
-    except (UsageError, OSError) as error:
-        print(f"make_demo_chat.py: error: {error}", file=sys.stderr)
-        raise SystemExit(USAGE_EXIT_CODE) from None
 
 
 if __name__ == "__main__":

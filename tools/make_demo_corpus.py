@@ -19,7 +19,6 @@ import ast
 import hashlib
 import json
 import os
-import sys
 import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moe.data.progress import progress_bar
-from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
+from megatron_moe.errors import UsageError, exit_on_mistake
 
 LEFT_OUT = {
     "__pycache__",
@@ -173,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", required=True, type=Path)
     parser.add_argument("--megabytes", type=float, default=16.0, help="most of each domain (16)")
     options = parser.parse_args(argv)
-    try:
+    with exit_on_mistake("make_demo_corpus.py", OSError):
         if options.megabytes <= 0:
             raise UsageError("--megabytes", options.megabytes, "a positive number")
         options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -184,9 +183,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             write(chosen, path)
             size = sum(len(document.text) for document in chosen) / 1e6
             print(f"{path}: {len(chosen)} documents, {size:.1f} M characters")
-    except (UsageError, OSError) as error:
-        print(f"make_demo_corpus.py: error: {error}", file=sys.stderr)
-        raise SystemExit(USAGE_EXIT_CODE) from None
 
 
 if __name__ == "__main__":

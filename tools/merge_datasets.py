@@ -17,7 +17,6 @@ import argparse
 import glob
 import os
 import re
-import sys
 import time
 from collections.abc import Iterable, Sequence
 
@@ -25,7 +24,7 @@ from megatron_moe.data.indexed_format import paths_of
 from megatron_moe.data.manifest import manifest_path
 from megatron_moe.data.merge import merge
 from megatron_moe.data.progress import progress_bar
-from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
+from megatron_moe.errors import UsageError, exit_on_mistake
 
 _PART = re.compile(r"^(.*_part)(\d{5})of(\d{5})(_.*)$")
 """Prefix of a partition that tools/preprocess_data.py has made."""
@@ -93,14 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-prefix", required=True, help="path without suffix")
     options = parser.parse_args(argv)
     start = time.perf_counter()
-    try:
+    with exit_on_mistake("merge_datasets.py"):
         prefixes = find_parts(options.input)
         print(f"merging {len(prefixes)} data sets ...", flush=True)
         with progress_bar(sum(os.path.getsize(paths_of(p)[0]) for p in prefixes), "B") as bar:
             parts = merge(prefixes, options.output_prefix, bar.update)
-    except UsageError as error:
-        print(f"merge_datasets.py: error: {error}", file=sys.stderr)
-        raise SystemExit(USAGE_EXIT_CODE) from None
     size = sum(part.bytes for part in parts) / 1e6
     documents = sum(part.documents for part in parts)
     seconds = time.perf_counter() - start

@@ -21,7 +21,6 @@ Flags and files are those of Megatron-LM's tool of this name. Input: JSON Lines 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from typing import get_args, get_type_hints
@@ -31,7 +30,7 @@ from megatron_moe.data.preprocess import preprocess
 from megatron_moe.data.sources import TextDocuments
 from megatron_moe.data.tasks import PreprocessOptions, output_prefixes
 from megatron_moe.data.tokenizer import build_tokenizer
-from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
+from megatron_moe.errors import UsageError, exit_on_mistake
 
 TOKENIZERS = get_args(get_type_hints(DataConfig)["tokenizer_type"])
 
@@ -98,16 +97,13 @@ def parse(argv: Sequence[str] | None) -> tuple[PreprocessOptions, DataConfig]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    try:
+    with exit_on_mistake("preprocess_data.py"):
         options, data = parse(argv)
         if options.word_cache:
             reason = build_tokenizer(data).remember_words()
             print(f"word cache: {f'off, {reason}' if reason else 'on'}", flush=True)
         start = time.perf_counter()
         made = preprocess(options, data, say=lambda line: print(line, flush=True))
-    except UsageError as error:
-        print(f"preprocess_data.py: error: {error}", file=sys.stderr)
-        raise SystemExit(USAGE_EXIT_CODE) from None
     seconds = time.perf_counter() - start
     for manifest in made:
         print(

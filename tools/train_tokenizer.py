@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import io
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from megatron_moe.data.progress import progress_bar
 from megatron_moe.data.reading import read_batches
 from megatron_moe.data.sources import cut, find_inputs
 from megatron_moe.data.tokenizer import EOS, PAD, UNK
-from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
+from megatron_moe.errors import UsageError, exit_on_mistake
 
 _SENTENCE = 2048
 """Characters of one training sentence; the trainer leaves out longer ones than 4192 bytes."""
@@ -119,16 +118,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     print(f"training {options.vocab_size} pieces on up to {options.megabytes:g} MB ...", flush=True)
     partial = options.output.with_name(options.output.name + ".partial")
-    try:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as stream:  # before the training, which takes its time
-            stream.write(train(options))
-        os.replace(partial, options.output)
-    except (UsageError, OSError) as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        print(f"train_tokenizer.py: error: {error}", file=sys.stderr)
-        raise SystemExit(USAGE_EXIT_CODE) from None
+    with exit_on_mistake("train_tokenizer.py", OSError):
+        try:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as stream:  # before the training, which takes its time
+                stream.write(train(options))
+            os.replace(partial, options.output)
+        except (UsageError, OSError):
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
     print(f"{options.output}: {options.vocab_size} pieces in {time.perf_counter() - start:.1f} s")
 
 

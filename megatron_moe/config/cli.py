@@ -24,7 +24,7 @@ import tyro
 
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.config.run import RunConfig
-from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
+from megatron_moe.errors import UsageError, exit_on_mistake
 
 DescribeFormat = Literal["text", "json"]
 
@@ -91,11 +91,8 @@ def parse_or_exit(
     argv: Sequence[str] | None = None, prog: str = "pretrain_openmoe.py", examples: str = ""
 ) -> Command:
     """`parse_args`, with an error as one line on standard error and exit code 2."""
-    try:
+    with exit_on_mistake(prog):
         return parse_args(argv, prog, examples)
-    except UsageError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        raise SystemExit(USAGE_EXIT_CODE) from None
 
 
 def flag_of(name: str) -> str:

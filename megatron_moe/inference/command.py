@@ -1,4 +1,4 @@
-"""The flags that say which model to use, for every command that uses one."""
+"""The parser, with the flags that say which model to use, of every command that uses one."""
 
 from __future__ import annotations
 
@@ -24,13 +24,20 @@ def require_harness() -> None:
         raise UsageError("--tasks", "without lm-eval", "lm-eval installed", fix)
 
 
-def add_model_flags(parser: argparse.ArgumentParser, capacity: str) -> None:
-    """Add them.
+def model_parser(prog: str, description: str | None, capacity: str) -> argparse.ArgumentParser:
+    """A parser that has them; the command adds its own.
 
     Args:
-        parser: of the command.
+        prog: name of the command.
+        description: its module's docstring.
         capacity: what `--moe-capacity` means here.
     """
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument_group("the model").add_argument
     add("--load", required=True, type=Path, metavar="DIR", help="checkpoints of a run, or weights")
     add("--format", choices=("auto", "native", "hf"), default="auto", help="of --load (auto)")
@@ -40,6 +47,7 @@ def add_model_flags(parser: argparse.ArgumentParser, capacity: str) -> None:
     add("--device", default="cpu", help="device of PyTorch, e.g. cuda (cpu)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="to compute in (fp32)")
     add("--moe-capacity", choices=("dropless", "eval"), help=capacity)
+    return parser
 
 
 def wanted(options: argparse.Namespace, capacity: Capacity = "dropless") -> Wanted:
