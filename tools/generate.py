@@ -14,13 +14,13 @@ nothing is dropped, as capacity would let the text's length decide which tokens 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from megatron_moe.errors import UsageError, exit_on_mistake
 from megatron_moe.inference.command import model_parser, wanted
+from megatron_moe.parallel.launch import ended_reader_is_fine
 
 if TYPE_CHECKING:
     from megatron_moe.inference.generation import Rules
@@ -215,11 +215,8 @@ def ask(options: argparse.Namespace, loaded: Loaded, rules: Rules) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options = parse(argv)
-    try:
-        with exit_on_mistake("generate.py"):
-            run(options)
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with ended_reader_is_fine(), exit_on_mistake("generate.py"):
+        run(options)
 
 
 if __name__ == "__main__":
