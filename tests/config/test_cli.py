@@ -14,6 +14,7 @@ from megatron_moe.config import RunConfig
 from megatron_moe.config.cli import all_flags, parse_args, parse_or_exit
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.errors import UsageError
+from tests.support.mistakes import refused
 
 
 def test_no_arguments_give_the_dataclass_defaults():
@@ -99,14 +100,9 @@ MISTAKES = {
 
 @pytest.mark.parametrize("line", list(MISTAKES))
 def test_a_mistake_is_one_line_that_names_it_and_exits_with_2(line, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        parse_or_exit(line.split())
-    assert exit_.value.code == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1
+    error = refused(parse_or_exit, line.split(), capsys)
     for expected in MISTAKES[line]:
-        assert expected in captured.err
+        assert expected in error
 
 
 @pytest.mark.parametrize("width", ["20", "200"])

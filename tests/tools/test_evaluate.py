@@ -13,6 +13,7 @@ import pytest
 from megatron_moe.config import DataConfig
 from megatron_moe.data.indexed_writer import IndexedWriter
 from tests.inference.cases import CONFIG, save
+from tests.support.mistakes import refused
 from tests.support.pool import Pool
 from tests.training.tiny import MODEL, VOCAB, pretrain_rank
 from tools.evaluate import main
@@ -147,13 +148,7 @@ def test_a_native_checkpoint_is_read_in_the_rows_of_its_run(
 def test_mistakes_are_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], native: Path, flags: list[str], named: str
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--load", str(native), *flags])
-    printed = capsys.readouterr()
-    assert ended.value.code == 2
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1
-    assert named in printed.err
+    assert named in refused(main, ["--load", str(native), *flags], capsys)
 
 
 def test_held_out_samples_of_weights_are_refused(
@@ -161,9 +156,7 @@ def test_held_out_samples_of_weights_are_refused(
 ) -> None:
     weights = save(tmp_path / "weights", layout="hf")
     flags = ["--tokenizer-type", "ByteTokenizer", "--held-out", "valid"]
-    with pytest.raises(SystemExit):
-        main(["--load", str(weights), *flags])
-    assert "a native checkpoint" in capsys.readouterr().err
+    assert "a native checkpoint" in refused(main, ["--load", str(weights), *flags], capsys)
 
 
 def test_without_lm_eval_a_line_says_how_to_install_it(
@@ -176,9 +169,5 @@ def test_without_lm_eval_a_line_says_how_to_install_it(
         lambda name, *more: None if name == "lm_eval" else find(name, *more),
     )
     # Said before the checkpoint is looked for: a large one takes minutes.
-    with pytest.raises(SystemExit) as ended:
-        main(["--load", str(tmp_path / "none"), "--tasks", "arc_easy"])
-    assert ended.value.code == 2
-    error = capsys.readouterr().err
+    error = refused(main, ["--load", str(tmp_path / "none"), "--tasks", "arc_easy"], capsys)
     assert "pip install 'megatron-moe[eval]'" in error
-    assert error.count("\n") == 1

@@ -14,6 +14,7 @@ import torch
 
 from megatron_moe.config import DataConfig
 from tests.inference.cases import CONFIG, TOKENIZER, greedy, model, save
+from tests.support.mistakes import refused
 from tools.generate import main
 
 GREEDY = ("--temperature", "0", "--max-new-tokens")
@@ -249,13 +250,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(
 def test_mistakes_are_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, flags: list[str], named: str
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--load", str(checkpoint), *flags])
-    printed = capsys.readouterr()
-    assert ended.value.code == 2
-    assert printed.out == ""
-    assert printed.err.count("\n") == 1
-    assert named in printed.err
+    assert named in refused(main, ["--load", str(checkpoint), *flags], capsys)
 
 
 def test_a_prompts_file_with_a_line_that_is_no_prompt(
@@ -263,25 +258,20 @@ def test_a_prompts_file_with_a_line_that_is_no_prompt(
 ) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\n["b"]\n')
-    with pytest.raises(SystemExit):
-        main(["--load", str(checkpoint), "--prompts-file", str(path)])
-    assert f"line 2 of {path}" in capsys.readouterr().err
+    words = ["--load", str(checkpoint), "--prompts-file", str(path)]
+    assert f"line 2 of {path}" in refused(main, words, capsys)
 
 
 def test_a_missing_checkpoint_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["--load", str(tmp_path / "none")])
-    assert ended.value.code == 2
-    assert str(tmp_path / "none") in capsys.readouterr().err
+    absent = str(tmp_path / "none")
+    assert absent in refused(main, ["--load", absent], capsys)
 
 
 def test_another_tokenizer_than_the_trained_one_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     save(tmp_path, replace(CONFIG, data=DataConfig(vocab_size=300)))
-    with pytest.raises(SystemExit) as ended:
-        main(["--load", str(tmp_path), "--tokenizer-type", "ByteTokenizer", "--prompt", "1 2"])
-    assert ended.value.code == 2
-    assert "tokenizer of the checkpoint" in capsys.readouterr().err
+    words = ["--load", str(tmp_path), "--tokenizer-type", "ByteTokenizer", "--prompt", "1 2"]
+    assert "tokenizer of the checkpoint" in refused(main, words, capsys)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import pytest
-
 from megatron_moe.data.objectives.chat import read_line
+from tests.support.mistakes import refused
 from tools.make_demo_chat import (
     SYSTEM,
     choose,
@@ -92,8 +91,6 @@ def test_the_file_is_what_the_objective_reads_and_the_same_each_time(tmp_path: P
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        main(["--output", str(tmp_path / "x"), "--conversations", "0"])
-    assert exit_.value.code == 2
-    assert "--conversations is 0, expected at least 1" in capsys.readouterr().err
+    error = refused(main, ["--output", str(tmp_path / "x"), "--conversations", "0"], capsys)
+    assert "--conversations is 0, expected at least 1" in error
     assert list(tmp_path.iterdir()) == []
