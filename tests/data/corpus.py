@@ -12,8 +12,22 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_moe.config import DataConfig, RunConfig, TrainConfig
 from megatron_moe.data.indexed_writer import IndexedWriter
+from megatron_moe.data.manifest import Manifest
 
 VOCAB = 1000
+
+
+MANIFEST = Manifest(
+    tokenizer="ByteTokenizer",
+    tokenizer_hash="bytes+3",
+    vocab_size=259,
+    key="text",
+    append_eod=True,
+    text_documents="file",
+    domain=None,
+    inputs=(),
+)
+"""Of bytes, in a data set without documents."""
 
 
 def write(prefix: Path | str, documents: Sequence[Sequence[int]], vocab_size: int = VOCAB) -> str:

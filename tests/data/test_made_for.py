@@ -9,27 +9,14 @@ from typing import Any
 import pytest
 
 from megatron_moe.data.blend import domains_of
-from megatron_moe.data.manifest import Manifest, write_manifest
+from megatron_moe.data.manifest import write_manifest
 from megatron_moe.errors import UsageError
-from tests.data.corpus import write
+from tests.data.corpus import MANIFEST, write
 from tests.data.objectives.runs import data_of
 
 DOCUMENTS = [[70, 80, 90, 1]] * 20
 BYTES = {"tokenizer_type": "ByteTokenizer", "vocab_size": None}
-MADE = Manifest(
-    tokenizer="ByteTokenizer",
-    tokenizer_hash="bytes+3",
-    vocab_size=259,
-    key="text",
-    append_eod=True,
-    text_documents="file",
-    domain="web",
-    inputs=(),
-    documents=20,
-    sequences=20,
-    tokens=80,
-    text_bytes=60,
-)
+MADE = replace(MANIFEST, domain="web", documents=20, sequences=20, tokens=80, text_bytes=60)
 
 
 def made(folder: Path, name: str = "x", **changes: Any) -> str:

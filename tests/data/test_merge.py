@@ -13,18 +13,14 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_moe.data import merge as module
 from megatron_moe.data.indexed_writer import IndexedWriter
-from megatron_moe.data.manifest import Manifest, Origin, read_manifest, write_manifest
+from megatron_moe.data.manifest import Origin, read_manifest, write_manifest
 from megatron_moe.data.merge import merge
 from megatron_moe.errors import UsageError
-from tests.data.corpus import engine_reads, random_documents, write
+from tests.data.corpus import MANIFEST, engine_reads, random_documents, write
 
-MANIFEST = Manifest(
-    tokenizer="ByteTokenizer",
-    tokenizer_hash="bytes+3",
+PART = replace(
+    MANIFEST,
     vocab_size=1000,
-    key="text",
-    append_eod=True,
-    text_documents="file",
     domain="a",
     inputs=(Origin(path="x", size=10, hash="h", start=0, end=6),),
     documents=2,
@@ -72,15 +68,15 @@ def test_bytes_equal_the_engines(
 
 def test_manifests_are_added_up(tmp_path: Path) -> None:
     prefixes = [write(tmp_path / name, [[1, 2], [3, 4, 5]]) for name in "abc"]
-    rest = replace(MANIFEST, inputs=(replace(MANIFEST.inputs[0], start=6, end=10),))
-    other = replace(MANIFEST, domain="b", inputs=(replace(MANIFEST.inputs[0], hash="i"),))
-    for prefix, manifest in zip(prefixes, (MANIFEST, rest, other), strict=True):
+    rest = replace(PART, inputs=(replace(PART.inputs[0], start=6, end=10),))
+    other = replace(PART, domain="b", inputs=(replace(PART.inputs[0], hash="i"),))
+    for prefix, manifest in zip(prefixes, (PART, rest, other), strict=True):
         write_manifest(prefix, manifest)
     merge(prefixes[:2], str(tmp_path / "two"))
     found = read_manifest(str(tmp_path / "two"))
-    whole = (replace(MANIFEST.inputs[0], end=10),)
+    whole = (replace(PART.inputs[0], end=10),)
     doubled = {"documents": 4, "sequences": 4, "tokens": 10, "text_bytes": 14}
-    assert found == replace(MANIFEST, inputs=whole, **doubled)
+    assert found == replace(PART, inputs=whole, **doubled)
     merge(prefixes, str(tmp_path / "three"))
     found = read_manifest(str(tmp_path / "three"))
     assert found is not None
@@ -95,8 +91,8 @@ def test_manifests_are_added_up(tmp_path: Path) -> None:
 )
 def test_what_was_made_differently_is_refused(tmp_path: Path, field: str, value: object) -> None:
     prefixes = [write(tmp_path / name, [[1]]) for name in "ab"]
-    write_manifest(prefixes[0], MANIFEST)
-    write_manifest(prefixes[1], replace(MANIFEST, **{field: value}))
+    write_manifest(prefixes[0], PART)
+    write_manifest(prefixes[1], replace(PART, **{field: value}))
     with pytest.raises(UsageError, match=rf"{field} of .*b is {value!r}, expected .* as in .*a"):
         merge(prefixes, str(tmp_path / "out"))
     assert not list(tmp_path.glob("out*"))
@@ -141,7 +137,7 @@ def test_a_merge_stopped_between_the_renames_leaves_no_index(
 ) -> None:
     prefixes = [write(tmp_path / name, [[1] * 600]) for name in "ab"]
     write(tmp_path / "out", [[9, 9]])
-    write_manifest(str(tmp_path / "out"), MANIFEST)
+    write_manifest(str(tmp_path / "out"), PART)
     real, calls = os.replace, []
 
     def once(source: str, target: str) -> None:

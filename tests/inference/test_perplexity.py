@@ -14,13 +14,14 @@ from torch import Tensor
 
 from megatron_moe.config import ObjectiveConfig
 from megatron_moe.data.indexed_writer import IndexedWriter
-from megatron_moe.data.manifest import Manifest, write_manifest
+from megatron_moe.data.manifest import write_manifest
 from megatron_moe.data.tokenizer import ByteTokenizer
 from megatron_moe.errors import UsageError
 from megatron_moe.inference import scoring
 from megatron_moe.inference.loading import Loaded
 from megatron_moe.inference.perplexity import Perplexity, evaluate_data
 from megatron_moe.inference.text import Text
+from tests.data.corpus import MANIFEST
 from tests.inference.cases import CONFIG, DROPLESS, model
 
 LENGTHS = [5, 1, 17, 30, 2, 11, 8]
@@ -118,21 +119,8 @@ def test_documents_are_kept_apart_if_the_run_kept_them_apart(tmp_path: Path) -> 
 
 
 def _manifest(prefix: str, tokens: int, text_bytes: int, domain: str | None = None) -> None:
-    manifest = Manifest(
-        tokenizer="ByteTokenizer",
-        tokenizer_hash="bytes+3",
-        vocab_size=259,
-        key="text",
-        append_eod=True,
-        text_documents="file",
-        domain=domain,
-        inputs=(),
-        documents=7,
-        sequences=7,
-        tokens=tokens,
-        text_bytes=text_bytes,
-    )
-    write_manifest(prefix, manifest)
+    size = {"documents": 7, "sequences": 7, "tokens": tokens, "text_bytes": text_bytes}
+    write_manifest(prefix, replace(MANIFEST, domain=domain, **size))
 
 
 def test_bits_per_byte_where_the_bytes_are_known(tmp_path: Path) -> None:
