@@ -20,6 +20,7 @@ from megatron_moe.training.optimizer import build_optimizer, wrap_chunks
 from tests.parity.cases import VOCAB, run_config
 
 METADATA = Metadata(padded_vocab_size=VOCAB, tokenizer_hash="t", data_fingerprint="d")
+STATE = TrainState(iteration=2, consumed_train_samples=16)
 DIST = {"use_distributed_optimizer": True}
 
 
@@ -47,6 +48,16 @@ class Run:
     wrapped: list[Any]
     optimizer: Any
     shards: list[ParamShard]
+
+    def parts(self) -> dict[str, Any]:
+        """What a save and a load take of it."""
+        return {
+            "config": self.config,
+            "ctx": self.ctx,
+            "chunks": self.wrapped,
+            "optimizer": self.optimizer,
+            "metadata": METADATA,
+        }
 
 
 def build(case: Case, config: RunConfig | None = None) -> Run:
@@ -170,26 +181,11 @@ def start(rank: int, world_size: int, *, case: Case, directory: Any) -> Any:
 
 
 def save(run: Run, directory: Any) -> None:
-    save_checkpoint(
-        directory,
-        TrainState(iteration=2, consumed_train_samples=16),
-        config=run.config,
-        ctx=run.ctx,
-        chunks=run.wrapped,
-        optimizer=run.optimizer,
-        metadata=METADATA,
-    )
+    save_checkpoint(directory, STATE, **run.parts())
 
 
 def load(run: Run, directory: Any, **options: Any) -> TrainState:
-    return load_checkpoint(
-        directory,
-        config=run.config,
-        ctx=run.ctx,
-        chunks=run.wrapped,
-        optimizer=run.optimizer,
-        **{"metadata": METADATA, **options},
-    )
+    return load_checkpoint(directory, **{**run.parts(), **options})
 
 
 def move(rank: int, world_size: int, *, case: Case, source: Any, target: Any = None) -> Any:

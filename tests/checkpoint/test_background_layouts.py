@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from megatron_moe.checkpoint import TrainState
 from megatron_moe.checkpoint.background import BackgroundSaves
 from megatron_moe.checkpoint.save import contents_of
 from megatron_moe.training.saves import host_ranks
 from tests.checkpoint.gate import hold_writers
-from tests.checkpoint.layouts import DIST, METADATA, Case, build, save, step
+from tests.checkpoint.layouts import DIST, STATE, Case, build, save, step
 
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 EP2 = {"expert_model_parallel_size": 2}
@@ -42,16 +41,7 @@ def _save_both(rank: int, world_size: int, *, case: Case, directory: Any) -> int
     step(run, 2)
     save(run, directory / "now")
     saves = BackgroundSaves(ranks := host_ranks(run.ctx, timedelta(seconds=60)))
-    contents = contents_of(
-        TrainState(iteration=2, consumed_train_samples=16),
-        config=run.config,
-        ctx=run.ctx,
-        chunks=run.wrapped,
-        optimizer=run.optimizer,
-        metadata=METADATA,
-        with_rng=True,
-        ranks=ranks,
-    )
+    contents = contents_of(STATE, **run.parts(), with_rng=True, ranks=ranks)
     gate = hold_writers(directory / "behind")
     saves.start(directory / "behind", 2, contents)
     step(run, 3)

@@ -14,7 +14,7 @@ from megatron_moe.checkpoint import Metadata, TrainState, rng, save_checkpoint
 from megatron_moe.checkpoint.compare import tensor_differences
 from megatron_moe.checkpoint.index import LogicalTensor
 from megatron_moe.errors import UsageError
-from tests.checkpoint.layouts import DIST, METADATA, Case, build, gathered, load, save, step
+from tests.checkpoint.layouts import DIST, METADATA, STATE, Case, build, gathered, load, save, step
 
 ONE, EP2 = Case(1, {}), Case(2, {"expert_model_parallel_size": 2})
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -24,16 +24,8 @@ HALF = Case(1, {}, bf16=True)
 def _save(rank, world_size, *, case, directory, **options):
     run = build(case)
     step(run, 1)
-    save_checkpoint(
-        directory,
-        TrainState(iteration=2, consumed_train_samples=16, scheduler={"x": 0.1}, extra={"y": [1]}),
-        config=run.config,
-        ctx=run.ctx,
-        chunks=run.wrapped,
-        optimizer=run.optimizer,
-        metadata=METADATA,
-        **options,
-    )
+    state = replace(STATE, scheduler={"x": 0.1}, extra={"y": [1]})
+    save_checkpoint(directory, state, **run.parts(), **options)
 
 
 def _changed(config: Any, section: str, **values: Any) -> Any:
