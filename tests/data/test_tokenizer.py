@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from megatron_moe.data.tokenizer import (
     unpadded_vocab_size,
 )
 from megatron_moe.errors import UsageError
+from tests.data import pieces
 
 TEXTS = ["", "plain words", "  two\n\n\tlines \r\n", "naïve 日本語 😀", "a</s>b<pad>"]
 
@@ -27,23 +27,15 @@ TEXTS = ["", "plain words", "  two\n\n\tlines \r\n", "naïve 日本語 😀", "a
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = [f"word{i} and wörd{i % 7} of {i * i}" for i in range(500)]
-    buffer = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words),
-        model_writer=buffer,
+    path = tmp_path_factory.mktemp("model") / "t.model"
+    pieces.train(
+        path,
+        words,
         vocab_size=400,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
-        byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         add_dummy_prefix=False,
-        minloglevel=2,
     )
-    path = tmp_path_factory.mktemp("model") / "t.model"
-    path.write_bytes(buffer.getvalue())
     return path
 
 

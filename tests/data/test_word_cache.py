@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 import sysconfig
 from pathlib import Path
@@ -16,6 +15,7 @@ from sentencepiece import sentencepiece_model_pb2 as messages
 from megatron_moe.data import word_cache
 from megatron_moe.data.tokenizer import SentencePieceTokenizer
 from megatron_moe.data.word_cache import CLASSES, WordCache, word_pattern
+from tests.data import pieces
 
 SOURCES = sorted((Path(sysconfig.get_path("stdlib")) / "email").glob("*.py"))
 TEXTS = [path.read_text() for path in SOURCES]
@@ -45,18 +45,9 @@ LIKE_OURS = {
 
 def train(folder: Path, **options: Any) -> str:
     sentences = (text[i : i + 1000] for text in TEXTS for i in range(0, len(text), 1000))
-    model = io.BytesIO()
-    base = {"model_type": "bpe", "vocab_size": 700, "pad_id": 0, "eos_id": 1, "unk_id": 2}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=sentences,
-        model_writer=model,
-        bos_id=-1,
-        minloglevel=2,
-        **(base | LIKE_OURS | options),
-    )
-    path = folder / "t.model"
-    path.write_bytes(model.getvalue())
-    return str(path)
+    base = {"model_type": "bpe", "vocab_size": 700}
+    pieces.train(folder / "t.model", sentences, **(base | LIKE_OURS | options))
+    return str(folder / "t.model")
 
 
 def soup(count: int) -> list[str]:

@@ -12,6 +12,7 @@ from megatron_moe.config import DataConfig
 from megatron_moe.data.tokenizer import ByteTokenizer, NullTokenizer, build_tokenizer
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.text import Text, TextStream
+from tests.data.pieces import train
 from tests.data.test_tokenizer_huggingface import make
 
 BYTES = DataConfig(tokenizer_type="ByteTokenizer")
@@ -22,25 +23,12 @@ SENTENCE = "naïve 日本語 😀, and  then:\n\tmore"
 def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Every kind of tokenizer that has text."""
     folder = tmp_path_factory.mktemp("tokenizers")
-    words = folder / "words.txt"
-    words.write_text(
-        "\n".join(f"word{i} and the other wörds{i % 7} of {i * i}" for i in range(300))
-    )
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(words),
-        model_prefix=str(folder / "pieces"),
+    pieces = train(
+        folder / "pieces.model",
+        (f"word{i} and the other wörds{i % 7} of {i * i}" for i in range(300)),
         vocab_size=380,
-        byte_fallback=True,
-        pad_id=0,
-        eos_id=1,
-        unk_id=2,
-        bos_id=-1,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    pieces = DataConfig(
-        tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(folder / "pieces.model")
     )
     added = DataConfig(**{**vars(pieces), "vocab_extra_ids": 5})
     byte_level = DataConfig(
