@@ -15,7 +15,7 @@ from megatron_moe.data.indexed_writer import IndexedWriter
 from tests.inference.cases import CONFIG, save
 from tests.support.mistakes import refused
 from tests.support.pool import Pool
-from tests.training.tiny import MODEL, VOCAB, pretrain_rank
+from tests.training.tiny import MODEL, pretrain_rank, write_domains
 from tools.evaluate import main
 
 # Rows have few targets or many, so that a mean of means would show; slots are few.
@@ -30,13 +30,9 @@ RUN = (
 def run(pool: Pool, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """A checkpoint of a run on two domains, and its evaluations."""
     folder = tmp_path_factory.mktemp("run")
-    for name, step, length in (("low", 1, 3), ("high", 3, 60)):
-        with IndexedWriter(str(folder / name), VOCAB) as writer:
-            for start in range(9000 // length):
-                ids = [(start + step * i) % 97 + 2 for i in range(1 + start % (2 * length))]
-                writer.add_document([*ids, VOCAB - 1])
+    domains = write_domains(folder)
     metrics, checkpoint = folder / "metrics.jsonl", folder / "checkpoint"
-    paths = ["--data-path", "0.3", str(folder / "low"), "0.7", str(folder / "high")]
+    paths = ["--data-path", "0.3", domains["low"], "0.7", domains["high"]]
     argv = [*MODEL, *RUN.split(), "--metrics-file", str(metrics), "--save", str(checkpoint)]
     results = pool.run(pretrain_rank, 1, argv=[*argv, *paths])
     assert [(code, mistake) for code, _, mistake in results] == [(0, "")]

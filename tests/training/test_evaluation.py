@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_moe.data.indexed_writer import IndexedWriter
 from tests.support.pool import Pool
-from tests.training.tiny import MODEL, VOCAB, pretrain_rank
+from tests.training.tiny import MODEL, pretrain_rank, write_domains
 
 # Weights stay as they are, so that every run evaluates the same model. Rows have few targets or
 # many, so that a mean of means would show.
@@ -31,14 +30,7 @@ LAYOUTS: dict[str, tuple[int, str]] = {
 
 @pytest.fixture(scope="module")
 def domains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """`low` counts in ones with an end of document often, `high` in threes with one seldom."""
-    folder: Path = tmp_path_factory.mktemp("domains")
-    for name, step, length in (("low", 1, 3), ("high", 3, 60)):
-        with IndexedWriter(str(folder / name), VOCAB) as writer:
-            for start in range(9000 // length):
-                ids = [(start + step * i) % 97 + 2 for i in range(1 + start % (2 * length))]
-                writer.add_document([*ids, VOCAB - 1])
-    return {name: str(folder / name) for name in ("low", "high")}
+    return write_domains(tmp_path_factory.mktemp("domains"))
 
 
 def evaluations(

@@ -38,6 +38,16 @@ def write_corpus(prefix: Path) -> str:
     return str(prefix)
 
 
+def write_domains(folder: Path) -> dict[str, str]:
+    """`low` counts in ones with an end of document often, `high` in threes with one seldom."""
+    for name, step, length in (("low", 1, 3), ("high", 3, 60)):
+        with IndexedWriter(str(folder / name), VOCAB) as writer:
+            for start in range(9000 // length):
+                ids = [(start + step * i) % 97 + 2 for i in range(1 + start % (2 * length))]
+                writer.add_document([*ids, VOCAB - 1])
+    return {name: str(folder / name) for name in ("low", "high")}
+
+
 def pretrain_rank(rank: int, world_size: int, *, argv: list[str]) -> tuple[int, str, str]:
     """`pretrain_openmoe.py` on a rank of the pool: exit code, standard output, the mistake if any.
 
