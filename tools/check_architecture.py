@@ -40,7 +40,7 @@ ALLOWED: dict[str, set[str]] = {
     "planning": _ENGINE,
     "analysis": _ENGINE | {"convert"},
     "convert": _ENGINE,
-    "inference": _MODEL | {"checkpoint", "convert"},
+    "inference": _ENGINE | {"convert"},
 }
 """What each part of `megatron_moe` may import of the others. `errors` is open to all. The last
 four are leaves: only tools and `pretrain_openmoe` import them, and `analysis` and `inference` read

@@ -1,11 +1,13 @@
 r"""Evaluate a checkpoint, native or Hugging Face: perplexity on indexed data, tasks of lm-eval.
 
 Perplexity is of every token of the data, in file order, once; with `--held-out` of the samples that
-the run's own evaluations measure. Tasks need the extra [eval].
+the run's own evaluations measure (those of the checkpoint's stage, if it has stages). Tasks need
+the extra [eval].
 
     python tools/evaluate.py --load checkpoints --data-path data/wiki data/code
     python tools/evaluate.py --load openmoe-8b --data-path 0.3 data/wiki 0.7 data/code --json
     python tools/evaluate.py --load checkpoints --held-out valid
+    python tools/evaluate.py --load checkpoints --held-out valid --ckpt-step 390000 --stage causal
     python tools/evaluate.py --load checkpoints --tasks arc_easy,hellaswag --num-fewshot 5
 """
 
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
     from megatron_moe.config import RunConfig
     from megatron_moe.inference.loading import Loaded
     from megatron_moe.inference.perplexity import Perplexity
+    from megatron_moe.inference.stages import OneStage
 
 OWNERS = {
     "seq_length": "data_path",
     "max_tokens": "data_path",
+    "stage": "held_out",
     "eval_iters": "held_out",
     "global_batch_size": "held_out",
     "include_path": "tasks",
@@ -50,6 +54,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-tokens", type=int, help="only so many of each prefix, from its start (all)")
     add = parser.add_argument_group("perplexity of a run's held-out samples").add_argument
     add("--held-out", choices=("valid", "test"), help="which")
+    add("--stage", help="another, by name or number (that of the checkpoint's last step)")
     add("--eval-iters", type=int, help="global batches (the run's)")
     add("--global-batch-size", type=int, help="sequences of one (the run's)")
     add = parser.add_argument_group("tasks").add_argument
@@ -95,18 +100,20 @@ def run(options: argparse.Namespace) -> None:
     check(options)
     if options.tasks:
         require_harness()  # before seconds or minutes of loading
+    stage = stage_of_run(options) if options.held_out else None  # likewise
     from megatron_moe.inference.loading import load
 
     loaded = load(wanted(options, "eval" if options.held_out else "dropless"))
     if options.tasks:
         run_tasks(options, loaded)
         return
-    found = held_out(options, loaded) if options.held_out else data(options, loaded)
+    found = held_out(options, loaded, stage) if options.held_out else data(options, loaded)
     if options.json:
         about = {"checkpoint": loaded.source, "step": loaded.step, "dropless": not loaded.drops}
+        about |= {} if stage is None else {"stage": stage.name}
         print(json.dumps(about | {"results": [each.to_json() for each in found]}))
     else:
-        print(table(found))
+        print(*([] if stage is None else [stage.line]), table(found), sep="\n")
 
 
 def data(options: argparse.Namespace, loaded: Loaded) -> list[Perplexity]:
@@ -133,18 +140,32 @@ def data(options: argparse.Namespace, loaded: Loaded) -> list[Perplexity]:
     )
 
 
-def held_out(options: argparse.Namespace, loaded: Loaded) -> list[Perplexity]:
-    """Of the run's samples.
+def stage_of_run(options: argparse.Namespace) -> OneStage | None:
+    """The stage whose samples they are; `None` for a run without stages.
 
     Raises:
-        UsageError: weights that are no run's, or its data is wrong.
+        UsageError: weights that are no run's, or no such checkpoint or stage.
     """
     from megatron_moe.inference.loading import format_of
-    from megatron_moe.inference.perplexity import evaluate_held_out
+    from megatron_moe.inference.stages import stage_of
 
     if format_of(wanted(options)) == "hf":
         raise UsageError("--held-out", options.held_out, "a native checkpoint: it names its data")
-    return evaluate_held_out(loaded, with_flags(loaded.config, options), options.held_out)
+    return stage_of(options.load, options.ckpt_step, options.stage)
+
+
+def held_out(
+    options: argparse.Namespace, loaded: Loaded, stage: OneStage | None
+) -> list[Perplexity]:
+    """Of the run's samples, or of those of a stage.
+
+    Raises:
+        UsageError: its data is wrong.
+    """
+    from megatron_moe.inference.perplexity import evaluate_held_out
+
+    config = loaded.config if stage is None else stage.read_by(loaded.config)
+    return evaluate_held_out(loaded, with_flags(config, options), options.held_out)
 
 
 def with_flags(config: RunConfig, options: argparse.Namespace) -> RunConfig:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -156,6 +157,20 @@ def read_stages(path: str) -> tuple[StageSpec, ...]:
     if twice is not None:
         raise UsageError(f"name in {path}", twice, "another name for each stage")
     return stages
+
+
+def place_of(stage: str, names: Sequence[str]) -> int:
+    """The place of a stage, from 0, by its name or its number from 1.
+
+    Raises:
+        UsageError: there is no such stage.
+    """
+    places = {str(place + 1): place for place in range(len(names))}
+    places |= {name: place for place, name in enumerate(names)}
+    if stage not in places:
+        expected = f"one of {', '.join(names)}, or a number from 1 to {len(names)}"
+        raise UsageError("--stage", stage, expected)
+    return places[stage]
 
 
 def _stage(table: Any, number: int, path: str) -> StageSpec:

@@ -188,7 +188,7 @@ def evaluate_held_out(loaded: Loaded, config: RunConfig, split: str) -> list[Per
 
     Args:
         loaded: the model.
-        config: of the run, with its data.
+        config: of the run with its data, or of one of its stages alone.
         split: `valid` or `test`.
 
     Raises:
@@ -197,9 +197,7 @@ def evaluate_held_out(loaded: Loaded, config: RunConfig, split: str) -> list[Per
     from megatron_moe.data.pipeline import build_data  # brings the engine, which takes seconds
 
     train = config.train
-    if train.stages is not None:
-        expected = "a run without stages; give --data-path"
-        raise UsageError("--held-out", f"of {train.stages}", expected)
+    assert train.stages is None, "a stage by itself, as its data is not the run's"
     size = train.global_batch_size
     if size is None:
         fix = "the run left it to its layout; give it"

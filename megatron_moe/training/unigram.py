@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.config import RunConfig
-from megatron_moe.config.stages import StageSpec, read_stages
+from megatron_moe.config.stages import place_of, read_stages
 from megatron_moe.data.blend import Blend, blends_of
 from megatron_moe.data.indexed_check import Source, inspect_source
 from megatron_moe.data.indexed_format import paths_of
@@ -58,23 +58,12 @@ def unigram_loss(config: RunConfig, stage: str | None = None) -> UnigramLoss:
         if stage is not None:
             raise UsageError("--stage", stage, "no value: the run has no --stages")
         return _of_one(config)
-    spec = _chosen(read_stages(config.train.stages), stage)
+    specs = read_stages(config.train.stages)
+    spec = specs[-1] if stage is None else specs[place_of(stage, [s.name for s in specs])]
     # Held-out samples do not depend on how long the stage is.
     train = replace(config.train, stages=None, train_iters=1, train_samples=None)
     with named(spec.label):
         return replace(_of_one(spec.applied(replace(config, train=train))), stage=spec.name)
-
-
-def _chosen(specs: tuple[StageSpec, ...], stage: str | None) -> StageSpec:
-    """A stage by name or number."""
-    if stage is None:
-        return specs[-1]
-    found = {str(number): spec for number, spec in enumerate(specs, 1)}
-    found |= {spec.name: spec for spec in specs}
-    if stage not in found:
-        names = ", ".join(spec.name for spec in specs)
-        raise UsageError("--stage", stage, f"one of {names}, or a number from 1 to {len(specs)}")
-    return found[stage]
 
 
 def _of_one(config: RunConfig) -> UnigramLoss:

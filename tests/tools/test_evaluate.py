@@ -129,6 +129,11 @@ def test_a_native_checkpoint_is_read_in_the_rows_of_its_run(
         (["--data-path", "x", "--tasks", "y"], "what to evaluate is '--data-path --tasks'"),
         (["--data-path", "x", "--limit", "3"], "--limit is 3, expected absent without --tasks"),
         (["--held-out", "test", "--max-tokens", "3"], "absent without --data-path"),
+        (
+            ["--data-path", "x", "--stage", "2"],
+            "--stage is '2', expected absent without --held-out",
+        ),
+        (["--held-out", "test", "--stage", "2"], "--stage is '2', expected no value: the run has"),
         (["--held-out", "test", "--batch-size", "3"], "--micro-batch-size holds"),
         (["--data-path", "x", "--batch-size", "0"], "--batch-size"),
         (["--tasks", "x", "--num-fewshot", "-1"], "--num-fewshot"),
