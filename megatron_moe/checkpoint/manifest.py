@@ -20,7 +20,8 @@ VERSION = 1
 """Of the format; a reader refuses versions that it does not know."""
 
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
-_HASHING_THREADS = 4
+_THREADS_PER_CORE, _MOST_THREADS = 2, 8
+"""That hash files: some wait for the disk while the others compute."""
 _NAMED = 3
 """Damaged files that the last line of an error names; the lines above it have all."""
 
@@ -83,7 +84,8 @@ def require_whole(path: Path, files: Mapping[str, FileRecord], names: Iterable[s
         Corrupt: naming every file that is missing, truncated or changed.
     """
     chosen = list(names)
-    with ThreadPoolExecutor(min(_HASHING_THREADS, os.cpu_count() or 1)) as pool:
+    threads = min(_THREADS_PER_CORE * (os.cpu_count() or 1), _MOST_THREADS)
+    with ThreadPoolExecutor(threads) as pool:
         faults = list(pool.map(lambda name: check_file(path / name, files[name]), chosen))
     found = [(name, fault) for name, fault in zip(chosen, faults, strict=True) if fault]
     if found:

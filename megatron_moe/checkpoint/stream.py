@@ -1,6 +1,7 @@
 """Bytes on their way to a file or from it, hashed meanwhile.
 
-Hashing runs in a second thread: like reading and writing, it releases the interpreter's lock.
+Hashing releases the interpreter's lock, as reading and writing do, so files are written and read
+several at a time; a file that is written is hashed by a second thread.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
-from itertools import cycle
 from pathlib import Path
 from threading import Event
 
 CHUNK = 16 << 20
-"""Bytes written or hashed at a time."""
+"""Bytes written at a time."""
 SMALL = 1 << 20
 """Shorter parts are put together, up to about as many bytes: each chunk has a fixed cost."""
 Stream = Callable[[], Iterator[memoryview]]
@@ -126,18 +126,14 @@ def _write_all(file: FileIO, data: memoryview) -> None:
 
 
 def hash_of(file: BufferedReader) -> str:
-    """SHA-256 of the rest of an open file, in hexadecimal; reading runs ahead of hashing."""
-    digest, hashing = hashlib.sha256(), deque[Future[None]]()
-    left = os.fstat(file.fileno()).st_size - file.tell()
-    buffers = [memoryview(bytearray(min(max(left, 1), CHUNK // 4))) for _ in range(_AHEAD + 1)]
-    with ThreadPoolExecutor(1) as pool:
-        for buffer in cycle(buffers):
-            if len(hashing) == len(buffers):
-                hashing.popleft().result()  # it was the last to use this buffer
-            count = file.readinto(buffer)
-            if not count:
-                break
-            hashing.append(pool.submit(digest.update, buffer[:count]))
-    for last in hashing:
-        last.result()
+    """SHA-256 of the rest of an open file, in hexadecimal.
+
+    What was read is hashed while it is in the core's cache: for several files at a time, this is
+    faster than a second thread that reads ahead.
+    """
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(SMALL))
+    # The kernel reads further ahead of one that says so.
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+    while count := file.readinto(buffer):
+        digest.update(buffer[:count])
     return digest.hexdigest()
