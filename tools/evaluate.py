@@ -9,6 +9,7 @@ the extra [eval].
     python tools/evaluate.py --load checkpoints --held-out valid
     python tools/evaluate.py --load checkpoints --held-out valid --ckpt-step 390000 --stage causal
     python tools/evaluate.py --load checkpoints --tasks arc_easy,hellaswag --num-fewshot 5
+    python tools/evaluate.py --load tuned --tasks gsm8k --num-fewshot 5 --apply-chat-template
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ OWNERS = {
     "include_path": "tasks",
     "num_fewshot": "tasks",
     "limit": "tasks",
+    "system_instruction": "tasks",
+    "apply_chat_template": "tasks",
+    "fewshot_as_multiturn": "tasks",
 }
 """Flags, and what they belong to."""
 
@@ -62,6 +66,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--include-path", type=Path, help="directory of tasks of your own; then only those")
     add("--num-fewshot", type=int, help="examples in a context (the task's)")
     add("--limit", type=int, help="documents of each task (all)")
+    add("--system-instruction", metavar="TEXT", help="stands before everything")
+    more = "ask in conversations, as a model tuned with sft knows them"
+    add("--apply-chat-template", action="store_const", const=True, help=more)
+    more = "examples are turns of a conversation (true), or part of its question"
+    add("--fewshot-as-multiturn", nargs="?", const="true", choices=("true", "false"), help=more)
     return parser.parse_args(argv)
 
 
@@ -89,6 +98,9 @@ def check(options: argparse.Namespace) -> None:
             raise UsageError(f"--{name.replace('_', '-')}", value, "at least 1")
     if options.num_fewshot is not None and options.num_fewshot < 0:
         raise UsageError("--num-fewshot", options.num_fewshot, "at least 0")
+    if options.fewshot_as_multiturn and not options.apply_chat_template:
+        expected = "absent without --apply-chat-template"
+        raise UsageError("--fewshot-as-multiturn", options.fewshot_as_multiturn, expected)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -186,6 +198,9 @@ def run_tasks(options: argparse.Namespace, loaded: Loaded) -> None:
         include_path=options.include_path,
         num_fewshot=options.num_fewshot,
         limit=options.limit,
+        system_instruction=options.system_instruction,
+        apply_chat_template=bool(options.apply_chat_template),
+        fewshot_as_multiturn=options.fewshot_as_multiturn != "false",
     )
     print(json.dumps(results, default=str) if options.json else results_table(results))
 

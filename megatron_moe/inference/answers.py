@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megatron_moe.errors import UsageError
+from megatron_moe.inference.chat import answer_of, ids_of
 from megatron_moe.inference.generation import Rules, generate
 from megatron_moe.inference.loading import Loaded
 from megatron_moe.inference.sampling import Sampling
@@ -71,8 +72,13 @@ class Scorer:
     ) -> list[str]:
         text, tokens = self.loaded.text, new_tokens(options, self.loaded.longest)
         room = self.loaded.longest - tokens
-        prompts = [(text.encode(context) or [text.eod])[-room:] for context in contexts]
-        stops, streams = stops_of(options), [TextStream(text, prompt) for prompt in prompts]
+        prompts = [(ids_of(text, context) or [text.eod])[-room:] for context in contexts]
+        begun = [
+            # An answer is a text of its own, whose first word has no blank before it.
+            prompt if answer is None else text.encode(answer)
+            for prompt, answer in zip(prompts, map(answer_of, contexts), strict=True)
+        ]
+        stops, streams = stops_of(options), [TextStream(text, ids) for ids in begun]
         said = [""] * len(prompts)
 
         def stopped(row: int, token: int) -> bool:

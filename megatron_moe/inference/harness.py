@@ -3,12 +3,13 @@
 lm-eval is in the extra [eval], so this module is imported where tasks are asked for and nowhere
 else. Its rules are kept: a pair is tokenized together and split at the length of the context alone;
 what is too long loses its left end; whole texts are scored in windows in which every token is
-predicted once.
+predicted once. Conversations are in the template of `--objective sft`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,8 +21,10 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
+from megatron_moe.data.objectives.chat import SYSTEM, USER
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.answers import Scorer
+from megatron_moe.inference.chat import as_text, ids_of
 from megatron_moe.inference.loading import Loaded
 
 BOOTSTRAP = 1000
@@ -51,8 +54,38 @@ class HarnessModel(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """The ids of a text. Nothing is put around it."""
-        return self.loaded.text.encode(string)
+        """The ids of a text, which may be a conversation. Nothing is put around it."""
+        return ids_of(self.loaded.text, string)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation in OpenMoE's template, as the text that `tok_encode` knows.
+
+        Args:
+            chat_history: turns, each with `role` and `content`.
+            add_generation_prompt: the last turn is to be answered, not continued.
+
+        Raises:
+            UsageError: turns in an order that tuning does not have.
+        """
+        return as_text(chat_history, to_answer=add_generation_prompt)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template, for lm-eval's records of what was done.
+
+        Raises:
+            UsageError: a template is asked for by its name.
+        """
+        if isinstance(chat_template, str):
+            raise UsageError("name of a chat template", chat_template, "none: there is one")
+        return SYSTEM.format("{system}") + USER.format("{question}") if chat_template else None
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Tells apart what lm-eval caches: by tokenizer and template."""
+        found = "\0".join((self.loaded.text.tokenizer.identity, SYSTEM, USER))
+        return f"openmoe-chat-{hashlib.sha256(found.encode()).hexdigest()[:16]}"
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_more: Any
@@ -95,6 +128,9 @@ def evaluate_tasks(
     include_path: Path | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
+    system_instruction: str | None = None,
+    apply_chat_template: bool = False,
+    fewshot_as_multiturn: bool = True,
 ) -> dict[str, Any]:
     """Run tasks by name.
 
@@ -105,6 +141,9 @@ def evaluate_tasks(
         include_path: where tasks are defined, instead of lm-eval's own.
         num_fewshot: examples in a context; `None` leaves it to the task.
         limit: documents of each task; `None` takes all.
+        system_instruction: stands before everything; with a template, as its system turn.
+        apply_chat_template: ask in conversations.
+        fewshot_as_multiturn: in them, examples are turns rather than part of the question.
 
     Returns:
         lm-eval's results, without its samples.
@@ -127,6 +166,9 @@ def evaluate_tasks(
             num_fewshot=num_fewshot,
             limit=limit,
             task_manager=manager,
+            system_instruction=system_instruction,
+            apply_chat_template=apply_chat_template,
+            fewshot_as_multiturn=apply_chat_template and fewshot_as_multiturn,
             log_samples=False,
             bootstrap_iters=BOOTSTRAP,
         )

@@ -144,6 +144,8 @@ def test_a_native_checkpoint_is_read_in_the_rows_of_its_run(
         (["--held-out", "valid", "--global-batch-size", "8"], "--data-path"),
         (["--ckpt-step", "8", "--data-path", "x"], "8"),
         (["--tasks", "none", "--include-path", "/none"], "--include-path"),
+        (["--tasks", "x", "--fewshot-as-multiturn"], "absent without --apply-chat-template"),
+        (["--data-path", "x", "--apply-chat-template"], "absent without --tasks"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(

@@ -41,22 +41,34 @@ def read_line(line: str, key: str, where: str) -> list[Exchange]:
     Raises:
         UsageError: the line is anything else, or nothing in it is answered.
     """
-    turns = _turns(line, key, where)
+    prompts, answers = in_template(_turns(line, key, where), where)
+    if not answers:
+        raise UsageError(f"answers in {where}", 0, "a user turn and an assistant turn at least")
+    return [Exchange(p, a) for p, a in zip(prompts, answers, strict=False)]
+
+
+def in_template(turns: Sequence[tuple[str, str]], where: str) -> tuple[list[str], list[str]]:
+    """Questions in their template, and answers as they are; the last question may have none.
+
+    Args:
+        turns: roles and contents: a system turn or none, then user and assistant in turn.
+        where: names the conversation in errors.
+
+    Raises:
+        UsageError: a role is another one.
+    """
     system = ""
-    if turns[0][0] == "system":
+    if turns and turns[0][0] == "system":
         system, turns = SYSTEM.format(turns[0][1]), turns[1:]
     for number, (role, _) in enumerate(turns):
         expected = ("user", "assistant")[number % 2]
         if role != expected:
             place = number + 1 + bool(system)
             raise UsageError(f"role of turn {place} in {where}", role, expected)
-    questions = [content for _, content in turns[::2]]
-    answers = [content for _, content in turns[1::2]]
-    if not answers:
-        raise UsageError(f"answers in {where}", 0, "a user turn and an assistant turn at least")
-    prompts = [USER.format(question) for question in questions[: len(answers)]]
-    prompts[0] = system + prompts[0]
-    return [Exchange(p, a) for p, a in zip(prompts, answers, strict=True)]
+    prompts = [USER.format(content) for _, content in turns[::2]]
+    if prompts:
+        prompts[0] = system + prompts[0]
+    return prompts, [content for _, content in turns[1::2]]
 
 
 def _turns(line: str, key: str, where: str) -> Sequence[tuple[str, str]]:
