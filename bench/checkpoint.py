@@ -3,12 +3,12 @@
     python -m bench.checkpoint
 
 One rank, a mixture-of-experts model of 62 million parameters with Adam's moments in fp32: 0.75 GB
-in seven files, every byte of it hashed with SHA-256 when it is written and when it is loaded. *Plain*
-is what no program can do without: one `write` per 16 MiB from memory and an `fsync`; one `read` per
-16 MiB into a buffer that is used again. In each round all are done in turn, and ratios are
-medians over rounds. Reads are *from the disk* if the page cache was told to drop the files before,
-as when a run starts on a machine; *cached* right after that. What is written goes to the system's
-temporary directory (`TMPDIR`).
+in seven files, every byte of it hashed with SHA-256 when it is written and when it is loaded.
+*Plain* is what no program can do without: one `write` per 16 MiB from memory and an `fsync`; one
+`read` per 16 MiB into a buffer that is used again. In each round all are done in turn, and ratios
+are medians over rounds. Reads are *from the disk* if the page cache was told to drop the files
+before, as when a run starts on a machine; *cached* right after that. What is written goes to the
+system's temporary directory (`TMPDIR`).
 """
 
 from __future__ import annotations

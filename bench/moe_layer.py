@@ -2,13 +2,15 @@
 
     python -m bench.moe_layer
 
-All candidates of a shape run in turn, round after round, and medians are compared, so that a slow
-moment of the machine hits them alike. The floor is the bare GEMMs over the rows really kept, the
-better of one GEMM per expert and one batched GEMM; its outputs are allocated beforehand.
+All candidates of a shape run round after round, each round in another order, and medians are
+compared, so that a slow moment of the machine hits them alike. The floor is the bare GEMMs over
+the rows really kept, the better of one GEMM per expert and one batched GEMM; its outputs are
+allocated beforehand.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -31,8 +33,8 @@ from bench._one_rank import one_rank
 from bench.record import Record
 from megatron_moe.config import RunConfig
 
-SECONDS_PER_SHAPE = 20.0
-ROUNDS = (5, 60)
+SECONDS_PER_SHAPE = 30.0
+ROUNDS = (9, 200)
 """Least and most rounds of a shape."""
 LARGE_TOKENS = 2048
 """Shapes with as many tokens or more are bound by GEMMs and held to the tighter bound."""
@@ -43,15 +45,21 @@ STOCK_CAPACITY_SPEEDUP = 1.5
 def interleaved_medians(
     candidates: dict[str, Callable[[], None]], seconds: float, rounds: tuple[int, int]
 ) -> dict[str, float]:
-    """Median seconds of each candidate, run in turn after one round that is not counted."""
+    """Median seconds of each candidate after one round that is not counted.
+
+    Each round has an order of its own: what ran before leaves its own code and data in the caches,
+    and no candidate shall always follow the same other.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    order, shuffler = list(candidates), random.Random(0)
     for step in candidates.values():
         step()
     start = time.perf_counter()
     for turn in range(rounds[1]):
-        for name, step in candidates.items():
+        shuffler.shuffle(order)
+        for name in order:
             before = time.perf_counter()
-            step()
+            candidates[name]()
             times[name].append(time.perf_counter() - before)
         if turn + 1 >= rounds[0] and time.perf_counter() - start > seconds:
             break

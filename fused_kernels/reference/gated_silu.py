@@ -8,6 +8,8 @@ Shapes: R rows, M = blocks * F, F.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,13 +29,22 @@ def forward(z_RM: Tensor, blocks: int, out: Tensor | None = None) -> Tensor:
     """
     width = z_RM.shape[-1] // blocks
     h_RF = z_RM.new_empty(*z_RM.shape[:-1], width) if out is None else out
-    for z, h in row_blocks(width, z_RM, h_RF):
-        *linear, gate, up = z.chunk(blocks, dim=-1)
-        torch.ops.aten.silu.out(gate, out=h)
-        h.mul_(up)
-        for factor in linear:
-            h.mul_(factor)
+    forward_step(z_RM, blocks, h_RF)()
     return h_RF
+
+
+def forward_step(z_RM: Tensor, blocks: int, h_RF: Tensor) -> Callable[[], None]:
+    """`forward` into ``h_RF``, to be done later: its views are made now."""
+    parts = [(z.chunk(blocks, dim=-1), h) for z, h in row_blocks(h_RF.shape[-1], z_RM, h_RF)]
+
+    def step() -> None:
+        for (*linear, gate, up), h in parts:
+            torch.ops.aten.silu.out(gate, out=h)
+            h.mul_(up)
+            for factor in linear:
+                h.mul_(factor)
+
+    return step
 
 
 def backward(
@@ -55,22 +66,34 @@ def backward(
     Returns:
         grad_RM, h_RF.
     """
-    width = z_RM.shape[-1] // blocks
     grad_RM = torch.empty_like(z_RM) if grad_z is None else grad_z
     h_RF = torch.empty_like(grad_RF) if out is None else out
-    for grad, z, dz, h in row_blocks(width, grad_RF, z_RM, grad_RM, h_RF):
-        *linear, gate, up = z.chunk(blocks, dim=-1)
-        *d_linear, d_gate, d_up = dz.chunk(blocks, dim=-1)
-        torch.ops.aten.silu.out(gate, out=h)
-        torch.mul(grad, h, out=d_up)
-        for factor, d_factor in zip(linear, d_linear, strict=True):
-            torch.mul(d_up, up, out=d_factor)
-            d_up.mul_(factor)
-            h.mul_(factor)
-            grad.mul_(factor)
-        h.mul_(up)
-        torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=d_gate)
+    backward_step(grad_RF, z_RM, blocks, grad_RM, h_RF)()
     return grad_RM, h_RF
+
+
+def backward_step(
+    grad_RF: Tensor, z_RM: Tensor, blocks: int, grad_RM: Tensor, h_RF: Tensor
+) -> Callable[[], None]:
+    """`backward` into ``grad_RM`` and ``h_RF``, to be done later: its views are made now."""
+    parts = [
+        (grad, z.chunk(blocks, dim=-1), dz.chunk(blocks, dim=-1), h)
+        for grad, z, dz, h in row_blocks(h_RF.shape[-1], grad_RF, z_RM, grad_RM, h_RF)
+    ]
+
+    def step() -> None:
+        for grad, (*linear, gate, up), (*d_linear, d_gate, d_up), h in parts:
+            torch.ops.aten.silu.out(gate, out=h)
+            torch.mul(grad, h, out=d_up)
+            for factor, d_factor in zip(linear, d_linear, strict=True):
+                torch.mul(d_up, up, out=d_factor)
+                d_up.mul_(factor)
+                h.mul_(factor)
+                grad.mul_(factor)
+            h.mul_(up)
+            torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=d_gate)
+
+    return step
 
 
 class _GatedSilu(torch.autograd.Function):
