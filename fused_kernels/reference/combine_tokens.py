@@ -50,11 +50,10 @@ def backward(
     Returns:
         grad_RH, zero in empty rows, and grad_TK in the dtype of the weights.
     """
-    rows = out_RH.shape[0]
     # Each row belongs to at most one choice, so both gradients are taken row by row.
-    weight_R = weights_TK.new_zeros(rows + 1)
-    slot_TK = rows_TK.masked_fill(~kept_TK, rows)
-    weight_R = weight_R.scatter_(0, slot_TK.flatten(), weights_TK.flatten())[:rows]
+    # What is dropped adds nothing to the row that it names.
+    weight_TK = (weights_TK * kept_TK).flatten()
+    weight_R = weights_TK.new_zeros(out_RH.shape[0]).scatter_add_(0, rows_TK.flatten(), weight_TK)
     scale_R1 = weight_R.to(grad_TH.dtype).unsqueeze(1)
     grad_RH, dot_R = torch.empty_like(out_RH), torch.empty_like(weight_R)
     parts = row_blocks(out_RH.shape[1], source_R, out_RH, scale_R1, grad_RH, dot_R)

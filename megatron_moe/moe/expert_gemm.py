@@ -27,9 +27,9 @@ Step = Callable[[], object]
 """A GEMM or a gate, its views made beforehand: a GEMM leaves little of the interpreter in a core's
 cache, so what it does between two of them is slow. A gate of 480 x 1024 that follows a GEMM takes
 0.30 ms so on a CPU with 2 threads, and 0.50 ms if it makes its views itself."""
-LEAST_GATE_ELEMENTS = 1 << 18
+LEAST_GATE_ELEMENTS = 1 << 19
 """Elements of the gated product below which experts share one call of the gate. Sixteen experts of
-64 x 512 in two calls rather than sixteen."""
+64 x 512 in one call rather than sixteen."""
 
 
 @dataclass(frozen=True)
@@ -83,25 +83,24 @@ class _Turn:
 
     def cut(self, rows_RX: Tensor) -> list[Tensor]:
         """Its rows as each GEMM takes them: [R, X], or by expert."""
-        parts = zip(self.experts, rows_RX.split(self.sizes), strict=True)
-        return [t if isinstance(e, int) else _by_expert(t, len(e)) for e, t in parts]
+        parts = [rows_RX] if len(self.sizes) == 1 else rows_RX.split(self.sizes)
+        return [
+            part if isinstance(e, int) else part.view(len(e), size // len(e), part.shape[1])
+            for e, size, part in zip(self.experts, self.sizes, parts, strict=True)
+        ]
 
     def weights(self, weight_EXY: Tensor) -> list[Tensor]:
         """What each GEMM takes of a stacked weight."""
         return [
-            weight_EXY.select(0, e) if isinstance(e, int) else weight_EXY[e.start : e.stop]
+            weight_EXY.select(0, e) if isinstance(e, int) else weight_EXY.narrow(0, e.start, len(e))
             for e in self.experts
         ]
 
-    def products(self, left_RX: Tensor, weight_EXY: Tensor, out_RY: Tensor) -> Iterator[Step]:
-        """Out = left times the weight of each row's expert; both are this turn's rows."""
-        views = self.cut(left_RX), self.weights(weight_EXY), self.cut(out_RY)
-        for left, weight, out in zip(*views, strict=True):
-            yield partial(torch.mm if out.dim() == 2 else torch.bmm, left, weight, out=out)
 
-
-def _by_expert(rows_RX: Tensor, experts: int) -> Tensor:
-    return rows_RX.view(experts, rows_RX.shape[0] // experts, rows_RX.shape[1])
+def _products(lefts: list[Tensor], rights: list[Tensor], outs: list[Tensor]) -> Iterator[Step]:
+    """Each out = left times right."""
+    for left, right, out in zip(lefts, rights, outs, strict=True):
+        yield partial(torch.mm if out.dim() == 2 else torch.bmm, left, right, out=out)
 
 
 def _runs(segments: list[Segment], width: int) -> list[_Turn]:
@@ -132,10 +131,10 @@ class _WeightGradient:
         self.target = main if main is not None and self.fused else torch.empty_like(weight)
         self.started: set[int] = set(range(weight.shape[0])) if self.fused else set()
 
-    def products(self, turn: _Turn, left_RX: Tensor, right_RY: Tensor) -> Iterator[Step]:
+    def products(self, turn: _Turn, lefts: list[Tensor], rights: list[Tensor]) -> Iterator[Step]:
         """Add left^T right of each expert of a turn, whose rows these are."""
-        views = turn.cut(left_RX), turn.cut(right_RY), turn.weights(self.target)
-        for experts, left, right, out in zip(turn.experts, *views, strict=True):
+        targets = turn.weights(self.target)
+        for experts, left, right, out in zip(turn.experts, lefts, rights, targets, strict=True):
             each = {experts} if isinstance(experts, int) else {*experts}
             plain, add = (torch.mm, torch.addmm) if out.dim() == 2 else (torch.bmm, torch.baddbmm)
             if each <= self.started:
@@ -183,10 +182,11 @@ class _Experts(torch.autograd.Function):
         h_RF = x_RH.new_empty(_most_rows(turns), width)
         steps: list[Step] = []
         for turn in turns:
-            z, h = turn.of(z_RM), h_RF[: turn.rows]
-            steps += turn.products(turn.of(x_RH), weight_in, z)
+            x, z, y = (turn.of(buffer) for buffer in (x_RH, z_RM, y_RH))
+            h = h_RF.narrow(0, 0, turn.rows)
+            steps += _products(turn.cut(x), turn.weights(weight_in), turn.cut(z))
             steps.append(gate.forward_step(z, ctx.blocks, h))
-            steps += turn.products(h, weight_out, turn.of(y_RH))
+            steps += _products(turn.cut(h), turn.weights(weight_out), turn.cut(y))
         for step in steps:
             step()
         ctx.save_for_backward(x_RH, z_RM, weight_in, weight_out)
@@ -202,12 +202,13 @@ class _Experts(torch.autograd.Function):
         steps: list[Step] = []
         for turn in ctx.turns:
             x, z, dy, dx = (turn.of(buffer) for buffer in (x_RH, z_RM, dy_RH, dx_RH))
-            dh, h, dz = (buffer[: turn.rows] for buffer in memory)
-            steps += turn.products(dy, weight_out.mT, dh)
-            steps.append(ctx.gate.backward_step(dh, z, ctx.blocks, dz, h))
-            steps += d_out.products(turn, h, dy)
-            steps += turn.products(dz, weight_in.mT, dx)
-            steps += d_in.products(turn, x, dz)
+            dh, h, dz = (buffer.narrow(0, 0, turn.rows) for buffer in memory)
+            gate = ctx.gate.backward_step(dh, z, ctx.blocks, dz, h)
+            xs, dys, dxs, dhs, hs, dzs = map(turn.cut, (x, dy, dx, dh, h, dz))
+            steps += [*_products(dys, turn.weights(weight_out.mT), dhs), gate]
+            steps += d_out.products(turn, hs, dys)
+            steps += _products(dzs, turn.weights(weight_in.mT), dxs)
+            steps += d_in.products(turn, xs, dzs)
         for step in steps:
             step()
         return dx_RH, d_in.finish(), d_out.finish(), None, None

@@ -101,9 +101,8 @@ def make_plan(slots: Slots, batch: int, capacity: Capacity, layout: BufferLayout
 def _sources(target_TK: Tensor, rows: int) -> Tensor:
     """The token of each row: the inverse of ``target_TK``. The spare row takes what has none."""
     tokens, topk = target_TK.shape
-    token_TK = torch.arange(tokens, device=target_TK.device).unsqueeze(1).expand(tokens, topk)
-    spare = target_TK.new_zeros(rows + 1)
-    return spare.scatter_(0, target_TK.reshape(-1), token_TK.reshape(-1))[:rows]
+    token_A = torch.arange(tokens, device=target_TK.device).repeat_interleave(topk)
+    return target_TK.new_zeros(rows + 1).scatter_(0, target_TK.reshape(-1), token_A)[:rows]
 
 
 def _first_rows(filled_GE: Tensor, layout: BufferLayout) -> Tensor:

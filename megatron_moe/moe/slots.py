@@ -93,18 +93,25 @@ def assign_slots(
 
 def by_priority(value_TK: Tensor, batch: int, capacity: Capacity) -> Tensor:
     """[T, K] to [G, A]: tokens row by row, and all first choices before all second ones."""
-    tokens, topk = value_TK.shape
-    rows_BSK = value_TK.view(tokens // batch, batch, topk).transpose(0, 1)
-    groups_GTK = rows_BSK.reshape(capacity.groups, capacity.group_size, topk)
-    return groups_GTK.transpose(1, 2).reshape(capacity.groups, topk * capacity.group_size)
+    topk, groups, size = value_TK.shape[1], capacity.groups, capacity.group_size
+    if groups >= batch:  # Groups are parts of rows.
+        parts = value_TK.view(groups // batch, size, batch, topk).permute(2, 0, 3, 1)
+    else:  # They are whole rows.
+        rows = batch // groups
+        parts = value_TK.view(size // rows, groups, rows, topk).permute(1, 3, 2, 0)
+    return parts.reshape(groups, topk * size)
 
 
 def by_token(value_GA: Tensor, batch: int, capacity: Capacity) -> Tensor:
     """The inverse of `by_priority`."""
-    groups_GKT = value_GA.view(capacity.groups, -1, capacity.group_size)
-    topk, tokens = groups_GKT.shape[1], capacity.groups * capacity.group_size
-    rows_BSK = groups_GKT.transpose(1, 2).reshape(batch, tokens // batch, topk)
-    return rows_BSK.transpose(0, 1).reshape(tokens, topk)
+    groups, size = capacity.groups, capacity.group_size
+    topk = value_GA.shape[1] // size
+    if groups >= batch:
+        parts = value_GA.view(batch, groups // batch, topk, size).permute(1, 3, 0, 2)
+    else:
+        rows = batch // groups
+        parts = value_GA.view(groups, topk, rows, size // rows).permute(3, 0, 2, 1)
+    return parts.reshape(groups * size, topk)
 
 
 def _rank_by_value(

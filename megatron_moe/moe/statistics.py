@@ -103,7 +103,7 @@ class RoutingCounter(nn.Module):
         if self._step != (scores.choices_TK.shape[0], ranks_per_row):
             self._step = scores.choices_TK.shape[0], ranks_per_row
             self.step[0], self.step[1] = self._step[0], 1.0 / ranks_per_row
-        entropy = -torch.vdot(scores.probs_TE.t().reshape(-1), scores.log_probs_TE.t().reshape(-1))
+        entropy = -(scores.probs_TE * scores.log_probs_TE).sum()
         values = torch.stack((entropy, load_balancing, router_z))
         self.sums += torch.cat((load_E, kept_E, self.step, values))
 
