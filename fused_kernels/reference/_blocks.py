@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from torch import Tensor
 
 CACHED_ELEMENTS = 1 << 19
-"""Elements of one operand worked on at a time on a CPU, so that the operands of a gate stay near its
-cores. Measured at 512 x 2048, 2 threads: a product of two operands takes 0.09 ms in blocks against
-0.29 ms at once. Smaller blocks would fit the second-level cache, but each call between two GEMMs
-costs 20 us: layers are up to 4% faster with these than with blocks of half the size."""
+"""Elements of one operand worked on at a time on a CPU, so that the operands of a gate stay near
+its cores. Measured at 512 x 2048, 2 threads: a product of two operands takes 0.09 ms in blocks
+against 0.29 ms at once. Smaller blocks would fit the second-level cache, but each call between two
+GEMMs costs 20 us: layers are up to 4% faster with these than with blocks of half the size."""
 
 
 def row_blocks(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
