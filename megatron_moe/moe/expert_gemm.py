@@ -79,7 +79,7 @@ class _Turn:
 
     def of(self, buffer_RX: Tensor) -> Tensor:
         """Its rows of a buffer."""
-        return buffer_RX.narrow(0, self.start, self.rows)
+        return _part(buffer_RX, self.start, self.rows)
 
     def cut(self, rows_RX: Tensor) -> list[Tensor]:
         """Its rows as each GEMM takes them: [R, X], or by expert."""
@@ -92,9 +92,14 @@ class _Turn:
     def weights(self, weight_EXY: Tensor) -> list[Tensor]:
         """What each GEMM takes of a stacked weight."""
         return [
-            weight_EXY.select(0, e) if isinstance(e, int) else weight_EXY.narrow(0, e.start, len(e))
+            weight_EXY.select(0, e) if isinstance(e, int) else _part(weight_EXY, e.start, len(e))
             for e in self.experts
         ]
+
+
+def _part(stack: Tensor, start: int, length: int) -> Tensor:
+    """A part of the first dimension; no view where it is all of it."""
+    return stack if length == stack.shape[0] else stack.narrow(0, start, length)
 
 
 def _products(lefts: list[Tensor], rights: list[Tensor], outs: list[Tensor]) -> Iterator[Step]:
@@ -183,7 +188,7 @@ class _Experts(torch.autograd.Function):
         steps: list[Step] = []
         for turn in turns:
             x, z, y = (turn.of(buffer) for buffer in (x_RH, z_RM, y_RH))
-            h = h_RF.narrow(0, 0, turn.rows)
+            h = _part(h_RF, 0, turn.rows)
             steps += _products(turn.cut(x), turn.weights(weight_in), turn.cut(z))
             steps.append(gate.forward_step(z, ctx.blocks, h))
             steps += _products(turn.cut(h), turn.weights(weight_out), turn.cut(y))
@@ -202,7 +207,7 @@ class _Experts(torch.autograd.Function):
         steps: list[Step] = []
         for turn in ctx.turns:
             x, z, dy, dx = (turn.of(buffer) for buffer in (x_RH, z_RM, dy_RH, dx_RH))
-            dh, h, dz = (buffer.narrow(0, 0, turn.rows) for buffer in memory)
+            dh, h, dz = (_part(buffer, 0, turn.rows) for buffer in memory)
             gate = ctx.gate.backward_step(dh, z, ctx.blocks, dz, h)
             xs, dys, dxs, dhs, hs, dzs = map(turn.cut, (x, dy, dx, dh, h, dz))
             steps += [*_products(dys, turn.weights(weight_out.mT), dhs), gate]
