@@ -9,6 +9,7 @@ engine's number of slots as well. One process, forward, backward and update, run
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from bench._moe_layer_cases import CAPACITY_FACTOR, Shape, engine_layer
 from bench._one_rank import one_rank
-from bench.moe_layer import interleaved_medians
+from bench.moe_layer import interleaved_seconds, median_ratio
 from bench.record import Record
 from megatron_moe.config import RunConfig
 from megatron_moe.config.moe import CapacityRule
@@ -158,18 +159,19 @@ def records() -> list[Record]:
     """Ratios, tokens/s and peak memory of each."""
     with one_rank(configuration("t5x"), VOCAB) as ctx:
         candidates = {name: make() for name, make in _candidates(ctx).items()}
-        medians = interleaved_medians(candidates, SECONDS, ROUNDS)
+        times = interleaved_seconds(candidates, SECONDS, ROUNDS)
         tokens = ctx.layout.global_batch_size * ctx.layout.seq_length
     found = []
     for stock in ("stock capacity", "stock dropless"):
         for ours in ("ours", "ours, engine's capacity"):
             held = stock == "stock capacity" and ours == "ours"
-            ratio = medians[stock] / medians[ours]
+            ratio = median_ratio(times[stock], times[ours])
             target, met = (f">= {SPEEDUP}", ratio >= SPEEDUP) if held else ("", None)
             name = f"train_step/{ours} over {stock}"
             found.append(Record(name=name, value=ratio, unit="x", target=target, met=met))
-    for name, seconds in medians.items():
-        found.append(Record(name=f"train_step/{name}", value=tokens / seconds, unit="tokens/s"))
+    for name, seconds in times.items():
+        speed = tokens / statistics.median(seconds)
+        found.append(Record(name=f"train_step/{name}", value=speed, unit="tokens/s"))
         memory = Record(name=f"train_step/{name}/peak", value=peak_memory(name), unit="MiB")
         found.append(memory)
     return found
