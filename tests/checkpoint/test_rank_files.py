@@ -123,18 +123,20 @@ def test_if_one_file_fails_the_others_stop(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     def goes_on():
-        while True:
+        for _ in range(50):
             failed.wait(60)
             written.append(1)
             yield memoryview(bytes(2 << 20))
 
     written: list[int] = []
-    for streams in ([goes_on, fails], [fails, goes_on]):
-        directory = tmp_path / str(len(written))
+    for number, streams in enumerate(([goes_on, fails], [fails, goes_on])):
+        directory = tmp_path / str(number)
         directory.mkdir()
         failed.clear()
+        written.clear()
         with pytest.raises(OSError, match="No space left"):
             write_streams({directory / str(i): stream for i, stream in enumerate(streams)})
+        assert len(written) < 50
     stop = threading.Event()
     stop.set()
     with pytest.raises(Stopped):
