@@ -41,7 +41,8 @@ class Kernel:
         operation: its name, one of `OPERATIONS`.
         implementation: the folder it came from.
         reason: why that one, for the log.
-        module: the functions `forward` and, where it has one, `backward`.
+        module: the functions `forward` and, where it has one, `backward`; of the gate also
+            `forward_step` and `backward_step`, which make their views before they are run.
     """
 
     operation: str

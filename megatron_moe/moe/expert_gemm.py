@@ -204,15 +204,16 @@ class _Experts(torch.autograd.Function):
         d_in, d_out = _WeightGradient(weight_in), _WeightGradient(weight_out)
         dx_RH = _zero_gaps(torch.empty_like(x_RH), ctx.turns)
         memory = [z_RM.new_empty(most, n) for n in (width, width, z_RM.shape[1])]
+        back_in, back_out = weight_in.mT, weight_out.mT
         steps: list[Step] = []
         for turn in ctx.turns:
             x, z, dy, dx = (turn.of(buffer) for buffer in (x_RH, z_RM, dy_RH, dx_RH))
             dh, h, dz = (_part(buffer, 0, turn.rows) for buffer in memory)
             gate = ctx.gate.backward_step(dh, z, ctx.blocks, dz, h)
             xs, dys, dxs, dhs, hs, dzs = map(turn.cut, (x, dy, dx, dh, h, dz))
-            steps += [*_products(dys, turn.weights(weight_out.mT), dhs), gate]
+            steps += [*_products(dys, turn.weights(back_out), dhs), gate]
             steps += d_out.products(turn, hs, dys)
-            steps += _products(dzs, turn.weights(weight_in.mT), dxs)
+            steps += _products(dzs, turn.weights(back_in), dxs)
             steps += d_in.products(turn, xs, dzs)
         for step in steps:
             step()
