@@ -50,11 +50,15 @@ def backward(
     Returns:
         grad_RH, zero in empty rows, and grad_TK in the dtype of the weights.
     """
-    # Each row belongs to at most one choice, so both gradients are taken row by row.
-    # What is dropped adds nothing to the row that it names.
+    # What is dropped adds nothing to the row that it names; a row is of one choice at most.
     weight_TK = (weights_TK * kept_TK).flatten()
     weight_R = weights_TK.new_zeros(out_RH.shape[0]).scatter_add_(0, rows_TK.flatten(), weight_TK)
     scale_R1 = weight_R.to(grad_TH.dtype).unsqueeze(1)
+    if out_RH.dtype == weights_TK.dtype:
+        grad_RH = F.embedding_bag(
+            source_R.unsqueeze(1), grad_TH, mode="sum", per_sample_weights=scale_R1
+        )
+        return grad_RH, _dots(grad_TH, out_RH, rows_TK) * kept_TK
     grad_RH, dot_R = torch.empty_like(out_RH), torch.empty_like(weight_R)
     parts = row_blocks(out_RH.shape[1], source_R, out_RH, scale_R1, grad_RH, dot_R)
     for source, out, scale, grad, dot in parts:
@@ -62,3 +66,14 @@ def backward(
         torch.sum(grad * out, -1, dtype=dot.dtype, out=dot)
         grad.mul_(scale)
     return grad_RH, dot_R[rows_TK] * kept_TK
+
+
+def _dots(grad_TH: Tensor, out_RH: Tensor, rows_TK: Tensor) -> Tensor:
+    """The product of each token's gradient with each row that it names, [T, K], without a copy of
+    either. Sums are in the operands' dtype."""
+    tokens, topk = rows_TK.shape
+    token_A = torch.arange(tokens, device=rows_TK.device).repeat_interleave(topk)
+    unused_offsets = token_A[:0]
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        grad_TH, out_RH, rows_TK.flatten(), unused_offsets, token_A, 0
+    ).view(tokens, topk)
