@@ -123,9 +123,9 @@ class MoELayer(nn.Module):
         impl = choose_impl(self.moe.moe_expert_impl, self._work(filled_E))
         layout = self._buffer_layout(impl, capacity)
         plan = make_plan(slots, batch, capacity, layout)
+        self._record(scores, slots, plan, capacity, shares)
         x_TH = all_gather(x_TH, self.groups.tp)
         y_TH = self._run_experts(x_TH, weights_TK, plan, filled_E, impl)
-        self._record(scores, slots, plan, capacity, shares)
         return reduce_scatter(y_TH, self.groups.tp).view_as(x_SBH)
 
     def _gather_choices(self, choices_TK: Tensor) -> Tensor:
