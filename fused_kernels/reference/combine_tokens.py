@@ -50,7 +50,7 @@ def backward(
     Returns:
         grad_RH, zero in empty rows, and grad_TK in the dtype of the weights.
     """
-    # What is dropped adds nothing to the row that it names; a row is of one choice at most.
+    # What is dropped adds nothing to the row that it names.
     weight_TK = (weights_TK * kept_TK).flatten()
     weight_R = weights_TK.new_zeros(out_RH.shape[0]).scatter_add_(0, rows_TK.flatten(), weight_TK)
     scale_R1 = weight_R.to(grad_TH.dtype).unsqueeze(1)
@@ -59,6 +59,7 @@ def backward(
             source_R.unsqueeze(1), grad_TH, mode="sum", per_sample_weights=scale_R1
         )
         return grad_RH, _dots(grad_TH, out_RH, rows_TK) * kept_TK
+    # Sums in the weights' dtype, row by row: each row is of one choice at most.
     grad_RH, dot_R = torch.empty_like(out_RH), torch.empty_like(weight_R)
     parts = row_blocks(out_RH.shape[1], source_R, out_RH, scale_R1, grad_RH, dot_R)
     for source, out, scale, grad, dot in parts:
@@ -69,8 +70,10 @@ def backward(
 
 
 def _dots(grad_TH: Tensor, out_RH: Tensor, rows_TK: Tensor) -> Tensor:
-    """The product of each token's gradient with each row that it names, [T, K], without a copy of
-    either. Sums are in the operands' dtype."""
+    """The product of each token's gradient with each row that it names, [T, K].
+
+    Neither is copied. Sums are rounded to the operands' dtype.
+    """
     tokens, topk = rows_TK.shape
     token_A = torch.arange(tokens, device=rows_TK.device).repeat_interleave(topk)
     unused_offsets = token_A[:0]

@@ -16,19 +16,17 @@ from torch import Tensor
 from fused_kernels.reference._blocks import row_blocks
 
 
-def forward(z_RM: Tensor, blocks: int, out: Tensor | None = None) -> Tensor:
+def forward(z_RM: Tensor, blocks: int) -> Tensor:
     """The gated product.
 
     Args:
         z_RM: input of the gate.
         blocks: 2 for [gate | up], 3 for [linear | gate | up].
-        out: where to put the result, [R, F]; `None` allocates it.
 
     Returns:
         h_RF.
     """
-    width = z_RM.shape[-1] // blocks
-    h_RF = z_RM.new_empty(*z_RM.shape[:-1], width) if out is None else out
+    h_RF = z_RM.new_empty(*z_RM.shape[:-1], z_RM.shape[-1] // blocks)
     forward_step(z_RM, blocks, h_RF)()
     return h_RF
 
@@ -47,27 +45,18 @@ def forward_step(z_RM: Tensor, blocks: int, h_RF: Tensor) -> Callable[[], None]:
     return step
 
 
-def backward(
-    grad_RF: Tensor,
-    z_RM: Tensor,
-    blocks: int,
-    grad_z: Tensor | None = None,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def backward(grad_RF: Tensor, z_RM: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     """Gradient of the input, and the forward result once more (cheaper than keeping it).
 
     Args:
         grad_RF: gradient of h; **overwritten**.
         z_RM: as in `forward`.
         blocks: as in `forward`.
-        grad_z: where to put the gradient, [R, M]; `None` allocates it.
-        out: where to put h, [R, F]; `None` allocates it.
 
     Returns:
         grad_RM, h_RF.
     """
-    grad_RM = torch.empty_like(z_RM) if grad_z is None else grad_z
-    h_RF = torch.empty_like(grad_RF) if out is None else out
+    grad_RM, h_RF = torch.empty_like(z_RM), torch.empty_like(grad_RF)
     backward_step(grad_RF, z_RM, blocks, grad_RM, h_RF)()
     return grad_RM, h_RF
 
@@ -75,7 +64,9 @@ def backward(
 def backward_step(
     grad_RF: Tensor, z_RM: Tensor, blocks: int, grad_RM: Tensor, h_RF: Tensor
 ) -> Callable[[], None]:
-    """`backward` into ``grad_RM`` and ``h_RF``, to be done later: its views are made now."""
+    """`backward` into ``grad_RM`` and ``h_RF``, to be done later: its views are made now.
+    ``grad_RF`` is overwritten then.
+    """
     parts = [
         (grad, z.chunk(blocks, dim=-1), dz.chunk(blocks, dim=-1), h)
         for grad, z, dz, h in row_blocks(h_RF.shape[-1], grad_RF, z_RM, grad_RM, h_RF)

@@ -34,14 +34,16 @@ def test_value_and_gradient(monkeypatch, blocks: int, rows: int) -> None:
     torch.testing.assert_close(again, expected.detach())
 
 
-def test_results_go_where_they_are_told() -> None:
+def test_steps_do_nothing_until_they_are_called_and_write_where_they_are_told() -> None:
     z, grad = torch.randn(6, 8), torch.randn(6, 4)
-    out, grad_z, h = torch.empty(6, 4), torch.empty(6, 8), torch.empty(6, 4)
-    assert kernel.forward(z, 2, out=out) is out
-    results = kernel.backward(grad.clone(), z, 2, grad_z=grad_z, out=h)
-    assert results[0] is grad_z
-    assert results[1] is h
-    torch.testing.assert_close(h, out)
+    h, grad_z, again = torch.zeros(6, 4), torch.zeros(6, 8), torch.zeros(6, 4)
+    forward = kernel.forward_step(z, 2, h)
+    backward = kernel.backward_step(grad.clone(), z, 2, grad_z, again)
+    assert not any(result.any() for result in (h, grad_z, again))
+    forward()
+    backward()
+    expected = kernel.backward(grad.clone(), z, 2)
+    torch.testing.assert_close((h, grad_z, again), (kernel.forward(z, 2), *expected))
 
 
 @pytest.mark.parametrize("blocks", [2, 3])

@@ -46,11 +46,7 @@ def test_dispatch_copies_tokens_and_sums_their_gradients(case: dict[str, Tensor]
     torch.testing.assert_close(dispatch_tokens.backward(grad, case["rows"], case["kept"]), expected)
 
 
-@pytest.mark.parametrize("block", [1 << 17, 15])
-def test_combine_and_its_two_gradients(
-    case: dict[str, Tensor], block: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_blocks, "CACHED_ELEMENTS", block)
+def test_combine_and_its_two_gradients(case: dict[str, Tensor]) -> None:
     out = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     weights = case["weights"].requires_grad_()
     arguments = (out.detach(), weights.detach(), case["rows"], case["kept"])
@@ -63,3 +59,23 @@ def test_combine_and_its_two_gradients(
     grads = combine_tokens.backward(grad, *arguments, case["source"])
     torch.testing.assert_close(grads, expected_grads)
     assert torch.equal(grads[0][[2, 5]], torch.zeros(2, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("block", [1 << 17, 2000])
+def test_combine_sums_the_gradient_of_its_weights_in_their_dtype(
+    case: dict[str, Tensor], block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1001 products of ones: bfloat16, which has 8 bits, cannot hold their sum."""
+    monkeypatch.setattr(_blocks, "CACHED_ELEMENTS", block)
+    out, grad = torch.ones(7, 1001, dtype=torch.bfloat16), torch.ones(4, 1001, dtype=torch.bfloat16)
+    out[3] = 2.0
+    weights, rows, kept = case["weights"].float(), case["rows"], case["kept"]
+    grad_out, grad_weights = combine_tokens.backward(grad, out, weights, rows, kept, case["source"])
+    assert grad_weights.dtype == torch.float32
+    torch.testing.assert_close(
+        grad_weights, torch.tensor([[2002.0, 1001.0], [1001.0, 1001.0], [0.0, 0.0], [1001.0, 0.0]])
+    )
+    expected = torch.zeros(7, 1001, dtype=torch.bfloat16)
+    for t, k in kept.nonzero().tolist():
+        expected[rows[t, k]] = weights[t, k].to(torch.bfloat16)
+    torch.testing.assert_close(grad_out, expected)
