@@ -110,18 +110,15 @@ def _products(lefts: list[Tensor], rights: list[Tensor], outs: list[Tensor]) -> 
 
 def _runs(segments: list[Segment], width: int) -> list[_Turn]:
     """Neighbours joined until a turn has `LEAST_GATE_ELEMENTS`: small experts share gate calls."""
-    turns: list[_Turn] = []
-    experts: list[int] = []
-    sizes: list[int] = []
+    runs: list[list[Segment]] = []
     end = -1
     for segment in segments:
-        if segment.start != end or sum(sizes) * width >= LEAST_GATE_ELEMENTS:
-            experts, sizes = [], []
-            turns.append(_Turn(segment.start, experts, sizes))
-        experts.append(segment.expert)
-        sizes.append(segment.rows)
+        full = runs and sum(s.rows for s in runs[-1]) * width >= LEAST_GATE_ELEMENTS
+        if segment.start != end or full:
+            runs.append([])
+        runs[-1].append(segment)
         end = segment.start + segment.rows
-    return turns
+    return [_Turn(run[0].start, [s.expert for s in run], [s.rows for s in run]) for run in runs]
 
 
 class _WeightGradient:
