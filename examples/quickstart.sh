@@ -17,7 +17,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 export CUDA_VISIBLE_DEVICES=""
 
 OUT="${QUICKSTART_DIR:-quickstart}"
-ITERS="${QUICKSTART_ITERS:-300}"
+ITERS="${QUICKSTART_ITERS:-200}"
 MORE=20
 VOCAB=4096
 
@@ -56,7 +56,7 @@ RUN=(
   --micro-batch-size 4 --global-batch-size 8
   --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 20
   --lr-decay-iters $((ITERS + MORE))
-  --eval-interval 200 --eval-iters 16 --log-interval 20
+  --eval-interval 100 --eval-iters 16 --log-interval 20
   --save "$OUT/checkpoint" --tensorboard-dir "$OUT/tensorboard"
   --metrics-file "$OUT/logs/metrics.jsonl"
 )
