@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed-$(KEY)
 
 SCRIPTS := $(wildcard examples/*.sh examples/*.sbatch) .ci/run
 
-.PHONY: help setup quickstart test test-all check format bench clean distclean
+.PHONY: help setup quickstart test test-all test-gpu check format bench clean distclean
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,10 +37,13 @@ quickstart: $(STAMP) ## Corpus, tokenizer, pretraining on 2 ranks, evaluation, s
 	@bash examples/quickstart.sh
 
 test: $(STAMP) ## All tests but the slow ones
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: $(STAMP) ## All tests
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+test-all: $(STAMP) ## All tests that need no GPU
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: $(STAMP) ## The tests that need a CUDA device, and fail without one
+	@MEGATRON_MOE_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
 
 check: $(STAMP) ## Lint, format, types, architecture, shell scripts
 	$(BIN)/ruff check .

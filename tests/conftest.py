@@ -1,4 +1,4 @@
-"""Fixtures for every test, which all run on the CPU, several ranks at once."""
+"""Fixtures for every test. All run on the CPU, several ranks at once, but those marked `gpu`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ import pytest
 
 from tests.support.pool import Pool
 
-# Before torch looks; the ranks of the pool inherit it. With a GPU in sight they would all take it.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+ON_GPU = os.environ.get("MEGATRON_MOE_TEST_GPU") == "1"
+"""Whether this is `make test-gpu`, which runs the tests marked `gpu` alone."""
+if not ON_GPU:
+    # Before torch looks; the ranks of the pool inherit it. With a GPU in sight all would take it.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Elsewhere a test of a GPU is skipped, never run on something else."""
+    if item.get_closest_marker("gpu") is not None and not ON_GPU:
+        pytest.skip("needs a CUDA device: make test-gpu")
 
 
 @pytest.fixture(scope="session")

@@ -24,9 +24,10 @@ def contents_of(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-def test_copies_are_the_files_that_their_tensors_would_become(tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_copies_are_the_files_that_their_tensors_would_become(tmp_path, device):
     """Of all widths and memory layouts; the memory is used again, by larger and smaller ones."""
-    memory = HostMemory(pinned=False)
+    memory = HostMemory(pinned=device == "cuda")
     for rows in (3, 40, 2):
         tensors = {
             "double": torch.randn(rows, dtype=torch.float64),
@@ -37,6 +38,7 @@ def test_copies_are_the_files_that_their_tensors_would_become(tmp_path):
             "scalar": torch.tensor(float(rows)),
             "byte": torch.arange(rows, dtype=torch.uint8),
         }
+        tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
         items = list(tensors.items())
         files = {"one": items, "none": [], "odd": items[-1:], "two": items[:4]}
         expected = {

@@ -1,0 +1,167 @@
+"""A second device for machines without one: tensors that say `cuda:0` and obey its rules.
+
+A tensor on it wraps one in ordinary memory, where every operation really runs, so that values can
+be compared. What a CUDA device refuses is refused here: operands on two devices, except scalars,
+indices and copies, and a NumPy view of its memory. What is not emulated: autograd, streams, speed,
+sums in another order. It shows that code leaves nothing behind on the host, not that it runs on a
+GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+GPU = torch.device("cuda", 0)
+_INDEXED = {
+    torch.ops.aten.index.Tensor,
+    torch.ops.aten.index_put_.default,
+    torch.ops.aten.index_put.default,
+}
+
+
+class OnGpu(Tensor):
+    """A tensor of the emulated device."""
+
+    inner: Tensor
+    # Results keep the type that an operation gave them.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> OnGpu:
+        made: OnGpu = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device="meta",
+            dispatch_device=True,
+        )
+        made.inner = inner
+        return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where it says it is."""
+        return GPU
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+    is_cpu = property(lambda self: False)  # type: ignore[assignment]
+    is_meta = property(lambda self: False)  # type: ignore[assignment]
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"OnGpu({self.inner!r})"
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """As a CUDA tensor answers."""
+        if force:
+            return self.inner.clone().numpy()
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def tolist(self) -> Any:
+        """Its values, on the host."""
+        return self.inner.tolist()
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        _refuse_two_devices(func, args, kwargs)
+        inner_args, inner_kwargs = pytree.tree_map_only(OnGpu, lambda t: t.inner, (args, kwargs))
+        out = func(*inner_args, **inner_kwargs)
+        if func is torch.ops.aten.copy_.default:
+            return args[0]
+        known = {id(t.inner): t for t in pytree.tree_leaves((args, kwargs)) if type(t) is OnGpu}
+        return pytree.tree_map_only(
+            Tensor, lambda t: known[id(t)] if id(t) in known else OnGpu(t), out
+        )
+
+
+def _refuse_two_devices(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """As CUDA does: a CPU tensor beside one of the device must be a scalar, an index or copied."""
+    if func is torch.ops.aten.copy_.default:
+        return
+    checked = (args[0], args[2:], kwargs) if func in _INDEXED else (args, kwargs)
+    for tensor in pytree.tree_leaves(checked):
+        if isinstance(tensor, Tensor) and not isinstance(tensor, OnGpu) and tensor.dim():
+            raise RuntimeError(
+                f"Expected all tensors to be on the same device, found cuda:0 and "
+                f"{tensor.device} of shape {tuple(tensor.shape)} in {func}"
+            )
+
+
+class _Own(TorchDispatchMode):
+    """What an operation makes for itself lies where its operands lie."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = not any(isinstance(each, Tensor) for each in pytree.tree_leaves((args, kwargs)))
+        return pytree.tree_map_only(Tensor, OnGpu, out) if made else out
+
+
+def _on_gpu(values: Any) -> bool:
+    return any(isinstance(value, OnGpu) for value in pytree.tree_leaves(values))
+
+
+class _Factories(TorchFunctionMode):
+    """Lets what is asked to be made on, or moved to, `cuda` be made there."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (Tensor.cuda, Tensor.cpu):
+            return _moved(args[0], "cuda" if func is Tensor.cuda else "cpu")
+        if func is Tensor.to:
+            return _to(*args, **kwargs)
+        if not _is_gpu(kwargs.get("device")):
+            with _Own() if _on_gpu((args, kwargs)) else nullcontext():
+                return func(*args, **kwargs)
+        kwargs["device"] = "cpu"
+        args, kwargs = pytree.tree_map_only(OnGpu, lambda t: t.inner, (args, kwargs))
+        return OnGpu(func(*args, **kwargs))
+
+
+def _is_gpu(place: Any) -> bool:
+    return isinstance(place, (str, torch.device)) and str(place).startswith("cuda")
+
+
+def _to(tensor: Tensor, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
+    """`Tensor.to`; the place is the first argument, if it is one or a tensor."""
+    if args and isinstance(args[0], (str, torch.device, Tensor)):
+        device, args = args[0], args[1:]
+    if isinstance(device, Tensor):
+        kwargs, device = {"dtype": device.dtype, **kwargs}, device.device
+    there = tensor if device is None else _moved(tensor, str(device))
+    return there.to(*args, **kwargs) if args or kwargs else there
+
+
+def _moved(tensor: Tensor, place: str) -> Tensor:
+    here = isinstance(tensor, OnGpu)
+    if here == _is_gpu(place):
+        return tensor
+    return tensor.inner.clone() if here else OnGpu(tensor.clone())
+
+
+@contextmanager
+def emulated_gpu() -> Iterator[None]:
+    """Inside, `cuda` is such a device; without gradients."""
+    # A module's parameters are replaced when it moves: they change their type.
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    try:
+        with torch.no_grad(), _Factories():
+            yield
+    finally:
+        torch.__future__.set_overwrite_module_params_on_conversion(before)

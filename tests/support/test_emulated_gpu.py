@@ -1,0 +1,67 @@
+"""The emulated device has the values of the CPU and the refusals of a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.support.emulated_gpu import GPU, OnGpu, emulated_gpu
+
+
+def test_values_are_those_of_the_cpu() -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(3, 4), torch.randn(4, 2)
+    with emulated_gpu():
+        product = left.to("cuda") @ right.cuda()
+        product[1] += torch.arange(2, device=GPU)
+        product[:, 0].mul_(2.0)
+        picked = product[torch.tensor([2, 0])]
+        assert product.device == picked.device == GPU
+        assert product.is_cuda
+        found, chosen = product.cpu(), picked.to("cpu", torch.float64)
+    expected = left @ right
+    expected[1] += torch.arange(2)
+    expected[:, 0] *= 2.0
+    assert type(found) is Tensor
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(chosen, expected[[2, 0]].double())
+
+
+def test_a_module_moves_and_copies_cross() -> None:
+    with emulated_gpu():
+        layer = nn.Linear(3, 2, bias=False, device="meta").to_empty(device="cuda")
+        weight = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
+        layer.weight.copy_(weight)
+        assert isinstance(layer.weight, nn.Parameter)
+        assert isinstance(layer.weight, OnGpu)
+        out = layer(torch.ones(1, 3, device="cuda"))
+        back = torch.zeros(1, 2)
+        back.copy_(out)
+        assert out.tolist() == back.tolist() == [[6.0, 15.0]]
+        assert out.sum().item() == 21.0
+
+
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        lambda gpu, cpu: gpu + cpu,
+        lambda gpu, cpu: cpu @ gpu,
+        lambda gpu, cpu: torch.cat([gpu, cpu]),
+        lambda gpu, cpu: gpu.mul_(cpu),
+        lambda gpu, cpu: torch.where(cpu > 0, gpu, 0.0),
+        lambda gpu, cpu: gpu.gather(0, cpu.long()),
+        lambda gpu, cpu: nn.functional.embedding(cpu.long(), gpu),
+        lambda gpu, cpu: cpu[gpu.long()] + gpu,
+    ],
+)
+def test_operands_on_two_devices_are_refused(mixed: Callable[[Tensor, Tensor], Tensor]) -> None:
+    with emulated_gpu(), pytest.raises(RuntimeError, match="same device"):
+        mixed(torch.ones(2, 2, device="cuda"), torch.ones(2, 2))
+
+
+def test_its_memory_is_no_array() -> None:
+    with emulated_gpu(), pytest.raises(TypeError, match="numpy"):
+        torch.ones(2, device="cuda").numpy()
