@@ -50,8 +50,8 @@ class OnGpu(Tensor):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        """Where it says it is."""
-        return GPU
+        """Where it says it is. An operation that asks makes something there: see `_Own`."""
+        return torch.device("cpu") if _Own.running else GPU
 
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
     is_cpu = property(lambda self: False)  # type: ignore[assignment]
@@ -100,7 +100,18 @@ def _refuse_two_devices(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 class _Own(TorchDispatchMode):
-    """What an operation makes for itself lies where its operands lie."""
+    """While an operation runs: what it makes for itself lies where its operands lie."""
+
+    running = 0
+
+    def __enter__(self) -> _Own:
+        _Own.running += 1
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        _Own.running -= 1
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -137,14 +148,15 @@ def _is_gpu(place: Any) -> bool:
     return isinstance(place, (str, torch.device)) and str(place).startswith("cuda")
 
 
-def _to(tensor: Tensor, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
-    """`Tensor.to`; the place is the first argument, if it is one or a tensor."""
-    if args and isinstance(args[0], (str, torch.device, Tensor)):
-        device, args = args[0], args[1:]
-    if isinstance(device, Tensor):
-        kwargs, device = {"dtype": device.dtype, **kwargs}, device.device
+def _to(tensor: Tensor, *args: Any, device: Any = None, dtype: Any = None, **_: Any) -> Tensor:
+    """`Tensor.to`; a place, if it is no keyword, is the first argument, or that of a tensor."""
+    if args and isinstance(args[0], Tensor):
+        device, dtype = args[0].device, args[0].dtype
+    elif args and isinstance(args[0], (str, torch.device)):
+        device = args[0]
+    dtype = next((each for each in args if isinstance(each, torch.dtype)), dtype)
     there = tensor if device is None else _moved(tensor, str(device))
-    return there.to(*args, **kwargs) if args or kwargs else there
+    return there if dtype is None else there.to(dtype)
 
 
 def _moved(tensor: Tensor, place: str) -> Tensor:
