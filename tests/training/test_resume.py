@@ -17,7 +17,8 @@ from tests.training.tiny import MODEL, pretrain_rank
 
 DROPOUT = ["--hidden-dropout", "0.1", "--attention-dropout", "0.1"]
 OVERLAPPED = ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"]
-TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel"]
+# Two micro-batches a step: with four, hundreds of small exchanges, this takes twice as long.
+TP2 = ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--global-batch-size", "4"]
 LAYOUTS = {
     "one process": (1, ["--eval-iters", "1", "--eval-interval", "4"]),
     "EP2": (2, ["--expert-model-parallel-size", "2", "--use-distributed-optimizer"]),
