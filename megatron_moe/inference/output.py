@@ -19,7 +19,8 @@ class Style:
 
     as_json: bool = False
     echo: bool = True
-    """Begin with the prompt; always so in JSON, where it is a field."""
+    """Begin with the prompt, which the text continues; in JSON the prompt is a field in any case.
+    Without, an answer is a text of its own, whose first word has no blank before it."""
     numbered: bool = False
     """Say before each text which prompt it is of."""
     stream: bool = True
@@ -71,7 +72,7 @@ class Output:
         head = f"--- prompt {self.first + number + 1}\n" if self.style.numbered else ""
         if self.style.echo:
             head += self.text.decode(ids)
-        return _Answer(TextStream(self.text, ids), head, [])
+        return _Answer(TextStream(self.text, ids if self.style.echo else ()), head, [])
 
     def print(self, drawn: Iterable[Drawn]) -> None:
         """Print everything that is drawn, to the end of all texts."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import random
 from typing import Any
 
@@ -11,6 +12,8 @@ import sentencepiece
 from megatron_moe.config import DataConfig
 from megatron_moe.data.tokenizer import ByteTokenizer, NullTokenizer, build_tokenizer
 from megatron_moe.errors import UsageError
+from megatron_moe.inference.generation import Drawn
+from megatron_moe.inference.output import Output, Style
 from megatron_moe.inference.text import Text, TextStream
 from tests.data.pieces import train
 from tests.data.test_tokenizer_huggingface import make
@@ -106,6 +109,19 @@ def test_without_sentinels_their_names_are_text() -> None:
     text = Text(ByteTokenizer(), BYTES)
     assert text.decode(text.encode("<extra_id_0>")) == "<extra_id_0>"
     assert len(text.encode("<extra_id_0>")) == 12
+
+
+@pytest.mark.parametrize("echo", [True, False])
+def test_an_answer_is_a_text_of_its_own_and_a_continuation_is_not(
+    texts: dict[str, Any], echo: bool
+) -> None:
+    text, to = texts["pieces"], io.StringIO()
+    prompt, answer = text.encode("word1 and"), text.encode("the other")
+    drawn = [Drawn(0, token, None) for token in answer[:-1]] + [Drawn(0, answer[-1], "length")]
+    output = Output(["word1 and"], [prompt], text, Style(echo=echo), to=to)
+    output.print(drawn)
+    assert to.getvalue() == ("word1 and the other\n" if echo else "the other\n")
+    assert output.answers[0].text == (" the other" if echo else "the other")
 
 
 def test_pieces_for_tables(texts: dict[str, Any]) -> None:
