@@ -34,7 +34,7 @@ from bench.record import Record
 from megatron_moe.config import RunConfig
 
 SECONDS_PER_SHAPE = 30.0
-ROUNDS = (9, 200)
+ROUNDS = (15, 200)
 """Least and most rounds of a shape."""
 LARGE_TOKENS = 2048
 """Shapes with as many tokens or more are bound by GEMMs and held to the tighter bound."""
