@@ -132,8 +132,8 @@ class _Factories(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func in (Tensor.cuda, Tensor.cpu):
-            return _moved(args[0], "cuda" if func is Tensor.cuda else "cpu")
+        if func is Tensor.cpu:
+            return _moved(args[0], "cpu")
         if func is Tensor.to:
             return _to(*args, **kwargs)
         if not _is_gpu(kwargs.get("device")):
@@ -168,7 +168,11 @@ def _moved(tensor: Tensor, place: str) -> Tensor:
 
 @contextmanager
 def emulated_gpu() -> Iterator[None]:
-    """Inside, `cuda` is such a device; without gradients."""
+    """Inside, `cuda` is such a device; without gradients.
+
+    Tensors get there by `to`, not by `cuda()`: in a process without a GPU the platform module, once
+    active, lets them stay where they are.
+    """
     # A module's parameters are replaced when it moves: they change their type.
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)

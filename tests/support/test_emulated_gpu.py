@@ -15,7 +15,7 @@ def test_values_are_those_of_the_cpu() -> None:
     torch.manual_seed(0)
     left, right = torch.randn(3, 4), torch.randn(4, 2)
     with emulated_gpu():
-        product = left.to("cuda") @ right.cuda()
+        product = left.to("cuda") @ right.to(GPU)
         product[1] += torch.arange(2, device=GPU)
         product[:, 0].mul_(2.0)
         picked = product[torch.tensor([2, 0])]
