@@ -30,6 +30,7 @@ from bench._moe_layer_cases import (
     our_layer,
 )
 from bench._one_rank import one_rank
+from bench._own_process import in_own_process
 from bench.record import Record
 from megatron_moe.config import RunConfig
 
@@ -144,19 +145,20 @@ def _memory(shape: Shape, candidates: dict[str, Callable[[], None]]) -> list[Rec
     return found
 
 
-def records() -> list[Record]:
-    """Measure every shape."""
-    found: list[Record] = []
+def _records(shape: Shape) -> list[Record]:
+    torch.manual_seed(0)
     with one_rank(RunConfig()) as ctx:
-        for shape in SHAPES:
-            candidates = _candidates(shape, ctx.pgs)
-            found += _judge(shape, interleaved_seconds(candidates, SECONDS_PER_SHAPE, ROUNDS))
-            found += _memory(shape, candidates)
-    return found
+        candidates = _candidates(shape, ctx.pgs)
+        found = _judge(shape, interleaved_seconds(candidates, SECONDS_PER_SHAPE, ROUNDS))
+        return found + _memory(shape, candidates)
+
+
+def records() -> list[Record]:
+    """Measure every shape, each in a process of its own."""
+    return [record for shape in SHAPES for record in in_own_process(_records, shape)]
 
 
 if __name__ == "__main__":
     from bench.run import table
 
-    torch.manual_seed(0)
     print(table(records()))

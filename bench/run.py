@@ -2,8 +2,8 @@
 
     python -m bench.run [--only NAME ...] [--output bench.json] [--strict]
 
-A benchmark is a module of this package with `records() -> list[Record]`. One that fails does not
-hide the others: its error is printed and the exit code is 1.
+A benchmark is a module of this package with `records() -> list[Record]`, and runs in a process of
+its own. One that fails does not hide the others: its error is printed and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bench
+from bench._own_process import in_own_process
 from bench.record import Record
 
 HELPERS = {"record", "run"}
@@ -54,11 +55,17 @@ def collect(wanted: Sequence[str]) -> tuple[list[Record], list[str]]:
     for name in wanted:
         print(f"bench: {name} ...", flush=True)
         try:
-            records += importlib.import_module(f"bench.{name}").records()
+            records += in_own_process(_records, name, list(bench.__path__))
         except Exception:
             traceback.print_exc()
             failed.append(name)
     return records, failed
+
+
+def _records(name: str, folders: list[str]) -> list[Record]:
+    bench.__path__ = folders
+    found: list[Record] = importlib.import_module(f"bench.{name}").records()
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
