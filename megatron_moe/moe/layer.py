@@ -200,12 +200,9 @@ class MoELayer(nn.Module):
         if self.training and not torch.is_grad_enabled():
             return
         rank = rank_of(self.groups.tp)
-        load_E, kept_E = slots.load_GE.sum(0), slots.full_GE.sum(0)
-        if rank:
-            # Every rank of the rows knows all their loads: the first one counts them.
-            load_E, kept_E = torch.zeros_like(load_E), torch.zeros_like(kept_E)
-        balance, z = shares
-        self.counter.add(scores, load_E, kept_E, balance, z, self.shards)
+        # Every rank of the rows knows all their loads: the first one counts them.
+        load_GE, kept_GE = (x[:0] if rank else x for x in (slots.load_GE, slots.full_GE))
+        self.counter.add(scores, load_GE, kept_GE, shares, self.shards)
         if self.on_routing is not None:
             local = scores.choices_TK.shape[0]
             kept_TK = plan.kept_TK.narrow(0, rank * local, local)

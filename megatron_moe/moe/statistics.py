@@ -1,14 +1,14 @@
 """What the routers did since the last reset: loads, drops, entropy, losses.
 
-Each layer adds to one small fp64 tensor on its device, in every forward pass that counts: with
+Each layer keeps one small fp64 tensor on its device, of every forward pass that counts: with
 recomputation the first pass of a checkpointed layer runs without gradients while training, and is
 left out. The host reads only when someone asks, after reducing over the ranks.
-Shapes: E experts, T tokens of this rank, K choices.
+Shapes: E experts, T tokens of this rank, K choices, G groups.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from megatron_moe.moe.exchange import Group, size_of
 from megatron_moe.moe.router import Scores
 
+MOST_WAITING = 64
+"""Passes that wait at most to be added up. On a CPU with 2 threads a layer of 8 experts of
+256 x 512 with 1024 tokens spends 0.16 ms of 25 ms if it adds each by itself."""
 _SCALARS = ("tokens", "micro_batches", "entropy", "load_balancing", "router_z")
 
 
@@ -58,6 +61,9 @@ class LayerStatistics:
 class RoutingCounter(nn.Module):
     """Sums of one layer on its device; no part of a checkpoint.
 
+    A pass leaves its few small tensors; they are added up when enough wait or somebody reads, so
+    that a pass pays for next to nothing of it.
+
     Args:
         layer_number: 0-based index of the transformer layer.
         num_experts: E.
@@ -72,44 +78,71 @@ class RoutingCounter(nn.Module):
         self.num_experts = num_experts
         size = 2 * num_experts + len(_SCALARS)
         self.register_buffer(
-            "sums", torch.zeros(size, dtype=torch.float64, device=device), persistent=False
+            "_sums", torch.zeros(size, dtype=torch.float64, device=device), persistent=False
         )
-        self.sums: Tensor
-        # Tokens and micro-batches of a pass, kept on the device: they hardly ever change.
-        self.register_buffer("step", torch.zeros_like(self.sums[:2]), persistent=False)
-        self.step: Tensor
-        self._step: tuple[int, int] | None = None
+        self._sums: Tensor
+        self._forget()
+
+    def _forget(self) -> None:
+        self._loads: list[Tensor] = []
+        self._kept: list[Tensor] = []
+        self._scalars: list[Tensor] = []
+        self._tokens, self._micro_batches = 0, 0.0
 
     @torch.no_grad()
     def add(
         self,
         scores: Scores,
-        load_E: Tensor,
-        kept_E: Tensor,
-        load_balancing: Tensor,
-        router_z: Tensor,
-        ranks_per_row: int,
+        load_GE: Tensor,
+        kept_GE: Tensor,
+        losses: Sequence[Tensor],
+        ranks_per_row: int = 1,
     ) -> None:
         """Count one micro-batch.
 
         Args:
             scores: of this rank's tokens.
-            load_E: choices of each expert that this rank counts, before drops.
-            kept_E: those of them that were not dropped.
-            load_balancing: this rank's share of the loss, without coefficient.
-            router_z: likewise.
+            load_GE: choices of each group and expert that this rank counts, before drops; may have
+                no groups.
+            kept_GE: those of them that were not dropped.
+            losses: this rank's shares of the balance and the z-loss, without coefficients.
             ranks_per_row: ranks that share the micro-batch; each counts its part of it.
         """
-        if self._step != (scores.choices_TK.shape[0], ranks_per_row):
-            self._step = scores.choices_TK.shape[0], ranks_per_row
-            self.step[0], self.step[1] = self._step[0], 1.0 / ranks_per_row
-        entropy = -(scores.probs_TE * scores.log_probs_TE).sum()
-        values = torch.stack((entropy, load_balancing, router_z))
-        self.sums += torch.cat((load_E, kept_E, self.step, values))
+        self._loads.append(load_GE)
+        self._kept.append(kept_GE)
+        self._scalars += ((scores.probs_TE * scores.log_probs_TE).sum(), *losses)
+        self._tokens += scores.choices_TK.shape[0]
+        self._micro_batches += 1.0 / ranks_per_row
+        if len(self._loads) == MOST_WAITING:
+            self._add_up()
+
+    @torch.no_grad()
+    def _add_up(self) -> None:
+        """Put what waits into the sums."""
+        if not self._loads:
+            return
+        experts = self.num_experts
+        self._sums[:experts] += torch.cat(self._loads).sum(0)
+        self._sums[experts : 2 * experts] += torch.cat(self._kept).sum(0)
+        tokens, batches, entropy, *losses = self._sums[2 * experts :].unbind()
+        tokens += self._tokens
+        batches += self._micro_batches
+        scalars = torch.stack(self._scalars).view(-1, 1 + len(losses)).double().sum(0).unbind()
+        entropy -= scalars[0]
+        for loss, share in zip(losses, scalars[1:], strict=True):
+            loss += share
+        self._forget()
+
+    @property
+    def sums(self) -> Tensor:
+        """[2 E + 5] fp64: loads, kept choices, and `_SCALARS`; to be read or written in place."""
+        self._add_up()
+        return self._sums
 
     def reset(self) -> None:
         """Start counting afresh."""
-        self.sums.zero_()
+        self._forget()
+        self._sums.zero_()
 
 
 def counters(chunks: Iterable[nn.Module]) -> dict[int, RoutingCounter]:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from megatron_moe.moe import LayerStatistics, collect_statistics, reset_statistics
+from megatron_moe.moe import LayerStatistics, collect_statistics, reset_statistics, statistics
 from megatron_moe.moe.router import Scores
 from megatron_moe.moe.statistics import RoutingCounter
 from tests.moe.cases import layer_of, moe_config, tokens
@@ -20,8 +20,11 @@ def one_pass(counter: RoutingCounter) -> None:
     weights, log_z = probs.gather(1, choices), logits.logsumexp(-1)
     scores = Scores(logits, logits.log_softmax(-1), log_z, probs, choices, weights)
     # The first choice of the second token was dropped.
-    load, kept = torch.tensor([2, 1, 1, 0]), torch.tensor([1, 1, 1, 0])
-    counter.add(scores, load, kept, torch.tensor(2.5), torch.tensor(0.5), ranks_per_row=1)
+    load, kept = (
+        torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]]),
+        torch.tensor([[1, 1, 0, 0], [0, 0, 1, 0]]),
+    )
+    counter.add(scores, load, kept, (torch.tensor(2.5), torch.tensor(0.5)))
 
 
 def test_two_micro_batches_by_hand() -> None:
@@ -45,9 +48,26 @@ def test_two_micro_batches_by_hand() -> None:
     assert found[1].max_over_mean_load == pytest.approx(4 / 2)
 
 
-def test_reset_forgets() -> None:
+def test_what_waits_is_added_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether nothing, something or everything waits when somebody reads."""
+    whole = RoutingCounter(0, 4, None)
+    for _ in range(5):
+        one_pass(whole)
+    monkeypatch.setattr(statistics, "MOST_WAITING", 2)
+    parts = RoutingCounter(0, 4, None)
+    for number in range(5):
+        one_pass(parts)
+        assert len(parts._loads) == (number + 1) % 2
+    torch.testing.assert_close(parts.sums, whole.sums)
+    assert torch.equal(parts.sums, parts.sums)
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_reset_forgets(read_before: bool) -> None:
     counter = RoutingCounter(0, 4, None)
     one_pass(counter)
+    if read_before:
+        assert counter.sums.any()
     reset_statistics([counter])
     empty = collect_statistics([counter], None)[0]
     assert empty.tokens == empty.drop_rate == 0
