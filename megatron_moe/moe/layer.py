@@ -109,7 +109,7 @@ class MoELayer(nn.Module):
         """
         batch, hidden = x_SBH.shape[1:]
         x_TH = x_SBH.reshape(-1, hidden)
-        scores = route(x_TH, self.router_weight, self.moe.moe_router_topk)
+        scores, x_TH = route(x_TH, self.router_weight, self.moe.moe_router_topk)
         choices_TK = self._gather_choices(scores.choices_TK)
         row_tokens = choices_TK.shape[0] // batch
         capacity = capacity_of(self.moe, rows=batch, row_tokens=row_tokens, training=self.training)

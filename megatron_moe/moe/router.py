@@ -44,16 +44,22 @@ class Scores:
     weights_TK: Tensor
 
 
-def route(x_TH: Tensor, weight_EH: Tensor, topk: int) -> Scores:
-    """Score tokens in at least fp32, whatever the dtype of the activations."""
+def route(x_TH: Tensor, weight_EH: Tensor, topk: int) -> tuple[Scores, Tensor]:
+    """Score tokens in at least fp32, whatever the dtype of the activations.
+
+    Returns:
+        The scores, and the tokens, for whoever uses them next: that use's gradient and the router's
+        are then added by one GEMM.
+    """
     dtype = torch.promote_types(x_TH.dtype, torch.float32)
-    return Scores(*_Route.apply(x_TH.to(dtype), weight_EH.to(dtype), topk))
+    *scores, x_TH = _Route.apply(x_TH, weight_EH.to(dtype), topk)
+    return Scores(*scores), x_TH
 
 
 class _Route(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, weight_EH: Tensor, topk: int) -> tuple[Tensor, ...]:
-        logits_ET = torch.mm(weight_EH, x_TH.t())
+        logits_ET = torch.mm(weight_EH, x_TH.to(weight_EH.dtype).t())
         log_probs_ET = logits_ET.log_softmax(0)
         probs_ET = log_probs_ET.exp()
         choices_KT, weights_KT = best_choices(probs_ET, topk)
@@ -64,12 +70,12 @@ class _Route(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         plain = logits_ET.t(), log_probs_ET.t(), choices_KT.t()
         ctx.mark_non_differentiable(*plain)
-        return *plain[:2], log_z_T, probs_ET.t(), plain[2], weights_KT.t()
+        return *plain[:2], log_z_T, probs_ET.t(), plain[2], weights_KT.t(), x_TH.view_as(x_TH)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
         x_TH, weight_EH, probs_ET, choices_KT = ctx.saved_tensors
-        _, _, d_log_z_T, d_probs_TE, _, d_weights_TK = grads
+        _, _, d_log_z_T, d_probs_TE, _, d_weights_TK, d_x_TH = grads
         # With p = softmax(l): dl = p * (dp - sum(dp * p) + dlogZ), as d logZ / dl = p.
         dp_ET = torch.zeros_like(probs_ET) if d_probs_TE is None else d_probs_TE.t()
         if d_weights_TK is not None:
@@ -78,8 +84,21 @@ class _Route(torch.autograd.Function):
         if d_log_z_T is not None:
             shift_T -= d_log_z_T
         dl_ET = (dp_ET - shift_T).mul_(probs_ET)
-        dx_TH = dl_ET.t().mm(weight_EH) if ctx.needs_input_grad[0] else None
-        return dx_TH, dl_ET.mm(x_TH) if ctx.needs_input_grad[1] else None, None
+        dx_TH = None
+        if ctx.needs_input_grad[0]:
+            dx_TH = _sum_with_product(d_x_TH, dl_ET.t(), weight_EH, x_TH.dtype)
+        d_weight_EH = dl_ET.mm(x_TH.to(dl_ET.dtype)) if ctx.needs_input_grad[1] else None
+        return dx_TH, d_weight_EH, None
+
+
+def _sum_with_product(
+    other: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``other`` + ``left`` @ ``right`` in ``dtype``; `None` is zero."""
+    if other is not None and left.dtype == dtype:
+        return torch.addmm(other, left, right)
+    product = left.mm(right).to(dtype)
+    return product if other is None else product.add_(other)
 
 
 def best_choices(probs_ET: Tensor, topk: int) -> tuple[Tensor, Tensor]:
