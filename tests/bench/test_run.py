@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,16 @@ def test_table_and_file(planted: Path, capsys: pytest.CaptureFixture[str]) -> No
         "met",
         "MISSED",
     ]
+
+
+def test_each_benchmark_has_a_process_of_its_own(planted: Path) -> None:
+    code = GOOD.replace("value=12.3456", "value=float(os.getpid())")
+    for name in ("planted_one", "planted_two"):
+        (planted / f"{name}.py").write_text(f"import os\n{code}")
+    output = planted / "out.json"
+    assert main(["--only", "planted_one", "planted_two", "--output", str(output)]) == 0
+    one, two = (row["value"] for row in json.loads(output.read_text()) if row["unit"] == "ms")
+    assert len({one, two, os.getpid()}) == 3
 
 
 def test_strict_fails_on_a_missed_target(planted: Path) -> None:
