@@ -46,6 +46,7 @@ def pretrain(config: RunConfig) -> None:
     from megatron_moe.model.build import build_model
     from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
     from megatron_moe.parallel.launch import launched
+    from megatron_moe.training.kernels import check_kernels
     from megatron_moe.training.loop import train
     from megatron_moe.training.outputs import check_outputs
     from megatron_moe.training.placement import check_coordinates
@@ -59,6 +60,7 @@ def pretrain(config: RunConfig) -> None:
     vocab_size = padded_vocab_size(config.data, build_tokenizer(config.data))
     course = resolve_course(config, here.world_size, vocab_size)
     check_outputs(config)
+    check_kernels(config, platform.device.type, here)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     ranks = early_ranks(here, timeout)
     start = starting_point(course, ranks)

@@ -1,6 +1,7 @@
 """Packaging: what is installed, what it needs, and the commands it brings.
 
-Nothing here needs a compiler, a GPU or anything but the package index at install time.
+Nothing here needs a compiler, a GPU or anything but the package index at install time; kernels are
+compiled where they first run, from sources that are installed.
 `constraints.txt` pins the versions that were tested; `pyproject.toml` holds the tools' settings.
 """
 
@@ -89,7 +90,10 @@ setup(
         "megatron_moe_tools",
     ],
     package_dir={"megatron_moe_tools": "tools"},
-    package_data={"megatron_moe": ["data/objectives/denoisers/*.toml", "data/mixtures/*.toml"]},
+    package_data={
+        "fused_kernels": ["native/src/*"],
+        "megatron_moe": ["data/objectives/denoisers/*.toml", "data/mixtures/*.toml"],
+    },
     py_modules=["pretrain_openmoe"],
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

@@ -1,21 +1,26 @@
 """Choosing the implementation of an operation, explicitly.
 
 An implementation is a folder of this package with one module per operation. `auto` takes the first
-one in `IMPLEMENTATIONS` that runs on the device and has the operation, and says so; a name is taken
-literally or refused, never replaced by another.
+one in `IMPLEMENTATIONS` that runs on the device and has the operation, and says so, and why not
+those before it; a name is taken literally or refused, never replaced by another. An implementation
+that does not run everywhere has a function `unavailable`, which says why not here.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 
 OPERATIONS = ("combine_tokens", "dispatch_tokens", "gated_silu", "rank_in_expert")
 """What an expert layer needs besides GEMMs and communication."""
 
-IMPLEMENTATIONS: dict[str, frozenset[str] | None] = {"reference": None}
+IMPLEMENTATIONS: dict[str, frozenset[str] | None] = {
+    "native": frozenset({"cpu"}),
+    "reference": None,
+}
 """Implementation -> device types it runs on (`None`: all), in the order `auto` prefers them."""
 
 
@@ -41,24 +46,34 @@ class Kernel:
         operation: its name, one of `OPERATIONS`.
         implementation: the folder it came from.
         reason: why that one, for the log.
+        missing: better ones that `auto` would have taken, and why they are not available here.
         module: the functions `forward` and, where it has one, `backward`; of the gate also
-            `forward_step` and `backward_step`, which make their views before they are run.
+            `forward_step` and `backward_step`, which prepare a call and make it later, and
+            `OVERWRITES_GRADIENT`.
     """
 
     operation: str
     implementation: str
     reason: str
+    missing: str
     module: ModuleType
 
 
-def available(operation: str, device_type: str) -> list[str]:
-    """Implementations of ``operation`` that run on ``device_type``, best first."""
-    return [
-        name
+def available(operation: str, device_type: str) -> dict[str, str | None]:
+    """Implementations of ``operation`` for ``device_type``, best first, and why not here."""
+    return {
+        name: _unavailable(name)
         for name, devices in IMPLEMENTATIONS.items()
         if (devices is None or device_type in devices)
         and importlib.util.find_spec(f"{__package__}.{name}.{operation}") is not None
-    ]
+    }
+
+
+def _unavailable(name: str) -> str | None:
+    """Why an implementation does not run on this machine; `None`: it does."""
+    package = importlib.import_module(f"{__package__}.{name}")
+    asked: Callable[[], str | None] | None = getattr(package, "unavailable", None)
+    return None if asked is None else asked()
 
 
 def select(operation: str, requested: str = "auto", device_type: str = "cpu") -> Kernel:
@@ -75,15 +90,19 @@ def select(operation: str, requested: str = "auto", device_type: str = "cpu") ->
     """
     if operation not in OPERATIONS:
         raise ValueError(f"operation is {operation!r}, expected one of {', '.join(OPERATIONS)}")
-    names = available(operation, device_type)
+    found = available(operation, device_type)
+    names = [name for name, why_not in found.items() if why_not is None]
+    missing = "; ".join(f"no {name}: {why_not}" for name, why_not in found.items() if why_not)
+    also = f"; {missing}" if missing else ""
     if requested == "auto":
-        name, reason = names[0], f"auto: first of {', '.join(names)} on {device_type}"
+        name, reason = names[0], f"auto: first of {', '.join(names)} on {device_type}{also}"
     elif requested in names:
-        name, reason = requested, "as asked"
+        name, reason, missing = requested, "as asked", ""
     else:
-        raise KernelUnavailable(requested, f"auto or {' or '.join(names)} on {device_type}")
+        expected = f"auto or {' or '.join(names)} on {device_type}{also}"
+        raise KernelUnavailable(requested, expected)
     module = importlib.import_module(f"{__package__}.{name}.{operation}")
-    return Kernel(operation, name, reason, module)
+    return Kernel(operation, name, reason, missing, module)
 
 
 def select_all(requested: str = "auto", device_type: str = "cpu") -> dict[str, Kernel]:

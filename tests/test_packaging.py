@@ -115,6 +115,14 @@ def test_wheel_holds_every_mixture(wheel: Path) -> None:
     assert expected
 
 
+def test_wheel_holds_the_sources_of_what_is_compiled_later(wheel: Path) -> None:
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if "/native/src/" in name}
+    sources = (ROOT / "fused_kernels/native/src").iterdir()
+    expected = {str(path.relative_to(ROOT)) for path in sources}
+    assert names == expected
+    assert expected
+
+
 def test_installed_commands_start_anywhere(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     command = [sys.executable, "-m", "pip", "install", "-qq", "--no-deps", "--target", str(site)]

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from fused_kernels.reference._blocks import row_blocks
 
+OVERWRITES_GRADIENT = True
+"""`backward` works in its first argument."""
+
 
 def forward(z_RM: Tensor, blocks: int) -> Tensor:
     """The gated product.
@@ -38,8 +41,7 @@ def forward_step(z_RM: Tensor, blocks: int, h_RF: Tensor) -> Callable[[], None]:
     def step() -> None:
         for (*linear, gate, up), h in parts:
             torch.ops.aten.silu.out(gate, out=h)
-            h.mul_(up)
-            for factor in linear:
+            for factor in (*linear, up):
                 h.mul_(factor)
 
     return step
@@ -85,22 +87,3 @@ def backward_step(
             torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=d_gate)
 
     return step
-
-
-class _GatedSilu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, z_RM: Tensor, blocks: int) -> Tensor:
-        ctx.save_for_backward(z_RM)
-        ctx.blocks = blocks  # type: ignore[attr-defined]
-        return forward(z_RM, blocks)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
-        (z_RM,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_RM, _ = backward(grads[0].clone(), z_RM, ctx.blocks)  # type: ignore[attr-defined]
-        return grad_RM, None
-
-
-def gated_silu(z_RM: Tensor, blocks: int) -> Tensor:
-    """`forward` with its gradient; keeps only its input for the backward pass."""
-    return _GatedSilu.apply(z_RM, blocks)

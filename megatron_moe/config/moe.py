@@ -55,8 +55,9 @@ class MoEConfig:
     Megatron-LM's loss is 1 when balanced and summed: there it would be coeff * k / L_moe."""
     moe_z_loss_coeff: float = 1e-4
     """Weight of mean(logsumexp(router logits)^2), averaged over MoE layers (not summed)."""
-    moe_dispatch_impl: Literal["auto", "reference"] = "auto"
-    """Kernels that gather and combine tokens; `auto` says at the start what it took."""
+    moe_dispatch_impl: Literal["auto", "native", "reference"] = "auto"
+    """Kernels that gather and combine tokens, and of the gate: `native` is C++ for CPUs, compiled
+    at first use, `reference` plain torch; `auto` says at the start what it took."""
     moe_expert_impl: Literal["auto", "loop", "batched"] = "auto"
     """Expert GEMMs: one per expert over its filled rows (`loop`), or one batched GEMM over the
     whole fixed-shape buffer (`batched`, no host read: for GPUs and dry runs)."""

@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from fused_kernels import select
+from fused_kernels.autograd import gated_silu
 from megatron_moe.config.model import FfnVariant
 
 
@@ -48,8 +49,7 @@ class DenseFFN(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.blocks = input_blocks(variant)
-        # Keeps only its input for the backward pass, and works in blocks that fit a CPU's cache.
-        self.gate = select("gated_silu", kernels, engine_device(config).type).module.gated_silu
+        self.gate = select("gated_silu", kernels, engine_device(config).type).module
         self.linear_fc1 = ColumnParallelLinear(
             config.hidden_size,
             self.blocks * ffn_size,
@@ -73,6 +73,7 @@ class DenseFFN(torch.nn.Module):
     def forward(self, x_SBH: Tensor) -> Tensor:
         """Apply; under sequence parallelism S is this rank's part of the row."""
         hidden, _ = self.linear_fc1(x_SBH)
-        gated = self.gate(hidden.flatten(0, 1), self.blocks).view(*hidden.shape[:2], -1)
+        gated = gated_silu(hidden.flatten(0, 1), self.blocks, self.gate)
+        gated = gated.view(*hidden.shape[:2], -1)
         output, _ = self.linear_fc2(gated)
         return output

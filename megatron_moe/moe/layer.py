@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fused_kernels import KernelUnavailable, select_all
 from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.moe import losses
 from megatron_moe.moe.capacity import Capacity, capacity_of
 from megatron_moe.moe.exchange import ExpertGroups, all_gather, rank_of, reduce_scatter, size_of
 from megatron_moe.moe.experts import ExpertImpl, Experts, ExpertWork, choose_impl, is_readable
+from megatron_moe.moe.kernels import kernels_of
 from megatron_moe.moe.plan import BufferLayout, Plan, make_plan
 from megatron_moe.moe.router import Scores, route
 from megatron_moe.moe.slots import SlotRule, Slots, assign_slots
@@ -99,7 +99,7 @@ class MoELayer(nn.Module):
         )
         self.counter = RoutingCounter(layer_number, moe.num_experts, device)
         self.on_routing: Callable[[Routing], None] | None = None
-        self.kernels = _kernels(moe.moe_dispatch_impl, self.router_weight.device.type)
+        self.kernels = kernels_of(moe.moe_dispatch_impl, self.router_weight.device.type)
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         """The weighted sum of each token's experts; zero for a token whose choices all dropped.
@@ -232,11 +232,3 @@ class MoELayer(nn.Module):
         generator = torch.Generator(self.router_weight.device).manual_seed(seed)
         self.router_weight.normal_(0.0, self.model.router_init_method_std, generator=generator)
         self.experts.reset_parameters(self.model.init_variance_scale, seed + 1)
-
-
-def _kernels(requested: str, device_type: str) -> dict[str, Any]:
-    """The kernels of `--moe-dispatch-impl`."""
-    try:
-        return select_all(requested, device_type)
-    except KernelUnavailable as error:
-        raise UsageError("--moe-dispatch-impl", error.requested, error.expected) from None

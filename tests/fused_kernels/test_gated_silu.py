@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_kernels import select
+from fused_kernels.autograd import gated_silu
 from fused_kernels.reference import _blocks
-from fused_kernels.reference import gated_silu as kernel
+
+
+@pytest.fixture
+def kernel(implementation: str) -> ModuleType:
+    return select("gated_silu", implementation).module
 
 
 def formula(z: Tensor, blocks: int) -> Tensor:
@@ -19,22 +27,66 @@ def formula(z: Tensor, blocks: int) -> Tensor:
     return a * F.silu(b) * up
 
 
+def formula_and_gradient(z: Tensor, grad_h: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """In fp64, whatever comes in."""
+    z = z.detach().double().clone().requires_grad_()
+    h = formula(z, blocks)
+    return h.detach(), torch.autograd.grad(h, z, grad_h.double())[0]
+
+
 @pytest.mark.parametrize("blocks", [2, 3])
 @pytest.mark.parametrize("rows", [0, 1, 5, 41])
-def test_value_and_gradient(monkeypatch, blocks: int, rows: int) -> None:
+def test_value_and_gradient(monkeypatch, kernel: ModuleType, blocks: int, rows: int) -> None:
     monkeypatch.setattr(_blocks, "CACHED_ELEMENTS", 70)  # Blocks of 10 rows, the last one shorter.
     torch.manual_seed(0)
-    z = torch.randn(rows, blocks * 7, dtype=torch.float64, requires_grad=True)
-    grad_h = torch.randn(rows, 7, dtype=torch.float64)
-    expected = formula(z, blocks)
-    (expected_grad,) = torch.autograd.grad(expected, z, grad_h)
-    torch.testing.assert_close(kernel.forward(z.detach(), blocks), expected.detach())
-    grad_z, again = kernel.backward(grad_h.clone(), z.detach(), blocks)
+    z, grad_h = (torch.randn(rows, width, dtype=torch.float64) for width in (blocks * 7, 7))
+    expected, expected_grad = formula_and_gradient(z, grad_h, blocks)
+    torch.testing.assert_close(kernel.forward(z, blocks), expected)
+    grad_z, again = kernel.backward(grad_h.clone(), z, blocks)
     torch.testing.assert_close(grad_z, expected_grad)
-    torch.testing.assert_close(again, expected.detach())
+    torch.testing.assert_close(again, expected)
 
 
-def test_steps_do_nothing_until_they_are_called_and_write_where_they_are_told() -> None:
+@pytest.mark.parametrize("blocks", [2, 3])
+@pytest.mark.parametrize(
+    ("dtype", "units"), [(torch.float32, 8), (torch.bfloat16, 1.3)], ids=["float32", "bfloat16"]
+)
+def test_low_precision(kernel: ModuleType, dtype: torch.dtype, units: float, blocks: int) -> None:
+    """Within so many units in the last place of fp64, for gates far from zero as well."""
+    torch.manual_seed(0)
+    z = (torch.randn(67, blocks * 301) * torch.logspace(-3, 1.3, 67).unsqueeze(1)).to(dtype)
+    grad_h = torch.randn(67, 301).to(dtype)
+    expected, expected_grad = formula_and_gradient(z, grad_h, blocks)
+    grad_z, again = kernel.backward(grad_h.clone(), z, blocks)
+    unit = torch.finfo(dtype).eps
+    # Near its zero the slope of silu is a difference: what is lost there is as of a slope of 0.01.
+    largest_R1 = z.double().abs().amax(1, keepdim=True)
+    floor = 0.01 * grad_h.abs().max() * largest_R1 ** (blocks - 1)
+    for found, exact in ((again, expected), (grad_z, expected_grad)):
+        allowed = units * unit * exact.abs().clamp(min=1e-30)
+        if found is grad_z:
+            allowed = allowed.maximum(units * unit * floor)
+        assert found.dtype == dtype
+        assert ((found.double() - exact).abs() <= allowed).all()
+    assert torch.equal(kernel.forward(z, blocks), again)
+
+
+def test_gates_beyond_the_exponential(kernel: ModuleType) -> None:
+    """Silu is its input far above zero, nothing far below, and not a number of what is none."""
+    gate = torch.tensor([[0.0, 88.0, 89.0, 1e30, -80.0, -89.0, -1e30, torch.nan]])
+    z, grad = torch.cat([gate, torch.ones(1, 8)], dim=1), torch.ones(1, 8)
+    h = kernel.forward(z, 2)
+    grad_z, again = kernel.backward(grad.clone(), z, 2)
+    expected = torch.tensor([[0.0, 88.0, 89.0, 1e30, 0.0, 0.0, 0.0, torch.nan]])
+    slope = torch.tensor([[0.5, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, torch.nan]])
+    torch.testing.assert_close(h, expected, atol=1e-30, rtol=1e-6, equal_nan=True)
+    torch.testing.assert_close(again, h, atol=0.0, rtol=0.0, equal_nan=True)
+    torch.testing.assert_close(grad_z[:, :8], slope, atol=1e-30, rtol=1e-6, equal_nan=True)
+
+
+def test_steps_do_nothing_until_they_are_called_and_write_where_they_are_told(
+    kernel: ModuleType,
+) -> None:
     z, grad = torch.randn(6, 8), torch.randn(6, 4)
     h, grad_z, again = torch.zeros(6, 4), torch.zeros(6, 8), torch.zeros(6, 4)
     forward = kernel.forward_step(z, 2, h)
@@ -47,14 +99,26 @@ def test_steps_do_nothing_until_they_are_called_and_write_where_they_are_told() 
 
 
 @pytest.mark.parametrize("blocks", [2, 3])
-def test_the_differentiable_form(blocks: int) -> None:
+def test_the_differentiable_form(kernel: ModuleType, blocks: int) -> None:
     z = torch.randn(3, 5, blocks * 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: kernel.gated_silu(t, blocks), z)
+    assert torch.autograd.gradcheck(lambda t: gated_silu(t, blocks, kernel), z)
 
 
-def test_the_gradient_handed_in_is_left_alone() -> None:
+def test_gradients_and_inputs_that_are_not_contiguous(kernel: ModuleType) -> None:
+    z = torch.randn(6, 4, dtype=torch.float64).t().requires_grad_()
+    grad = torch.randn(3, 1, dtype=torch.float64).t().expand(4, 3)
+    h = gated_silu(z, 2, kernel)
+    (found,) = torch.autograd.grad(h, z, grad)
+    expected, expected_grad = formula_and_gradient(z.detach(), grad, 2)
+    torch.testing.assert_close((h.detach(), found), (expected, expected_grad))
+
+
+def test_the_gradient_handed_in_is_left_alone(kernel: ModuleType) -> None:
     z = torch.randn(4, 6, requires_grad=True)
     grad = torch.randn(4, 3)
     before = grad.clone()
-    kernel.gated_silu(z, 2).backward(grad)
+    gated_silu(z, 2, kernel).backward(grad)
     assert torch.equal(grad, before)
+    after = grad.clone()
+    kernel.backward(after, z.detach(), 2)
+    assert kernel.OVERWRITES_GRADIENT is not torch.equal(after, before)

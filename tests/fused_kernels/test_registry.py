@@ -6,15 +6,41 @@ from pathlib import Path
 
 import pytest
 
-from fused_kernels import KernelUnavailable, registry, select, select_all
+from fused_kernels import KernelUnavailable, native, registry, select, select_all
+
+
+@pytest.fixture
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine without a compiler."""
+    monkeypatch.setattr(native, "unavailable", lambda: "no C++ compiler (set CXX)")
 
 
 @pytest.mark.parametrize("operation", registry.OPERATIONS)
-def test_auto_says_what_it_took_and_why(operation: str) -> None:
-    kernel = select(operation)
-    assert kernel.implementation == "reference"
-    assert kernel.reason == "auto: first of reference on cpu"
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_auto_says_what_it_took_and_why(operation: str, device: str, compiled: None) -> None:
+    kernel = select(operation, device_type=device)
+    names = ["native", "reference"] if device == "cpu" else ["reference"]
+    assert kernel.implementation == names[0]
+    assert kernel.reason == f"auto: first of {', '.join(names)} on {device}"
     assert callable(kernel.module.forward)
+    assert kernel.module.__name__ == f"fused_kernels.{names[0]}.{operation}"
+
+
+def test_auto_says_what_it_could_not_take(without_native: None) -> None:
+    kernel = select("gated_silu")
+    assert kernel.implementation == "reference"
+    why_not = "no native: no C++ compiler (set CXX)"
+    assert kernel.reason == f"auto: first of reference on cpu; {why_not}"
+    with pytest.raises(
+        KernelUnavailable, match=r"use auto or reference on cpu; no native: no C\+\+"
+    ):
+        select("gated_silu", "native")
+
+
+def test_an_implementation_is_taken_by_name(compiled: None) -> None:
+    for name in ("native", "reference"):
+        chosen = select("gated_silu", name)
+        assert (chosen.implementation, chosen.reason) == (name, "as asked")
 
 
 def test_an_unknown_implementation_is_refused_by_name_with_what_there_is() -> None:
@@ -30,7 +56,7 @@ def test_an_implementation_for_other_devices_is_refused(monkeypatch: pytest.Monk
 
 
 def test_a_folder_that_lacks_an_operation_is_passed_over(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, without_native: None
 ) -> None:
     import fused_kernels
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
 
-from fused_kernels.reference import _blocks, combine_tokens, dispatch_tokens
+from fused_kernels import select
+from fused_kernels.reference import _blocks
+
+
+@pytest.fixture
+def combine(implementation: str) -> ModuleType:
+    return select("combine_tokens", implementation).module
+
+
+@pytest.fixture
+def dispatch(implementation: str) -> ModuleType:
+    return select("dispatch_tokens", implementation).module
 
 
 @pytest.fixture
@@ -25,52 +38,90 @@ def case() -> dict[str, Tensor]:
     }
 
 
-def plain_combine(out: Tensor, case: dict[str, Tensor], weights: Tensor) -> Tensor:
-    tokens = []
-    for t in range(4):
-        total = torch.zeros(5, dtype=torch.float64)
-        for k in range(2):
-            if case["kept"][t, k]:
-                total = total + weights[t, k] * out[case["rows"][t, k]]
-        tokens.append(total)
-    return torch.stack(tokens)
+def plain_combine(out: Tensor, weights: Tensor, rows: Tensor, kept: Tensor) -> Tensor:
+    return ((weights * kept).unsqueeze(2) * out[rows]).sum(1)
 
 
-def test_dispatch_copies_tokens_and_sums_their_gradients(case: dict[str, Tensor]) -> None:
+def test_dispatch_copies_tokens_and_sums_their_gradients(
+    dispatch: ModuleType, case: dict[str, Tensor]
+) -> None:
     x = case["x"].requires_grad_()
-    buffer = dispatch_tokens.forward(x, case["source"])
+    buffer = x[case["source"]]
     filled = [0, 1, 3, 4, 6]
-    torch.testing.assert_close(buffer[filled], x[case["source"][filled]])
+    found = dispatch.forward(x.detach(), case["source"])
+    torch.testing.assert_close(found[filled], buffer[filled].detach())
     grad = torch.randn(7, 5, dtype=torch.float64)
     (expected,) = torch.autograd.grad(buffer[filled], x, grad[filled])
-    torch.testing.assert_close(dispatch_tokens.backward(grad, case["rows"], case["kept"]), expected)
+    torch.testing.assert_close(dispatch.backward(grad, case["rows"], case["kept"]), expected)
 
 
-def test_combine_and_its_two_gradients(case: dict[str, Tensor]) -> None:
+def test_combine_and_its_two_gradients(combine: ModuleType, case: dict[str, Tensor]) -> None:
     out = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     weights = case["weights"].requires_grad_()
     arguments = (out.detach(), weights.detach(), case["rows"], case["kept"])
-    expected = plain_combine(out, case, weights)
-    y = combine_tokens.forward(*arguments)
+    expected = plain_combine(out, weights, case["rows"], case["kept"])
+    y = combine.forward(*arguments)
     torch.testing.assert_close(y, expected.detach())
     assert torch.equal(y[2], torch.zeros(5, dtype=torch.float64))
     grad = torch.randn(4, 5, dtype=torch.float64)
     expected_grads = torch.autograd.grad(expected, (out, weights), grad)
-    grads = combine_tokens.backward(grad, *arguments, case["source"])
+    grads = combine.backward(grad, *arguments, case["source"])
     torch.testing.assert_close(grads, expected_grads)
     assert torch.equal(grads[0][[2, 5]], torch.zeros(2, 5, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("hidden", [1, 513, 1300])
+@pytest.mark.parametrize("topk", [1, 3])
+def test_at_random(
+    dispatch: ModuleType, combine: ModuleType, topk: int, hidden: int, dtype: torch.dtype
+) -> None:
+    """Any number of choices, any width, nothing contiguous but the rows, against fp64."""
+    torch.manual_seed(hidden)
+    tokens, buffer_rows = 50, 50 * topk + 9
+    rows = torch.randperm(buffer_rows)[: tokens * topk].view(topk, tokens).t()
+    kept = torch.rand(topk, tokens).t() < 0.7
+    rows = rows * kept
+    source = torch.zeros(buffer_rows, dtype=torch.long)
+    token_of = torch.arange(tokens).unsqueeze(1).expand(-1, topk)
+    source[rows[kept]] = token_of[kept]
+    filled = torch.zeros(buffer_rows, dtype=torch.bool)
+    filled[rows[kept]] = True
+    weights = torch.rand(topk, tokens).t()
+    out, grad = torch.randn(buffer_rows, hidden).to(dtype), torch.randn(hidden, tokens).to(dtype)
+    exact_out, exact_weights = (x.double().requires_grad_() for x in (out, weights))
+    y = plain_combine(exact_out, exact_weights, rows, kept)
+    exact = y, *torch.autograd.grad(y, (exact_out, exact_weights), grad.t().double())
+    found = (
+        combine.forward(out, weights, rows, kept),
+        *combine.backward(grad.t(), out, weights, rows, kept, source),
+    )
+    tolerances = [2e-2, 2e-2, 1e-2] if dtype == torch.bfloat16 else [1e-5, 1e-6, 1e-5]
+    for value, expected, share in zip(found, exact, tolerances, strict=True):
+        largest = float(expected.detach().abs().max())
+        torch.testing.assert_close(
+            value.double(), expected.detach(), atol=share * largest, rtol=share
+        )
+    assert [x.dtype for x in found] == [dtype, dtype, torch.float32]
+    assert not found[1][~filled].any()
+    tokens_TH = grad.t()
+    assert torch.equal(dispatch.forward(tokens_TH, source), tokens_TH[source])
+    summed = plain_combine(out.double(), torch.ones(tokens, topk), rows, kept)
+    torch.testing.assert_close(
+        dispatch.backward(out, rows, kept).double(), summed, atol=tolerances[0], rtol=tolerances[0]
+    )
+
+
 @pytest.mark.parametrize("block", [1 << 17, 2000])
 def test_combine_sums_the_gradient_of_its_weights_in_their_dtype(
-    case: dict[str, Tensor], block: int, monkeypatch: pytest.MonkeyPatch
+    combine: ModuleType, case: dict[str, Tensor], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1001 products of ones: bfloat16, which has 8 bits, cannot hold their sum."""
     monkeypatch.setattr(_blocks, "CACHED_ELEMENTS", block)
     out, grad = torch.ones(7, 1001, dtype=torch.bfloat16), torch.ones(4, 1001, dtype=torch.bfloat16)
     out[3] = 2.0
     weights, rows, kept = case["weights"].float(), case["rows"], case["kept"]
-    grad_out, grad_weights = combine_tokens.backward(grad, out, weights, rows, kept, case["source"])
+    grad_out, grad_weights = combine.backward(grad, out, weights, rows, kept, case["source"])
     assert grad_weights.dtype == torch.float32
     torch.testing.assert_close(
         grad_weights, torch.tensor([[2002.0, 1001.0], [1001.0, 1001.0], [0.0, 0.0], [1001.0, 0.0]])
@@ -79,3 +130,23 @@ def test_combine_sums_the_gradient_of_its_weights_in_their_dtype(
     for t, k in kept.nonzero().tolist():
         expected[rows[t, k]] = weights[t, k].to(torch.bfloat16)
     torch.testing.assert_close(grad_out, expected)
+
+
+@pytest.mark.parametrize("bad", [7, -1])
+def test_an_index_outside_of_the_buffer_is_refused(
+    dispatch: ModuleType, combine: ModuleType, case: dict[str, Tensor], bad: int
+) -> None:
+    """Memory of others is neither read nor written."""
+    rows, kept, weights = case["rows"].clone(), case["kept"], case["weights"]
+    rows[1, 1] = bad
+    out, grad = torch.zeros(7, 5, dtype=torch.float64), case["x"]
+    source = case["source"].clone()
+    source[2] = 4 if bad > 0 else bad
+    with pytest.raises((IndexError, RuntimeError)):
+        combine.forward(out, weights, rows, kept)
+    with pytest.raises((IndexError, RuntimeError)):
+        combine.backward(grad, out, weights, rows, kept, source)
+    with pytest.raises((IndexError, RuntimeError)):
+        dispatch.backward(out, rows, kept)
+    with pytest.raises((IndexError, RuntimeError)):
+        dispatch.forward(grad, source)

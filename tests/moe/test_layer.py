@@ -27,6 +27,7 @@ from tests.moe.cases import (
     tokens,
     watched,
 )
+from tests.support.kernels import IMPLEMENTATIONS, need
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "t5x": {},
@@ -78,22 +79,24 @@ def compare(layer: MoELayer, x_SBH: Tensor, *, training: bool = True) -> int:
     return int((~kept).sum())
 
 
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 @pytest.mark.parametrize("impl", ["loop", "batched", "auto"])
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_training(settings: dict[str, Any], impl: str) -> None:
+def test_training(settings: dict[str, Any], impl: str, kernels: str) -> None:
+    need(kernels)
     width = {"moe_ffn_hidden_size": 8, **settings}
     if settings.get("moe_ffn_hidden_size") == 7:
-        layer = odd_layer(impl)
+        layer = odd_layer(impl, kernels)
     else:
-        layer = layer_of(moe_config(**width, moe_expert_impl=impl))
+        layer = layer_of(moe_config(**width, moe_expert_impl=impl, moe_dispatch_impl=kernels))
     dropped = compare(layer, tokens(1))
     assert (dropped == 0) == (settings.get("moe_expert_capacity_factor", 1.0) is None)
 
 
-def odd_layer(impl: str) -> MoELayer:
+def odd_layer(impl: str, kernels: str) -> MoELayer:
     """Sizes without a common factor."""
     model = ModelConfig(hidden_size=HIDDEN, ffn_hidden_size=7)
-    moe = moe_config(num_experts=5, moe_expert_impl=impl)
+    moe = moe_config(num_experts=5, moe_expert_impl=impl, moe_dispatch_impl=kernels)
     layer = MoELayer(model, moe, layer_number=0, num_moe_layers=1, params_dtype=DTYPE)
     layer.reset_parameters(0)
     return layer
@@ -248,11 +251,14 @@ def test_a_missing_kernel_is_refused_at_once() -> None:
         layer_of(moe)
 
 
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
 @pytest.mark.parametrize("impl", ["loop", "batched", "auto"])
-def test_bfloat16(impl: str) -> None:
+def test_bfloat16(impl: str, kernels: str) -> None:
     """Low precision stays close to fp32 with the same weights."""
+    need(kernels)
     torch.manual_seed(0)
-    moe = moe_config(moe_expert_impl=impl, moe_expert_capacity_factor=None)
+    settings = {"moe_expert_impl": impl, "moe_dispatch_impl": kernels}
+    moe = moe_config(**settings, moe_expert_capacity_factor=None)
     low = MoELayer(
         ModelConfig(), moe, layer_number=0, num_moe_layers=1, params_dtype=torch.bfloat16
     )
