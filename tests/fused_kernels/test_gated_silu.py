@@ -71,6 +71,18 @@ def test_low_precision(kernel: ModuleType, dtype: torch.dtype, units: float, blo
     assert torch.equal(kernel.forward(z, blocks), again)
 
 
+@pytest.mark.parametrize("blocks", [2, 3])
+def test_compiled_code_rounds_bfloat16_once(compiled: None, blocks: int) -> None:
+    """To the nearest: half a unit in the last place, and what fp32 adds."""
+    kernel = select("gated_silu", "native").module
+    z, grad_h = (torch.randn(50, width).bfloat16() for width in (blocks * 301, 301))
+    expected, expected_grad = formula_and_gradient(z, grad_h, blocks)
+    grad_z, h = kernel.backward(grad_h, z, blocks)
+    for found, exact in ((h, expected), (grad_z, expected_grad)):
+        allowed = 0.503 * torch.finfo(torch.bfloat16).eps * exact.abs() + 1e-6
+        assert ((found.double() - exact).abs() <= allowed).all()
+
+
 def test_gates_beyond_the_exponential(kernel: ModuleType) -> None:
     """Silu is its input far above zero, nothing far below, and not a number of what is none."""
     gate = torch.tensor([[0.0, 88.0, 89.0, 1e30, -80.0, -89.0, -1e30, torch.nan]])

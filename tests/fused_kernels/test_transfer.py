@@ -132,6 +132,14 @@ def test_combine_sums_the_gradient_of_its_weights_in_their_dtype(
     torch.testing.assert_close(grad_out, expected)
 
 
+def test_what_is_no_number_stays_none(combine: ModuleType, case: dict[str, Tensor]) -> None:
+    """Whatever its bits, also where they round up to those of minus zero."""
+    weights = torch.full((4, 2), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        y = combine.forward(torch.ones(7, 5, dtype=dtype), weights, case["rows"], case["kept"])
+        assert y[case["kept"].any(1)].isnan().all()
+
+
 @pytest.mark.parametrize("bad", [7, -1])
 def test_an_index_outside_of_the_buffer_is_refused(
     dispatch: ModuleType, combine: ModuleType, case: dict[str, Tensor], bad: int
