@@ -15,6 +15,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import stat
 import subprocess
@@ -74,7 +75,7 @@ def _compiled() -> Path:
     """The library's file, made if it is not there."""
     if sys.platform != "linux":
         raise NativeUnavailable(f"only on Linux, this is {sys.platform}")
-    command = [_compiler(), *FLAGS, *WIDE_FLAGS.get(platform.machine(), ())]
+    command = [*_compiler(), *FLAGS, *WIDE_FLAGS.get(platform.machine(), ())]
     directory, key = _cache_directory(), _key(command)
     for library in sorted(directory.glob(f"native-{key}-*.so")):
         # Loading a file that lost its end would end the process.
@@ -88,21 +89,22 @@ def _name(directory: Path, key: str, content: bytes) -> Path:
     return directory / f"native-{key}-{hashlib.sha256(content).hexdigest()[:16]}.so"
 
 
-def _compiler() -> str:
-    asked = os.environ.get("CXX")
-    for name in (asked,) if asked else COMPILERS:
+def _compiler() -> list[str]:
+    """`$CXX`, which may be several words, as in `ccache g++`; or the first that there is."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for name in asked[:1] or COMPILERS:
         found = shutil.which(name)
         if found is not None:
-            return found
+            return [found, *asked[1:]]
     raise NativeUnavailable(
-        f"CXX is {asked!r}, which is no command" if asked else "no C++ compiler (set CXX)"
+        f"CXX is {' '.join(asked)!r}, which is no command" if asked else "no C++ compiler (set CXX)"
     )
 
 
 def _key(command: list[str]) -> str:
     """Of all that the library depends on."""
-    version = subprocess.run([command[0], "--version"], capture_output=True, check=False).stdout
-    parts = [" ".join(command).encode(), version, _processor()]
+    version = subprocess.run([*command, "--version"], capture_output=True, check=False).stdout
+    parts = [" ".join([*command, *platform.libc_ver()]).encode(), version, _processor()]
     parts += [path.name.encode() + path.read_bytes() for path in sorted(SOURCES.iterdir())]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 

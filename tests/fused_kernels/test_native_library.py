@@ -49,14 +49,19 @@ def script(path: Path, body: str) -> Path:
 def test_it_is_compiled_once_and_found_again(
     cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    body = (
-        f'case "$*" in *-o*) echo x >> {tmp_path}/calls;; esac\nexec {library._compiler()} "$@"\n'
-    )
+    compiles = f'case "$*" in *" -o "*) echo x >> {tmp_path}/calls;; esac\n'
+    body = compiles + f'exec {library._compiler()[0]} "$@"\n'
     monkeypatch.setenv("CXX", str(script(tmp_path / "recorder", body)))
     assert [unavailable(), asked_again()] == [None, None]
     assert (tmp_path / "calls").read_text() == "x\n"
     assert [path.suffix for path in cache.iterdir()] == [".so"]
     assert cache.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_compiler_of_several_words(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", f"env {library._compiler()[0]} -DNDEBUG")
+    assert unavailable() is None
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_what_lost_its_end_is_compiled_again(cache: Path) -> None:
