@@ -46,7 +46,7 @@ def pretrain(config: RunConfig) -> None:
     from megatron_moe.model.build import build_model
     from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
     from megatron_moe.parallel.launch import launched
-    from megatron_moe.training.kernels import check_kernels
+    from megatron_moe.training.kernels import unequal_kernels
     from megatron_moe.training.loop import train
     from megatron_moe.training.outputs import check_outputs
     from megatron_moe.training.placement import check_coordinates
@@ -60,9 +60,9 @@ def pretrain(config: RunConfig) -> None:
     vocab_size = padded_vocab_size(config.data, build_tokenizer(config.data))
     course = resolve_course(config, here.world_size, vocab_size)
     check_outputs(config)
-    check_kernels(config, platform.device.type, here)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     ranks = early_ranks(here, timeout)
+    unequal = unequal_kernels(config, platform.device.type, ranks)
     start = starting_point(course, ranks)
     supply, data = open_supply(course, here.rank, start)
     stage = course.at(start.state.iteration)
@@ -72,7 +72,7 @@ def pretrain(config: RunConfig) -> None:
     run = prepare_run(stage.config, stage.plan, ctx, chunks, vocab_size)
     reporter = Reporter(config.logging, course.iterations, ctx.rank == 0, start.state.iteration)
     reporter.start(run, course, data, start.state)
-    for line in start.skipped:
+    for line in [*unequal, *start.skipped]:
         reporter.say(f" WARNING: {line}")
     for change in changed_settings(course, start):
         reporter.say(f" since the checkpoint: {change}")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 class _GatedSilu(torch.autograd.Function):
@@ -17,6 +18,7 @@ class _GatedSilu(torch.autograd.Function):
         return kernel.forward(z_RM, blocks)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (z_RM,) = ctx.saved_tensors
         # It is not ours: whoever made it may still read it.

@@ -59,14 +59,14 @@ class Kernel:
     module: ModuleType
 
 
-def available(operation: str, device_type: str) -> dict[str, str | None]:
-    """Implementations of ``operation`` for ``device_type``, best first, and why not here."""
-    return {
-        name: _unavailable(name)
+def known(operation: str, device_type: str) -> list[str]:
+    """Implementations of ``operation`` for ``device_type``, best first, available here or not."""
+    return [
+        name
         for name, devices in IMPLEMENTATIONS.items()
         if (devices is None or device_type in devices)
         and importlib.util.find_spec(f"{__package__}.{name}.{operation}") is not None
-    }
+    ]
 
 
 def _unavailable(name: str) -> str | None:
@@ -90,19 +90,22 @@ def select(operation: str, requested: str = "auto", device_type: str = "cpu") ->
     """
     if operation not in OPERATIONS:
         raise ValueError(f"operation is {operation!r}, expected one of {', '.join(OPERATIONS)}")
-    found = available(operation, device_type)
-    names = [name for name, why_not in found.items() if why_not is None]
-    missing = "; ".join(f"no {name}: {why_not}" for name, why_not in found.items() if why_not)
-    also = f"; {missing}" if missing else ""
-    if requested == "auto":
-        name, reason = names[0], f"auto: first of {', '.join(names)} on {device_type}{also}"
-    elif requested in names:
-        name, reason, missing = requested, "as asked", ""
-    else:
-        expected = f"auto or {' or '.join(names)} on {device_type}{also}"
-        raise KernelUnavailable(requested, expected)
-    module = importlib.import_module(f"{__package__}.{name}.{operation}")
-    return Kernel(operation, name, reason, missing, module)
+    names = known(operation, device_type)
+    asked = names if requested == "auto" else [requested]
+    if not set(asked) <= set(names):
+        raise KernelUnavailable(requested, f"auto or {' or '.join(names)} on {device_type}")
+    missing = []
+    for name in asked:  # No other is asked: one may take a compiler to answer.
+        why_not = _unavailable(name)
+        if why_not is not None:
+            missing.append(f"no {name}: {why_not}")
+            continue
+        rest = f"auto: first of {', '.join(names[len(missing) :])} on {device_type}"
+        reason = "; ".join([rest, *missing]) if requested == "auto" else "as asked"
+        module = importlib.import_module(f"{__package__}.{name}.{operation}")
+        return Kernel(operation, name, reason, "; ".join(missing), module)
+    others = " or ".join(name for name in names if name not in asked)
+    raise KernelUnavailable(requested, f"auto or {others} on {device_type}; {'; '.join(missing)}")
 
 
 def select_all(requested: str = "auto", device_type: str = "cpu") -> dict[str, Kernel]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_kernels.native.library import operation, runs_on
+from fused_kernels.native.call import Operand, computed, operation, runs_on
 from fused_kernels.reference import combine_tokens as reference
 
 
@@ -19,9 +19,12 @@ def forward(out_RH: Tensor, weights_TK: Tensor, rows_TK: Tensor, kept_TK: Tensor
     if not runs_on(out_RH, weights_TK, rows_TK, kept_TK):
         return reference.forward(out_RH, weights_TK, rows_TK, kept_TK)
     y_TH = out_RH.new_empty(rows_TK.shape[0], out_RH.shape[1])
-    choices = _choices(out_RH, weights_TK, rows_TK, kept_TK)
-    sizes = _sizes(out_RH, rows_TK)
-    operation("combine_forward", out_RH.dtype, out_RH.contiguous(), *choices, y_TH, *sizes)()
+    operands: list[Operand] = [
+        (out_RH.contiguous(), out_RH.shape, out_RH.dtype),
+        *_choices(out_RH, weights_TK, rows_TK, kept_TK),
+        (y_TH, y_TH.shape, out_RH.dtype),
+    ]
+    operation("combine_forward", out_RH.dtype, operands, *_sizes(out_RH, rows_TK))()
     return y_TH
 
 
@@ -39,19 +42,28 @@ def backward(
     """
     if not runs_on(grad_TH, out_RH, weights_TK, rows_TK, kept_TK):
         return reference.backward(grad_TH, out_RH, weights_TK, rows_TK, kept_TK, source_R)
-    choices = _choices(out_RH, weights_TK, rows_TK, kept_TK)
-    grad_RH, grad_TK = out_RH.new_empty(out_RH.shape), torch.empty_like(choices[0])
-    tensors = grad_TH.contiguous(), out_RH.contiguous(), *choices, grad_RH, grad_TK
-    operation("combine_backward", out_RH.dtype, *tensors, *_sizes(out_RH, rows_TK))()
+    grad_RH = out_RH.new_empty(out_RH.shape)
+    grad_TK = weights_TK.new_empty(rows_TK.shape, dtype=computed(out_RH.dtype))
+    hidden = rows_TK.shape[0], out_RH.shape[1]
+    operands: list[Operand] = [
+        (grad_TH.contiguous(), hidden, out_RH.dtype),
+        (out_RH.contiguous(), out_RH.shape, out_RH.dtype),
+        *_choices(out_RH, weights_TK, rows_TK, kept_TK),
+        (grad_RH, out_RH.shape, out_RH.dtype),
+        (grad_TK, rows_TK.shape, grad_TK.dtype),
+    ]
+    operation("combine_backward", out_RH.dtype, operands, *_sizes(out_RH, rows_TK))()
     return grad_RH, grad_TK.to(weights_TK.dtype)
 
 
-def _choices(
-    out_RH: Tensor, weights_TK: Tensor, rows_TK: Tensor, kept_TK: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _choices(out_RH: Tensor, weights_TK: Tensor, rows_TK: Tensor, kept_TK: Tensor) -> list[Operand]:
     """Weights as they are computed with, rows, kept."""
-    dtype = torch.promote_types(out_RH.dtype, torch.float32)
-    return weights_TK.to(dtype).contiguous(), rows_TK.contiguous(), kept_TK.contiguous()
+    shape, dtype = rows_TK.shape, computed(out_RH.dtype)
+    return [
+        (weights_TK.to(dtype).contiguous(), shape, dtype),
+        (rows_TK.contiguous(), shape, torch.int64),
+        (kept_TK.contiguous(), shape, torch.bool),
+    ]
 
 
 def _sizes(out_RH: Tensor, rows_TK: Tensor) -> tuple[int, ...]:

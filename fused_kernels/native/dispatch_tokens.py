@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_kernels.native.library import operation, runs_on
+from fused_kernels.native.call import Operand, operation, runs_on
 from fused_kernels.reference import dispatch_tokens as reference
 
 
@@ -19,9 +19,13 @@ def forward(x_TH: Tensor, source_R: Tensor) -> Tensor:
         return reference.forward(x_TH, source_R)
     (tokens, hidden), rows = x_TH.shape, source_R.shape[0]
     buffer_RH = x_TH.new_empty(rows, hidden)
-    tensors = x_TH.contiguous(), source_R.contiguous(), buffer_RH
+    operands: list[Operand] = [
+        (x_TH.contiguous(), x_TH.shape, x_TH.dtype),
+        (source_R.contiguous(), (rows,), torch.int64),
+        (buffer_RH, (rows, hidden), x_TH.dtype),
+    ]
     sizes = tokens, hidden, rows, torch.get_num_threads()
-    operation("dispatch_forward", x_TH.dtype, *tensors, *sizes)()
+    operation("dispatch_forward", x_TH.dtype, operands, *sizes)()
     return buffer_RH
 
 
@@ -31,7 +35,12 @@ def backward(grad_RH: Tensor, rows_TK: Tensor, kept_TK: Tensor) -> Tensor:
         return reference.backward(grad_RH, rows_TK, kept_TK)
     (rows, hidden), (tokens, topk) = grad_RH.shape, rows_TK.shape
     grad_TH = grad_RH.new_empty(tokens, hidden)
-    tensors = grad_RH.contiguous(), rows_TK.contiguous(), kept_TK.contiguous(), grad_TH
+    operands: list[Operand] = [
+        (grad_RH.contiguous(), grad_RH.shape, grad_RH.dtype),
+        (rows_TK.contiguous(), rows_TK.shape, torch.int64),
+        (kept_TK.contiguous(), rows_TK.shape, torch.bool),
+        (grad_TH, (tokens, hidden), grad_RH.dtype),
+    ]
     sizes = tokens, topk, hidden, rows, torch.get_num_threads()
-    operation("dispatch_backward", grad_RH.dtype, *tensors, *sizes)()
+    operation("dispatch_backward", grad_RH.dtype, operands, *sizes)()
     return grad_TH

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_kernels.native.library import operation, runs_on
+from fused_kernels.native.call import Operand, operation, runs_on
 from fused_kernels.reference import gated_silu as reference
 
 OVERWRITES_GRADIENT = False
@@ -30,8 +30,8 @@ def forward_step(z_RM: Tensor, blocks: int, h_RF: Tensor) -> Callable[[], None]:
     """`forward` into ``h_RF``, to be done later."""
     if not runs_on(z_RM, h_RF):
         return reference.forward_step(z_RM, blocks, h_RF)
-    sizes = _sizes(h_RF, blocks)
-    return operation("gated_silu_forward", h_RF.dtype, z_RM, h_RF, *sizes)
+    narrow, wide = _operands(h_RF, blocks, [h_RF], [z_RM])
+    return operation("gated_silu_forward", h_RF.dtype, [*wide, *narrow], *_sizes(h_RF, blocks))
 
 
 def backward(grad_RF: Tensor, z_RM: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
@@ -47,8 +47,22 @@ def backward_step(
     """`backward` into ``grad_RM`` and ``h_RF``, to be done later."""
     if not runs_on(grad_RF, z_RM, grad_RM, h_RF):
         return reference.backward_step(grad_RF, z_RM, blocks, grad_RM, h_RF)
-    tensors = grad_RF, z_RM, grad_RM, h_RF
-    return operation("gated_silu_backward", h_RF.dtype, *tensors, *_sizes(h_RF, blocks))
+    (grad, h), (z, dz) = _operands(h_RF, blocks, [grad_RF, h_RF], [z_RM, grad_RM])
+    return operation("gated_silu_backward", h_RF.dtype, [grad, z, dz, h], *_sizes(h_RF, blocks))
+
+
+def _operands(
+    h_RF: Tensor, blocks: int, narrow: list[Tensor], wide: list[Tensor]
+) -> tuple[list[Operand], list[Operand]]:
+    """Those of F columns and those of M, with what they must be."""
+    if blocks not in (2, 3):
+        raise ValueError(f"the gate has {blocks} blocks, expected 2 or 3")
+    *rows, width = h_RF.shape
+    all_of_M = (*rows, blocks * width)
+    return (
+        [(x, h_RF.shape, h_RF.dtype) for x in narrow],
+        [(x, all_of_M, h_RF.dtype) for x in wide],
+    )
 
 
 def _sizes(h_RF: Tensor, blocks: int) -> tuple[int, int, int, int]:

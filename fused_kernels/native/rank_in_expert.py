@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_kernels.native.library import operation, runs_on
+from fused_kernels.native.call import Operand, operation, runs_on
 from fused_kernels.reference import rank_in_expert as reference
 
 
@@ -19,6 +19,10 @@ def forward(experts_GA: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         return reference.forward(experts_GA, num_experts)
     rank_GA = torch.empty_like(experts_GA, memory_format=torch.contiguous_format)
     load_GE = experts_GA.new_empty(experts_GA.shape[0], num_experts)
-    tensors = experts_GA.contiguous(), rank_GA, load_GE
-    operation("rank_in_expert", None, *tensors, *experts_GA.shape, num_experts)()
+    operands: list[Operand] = [
+        (experts_GA.contiguous(), experts_GA.shape, torch.int64),
+        (rank_GA, experts_GA.shape, torch.int64),
+        (load_GE, load_GE.shape, torch.int64),
+    ]
+    operation("rank_in_expert", None, operands, *experts_GA.shape, num_experts)()
     return rank_GA, load_GE

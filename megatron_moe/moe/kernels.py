@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 from fused_kernels import Kernel, KernelUnavailable, select_all
 from megatron_moe.errors import UsageError
 
 
+@functools.cache
 def kernels_of(requested: str, device_type: str) -> dict[str, Kernel]:
     """By operation.
 

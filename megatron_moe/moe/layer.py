@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_kernels import Kernel
 from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.moe import losses
@@ -99,7 +100,12 @@ class MoELayer(nn.Module):
         )
         self.counter = RoutingCounter(layer_number, moe.num_experts, device)
         self.on_routing: Callable[[Routing], None] | None = None
-        self.kernels = kernels_of(moe.moe_dispatch_impl, self.router_weight.device.type)
+        _ = self.kernels  # Refused now, if they are to be.
+
+    @property
+    def kernels(self) -> dict[str, Kernel]:
+        """By operation, for where the weights are: a layer may be moved."""
+        return kernels_of(self.moe.moe_dispatch_impl, self.router_weight.device.type)
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         """The weighted sum of each token's experts; zero for a token whose choices all dropped.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from megatron_moe.moe.plan import Plan
 
@@ -22,6 +23,7 @@ class _Dispatch(torch.autograd.Function):
         return kernel.forward(x_TH, plan.source_R)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return ctx.kernel.backward(grads[0], *ctx.saved_tensors), None, None
 
@@ -37,6 +39,7 @@ class _Combine(torch.autograd.Function):
         return kernel.forward(*saved[:4])
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         return *ctx.kernel.backward(grads[0], *ctx.saved_tensors), None, None
 

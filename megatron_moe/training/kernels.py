@@ -1,26 +1,43 @@
-"""Whether the kernels asked for are there, known before there are process groups."""
+"""Which kernels the ranks take, known before there are process groups."""
 
 from __future__ import annotations
 
 import socket
-import sys
+from collections import defaultdict
 
+from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.config import RunConfig
 from megatron_moe.moe.kernels import kernels_of
-from megatron_moe.parallel.launch import Launched
 
 
-def check_kernels(config: RunConfig, device_type: str, here: Launched) -> None:
-    """Choose them, and compile what is compiled at first use.
+def unequal_kernels(config: RunConfig, device_type: str, ranks: Ranks) -> list[str]:
+    """Choose them, compile what is compiled at first use, and say where ranks differ.
 
-    The log says what the first rank took. A node that lacks what `auto` would have taken says so
-    itself, on standard error.
+    The log says what the first rank took. Each rank chooses for itself: one whose node has no
+    compiler takes other kernels than the rest.
+
+    Returns:
+        On rank 0, a line for each choice, if there are several; nothing on the others.
 
     Raises:
         UsageError: what `--moe-dispatch-impl` names is not available here; it says why.
     """
-    missing = {k.missing for k in kernels_of(config.moe.moe_dispatch_impl, device_type).values()}
-    if here.rank and here.local_rank == 0:
-        for why_not in sorted(missing - {""}):
-            line = f"rank {here.rank} on {socket.gethostname()}: MoE kernels: {why_not}"
-            print(line, file=sys.stderr, flush=True)
+    chosen = kernels_of(config.moe.moe_dispatch_impl, device_type).values()
+    took = sorted({f"{kernel.implementation} ({kernel.reason})" for kernel in chosen})
+    told = ranks.gather([", ".join(took), socket.gethostname()])
+    hosts_by_choice: dict[str, list[str]] = defaultdict(list)
+    for choice, host in told or []:
+        hosts_by_choice[choice].append(host)
+    if len(hosts_by_choice) == 1:
+        return []
+    return [
+        f"MoE kernels of {len(hosts)} of {ranks.size} ranks: {choice}; on {_few(hosts)}"
+        for choice, hosts in hosts_by_choice.items()
+    ]
+
+
+def _few(hosts: list[str], most: int = 4) -> str:
+    """Each once, and of many the first."""
+    names = list(dict.fromkeys(hosts))
+    more = [f"{len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])

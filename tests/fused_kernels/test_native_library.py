@@ -11,11 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_kernels import registry, select
+from fused_kernels import select
 from fused_kernels.native import library, unavailable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,24 +46,22 @@ def script(path: Path, body: str) -> Path:
 def test_it_is_compiled_once_and_found_again(
     cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    compiles = f'case "$*" in *" -o "*) echo x >> {tmp_path}/calls;; esac\n'
-    body = compiles + f'exec {library._compiler()[0]} "$@"\n'
-    monkeypatch.setenv("CXX", str(script(tmp_path / "recorder", body)))
+    monkeypatch.setenv("CXX", counted(tmp_path))
     assert [unavailable(), asked_again()] == [None, None]
     assert (tmp_path / "calls").read_text() == "x\n"
-    assert [path.suffix for path in cache.iterdir()] == [".so"]
+    assert sorted(path.suffix for path in cache.iterdir()) == [".lock", ".so"]
     assert cache.stat().st_mode & 0o777 == 0o700
 
 
 def test_a_compiler_of_several_words(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", f"env {library._compiler()[0]} -DNDEBUG")
+    monkeypatch.setenv("CXX", f"env {library.compiler()[0]} -DNDEBUG")
     assert unavailable() is None
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(cache.glob("*.so"))) == 1
 
 
 def test_what_lost_its_end_is_compiled_again(cache: Path) -> None:
     assert unavailable() is None
-    (made,) = cache.iterdir()
+    (made,) = cache.glob("*.so")
     whole = made.read_bytes()
     made.unlink()  # What is loaded stays as it is.
     made.write_bytes(whole[:1000])
@@ -74,23 +69,33 @@ def test_what_lost_its_end_is_compiled_again(cache: Path) -> None:
     assert made.read_bytes() == whole
 
 
-def test_processes_that_compile_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+def counted(folder: Path, before: str = "") -> str:
+    """A compiler that leaves a line in `calls` whenever it compiles."""
+    compiles = f'case "$*" in *" -o "*) echo x >> {folder}/calls; {before} ;; esac\n'
+    return str(script(folder / "counted", compiles + f'exec {library.compiler()[0]} "$@"\n'))
+
+
+def test_of_processes_that_need_it_at_once_one_compiles(tmp_path: Path) -> None:
     program = "from fused_kernels.native import unavailable; print(unavailable())"
-    own = {**os.environ, "MEGATRON_MOE_KERNEL_CACHE": str(tmp_path)}
+    cache = tmp_path / "cache"
+    own = {**os.environ, "MEGATRON_MOE_KERNEL_CACHE": str(cache)}
+    own["CXX"] = counted(tmp_path, "sleep 3")
     command = [sys.executable, "-c", program]
     together = [
         subprocess.Popen(command, cwd=ROOT, env=own, text=True, stdout=subprocess.PIPE)
         for _ in range(3)
     ]
     assert [one.communicate(timeout=120)[0] for one in together] == ["None\n"] * 3
-    assert all(path.suffix == ".so" for path in tmp_path.iterdir())
+    assert (tmp_path / "calls").read_text() == "x\n"
+    assert len(list(cache.glob("*.so"))) == 1
 
 
-def test_another_source_command_or_processor_has_another_library(
+def test_another_source_command_compiler_or_processor_has_another_library(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    command = ["c++", "-O3"]
-    keys = {library._key(command), library._key(["c++", "-O2"])}
+    path = script(tmp_path / "c++", "echo version 1\n")
+    command = [str(path), "-O3"]
+    keys = {library._key(command), library._key([str(path), "-O2"])}
     with monkeypatch.context() as patch:
         patch.setattr(library, "_processor", lambda: b"another")
         keys.add(library._key(command))
@@ -99,7 +104,9 @@ def test_another_source_command_or_processor_has_another_library(
     assert library._key(command) in keys
     (tmp_path / "src" / "native.h").write_text("// changed\n")
     keys.add(library._key(command))
-    assert len(keys) == 4
+    script(path, "echo version 2\n")
+    keys.add(library._key(command))
+    assert len(keys) == 5
 
 
 def test_no_compiler_is_a_reason_in_a_few_words(
@@ -107,6 +114,8 @@ def test_no_compiler_is_a_reason_in_a_few_words(
 ) -> None:
     monkeypatch.setenv("CXX", "no-such")
     assert unavailable() == "CXX is 'no-such', which is no command"
+    monkeypatch.setenv("CXX", 'g++ "')
+    assert asked_again() == "CXX is 'g++ \"': No closing quotation"
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert asked_again() == "no C++ compiler (set CXX)"
@@ -119,7 +128,34 @@ def test_a_compiler_that_fails_says_why_and_leaves_nothing(
     broken = script(tmp_path / "broken", body)
     monkeypatch.setenv("CXX", str(broken))
     assert unavailable() == f"{broken} failed: x.cpp:1: error: no OpenMP"
-    assert not list(cache.iterdir())
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("said", "cause"),
+    [
+        ("a.cpp: In function\n a.cpp:3: error: expected ;", "a.cpp:3: error: expected ;"),
+        (
+            "ld: final link failed: No space left\nerror: ld returned 1",
+            "ld: final link failed: No space left",
+        ),
+        ("error: 1\nfatal error: omp.h", "fatal error: omp.h"),
+        ("\n kaputt\n", "kaputt"),
+        ("", "no message"),
+    ],
+)
+def test_the_cause_is_found_in_what_a_compiler_says(said: str, cause: str) -> None:
+    assert library._cause(said) == cause
+
+
+def test_a_compiler_that_hangs_is_a_reason(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", str(script(tmp_path / "slow", "exec sleep 60\n")))
+    monkeypatch.setattr(library, "COMPILER_SECONDS", 0.2)
+    found = unavailable()
+    assert found is not None
+    assert "timed out after 0.2 seconds" in found
 
 
 def test_what_cannot_be_loaded_is_a_reason(
@@ -133,11 +169,59 @@ def test_what_cannot_be_loaded_is_a_reason(
     assert re.search("file too short|invalid ELF header", found)
 
 
-def test_a_cache_that_others_can_write_to_is_not_used(cache: Path) -> None:
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_cache_that_others_can_write_to_is_not_used(cache: Path, mode: int) -> None:
     cache.mkdir(parents=True)
-    cache.chmod(0o777)
+    cache.chmod(mode)
     assert unavailable() == f"others may write to {cache} (set MEGATRON_MOE_KERNEL_CACHE)"
     assert not list(cache.iterdir())
+
+
+def test_a_cache_of_another_user_is_not_used(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir(parents=True, mode=0o700)
+    if os.geteuid() == 0:  # What is root's may be used by all.
+        os.chown(cache, 12345, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert unavailable() == f"others may write to {cache} (set MEGATRON_MOE_KERNEL_CACHE)"
+
+
+def test_where_the_cache_is(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MEGATRON_MOE_KERNEL_CACHE", "here")
+    assert unavailable() is None
+    assert list((tmp_path / "here").glob("*.so"))
+    monkeypatch.setenv("MEGATRON_MOE_KERNEL_CACHE", "~/there")
+    assert library._cache_place() == Path.home() / "there"
+    monkeypatch.delenv("MEGATRON_MOE_KERNEL_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert library._cache_place() == tmp_path / "megatron_moe"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert library._cache_place() == Path.home() / ".cache" / "megatron_moe"
+
+
+def test_nobody_without_a_home_is_troubled(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert unavailable() is None  # The cache was named.
+    for name in ("MEGATRON_MOE_KERNEL_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    found = asked_again()
+    assert found is not None
+    assert found.startswith("no cache directory (set MEGATRON_MOE_KERNEL_CACHE): ")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_who_asks_for_the_reference_needs_no_compiler(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """Nor waits for one that hangs."""
+    monkeypatch.setenv("CXX", "no-such")
+    assert select("gated_silu", "reference", device).reason == "as asked"
+    assert select("gated_silu", "auto", "cuda").reason == "auto: first of reference on cuda"
+    assert library._library_or_reason.cache_info().currsize == 0
 
 
 def test_a_cache_that_cannot_be_made_is_a_reason(cache: Path) -> None:
@@ -145,56 +229,3 @@ def test_a_cache_that_cannot_be_made_is_a_reason(cache: Path) -> None:
     found = unavailable()
     assert found is not None
     assert found.startswith("no cache directory (set MEGATRON_MOE_KERNEL_CACHE): ")
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """As many as before, in the end."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def test_results_do_not_depend_on_the_number_of_threads(threads: None) -> None:
-    """To the last bit, of tensors large enough for several."""
-    torch.manual_seed(0)
-    gate, combine = (select(n, "native").module for n in ("gated_silu", "combine_tokens"))
-    z, grad, out = torch.randn(999, 602), torch.randn(999, 301), torch.randn(1200, 301)
-    rows, kept = torch.randperm(1200)[:999].view(999, 1), torch.rand(999, 1) < 0.8
-    choices = torch.rand(999, 1), rows, kept
-
-    def results(count: int) -> list[Tensor]:
-        torch.set_num_threads(count)
-        found = [*gate.backward(grad, z, 2), combine.forward(out, *choices)]
-        return [*found, *combine.backward(grad, out, *choices, rows)]
-
-    alone = results(1)
-    for count in (2, 3):
-        assert all(torch.equal(a, b) for a, b in zip(alone, results(count), strict=True))
-
-
-def test_fake_tensors_get_the_shapes_of_the_results() -> None:
-    kernels = {name: select(name, "native").module for name in registry.OPERATIONS}
-    with FakeTensorMode():
-        z, x, rows = torch.empty(6, 8), torch.empty(5, 4), torch.zeros(5, 2, dtype=torch.long)
-        weights, source = torch.empty(5, 2), torch.zeros(6, dtype=torch.long)
-        out, kept = torch.empty(6, 4), torch.zeros(5, 2, dtype=torch.bool)
-        gate, combine = kernels["gated_silu"], kernels["combine_tokens"]
-        assert gate.forward(z, 2).shape == (6, 4)
-        assert [t.shape for t in gate.backward(out, z, 2)] == [(6, 8), (6, 4)]
-        assert kernels["dispatch_tokens"].forward(x, source).shape == (6, 4)
-        assert kernels["dispatch_tokens"].backward(out, rows, kept).shape == (5, 4)
-        assert combine.forward(out, weights, rows, kept).shape == (5, 4)
-        grads = combine.backward(x, out, weights, rows, kept, source)
-        assert [t.shape for t in grads] == [(6, 4), (5, 2)]
-        ranked = kernels["rank_in_expert"].forward(rows.t(), 3)
-        assert [t.shape for t in ranked] == [(2, 5), (2, 3)]
-
-
-def test_what_the_compiled_code_does_not_know_is_refused() -> None:
-    z = torch.zeros(4, 6)
-    with pytest.raises(TypeError, match=r"of torch\.float16, expected float32, float64, bfloat16"):
-        library.operation("gated_silu_forward", torch.float16, z.half())
-    for wrong in (z.t(), z.double(), z.int(), z.to("meta")):
-        with pytest.raises(ValueError, match="gated_silu_forward_f32: expected contiguous"):
-            library.operation("gated_silu_forward", torch.float32, wrong)

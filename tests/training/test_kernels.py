@@ -1,41 +1,18 @@
-"""Kernels that are not there end a run before it starts, or are named by the node without them."""
+"""Kernels that are not there end a run before it starts; ranks that take others are named."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from fused_kernels import native
-from megatron_moe.config import MoEConfig, RunConfig
-from megatron_moe.parallel.launch import Launched
-from megatron_moe.training.kernels import check_kernels
-from tests.training.test_pretrain import torchrun
+from megatron_moe.training.kernels import _few
+from tests.support.kernels import need
+from tests.training.test_pretrain import ROOT, torchrun
 from tests.training.tiny import MODEL
-
-
-@pytest.mark.parametrize(("rank", "local_rank"), [(0, 0), (3, 0), (4, 1)])
-def test_a_node_without_a_compiler_says_so_once(
-    rank: int,
-    local_rank: int,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    here = Launched(rank=rank, world_size=8, local_rank=local_rank)
-    monkeypatch.setattr(native, "unavailable", lambda: "no C++ compiler (set CXX)")
-    check_kernels(RunConfig(), "cpu", here)
-    said = capsys.readouterr().err
-    if (rank, local_rank) == (3, 0):
-        assert said.startswith("rank 3 on ")
-        assert said.endswith(": MoE kernels: no native: no C++ compiler (set CXX)\n")
-        assert said.count("\n") == 1
-    else:
-        assert said == ""
-    asked = replace(RunConfig(), moe=replace(MoEConfig(), moe_dispatch_impl="reference"))
-    check_kernels(asked, "cpu", here)
-    check_kernels(RunConfig(), "cuda", here)
-    assert capsys.readouterr().err == ""
 
 
 def test_native_without_a_compiler_is_refused_once_for_all_ranks(
@@ -47,6 +24,39 @@ def test_native_without_a_compiler_is_refused_once_for_all_ranks(
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if "--moe-dispatch-impl is" in line]
     assert len(lines) == 1
-    assert "is 'native'" in lines[0]
+    assert "is 'native', expected auto or reference on cpu" in lines[0]
     assert "no native: CXX is 'no-such-compiler', which is no command" in lines[0]
     assert not (tmp_path / "save").exists()
+
+
+def test_a_rank_without_a_compiler_is_named(corpus: str, tmp_path: Path) -> None:
+    """Two of three ranks find none; the run goes on, and the log says so."""
+    need("native")
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os\n"
+        "if os.environ['RANK'] != '1':\n"
+        "    os.environ['CXX'] = 'no-such'\n"
+        "import pretrain_openmoe\n"
+        "pretrain_openmoe.main()\n"
+    )
+    argv = [*MODEL, "--data-path", corpus, "--train-iters", "3", "--global-batch-size", "6"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    done = subprocess.run(
+        [*launcher, "3", str(program), *argv],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [line for line in done.stdout.splitlines() if "WARNING: MoE kernels of" in line]
+    assert len(found) == 2
+    assert "of 2 of 3 ranks: reference (auto: first of reference on cpu; no native: CXX" in found[0]
+    assert "of 1 of 3 ranks: native (auto: first of native, reference on cpu); on" in found[1]
+
+
+def test_of_many_hosts_a_few_are_named_and_each_once() -> None:
+    assert _few(["a", "a", "b"]) == "a, b"
+    assert _few([f"n{i // 2}" for i in range(14)]) == "n0, n1, n2, n3, 3 more"

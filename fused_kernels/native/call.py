@@ -1,0 +1,83 @@
+"""Calls of the compiled operations, with everything that they are handed looked at before."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fused_kernels.native.library import library
+
+SUFFIXES = {torch.float32: "f32", torch.float64: "f64", torch.bfloat16: "bf16"}
+"""Of a function's name, by the dtype of its elements."""
+Operand = tuple[Tensor, Sequence[int], torch.dtype]
+"""A tensor, and the shape and dtype that it must have."""
+_INDEX_OUT_OF_RANGE = 1
+
+
+def computed(dtype: torch.dtype) -> torch.dtype:
+    """What elements are computed with: fp32, or fp64 where they are that."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def runs_on(*tensors: Tensor) -> bool:
+    """Whether the tensors have memory to work on: a fake one has a shape alone, and the reference
+    implementation gives it that of the result.
+
+    Raises:
+        TypeError: a tensor of another class, which may mean anything.
+    """
+    others = [x for x in tensors if type(x) not in (Tensor, torch.nn.Parameter)]
+    if not others:
+        return True
+    # Imported here: it takes a second, and only dry runs have such tensors.
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    for x in others:
+        if not isinstance(x, FakeTensor):
+            raise TypeError(f"native kernels take plain tensors, found {type(x).__name__}")
+    return False
+
+
+def operation(
+    name: str, dtype: torch.dtype | None, operands: Sequence[Operand], *numbers: int
+) -> Callable[[], None]:
+    """A call to be made later, as often as wanted.
+
+    Args:
+        name: of the C++ function.
+        dtype: of its elements, which the name of the function ends in; `None` where it has none.
+        operands: contiguous tensors of the CPU, whose memory is handed over.
+        numbers: what follows them.
+
+    Raises:
+        TypeError: elements of that dtype are not computed with.
+        ValueError: a tensor that is elsewhere, not contiguous, or of another shape or dtype.
+        IndexError: by the call, an index that lies outside of what it points into.
+    """
+    if dtype is not None:
+        if dtype not in SUFFIXES:
+            known = ", ".join(str(known).removeprefix("torch.") for known in SUFFIXES)
+            raise TypeError(f"{name} of {dtype}, expected {known}; use the reference kernels")
+        name = f"{name}_{SUFFIXES[dtype]}"
+    function = getattr(library(), name)
+    values = [_address(name, *operand) for operand in operands]
+    sizes = [ctypes.c_int64(number) for number in numbers]
+
+    def call() -> None:
+        if function(*values, *sizes) == _INDEX_OUT_OF_RANGE:
+            raise IndexError(f"{name}: an index lies outside of what it points into")
+
+    call.keeps = operands  # type: ignore[attr-defined]
+    return call
+
+
+def _address(name: str, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> ctypes.c_void_p:
+    right = x.shape == tuple(shape) and x.dtype == dtype and x.device.type == "cpu"
+    if not right or not x.is_contiguous():
+        found = f"{x.dtype} {tuple(x.shape)} on {x.device}, strides {x.stride()}"
+        expected = f"contiguous {dtype} {tuple(shape)} on the CPU"
+        raise ValueError(f"{name}: expected {expected}, found {found}")
+    return ctypes.c_void_p(x.data_ptr())
