@@ -82,7 +82,7 @@ def test_tensors_of_other_classes_are_refused() -> None:
 
 
 GATE = {
-    "blocks": {"blocks": 4},
+    "blocks": {"blocks": 4, "z": torch.zeros(5, 16)},
     "a width that does not divide": {"z": torch.zeros(5, 7)},
     "wider gradients": {"grad": torch.zeros(5, 64)},
     "fewer rows": {"grad": torch.zeros(4, 4)},
