@@ -46,7 +46,6 @@ class Kernel:
         operation: its name, one of `OPERATIONS`.
         implementation: the folder it came from.
         reason: why that one, for the log.
-        missing: better ones that `auto` would have taken, and why they are not available here.
         module: the functions `forward` and, where it has one, `backward`; of the gate also
             `forward_step` and `backward_step`, which prepare a call and make it later, and
             `OVERWRITES_GRADIENT`.
@@ -55,7 +54,6 @@ class Kernel:
     operation: str
     implementation: str
     reason: str
-    missing: str
     module: ModuleType
 
 
@@ -103,7 +101,7 @@ def select(operation: str, requested: str = "auto", device_type: str = "cpu") ->
         rest = f"auto: first of {', '.join(names[len(missing) :])} on {device_type}"
         reason = "; ".join([rest, *missing]) if requested == "auto" else "as asked"
         module = importlib.import_module(f"{__package__}.{name}.{operation}")
-        return Kernel(operation, name, reason, "; ".join(missing), module)
+        return Kernel(operation, name, reason, module)
     others = " or ".join(name for name in names if name not in asked)
     raise KernelUnavailable(requested, f"auto or {others} on {device_type}; {'; '.join(missing)}")
 
