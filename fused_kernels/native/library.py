@@ -1,4 +1,4 @@
-"""The compiled operations: where they are kept, how they are made, how they are called.
+"""The compiled operations: where they are kept and how they are made; `call` calls them.
 
 The first process of a machine that needs them runs its C++ compiler, `$CXX` or the first of
 `COMPILERS`, for about two seconds, while others wait. The library is kept in

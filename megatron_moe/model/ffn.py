@@ -13,9 +13,9 @@ from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinea
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from fused_kernels import select
 from fused_kernels.autograd import gated_silu
 from megatron_moe.config.model import FfnVariant
+from megatron_moe.moe.kernels import kernels_of
 
 
 def input_blocks(variant: FfnVariant) -> int:
@@ -49,7 +49,7 @@ class DenseFFN(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.blocks = input_blocks(variant)
-        self.gate = select("gated_silu", kernels, engine_device(config).type).module
+        self.gate = kernels_of(kernels, engine_device(config).type)["gated_silu"].module
         self.linear_fc1 = ColumnParallelLinear(
             config.hidden_size,
             self.blocks * ffn_size,
