@@ -41,30 +41,30 @@ def pretrain(config: RunConfig) -> None:
 
     # Before anything imports the engine: on a CPU that import is half as long once patched.
     platform = activate(config.parallel.distributed_backend)
-    from megatron_moe.checkpoint.ranks import early_ranks
-    from megatron_moe.data.tokenizer import build_tokenizer, padded_vocab_size
     from megatron_moe.model.build import build_model
+    from megatron_moe.parallel.collectives import launch_rank_group
     from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
     from megatron_moe.parallel.launch import launched
+    from megatron_moe.tokenizer.build import build_tokenizer, padded_vocab_size
     from megatron_moe.training.kernels import unequal_kernels
     from megatron_moe.training.loop import train
     from megatron_moe.training.outputs import check_outputs
+    from megatron_moe.training.phases import resolve_run_schedule
     from megatron_moe.training.placement import check_coordinates
     from megatron_moe.training.reporting import Reporter
-    from megatron_moe.training.resume import changed_settings, load_run, starting_point
+    from megatron_moe.training.resume import changed_settings, load_run, resolve_resume_point
     from megatron_moe.training.run import prepare_run
-    from megatron_moe.training.stages import resolve_course
-    from megatron_moe.training.supply import open_supply
+    from megatron_moe.training.supply import build_dataloaders
 
     here = launched()
     vocab_size = padded_vocab_size(config.data, build_tokenizer(config.data))
-    course = resolve_course(config, here.world_size, vocab_size)
+    course = resolve_run_schedule(config, here.world_size, vocab_size)
     check_outputs(config)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
-    ranks = early_ranks(here, timeout)
+    ranks = launch_rank_group(here, timeout)
     unequal = unequal_kernels(config, platform.device.type, ranks)
-    start = starting_point(course, ranks)
-    supply, data = open_supply(course, here.rank, start)
+    start = resolve_resume_point(course, ranks)
+    supply, data = build_dataloaders(course, here.rank, start)
     stage = course.at(start.state.iteration)
     ctx = initialize_parallel(stage.layout, config.parallel, platform, config.train.seed)
     check_coordinates(stage.layout, ctx)

@@ -51,13 +51,13 @@ class Subject:
 
     def __init__(self, config: RunConfig, ctx: Any) -> None:
         from megatron_moe.checkpoint.background import BackgroundSaves
-        from megatron_moe.checkpoint.optimizer_state import optimizer_shards
-        from megatron_moe.checkpoint.ranks import Ranks
         from megatron_moe.model.build import build_model
-        from megatron_moe.training.optimizer import build_optimizer, wrap_chunks
+        from megatron_moe.model.sharding.optimizer_state import optimizer_shards
+        from megatron_moe.parallel.collectives import RankGroup
+        from megatron_moe.training.optim.optimizer import build_optimizer, wrap_chunks
 
         chunks = build_model(config, ctx.layout, ctx.pgs, VOCAB, ctx.platform.device)
-        self.config, self.ctx, self.saves = config, ctx, BackgroundSaves(Ranks())
+        self.config, self.ctx, self.saves = config, ctx, BackgroundSaves(RankGroup())
         self.chunks = wrap_chunks(config, chunks, ctx.pgs)
         self.optimizer = build_optimizer(config, self.chunks, ctx.pgs)
         for shard in optimizer_shards(self.optimizer).values():
@@ -72,14 +72,14 @@ class Subject:
 
     def start(self, directory: Path) -> None:
         """What training waits for when the save is asynchronous."""
-        from megatron_moe.checkpoint.ranks import Ranks
         from megatron_moe.checkpoint.save import contents_of
+        from megatron_moe.parallel.collectives import RankGroup
 
         contents = contents_of(
             *self._state(),
             optimizer=self.optimizer,
             with_rng=True,
-            ranks=Ranks(),
+            ranks=RankGroup(),
             **self._rest(),
         )
         self.saves.start(directory, 1, contents)

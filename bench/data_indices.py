@@ -21,11 +21,11 @@ from bench.record import Record
 from megatron_moe.config import DataConfig, RunConfig, TrainConfig
 from megatron_moe.data.blend import Blend
 from megatron_moe.data.datasets import build_split
-from megatron_moe.data.indexed_check import inspect_source
-from megatron_moe.data.indexed_format import HEADER, MAGIC, VERSION
+from megatron_moe.data.indexed.check import inspect_source
+from megatron_moe.data.indexed.format import HEADER, MAGIC, VERSION
 from megatron_moe.data.objectives.noise import noise_of
 from megatron_moe.data.objectives.windows import cut_windows
-from megatron_moe.data.tokenizer import NullTokenizer
+from megatron_moe.tokenizer.build import NullTokenizer
 
 DOCUMENTS, LONGEST = 1_000_000, 2000
 """10^9 tokens, near enough."""

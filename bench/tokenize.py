@@ -38,11 +38,11 @@ import sentencepiece
 
 from bench.record import Record
 from megatron_moe.config import DataConfig
-from megatron_moe.data.encoding import Refusal
-from megatron_moe.data.indexed_writer import IndexedWriter
-from megatron_moe.data.reading import read_batches
-from megatron_moe.data.sources import cut, find_inputs
-from megatron_moe.data.workers import Workers
+from megatron_moe.data.indexed.writer import IndexedWriter
+from megatron_moe.data.preprocess.encoding import EncodeError
+from megatron_moe.data.preprocess.reading import read_batches
+from megatron_moe.data.preprocess.sources import cut, find_inputs
+from megatron_moe.data.preprocess.workers import Workers
 from tools.train_tokenizer import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,7 +189,7 @@ def _encode(pool: Workers, piece: Slice, folder: Path) -> tuple[float, float, by
     start, begun = time.perf_counter(), _busy()
     with IndexedWriter(str(folder / "workers"), PIECES) as writer:
         for _, result in pool.encode(read_batches(stretch, ["text"], "file")):
-            if isinstance(result, Refusal):
+            if isinstance(result, EncodeError):
                 raise AssertionError(result.arguments)
             writer.add_documents(result[0].ids, result[0].lengths, result[0].sequences)
     rate, taken = piece.megabytes / (time.perf_counter() - start), _busy() - begun

@@ -26,12 +26,13 @@ OWN = ("megatron_moe", "fused_kernels", "tools", "bench", "tests", "pretrain_ope
 SOURCES = (*OWN[:4], "examples", "pretrain_openmoe.py", "setup.py")
 
 _BASE = {"config", "platform"}
-_MODEL = _BASE | {"data", "model", "moe"}
+_MODEL = _BASE | {"tokenizer", "data", "model", "moe"}
 _ENGINE = _MODEL | {"parallel", "checkpoint", "training"}
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "platform": {"config"},
-    "data": _BASE,
+    "tokenizer": _BASE,
+    "data": _BASE | {"tokenizer"},
     "moe": _BASE | {"fused_kernels"},
     "model": _BASE | {"moe", "fused_kernels"},
     "parallel": _MODEL,

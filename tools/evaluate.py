@@ -21,14 +21,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_moe.errors import UsageError, exit_on_mistake
+from megatron_moe.errors import UsageError, exit_on_usage_error
 from megatron_moe.inference.command import model_parser, require_harness, wanted
 
 if TYPE_CHECKING:
     from megatron_moe.config import RunConfig
     from megatron_moe.inference.loading import Loaded
     from megatron_moe.inference.perplexity import Perplexity
-    from megatron_moe.inference.stages import OneStage
+    from megatron_moe.inference.phases import OnePhase
 
 OWNERS = {
     "seq_length": "data_path",
@@ -152,22 +152,22 @@ def data(options: argparse.Namespace, loaded: Loaded) -> list[Perplexity]:
     )
 
 
-def stage_of_run(options: argparse.Namespace) -> OneStage | None:
+def stage_of_run(options: argparse.Namespace) -> OnePhase | None:
     """The stage whose samples they are; `None` for a run without stages.
 
     Raises:
         UsageError: weights that are no run's, or no such checkpoint or stage.
     """
     from megatron_moe.inference.loading import format_of
-    from megatron_moe.inference.stages import stage_of
+    from megatron_moe.inference.phases import phase_of
 
     if format_of(wanted(options)) == "hf":
         raise UsageError("--held-out", options.held_out, "a native checkpoint: it names its data")
-    return stage_of(options.load, options.ckpt_step, options.stage)
+    return phase_of(options.load, options.ckpt_step, options.stage)
 
 
 def held_out(
-    options: argparse.Namespace, loaded: Loaded, stage: OneStage | None
+    options: argparse.Namespace, loaded: Loaded, stage: OnePhase | None
 ) -> list[Perplexity]:
     """Of the run's samples, or of those of a stage.
 
@@ -225,7 +225,7 @@ def table(found: Sequence[Perplexity]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options = parse(argv)
-    with exit_on_mistake("evaluate.py"):
+    with exit_on_usage_error("evaluate.py"):
         run(options)
 
 

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megatron_moe.errors import UsageError, exit_on_mistake
+from megatron_moe.errors import UsageError, exit_on_usage_error
 from megatron_moe.inference.command import model_parser, wanted
 from megatron_moe.parallel.launch import ended_reader_is_fine
 
@@ -215,7 +215,7 @@ def ask(options: argparse.Namespace, loaded: Loaded, rules: Rules) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
     options = parse(argv)
-    with ended_reader_is_fine(), exit_on_mistake("generate.py"):
+    with ended_reader_is_fine(), exit_on_usage_error("generate.py"):
         run(options)
 
 

@@ -25,7 +25,6 @@ from typing import Any
 from megatron_moe.analysis.foreign import open_foreign
 from megatron_moe.analysis.foreign_config import is_foreign
 from megatron_moe.analysis.foreign_overview import foreign_differences, foreign_overview
-from megatron_moe.checkpoint.errors import Corrupt
 from megatron_moe.checkpoint.reading import verify
 from megatron_moe.convert.inspection import (
     TensorFacts,
@@ -34,7 +33,7 @@ from megatron_moe.convert.inspection import (
     overview,
     tensor_facts,
 )
-from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
+from megatron_moe.errors import USAGE_EXIT_CODE, Corrupt, UsageError
 
 FAULT_EXIT_CODE = 1
 

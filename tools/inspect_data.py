@@ -23,19 +23,19 @@ from collections.abc import Sequence
 from typing import get_args, get_type_hints
 
 from megatron_moe.config import DataConfig
-from megatron_moe.data.indexed_check import Source, inspect_source
-from megatron_moe.data.indexed_format import paths_of
-from megatron_moe.data.inspection import (
+from megatron_moe.data.indexed.check import Source, inspect_source
+from megatron_moe.data.indexed.format import paths_of
+from megatron_moe.data.indexed.inspection import (
     document,
     first_difference,
     named,
     statistics,
     verify,
 )
-from megatron_moe.data.manifest import read_manifest
-from megatron_moe.data.progress import progress_bar
-from megatron_moe.data.tokenizer import Tokenizer, build_tokenizer
+from megatron_moe.data.indexed.manifest import read_manifest
+from megatron_moe.data.preprocess.progress import progress_bar
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
+from megatron_moe.tokenizer.build import Tokenizer, build_tokenizer
 
 TOKENIZERS = get_args(get_type_hints(DataConfig)["tokenizer_type"])
 FAULT_EXIT_CODE = 1

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from megatron_moe_tools.make_demo_corpus import library_files, topics, with_progress
 
-from megatron_moe.errors import UsageError, exit_on_mistake
+from megatron_moe.errors import UsageError, exit_on_usage_error
 
 SYSTEM = "You explain Python and its standard library."
 SHORTEST, LONGEST = 20, 600
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="JSON Lines file")
     parser.add_argument("--conversations", type=int, default=4000, help="most of them (4000)")
     options = parser.parse_args(argv)
-    with exit_on_mistake("make_demo_chat.py", OSError):
+    with exit_on_usage_error("make_demo_chat.py", OSError):
         if options.conversations < 1:
             raise UsageError("--conversations", options.conversations, "at least 1")
         options.output.parent.mkdir(parents=True, exist_ok=True)

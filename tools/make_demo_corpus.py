@@ -25,8 +25,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_moe.data.progress import progress_bar
-from megatron_moe.errors import UsageError, exit_on_mistake
+from megatron_moe.data.preprocess.progress import progress_bar
+from megatron_moe.errors import UsageError, exit_on_usage_error
 
 LEFT_OUT = {
     "__pycache__",
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-dir", required=True, type=Path)
     parser.add_argument("--megabytes", type=float, default=16.0, help="most of each domain (16)")
     options = parser.parse_args(argv)
-    with exit_on_mistake("make_demo_corpus.py", OSError):
+    with exit_on_usage_error("make_demo_corpus.py", OSError):
         if options.megabytes <= 0:
             raise UsageError("--megabytes", options.megabytes, "a positive number")
         options.output_dir.mkdir(parents=True, exist_ok=True)

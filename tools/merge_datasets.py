@@ -20,11 +20,11 @@ import re
 import time
 from collections.abc import Iterable, Sequence
 
-from megatron_moe.data.indexed_format import paths_of
-from megatron_moe.data.manifest import manifest_path
-from megatron_moe.data.merge import merge
-from megatron_moe.data.progress import progress_bar
-from megatron_moe.errors import UsageError, exit_on_mistake
+from megatron_moe.data.indexed.format import paths_of
+from megatron_moe.data.indexed.manifest import manifest_path
+from megatron_moe.data.indexed.merge import merge
+from megatron_moe.data.preprocess.progress import progress_bar
+from megatron_moe.errors import UsageError, exit_on_usage_error
 
 _PART = re.compile(r"^(.*_part)(\d{5})of(\d{5})(_.*)$")
 """Prefix of a partition that tools/preprocess_data.py has made."""
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output-prefix", required=True, help="path without suffix")
     options = parser.parse_args(argv)
     start = time.perf_counter()
-    with exit_on_mistake("merge_datasets.py"):
+    with exit_on_usage_error("merge_datasets.py"):
         prefixes = find_parts(options.input)
         print(f"merging {len(prefixes)} data sets ...", flush=True)
         with progress_bar(sum(os.path.getsize(paths_of(p)[0]) for p in prefixes), "B") as bar:

@@ -26,11 +26,11 @@ from collections.abc import Sequence
 from typing import get_args, get_type_hints
 
 from megatron_moe.config import DataConfig
-from megatron_moe.data.preprocess import preprocess
-from megatron_moe.data.sources import TextDocuments
-from megatron_moe.data.tasks import PreprocessOptions, output_prefixes
-from megatron_moe.data.tokenizer import build_tokenizer
-from megatron_moe.errors import UsageError, exit_on_mistake
+from megatron_moe.data.preprocess.corpus import preprocess
+from megatron_moe.data.preprocess.sources import TextDocuments
+from megatron_moe.data.preprocess.tasks import PreprocessOptions, output_prefixes
+from megatron_moe.errors import UsageError, exit_on_usage_error
+from megatron_moe.tokenizer.build import build_tokenizer
 
 TOKENIZERS = get_args(get_type_hints(DataConfig)["tokenizer_type"])
 
@@ -97,7 +97,7 @@ def parse(argv: Sequence[str] | None) -> tuple[PreprocessOptions, DataConfig]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    with exit_on_mistake("preprocess_data.py"):
+    with exit_on_usage_error("preprocess_data.py"):
         options, data = parse(argv)
         if options.word_cache:
             reason = build_tokenizer(data).remember_words()

@@ -20,11 +20,11 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_moe.data.progress import progress_bar
-from megatron_moe.data.reading import read_batches
-from megatron_moe.data.sources import cut, find_inputs
-from megatron_moe.data.tokenizer import EOS, PAD, UNK
-from megatron_moe.errors import UsageError, exit_on_mistake
+from megatron_moe.data.preprocess.progress import progress_bar
+from megatron_moe.data.preprocess.reading import read_batches
+from megatron_moe.data.preprocess.sources import cut, find_inputs
+from megatron_moe.errors import UsageError, exit_on_usage_error
+from megatron_moe.tokenizer.build import EOS, PAD, UNK
 
 _SENTENCE = 2048
 """Characters of one training sentence; the trainer leaves out longer ones than 4192 bytes."""
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     print(f"training {options.vocab_size} pieces on up to {options.megabytes:g} MB ...", flush=True)
     partial = options.output.with_name(options.output.name + ".partial")
-    with exit_on_mistake("train_tokenizer.py", OSError):
+    with exit_on_usage_error("train_tokenizer.py", OSError):
         try:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as stream:  # before the training, which takes its time

@@ -15,9 +15,9 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron_moe.analysis.foreign_config import CONFIG, Settings, read_settings
-from megatron_moe.checkpoint.errors import Corrupt
 from megatron_moe.convert.hf_files import open_files
 from megatron_moe.convert.lazy import LazyTensor
+from megatron_moe.errors import Corrupt
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What other programs' mixtures choose for given tokens, as their own routers say it.
 
 The family's own class from `transformers` computes; hooks on its routers listen. Names are those of
-`megatron_moe.model.reference_routing.Routing`, so that an analysis reads either.
+`megatron_moe.model.reference.routing.Routing`, so that an analysis reads either.
 
 Shapes: B rows, S tokens of a row, T = B S tokens row by row, E experts, K choices, H hidden, V
 vocabulary.
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from megatron_moe.analysis.foreign import ForeignModel
 from megatron_moe.analysis.foreign_config import transformers
-from megatron_moe.checkpoint.errors import Corrupt
-from megatron_moe.errors import UsageError
+from megatron_moe.errors import Corrupt, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from megatron_moe.checkpoint.directory import has_checkpoint, latest_step
-from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
 from megatron_moe.checkpoint.reading import load_logical, read_config, read_metadata, verify
 from megatron_moe.checkpoint.state import Metadata, TrainState
+from megatron_moe.errors import CheckpointError, Corrupt
 
 if TYPE_CHECKING:
     from megatron_moe.checkpoint.load import load_checkpoint

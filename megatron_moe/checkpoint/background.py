@@ -23,9 +23,9 @@ from typing import Any
 
 from megatron_moe.checkpoint.host_copy import HostCopy, HostMemory
 from megatron_moe.checkpoint.rank_files import RankFile, divided, index_of, tensors_of
-from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.checkpoint.stream import Stopped
 from megatron_moe.checkpoint.writer import Contents, Saving, Written, bytes_of, heads, told_of
+from megatron_moe.parallel.collectives import RankGroup
 
 _PAUSE = 0.01
 """Seconds between questions when there is nothing to do but wait."""
@@ -93,7 +93,7 @@ class BackgroundSaves:
         pinned: whether copies come from a GPU.
     """
 
-    def __init__(self, ranks: Ranks, pinned: bool = False) -> None:
+    def __init__(self, ranks: RankGroup, pinned: bool = False) -> None:
         self._ranks = ranks
         self._memory = HostMemory(pinned)
         self._flight: _Flight | None = None

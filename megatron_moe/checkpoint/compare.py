@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_moe.checkpoint.files import DTYPES
-from megatron_moe.checkpoint.index import MODEL, LogicalTensor, Name
-from megatron_moe.checkpoint.parts import Part
+from megatron_moe.checkpoint.index import LogicalTensor, Name
 from megatron_moe.checkpoint.state import Metadata
 from megatron_moe.config import RunConfig, moe_layer_pattern
 from megatron_moe.model.logical import expert_width
+from megatron_moe.model.sharding.parts import MODEL, Part
 
 _MODEL_SHAPE = (
     "num_layers",

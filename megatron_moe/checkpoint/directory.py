@@ -18,9 +18,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_moe.checkpoint.errors import CheckpointError
 from megatron_moe.checkpoint.files import FileRecord, replace_text, sync_directory
 from megatron_moe.checkpoint.manifest import write_manifest
+from megatron_moe.errors import CheckpointError
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron-LM's name."""

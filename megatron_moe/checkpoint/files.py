@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
 from megatron_moe.checkpoint.stream import CHUNK, FileRecord, Stream, hash_of, write_stream
+from megatron_moe.errors import CheckpointError, Corrupt
 
 DTYPES = {
     torch.float64: "F64",

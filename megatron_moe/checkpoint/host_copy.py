@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moe.checkpoint.errors import CheckpointError
 from megatron_moe.checkpoint.files import Pending, arranged
+from megatron_moe.errors import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_moe.checkpoint.blocks import Block, Shape, copy_overlap
-from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
 from megatron_moe.checkpoint.files import DTYPES, TORCH_DTYPES
 from megatron_moe.checkpoint.mapped import TensorFiles
+from megatron_moe.errors import CheckpointError, Corrupt
+from megatron_moe.model.sharding.blocks import Block, Shape, copy_overlap
 
 INDEX = "index.json"
 """The file that says where every tensor is."""
-MODEL = "model"
-"""The kind of the weights; every other kind is optimizer state."""
 Name = tuple[str, str]
 """Kind and logical name."""
 

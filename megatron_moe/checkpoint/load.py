@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from megatron_moe.checkpoint import rng
-from megatron_moe.checkpoint.choice import Chosen, verify_tensors
 from megatron_moe.checkpoint.compare import (
     config_differences,
     metadata_differences,
@@ -21,17 +20,23 @@ from megatron_moe.checkpoint.compare import (
     wanted_tensors,
 )
 from megatron_moe.checkpoint.directory import step_directory
-from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
 from megatron_moe.checkpoint.index import TensorReader
 from megatron_moe.checkpoint.mapped import TensorFiles
-from megatron_moe.checkpoint.optimizer_state import optimizer_shards, set_optimizer_step
-from megatron_moe.checkpoint.parts import Part, held
 from megatron_moe.checkpoint.rank_files import rank_file
-from megatron_moe.checkpoint.ranks import Ranks
-from megatron_moe.checkpoint.reading import Documents, Opened, opened_from, read_documents
+from megatron_moe.checkpoint.reading import (
+    CheckpointMetadata,
+    Documents,
+    opened_from,
+    read_documents,
+)
 from megatron_moe.checkpoint.save import RANDOM, ranks_of, shards_of
+from megatron_moe.checkpoint.select import SelectedCheckpoint, verify_tensors
 from megatron_moe.checkpoint.state import Metadata, TrainState
 from megatron_moe.config import RunConfig
+from megatron_moe.errors import CheckpointError, Corrupt
+from megatron_moe.model.sharding.optimizer_state import optimizer_shards, set_optimizer_step
+from megatron_moe.model.sharding.parts import Part, held
+from megatron_moe.parallel.collectives import RankGroup
 from megatron_moe.parallel.context import ParallelContext
 
 _log = logging.getLogger(__name__)
@@ -47,7 +52,7 @@ def load_checkpoint(
     chunks: Sequence[Any],
     optimizer: Any,
     step: int | None = None,
-    chosen: Chosen | None = None,
+    chosen: SelectedCheckpoint | None = None,
     with_optimizer: bool = True,
     with_rng: bool = True,
     metadata: Metadata | None = None,
@@ -103,7 +108,9 @@ def load_checkpoint(
     return opened.train
 
 
-def _open(directory: Path, step: int | None, chosen: Chosen | None, ranks: Ranks) -> Opened:
+def _open(
+    directory: Path, step: int | None, chosen: SelectedCheckpoint | None, ranks: RankGroup
+) -> CheckpointMetadata:
     """Rank 0 chooses the directory and reads its small files, and tells the others."""
 
     def read() -> tuple[str, Documents]:
@@ -115,7 +122,7 @@ def _open(directory: Path, step: int | None, chosen: Chosen | None, ranks: Ranks
 
 
 def _require_fit(
-    opened: Opened,
+    opened: CheckpointMetadata,
     config: RunConfig,
     metadata: Metadata | None,
     wanted: list[list[list[Any]]],
@@ -143,7 +150,7 @@ def _require_fit(
         raise CheckpointError(f"checkpoint {opened.path}", found, expected, "", lines)
 
 
-def _fill(opened: Opened, parts: Sequence[Part]) -> None:
+def _fill(opened: CheckpointMetadata, parts: Sequence[Part]) -> None:
     """Read every part straight from the mapped files, a few at a time."""
 
     def some(share: Sequence[Part]) -> None:
@@ -157,7 +164,9 @@ def _fill(opened: Opened, parts: Sequence[Part]) -> None:
         list(pool.map(some, (parts[i::threads] for i in range(threads))))
 
 
-def _load_random_states(opened: Opened, config: RunConfig, ctx: ParallelContext) -> None:
+def _load_random_states(
+    opened: CheckpointMetadata, config: RunConfig, ctx: ParallelContext
+) -> None:
     iteration = opened.train.iteration
     if opened.random != rng.layout_of(ctx.layout):
         if ctx.rank == 0:

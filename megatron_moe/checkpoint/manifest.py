@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.checkpoint.errors import Corrupt
 from megatron_moe.checkpoint.files import FileRecord, check_file, read_json, write_json
+from megatron_moe.errors import Corrupt
 
 MANIFEST = "manifest.json"
 FORMAT = "megatron_moe checkpoint"

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_moe.checkpoint.errors import Corrupt
+from megatron_moe.errors import Corrupt
 
 OPEN_FILES = 64
 """Files that one reader keeps open."""

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from megatron_moe.checkpoint import index
-from megatron_moe.checkpoint.blocks import Part
 from megatron_moe.checkpoint.files import DTYPES, Pending, pending
 from megatron_moe.checkpoint.index import LogicalTensor, block_key
+from megatron_moe.model.sharding.blocks import Part
 
 FILE_BYTES = 96 << 20
 """Bytes of tensors that are worth a file of their own."""

@@ -11,22 +11,22 @@ from torch import Tensor
 
 from megatron_moe.checkpoint import index
 from megatron_moe.checkpoint.directory import step_directory
-from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
 from megatron_moe.checkpoint.files import read_json
-from megatron_moe.checkpoint.index import INDEX, MODEL, LogicalTensor, Name, TensorReader, block_key
+from megatron_moe.checkpoint.index import INDEX, LogicalTensor, Name, TensorReader, block_key
 from megatron_moe.checkpoint.manifest import MANIFEST, read_manifest, require_whole
 from megatron_moe.checkpoint.mapped import TensorFiles
 from megatron_moe.checkpoint.state import Metadata, TrainState, metadata_from, train_state_from
 from megatron_moe.checkpoint.stream import FileRecord
 from megatron_moe.config import RunConfig
-from megatron_moe.errors import UsageError
+from megatron_moe.errors import CheckpointError, Corrupt, UsageError
+from megatron_moe.model.sharding.parts import MODEL
 
 CONFIG = "config.json"
 STATE = "state.json"
 
 
 @dataclass(frozen=True)
-class Opened:
+class CheckpointMetadata:
     """A checkpoint whose JSON files were verified; its tensor files were not yet."""
 
     path: Path
@@ -50,7 +50,7 @@ Documents = dict[str, dict[str, Any]]
 """The JSON files of a checkpoint by name, its manifest as file name -> [SHA-256, bytes]."""
 
 
-def open_checkpoint(path: Path) -> Opened:
+def open_checkpoint(path: Path) -> CheckpointMetadata:
     """Read and verify everything but the tensors of one step.
 
     Args:
@@ -77,7 +77,7 @@ def read_documents(path: Path) -> Documents:
     return {MANIFEST: listed, **{name: read_json(path / name) for name in names}}
 
 
-def opened_from(path: Path, documents: Documents) -> Opened:
+def opened_from(path: Path, documents: Documents) -> CheckpointMetadata:
     """What the documents of a step say; without the index there are no tensors.
 
     Raises:
@@ -91,7 +91,7 @@ def opened_from(path: Path, documents: Documents) -> Opened:
         for file, _ in tensor.blocks:
             if file not in files:
                 raise Corrupt(f"file of {tensor.name} in {path / INDEX}", file, "in the manifest")
-    return Opened(
+    return CheckpointMetadata(
         path=path,
         files=files,
         config=_config(documents[CONFIG], path),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_moe.checkpoint.errors import Corrupt
+from megatron_moe.errors import Corrupt
 from megatron_moe.parallel.context import STAGE_SEED, ParallelContext
 from megatron_moe.parallel.layout import Layout
 from megatron_moe.platform import rng_states, set_rng_states

@@ -9,14 +9,14 @@ from typing import Any
 
 from megatron_moe.checkpoint import rng
 from megatron_moe.checkpoint.files import PLAIN_HEAD
-from megatron_moe.checkpoint.optimizer_state import optimizer_shards, optimizer_step
-from megatron_moe.checkpoint.parts import Part, Replicas, owned
-from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.checkpoint.reading import CONFIG, STATE
 from megatron_moe.checkpoint.state import Metadata, TrainState, as_json
 from megatron_moe.checkpoint.writer import Contents, write_checkpoint
 from megatron_moe.config import RunConfig
-from megatron_moe.model.shards import ParamShard, model_shards
+from megatron_moe.model.sharding.optimizer_state import optimizer_shards, optimizer_step
+from megatron_moe.model.sharding.parts import Part, Replicas, owned
+from megatron_moe.model.sharding.shards import ParamShard, model_shards
+from megatron_moe.parallel.collectives import RankGroup
 from megatron_moe.parallel.context import ParallelContext
 
 RANDOM = "random"
@@ -78,7 +78,7 @@ def contents_of(
     optimizer: Any,
     metadata: Metadata,
     with_rng: bool,
-    ranks: Ranks,
+    ranks: RankGroup,
 ) -> Contents:
     """What this rank writes in a save; called by all ranks together.
 
@@ -105,7 +105,7 @@ def contents_of(
     return Contents(parts=parts, documents=documents, header=header)
 
 
-def _optimizer_document(optimizer: Any, ranks: Ranks) -> dict[str, Any] | None:
+def _optimizer_document(optimizer: Any, ranks: RankGroup) -> dict[str, Any] | None:
     """The step count that Adam corrects its bias by, the same on every rank."""
     if optimizer is None:
         return None
@@ -114,9 +114,9 @@ def _optimizer_document(optimizer: Any, ranks: Ranks) -> dict[str, Any] | None:
     return {"step": known[0] if known else None}
 
 
-def ranks_of(ctx: ParallelContext) -> Ranks:
+def ranks_of(ctx: ParallelContext) -> RankGroup:
     """All ranks of the run."""
-    return Ranks(ctx.rank, ctx.world_size, ctx.platform.device)
+    return RankGroup(ctx.rank, ctx.world_size, ctx.platform.device)
 
 
 def _replicas(ctx: ParallelContext) -> Replicas:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from megatron_moe.checkpoint.errors import Corrupt
+from megatron_moe.errors import Corrupt
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,14 +13,14 @@ from typing import Any
 
 from megatron_moe.checkpoint import directory as directories
 from megatron_moe.checkpoint import index
-from megatron_moe.checkpoint.errors import CheckpointError
 from megatron_moe.checkpoint.files import PLAIN_HEAD, free_bytes, stream_of, write_json
 from megatron_moe.checkpoint.host_copy import HostCopy
 from megatron_moe.checkpoint.index import INDEX
-from megatron_moe.checkpoint.parts import Part
 from megatron_moe.checkpoint.rank_files import RankFile, divided, index_of, tensors_of
-from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.checkpoint.stream import FileRecord, Stream, write_streams
+from megatron_moe.errors import CheckpointError
+from megatron_moe.model.sharding.parts import Part
+from megatron_moe.parallel.collectives import RankGroup
 
 Written = dict[str, FileRecord]
 """Files of a rank by name."""
@@ -43,7 +43,7 @@ def write_checkpoint(
     directory: str | Path,
     step: int,
     *,
-    ranks: Ranks,
+    ranks: RankGroup,
     parts: Sequence[Part],
     documents: Mapping[str, Any],
     header: Mapping[str, str],
@@ -77,7 +77,7 @@ def write_checkpoint(
         raise
 
 
-def bytes_of(parts: Sequence[Part], ranks: Ranks) -> int:
+def bytes_of(parts: Sequence[Part], ranks: RankGroup) -> int:
     """Bytes of the tensors that all ranks together write."""
     mine = sum(part.values.numel() * part.values.element_size() for part in parts)
     return int(ranks.broadcast(sum(ranks.gather(mine) or [])))
@@ -93,7 +93,7 @@ class Saving:
         needed: bytes of tensors in all, for messages.
     """
 
-    def __init__(self, directory: Path, step: int, ranks: Ranks, needed: int) -> None:
+    def __init__(self, directory: Path, step: int, ranks: RankGroup, needed: int) -> None:
         self.directory, self.step, self.ranks, self.needed = directory, step, ranks, needed
         self.temporary: Path | None = None
 

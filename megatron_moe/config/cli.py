@@ -24,7 +24,7 @@ import tyro
 
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.config.run import RunConfig
-from megatron_moe.errors import UsageError, exit_on_mistake
+from megatron_moe.errors import UsageError, exit_on_usage_error
 
 DescribeFormat = Literal["text", "json"]
 
@@ -91,7 +91,7 @@ def parse_or_exit(
     argv: Sequence[str] | None = None, prog: str = "pretrain_openmoe.py", examples: str = ""
 ) -> Command:
     """`parse_args`, with an error as one line on standard error and exit code 2."""
-    with exit_on_mistake(prog):
+    with exit_on_usage_error(prog):
         return parse_args(argv, prog, examples)
 
 

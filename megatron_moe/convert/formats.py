@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_moe.checkpoint.errors import Corrupt
 from megatron_moe.config import RunConfig
 from megatron_moe.convert.hf import hf_tensors, read_hf, write_hf
 from megatron_moe.convert.hf_config import to_hf
@@ -18,7 +17,7 @@ from megatron_moe.convert.new_directory import check_new
 from megatron_moe.convert.sharding import Progress
 from megatron_moe.convert.t5x import read_t5x, write_t5x
 from megatron_moe.convert.t5x_names import t5x_name
-from megatron_moe.errors import UsageError
+from megatron_moe.errors import Corrupt, UsageError
 
 FORMATS = ("native", "hf", "t5x")
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from megatron_moe.checkpoint.errors import Corrupt
 from megatron_moe.checkpoint.files import (
     PLAIN_HEAD,
     read_json,
@@ -25,6 +24,7 @@ from megatron_moe.convert.llama import ARCHITECTURE, read_llama
 from megatron_moe.convert.model import Model
 from megatron_moe.convert.new_directory import new_directory
 from megatron_moe.convert.sharding import Progress, shards_of
+from megatron_moe.errors import Corrupt
 from megatron_moe.model.logical import logical_parameters
 
 CONFIG = "config.json"

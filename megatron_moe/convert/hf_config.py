@@ -12,9 +12,9 @@ import dataclasses
 from dataclasses import replace
 from typing import Any
 
-from megatron_moe.checkpoint.errors import CheckpointError
 from megatron_moe.config import ModelConfig, MoEConfig, RunConfig, moe_layer_pattern
 from megatron_moe.convert.hf_fields import SIZE, number, whole_number
+from megatron_moe.errors import CheckpointError
 
 OURS = "megatron_moe"
 """The field that holds our own configuration."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_moe.checkpoint.errors import CheckpointError
+from megatron_moe.errors import CheckpointError
 
 MANY = 1 << 16
 """More layers, experts or heads than any model has."""

@@ -10,9 +10,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_moe.checkpoint.errors import Corrupt
 from megatron_moe.checkpoint.files import TORCH_DTYPES, read_json
 from megatron_moe.convert.lazy import LazyTensor, of_tensor
+from megatron_moe.errors import Corrupt
 
 _PATTERNS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 """Begin and end of the names of tensor files, in the order of preference."""
@@ -69,7 +69,7 @@ def _slice(path: Path, key: str, shape: tuple[int, ...], dtype: str) -> LazyTens
         raise Corrupt(f"{key} in {path}", dtype, f"one of {', '.join(TORCH_DTYPES)}")
 
     def rows(start: int, stop: int) -> Tensor:
-        # Opened each time: what was mapped for one part is given back before the next.
+        # CheckpointMetadata each time: what was mapped for one part is given back before the next.
         with safe_open(str(path), framework="pt") as file:
             part: Tensor = file.get_slice(key)[start:stop]
             return part

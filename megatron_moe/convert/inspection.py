@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_moe.checkpoint.directory import revisions, step_directory
 from megatron_moe.checkpoint.files import TORCH_DTYPES
-from megatron_moe.checkpoint.reading import Opened, open_checkpoint
+from megatron_moe.checkpoint.reading import CheckpointMetadata, open_checkpoint
 from megatron_moe.convert.lazy import LazyTensor
 from megatron_moe.convert.native import read_native
 
@@ -71,7 +71,7 @@ def overview(directory: Path, step: int | None = None) -> dict[str, Any]:
     }
 
 
-def _kinds(opened: Opened) -> dict[str, dict[str, int]]:
+def _kinds(opened: CheckpointMetadata) -> dict[str, dict[str, int]]:
     """By kind: tensors, elements and bytes."""
     found: dict[str, dict[str, int]] = {}
     for tensor in opened.tensors.values():

@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
 from megatron_moe.config import ModelConfig, RunConfig
 from megatron_moe.convert.hf_fields import SIZE, number, whole_number
 from megatron_moe.convert.hf_files import open_files
 from megatron_moe.convert.hf_names import hf_name
 from megatron_moe.convert.lazy import LazyTensor
 from megatron_moe.convert.model import Model
+from megatron_moe.errors import CheckpointError, Corrupt
 from megatron_moe.model.logical import logical_parameters
 
 ARCHITECTURE = "LlamaForCausalLM"

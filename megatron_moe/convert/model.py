@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from megatron_moe.checkpoint.errors import CheckpointError
 from megatron_moe.config import RunConfig
 from megatron_moe.convert.lazy import LazyTensor, mean_of
-from megatron_moe.errors import UsageError
+from megatron_moe.errors import CheckpointError, UsageError
 from megatron_moe.model.logical import logical_parameters
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from megatron_moe.checkpoint import directory as directories
-from megatron_moe.checkpoint.blocks import Block
 from megatron_moe.checkpoint.directory import step_directory
 from megatron_moe.checkpoint.files import (
     DTYPES,
@@ -20,19 +19,20 @@ from megatron_moe.checkpoint.files import (
 )
 from megatron_moe.checkpoint.index import (
     INDEX,
-    MODEL,
     LogicalTensor,
     TensorReader,
     block_key,
     to_json,
 )
 from megatron_moe.checkpoint.manifest import require_whole
-from megatron_moe.checkpoint.reading import CONFIG, STATE, Opened, open_checkpoint
+from megatron_moe.checkpoint.reading import CONFIG, STATE, CheckpointMetadata, open_checkpoint
 from megatron_moe.checkpoint.state import Metadata, TrainState, as_json
 from megatron_moe.convert.lazy import LazyTensor
 from megatron_moe.convert.model import Model
 from megatron_moe.convert.new_directory import no_room
 from megatron_moe.convert.sharding import Progress, shards_of
+from megatron_moe.model.sharding.blocks import Block
+from megatron_moe.model.sharding.parts import MODEL
 
 
 def read_native(directory: str | Path, step: int | None = None) -> Model:
@@ -58,7 +58,7 @@ def read_native(directory: str | Path, step: int | None = None) -> Model:
     )
 
 
-def _lazy(opened: Opened, name: str) -> LazyTensor:
+def _lazy(opened: CheckpointMetadata, name: str) -> LazyTensor:
     """Reads the parts of blocks that the rows asked for are made of, and nothing else."""
     tensor = opened.tensors[MODEL, name]
     dtype, shape = TORCH_DTYPES[tensor.dtype], tensor.shape

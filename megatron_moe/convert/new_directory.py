@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_moe.checkpoint.errors import CheckpointError
 from megatron_moe.checkpoint.files import sync_directory
+from megatron_moe.errors import CheckpointError
 
 
 def check_new(directory: Path) -> None:

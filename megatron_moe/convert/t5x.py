@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_moe.checkpoint.errors import Corrupt
 from megatron_moe.config import RunConfig
 from megatron_moe.convert.lazy import LazyTensor, of_tensor
 from megatron_moe.convert.model import Model
@@ -18,6 +17,7 @@ from megatron_moe.convert.new_directory import new_directory, no_room
 from megatron_moe.convert.sharding import Progress
 from megatron_moe.convert.t5x_names import t5x_name
 from megatron_moe.convert.t5x_tree import FILE, leaves, library, read_tree, step_of, write_tree
+from megatron_moe.errors import Corrupt
 from megatron_moe.model.logical import logical_parameters
 
 CHUNK_BYTES = 64 << 20

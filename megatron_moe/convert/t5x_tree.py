@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_moe.checkpoint.errors import Corrupt
-from megatron_moe.errors import UsageError
+from megatron_moe.errors import Corrupt, UsageError
 
 FILE = "checkpoint"
 VERSION = 3

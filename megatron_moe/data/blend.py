@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_moe.config import DataConfig
-from megatron_moe.data.indexed_check import Source
-from megatron_moe.data.manifest import read_manifest
+from megatron_moe.data.indexed.check import Source
+from megatron_moe.data.indexed.manifest import read_manifest
 from megatron_moe.data.named_mixture import read_named_mixture
 from megatron_moe.errors import UsageError
 

@@ -30,9 +30,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset, _BinReader
 
 from megatron_moe.data.batch import document_planes
-from megatron_moe.data.index_cache import Array, IndexCache
-from megatron_moe.data.indexed_check import Source, document_of_sequence
-from megatron_moe.data.indexed_format import paths_of
+from megatron_moe.data.indexed.cache import Array, IndexCache
+from megatron_moe.data.indexed.check import Source, document_of_sequence
+from megatron_moe.data.indexed.format import paths_of
 from megatron_moe.errors import UsageError
 
 Sample = dict[str, npt.NDArray[Any]]

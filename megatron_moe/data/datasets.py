@@ -14,10 +14,10 @@ from megatron_moe.config import RunConfig
 from megatron_moe.data.batch import extra_planes
 from megatron_moe.data.blend import SPLITS, Blend, weights_of
 from megatron_moe.data.causal import BlendedCausalDataset, CausalConfig, Sample
-from megatron_moe.data.index_cache import IndexCache
-from megatron_moe.data.indexed_check import Source
+from megatron_moe.data.indexed.cache import IndexCache
+from megatron_moe.data.indexed.check import Source
 from megatron_moe.data.objectives.select import ObjectivePlan, plan_objective
-from megatron_moe.data.tokenizer import Tokenizer
+from megatron_moe.tokenizer.build import Tokenizer
 
 
 class LocalBuilder(BlendedMegatronDatasetBuilder):

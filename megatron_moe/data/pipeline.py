@@ -26,14 +26,14 @@ from megatron_moe.data.batch import Batch, extra_planes
 from megatron_moe.data.blend import SPLITS, Blend, blends_of, usable
 from megatron_moe.data.composition import Share, shares_of, text_per_row
 from megatron_moe.data.datasets import build_split, cache_for
-from megatron_moe.data.indexed_check import Source, inspect_source
-from megatron_moe.data.indexed_scan import check_range, source_range
+from megatron_moe.data.indexed.check import Source, inspect_source
+from megatron_moe.data.indexed.made_for import check_manifest
+from megatron_moe.data.indexed.scan import check_range, source_range
 from megatron_moe.data.loader import MicroBatchSampler, Packed, Rows, build_loader, to_batch
-from megatron_moe.data.made_for import check_manifest
 from megatron_moe.data.objectives.chat_source import open_conversations
 from megatron_moe.data.objectives.select import ObjectivePlan, plan_objective
-from megatron_moe.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_moe.errors import UsageError
+from megatron_moe.tokenizer.build import Tokenizer, build_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.routing_log import RoutingLog
 from megatron_moe.inference.sampling import Sampling, next_token
-from megatron_moe.model.reference import ReferenceOpenMoE
+from megatron_moe.model.reference.model import ReferenceOpenMoE
 
 Finish = Literal["eod", "length", "stop"]
 

@@ -17,10 +17,10 @@ import torch
 from megatron_moe.config import RunConfig
 from megatron_moe.data.batch import Batch, document_planes, extra_planes
 from megatron_moe.data.blend import domains_of, parse_blend
-from megatron_moe.data.indexed_check import Source, inspect_source
-from megatron_moe.data.inspection import tokens_of
-from megatron_moe.data.made_for import check_manifest
-from megatron_moe.data.manifest import read_manifest
+from megatron_moe.data.indexed.check import Source, inspect_source
+from megatron_moe.data.indexed.inspection import tokens_of
+from megatron_moe.data.indexed.made_for import check_manifest
+from megatron_moe.data.indexed.manifest import read_manifest
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.loading import Loaded
 from megatron_moe.inference.scoring import predictions

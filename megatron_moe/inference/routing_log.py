@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from megatron_moe.inference.text import Text
-from megatron_moe.model.reference_routing import Routing
+from megatron_moe.model.reference.routing import Routing
 
 
 @dataclass

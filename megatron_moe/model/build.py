@@ -17,7 +17,7 @@ from megatron_moe.model.attention import RotaryCoreAttention
 from megatron_moe.model.layer import OpenMoELayer, OpenMoELayerSubmodules
 from megatron_moe.model.logical import expert_width
 from megatron_moe.model.openmoe import OpenMoEModel
-from megatron_moe.model.shards import initialise
+from megatron_moe.model.sharding.shards import initialise
 
 
 class Degrees(Protocol):

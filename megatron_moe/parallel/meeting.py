@@ -21,7 +21,7 @@ _LOOK = timedelta(seconds=2)
 """How often a rank that waits looks whether another has found a mistake and will never answer."""
 
 
-class Meeting:
+class Rendezvous:
     """Ranks of a launch; all call the same methods in the same order.
 
     It must live until the process groups are made: rank 0 may be the one that serves the store.

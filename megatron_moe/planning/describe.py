@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from megatron_moe.config import RunConfig, moe_layer_pattern
 from megatron_moe.data.composition import Share, described_shares, share_lines
-from megatron_moe.data.tokenizer import build_tokenizer, padded_vocab_size
 from megatron_moe.errors import UsageError
 from megatron_moe.model.counting import (
     ParameterCounts,
@@ -27,8 +26,9 @@ from megatron_moe.model.counting import (
 from megatron_moe.model.logical import expert_width
 from megatron_moe.parallel.launch import launched
 from megatron_moe.parallel.layout import Layout, resolve_layout
-from megatron_moe.planning.describe_stages import stage_section, stage_values
-from megatron_moe.training.stages import Course, resolve_course
+from megatron_moe.planning.describe_phases import stage_section, stage_values
+from megatron_moe.tokenizer.build import build_tokenizer, padded_vocab_size
+from megatron_moe.training.phases import RunSchedule, resolve_run_schedule
 
 ASSUMED_VOCAB = 8192
 """Vocabulary described when neither a tokenizer nor `--vocab-size` says one; the text says so."""
@@ -51,7 +51,7 @@ class Description:
     """Parameters on each rank of every pipeline stage."""
     shares: tuple[Share, ...]
     """What training data is made of; empty if none is named."""
-    course: Course | None = None
+    course: RunSchedule | None = None
     """The stages of the run; `None` without a stage table. Everything else is of the first."""
 
     def text(self) -> str:
@@ -185,7 +185,7 @@ def describe(
 
 
 def _describe_stages(config: RunConfig, vocab_size: int, world_size: int | None) -> Description:
-    course = resolve_course(config, _ranks(config, world_size), vocab_size)
+    course = resolve_run_schedule(config, _ranks(config, world_size), vocab_size)
     first = course.stages[0]
     description = describe_layout(first.config, first.layout, vocab_size)
     return dataclasses.replace(description, config=config, course=course)

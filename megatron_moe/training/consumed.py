@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from megatron_moe.checkpoint import TrainState
-from megatron_moe.checkpoint.reading import Opened
+from megatron_moe.checkpoint.reading import CheckpointMetadata
 from megatron_moe.config import RunConfig
-from megatron_moe.config.stages import FLAG
+from megatron_moe.config.phases import FLAG
 from megatron_moe.errors import UsageError
-from megatron_moe.training.stages import Course, Stage
+from megatron_moe.training.phases import RunSchedule, Stage
 
 KEY = "stages"
 """Of the records in a checkpoint's `TrainState.extra`."""
@@ -29,7 +29,7 @@ _DECIDE = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageRecord:
+class PhaseRecord:
     """What was done of a stage."""
 
     name: str
@@ -51,9 +51,9 @@ class StageRecord:
         return self.first_iteration + self.iterations
 
 
-def record_of(stage: Stage, state: TrainState, fingerprint: str) -> StageRecord:
+def record_of(stage: Stage, state: TrainState, fingerprint: str) -> PhaseRecord:
     """What is done of the stage that took the last step."""
-    return StageRecord(
+    return PhaseRecord(
         name=stage.name,
         first_iteration=stage.first_iteration,
         iterations=state.iteration - stage.first_iteration,
@@ -64,19 +64,19 @@ def record_of(stage: Stage, state: TrainState, fingerprint: str) -> StageRecord:
     )
 
 
-def to_extra(records: Sequence[StageRecord]) -> dict[str, Any]:
+def to_extra(records: Sequence[PhaseRecord]) -> dict[str, Any]:
     """As `TrainState.extra` holds them."""
     return {KEY: [asdict(record) for record in records]}
 
 
-def recorded(state: TrainState, opened: Opened) -> tuple[StageRecord, ...]:
+def recorded(state: TrainState, opened: CheckpointMetadata) -> tuple[PhaseRecord, ...]:
     """The stages that a checkpoint was made by; one without a name if there was no table.
 
     Raises:
         UsageError: the checkpoint has something else there.
     """
     if KEY not in state.extra:
-        whole = StageRecord(
+        whole = PhaseRecord(
             name="",
             first_iteration=0,
             iterations=state.iteration,
@@ -86,15 +86,15 @@ def recorded(state: TrainState, opened: Opened) -> tuple[StageRecord, ...]:
             config=opened.config.to_dict(),
         )
         return (whole,)
-    entries, kinds = state.extra[KEY], {f.name: f.type for f in fields(StageRecord)}
+    entries, kinds = state.extra[KEY], {f.name: f.type for f in fields(PhaseRecord)}
     for entry in entries if isinstance(entries, list) else [entries]:
         if not isinstance(entry, dict) or entry.keys() != kinds.keys():
             expected = f"stages with {', '.join(kinds)}"
             raise UsageError(f"stages of checkpoint {opened.path}", entry, expected)
-    return tuple(StageRecord(**entry) for entry in entries)
+    return tuple(PhaseRecord(**entry) for entry in entries)
 
 
-def check_consumed(course: Course, state: TrainState, records: Sequence[StageRecord]) -> None:
+def check_consumed(course: RunSchedule, state: TrainState, records: Sequence[PhaseRecord]) -> None:
     """Refuse to go on with a run that says otherwise of what was done.
 
     Raises:
@@ -114,7 +114,7 @@ def check_consumed(course: Course, state: TrainState, records: Sequence[StageRec
         raise UsageError(FLAG, course.config.train.stages, expected)
 
 
-def _check_place(stage: Stage, record: StageRecord, ended: bool) -> None:
+def _check_place(stage: Stage, record: PhaseRecord, ended: bool) -> None:
     """The stage holds the steps and samples of the record, and ends with it if it is over."""
     first, last = record.first_iteration, record.last_iteration
     fits = stage.first_iteration == first and last <= stage.last_iteration
@@ -129,7 +129,7 @@ def _check_place(stage: Stage, record: StageRecord, ended: bool) -> None:
         raise UsageError(f"{stage.label}: samples", stage.samples_at(last), expected, fix)
 
 
-def _check_settings(stage: Stage, record: StageRecord) -> None:
+def _check_settings(stage: Stage, record: PhaseRecord) -> None:
     """Whatever the data is called, it was cut and hidden in this way."""
     for section, names in _DECIDE.items():
         before = record.config.get(section, {})
@@ -141,7 +141,7 @@ def _check_settings(stage: Stage, record: StageRecord) -> None:
                 raise UsageError(flag, value, expected)
 
 
-def check_data(stage: Stage, state: TrainState, record: StageRecord, fingerprint: str) -> None:
+def check_data(stage: Stage, state: TrainState, record: PhaseRecord, fingerprint: str) -> None:
     """The data of a stage under way must be what it began with.
 
     Raises:
@@ -153,6 +153,6 @@ def check_data(stage: Stage, state: TrainState, record: StageRecord, fingerprint
         raise UsageError(f"{stage.label}: training data", fingerprint, expected)
 
 
-def previous_settings(record: StageRecord, source: str) -> RunConfig:
+def previous_settings(record: PhaseRecord, source: str) -> RunConfig:
     """The configuration that the last steps were taken with."""
     return RunConfig.from_dict(record.config, source)

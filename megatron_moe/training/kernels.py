@@ -5,12 +5,12 @@ from __future__ import annotations
 import socket
 from collections import defaultdict
 
-from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.config import RunConfig
 from megatron_moe.moe.kernels import kernels_of
+from megatron_moe.parallel.collectives import RankGroup
 
 
-def unequal_kernels(config: RunConfig, device_type: str, ranks: Ranks) -> list[str]:
+def unequal_kernels(config: RunConfig, device_type: str, ranks: RankGroup) -> list[str]:
     """Choose them, compile what is compiled at first use, and say where ranks differ.
 
     The log says what the first rank took. Each rank chooses for itself: one whose node has no

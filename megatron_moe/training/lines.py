@@ -20,14 +20,16 @@ from megatron_moe.training.metrics import (
     Throughput,
     mean_loss,
 )
+from megatron_moe.training.phases import RunSchedule, Stage, differences, phase_lines
 from megatron_moe.training.run import TrainingRun
-from megatron_moe.training.stages import Course, Stage, differences, stage_lines
 
 Layers = Mapping[int, LayerStatistics]
 """Routing since the last log interval, by 0-based layer number."""
 
 
-def starting_lines(run: TrainingRun, course: Course, data: Data, state: TrainState) -> list[str]:
+def starting_lines(
+    run: TrainingRun, course: RunSchedule, data: Data, state: TrainState
+) -> list[str]:
     """Where the run is, how it is laid out, what it trains, which implementations were taken."""
     config, layout, platform = run.config, run.ctx.layout, run.ctx.platform
     counts = count_parameters(config.model, config.moe, run.vocab_size)
@@ -42,7 +44,7 @@ def starting_lines(run: TrainingRun, course: Course, data: Data, state: TrainSta
         f" step: {layout.global_batch_size} sequences of {config.data.seq_length}"
         f" = {layout.num_microbatches} micro-batches of {layout.micro_batch_size} on {layout.dp}"
         f" data-parallel ranks; {course.iterations} iterations",
-        *(f" {line}" for line in stage_lines(course)),
+        *(f" {line}" for line in phase_lines(course)),
         *_rampup_line(run.plan.batch_sizes),
         *_data_lines(data),
     ]

@@ -16,19 +16,19 @@ from megatron_moe.data.distribute import fetch_step
 from megatron_moe.data.pipeline import Data
 from megatron_moe.model.counting import flops_per_token
 from megatron_moe.moe.statistics import collect_statistics, reset_statistics
-from megatron_moe.training.consumed import StageRecord, record_of
+from megatron_moe.training.consumed import PhaseRecord, record_of
 from megatron_moe.training.dropout import set_dropout
 from megatron_moe.training.evaluation import evaluate_split
 from megatron_moe.training.finite import NonFiniteError
 from megatron_moe.training.metrics import Evaluation, Meter, StepRecord, Summary
+from megatron_moe.training.phases import RunSchedule, Stage
 from megatron_moe.training.reporting import Reporter
-from megatron_moe.training.resume import Start
+from megatron_moe.training.resume import ResumePoint
 from megatron_moe.training.run import TrainingRun
 from megatron_moe.training.saves import Saves, host_ranks
 from megatron_moe.training.signals import ExitSignal
-from megatron_moe.training.stages import Course, Stage
 from megatron_moe.training.step import train_step
-from megatron_moe.training.supply import Supply
+from megatron_moe.training.supply import PhaseDataLoaders
 
 
 @dataclass
@@ -36,9 +36,9 @@ class _Session:
     """What changes while the loop runs."""
 
     run: TrainingRun
-    course: Course
+    course: RunSchedule
     stage: Stage
-    supply: Supply
+    supply: PhaseDataLoaders
     data: Data
     reporter: Reporter
     meter: Meter
@@ -46,7 +46,7 @@ class _Session:
     signal: ExitSignal | None
     progress: TrainState
     saved_at: int | None
-    over: list[StageRecord]
+    over: list[PhaseRecord]
     first: StepRecord | None = None
     last: StepRecord | None = None
     valid: Evaluation | None = None
@@ -56,10 +56,10 @@ class _Session:
 
 def train(
     run: TrainingRun,
-    course: Course,
-    supply: Supply,
+    course: RunSchedule,
+    supply: PhaseDataLoaders,
     data: Data,
-    start: Start,
+    start: ResumePoint,
     reporter: Reporter,
 ) -> Summary:
     """Train from ``start`` to the end of the run or of this start of it (`--exit-interval`).
@@ -141,7 +141,7 @@ def _steps(session: _Session) -> None:
             return
 
 
-def _exit_signal(course: Course, run: TrainingRun) -> ExitSignal | None:
+def _exit_signal(course: RunSchedule, run: TrainingRun) -> ExitSignal | None:
     if not course.config.train.exit_signal_handler:
         return None
     minutes = course.config.parallel.distributed_timeout_minutes

@@ -98,7 +98,7 @@ def _check_wsd(optimizer: OptimizerConfig, decay: int) -> None:
 def _check_freezing(config: RunConfig) -> None:
     if config.optimizer.freeze_params or config.optimizer.freeze_router_after is not None:
         # Imported here: it needs torch, which --describe does not.
-        from megatron_moe.training.freezing import check_freezing
+        from megatron_moe.training.optim.freezing import check_freezing
 
         check_freezing(config)
 

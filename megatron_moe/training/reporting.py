@@ -24,8 +24,8 @@ from megatron_moe.training.lines import (
 )
 from megatron_moe.training.metrics import Evaluation, StepRecord, Summary, Throughput
 from megatron_moe.training.outputs import forget_later_steps
+from megatron_moe.training.phases import RunSchedule, Stage
 from megatron_moe.training.run import TrainingRun
-from megatron_moe.training.stages import Course, Stage
 
 Layers = Mapping[int, LayerStatistics]
 """Routing since the last log interval, by 0-based layer number."""
@@ -61,7 +61,7 @@ class Reporter:
         if self._writes:
             print(line, flush=True)
 
-    def start(self, run: TrainingRun, course: Course, data: Data, state: TrainState) -> None:
+    def start(self, run: TrainingRun, course: RunSchedule, data: Data, state: TrainState) -> None:
         """What is about to run, where, and on what."""
         if self._writes:
             for line in starting_lines(run, course, data, state):

@@ -10,32 +10,32 @@ from megatron_moe.checkpoint import (
     has_checkpoint,
     load_checkpoint,
 )
-from megatron_moe.checkpoint.choice import Chosen, choose
-from megatron_moe.checkpoint.ranks import Ranks
+from megatron_moe.checkpoint.select import SelectedCheckpoint, choose
 from megatron_moe.config import CheckpointConfig, RunConfig
 from megatron_moe.data.pipeline import Data
 from megatron_moe.errors import UsageError
+from megatron_moe.parallel.collectives import RankGroup
 from megatron_moe.training.consumed import (
     KEY,
-    StageRecord,
+    PhaseRecord,
     check_consumed,
     previous_settings,
     recorded,
 )
+from megatron_moe.training.phases import RunSchedule, differences
 from megatron_moe.training.run import TrainingRun
-from megatron_moe.training.stages import Course, differences
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class ResumePoint:
     """Where a run begins, or goes on."""
 
     state: TrainState
-    records: tuple[StageRecord, ...] = ()
+    records: tuple[PhaseRecord, ...] = ()
     """The stages that took the steps so far; none at the beginning."""
     before: RunConfig | None = None
     """The saved run's configuration, if this one goes on with it."""
-    chosen: Chosen | None = None
+    chosen: SelectedCheckpoint | None = None
     """The checkpoint to load, if any."""
     metadata: Metadata | None = None
     """Its vocabulary, tokenizer and data."""
@@ -46,7 +46,7 @@ class Start:
         return () if self.chosen is None else self.chosen.skipped
 
 
-def starting_point(course: Course, ranks: Ranks | None = None) -> Start:
+def resolve_resume_point(course: RunSchedule, ranks: RankGroup | None = None) -> ResumePoint:
     """Step and sample to go on from, read before anything else is built; called by all ranks.
 
     Args:
@@ -58,21 +58,21 @@ def starting_point(course: Course, ranks: Ranks | None = None) -> Start:
             contradict what it has done. Only `--allow-missing-load` makes an empty directory mean
             step 0.
     """
-    settings, ranks = course.config.checkpoint, ranks or Ranks()
+    settings, ranks = course.config.checkpoint, ranks or RankGroup()
     _check_flags(settings)
     if settings.load is None:
-        return Start(state=TrainState())
+        return ResumePoint(state=TrainState())
     may_miss = settings.allow_missing_load and ranks.rank == 0
     if ranks.broadcast(may_miss and not has_checkpoint(settings.load)):
-        return Start(state=TrainState())
+        return ResumePoint(state=TrainState())
     chosen, opened = choose(
         settings.load, settings.ckpt_step, fallback=settings.checkpoint_fallback, ranks=ranks
     )
     if settings.finetune:
-        return Start(state=TrainState(), chosen=chosen, metadata=opened.metadata)
+        return ResumePoint(state=TrainState(), chosen=chosen, metadata=opened.metadata)
     records = recorded(opened.train, opened)
     check_consumed(course, opened.train, records)
-    return Start(
+    return ResumePoint(
         state=opened.train,
         records=records,
         before=opened.config,
@@ -91,7 +91,7 @@ def _check_flags(settings: CheckpointConfig) -> None:
         raise UsageError("--checkpoint-fallback", True, "no --ckpt-step with it", fix)
 
 
-def changed_settings(course: Course, start: Start) -> list[str]:
+def changed_settings(course: RunSchedule, start: ResumePoint) -> list[str]:
     """What differs from the run that saved the checkpoint, one line each; for the log.
 
     The learning rate is a function of the settings and the step, so a changed length or rate takes
@@ -120,12 +120,12 @@ def _changes(before: RunConfig, after: RunConfig) -> list[str]:
     return found
 
 
-def _by_stages(course: Course, start: Start) -> bool:
+def _by_stages(course: RunSchedule, start: ResumePoint) -> bool:
     """Whether what was consumed is known by stages, and was compared so."""
     return course.staged or KEY in start.state.extra
 
 
-def load_run(run: TrainingRun, data: Data, course: Course, start: Start) -> None:
+def load_run(run: TrainingRun, data: Data, course: RunSchedule, start: ResumePoint) -> None:
     """Put the checkpoint's weights, and unless told otherwise moments and random states, in place.
 
     Raises:

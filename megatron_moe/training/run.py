@@ -12,8 +12,8 @@ from megatron_moe.checkpoint.save import shards_of
 from megatron_moe.config import RunConfig
 from megatron_moe.model.openmoe import OpenMoEModel
 from megatron_moe.parallel.context import ParallelContext
-from megatron_moe.training.freezing import Freezing
-from megatron_moe.training.optimizer import build_optimizer, wrap_chunks
+from megatron_moe.training.optim.freezing import Freezing
+from megatron_moe.training.optim.optimizer import build_optimizer, wrap_chunks
 from megatron_moe.training.plan import TrainingPlan
 
 

@@ -13,16 +13,16 @@ import torch
 from megatron_moe.checkpoint import TrainState
 from megatron_moe.checkpoint.background import BackgroundSaves
 from megatron_moe.checkpoint.directory import prune
-from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.checkpoint.save import contents_of, ranks_of
 from megatron_moe.checkpoint.writer import write_checkpoint
 from megatron_moe.config import CheckpointConfig
 from megatron_moe.data.pipeline import Data
+from megatron_moe.parallel.collectives import RankGroup
 from megatron_moe.parallel.context import ParallelContext
-from megatron_moe.training.consumed import StageRecord, to_extra
+from megatron_moe.training.consumed import PhaseRecord, to_extra
+from megatron_moe.training.phases import RunSchedule
 from megatron_moe.training.resume import metadata_of
 from megatron_moe.training.run import TrainingRun
-from megatron_moe.training.stages import Course
 
 
 class Saves:
@@ -34,7 +34,9 @@ class Saves:
         say: prints a line of the log.
     """
 
-    def __init__(self, course: Course, ctx: ParallelContext, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, course: RunSchedule, ctx: ParallelContext, say: Callable[[str], None]
+    ) -> None:
         settings = course.config
         self._course, self._say = course, say
         self._ranks = ranks_of(ctx)
@@ -45,7 +47,7 @@ class Saves:
             self._background = BackgroundSaves(self._ranks, ctx.platform.kind == "cuda")
 
     def save(
-        self, run: TrainingRun, data: Data, state: TrainState, records: Sequence[StageRecord]
+        self, run: TrainingRun, data: Data, state: TrainState, records: Sequence[PhaseRecord]
     ) -> None:
         """Save the run as it stands after ``state.iteration`` steps, or begin to.
 
@@ -104,12 +106,12 @@ class Saves:
             self._say(f" saved iteration {step} to {path}, while training went on")
 
 
-def host_ranks(ctx: ParallelContext, timeout: timedelta) -> Ranks:
+def host_ranks(ctx: ParallelContext, timeout: timedelta) -> RankGroup:
     """All ranks, over a group of their own on the host; called by all ranks together."""
     if ctx.world_size == 1:
-        return Ranks(ctx.rank, 1)
+        return RankGroup(ctx.rank, 1)
     group = torch.distributed.new_group(backend="gloo", timeout=timeout)
-    return Ranks(ctx.rank, ctx.world_size, group=group)
+    return RankGroup(ctx.rank, ctx.world_size, group=group)
 
 
 def _prune(settings: CheckpointConfig, step: int) -> None:

@@ -11,7 +11,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-from megatron_moe.checkpoint.ranks import Ranks
+from megatron_moe.parallel.collectives import RankGroup
 
 
 class ExitSignal:
@@ -21,7 +21,7 @@ class ExitSignal:
         ranks: who end together; over a group on the host, so that asking waits for no device.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: RankGroup) -> None:
         self._ranks, self._noted = ranks, False
         self._owner = os.getpid()
         self._before: Any = signal.signal(signal.SIGTERM, self._note)

@@ -12,7 +12,7 @@ from megatron_moe.data.batch import Batch
 from megatron_moe.parallel.schedule import forward_backward
 from megatron_moe.training.finite import LocalFlags, stop_run
 from megatron_moe.training.losses import count_targets, forward_function, total_sums
-from megatron_moe.training.optimizer import clip_gradients, grad_norm, set_rates
+from megatron_moe.training.optim.optimizer import clip_gradients, grad_norm, set_rates
 from megatron_moe.training.run import TrainingRun
 
 

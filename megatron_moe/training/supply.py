@@ -9,13 +9,13 @@ from megatron_moe.config import RunConfig
 from megatron_moe.data.pipeline import Data
 from megatron_moe.errors import UsageError
 from megatron_moe.training.consumed import KEY, check_data
+from megatron_moe.training.phases import RunSchedule, Stage, named
 from megatron_moe.training.placement import open_data
-from megatron_moe.training.resume import Start
-from megatron_moe.training.stages import Course, Stage, named
+from megatron_moe.training.resume import ResumePoint
 
 
 @dataclass(frozen=True, kw_only=True)
-class Supply:
+class PhaseDataLoaders:
     """Opens the data of stages on this rank."""
 
     rank: int
@@ -41,7 +41,9 @@ class Supply:
         return data
 
 
-def open_supply(course: Course, rank: int, start: Start) -> tuple[Supply, Data]:
+def build_dataloaders(
+    course: RunSchedule, rank: int, start: ResumePoint
+) -> tuple[PhaseDataLoaders, Data]:
     """Check the data of all stages that are not over, and open that of the first of them.
 
     To be called on every rank; communicates nothing, so bad data ends all ranks with one line.
@@ -58,7 +60,7 @@ def open_supply(course: Course, rank: int, start: Start) -> tuple[Supply, Data]:
         with named(stage.label):
             found = open_data(_without_workers(stage.config), stage.layout, rank, 0)
         fingerprints[stage.number] = found.fingerprint
-    supply = Supply(rank=rank, fingerprints=fingerprints)
+    supply = PhaseDataLoaders(rank=rank, fingerprints=fingerprints)
     data = supply.open(now, state.consumed_train_samples - now.first_sample)
     if start.records and (course.staged or KEY in state.extra):
         check_data(now, state, start.records[-1], data.fingerprint)

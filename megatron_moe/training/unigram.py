@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.config import RunConfig
-from megatron_moe.config.stages import place_of, read_stages
+from megatron_moe.config.phases import place_of, read_phases
 from megatron_moe.data.blend import Blend, blends_of
-from megatron_moe.data.indexed_check import Source, inspect_source
-from megatron_moe.data.indexed_format import paths_of
+from megatron_moe.data.indexed.check import Source, inspect_source
+from megatron_moe.data.indexed.format import paths_of
 from megatron_moe.data.pipeline import build_data
-from megatron_moe.data.tokenizer import build_tokenizer, unpadded_vocab_size
 from megatron_moe.errors import UsageError
-from megatron_moe.training.stages import named
+from megatron_moe.tokenizer.build import build_tokenizer, unpadded_vocab_size
+from megatron_moe.training.phases import named
 
 Counts = npt.NDArray[np.float64]
 
@@ -58,7 +58,7 @@ def unigram_loss(config: RunConfig, stage: str | None = None) -> UnigramLoss:
         if stage is not None:
             raise UsageError("--stage", stage, "no value: the run has no --stages")
         return _of_one(config)
-    specs = read_stages(config.train.stages)
+    specs = read_phases(config.train.stages)
     spec = specs[-1] if stage is None else specs[place_of(stage, [s.name for s in specs])]
     # Held-out samples do not depend on how long the stage is.
     train = replace(config.train, stages=None, train_iters=1, train_samples=None)

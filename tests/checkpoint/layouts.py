@@ -12,11 +12,11 @@ from torch import Tensor
 from megatron_moe.checkpoint import Metadata, TrainState, load_checkpoint, save_checkpoint
 from megatron_moe.config import RunConfig
 from megatron_moe.model.build import build_model
-from megatron_moe.model.shards import ParamShard, model_shards
+from megatron_moe.model.sharding.shards import ParamShard, model_shards
 from megatron_moe.parallel.context import ParallelContext, initialize_parallel
 from megatron_moe.parallel.layout import resolve_layout
 from megatron_moe.platform import activate
-from megatron_moe.training.optimizer import build_optimizer, wrap_chunks
+from megatron_moe.training.optim.optimizer import build_optimizer, wrap_chunks
 from tests.parity.cases import VOCAB, run_config
 
 METADATA = Metadata(padded_vocab_size=VOCAB, tokenizer_hash="t", data_fingerprint="d")

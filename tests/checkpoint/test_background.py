@@ -14,8 +14,8 @@ from megatron_moe.checkpoint import CheckpointError, latest_step, verify
 from megatron_moe.checkpoint.background import BackgroundSaves
 from megatron_moe.checkpoint.files import pending, write_tensors
 from megatron_moe.checkpoint.host_copy import HostMemory
-from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.checkpoint.stream import Stopped, write_stream
+from megatron_moe.parallel.collectives import RankGroup
 from tests.checkpoint import toy
 
 
@@ -63,7 +63,7 @@ def test_no_memory_for_a_copy_is_said(tmp_path):
 
 
 def _save_both(rank, world_size, *, directory):
-    ranks = Ranks(rank, world_size)
+    ranks = RankGroup(rank, world_size)
     toy.save(directory / "now", 10, ranks)
     return toy.save_behind(directory / "behind", 10, ranks)
 
@@ -80,7 +80,7 @@ def test_the_bytes_are_those_of_a_synchronous_save(pool, tmp_path):
 
 
 def test_one_save_at_a_time(tmp_path):
-    saves, done = BackgroundSaves(Ranks()), []
+    saves, done = BackgroundSaves(RankGroup()), []
     assert saves.poll() is None and saves.finish() is None and saves.step is None
     saves.start(tmp_path, 10, toy.contents(10), lambda: done.append(latest_step(tmp_path)))
     assert saves.step == 10
@@ -111,7 +111,7 @@ def test_a_write_that_is_told_to_stop_stops(tmp_path):
 
 def _fail(rank, world_size, *, directory, victim):
     """How many times each rank asked before it was told, and what."""
-    ranks = Ranks(rank, world_size)
+    ranks = RankGroup(rank, world_size)
     toy.save(directory, 10, ranks)
     saves, polls = BackgroundSaves(ranks), 0
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]

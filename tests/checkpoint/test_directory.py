@@ -16,8 +16,8 @@ from megatron_moe.checkpoint.directory import (
     revisions,
     step_directory,
 )
-from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
 from megatron_moe.checkpoint.manifest import MANIFEST, read_manifest
+from megatron_moe.errors import CheckpointError, Corrupt
 from tests.checkpoint import toy
 
 

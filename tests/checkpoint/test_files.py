@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
 from megatron_moe.checkpoint.files import (
     CHUNK,
     FileRecord,
@@ -19,6 +18,7 @@ from megatron_moe.checkpoint.files import (
     write_tensors,
 )
 from megatron_moe.checkpoint.mapped import TensorFiles
+from megatron_moe.errors import CheckpointError, Corrupt
 
 
 def test_the_safetensors_package_reads_what_we_write(tmp_path):

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from megatron_moe.checkpoint import index
-from megatron_moe.checkpoint.blocks import Block
-from megatron_moe.checkpoint.errors import CheckpointError, Corrupt
 from megatron_moe.checkpoint.files import write_tensors
 from megatron_moe.checkpoint.index import LogicalTensor, TensorReader, block_key
+from megatron_moe.errors import CheckpointError, Corrupt
+from megatron_moe.model.sharding.blocks import Block
 
 
 def tensor(*blocks: tuple[tuple[int, int], tuple[int, int]], file: str = "f") -> LogicalTensor:

@@ -14,12 +14,12 @@ import torch
 from megatron_moe.checkpoint import CheckpointError, latest_step, verify
 from megatron_moe.checkpoint import rank_files as module
 from megatron_moe.checkpoint.background import BackgroundSaves
-from megatron_moe.checkpoint.blocks import Block, Part
 from megatron_moe.checkpoint.mapped import TensorFiles
 from megatron_moe.checkpoint.rank_files import divided, rank_file
-from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.checkpoint.stream import Stopped, write_streams
 from megatron_moe.checkpoint.writer import write_checkpoint
+from megatron_moe.model.sharding.blocks import Block, Part
+from megatron_moe.parallel.collectives import RankGroup
 from tests.checkpoint import toy
 
 
@@ -58,7 +58,7 @@ def test_little_is_one_file_and_much_is_no_more_than_eight(monkeypatch):
 def _save_both(rank, world_size, *, directory):
     module.FILE_BYTES = 64
     try:
-        ranks = Ranks(rank, world_size)
+        ranks = RankGroup(rank, world_size)
         toy.save(directory / "now", 10, ranks)
         toy.save_behind(directory / "behind", 10, ranks)
     finally:
@@ -102,9 +102,14 @@ def test_random_states_are_in_the_first_file_alone(tmp_path, monkeypatch):
     header = {"format": "pt", "random": "states"}
     documents = dict(what.documents)
     now = write_checkpoint(
-        tmp_path / "now", 10, ranks=Ranks(), parts=what.parts, documents=documents, header=header
+        tmp_path / "now",
+        10,
+        ranks=RankGroup(),
+        parts=what.parts,
+        documents=documents,
+        header=header,
     )
-    saves = BackgroundSaves(Ranks())
+    saves = BackgroundSaves(RankGroup())
     saves.start(tmp_path / "behind", 10, replace(what, header=header))
     for step in (now, saves.finish()):
         said = {path.name: TensorFiles(step).metadata(path.name) for path in step.glob("rank-*")}

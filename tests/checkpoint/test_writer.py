@@ -20,10 +20,10 @@ from megatron_moe.checkpoint import (
     verify,
 )
 from megatron_moe.checkpoint.directory import TRACKER
-from megatron_moe.checkpoint.parts import Part, Replicas, owned
-from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.checkpoint.writer import write_checkpoint
 from megatron_moe.config import RunConfig
+from megatron_moe.model.sharding.parts import Part, Replicas, owned
+from megatron_moe.parallel.collectives import RankGroup
 from tests.checkpoint import toy
 
 
@@ -47,7 +47,7 @@ def test_a_checkpoint_holds_logical_tensors_in_plain_files(tmp_path):
 
 def _save(rank, world_size, *, directory, steps):
     for step in steps:
-        toy.save(directory, step, Ranks(rank, world_size))
+        toy.save(directory, step, RankGroup(rank, world_size))
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
@@ -80,7 +80,9 @@ def test_replicas_share_the_work_and_write_everything_once(tmp_path):
         assert sum(p.values.numel() for p in moments) == tensor.numel()
     documents = {"config.json": {}, "state.json": {}}
     parts = [part for share in shares for part in share]
-    path = write_checkpoint(tmp_path, 1, ranks=Ranks(), parts=parts, documents=documents, header={})
+    path = write_checkpoint(
+        tmp_path, 1, ranks=RankGroup(), parts=parts, documents=documents, header={}
+    )
     assert path.exists()
 
 
@@ -93,7 +95,7 @@ def test_a_block_written_twice_or_by_nobody_never_becomes_a_checkpoint(tmp_path,
         half = type(first.block)(first.block.view, (4, 0), (4, 6))
         parts.append(Part(first.kind, first.name, first.shape, half, first.values[4:]))
     with pytest.raises(CheckpointError, match=r"ffn\.weight: blocks hold"):
-        write_checkpoint(tmp_path, 1, ranks=Ranks(), parts=parts, documents={}, header={})
+        write_checkpoint(tmp_path, 1, ranks=RankGroup(), parts=parts, documents={}, header={})
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from megatron_moe.checkpoint.background import BackgroundSaves
 from megatron_moe.checkpoint.index import TensorReader
-from megatron_moe.checkpoint.optimizer_state import OptimizerShard
-from megatron_moe.checkpoint.parts import Part, Replicas, held, owned
-from megatron_moe.checkpoint.ranks import Ranks
 from megatron_moe.checkpoint.reading import CONFIG, STATE, open_checkpoint
 from megatron_moe.checkpoint.state import Metadata, TrainState, as_json
 from megatron_moe.checkpoint.writer import Contents, write_checkpoint
 from megatron_moe.config import RunConfig
-from megatron_moe.model.shards import ParamShard, Piece
+from megatron_moe.model.sharding.optimizer_state import OptimizerShard
+from megatron_moe.model.sharding.parts import Part, Replicas, held, owned
+from megatron_moe.model.sharding.shards import ParamShard, Piece
+from megatron_moe.parallel.collectives import RankGroup
 from tests.checkpoint.gate import hold_writers
 
 WIDTH, HIDDEN = 8, 6
@@ -73,9 +73,9 @@ def adam_state(local: list[ParamShard], start: int = 0, stop: int | None = None)
     return states
 
 
-def contents(step: int, ranks: Ranks | None = None) -> Contents:
+def contents(step: int, ranks: RankGroup | None = None) -> Contents:
     """What a rank saves of `logical(step)`: a part of the tensors."""
-    ranks = ranks or Ranks()
+    ranks = ranks or RankGroup()
     local = shards(logical(step), ranks.rank, ranks.size)
     parts: list[Part] = list(owned(local, adam_state(local), Replicas()))
     state = {
@@ -88,15 +88,15 @@ def contents(step: int, ranks: Ranks | None = None) -> Contents:
     return Contents(parts=parts, documents=documents, header={"format": "pt"})
 
 
-def save(directory: Path, step: int, ranks: Ranks | None = None) -> Path:
+def save(directory: Path, step: int, ranks: RankGroup | None = None) -> Path:
     """Save `logical(step)` from all ranks."""
-    ranks = ranks or Ranks()
+    ranks = ranks or RankGroup()
     return write_checkpoint(directory, step, ranks=ranks, **vars(contents(step, ranks)))
 
 
-def save_behind(directory: Path, step: int, ranks: Ranks | None = None) -> Path | None:
+def save_behind(directory: Path, step: int, ranks: RankGroup | None = None) -> Path | None:
     """`save`, asynchronously, with tensors that change as soon as they may."""
-    ranks = ranks or Ranks()
+    ranks = ranks or RankGroup()
     saves, what = BackgroundSaves(ranks), contents(step, ranks)
     gate = hold_writers(directory)
     saves.start(directory, step, what)

@@ -11,8 +11,8 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_moe.config import DataConfig, RunConfig, TrainConfig
-from megatron_moe.data.indexed_writer import IndexedWriter
-from megatron_moe.data.manifest import Manifest
+from megatron_moe.data.indexed.manifest import Manifest
+from megatron_moe.data.indexed.writer import IndexedWriter
 
 VOCAB = 1000
 

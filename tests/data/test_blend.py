@@ -18,9 +18,9 @@ from megatron.core.datasets.utils import get_blend_from_list
 from megatron_moe.config import DataConfig
 from megatron_moe.data.blend import SPLITS, blends_of, parse_blend, parse_split, tokens_in, usable
 from megatron_moe.data.datasets import build_split
-from megatron_moe.data.indexed_check import inspect_source
-from megatron_moe.data.tokenizer import NullTokenizer
+from megatron_moe.data.indexed.check import inspect_source
 from megatron_moe.errors import UsageError
+from megatron_moe.tokenizer.build import NullTokenizer
 from tests.data.corpus import VOCAB, random_documents, run_config, write
 
 

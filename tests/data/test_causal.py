@@ -18,9 +18,9 @@ from megatron_moe.config import RunConfig
 from megatron_moe.data.blend import Blend
 from megatron_moe.data.causal import CheckedIndexedDataset
 from megatron_moe.data.datasets import build_split
-from megatron_moe.data.indexed_check import inspect_source
-from megatron_moe.data.tokenizer import NullTokenizer, Tokenizer, build_tokenizer
+from megatron_moe.data.indexed.check import inspect_source
 from megatron_moe.errors import UsageError
+from megatron_moe.tokenizer.build import NullTokenizer, Tokenizer, build_tokenizer
 from tests.data.corpus import VOCAB, random_documents, run_config, write
 
 

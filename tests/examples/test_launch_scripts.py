@@ -17,7 +17,7 @@ from megatron_moe.config.cli import parse_args
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.parallel.layout import Layout, resolve_layout
 from megatron_moe.planning.describe import describe
-from megatron_moe.training.stages import resolve_course
+from megatron_moe.training.phases import resolve_run_schedule
 from tools import train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,7 +147,7 @@ def test_the_published_recipes(script: str) -> None:
     stages, batch = RECIPES[script]
     found = slurm(script)
     config = parse_args(found.arguments).config
-    course = resolve_course(config, found.world_size)
+    course = resolve_run_schedule(config, found.world_size)
     got = [
         (s.config.objective.objective, s.last_iteration, s.config.data.mixture)
         for s in course.stages

@@ -14,7 +14,7 @@ import torch
 
 from megatron_moe.checkpoint import CheckpointError, latest_step, verify
 from megatron_moe.checkpoint.directory import revisions, step_directory
-from megatron_moe.checkpoint.ranks import Ranks
+from megatron_moe.parallel.collectives import RankGroup
 from tests.checkpoint import toy
 
 Save = Callable[..., object]
@@ -70,7 +70,7 @@ def check_whole(directory: Path, old: int, new: int) -> int:
     return step
 
 
-def fork_ranks(body: Callable[[Ranks], None], scratch: Path) -> list[int]:
+def fork_ranks(body: Callable[[RankGroup], None], scratch: Path) -> list[int]:
     """Run ``body`` on two ranks of a gloo group; their exit statuses, 3 for an error."""
 
     def child(rank: int) -> None:
@@ -80,7 +80,7 @@ def fork_ranks(body: Callable[[Ranks], None], scratch: Path) -> list[int]:
             "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=30)
         )
         try:
-            body(Ranks(rank, 2))
+            body(RankGroup(rank, 2))
         except (CheckpointError, RuntimeError):
             os._exit(3)
 

@@ -12,8 +12,8 @@ import pytest
 
 from megatron_moe.checkpoint import verify
 from megatron_moe.config import DataConfig
-from megatron_moe.data.indexed_writer import IndexedWriter
-from megatron_moe.data.tokenizer import build_tokenizer
+from megatron_moe.data.indexed.writer import IndexedWriter
+from megatron_moe.tokenizer.build import build_tokenizer
 from tests.training.tiny import MODEL
 
 ROOT = Path(__file__).resolve().parents[2]

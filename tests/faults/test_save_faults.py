@@ -21,7 +21,7 @@ import pytest
 
 from megatron_moe.checkpoint import CheckpointError, latest_step, rank_files, verify
 from megatron_moe.checkpoint.directory import remove, revisions
-from megatron_moe.checkpoint.ranks import Ranks
+from megatron_moe.parallel.collectives import RankGroup
 from tests.checkpoint import toy
 from tests.faults.killing import POINTS, Save, check_whole, fork, fork_ranks, kill_at
 
@@ -159,7 +159,7 @@ def test_a_full_disk_is_an_error_and_the_old_checkpoint_stays(scarce, save):
 def test_a_rank_that_cannot_write_stops_the_save_on_all(tmp_path, save):
     directory = tmp_path / "run"
 
-    def body(ranks: Ranks) -> None:
+    def body(ranks: RankGroup) -> None:
         toy.save(directory, 10, ranks)
         if ranks.rank == 1:
             hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -189,7 +189,7 @@ def test_a_rank_killed_at_any_point_ends_the_other_and_loses_nothing(tmp_path, s
         copy = tmp_path / f"copy-{event}"
         shutil.copytree(directory, copy)
 
-        def body(ranks: Ranks, event: int = event, copy: Path = copy) -> None:
+        def body(ranks: RankGroup, event: int = event, copy: Path = copy) -> None:
             if ranks.rank == victim:
                 kill_at(event, copy)
             save(copy, 20, ranks)

@@ -12,12 +12,12 @@ import torch
 from megatron_moe.config import DataConfig
 from megatron_moe.data.objectives.chat import read_line
 from megatron_moe.data.objectives.chat_source import encode
-from megatron_moe.data.tokenizer import Tokenizer, build_tokenizer
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.answers import Scorer
 from megatron_moe.inference.chat import BEGINS, ENDS, Conversation, answer_of, as_text, ids_of
 from megatron_moe.inference.loading import Loaded
 from megatron_moe.inference.text import Text
+from megatron_moe.tokenizer.build import Tokenizer, build_tokenizer
 from tests.inference.cases import CONFIG, TOKENIZER, model
 
 TEXT = Text(TOKENIZER, CONFIG.data)

@@ -13,11 +13,11 @@ import torch
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
-from megatron_moe.data.tokenizer import NullTokenizer
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.harness import HarnessModel
 from megatron_moe.inference.loading import Loaded, Wanted, load
 from megatron_moe.inference.text import Text
+from megatron_moe.tokenizer.build import NullTokenizer
 from tests.inference.cases import CONFIG, model, save
 from tools.evaluate import main
 

@@ -15,8 +15,8 @@ from megatron_moe.config import DataConfig
 from megatron_moe.convert import lazy
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.loading import Wanted, load
-from tests.data.test_tokenizer_huggingface import make
 from tests.inference.cases import CONFIG, model, save
+from tests.tokenizer.test_huggingface import make
 
 
 @pytest.fixture(scope="module")

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config import ObjectiveConfig
-from megatron_moe.data.indexed_writer import IndexedWriter
-from megatron_moe.data.manifest import write_manifest
-from megatron_moe.data.tokenizer import ByteTokenizer
+from megatron_moe.data.indexed.manifest import write_manifest
+from megatron_moe.data.indexed.writer import IndexedWriter
 from megatron_moe.errors import UsageError
 from megatron_moe.inference import scoring
 from megatron_moe.inference.loading import Loaded
 from megatron_moe.inference.perplexity import Perplexity, evaluate_data
 from megatron_moe.inference.text import Text
+from megatron_moe.tokenizer.build import ByteTokenizer
 from tests.data.corpus import MANIFEST
 from tests.inference.cases import CONFIG, DROPLESS, model
 

@@ -10,13 +10,13 @@ import pytest
 import sentencepiece
 
 from megatron_moe.config import DataConfig
-from megatron_moe.data.tokenizer import ByteTokenizer, NullTokenizer, build_tokenizer
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.generation import Drawn
 from megatron_moe.inference.output import Output, Style
 from megatron_moe.inference.text import Text, TextStream
+from megatron_moe.tokenizer.build import ByteTokenizer, NullTokenizer, build_tokenizer
 from tests.data.pieces import train
-from tests.data.test_tokenizer_huggingface import make
+from tests.tokenizer.test_huggingface import make
 
 BYTES = DataConfig(tokenizer_type="ByteTokenizer")
 SENTENCE = "naïve 日本語 😀, and  then:\n\tmore"

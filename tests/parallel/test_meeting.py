@@ -12,15 +12,14 @@ from functools import partial
 
 import pytest
 
-from megatron_moe.checkpoint.errors import Corrupt
-from megatron_moe.checkpoint.ranks import early_ranks
-from megatron_moe.errors import UsageError
+from megatron_moe.errors import Corrupt, UsageError
+from megatron_moe.parallel.collectives import launch_rank_group
 from megatron_moe.parallel.launch import launched, run_or_exit
-from megatron_moe.parallel.meeting import Meeting
+from megatron_moe.parallel.meeting import Rendezvous
 from tests.faults.killing import start_fork
 
 
-def _ranks(body: Callable[[int, Meeting], None], size: int = 3) -> list[int]:
+def _ranks(body: Callable[[int, Rendezvous], None], size: int = 3) -> list[int]:
     """Exit codes of the ranks of a launch without torchrun."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -31,7 +30,7 @@ def _ranks(body: Callable[[int, Meeting], None], size: int = 3) -> list[int]:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         try:
             with contextlib.redirect_stderr(io.StringIO()):
-                run_or_exit(lambda: body(rank, Meeting(launched(), timedelta(seconds=60))))
+                run_or_exit(lambda: body(rank, Rendezvous(launched(), timedelta(seconds=60))))
         except SystemExit as exit_:
             os._exit(int(exit_.code or 0))
 
@@ -40,7 +39,7 @@ def _ranks(body: Callable[[int, Meeting], None], size: int = 3) -> list[int]:
 
 
 def test_values_are_gathered_and_broadcast():
-    def body(rank: int, meeting: Meeting) -> None:
+    def body(rank: int, meeting: Rendezvous) -> None:
         for turn in ("first", "second"):
             told = meeting.gather(f"{turn} of {rank}")
             expected = [f"{turn} of {each}" for each in range(3)]
@@ -53,7 +52,7 @@ def test_values_are_gathered_and_broadcast():
 
 @pytest.mark.parametrize("mistaken", [0, 2])
 def test_a_rank_with_a_mistake_of_its_own_ends_those_that_wait_for_it(mistaken):
-    def body(rank: int, meeting: Meeting) -> None:
+    def body(rank: int, meeting: Rendezvous) -> None:
         if rank == mistaken:
             raise UsageError("--planted", rank, "nothing")
         meeting.gather("x")
@@ -65,8 +64,8 @@ def test_a_rank_with_a_mistake_of_its_own_ends_those_that_wait_for_it(mistaken):
 def test_what_one_rank_finds_wrong_is_wrong_for_all():
     """As ranks of a checkpoint: the same error everywhere, said once by the launch."""
 
-    def body(rank: int, _: Meeting) -> None:
-        ranks = early_ranks(launched(), timedelta(seconds=60))
+    def body(rank: int, _: Rendezvous) -> None:
+        ranks = launch_rank_group(launched(), timedelta(seconds=60))
         assert ranks.broadcast(["told", rank]) == ["told", 0]
         assert ranks.gather(rank) == ([0, 1, 2] if rank == 0 else None)
 

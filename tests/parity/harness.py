@@ -13,7 +13,7 @@ from megatron_moe.data.batch import Batch
 from megatron_moe.model.build import build_model
 from megatron_moe.model.logical import initial_tensor, logical_parameters
 from megatron_moe.model.openmoe import OpenMoEModel
-from megatron_moe.model.shards import Piece, model_shards
+from megatron_moe.model.sharding.shards import Piece, model_shards
 from megatron_moe.moe.statistics import collect_statistics
 from megatron_moe.parallel.context import ParallelContext, initialize_parallel
 from megatron_moe.parallel.layout import resolve_layout

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_moe.config import DataConfig
-from megatron_moe.data.indexed_writer import IndexedWriter
+from megatron_moe.data.indexed.writer import IndexedWriter
 from tests.inference.cases import CONFIG, save
 from tests.support.mistakes import refused
 from tests.support.pool import Pool

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_moe.data import inspection
-from megatron_moe.data.indexed_writer import IndexedWriter
+from megatron_moe.data.indexed import inspection
+from megatron_moe.data.indexed.writer import IndexedWriter
 from tests.data.corpus import write
 from tools import preprocess_data
 from tools.inspect_data import main

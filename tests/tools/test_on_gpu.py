@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_moe.data.indexed_writer import IndexedWriter
+from megatron_moe.data.indexed.writer import IndexedWriter
 from megatron_moe.inference.loading import Wanted, load
 from megatron_moe.inference.scoring import Row, score
 from tests.inference.cases import save

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe.data.manifest import read_manifest
+from megatron_moe.data.indexed.manifest import read_manifest
 from tests.data.corpus import engine_reads
 from tools.preprocess_data import main
 

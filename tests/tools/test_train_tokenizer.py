@@ -11,7 +11,7 @@ import pytest
 import sentencepiece
 
 from megatron_moe.config import DataConfig
-from megatron_moe.data.tokenizer import build_tokenizer
+from megatron_moe.tokenizer.build import build_tokenizer
 from tools.train_tokenizer import main, sentences
 
 

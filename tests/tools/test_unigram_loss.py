@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from megatron_moe.config.cli import parse_args
-from megatron_moe.data.indexed_writer import IndexedWriter
+from megatron_moe.data.indexed.writer import IndexedWriter
 from tools.unigram_loss import main
 
 _SIZES = (

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.pool import Pool
-from tests.training.stage_tables import FIRST, SECOND, TABLE, steps_of
+from tests.training.phase_tables import FIRST, SECOND, TABLE, steps_of
 from tests.training.tiny import MODEL, pretrain_rank, write_corpus
 
 

@@ -38,7 +38,7 @@ def losses(
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Documents of two to ten tokens, each with its end."""
-    from megatron_moe.data.indexed_writer import IndexedWriter
+    from megatron_moe.data.indexed.writer import IndexedWriter
 
     prefix = str(tmp_path_factory.mktemp("ended") / "x")
     with IndexedWriter(prefix, 100) as writer:

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_moe.config.cli import parse_args
 from megatron_moe.data.pipeline import build_data
-from megatron_moe.training.schedule import learning_rate
+from megatron_moe.training.optim.schedule import learning_rate
 from megatron_moe.training.unigram import unigram_loss
 from tests.training.tiny import MODEL, VOCAB, pretrain_rank
 

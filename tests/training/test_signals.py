@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_moe.checkpoint import latest_step, verify
-from megatron_moe.checkpoint.ranks import Ranks
+from megatron_moe.parallel.collectives import RankGroup
 from megatron_moe.training.signals import ExitSignal
 from tests.faults.killing import fork
 from tests.training.tiny import MODEL, pretrain_rank
@@ -67,7 +67,7 @@ def test_all_ranks_save_the_same_step_and_go_on_from_it(pool, corpus, tmp_path, 
 
 def test_a_second_signal_ends_the_process_at_once():
     def body() -> None:
-        noted = ExitSignal(Ranks())
+        noted = ExitSignal(RankGroup())
         assert not noted.agreed()
         os.kill(os.getpid(), signal.SIGTERM)
         assert noted.agreed()
@@ -78,7 +78,7 @@ def test_a_second_signal_ends_the_process_at_once():
 
 
 def test_processes_of_a_rank_still_end_by_it():
-    noted = ExitSignal(Ranks())
+    noted = ExitSignal(RankGroup())
 
     def body() -> None:
         os.kill(os.getpid(), signal.SIGTERM)

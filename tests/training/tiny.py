@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_moe.config.cli import parse_args
-from megatron_moe.data.indexed_writer import IndexedWriter
+from megatron_moe.data.indexed.writer import IndexedWriter
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
 VOCAB = 100

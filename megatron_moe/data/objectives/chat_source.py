@@ -16,11 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.data.causal import digest
-from megatron_moe.data.index_cache import Array, IndexCache
-from megatron_moe.data.indexed_check import Source
+from megatron_moe.data.indexed.cache import Array, IndexCache
+from megatron_moe.data.indexed.check import Source
 from megatron_moe.data.objectives.chat import SYSTEM, USER, Exchange, read_line
-from megatron_moe.data.tokenizer import Tokenizer
 from megatron_moe.errors import UsageError
+from megatron_moe.tokenizer.build import Tokenizer
 
 _BLOCK = 1 << 22
 _INT32 = 4

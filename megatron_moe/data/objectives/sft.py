@@ -16,7 +16,7 @@ from megatron.core.datasets.megatron_dataset import MegatronDataset
 
 from megatron_moe.data.batch import document_planes
 from megatron_moe.data.causal import Sample, digest
-from megatron_moe.data.index_cache import Array
+from megatron_moe.data.indexed.cache import Array
 from megatron_moe.data.objectives.chat_source import ChatSource, Conversations
 from megatron_moe.data.objectives.noise import Noise, noise_of
 from megatron_moe.errors import UsageError

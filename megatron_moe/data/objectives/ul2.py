@@ -18,13 +18,13 @@ import numpy.typing as npt
 
 from megatron_moe.config import RunConfig
 from megatron_moe.data.causal import CausalDataset, Sample
-from megatron_moe.data.index_cache import Array
+from megatron_moe.data.indexed.cache import Array
 from megatron_moe.data.objectives.mixture import Denoiser, read_mixture
 from megatron_moe.data.objectives.noise import Noise, noise_of
 from megatron_moe.data.objectives.spans import Ids, corrupt, random_spans, span_counts
 from megatron_moe.data.objectives.windows import Windows, cut_windows
-from megatron_moe.data.tokenizer import Tokenizer, sentinel_ids
 from megatron_moe.errors import UsageError
+from megatron_moe.tokenizer.build import Tokenizer, sentinel_ids
 
 HIDE = 3
 """Lane of the noise; the first ones are of `windows`."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_moe.data.index_cache import Array
+from megatron_moe.data.indexed.cache import Array
 from megatron_moe.data.objectives.noise import Noise
 
 KIND, DOCUMENTS, ORDER = 0, 1, 2

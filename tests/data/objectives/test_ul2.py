@@ -11,17 +11,17 @@ import pytest
 
 from megatron_moe.data.blend import Blend
 from megatron_moe.data.datasets import build_split
-from megatron_moe.data.indexed_check import inspect_source
+from megatron_moe.data.indexed.check import inspect_source
 from megatron_moe.data.objectives.mixture import Denoiser
 from megatron_moe.data.objectives.noise import Noise, noise_of
 from megatron_moe.data.objectives.ul2 import Fitted, pack_row, random_split
-from megatron_moe.data.tokenizer import (
+from megatron_moe.errors import UsageError
+from megatron_moe.tokenizer.build import (
     NullTokenizer,
     build_tokenizer,
     sentinel_ids,
     unpadded_vocab_size,
 )
-from megatron_moe.errors import UsageError
 from tests.data.corpus import random_documents, write
 from tests.data.objectives.runs import GLOBAL, STEPS, Row, data_of, objective_config, order, rows
 

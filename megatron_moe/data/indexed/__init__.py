@@ -1,0 +1,1 @@
+"""Indexed datasets (Megatron-LM's `.bin` and `.idx`): format, writer, checks, merge."""

@@ -1,0 +1,1 @@
+"""The single-device model in plain PyTorch: the oracle of every layout."""

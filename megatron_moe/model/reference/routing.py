@@ -1,0 +1,166 @@
+"""Who goes to which expert and who finds a slot, written from the definition.
+
+The routing half of the reference model (`megatron_moe.model.reference.model`), independent of
+`megatron_moe.moe`, which is tested against it. Sources: Xue et al., OpenMoE (arXiv 2402.01739), and
+its released training code; `docs/model.md` has the formulas.
+
+Shapes: T tokens row by row, E experts, K choices per token, G capacity groups, A = K T_g
+assignments of a group, R rows over which a balance loss is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_moe.config.moe import MoEConfig
+from megatron_moe.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router of one MoE layer decided about the T tokens of a micro-batch."""
+
+    layer: int
+    """Index of the layer in the network, from 0."""
+    router_probs_TE: Tensor
+    """Softmax over all experts, fp32."""
+    ids_TK: Tensor
+    """SelectedCheckpoint experts, best first; equal probabilities in the order of the experts."""
+    probs_TK: Tensor
+    """Probability of each choice, which is also its combine weight (no renormalisation)."""
+    kept_TK: Tensor
+    """Whether the choice found a slot."""
+    counts_E: Tensor
+    """Choices per expert before dropping."""
+    balance_loss: Tensor
+    """E sum_e f_e P_e, which is K when balanced; 0 with `--moe-router-load-balancing-type none`."""
+    z_loss: Tensor
+    """Mean over tokens of logsumexp(router logits)^2."""
+
+
+def route(
+    logits_TE: Tensor, rows: int, moe: MoEConfig, layer: int, *, training_capacity: bool
+) -> Routing:
+    """Softmax over all experts, then the best K without renormalising, then who finds a slot.
+
+    Args:
+        logits_TE: router logits of a micro-batch of `rows` rows of equal length.
+        rows: B.
+        moe: the expert part of the configuration.
+        layer: what `Routing.layer` shall say.
+        training_capacity: the capacity factor of training rather than evaluation.
+    """
+    probs_TE = logits_TE.softmax(dim=-1)
+    best_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
+    probs_TK = best_TE.values[:, : moe.moe_router_topk]
+    ids_TK = best_TE.indices[:, : moe.moe_router_topk]
+    return Routing(
+        layer=layer,
+        router_probs_TE=probs_TE,
+        ids_TK=ids_TK,
+        probs_TK=probs_TK,
+        kept_TK=_kept(ids_TK, probs_TK, rows, moe, training_capacity),
+        counts_E=ids_TK.flatten().bincount(minlength=moe.num_experts),
+        balance_loss=_balance(probs_TE, ids_TK, rows, moe),
+        z_loss=logits_TE.logsumexp(dim=-1).square().mean(),
+    )
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """fp32, or fp64 if it already is: the precision of norms, RoPE, router and logits."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def capacity(moe: MoEConfig, group_tokens: int, *, training_capacity: bool) -> int:
+    """Slots C of one expert for a group of tokens.
+
+    `t5x`: max(round(cf T / E), min), where round takes halves to even, as Python's does. `port`:
+    floor(K cf T / E), made even upwards, then at least min. No factor: a slot for every token.
+    """
+    factor = capacity_factor(moe, training_capacity)
+    if factor is None:
+        return group_tokens
+    if moe.moe_capacity_rule == "t5x":
+        slots = round(factor * group_tokens / moe.num_experts)
+    else:
+        slots = math.floor(moe.moe_router_topk * factor * group_tokens / moe.num_experts)
+        slots += slots % 2
+    return max(slots, moe.moe_min_capacity)
+
+
+def capacity_group(moe: MoEConfig, batch: int, sequence: int) -> int:
+    """Tokens T_g of one capacity group of a micro-batch of `batch` rows of `sequence` tokens.
+
+    Raises:
+        UsageError: the configured size is neither a part of a row, a row, nor whole rows.
+    """
+    size = moe.moe_capacity_group_size
+    if size is None:
+        return sequence if moe.moe_capacity_rule == "t5x" else batch * sequence
+    aligned = size >= 1 and (sequence % size == 0 or size % sequence == 0)
+    if not aligned or (batch * sequence) % size:
+        expected = f"a divisor of the row ({sequence}), or whole rows that divide {batch} rows"
+        raise UsageError("--moe-capacity-group-size", size, expected)
+    return size
+
+
+def kept_choices(
+    ids_GTK: Tensor, probs_GTK: Tensor, num_experts: int, slots: int, policy: str
+) -> Tensor:
+    """Which choices find one of their expert's slots, [G, T, K].
+
+    Choices stand in a queue: all first choices in token order, then all second choices (policy
+    `position`), or by falling probability with ties in that order (`probs`). A choice is kept iff
+    fewer than `slots` choices of the same expert stand before it, kept or not.
+    """
+    groups, tokens, choices = ids_GTK.shape
+    ids_GA = ids_GTK.transpose(1, 2).reshape(groups, -1)
+    probs_GA = probs_GTK.transpose(1, 2).reshape(groups, -1)
+    queue_GA = torch.arange(choices * tokens, device=ids_GA.device).expand_as(ids_GA)
+    if policy == "probs":
+        queue_GA = probs_GA.argsort(dim=1, descending=True, stable=True)
+    queued_GA = ids_GA.gather(1, queue_GA)
+    so_far_GAE = F.one_hot(queued_GA, num_experts).cumsum(dim=1)
+    before_GA = so_far_GAE.gather(2, queued_GA.unsqueeze(2)).squeeze(2) - 1
+    kept_GA = torch.zeros_like(ids_GA, dtype=torch.bool).scatter(1, queue_GA, before_GA < slots)
+    return kept_GA.view(groups, choices, tokens).transpose(1, 2)
+
+
+def balance_loss(probs_RTE: Tensor, ids_RTK: Tensor) -> Tensor:
+    """E sum_e f_e P_e, averaged over R: f_e choices of e per token, P_e its mean probability."""
+    experts = probs_RTE.shape[-1]
+    f_RE = F.one_hot(ids_RTK, experts).sum(dim=2).to(probs_RTE.dtype).mean(dim=1)
+    return experts * (f_RE * probs_RTE.mean(dim=1)).sum(dim=1).mean()
+
+
+def capacity_factor(moe: MoEConfig, training_capacity: bool) -> float | None:
+    """The factor of training or of evaluation; `None` drops nothing."""
+    return moe.moe_expert_capacity_factor if training_capacity else moe.moe_eval_capacity_factor
+
+
+def _kept(
+    ids_TK: Tensor, probs_TK: Tensor, rows: int, moe: MoEConfig, training_capacity: bool
+) -> Tensor:
+    if capacity_factor(moe, training_capacity) is None:
+        return torch.ones_like(ids_TK, dtype=torch.bool)
+    group = capacity_group(moe, rows, ids_TK.shape[0] // rows)
+    kept_GTK = kept_choices(
+        ids_TK.unflatten(0, (-1, group)),
+        probs_TK.unflatten(0, (-1, group)),
+        moe.num_experts,
+        capacity(moe, group, training_capacity=training_capacity),
+        moe.moe_token_drop_policy,
+    )
+    return kept_GTK.flatten(0, 1)
+
+
+def _balance(probs_TE: Tensor, ids_TK: Tensor, rows: int, moe: MoEConfig) -> Tensor:
+    if moe.moe_router_load_balancing_type == "none":
+        return probs_TE.new_zeros(())
+    over = rows if moe.moe_router_load_balancing_type == "seq_aux_loss" else 1
+    return balance_loss(probs_TE.unflatten(0, (over, -1)), ids_TK.unflatten(0, (over, -1)))

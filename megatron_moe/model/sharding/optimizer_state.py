@@ -1,0 +1,158 @@
+"""What Megatron-Core's optimizers hold for each parameter, whatever their kind.
+
+Three kinds of optimizer, possibly chained (dense and expert parameters): fp32, half precision with
+fp32 masters, and the distributed one, in which each data-parallel rank holds a flat range of each
+parameter. All are seen here as flat tensors that start at some element of the local parameter. What
+is not shaped like parameters, as Adafactor keeps it, comes from its optimizer in logical form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from megatron_moe.errors import CheckpointError
+from megatron_moe.model.sharding.blocks import Part
+
+MASTER = "master"
+"""Kind of the fp32 copy of a half-precision weight."""
+MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+"""Kinds of state, by their names in torch: Adam's moments; SGD's momentum."""
+
+
+@runtime_checkable
+class LogicalState(Protocol):
+    """An inner optimizer whose state is not shaped like the parameters.
+
+    It counts its steps in its groups, as `step`, and creates all of its state at the start.
+    """
+
+    def logical_state(self, main: Tensor) -> Iterable[Part]:
+        """The state of what it updates as ``main``, sharing memory with it."""
+        ...
+
+
+@dataclass(frozen=True)
+class OptimizerShard:
+    """State of one parameter on this rank.
+
+    Args:
+        tensors: kind -> flat tensor, sharing memory with the optimizer.
+        start: the element of the flattened local parameter that the tensors start at.
+        sharded: whether each data-parallel rank holds another range; otherwise all hold the same.
+        parts: state of other shapes than the parameter's.
+    """
+
+    tensors: dict[str, Tensor]
+    start: int
+    sharded: bool
+    parts: tuple[Part, ...] = ()
+
+
+def optimizer_shards(optimizer: Any) -> dict[Tensor, OptimizerShard]:
+    """State by model parameter; state that the first step would create is created now.
+
+    Args:
+        optimizer: from `megatron.core.optimizer.get_megatron_optimizer`.
+    """
+    shards = {}
+    for leaf in leaves(optimizer):
+        for param, main, start, sharded in parameters(leaf):
+            tensors, parts = _state(leaf.optimizer, main)
+            if main.dtype != param.dtype:
+                tensors[MASTER] = main.detach().view(-1)
+            shards[param] = OptimizerShard(tensors, start, sharded, parts)
+    return shards
+
+
+def _state(inner: Any, main: Tensor) -> tuple[dict[str, Tensor], tuple[Part, ...]]:
+    """What is shaped like the parameter, and what is not."""
+    if isinstance(inner, LogicalState):
+        return {}, tuple(inner.logical_state(main))
+    state = inner.state[main]
+    if not state:
+        _create_state(inner, main, state)
+    return {kind: state[kind].view(-1) for kind in MOMENTS if kind in state}, ()
+
+
+def leaves(optimizer: Any) -> Iterator[Any]:
+    """The optimizers of a chain that have parameters."""
+    for leaf in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not leaf.is_stub_optimizer:
+            yield leaf
+
+
+def parameters(leaf: Any) -> Iterator[tuple[Tensor, Tensor, int, bool]]:
+    """Model parameter, what the inner optimizer updates, first element of it, whether sharded.
+
+    Pairs are taken from the lists the engine copies gradients by. Its own index from parameters to
+    groups is wrong for groups of mixed precision, where it forgets that fp32 shards come first.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+    from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
+
+    if isinstance(leaf, DistributedOptimizer):
+        half = zip(leaf.model_float16_groups, leaf.shard_fp32_from_float16_groups, strict=True)
+        full = zip(leaf.model_fp32_groups, leaf.shard_fp32_groups, strict=True)
+        for params, mains in chain(half, full):
+            for param, main in zip(params, mains, strict=True):
+                yield param, main, leaf._get_model_param_range_map(param)["param"].start, True
+    elif isinstance(leaf, Float16OptimizerWithFloat16Params):
+        half = zip(leaf.float16_groups, leaf.fp32_from_float16_groups, strict=True)
+        full = zip(leaf.fp32_from_fp32_groups, leaf.fp32_from_fp32_groups, strict=True)
+        for params, mains in chain(half, full):
+            yield from ((p, m, 0, False) for p, m in zip(params, mains, strict=True))
+    elif isinstance(leaf, FP32Optimizer):
+        yield from ((param, param, 0, False) for param in leaf.get_parameters())
+    else:
+        raise CheckpointError("optimizer", type(leaf).__name__, "one of Megatron-Core's three")
+
+
+def _create_state(inner: torch.optim.Optimizer, main: Tensor, state: dict[str, Tensor]) -> None:
+    """What the first step would create: zeros. A step from them equals a first step."""
+    group = next(g for g in inner.param_groups if any(p is main for p in g["params"]))
+    if isinstance(inner, torch.optim.SGD):
+        if group["momentum"]:
+            state["momentum_buffer"] = torch.zeros_like(main.detach())
+        return
+    state["exp_avg"] = torch.zeros_like(main.detach())
+    state["exp_avg_sq"] = torch.zeros_like(main.detach())
+    if isinstance(inner, torch.optim.Adam):  # AdamW is one; fused ones count in the group
+        on_device = group.get("capturable") or group.get("fused")
+        double = torch.get_default_dtype() == torch.float64
+        state["step"] = torch.zeros(
+            (),
+            dtype=torch.float64 if double else torch.float32,
+            device=main.device if on_device else "cpu",
+        )
+
+
+def optimizer_step(optimizer: Any) -> int | None:
+    """How many steps were taken, as Adam's bias correction counts them; None for SGD.
+
+    Raises:
+        CheckpointError: parameters disagree.
+    """
+    steps = set()
+    for leaf in leaves(optimizer):
+        steps |= {int(s["step"]) for s in leaf.optimizer.state.values() if "step" in s}
+        steps |= {int(g["step"]) for g in leaf.optimizer.param_groups if "step" in g}
+    if len(steps) > 1:
+        raise CheckpointError("optimizer step", sorted(steps), "the same for all parameters")
+    return steps.pop() if steps else None
+
+
+def set_optimizer_step(optimizer: Any, step: int | None) -> None:
+    """The inverse of `optimizer_step`, after `optimizer_shards` has created state."""
+    for leaf in leaves(optimizer):
+        counted = [s for s in leaf.optimizer.state.values() if "step" in s]
+        for state in counted:
+            state["step"].fill_(step)
+        if not counted and not isinstance(leaf.optimizer, torch.optim.SGD):
+            for group in leaf.optimizer.param_groups:
+                group["step"] = step

@@ -1,0 +1,1 @@
+"""Tokenizers: SentencePiece, Hugging Face, byte-level, and the one a run asks for (`build`)."""

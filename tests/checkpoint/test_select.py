@@ -1,0 +1,124 @@
+"""Which step is taken: the tracker's, or with a fallback the newest whole one, on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_moe.checkpoint import CheckpointError
+from megatron_moe.checkpoint.directory import TRACKER
+from megatron_moe.checkpoint.select import choose
+from megatron_moe.parallel.collectives import RankGroup
+from tests.checkpoint import toy
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "flipped bit": _flip,
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "missing": lambda path: path.unlink(),
+}
+
+
+def _save(rank: int, world_size: int, *, directory: Path, steps: list[int]) -> None:
+    for step in steps:
+        toy.save(directory, step, RankGroup(rank, world_size))
+
+
+def _choose(rank: int, world_size: int, *, directory: Path, fallback: bool = True) -> Any:
+    try:
+        chosen, opened = choose(
+            directory, None, fallback=fallback, ranks=RankGroup(rank, world_size)
+        )
+    except CheckpointError as error:
+        return type(error).__name__, str(error)
+    return chosen.path.name, chosen.verified, chosen.skipped, opened.train.iteration
+
+
+@pytest.fixture
+def saved(pool, tmp_path):
+    pool.run(_save, 2, directory=tmp_path, steps=[10, 20, 30])
+    return tmp_path
+
+
+def _all(pool: Any, directory: Path, **options: Any) -> Any:
+    """The same answer on both ranks; the tracker is left alone."""
+    before = (directory / TRACKER).read_bytes() if (directory / TRACKER).exists() else None
+    first, second = pool.run(_choose, 2, directory=directory, **options)
+    assert first == second
+    assert before is None or (directory / TRACKER).read_bytes() == before
+    return first
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_to_any_file_makes_the_step_before_count(pool, saved, damage):
+    names = ["rank-00001.safetensors", "index.json", "state.json", "config.json", "manifest.json"]
+    for name in names:
+        path = saved / "iter_0000030" / name
+        whole = path.read_bytes()
+        DAMAGE[damage](path)
+        step, verified, skipped, iteration = _all(pool, saved)
+        assert (step, verified, iteration) == ("iter_0000020", True, 20)
+        assert len(skipped) == 1
+        assert skipped[0].startswith("iter_0000030 is damaged and was not taken: ")
+        assert str(path) in skipped[0]
+        path.write_bytes(whole)
+    assert _all(pool, saved) == ("iter_0000030", True, (), 30)
+
+
+def test_several_damaged_steps_are_all_told(pool, saved):
+    _flip(saved / "iter_0000030" / "rank-00000.safetensors")
+    _flip(saved / "iter_0000020" / "index.json")
+    step, _, skipped, _ = _all(pool, saved)
+    assert step == "iter_0000010"
+    assert [line.split()[0] for line in skipped] == ["iter_0000030", "iter_0000020"]
+    _flip(saved / "iter_0000010" / "rank-00001.safetensors")
+    kind, text = _all(pool, saved)
+    assert kind == "CheckpointError"
+    assert text.splitlines()[-1] == (
+        f"{saved} is '3 damaged checkpoints', expected one that is whole"
+    )
+    assert [line.split()[0] for line in text.splitlines()[:-1]] == [
+        "iter_0000030",
+        "iter_0000020",
+        "iter_0000010",
+    ]
+
+
+@pytest.mark.parametrize("text", [None, "", "garbage", "40"])
+def test_a_broken_tracker_makes_the_newest_whole_step_count(pool, saved, text):
+    tracker = saved / TRACKER
+    tracker.unlink() if text is None else tracker.write_text(text)
+    _flip(saved / "iter_0000030" / "rank-00000.safetensors")
+    step, _, skipped, _ = _all(pool, saved)
+    assert step == "iter_0000020"
+    assert skipped[0].startswith(f"tracker {tracker} is ")
+    assert skipped[1].startswith("iter_0000030 is damaged")
+
+
+def test_steps_after_the_tracker_s_are_not_gone_on_with(pool, saved):
+    (saved / TRACKER).write_text("20\n")
+    assert _all(pool, saved)[0] == "iter_0000020"
+    _flip(saved / "iter_0000020" / "rank-00000.safetensors")
+    assert _all(pool, saved)[0] == "iter_0000010"
+
+
+def test_without_it_damage_is_an_error_that_says_what_to_do(pool, saved):
+    _flip(saved / "iter_0000030" / "state.json")
+    kind, text = _all(pool, saved, fallback=False)
+    assert kind == "Corrupt"
+    last = text.splitlines()[-1]
+    assert "iter_0000030 is 'damaged in state.json'" in last
+    assert "--ckpt-step" in last and "--checkpoint-fallback" in last
+
+
+def test_an_empty_directory_is_still_an_error(pool, tmp_path):
+    kind, text = _all(pool, tmp_path)
+    assert kind == "CheckpointError" and "--allow-missing-load" in text

@@ -1,0 +1,178 @@
+"""Cache entries are whole or absent, whoever builds, dies or interferes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_moe.data.indexed import cache as index_cache
+from megatron_moe.data.indexed.cache import IndexCache
+from megatron_moe.errors import UsageError
+
+FORK = multiprocessing.get_context("fork")
+VALUES = [np.arange(50_000), np.arange(6).reshape(3, 2)]
+
+
+def slow_build(log: Path, seconds: float) -> Callable[[], list[np.ndarray]]:
+    """Notes each start and each end of a build."""
+
+    def build() -> list[np.ndarray]:
+        with log.open("a") as stream:
+            stream.write(f"start {os.getpid()}\n")
+        time.sleep(seconds)
+        with log.open("a") as stream:
+            stream.write(f"end {os.getpid()}\n")
+        return VALUES
+
+    return build
+
+
+def want(cache: IndexCache, log: Path, seconds: float, out: Path) -> None:
+    """What a process does: ask for the entry and write down what it got."""
+    arrays = cache.arrays("entry", {}, slow_build(log, seconds))
+    equal = all(np.array_equal(a, b) for a, b in zip(arrays, VALUES, strict=True))
+    (out / str(os.getpid())).write_text(str(equal))
+
+
+def start(count: int, *arguments: object) -> list[multiprocessing.process.BaseProcess]:
+    processes = [FORK.Process(target=want, args=arguments) for _ in range(count)]
+    for process in processes:
+        process.start()
+    return list(processes)
+
+
+def finish(processes: Sequence[multiprocessing.process.BaseProcess]) -> list[int | None]:
+    for process in processes:
+        process.join(timeout=30)
+    return [process.exitcode for process in processes]
+
+
+def test_second_call_reads_the_first_ones_files(tmp_path: Path) -> None:
+    cache = IndexCache(str(tmp_path))
+    assert [a.tolist() for a in cache.arrays("e", {"x": 1}, lambda: VALUES)][1] == [
+        [0, 1], [2, 3], [4, 5],
+    ]  # fmt: skip
+    again = cache.arrays("e", {}, lambda: pytest.fail("built again"))
+    assert np.array_equal(again[0], VALUES[0])
+    assert again[0].dtype == VALUES[0].dtype
+    assert json.loads((tmp_path / "e" / "description.json").read_text()) == {"x": 1}
+
+
+def test_many_arrays_keep_their_order(tmp_path: Path) -> None:
+    cache = IndexCache(str(tmp_path))
+    values = [np.array([i]) for i in range(12)]
+    assert [int(a[0]) for a in cache.arrays("e", {}, lambda: values)] == list(range(12))
+
+
+def test_one_of_several_processes_builds(tmp_path: Path) -> None:
+    log, out = tmp_path / "log", tmp_path / "out"
+    out.mkdir()
+    processes = start(4, IndexCache(str(tmp_path / "c")), log, 0.2, out)
+    assert finish(processes) == [0] * 4
+    assert log.read_text().count("start") == 1
+    assert [path.read_text() for path in out.iterdir()] == ["True"] * 4
+
+
+def test_a_killed_builder_is_replaced(tmp_path: Path) -> None:
+    log, out = tmp_path / "log", tmp_path / "out"
+    out.mkdir()
+    log.touch()
+    processes = start(3, IndexCache(str(tmp_path / "c")), log, 0.5, out)
+    while "start" not in log.read_text():
+        time.sleep(0.005)
+    os.kill(int(log.read_text().split()[1]), signal.SIGKILL)
+    codes = finish(processes)
+    assert sorted(map(str, codes)) == ["-9", "0", "0"]
+    assert log.read_text().count("start") == 2
+    assert [path.read_text() for path in out.iterdir()] == ["True"] * 2
+
+
+def test_without_locks_all_build_and_all_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError("no locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    log, out = tmp_path / "log", tmp_path / "out"
+    out.mkdir()
+    processes = start(3, IndexCache(str(tmp_path / "c")), log, 0.3, out)
+    assert finish(processes) == [0] * 3
+    assert log.read_text().count("start") == 3
+    assert [path.read_text() for path in out.iterdir()] == ["True"] * 3
+    assert not list((tmp_path / "c").glob("*partial*"))
+
+
+def damage(kind: str, entry: Path) -> None:
+    if kind == "missing":
+        (entry / "0.npy").unlink()
+    elif kind == "short":
+        os.truncate(entry / "0.npy", 1000)
+    elif kind == "manifest":
+        (entry / "manifest.json").write_text("{")
+    else:
+        (entry / "manifest.json").write_text("[]")
+
+
+@pytest.mark.parametrize("kind", ["missing", "short", "manifest", "list"])
+def test_a_broken_entry_is_built_again(tmp_path: Path, kind: str) -> None:
+    cache = IndexCache(str(tmp_path))
+    cache.arrays("e", {}, lambda: VALUES)
+    damage(kind, tmp_path / "e")
+    again = cache.arrays("e", {}, lambda: VALUES)
+    assert np.array_equal(again[0], VALUES[0])
+    cache.arrays("e", {}, lambda: pytest.fail("built a third time"))
+
+
+def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
+    cache = IndexCache(str(tmp_path))
+    with pytest.raises(ZeroDivisionError):
+        cache.arrays("e", {}, lambda: [np.array([1 // 0])])
+    assert [path.name for path in tmp_path.iterdir()] == [".e.lock"]
+    assert cache.record("e", lambda: {"a": 1}) == {"a": 1}
+
+
+def test_partial_entries_of_the_dead_are_swept(tmp_path: Path) -> None:
+    for name, age in (("e.partial-old", 2 * index_cache._STALE), ("e.partial-new", 0.0)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (time.time() - age, time.time() - age))
+    IndexCache(str(tmp_path)).record("e", lambda: {"a": 1})
+    assert sorted(path.name for path in tmp_path.glob("*partial*")) == ["e.partial-new"]
+
+
+@pytest.mark.parametrize("content", [b"\x93NUMPY garbage", b"\x80\x04K\x01."])
+def test_files_that_are_no_arrays_are_refused(tmp_path: Path, content: bytes) -> None:
+    """The second is a pickle, which the engine's own cache would run."""
+    cache = IndexCache(str(tmp_path))
+    cache.arrays("e", {}, lambda: VALUES)
+    (tmp_path / "e" / "0.npy").write_bytes(content)
+    sizes = json.loads((tmp_path / "e" / "manifest.json").read_text()) | {"0.npy": len(content)}
+    (tmp_path / "e" / "manifest.json").write_text(json.dumps(sizes))
+    with pytest.raises(UsageError, match=r"index cache is '.*/e', expected arrays; delete it"):
+        cache.arrays("e", {}, lambda: VALUES)
+
+
+@pytest.mark.parametrize("content", ["no json", '{"a": "b"}', "[1]", '{"a": null}'])
+def test_records_that_are_none_are_refused(tmp_path: Path, content: str) -> None:
+    cache = IndexCache(str(tmp_path))
+    cache.record("e", lambda: {"a": 1})
+    (tmp_path / "e" / "record.json").write_text(content)
+    (tmp_path / "e" / "manifest.json").write_text(json.dumps({"record.json": len(content)}))
+    with pytest.raises(UsageError, match=r"record\.json', expected numbers; delete it"):
+        cache.record("e", lambda: {"a": 1})
+
+
+def test_no_place_to_write(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache = IndexCache(str(tmp_path / "file" / "cache"))
+    with pytest.raises(UsageError, match=r"--data-cache-path is '.*/file/cache'"):
+        cache.record("e", lambda: {"a": 1})

@@ -1,0 +1,106 @@
+"""Which files go in, and how they are cut: every line once, in order, for any number of parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_moe.data.preprocess.sources import (
+    content_hash,
+    cut,
+    find_inputs,
+    lines_before,
+    refuse_changed,
+)
+from megatron_moe.errors import UsageError
+
+
+def bytes_of(parts: list[list]) -> list[bytes]:
+    return [
+        b"".join(Path(s.file.path).read_bytes()[s.start : s.end] for s in part) for part in parts
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 40])
+def test_parts_are_whole_lines_and_all_of_them(tmp_path: Path, count: int) -> None:
+    texts = {
+        "a.jsonl": b"".join(b"%d " % i + b"x" * (i % 17) + b"\n" for i in range(50)),
+        "b.jsonl": b"",
+        "c.jsonl": b"one long line " * 30,  # no line end
+        "d.jsonl": b"\n\nz\n",
+        "e.jsonl.gz": b"any bytes, never cut\n" * 20,
+        "f.jsonl": b"\n".join(b"%d" % i for i in range(100)),
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_bytes(text)
+    files = find_inputs([str(tmp_path / "*")])
+    parts = cut(files, count)
+    assert len(parts) == count
+    pieces = bytes_of(parts)
+    assert b"".join(pieces) == b"".join(texts.values())
+    for stretch in (stretch for part in parts for stretch in part):
+        content = texts[Path(stretch.file.path).name]
+        assert stretch.start == 0 or content[stretch.start - 1 : stretch.start] == b"\n"
+        if stretch.file.kind != "lines":
+            assert (stretch.start, stretch.end) == (0, len(content))
+    if count == 3:
+        total = sum(map(len, pieces))
+        assert max(map(len, pieces)) < total / 3 + 450, "about equal, but for the longest file"
+
+
+def test_order_globs_and_kinds(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "sub/c.txt", "d.parquet", "e.json.zst"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = find_inputs(
+        [str(tmp_path / "d.parquet"), f"{tmp_path}/*.jsonl", f"{tmp_path}/**/*.txt"]
+    )
+    assert [(Path(f.path).name, f.kind) for f in found] == [
+        ("d.parquet", "parquet"),
+        ("a.jsonl", "lines"),
+        ("b.jsonl", "lines"),
+        ("c.txt", "text"),
+    ]
+    assert find_inputs([str(tmp_path / "e.json.zst")])[0].kind == "zstd"
+
+
+@pytest.mark.parametrize(
+    ("patterns", "says"),
+    [
+        (["/no/such.jsonl"], "--input is '/no/such.jsonl', expected a readable file, or a glob"),
+        (["*.json"], "expected a readable file, or a glob"),
+        (["a.bin"], "expected a name ending in one of .jsonl .json .jsonl.gz"),
+        (["a.txt", "./a.txt"], "'a.txt', expected each file once"),
+        (["folder.jsonl"], "expected a readable file; .*Is a directory"),
+    ],
+)
+def test_refusals(
+    tmp_path: Path, patterns: list[str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "a.bin").write_text("x")
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(UsageError, match=says):
+        find_inputs(patterns)
+
+
+def test_a_change_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"x" * (17 << 20))
+    files = find_inputs([str(path)])
+    refuse_changed(files)
+    with path.open("r+b") as stream:
+        stream.seek((17 << 20) - 5)
+        stream.write(b"y")
+    assert content_hash(str(path)) != files[0].hash
+    with pytest.raises(UsageError, match=r"content of .*a\.jsonl .*it changed while read"):
+        refuse_changed(files)
+
+
+def test_lines_before(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"a\nb\n" * 600_000)
+    assert lines_before(str(path), 0) == 0
+    assert lines_before(str(path), 2_200_001) == 1_100_000

@@ -1,0 +1,58 @@
+"""A stage table for tests, and what it becomes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_moe.config.cli import parse_args
+from megatron_moe.training.phases import RunSchedule, resolve_run_schedule
+from tests.training.tiny import MODEL
+
+TABLE = """
+[[stage]]
+name = "first"
+until-iteration = 8
+objective = "prefix-lm"
+
+[[stage]]
+name = "second"
+until-iteration = 14
+objective = "causal"
+seq-length = 64
+micro-batch-size = 1
+global-batch-size = 4
+lr = 2e-3
+min-lr = 1e-3
+lr-decay-style = "linear"
+lr-warmup-iters = 2
+hidden-dropout = 0.2
+
+[[stage]]
+name = "third"
+objective = "prefix-lm"
+seed = 5
+global-batch-size = 12
+"""
+FIRST = ["--objective", "prefix-lm"]
+_SECOND = (
+    "--seq-length 64 --micro-batch-size 1 --global-batch-size 4 --lr 2e-3 --min-lr 1e-3 "
+    "--lr-decay-style linear --lr-warmup-iters 2 --lr-warmup-init 0"
+)
+SECOND = _SECOND.split()
+"""The first two stages as flags."""
+
+
+def course_of(text: str, line: str, directory: Path, world_size: int = 1) -> RunSchedule:
+    """What a table becomes with the tiny model and the flags of ``line``."""
+    path = directory / "stages.toml"
+    path.write_text(text)
+    argv = [*MODEL, "--data-path", "corpus", "--stages", str(path), *line.split()]
+    return resolve_run_schedule(parse_args(argv).config, world_size)
+
+
+def steps_of(directory: Path) -> list[dict[str, Any]]:
+    """The steps in a run's metrics file."""
+    lines = (directory / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if "grad_norm" in line]
