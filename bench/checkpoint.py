@@ -96,9 +96,9 @@ class Subject:
         return (TrainState(iteration=1),)
 
     def _rest(self) -> dict[str, Any]:
-        from megatron_moe.checkpoint import Metadata
+        from megatron_moe.checkpoint import RunIdentity
 
-        metadata = Metadata(padded_vocab_size=VOCAB)
+        metadata = RunIdentity(padded_vocab_size=VOCAB)
         return {
             "config": self.config,
             "ctx": self.ctx,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_moe.checkpoint.directory import has_checkpoint, latest_step
 from megatron_moe.checkpoint.reading import load_logical, read_config, read_metadata, verify
-from megatron_moe.checkpoint.state import Metadata, TrainState
+from megatron_moe.checkpoint.state import RunIdentity, TrainState
 from megatron_moe.errors import CheckpointError, Corrupt
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "Corrupt",
-    "Metadata",
+    "RunIdentity",
     "TrainState",
     "has_checkpoint",
     "latest_step",

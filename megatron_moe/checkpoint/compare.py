@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_moe.checkpoint.files import DTYPES
 from megatron_moe.checkpoint.index import LogicalTensor, Name
-from megatron_moe.checkpoint.state import Metadata
+from megatron_moe.checkpoint.state import RunIdentity
 from megatron_moe.config import RunConfig, moe_layer_pattern
 from megatron_moe.model.logical import expert_width
 from megatron_moe.model.sharding.parts import MODEL, Part
@@ -35,7 +35,7 @@ class Saved:
     """What identifies the model and the data of a checkpoint."""
 
     config: RunConfig
-    metadata: Metadata
+    metadata: RunIdentity
     tensors: dict[Name, LogicalTensor]
 
 
@@ -74,7 +74,7 @@ def _line(name: str, saved: Any, ours: Any) -> Iterator[str]:
         yield f"--{name.replace('_', '-')}: {saved} in the checkpoint, {ours} in this run"
 
 
-def metadata_differences(saved: Metadata, ours: Metadata, *, resume: bool) -> Iterator[str]:
+def metadata_differences(saved: RunIdentity, ours: RunIdentity, *, resume: bool) -> Iterator[str]:
     """Vocabulary, tokenizer and, if the run continues the saved one, data."""
     names = {
         "padded_vocab_size": "padded vocabulary",

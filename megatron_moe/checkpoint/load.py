@@ -31,7 +31,7 @@ from megatron_moe.checkpoint.reading import (
 )
 from megatron_moe.checkpoint.save import RANDOM, ranks_of, shards_of
 from megatron_moe.checkpoint.select import SelectedCheckpoint, verify_tensors
-from megatron_moe.checkpoint.state import Metadata, TrainState
+from megatron_moe.checkpoint.state import RunIdentity, TrainState
 from megatron_moe.config import RunConfig
 from megatron_moe.errors import CheckpointError, Corrupt
 from megatron_moe.model.sharding.optimizer_state import optimizer_shards, set_optimizer_step
@@ -55,7 +55,7 @@ def load_checkpoint(
     chosen: SelectedCheckpoint | None = None,
     with_optimizer: bool = True,
     with_rng: bool = True,
-    metadata: Metadata | None = None,
+    metadata: RunIdentity | None = None,
 ) -> TrainState:
     """Load a step into model, optimizer and generators; called by all ranks together.
 
@@ -124,7 +124,7 @@ def _open(
 def _require_fit(
     opened: CheckpointMetadata,
     config: RunConfig,
-    metadata: Metadata | None,
+    metadata: RunIdentity | None,
     wanted: list[list[list[Any]]],
     with_rng: bool,
     optimizer: Any,

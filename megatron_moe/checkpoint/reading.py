@@ -15,7 +15,7 @@ from megatron_moe.checkpoint.files import read_json
 from megatron_moe.checkpoint.index import INDEX, LogicalTensor, Name, TensorReader, block_key
 from megatron_moe.checkpoint.manifest import MANIFEST, read_manifest, require_whole
 from megatron_moe.checkpoint.mapped import TensorFiles
-from megatron_moe.checkpoint.state import Metadata, TrainState, metadata_from, train_state_from
+from megatron_moe.checkpoint.state import RunIdentity, TrainState, metadata_from, train_state_from
 from megatron_moe.checkpoint.stream import FileRecord
 from megatron_moe.config import RunConfig
 from megatron_moe.errors import CheckpointError, Corrupt, UsageError
@@ -33,7 +33,7 @@ class CheckpointMetadata:
     files: dict[str, FileRecord]
     config: RunConfig
     train: TrainState
-    metadata: Metadata
+    metadata: RunIdentity
     optimizer: dict[str, Any] | None
     """Optimizer state that no tensor holds, `step`; None if there is no optimizer state."""
     random: dict[str, int] | None
@@ -130,7 +130,7 @@ def read_config(directory: str | Path, step: int | None = None) -> RunConfig:
     return open_checkpoint(step_directory(directory, step)[1]).config
 
 
-def read_metadata(directory: str | Path, step: int | None = None) -> Metadata:
+def read_metadata(directory: str | Path, step: int | None = None) -> RunIdentity:
     """Vocabulary, tokenizer and data of the run that saved a step, by default the newest.
 
     Raises:

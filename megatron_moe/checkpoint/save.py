@@ -10,7 +10,7 @@ from typing import Any
 from megatron_moe.checkpoint import rng
 from megatron_moe.checkpoint.files import PLAIN_HEAD
 from megatron_moe.checkpoint.reading import CONFIG, STATE
-from megatron_moe.checkpoint.state import Metadata, TrainState, as_json
+from megatron_moe.checkpoint.state import RunIdentity, TrainState, as_json
 from megatron_moe.checkpoint.writer import Contents, write_checkpoint
 from megatron_moe.config import RunConfig
 from megatron_moe.model.sharding.optimizer_state import optimizer_shards, optimizer_step
@@ -31,7 +31,7 @@ def save_checkpoint(
     ctx: ParallelContext,
     chunks: Sequence[Any],
     optimizer: Any,
-    metadata: Metadata,
+    metadata: RunIdentity,
     with_optimizer: bool = True,
     with_rng: bool = True,
 ) -> Path:
@@ -76,7 +76,7 @@ def contents_of(
     ctx: ParallelContext,
     chunks: Sequence[Any],
     optimizer: Any,
-    metadata: Metadata,
+    metadata: RunIdentity,
     with_rng: bool,
     ranks: RankGroup,
 ) -> Contents:

@@ -25,7 +25,7 @@ class TrainState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Metadata:
+class RunIdentity:
     """What a run must share with the checkpoint that it loads."""
 
     padded_vocab_size: int
@@ -45,13 +45,13 @@ def train_state_from(values: Any, source: str) -> TrainState:
     return TrainState(**_typed(TrainState(), values, source))
 
 
-def metadata_from(values: Any, source: str) -> Metadata:
+def metadata_from(values: Any, source: str) -> RunIdentity:
     """Read metadata back from ``source``.
 
     Raises:
         Corrupt: it is something else.
     """
-    return Metadata(**_typed(Metadata(padded_vocab_size=0), values, source))
+    return RunIdentity(**_typed(RunIdentity(padded_vocab_size=0), values, source))
 
 
 def _typed(example: Any, values: Any, source: str) -> dict[str, Any]:
@@ -64,6 +64,6 @@ def _typed(example: Any, values: Any, source: str) -> dict[str, Any]:
     return values
 
 
-def as_json(value: TrainState | Metadata) -> dict[str, Any]:
+def as_json(value: TrainState | RunIdentity) -> dict[str, Any]:
     """Plain values; the inverse of `train_state_from` and `metadata_from`."""
     return asdict(value)

@@ -26,7 +26,7 @@ from megatron_moe.checkpoint.index import (
 )
 from megatron_moe.checkpoint.manifest import require_whole
 from megatron_moe.checkpoint.reading import CONFIG, STATE, CheckpointMetadata, open_checkpoint
-from megatron_moe.checkpoint.state import Metadata, TrainState, as_json
+from megatron_moe.checkpoint.state import RunIdentity, TrainState, as_json
 from megatron_moe.convert.lazy import LazyTensor
 from megatron_moe.convert.model import Model
 from megatron_moe.convert.new_directory import no_room
@@ -117,7 +117,7 @@ def write_native(model: Model, directory: Path, max_shard: int, progress: Progre
 
 
 def _documents(model: Model) -> dict[str, object]:
-    metadata = Metadata(padded_vocab_size=model.vocab_size, tokenizer_hash=model.tokenizer_hash)
+    metadata = RunIdentity(padded_vocab_size=model.vocab_size, tokenizer_hash=model.tokenizer_hash)
     return {
         CONFIG: model.config.to_dict(),
         STATE: {

@@ -51,7 +51,7 @@ class Description:
     """Parameters on each rank of every pipeline stage."""
     shares: tuple[Share, ...]
     """What training data is made of; empty if none is named."""
-    course: RunSchedule | None = None
+    schedule: RunSchedule | None = None
     """The stages of the run; `None` without a stage table. Everything else is of the first."""
 
     def text(self) -> str:
@@ -62,7 +62,7 @@ class Description:
             self._flops_lines(),
             self._layout_lines(),
             *self._data_sections(),
-            *([stage_section(self.course)] if self.course is not None else []),
+            *([stage_section(self.schedule)] if self.schedule is not None else []),
             self._config_lines(),
         )
         return "\n\n".join("\n".join(lines) for lines in sections)
@@ -93,8 +93,8 @@ class Description:
                 for stage, rank in enumerate(self.per_stage)
             ],
         }
-        if self.course is not None:
-            values["stages"] = stage_values(self.course)
+        if self.schedule is not None:
+            values["stages"] = stage_values(self.schedule)
         return json.dumps(values, indent=2)
 
     def _model_lines(self) -> list[str]:
@@ -151,7 +151,7 @@ class Description:
         ]
 
     def _data_sections(self) -> list[list[str]]:
-        if not self.shares or self.course is not None:
+        if not self.shares or self.schedule is not None:
             return []
         return [["Training data", *(f"  {line}" for line in share_lines(self.shares))]]
 
@@ -185,10 +185,10 @@ def describe(
 
 
 def _describe_stages(config: RunConfig, vocab_size: int, world_size: int | None) -> Description:
-    course = resolve_run_schedule(config, _ranks(config, world_size), vocab_size)
-    first = course.stages[0]
+    schedule = resolve_run_schedule(config, _ranks(config, world_size), vocab_size)
+    first = schedule.phases[0]
     description = describe_layout(first.config, first.layout, vocab_size)
-    return dataclasses.replace(description, config=config, course=course)
+    return dataclasses.replace(description, config=config, schedule=schedule)
 
 
 def describe_layout(

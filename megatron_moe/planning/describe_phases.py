@@ -6,13 +6,13 @@ import dataclasses
 from typing import Any
 
 from megatron_moe.data.composition import described_shares, share_lines
-from megatron_moe.training.phases import RunSchedule, Stage, differences, named, phase_lines
+from megatron_moe.training.phases import Phase, RunSchedule, differences, named, phase_lines
 
 
-def stage_section(course: RunSchedule) -> list[str]:
+def stage_section(schedule: RunSchedule) -> list[str]:
     """The table as it would be run: each stage, what it changes, and its training data."""
     lines, before = ["Stages"], None
-    for stage, line in zip(course.stages, phase_lines(course), strict=True):
+    for stage, line in zip(schedule.phases, phase_lines(schedule), strict=True):
         lines.append(f"  {line}")
         if before is not None:
             lines += [f"    {line}" for line in differences(before.config, stage.config)]
@@ -22,12 +22,12 @@ def stage_section(course: RunSchedule) -> list[str]:
     return lines
 
 
-def stage_values(course: RunSchedule) -> list[dict[str, Any]]:
+def stage_values(schedule: RunSchedule) -> list[dict[str, Any]]:
     """One object for each stage: its place in the run, settings, layout and training data."""
-    return [_values(stage) for stage in course.stages]
+    return [_values(stage) for stage in schedule.phases]
 
 
-def _values(stage: Stage) -> dict[str, Any]:
+def _values(stage: Phase) -> dict[str, Any]:
     return {
         "name": stage.name,
         "first_iteration": stage.first_iteration,
@@ -43,6 +43,6 @@ def _values(stage: Stage) -> dict[str, Any]:
     }
 
 
-def _shares(stage: Stage) -> Any:
+def _shares(stage: Phase) -> Any:
     with named(stage.label):
         return described_shares(stage.config, stage.layout.global_batch_size)

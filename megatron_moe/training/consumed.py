@@ -16,7 +16,7 @@ from megatron_moe.checkpoint.reading import CheckpointMetadata
 from megatron_moe.config import RunConfig
 from megatron_moe.config.phases import FLAG
 from megatron_moe.errors import UsageError
-from megatron_moe.training.phases import RunSchedule, Stage
+from megatron_moe.training.phases import Phase, RunSchedule
 
 KEY = "stages"
 """Of the records in a checkpoint's `TrainState.extra`."""
@@ -51,7 +51,7 @@ class PhaseRecord:
         return self.first_iteration + self.iterations
 
 
-def record_of(stage: Stage, state: TrainState, fingerprint: str) -> PhaseRecord:
+def record_of(stage: Phase, state: TrainState, fingerprint: str) -> PhaseRecord:
     """What is done of the stage that took the last step."""
     return PhaseRecord(
         name=stage.name,
@@ -94,27 +94,29 @@ def recorded(state: TrainState, opened: CheckpointMetadata) -> tuple[PhaseRecord
     return tuple(PhaseRecord(**entry) for entry in entries)
 
 
-def check_consumed(course: RunSchedule, state: TrainState, records: Sequence[PhaseRecord]) -> None:
+def check_consumed(
+    schedule: RunSchedule, state: TrainState, records: Sequence[PhaseRecord]
+) -> None:
     """Refuse to go on with a run that says otherwise of what was done.
 
     Raises:
         UsageError: names the stage, and what it is and was.
     """
-    if not course.staged:
+    if not schedule.has_phases:
         if len(records) > 1:
             done = ", ".join(record.name for record in records)
             fix = "--finetune takes the weights alone"
             raise UsageError(FLAG, None, f"the table of the run to go on with: {done}", fix)
         return
-    for record, stage in zip(records, course.stages, strict=False):
+    for record, stage in zip(records, schedule.phases, strict=False):
         _check_place(stage, record, ended=record is not records[-1])
         _check_settings(stage, record)
-    if len(records) > len(course.stages) or state.iteration > course.iterations:
+    if len(records) > len(schedule.phases) or state.iteration > schedule.iterations:
         expected = f"stages that hold the {state.iteration} steps of the checkpoint"
-        raise UsageError(FLAG, course.config.train.stages, expected)
+        raise UsageError(FLAG, schedule.config.train.stages, expected)
 
 
-def _check_place(stage: Stage, record: PhaseRecord, ended: bool) -> None:
+def _check_place(stage: Phase, record: PhaseRecord, ended: bool) -> None:
     """The stage holds the steps and samples of the record, and ends with it if it is over."""
     first, last = record.first_iteration, record.last_iteration
     fits = stage.first_iteration == first and last <= stage.last_iteration
@@ -129,7 +131,7 @@ def _check_place(stage: Stage, record: PhaseRecord, ended: bool) -> None:
         raise UsageError(f"{stage.label}: samples", stage.samples_at(last), expected, fix)
 
 
-def _check_settings(stage: Stage, record: PhaseRecord) -> None:
+def _check_settings(stage: Phase, record: PhaseRecord) -> None:
     """Whatever the data is called, it was cut and hidden in this way."""
     for section, names in _DECIDE.items():
         before = record.config.get(section, {})
@@ -141,7 +143,7 @@ def _check_settings(stage: Stage, record: PhaseRecord) -> None:
                 raise UsageError(flag, value, expected)
 
 
-def check_data(stage: Stage, state: TrainState, record: PhaseRecord, fingerprint: str) -> None:
+def check_data(stage: Phase, state: TrainState, record: PhaseRecord, fingerprint: str) -> None:
     """The data of a stage under way must be what it began with.
 
     Raises:

@@ -20,7 +20,7 @@ from megatron_moe.training.metrics import (
     Throughput,
     mean_loss,
 )
-from megatron_moe.training.phases import RunSchedule, Stage, differences, phase_lines
+from megatron_moe.training.phases import Phase, RunSchedule, differences, phase_lines
 from megatron_moe.training.run import TrainingRun
 
 Layers = Mapping[int, LayerStatistics]
@@ -28,7 +28,7 @@ Layers = Mapping[int, LayerStatistics]
 
 
 def starting_lines(
-    run: TrainingRun, course: RunSchedule, data: Data, state: TrainState
+    run: TrainingRun, schedule: RunSchedule, data: Data, state: TrainState
 ) -> list[str]:
     """Where the run is, how it is laid out, what it trains, which implementations were taken."""
     config, layout, platform = run.config, run.ctx.layout, run.ctx.platform
@@ -43,8 +43,8 @@ def starting_lines(
         f" vocabulary {run.vocab_size}",
         f" step: {layout.global_batch_size} sequences of {config.data.seq_length}"
         f" = {layout.num_microbatches} micro-batches of {layout.micro_batch_size} on {layout.dp}"
-        f" data-parallel ranks; {course.iterations} iterations",
-        *(f" {line}" for line in phase_lines(course)),
+        f" data-parallel ranks; {schedule.iterations} iterations",
+        *(f" {line}" for line in phase_lines(schedule)),
         *_rampup_line(run.plan.batch_sizes),
         *_data_lines(data),
     ]
@@ -53,13 +53,13 @@ def starting_lines(
         where = layer.describe(layout.micro_batch_size, config.data.seq_length)
         lines.append(f" {where}")
     if state.iteration:
-        where = f" in stage {course.at(state.iteration).name}" if course.staged else ""
+        where = f" in stage {schedule.at(state.iteration).name}" if schedule.has_phases else ""
         load = config.checkpoint.load
         lines.append(f" going on from iteration {state.iteration} of {load}{where}")
     return lines
 
 
-def switch_lines(before: Stage, after: Stage, data: Data, state: TrainState) -> list[str]:
+def switch_lines(before: Phase, after: Phase, data: Data, state: TrainState) -> list[str]:
     """Where one stage ends, what the next has differently, and what its data is made of."""
     return [
         f" stage {after.number} {after.name} begins after iteration {state.iteration},"

@@ -21,7 +21,7 @@ from megatron_moe.training.dropout import set_dropout
 from megatron_moe.training.evaluation import evaluate_split
 from megatron_moe.training.finite import NonFiniteError
 from megatron_moe.training.metrics import Evaluation, Meter, StepRecord, Summary
-from megatron_moe.training.phases import RunSchedule, Stage
+from megatron_moe.training.phases import Phase, RunSchedule
 from megatron_moe.training.reporting import Reporter
 from megatron_moe.training.resume import ResumePoint
 from megatron_moe.training.run import TrainingRun
@@ -36,8 +36,8 @@ class _Session:
     """What changes while the loop runs."""
 
     run: TrainingRun
-    course: RunSchedule
-    stage: Stage
+    schedule: RunSchedule
+    stage: Phase
     supply: PhaseDataLoaders
     data: Data
     reporter: Reporter
@@ -56,7 +56,7 @@ class _Session:
 
 def train(
     run: TrainingRun,
-    course: RunSchedule,
+    schedule: RunSchedule,
     supply: PhaseDataLoaders,
     data: Data,
     start: ResumePoint,
@@ -68,24 +68,24 @@ def train(
 
     Args:
         run: model and optimizer, built for the stage of the next step.
-        course: the stages of the whole run.
+        schedule: the stages of the whole run.
         supply: the data of stages to come.
         data: that of the stage of the next step.
         start: where the run begins or goes on.
         reporter: who tells.
     """
-    settings, progress = course.config.checkpoint, start.state
-    stage = course.at(progress.iteration)
+    settings, progress = schedule.config.checkpoint, start.state
+    stage = schedule.at(progress.iteration)
     session = _Session(
         run=run,
-        course=course,
+        schedule=schedule,
         stage=stage,
         supply=supply,
         data=data,
         reporter=reporter,
         meter=make_meter(run),
-        saves=Saves(course, run.ctx, reporter.say),
-        signal=_exit_signal(course, run),
+        saves=Saves(schedule, run.ctx, reporter.say),
+        signal=_exit_signal(schedule, run),
         progress=progress,
         saved_at=progress.iteration if settings.load == settings.save else None,
         over=[r for r in start.records if r.first_iteration < stage.first_iteration],
@@ -118,16 +118,16 @@ def train(
 
 
 def _steps(session: _Session) -> None:
-    course, save_interval = session.course, session.course.config.checkpoint.save_interval
-    exit_interval = course.config.train.exit_interval
-    while session.progress.iteration < course.iterations:
+    schedule, save_interval = session.schedule, session.schedule.config.checkpoint.save_interval
+    exit_interval = schedule.config.train.exit_interval
+    while session.progress.iteration < schedule.iterations:
         if session.progress.iteration == session.stage.last_iteration:
             _next_stage(session)
         _one_step(session)
         session.saves.poll()
         done = session.progress.iteration
-        ends, stage_ends = done == course.iterations, done == session.stage.last_iteration
-        if done % course.config.logging.log_interval == 0 or stage_ends:
+        ends, stage_ends = done == schedule.iterations, done == session.stage.last_iteration
+        if done % schedule.config.logging.log_interval == 0 or stage_ends:
             _report(session)
         if (done % session.run.config.train.eval_interval == 0 or stage_ends) and not ends:
             _evaluate(session, "validation")
@@ -141,10 +141,10 @@ def _steps(session: _Session) -> None:
             return
 
 
-def _exit_signal(course: RunSchedule, run: TrainingRun) -> ExitSignal | None:
-    if not course.config.train.exit_signal_handler:
+def _exit_signal(schedule: RunSchedule, run: TrainingRun) -> ExitSignal | None:
+    if not schedule.config.train.exit_signal_handler:
         return None
-    minutes = course.config.parallel.distributed_timeout_minutes
+    minutes = schedule.config.parallel.distributed_timeout_minutes
     return ExitSignal(host_ranks(run.ctx, timedelta(minutes=minutes)))
 
 
@@ -153,7 +153,7 @@ def _next_stage(session: _Session) -> None:
     session.meter.pause()
     before, done = session.stage, session.progress
     session.over.append(record_of(before, done, session.data.fingerprint))
-    session.stage = stage = session.course.at(done.iteration)
+    session.stage = stage = session.schedule.at(done.iteration)
     session.data = session.supply.open(stage)
     session.run = enter_stage(session.run, stage)
     _set_sizes(session.meter, session.run)
@@ -161,7 +161,7 @@ def _next_stage(session: _Session) -> None:
     session.meter.resume()
 
 
-def enter_stage(run: TrainingRun, stage: Stage) -> TrainingRun:
+def enter_stage(run: TrainingRun, stage: Phase) -> TrainingRun:
     """The same model and optimizer, with the settings of a stage."""
     set_dropout(run.chunks, stage.config.model)
     ctx = replace(run.ctx, layout=stage.layout)
@@ -192,7 +192,7 @@ def _one_step(session: _Session) -> None:
 def _finish(session: _Session) -> None:
     """What happens at the end whatever the intervals: report, evaluate, save."""
     _report(session)
-    if session.progress.iteration == session.course.iterations:
+    if session.progress.iteration == session.schedule.iterations:
         _evaluate(session, "validation")
         _evaluate(session, "test")
     _save(session)
@@ -229,8 +229,8 @@ def _evaluate(session: _Session, name: str) -> None:
 
 
 def _save(session: _Session) -> None:
-    progress, course = session.progress, session.course
-    if course.config.checkpoint.save is None or session.saved_at == progress.iteration:
+    progress, schedule = session.progress, session.schedule
+    if schedule.config.checkpoint.save is None or session.saved_at == progress.iteration:
         return
     session.meter.pause()
     records = list(session.over)

@@ -21,7 +21,7 @@ from megatron_moe.training.plan import TrainingPlan, resolve_plan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class Phase:
     """A part of a run with settings of its own."""
 
     name: str
@@ -81,22 +81,22 @@ class RunSchedule:
 
     config: RunConfig
     """As given: what the command line says, without any stage's settings."""
-    stages: tuple[Stage, ...]
+    phases: tuple[Phase, ...]
 
     @property
     def iterations(self) -> int:
         """Steps of the run."""
-        return self.stages[-1].last_iteration
+        return self.phases[-1].last_iteration
 
     @property
-    def staged(self) -> bool:
+    def has_phases(self) -> bool:
         """Whether there is a stage table."""
         return self.config.train.stages is not None
 
-    def at(self, iteration: int) -> Stage:
+    def at(self, iteration: int) -> Phase:
         """The stage of the step after ``iteration`` steps; at the end of the run, the last one."""
-        going_on = (stage for stage in self.stages if iteration < stage.last_iteration)
-        return next(going_on, self.stages[-1])
+        going_on = (stage for stage in self.phases if iteration < stage.last_iteration)
+        return next(going_on, self.phases[-1])
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ def resolve_run_schedule(
     if config.train.stages is not None:
         return _staged(config, config.train.stages, world_size, padded_vocab_size)
     layout = resolve_layout(config, world_size, padded_vocab_size)
-    whole = Stage(
+    whole = Phase(
         name="",
         label="",
         number=1,
@@ -140,7 +140,7 @@ def resolve_run_schedule(
         first_token=0,
         rate_origin=0,
     )
-    return RunSchedule(config=config, stages=(whole,))
+    return RunSchedule(config=config, phases=(whole,))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ def _staged(config: RunConfig, path: str, world_size: int, vocab_size: int | Non
     for number, draft in enumerate(drafts, 1):
         with named(draft.spec.label):
             stages.append(_stage(number, draft, total))
-    return RunSchedule(config=config, stages=tuple(stages))
+    return RunSchedule(config=config, phases=tuple(stages))
 
 
 def _check_length_flags(config: RunConfig, last: PhaseSpec) -> None:
@@ -235,7 +235,7 @@ def _end(spec: PhaseSpec, config: RunConfig) -> tuple[str, Unit, int]:
     raise UsageError("--train-iters", None, "a number of steps: the stage is open", fix)
 
 
-def _stage(number: int, draft: _Draft, total: int) -> Stage:
+def _stage(number: int, draft: _Draft, total: int) -> Phase:
     """A stage whose run is ``total`` steps long."""
     config, from_run = draft.config, draft.spec.lr_from == "run"
     decay = config.optimizer.lr_decay_iters or (total if from_run else draft.iterations)
@@ -244,7 +244,7 @@ def _stage(number: int, draft: _Draft, total: int) -> Stage:
         train=replace(config.train, train_iters=draft.iterations, train_samples=None, stages=None),
         optimizer=replace(config.optimizer, lr_decay_iters=decay),
     )
-    return Stage(
+    return Phase(
         name=draft.spec.name,
         label=draft.spec.label,
         number=number,
@@ -258,14 +258,14 @@ def _stage(number: int, draft: _Draft, total: int) -> Stage:
     )
 
 
-def phase_lines(course: RunSchedule) -> list[str]:
+def phase_lines(schedule: RunSchedule) -> list[str]:
     """The stage table as it will be run; empty without one."""
-    if not course.staged:
+    if not schedule.has_phases:
         return []
-    return [_line(stage, len(course.stages)) for stage in course.stages]
+    return [_line(stage, len(schedule.phases)) for stage in schedule.phases]
 
 
-def _line(stage: Stage, count: int) -> str:
+def _line(stage: Phase, count: int) -> str:
     config, rate = stage.config, stage.config.optimizer
     counted = "run" if stage.rate_origin == 0 else "stage"
     dropout = (config.model.hidden_dropout, config.model.attention_dropout)

@@ -24,7 +24,7 @@ from megatron_moe.training.lines import (
 )
 from megatron_moe.training.metrics import Evaluation, StepRecord, Summary, Throughput
 from megatron_moe.training.outputs import forget_later_steps
-from megatron_moe.training.phases import RunSchedule, Stage
+from megatron_moe.training.phases import Phase, RunSchedule
 from megatron_moe.training.run import TrainingRun
 
 Layers = Mapping[int, LayerStatistics]
@@ -48,7 +48,7 @@ class Reporter:
         self._logging, self._iterations, self._writes = logging, iterations, writes
         self._board: SummaryWriter | None = None
         self._file: Path | None = None
-        self._stage: Stage | None = None
+        self._stage: Phase | None = None
         if writes and logging.tensorboard_dir is not None:
             self._board = SummaryWriter(logging.tensorboard_dir, purge_step=start + 1)
         if writes and logging.metrics_file is not None:
@@ -61,15 +61,15 @@ class Reporter:
         if self._writes:
             print(line, flush=True)
 
-    def start(self, run: TrainingRun, course: RunSchedule, data: Data, state: TrainState) -> None:
+    def start(self, run: TrainingRun, schedule: RunSchedule, data: Data, state: TrainState) -> None:
         """What is about to run, where, and on what."""
         if self._writes:
-            for line in starting_lines(run, course, data, state):
+            for line in starting_lines(run, schedule, data, state):
                 self.say(line)
-        if course.staged:
-            self._stage = course.at(state.iteration)
+        if schedule.has_phases:
+            self._stage = schedule.at(state.iteration)
 
-    def stage(self, before: Stage, after: Stage, data: Data, state: TrainState) -> None:
+    def stage(self, before: Phase, after: Phase, data: Data, state: TrainState) -> None:
         """Another stage begins: what it has differently and what its data is made of, in the log
         and in TensorBoard's texts.
         """

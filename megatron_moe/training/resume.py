@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 
 from megatron_moe.checkpoint import (
-    Metadata,
+    RunIdentity,
     TrainState,
     has_checkpoint,
     load_checkpoint,
@@ -37,7 +37,7 @@ class ResumePoint:
     """The saved run's configuration, if this one goes on with it."""
     chosen: SelectedCheckpoint | None = None
     """The checkpoint to load, if any."""
-    metadata: Metadata | None = None
+    metadata: RunIdentity | None = None
     """Its vocabulary, tokenizer and data."""
 
     @property
@@ -46,11 +46,11 @@ class ResumePoint:
         return () if self.chosen is None else self.chosen.skipped
 
 
-def resolve_resume_point(course: RunSchedule, ranks: RankGroup | None = None) -> ResumePoint:
+def resolve_resume_point(schedule: RunSchedule, ranks: RankGroup | None = None) -> ResumePoint:
     """Step and sample to go on from, read before anything else is built; called by all ranks.
 
     Args:
-        course: the stages and settings of the run.
+        schedule: the stages and settings of the run.
         ranks: those of the launch: one reads and tells the others. By default this one is alone.
 
     Raises:
@@ -58,7 +58,7 @@ def resolve_resume_point(course: RunSchedule, ranks: RankGroup | None = None) ->
             contradict what it has done. Only `--allow-missing-load` makes an empty directory mean
             step 0.
     """
-    settings, ranks = course.config.checkpoint, ranks or RankGroup()
+    settings, ranks = schedule.config.checkpoint, ranks or RankGroup()
     _check_flags(settings)
     if settings.load is None:
         return ResumePoint(state=TrainState())
@@ -71,7 +71,7 @@ def resolve_resume_point(course: RunSchedule, ranks: RankGroup | None = None) ->
     if settings.finetune:
         return ResumePoint(state=TrainState(), chosen=chosen, metadata=opened.metadata)
     records = recorded(opened.train, opened)
-    check_consumed(course, opened.train, records)
+    check_consumed(schedule, opened.train, records)
     return ResumePoint(
         state=opened.train,
         records=records,
@@ -91,7 +91,7 @@ def _check_flags(settings: CheckpointConfig) -> None:
         raise UsageError("--checkpoint-fallback", True, "no --ckpt-step with it", fix)
 
 
-def changed_settings(course: RunSchedule, start: ResumePoint) -> list[str]:
+def changed_settings(schedule: RunSchedule, start: ResumePoint) -> list[str]:
     """What differs from the run that saved the checkpoint, one line each; for the log.
 
     The learning rate is a function of the settings and the step, so a changed length or rate takes
@@ -100,12 +100,12 @@ def changed_settings(course: RunSchedule, start: ResumePoint) -> list[str]:
     """
     if start.before is None:
         return []
-    if not _by_stages(course, start):
-        return _changes(start.before, course.config)
-    stage, last = course.at(start.state.iteration), start.records[-1]
+    if not _by_stages(schedule, start):
+        return _changes(start.before, schedule.config)
+    stage, last = schedule.at(start.state.iteration), start.records[-1]
     if stage.first_iteration != last.first_iteration:
         return []
-    return differences(previous_settings(last, str(course.config.checkpoint.load)), stage.config)
+    return differences(previous_settings(last, str(schedule.config.checkpoint.load)), stage.config)
 
 
 def _changes(before: RunConfig, after: RunConfig) -> list[str]:
@@ -120,23 +120,23 @@ def _changes(before: RunConfig, after: RunConfig) -> list[str]:
     return found
 
 
-def _by_stages(course: RunSchedule, start: ResumePoint) -> bool:
+def _by_stages(schedule: RunSchedule, start: ResumePoint) -> bool:
     """Whether what was consumed is known by stages, and was compared so."""
-    return course.staged or KEY in start.state.extra
+    return schedule.has_phases or KEY in start.state.extra
 
 
-def load_run(run: TrainingRun, data: Data, course: RunSchedule, start: ResumePoint) -> None:
+def load_run(run: TrainingRun, data: Data, schedule: RunSchedule, start: ResumePoint) -> None:
     """Put the checkpoint's weights, and unless told otherwise moments and random states, in place.
 
     Raises:
         UsageError: on every rank: the checkpoint is damaged or of another model or data.
     """
-    settings = course.config.checkpoint
+    settings = schedule.config.checkpoint
     if settings.load is None or start.chosen is None:
         return
-    config, metadata = course.config, metadata_of(run, data)
+    config, metadata = schedule.config, metadata_of(run, data)
     before = start.metadata
-    if start.before is not None and before is not None and _by_stages(course, start):
+    if start.before is not None and before is not None and _by_stages(schedule, start):
         # Length of rows and data belong to stages, and were held against the records.
         length = start.before.data.seq_length
         config = replace(config, data=replace(config.data, seq_length=length))
@@ -155,9 +155,9 @@ def load_run(run: TrainingRun, data: Data, course: RunSchedule, start: ResumePoi
     )
 
 
-def metadata_of(run: TrainingRun, data: Data) -> Metadata:
+def metadata_of(run: TrainingRun, data: Data) -> RunIdentity:
     """What a run must share with the checkpoint that it goes on from."""
-    return Metadata(
+    return RunIdentity(
         padded_vocab_size=run.vocab_size,
         tokenizer_hash=str(data.identity["tokenizer"]),
         data_fingerprint=data.fingerprint,

@@ -29,16 +29,16 @@ class Saves:
     """The saves of a run, synchronous or not; all ranks call each method together.
 
     Args:
-        course: the run's stages and settings.
+        schedule: the run's stages and settings.
         ctx: this rank's place in the layout.
         say: prints a line of the log.
     """
 
     def __init__(
-        self, course: RunSchedule, ctx: ParallelContext, say: Callable[[str], None]
+        self, schedule: RunSchedule, ctx: ParallelContext, say: Callable[[str], None]
     ) -> None:
-        settings = course.config
-        self._course, self._say = course, say
+        settings = schedule.config
+        self._schedule, self._say = schedule, say
         self._ranks = ranks_of(ctx)
         self._background: BackgroundSaves | None = None
         if settings.checkpoint.async_save:
@@ -60,13 +60,13 @@ class Saves:
         Raises:
             CheckpointError: on every rank: this save failed, or the one before it.
         """
-        settings, step = self._course.config.checkpoint, state.iteration
+        settings, step = self._schedule.config.checkpoint, state.iteration
         assert settings.save is not None
-        state = replace(state, extra=to_extra(records) if self._course.staged else {})
+        state = replace(state, extra=to_extra(records) if self._schedule.has_phases else {})
         self.finish()
         contents = contents_of(
             state,
-            config=self._course.config,
+            config=self._schedule.config,
             ctx=run.ctx,
             chunks=run.wrapped,
             optimizer=None if settings.no_save_optim else run.optimizer,

@@ -9,7 +9,7 @@ from megatron_moe.config import RunConfig
 from megatron_moe.data.pipeline import Data
 from megatron_moe.errors import UsageError
 from megatron_moe.training.consumed import KEY, check_data
-from megatron_moe.training.phases import RunSchedule, Stage, named
+from megatron_moe.training.phases import Phase, RunSchedule, named
 from megatron_moe.training.placement import open_data
 from megatron_moe.training.resume import ResumePoint
 
@@ -22,7 +22,7 @@ class PhaseDataLoaders:
     fingerprints: Mapping[int, str]
     """Of the data of stages still to come, as it was at the start; by number of the stage."""
 
-    def open(self, stage: Stage, consumed: int = 0) -> Data:
+    def open(self, stage: Phase, consumed: int = 0) -> Data:
         """The data of a stage.
 
         Args:
@@ -42,7 +42,7 @@ class PhaseDataLoaders:
 
 
 def build_dataloaders(
-    course: RunSchedule, rank: int, start: ResumePoint
+    schedule: RunSchedule, rank: int, start: ResumePoint
 ) -> tuple[PhaseDataLoaders, Data]:
     """Check the data of all stages that are not over, and open that of the first of them.
 
@@ -53,8 +53,8 @@ def build_dataloaders(
     Raises:
         UsageError: any of it is missing or broken, or not what the stage under way began with.
     """
-    now, state = course.at(start.state.iteration), start.state
-    later = [stage for stage in course.stages if stage.number > now.number]
+    now, state = schedule.at(start.state.iteration), start.state
+    later = [stage for stage in schedule.phases if stage.number > now.number]
     fingerprints: dict[int, str] = {}
     for stage in later:
         with named(stage.label):
@@ -62,7 +62,7 @@ def build_dataloaders(
         fingerprints[stage.number] = found.fingerprint
     supply = PhaseDataLoaders(rank=rank, fingerprints=fingerprints)
     data = supply.open(now, state.consumed_train_samples - now.first_sample)
-    if start.records and (course.staged or KEY in state.extra):
+    if start.records and (schedule.has_phases or KEY in state.extra):
         check_data(now, state, start.records[-1], data.fingerprint)
     return supply, data
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moe.checkpoint import Metadata, TrainState, load_checkpoint, save_checkpoint
+from megatron_moe.checkpoint import RunIdentity, TrainState, load_checkpoint, save_checkpoint
 from megatron_moe.config import RunConfig
 from megatron_moe.model.build import build_model
 from megatron_moe.model.sharding.shards import ParamShard, model_shards
@@ -19,7 +19,7 @@ from megatron_moe.platform import activate
 from megatron_moe.training.optim.optimizer import build_optimizer, wrap_chunks
 from tests.parity.cases import VOCAB, run_config
 
-METADATA = Metadata(padded_vocab_size=VOCAB, tokenizer_hash="t", data_fingerprint="d")
+METADATA = RunIdentity(padded_vocab_size=VOCAB, tokenizer_hash="t", data_fingerprint="d")
 STATE = TrainState(iteration=2, consumed_train_samples=16)
 DIST = {"use_distributed_optimizer": True}
 

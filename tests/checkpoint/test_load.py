@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_moe.checkpoint import Metadata, TrainState, rng, save_checkpoint
+from megatron_moe.checkpoint import RunIdentity, TrainState, rng, save_checkpoint
 from megatron_moe.checkpoint.compare import tensor_differences
 from megatron_moe.checkpoint.index import LogicalTensor
 from megatron_moe.errors import UsageError
@@ -60,7 +60,7 @@ def test_all_differences_are_listed_at_once_on_every_rank(pool, saved):
         ("data", {"seq_length": 8}),
         ("optimizer", {"optimizer": "sgd"}),
     ]
-    other = Metadata(padded_vocab_size=128, tokenizer_hash="u", data_fingerprint="e")
+    other = RunIdentity(padded_vocab_size=128, tokenizer_hash="u", data_fingerprint="e")
     results = pool.run(_refused, 2, case=EP2, directory=saved, sections=sections, metadata=other)
     assert results[0] == results[1]
     text, unchanged = results[0]

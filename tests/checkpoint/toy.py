@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_moe.checkpoint.background import BackgroundSaves
 from megatron_moe.checkpoint.index import TensorReader
 from megatron_moe.checkpoint.reading import CONFIG, STATE, open_checkpoint
-from megatron_moe.checkpoint.state import Metadata, TrainState, as_json
+from megatron_moe.checkpoint.state import RunIdentity, TrainState, as_json
 from megatron_moe.checkpoint.writer import Contents, write_checkpoint
 from megatron_moe.config import RunConfig
 from megatron_moe.model.sharding.optimizer_state import OptimizerShard
@@ -80,7 +80,7 @@ def contents(step: int, ranks: RankGroup | None = None) -> Contents:
     parts: list[Part] = list(owned(local, adam_state(local), Replicas()))
     state = {
         "train": as_json(TrainState(iteration=step, consumed_train_samples=8 * step)),
-        "metadata": as_json(Metadata(padded_vocab_size=128)),
+        "metadata": as_json(RunIdentity(padded_vocab_size=128)),
         "optimizer": {"step": step},
         "random": None,
     }

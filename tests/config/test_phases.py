@@ -156,7 +156,7 @@ def test_reading_a_table_needs_no_torch(tmp_path):
         "from megatron_moe.config.cli import parse_args\n"
         "from megatron_moe.training.phases import resolve_run_schedule\n"
         f"config = parse_args(['--stages', {str(path)!r}, '--train-iters', '9']).config\n"
-        "assert len(resolve_run_schedule(config, 1).stages) == 2\n"
+        "assert len(resolve_run_schedule(config, 1).phases) == 2\n"
         "sys.exit('torch' in sys.modules or 'megatron.core' in sys.modules)"
     )
     root = Path(__file__).parents[2]

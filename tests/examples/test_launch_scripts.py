@@ -147,13 +147,13 @@ def test_the_published_recipes(script: str) -> None:
     stages, batch = RECIPES[script]
     found = slurm(script)
     config = parse_args(found.arguments).config
-    course = resolve_run_schedule(config, found.world_size)
+    schedule = resolve_run_schedule(config, found.world_size)
     got = [
         (s.config.objective.objective, s.last_iteration, s.config.data.mixture)
-        for s in course.stages
+        for s in schedule.phases
     ]
     assert got == stages
-    for stage in course.stages:
+    for stage in schedule.phases:
         assert stage.layout.global_batch_size == batch
         assert stage.config.optimizer.optimizer == "adafactor"
         assert stage.config.data.data_root == "/data"

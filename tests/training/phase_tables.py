@@ -44,7 +44,7 @@ SECOND = _SECOND.split()
 """The first two stages as flags."""
 
 
-def course_of(text: str, line: str, directory: Path, world_size: int = 1) -> RunSchedule:
+def schedule_of(text: str, line: str, directory: Path, world_size: int = 1) -> RunSchedule:
     """What a table becomes with the tiny model and the flags of ``line``."""
     path = directory / "stages.toml"
     path.write_text(text)

@@ -16,7 +16,7 @@ from megatron_moe.errors import UsageError
 from megatron_moe.training.optim.schedule import learning_rate
 from megatron_moe.training.phases import resolve_run_schedule
 from tests.support.pool import Pool
-from tests.training.phase_tables import FIRST, SECOND, TABLE, course_of, steps_of
+from tests.training.phase_tables import FIRST, SECOND, TABLE, schedule_of, steps_of
 from tests.training.tiny import MODEL, pretrain_rank, write_corpus
 
 _DROPOUT = ["--hidden-dropout", "0.1"]
@@ -87,10 +87,10 @@ def test_each_stage_is_a_run_of_its_own_from_the_weights_of_the_one_before(pool,
 
 
 def test_rates_count_the_stages_steps_where_it_sets_them_and_else_the_runs(tmp_path):
-    course = course_of(TABLE, "--train-iters 20 --lr 0.01 --lr-warmup-iters 2", tmp_path)
-    first, second, third = course.stages
-    rates = [course.at(step).rate(step) for step in range(20)]
-    of_run = [learning_rate(course.config.optimizer, step, 20) for step in range(20)]
+    schedule = schedule_of(TABLE, "--train-iters 20 --lr 0.01 --lr-warmup-iters 2", tmp_path)
+    first, second, third = schedule.phases
+    rates = [schedule.at(step).rate(step) for step in range(20)]
+    of_run = [learning_rate(schedule.config.optimizer, step, 20) for step in range(20)]
     assert rates[:8] == of_run[:8]
     assert rates[14:] == of_run[14:]
     # 0.002 is reached from 0 in 2 steps, then falls by (0.002 - 0.001) / 4 a step.
@@ -101,11 +101,11 @@ def test_rates_count_the_stages_steps_where_it_sets_them_and_else_the_runs(tmp_p
 def test_ends_in_samples_and_tokens_are_counted_from_the_start_of_the_run(tmp_path):
     text = TABLE.replace("until-iteration = 8", "until-samples = 70")
     text = text.replace("until-iteration = 14", "until-tokens = 3700")
-    course = course_of(text, "--train-samples 130", tmp_path)
-    first, second, third = course.stages
+    schedule = schedule_of(text, "--train-samples 130", tmp_path)
+    first, second, third = schedule.phases
     # 70 samples are 8 steps of 8, and 2048 tokens; 1652 tokens more are 6 steps of 4 x 64; 130
     # samples leave 42 after 64 + 24, 3 steps of 12.
-    assert [s.last_iteration for s in course.stages] == [8, 14, 17]
+    assert [s.last_iteration for s in schedule.phases] == [8, 14, 17]
     assert (second.first_sample, second.first_token) == (64, 2048)
     assert (third.first_sample, third.first_token) == (88, 2048 + 24 * 64)
     assert first.samples_at(8) == second.samples_at(8) == 64
@@ -113,7 +113,7 @@ def test_ends_in_samples_and_tokens_are_counted_from_the_start_of_the_run(tmp_pa
 
 def test_a_stage_may_ramp_its_batch_up(tmp_path):
     text = TABLE.replace("global-batch-size = 12", "rampup-batch-size = [4, 4, 8]")
-    third = course_of(text, "--train-iters 20", tmp_path).stages[2]
+    third = schedule_of(text, "--train-iters 20", tmp_path).phases[2]
     consumed, sizes = third.first_sample, []
     for _ in range(4):
         sizes.append(third.batch_size(consumed))
@@ -182,7 +182,7 @@ REFUSED = {
 def test_what_no_run_can_be_is_refused_by_stage_and_flag(name, tmp_path):
     text, line, expected = REFUSED[name]
     with pytest.raises(UsageError) as error:
-        course_of(text, line, tmp_path)
+        schedule_of(text, line, tmp_path)
     assert expected.format(file=tmp_path / "stages.toml") in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -279,8 +279,8 @@ def test_the_documented_table_is_one(tmp_path):
     path = tmp_path / "stages.toml"
     path.write_text("\n".join(line[4:] for line in lines if line.startswith("    ")))
     argv = ["--preset", "openmoe-8b-32e-released", "--train-iters", "526000"]
-    course = resolve_run_schedule(parse_args([*argv, "--stages", str(path)]).config, 1)
-    assert [s.name for s in course.stages] == ["ul2", "causal", "chat"]
-    assert course.stages[0].last_iteration == 390000
+    schedule = resolve_run_schedule(parse_args([*argv, "--stages", str(path)]).config, 1)
+    assert [s.name for s in schedule.phases] == ["ul2", "causal", "chat"]
+    assert schedule.phases[0].last_iteration == 390000
     # 1.1e12 tokens are 524520 whole steps of 1024 x 2048.
-    assert course.stages[1].last_iteration == 1_100_000_000_000 // (1024 * 2048)
+    assert schedule.phases[1].last_iteration == 1_100_000_000_000 // (1024 * 2048)
