@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -91,9 +92,8 @@ def test_documentation_tools_are_pinned_but_not_part_of_setup() -> None:
 
 def requirements(extra: str) -> list[str]:
     """The requirements of an extra, from setup.py itself rather than from what is installed."""
-    import setuptools  # noqa: F401  (makes distutils importable where Python no longer has it)
-    from distutils.core import run_setup
-
+    import_module("setuptools")  # brings distutils where Python no longer has it
+    run_setup = import_module("distutils.core").run_setup
     found: list[str] = run_setup(str(ROOT / "setup.py"), stop_after="init").extras_require[extra]
     return found
 
