@@ -197,7 +197,7 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_old_python_is_refused_in_one_line(checkout: Path) -> None:
+def test_old_python_is_an_error_in_one_line(checkout: Path) -> None:
     # The real interpreter, made to believe that it is an old one.
     pretend = "import sys; sys.version_info = (3, 8, 1)"
     body = f"""
