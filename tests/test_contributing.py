@@ -111,6 +111,8 @@ def test_compare_needs_a_revision() -> None:
     command = ["make", "-o", ".venv/bin/python", "compare", "BASE="]
     (stamp,) = re.findall(r"touch (\S+)", "\n".join(recipe("setup")))
     command[1:1] = ["-o", stamp]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.returncode == 2
     assert "BASE must be a revision or the folder of a checkout (got '')" in done.stderr

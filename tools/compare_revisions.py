@@ -331,7 +331,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _compare_in(work: Path, args: argparse.Namespace, cases: list[Case]) -> list[str]:
-    is_checkout = (Path(args.base) / "pretrain_openmoe.py").exists()
+    # An empty name is no revision, and not the current folder either.
+    is_checkout = args.base != "" and (Path(args.base) / "pretrain_openmoe.py").exists()
     base = Path(args.base).resolve() if is_checkout else checkout(args.base, work / "tree")
     return compare(base, args.head.resolve(), work, cases)
 

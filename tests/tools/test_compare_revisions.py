@@ -101,6 +101,7 @@ def test_checkout_of_a_revision(repository: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
+        (["--base", ""], "--base must be a revision or the folder of a checkout (got '')"),
         (["--base", "nowhere"], "--base must be a revision or the folder of a checkout (got 'no"),
         (["--base", "old", "--only", "EP2,EP3"], "--only must be some of single, TP2, "),
         (["--base", "old", "--work-dir", "."], "File exists: '.'"),
