@@ -132,7 +132,7 @@ def read_modules(root: Path) -> Iterator[Module]:
         parts = relative.with_suffix("").parts
         is_package = parts[-1] == "__init__"
         name = ".".join(parts[:-1] if is_package else parts)
-        yield Module(str(relative), name, text.count("\n"), ast.parse(text), is_package)
+        yield Module(str(relative), name, text.count("\n"), ast.parse(text, file), is_package)
 
 
 def imports(module: Module) -> Iterator[tuple[str, int]]:
