@@ -28,7 +28,7 @@ FUNCTION_TARGET, FUNCTION_LIMIT = 40, 80
 """Lines of a function without its docstring: likewise."""
 
 OWN = ("megatron_moe", "fused_kernels", "tools", "bench", "tests", "pretrain_openmoe")
-SOURCES = (*OWN[:4], "examples", "pretrain_openmoe.py", "setup.py")
+SOURCES = (*OWN[:4], "docs", "examples", "pretrain_openmoe.py", "setup.py")
 
 _BASE = {"config", "platform"}
 _MODEL = _BASE | {"tokenizer", "data", "model", "moe"}
