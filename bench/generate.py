@@ -17,7 +17,7 @@ from bench.record import Record
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.inference.generation import Rules, generate
 from megatron_moe.inference.sampling import GREEDY
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 
 VOCAB, PROMPT, NEW = 8192, 128, 128
 RATIO = 3.0

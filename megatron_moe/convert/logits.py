@@ -9,7 +9,7 @@ import psutil
 import torch
 
 from megatron_moe.convert.model import Model
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 
 PROMPT = (7, 3, 11, 3, 19, 2, 5, 13)
 """Token ids, taken modulo the vocabulary, on which logits are compared."""

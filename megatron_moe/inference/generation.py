@@ -20,7 +20,7 @@ from torch import Tensor
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.routing_log import RoutingLog
 from megatron_moe.inference.sampling import Sampling, next_token
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 
 Finish = Literal["eod", "length", "stop"]
 
@@ -138,7 +138,7 @@ class _CachedReader:
         counts = [len(ids) for ids in new]
         padded = [[*ids, *[0] * (max(counts) - len(ids))] for ids in new]
         tokens_BS = torch.tensor(padded, device=self.device)
-        x_BSH, routing = self.model.continued(tokens_BS, self.cache, counts)
+        x_BSH, routing = self.model.hidden_states_with_cache(tokens_BS, self.cache, counts)
         if self.log is not None:
             self.log.add(texts, counts, routing)
         rows = torch.arange(len(counts), device=self.device)
@@ -147,7 +147,7 @@ class _CachedReader:
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone."""
-        self.cache.keep(rows)
+        self.cache.select_rows(rows)
 
 
 class _Reader:

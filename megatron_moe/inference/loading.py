@@ -14,7 +14,7 @@ from megatron_moe.convert import formats
 from megatron_moe.convert.model import Model
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.text import Text
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 from megatron_moe.tokenizer.build import Tokenizer, build_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

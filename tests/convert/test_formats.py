@@ -17,7 +17,7 @@ from megatron_moe.convert import lazy
 from megatron_moe.convert.formats import Target, compare, read, write
 from megatron_moe.convert.model import Model, average, cast
 from megatron_moe.errors import UsageError
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 from tests.convert.cases import CONFIG, VOCAB, model_of
 
 Silent = lambda _: None  # noqa: E731

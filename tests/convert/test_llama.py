@@ -16,7 +16,7 @@ from megatron_moe.convert.formats import read
 from megatron_moe.convert.model import Model
 from megatron_moe.convert.upcycle import Upcycling, upcycle
 from megatron_moe.errors import UsageError
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 from tests.convert.test_formats import rms, turned
 
 CONFIG: dict[str, Any] = {

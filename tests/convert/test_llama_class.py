@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_moe.convert.formats import read
 from megatron_moe.convert.model import Model
 from megatron_moe.convert.upcycle import Upcycling, upcycle
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 from tools.convert_checkpoint import main
 
 VOCAB = 60

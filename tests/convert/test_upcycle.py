@@ -15,7 +15,7 @@ from megatron_moe.convert.formats import Target, write
 from megatron_moe.convert.model import Model
 from megatron_moe.convert.upcycle import Upcycling, upcycle
 from megatron_moe.errors import UsageError
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 from tests.convert.cases import CONFIG, VOCAB, model_of
 from tools.convert_checkpoint import main
 

@@ -11,7 +11,7 @@ from megatron_moe.config import DataConfig, ModelConfig, MoEConfig, RunConfig
 from megatron_moe.convert.formats import Target, write
 from megatron_moe.convert.lazy import of_tensor
 from megatron_moe.convert.model import Model
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 from megatron_moe.tokenizer.build import ByteTokenizer, build_tokenizer
 
 PADDED = 384
