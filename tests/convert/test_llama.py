@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_moe.convert.formats import read
-from megatron_moe.convert.model import Model
+from megatron_moe.convert.model import LogicalModel
 from megatron_moe.convert.upcycle import Upcycling, upcycle
 from megatron_moe.errors import UsageError
 from megatron_moe.model.reference import ReferenceOpenMoE
@@ -96,7 +96,7 @@ def by_hand(config: dict[str, Any], values: dict[str, Tensor], ids: Tensor) -> T
     return rms(x, w["model.norm.weight"]) @ last.T
 
 
-def ours(model: Model) -> Tensor:
+def ours(model: LogicalModel) -> Tensor:
     reference = ReferenceOpenMoE(model.config.model, model.config.moe, 50, seed=None)
     reference.load_logical((name, tensor.whole()) for name, tensor in model.tensors.items())
     with torch.no_grad():

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config import RunConfig
-from megatron_moe.convert.formats import Target, write
-from megatron_moe.convert.model import Model
+from megatron_moe.convert.formats import ConversionTarget, write
+from megatron_moe.convert.model import LogicalModel
 from megatron_moe.convert.upcycle import Upcycling, upcycle
 from megatron_moe.errors import UsageError
 from megatron_moe.model.reference import ReferenceOpenMoE
@@ -23,11 +23,11 @@ DENSE = replace(CONFIG, moe=replace(CONFIG.moe, moe_layer_freq="[0]*4"))
 HOW = Upcycling(mode="shared", num_experts=4, topk=2, layer_freq="[0,1,0,1]")
 
 
-def dense_model(config: RunConfig = DENSE, dtype: torch.dtype = torch.float32) -> Model:
+def dense_model(config: RunConfig = DENSE, dtype: torch.dtype = torch.float32) -> LogicalModel:
     return model_of(config, dtype)
 
 
-def logits(model: Model, router: float | None = None) -> Tensor:
+def logits(model: LogicalModel, router: float | None = None) -> Tensor:
     """Of a prompt, nothing dropping; with the router's weights scaled."""
     moe = replace(model.config.moe, moe_eval_capacity_factor=None)
     reference = ReferenceOpenMoE(model.config.model, moe, VOCAB, seed=None)
@@ -124,7 +124,7 @@ def test_a_model_with_experts_is_refused() -> None:
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(dense_model(), Target(format="native", path=tmp_path / "dense"), lambda _: None)
+    write(dense_model(), ConversionTarget(format="native", path=tmp_path / "dense"), lambda _: None)
     flags = ["--from", "native", "--load", str(tmp_path / "dense"), "--to", "native"]
     flags += ["--save", str(tmp_path / "moe"), "--verify"]
     upcycling = ["--upcycle", "shared", "--num-experts", "4", "--moe-layer-freq", "[0,1,0,1]"]

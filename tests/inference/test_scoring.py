@@ -11,19 +11,19 @@ import pytest
 import torch
 
 from megatron_moe.errors import UsageError
-from megatron_moe.inference.answers import Scorer
-from megatron_moe.inference.loading import Loaded
-from megatron_moe.inference.text import Text
+from megatron_moe.inference.loading import LoadedModel
+from megatron_moe.inference.scoring import Scorer
+from megatron_moe.inference.text import TextTokenizer
 from tests.inference.cases import CONFIG, DROPLESS, TOKENIZER, greedy, model
 
-TEXT = Text(TOKENIZER, CONFIG.data)
+TEXT = TextTokenizer(TOKENIZER, CONFIG.data)
 LONGEST = 40
 
 
 def _scorer(batch_size: int = 3, factor: float | None = None) -> Scorer:
     moe = replace(DROPLESS, moe_eval_capacity_factor=factor)
     config = replace(CONFIG, moe=moe)
-    loaded = Loaded(model=model(moe), config=config, text=TEXT, source="the case", step=7)
+    loaded = LoadedModel(model=model(moe), config=config, tokenizer=TEXT, source="the case", step=7)
     return Scorer(loaded, batch_size)
 
 
@@ -51,7 +51,7 @@ PAIRS = [
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 @pytest.mark.parametrize("factor", [None, 0.5])
 def test_log_likelihoods_are_those_of_single_rows(batch_size: int, factor: float | None) -> None:
-    found = _scorer(batch_size, factor).pairs(PAIRS)
+    found = _scorer(batch_size, factor).loglikelihoods(PAIRS)
     expected = [_plain(context, more, factor) for context, more in PAIRS]
     for mine, right in zip(found, expected, strict=True):
         assert mine[0] == pytest.approx(right[0], rel=1e-5)
@@ -61,13 +61,13 @@ def test_log_likelihoods_are_those_of_single_rows(batch_size: int, factor: float
 
 
 def test_without_a_context_a_document_begins() -> None:
-    ((found, _),) = _scorer().pairs([([], [70, 80])])
+    ((found, _),) = _scorer().loglikelihoods([([], [70, 80])])
     assert found == pytest.approx(_plain([1], [70, 80])[0], rel=1e-5)
 
 
 def test_a_continuation_that_cannot_fit_is_refused() -> None:
     with pytest.raises(UsageError, match=r"continuation is 41, expected at most .* \(40\)"):
-        _scorer().pairs([([5], [70] * (LONGEST + 1))])
+        _scorer().loglikelihoods([([5], [70] * (LONGEST + 1))])
 
 
 def _greedy_text(prompt: str, tokens: int) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moe.errors import UsageError
-from megatron_moe.inference.phases import phase_of
+from megatron_moe.inference.held_out import select_phase
 from tests.inference.cases import CONFIG, save
 
 TABLE = """
@@ -36,9 +36,9 @@ def silent(tmp_path: Path) -> Path:
 
 def test_a_run_without_stages_has_none_to_choose(tmp_path: Path) -> None:
     checkpoint = save(tmp_path)
-    assert phase_of(checkpoint, None, None) is None
+    assert select_phase(checkpoint, None, None) is None
     with pytest.raises(UsageError, match="--stage is '1', expected no value: the run has no"):
-        phase_of(checkpoint, None, "1")
+        select_phase(checkpoint, None, "1")
 
 
 @pytest.mark.parametrize("stage", ["causal", "2"])
@@ -46,8 +46,8 @@ def test_where_the_checkpoint_says_nothing_the_stage_has_to_be_chosen(
     silent: Path, stage: str
 ) -> None:
     with pytest.raises(UsageError, match="--stage is None, expected one of ul2, causal"):
-        phase_of(silent, None, None)
-    found = phase_of(silent, None, stage)
+        select_phase(silent, None, None)
+    found = select_phase(silent, None, stage)
     assert found is not None
     assert (found.name, found.number) == ("causal", 2)
     config = found.config
@@ -57,15 +57,15 @@ def test_where_the_checkpoint_says_nothing_the_stage_has_to_be_chosen(
 
 def test_a_stage_that_is_not_there(silent: Path) -> None:
     with pytest.raises(UsageError, match=r"'chat', expected one of ul2, causal, or .* 1 to 2"):
-        phase_of(silent, None, "chat")
+        select_phase(silent, None, "chat")
     (silent.parent / "stages.toml").unlink()
     with pytest.raises(UsageError, match=r"--stages is .*stages\.toml', expected a readable"):
-        phase_of(silent, None, "chat")
+        select_phase(silent, None, "chat")
 
 
 def test_the_tokenizer_may_have_moved(silent: Path) -> None:
-    found = phase_of(silent, None, "causal")
+    found = select_phase(silent, None, "causal")
     assert found is not None
     moved = replace(CONFIG, data=replace(CONFIG.data, tokenizer_model="there", seq_length=7))
-    data = found.read_by(moved).data
+    data = found.with_tokenizer_of(moved).data
     assert (data.tokenizer_model, data.seq_length) == ("there", 64)
