@@ -121,7 +121,9 @@ def _check_numbers(values: dict[str, Any], source: str) -> None:
 def _check_rule(found: ForeignSettings, source: str) -> None:
     rule, experts = found.rule, found.num_experts
     if rule.topk > experts:
-        raise Corrupt(f"num_experts_per_tok in {source}", rule.topk, f"<= {experts}, the experts")
+        raise Corrupt(
+            f"num_experts_per_tok in {source}", rule.topk, f"<= the number of experts ({experts})"
+        )
     if experts % rule.groups or rule.kept_groups > rule.groups:
         groups = f"{rule.kept_groups} of {rule.groups}"
         expected = f"a subset of equal groups of {experts} experts"

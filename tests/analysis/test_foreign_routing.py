@@ -195,5 +195,5 @@ def test_nothing_is_drawn_at_random_in_place_of_what_is_missing(
 def test_a_token_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
     runner = load_foreign(open_foreign(save(make("olmoe"), tmp_path)))
     for wrong in (-1, VOCAB):
-        with pytest.raises(UsageError, match=f"a token id is {wrong}, expected from 0 to 49"):
+        with pytest.raises(UsageError, match=rf"token id must be from 0 to 49 \(got {wrong}\)"):
             runner.run(torch.tensor([[1, wrong]]))

@@ -133,11 +133,14 @@ def test_the_newer_place_of_the_rotary_base(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type .* is 'yarn'"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads .* is 3, expected a divisor"),
-        ({"hidden_size": None}, "hidden_size .* is None"),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            r"rope_type .* must be 'default' \(got 'yarn'\)",
+        ),
+        ({"num_key_value_heads": 3}, r"num_key_value_heads .* must be a divisor of .* \(got 3\)"),
+        ({"hidden_size": None}, r"hidden_size .* must be an integer from 1 .* \(got None\)"),
         ({"num_hidden_layers": 4}, "without model.layers.3.input_layernorm.weight"),
-        ({"num_hidden_layers": 2}, "with model.layers.2"),
+        ({"num_hidden_layers": 2}, "the model alone .*also has model.layers.2"),
         ({"intermediate_size": 41}, "3 of|tensors of"),
     ],
 )

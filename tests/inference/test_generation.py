@@ -90,14 +90,14 @@ def test_texts_end_one_by_one(cached: bool) -> None:
     end = free[2].index(eod) if eod in free[2] else 10
     assert [d.token for d in texts[2] if d.token is not None] == free[2][:end]
     assert texts[2][-1].finish_reason == ("length" if end == 10 else "eod")
-    assert all(d.finish is None for text in texts for d in text[:-1])
+    assert all(d.finish_reason is None for text in texts for d in text[:-1])
 
 
 def test_the_last_position_is_used_and_not_one_more() -> None:
     longest = CONFIG.model.max_position_embeddings
     prompt = list(range(50, 50 + longest - 4))
     assert len(_texts(replace(SETTINGS, max_new_tokens=4), [prompt], seeds=[0])[0]) == 4
-    message = rf"--max-new-tokens is 5, expected at most 4: the prompt has {longest - 4} tokens"
+    message = rf"--max-new-tokens must be <= 4 \(got 5\); the prompt has {longest - 4} tokens"
     with pytest.raises(UsageError, match=message):
         _texts(replace(SETTINGS, max_new_tokens=5), [prompt], seeds=[0])
     with pytest.raises(UsageError, match="prompt 2 has 36 tokens"):

@@ -115,5 +115,7 @@ def test_a_task_that_is_not_there_is_refused(checkpoint: Path) -> None:
     from megatron_moe.inference.harness import evaluate_tasks
 
     loaded, tasks = load(LoadOptions(path=checkpoint)), ROOT / "examples" / "lm_eval"
-    with pytest.raises(UsageError, match=r"--tasks is 'abacus'.* openmoe_demo_choice"):
+    with pytest.raises(
+        UsageError, match=r"--tasks must be .* openmoe_demo_choice.*\(got 'abacus'\)"
+    ):
         evaluate_tasks(loaded, ["abacus"], batch_size=1, include_path=tasks)

@@ -178,7 +178,9 @@ def test_what_lm_eval_keeps_of_the_template(loaded: LoadedModel) -> None:
     template = "<<SYS>>\n{system}\n<</SYS>>\n\n<s>[INST] {question} [/INST]"
     assert harness.chat_template(True) == template
     assert harness.chat_template(False) is None
-    with pytest.raises(UsageError, match="'llama', expected none: there is one"):
+    with pytest.raises(
+        UsageError, match=r"must be absent, as there is a single template \(got 'llama'\)"
+    ):
         harness.chat_template("llama")
     other = replace(loaded, tokenizer=TextTokenizer(NullTokenizer(300), CONFIG.data))
     assert harness.tokenizer_name != HarnessModel(other, batch_size=1).tokenizer_name

@@ -1,4 +1,4 @@
-"""Which stage is evaluated: what cannot be meant, and checkpoints that say nothing of stages.
+"""Selection of the phase to evaluate: usage errors, and checkpoints that do not record phases.
 
 `tests/tools/test_evaluate_phases.py` compares what is measured with a run's own numbers.
 """
@@ -28,26 +28,26 @@ seq-length = 64
 
 @pytest.fixture
 def silent(tmp_path: Path) -> Path:
-    """A checkpoint that was converted: of a run in stages, without what they have done."""
+    """A converted checkpoint of a run with phases, which does not record their progress."""
     (tmp_path / "stages.toml").write_text(TABLE)
     train = replace(CONFIG.train, stages=str(tmp_path / "stages.toml"))
     return save(tmp_path / "checkpoint", replace(CONFIG, train=train))
 
 
-def test_a_run_without_stages_has_none_to_choose(tmp_path: Path) -> None:
+def test_a_run_without_phases_has_none_to_select(tmp_path: Path) -> None:
     checkpoint = save(tmp_path)
     assert select_phase(checkpoint, None, None) is None
-    with pytest.raises(UsageError, match="--stage is '1', expected no value: the run has no"):
+    with pytest.raises(
+        UsageError, match=r"--phase must be absent for a run without .* \(got '1'\)"
+    ):
         select_phase(checkpoint, None, "1")
 
 
-@pytest.mark.parametrize("stage", ["causal", "2"])
-def test_where_the_checkpoint_says_nothing_the_stage_has_to_be_chosen(
-    silent: Path, stage: str
-) -> None:
-    with pytest.raises(UsageError, match="--stage is None, expected one of ul2, causal"):
+@pytest.mark.parametrize("phase", ["causal", "2"])
+def test_without_a_record_the_phase_has_to_be_given(silent: Path, phase: str) -> None:
+    with pytest.raises(UsageError, match=r"--phase must be one of ul2, causal \(got None\)"):
         select_phase(silent, None, None)
-    found = select_phase(silent, None, stage)
+    found = select_phase(silent, None, phase)
     assert found is not None
     assert (found.name, found.number) == ("causal", 2)
     config = found.config
@@ -55,11 +55,13 @@ def test_where_the_checkpoint_says_nothing_the_stage_has_to_be_chosen(
     assert config.train.stages is None
 
 
-def test_a_stage_that_is_not_there(silent: Path) -> None:
-    with pytest.raises(UsageError, match=r"'chat', expected one of ul2, causal, or .* 1 to 2"):
+def test_a_phase_that_does_not_exist(silent: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"must be one of ul2, causal, or .* 1 to 2 \(got 'chat'\)"
+    ):
         select_phase(silent, None, "chat")
     (silent.parent / "stages.toml").unlink()
-    with pytest.raises(UsageError, match=r"--stages is .*stages\.toml', expected a readable"):
+    with pytest.raises(UsageError, match=r"must be a readable TOML file \(got .*stages\.toml'\)"):
         select_phase(silent, None, "chat")
 
 

@@ -74,4 +74,4 @@ def test_a_text_that_is_read_again_begins_anew() -> None:
 def test_a_dense_model_has_no_decisions() -> None:
     log = RoutingLog(1)
     log.add([0], [3], [])
-    assert routing_table(log.layers(0), [5, 6], TEXT) == "no layer has experts"
+    assert routing_table(log.layers(0), [5, 6], TEXT) == "the model has no MoE layer"

@@ -66,7 +66,7 @@ def test_without_a_context_a_document_begins() -> None:
 
 
 def test_a_continuation_that_cannot_fit_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"continuation is 41, expected at most .* \(40\)"):
+    with pytest.raises(UsageError, match=r"continuation must be <= .* \(40\) \(got 41\)"):
         _scorer().loglikelihoods([([5], [70] * (LONGEST + 1))])
 
 
@@ -80,7 +80,7 @@ def test_texts_are_greedy_and_end_before_the_first_stop() -> None:
     late, early = whole[7:9], whole[4:6]
     assert whole.index(late) > whole.index(early) > 0, "the case needs stops in this order"
     options = {"max_gen_toks": 12}
-    found = _scorer(2).texts(
+    found = _scorer(2).continuations(
         [
             ("abcd", options),
             ("x", {"until": [], "max_gen_toks": 9}),
@@ -102,28 +102,28 @@ def test_texts_are_greedy_and_end_before_the_first_stop() -> None:
 
 def test_what_does_not_fit_is_cut_off_the_context() -> None:
     prompt = "0123456789" * 4
-    assert _scorer().texts([(prompt, {"max_gen_toks": 12})]) == [_greedy_text(prompt, 12)]
+    assert _scorer().continuations([(prompt, {"max_gen_toks": 12})]) == [_greedy_text(prompt, 12)]
     # Without a number of tokens, half of the longest row.
-    assert _scorer().texts([("ab", {})]) == [_greedy_text("ab", 20)]
+    assert _scorer().continuations([("ab", {})]) == [_greedy_text("ab", 20)]
 
 
 def test_sampling_on_request_does_not_depend_on_the_batch() -> None:
     options = {"max_gen_toks": 12, "do_sample": True, "temperature": 2.0, "top_k": 90}
     requests = [("ab", options), ("cd", {"max_gen_toks": 3}), ("ab", options), ("ef", options)]
-    found = _scorer(3).texts(requests)
-    assert found == _scorer(1).texts(requests)
+    found = _scorer(3).continuations(requests)
+    assert found == _scorer(1).continuations(requests)
     assert found[0] not in (found[2], _greedy_text("ab", 12))
 
 
 @pytest.mark.parametrize(
     ("options", "named"),
     [
-        ({"num_beams": 3}, "option of generation is 'num_beams'"),
-        ({"max_gen_toks": 40}, "1 to 39"),
+        ({"num_beams": 3}, "generation option of a task must be .*num_beams"),
+        ({"max_gen_toks": 40}, "from 1 to 39"),
         ({"max_gen_toks": 0}, "max_gen_toks"),
         ({"top_p": 2.0}, "--top-p"),
     ],
 )
 def test_options_that_cannot_be_kept_are_refused(options: dict[str, Any], named: str) -> None:
     with pytest.raises(UsageError, match=named):
-        _scorer().texts([("a", options)])
+        _scorer().continuations([("a", options)])
