@@ -25,7 +25,7 @@ from megatron_moe.data.indexed.check import inspect_source
 from megatron_moe.data.indexed.format import HEADER, MAGIC, VERSION
 from megatron_moe.data.objectives.noise import noise_of
 from megatron_moe.data.objectives.windows import cut_windows
-from megatron_moe.tokenizer.build import NullTokenizer
+from megatron_moe.tokenizer.simple import NullTokenizer
 
 DOCUMENTS, LONGEST = 1_000_000, 2000
 """10^9 tokens, near enough."""

@@ -35,7 +35,8 @@ from megatron_moe.data.indexed.inspection import (
 from megatron_moe.data.indexed.manifest import read_manifest
 from megatron_moe.data.preprocess.progress import progress_bar
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
-from megatron_moe.tokenizer.build import Tokenizer, build_tokenizer
+from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.build import build_tokenizer
 
 TOKENIZERS = get_args(get_type_hints(DataConfig)["tokenizer_type"])
 FAULT_EXIT_CODE = 1

@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_usage_error("preprocess_data.py"):
         options, data = parse(argv)
         if options.word_cache:
-            reason = build_tokenizer(data).remember_words()
+            reason = build_tokenizer(data).enable_word_cache()
             print(f"word cache: {f'off, {reason}' if reason else 'on'}", flush=True)
         start = time.perf_counter()
         made = preprocess(options, data, say=lambda line: print(line, flush=True))

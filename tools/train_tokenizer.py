@@ -24,7 +24,7 @@ from megatron_moe.data.preprocess.progress import progress_bar
 from megatron_moe.data.preprocess.reading import read_batches
 from megatron_moe.data.preprocess.sources import cut, find_inputs
 from megatron_moe.errors import UsageError, exit_on_usage_error
-from megatron_moe.tokenizer.build import EOS, PAD, UNK
+from megatron_moe.tokenizer.base import EOS, PAD, UNK
 
 _SENTENCE = 2048
 """Characters of one training sentence; the trainer leaves out longer ones than 4192 bytes."""

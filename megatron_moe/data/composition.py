@@ -14,7 +14,8 @@ from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.data.blend import Blend, blends_of, tokens_in, weights_of
 from megatron_moe.data.indexed.check import Source, inspect_source
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import Tokenizer, build_tokenizer
+from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.build import build_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from megatron_moe.data.causal import BlendedCausalDataset, CausalConfig, Sample
 from megatron_moe.data.indexed.cache import IndexCache
 from megatron_moe.data.indexed.check import Source
 from megatron_moe.data.objectives.select import ObjectivePlan, plan_objective
-from megatron_moe.tokenizer.build import Tokenizer
+from megatron_moe.tokenizer.base import Tokenizer
 
 
 class LocalBuilder(BlendedMegatronDatasetBuilder):

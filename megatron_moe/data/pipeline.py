@@ -33,7 +33,8 @@ from megatron_moe.data.loader import MicroBatchSampler, Packed, Rows, build_load
 from megatron_moe.data.objectives.chat_source import open_conversations
 from megatron_moe.data.objectives.select import ObjectivePlan, plan_objective
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import Tokenizer, build_tokenizer
+from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.build import build_tokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from megatron_moe.data.named_mixture import read_named_mixture
 from megatron_moe.data.objectives.chat import read_line
 from megatron_moe.data.objectives.mixture import OPENMOE, read_mixture
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import NullTokenizer
+from megatron_moe.tokenizer.simple import NullTokenizer
 from tests.data.corpus import random_documents, write
 from tests.data.objectives.runs import data_of, rows
 from tests.data.test_named_mixture import GOOD

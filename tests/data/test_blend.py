@@ -20,7 +20,7 @@ from megatron_moe.data.blend import SPLITS, blends_of, parse_blend, parse_split,
 from megatron_moe.data.datasets import build_split
 from megatron_moe.data.indexed.check import inspect_source
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import NullTokenizer
+from megatron_moe.tokenizer.simple import NullTokenizer
 from tests.data.corpus import VOCAB, random_documents, run_config, write
 
 

@@ -20,7 +20,9 @@ from megatron_moe.data.causal import CheckedIndexedDataset
 from megatron_moe.data.datasets import build_split
 from megatron_moe.data.indexed.check import inspect_source
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import NullTokenizer, Tokenizer, build_tokenizer
+from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.build import build_tokenizer
+from megatron_moe.tokenizer.simple import NullTokenizer
 from tests.data.corpus import VOCAB, random_documents, run_config, write
 
 

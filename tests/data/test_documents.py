@@ -15,7 +15,7 @@ from megatron.core.datasets.utils import Split
 from megatron_moe.config import ObjectiveConfig
 from megatron_moe.data.batch import Batch, document_planes, extra_planes
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import NullTokenizer
+from megatron_moe.tokenizer.simple import NullTokenizer
 from tests.data.corpus import VOCAB, random_documents, write
 from tests.data.objectives.runs import data_of
 

@@ -12,7 +12,8 @@ from megatron_moe.convert.formats import Target, write
 from megatron_moe.convert.lazy import of_tensor
 from megatron_moe.convert.model import Model
 from megatron_moe.model.reference.model import ReferenceOpenMoE
-from megatron_moe.tokenizer.build import ByteTokenizer, build_tokenizer
+from megatron_moe.tokenizer.build import build_tokenizer
+from megatron_moe.tokenizer.simple import ByteTokenizer
 
 PADDED = 384
 CONFIG = RunConfig(

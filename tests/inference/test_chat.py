@@ -17,7 +17,8 @@ from megatron_moe.inference.answers import Scorer
 from megatron_moe.inference.chat import BEGINS, ENDS, Conversation, answer_of, as_text, ids_of
 from megatron_moe.inference.loading import Loaded
 from megatron_moe.inference.text import Text
-from megatron_moe.tokenizer.build import Tokenizer, build_tokenizer
+from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.build import build_tokenizer
 from tests.inference.cases import CONFIG, TOKENIZER, model
 
 TEXT = Text(TOKENIZER, CONFIG.data)

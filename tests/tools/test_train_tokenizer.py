@@ -61,7 +61,7 @@ def test_byte_pairs_and_packed_input(corpus: Path, tmp_path: Path) -> None:
     tokenizer = build_tokenizer(
         DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(path))
     )
-    assert tokenizer.remember_words() == ""
+    assert tokenizer.enable_word_cache() == ""
     text = json.loads(corpus.read_text().splitlines()[0])["text"]
     assert tokenizer.detokenize(tokenizer.encode(text.encode()).tolist()) == text
 

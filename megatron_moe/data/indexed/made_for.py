@@ -9,7 +9,7 @@ from megatron_moe.config import RunConfig
 from megatron_moe.data.batch import extra_planes
 from megatron_moe.data.indexed.manifest import files_fit, manifest_path, read_manifest
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import Tokenizer
+from megatron_moe.tokenizer.base import Tokenizer
 
 
 def check_manifest(prefix: str, config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -20,7 +20,7 @@ from megatron_moe.data.indexed.cache import Array, IndexCache
 from megatron_moe.data.indexed.check import Source
 from megatron_moe.data.objectives.chat import SYSTEM, USER, Exchange, read_line
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import Tokenizer
+from megatron_moe.tokenizer.base import Tokenizer
 
 _BLOCK = 1 << 22
 _INT32 = 4

@@ -12,7 +12,8 @@ from megatron_moe.data.objectives.prefix_lm import PrefixLmDataset
 from megatron_moe.data.objectives.sft import SftDataset, SftPlan
 from megatron_moe.data.objectives.ul2 import Ul2Dataset, plan_ul2
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import Tokenizer, unpadded_vocab_size
+from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.build import unpadded_vocab_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,8 @@ from megatron_moe.data.objectives.noise import Noise, noise_of
 from megatron_moe.data.objectives.spans import Ids, corrupt, random_spans, span_counts
 from megatron_moe.data.objectives.windows import Windows, cut_windows
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import Tokenizer, sentinel_ids
+from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.build import sentinel_ids
 
 HIDE = 3
 """Lane of the noise; the first ones are of `windows`."""

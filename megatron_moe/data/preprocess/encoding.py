@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from megatron_moe.data.preprocess.reading import Batch
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import Tokenizer
+from megatron_moe.tokenizer.base import Tokenizer
 
 
 @dataclass(frozen=True)

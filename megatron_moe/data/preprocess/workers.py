@@ -14,7 +14,8 @@ from megatron_moe.config import DataConfig
 from megatron_moe.data.preprocess.encoding import Result, encode
 from megatron_moe.data.preprocess.reading import Batch
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import Tokenizer, build_tokenizer
+from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.build import build_tokenizer
 
 _AHEAD = 4
 """Batches under way per worker."""
@@ -94,9 +95,9 @@ _tokenizer: list[Tokenizer] = []
 
 def _prepare(data: DataConfig, word_cache: bool) -> None:
     tokenizer = build_tokenizer(data)
-    tokenizer.hurry()
+    tokenizer.enable_fast_encode()
     if word_cache:
-        tokenizer.remember_words()
+        tokenizer.enable_word_cache()
     _tokenizer[:] = [tokenizer]
 
 

@@ -16,12 +16,8 @@ from megatron_moe.data.objectives.mixture import Denoiser
 from megatron_moe.data.objectives.noise import Noise, noise_of
 from megatron_moe.data.objectives.ul2 import Fitted, pack_row, random_split
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import (
-    NullTokenizer,
-    build_tokenizer,
-    sentinel_ids,
-    unpadded_vocab_size,
-)
+from megatron_moe.tokenizer.build import build_tokenizer, sentinel_ids, unpadded_vocab_size
+from megatron_moe.tokenizer.simple import NullTokenizer
 from tests.data.corpus import random_documents, write
 from tests.data.objectives.runs import GLOBAL, STEPS, Row, data_of, objective_config, order, rows
 

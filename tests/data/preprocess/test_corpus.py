@@ -16,7 +16,7 @@ from megatron_moe.data.preprocess import reading, workers
 from megatron_moe.data.preprocess.corpus import preprocess
 from megatron_moe.data.preprocess.tasks import PreprocessOptions
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import ByteTokenizer
+from megatron_moe.tokenizer.simple import ByteTokenizer
 from tests.data.corpus import engine_reads
 from tests.data.preprocess.death import die
 
