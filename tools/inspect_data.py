@@ -28,12 +28,12 @@ from megatron_moe.data.indexed.format import paths_of
 from megatron_moe.data.indexed.inspection import (
     document,
     first_difference,
-    named,
+    prefix_of,
     statistics,
     verify,
 )
 from megatron_moe.data.indexed.manifest import read_manifest
-from megatron_moe.data.preprocess.progress import progress_bar
+from megatron_moe.data.progress import progress_bar
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 from megatron_moe.tokenizer.base import Tokenizer
 from megatron_moe.tokenizer.build import build_tokenizer
@@ -110,7 +110,7 @@ def inspect(options: argparse.Namespace, source: Source) -> int:
         print_document(source, options.document, tokenizer_of(options, source))
     elif options.compare is not None:
         with progress_bar(source.tokens, " tokens") as bar:
-            other = inspect_source(named(options.compare))
+            other = inspect_source(prefix_of(options.compare))
             unlike = first_difference(source, other, bar.update)
         print(f"different: {unlike}" if unlike else f"the same {source.documents} documents")
         return FAULT_EXIT_CODE if unlike else 0
@@ -125,7 +125,7 @@ def inspect(options: argparse.Namespace, source: Source) -> int:
 
 def fault_of(options: argparse.Namespace, opened: bool) -> int:
     """The exit code of a refusal: 1 if the data is to blame."""
-    prefixes = [named(name) for name in (options.prefix, options.compare) if name]
+    prefixes = [prefix_of(name) for name in (options.prefix, options.compare) if name]
     there = all(os.path.exists(path) for prefix in prefixes for path in paths_of(prefix))
     to_blame = there and (not opened or options.verify or options.compare is not None)
     return FAULT_EXIT_CODE if to_blame else USAGE_EXIT_CODE
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
     opened = False
     try:
-        source = inspect_source(named(options.prefix))
+        source = inspect_source(prefix_of(options.prefix))
         opened = True
         code = inspect(options, source)
     except UsageError as error:

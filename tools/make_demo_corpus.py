@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_moe.data.preprocess.progress import progress_bar
+from megatron_moe.data.progress import progress_bar
 from megatron_moe.errors import UsageError, exit_on_usage_error
 
 LEFT_OUT = {

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Sequence
 from megatron_moe.data.indexed.format import paths_of
 from megatron_moe.data.indexed.manifest import manifest_path
 from megatron_moe.data.indexed.merge import merge
-from megatron_moe.data.preprocess.progress import progress_bar
+from megatron_moe.data.progress import progress_bar
 from megatron_moe.errors import UsageError, exit_on_usage_error
 
 _PART = re.compile(r"^(.*_part)(\d{5})of(\d{5})(_.*)$")

@@ -26,9 +26,8 @@ from collections.abc import Sequence
 from typing import get_args, get_type_hints
 
 from megatron_moe.config import DataConfig
-from megatron_moe.data.preprocess.corpus import preprocess
-from megatron_moe.data.preprocess.sources import TextDocuments
-from megatron_moe.data.preprocess.tasks import PreprocessOptions, output_prefixes
+from megatron_moe.data.preprocess.corpus import PreprocessOptions, output_prefixes, preprocess
+from megatron_moe.data.preprocess.inputs import TextDocuments
 from megatron_moe.errors import UsageError, exit_on_usage_error
 from megatron_moe.tokenizer.build import build_tokenizer
 
@@ -103,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             reason = build_tokenizer(data).enable_word_cache()
             print(f"word cache: {f'off, {reason}' if reason else 'on'}", flush=True)
         start = time.perf_counter()
-        made = preprocess(options, data, say=lambda line: print(line, flush=True))
+        made = preprocess(options, data, report=lambda line: print(line, flush=True))
     seconds = time.perf_counter() - start
     for manifest in made:
         print(

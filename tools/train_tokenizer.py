@@ -20,9 +20,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_moe.data.preprocess.progress import progress_bar
+from megatron_moe.data.preprocess.inputs import cut, find_inputs
 from megatron_moe.data.preprocess.reading import read_batches
-from megatron_moe.data.preprocess.sources import cut, find_inputs
+from megatron_moe.data.progress import progress_bar
 from megatron_moe.errors import UsageError, exit_on_usage_error
 from megatron_moe.tokenizer.base import EOS, PAD, UNK
 

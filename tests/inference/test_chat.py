@@ -11,7 +11,7 @@ import torch
 
 from megatron_moe.config import DataConfig
 from megatron_moe.data.objectives.chat import read_line
-from megatron_moe.data.objectives.chat_source import encode
+from megatron_moe.data.objectives.chat_source import encode_exchanges
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.answers import Scorer
 from megatron_moe.inference.chat import BEGINS, ENDS, Conversation, answer_of, as_text, ids_of
@@ -34,7 +34,7 @@ TURNS = [
 def _tuned(turns: list[tuple[str, str]], tokenizer: Tokenizer = TOKENIZER) -> list[list[int]]:
     """Prompts and answers in turn, as the data of `--objective sft` has them."""
     line = json.dumps([{"role": role, "content": content} for role, content in turns])
-    return [ids for ids, _ in encode(read_line(line, "messages", "the case"), tokenizer)]
+    return [ids for ids, _ in encode_exchanges(read_line(line, "messages", "the case"), tokenizer)]
 
 
 def test_a_conversation_has_the_ids_of_tuning() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.corpus import engine_reads, write
+from tests.data.corpus import read_with_megatron_core, write
 from tests.support.mistakes import refused
 from tools import preprocess_data
 from tools.merge_datasets import main
@@ -58,10 +58,10 @@ def test_a_folder_is_taken_by_name(tmp_path: Path, capsys: pytest.CaptureFixture
         write(tmp_path / "in" / name, [[number]])
     (tmp_path / "in" / "notes.txt").write_text("not data")
     main(f"--input {tmp_path}/in --output-prefix {tmp_path}/all".split())
-    assert engine_reads(tmp_path / "all") == [[1], [2], [0]]
+    assert read_with_megatron_core(tmp_path / "all") == [[1], [2], [0]]
     assert "(no manifest: not every part has one)" in capsys.readouterr().out
     main(f"--input {tmp_path}/in/c {tmp_path}/in/a --output-prefix {tmp_path}/all".split())
-    assert engine_reads(tmp_path / "all") == [[0], [1]]
+    assert read_with_megatron_core(tmp_path / "all") == [[0], [1]]
 
 
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

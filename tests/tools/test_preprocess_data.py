@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moe.data.indexed.manifest import read_manifest
-from tests.data.corpus import engine_reads
+from tests.data.corpus import read_with_megatron_core
 from tools.preprocess_data import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,8 +27,8 @@ def test_flags(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         f"--input {corpus} --output-prefix {tmp_path}/out --json-keys text note --append-eod "
         "--tokenizer-type ByteTokenizer --vocab-size 300 --workers 1 --log-interval 1".split()
     )
-    assert engine_reads(tmp_path / "out_text_document") == [[100, 101, 1]]
-    assert engine_reads(tmp_path / "out_note_document") == [[102, 1], [103, 1]]
+    assert read_with_megatron_core(tmp_path / "out_text_document") == [[100, 101, 1]]
+    assert read_with_megatron_core(tmp_path / "out_note_document") == [[102, 1], [103, 1]]
     report = capsys.readouterr()
     lines = report.out.splitlines()
     assert lines[0] == "word cache: off, ByteTokenizer has none"
@@ -52,7 +52,7 @@ def test_as_a_script_with_a_mistake(corpus: Path, tmp_path: Path) -> None:
     )
     good = subprocess.run([*script, "ByteTokenizer", "--workers", "2"], capture_output=True)
     assert good.returncode == 0
-    assert engine_reads(tmp_path / "out_text_document") == [[100, 101]]
+    assert read_with_megatron_core(tmp_path / "out_text_document") == [[100, 101]]
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_one_partition_alone(
     words = f"--input {corpus} --output-prefix {tmp_path}/out --tokenizer-type ByteTokenizer"
     words += " --domain books --vocab-extra-ids 300 --partitions 2 --partition"
     main([*words.split(), "0"])
-    assert engine_reads(tmp_path / "out_part00000of00002_text_document") == [[100, 101]]
+    assert read_with_megatron_core(tmp_path / "out_part00000of00002_text_document") == [[100, 101]]
     assert len(list(tmp_path.glob("out*"))) == 3, "no other partition, and nothing merged"
     manifest = read_manifest(f"{tmp_path}/out_part00000of00002_text_document")
     assert manifest is not None

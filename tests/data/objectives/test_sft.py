@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_moe.data.objectives.chat import Exchange, read_line
-from megatron_moe.data.objectives.noise import noise_of
+from megatron_moe.data.objectives.rng import sample_rng
 from megatron_moe.data.objectives.sft import plan_rows, row_starts
 from megatron_moe.errors import UsageError
 from tests.data.objectives.runs import GLOBAL, Row, data_of, order, rows
@@ -169,7 +169,7 @@ def test_a_changed_file_is_tokenized_again(tmp_path: Path) -> None:
 
 def test_rows_by_hand() -> None:
     lengths = np.array([6, 6, 4])
-    conversations, starts = plan_rows(noise_of(1), np.array([7, 8, 9]), lengths, 10, 3)
+    conversations, starts = plan_rows(sample_rng(1), np.array([7, 8, 9]), lengths, 10, 3)
     assert sorted(conversations[:3].tolist()) == [7, 8, 9]
     held = [conversations[a:b].tolist() for a, b in itertools.pairwise(starts)]
     assert [c for row in held for c in row] == conversations.tolist()

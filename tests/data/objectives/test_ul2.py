@@ -12,9 +12,10 @@ import pytest
 from megatron_moe.data.blend import Blend
 from megatron_moe.data.datasets import build_split
 from megatron_moe.data.indexed.check import inspect_source
-from megatron_moe.data.objectives.mixture import Denoiser
-from megatron_moe.data.objectives.noise import Noise, noise_of
-from megatron_moe.data.objectives.ul2 import Fitted, pack_row, random_split
+from megatron_moe.data.objectives.denoiser import Denoiser
+from megatron_moe.data.objectives.rng import SampleRng, sample_rng
+from megatron_moe.data.objectives.spans import random_split
+from megatron_moe.data.objectives.ul2 import FittedDenoiser, pack_row
 from megatron_moe.errors import UsageError
 from megatron_moe.tokenizer.build import build_tokenizer, sentinel_ids, unpadded_vocab_size
 from megatron_moe.tokenizer.simple import NullTokenizer
@@ -57,16 +58,18 @@ def ul2(corpus: tuple[str, str], **changes: Any) -> Any:
     return data_of(corpus[0], **{**SETTINGS, "ul2_mixture": corpus[1], **changes})
 
 
-class Fixed(Noise):
+class Fixed(SampleRng):
     """Noise that a person can follow."""
 
     def words(self, lane: int, index: int, count: int) -> np.ndarray:
         return np.array([5, 1, 9, 8, 4, 7, 2, 6, 3, 10][:count], dtype=np.uint64)
 
 
-def fitted(text: int, **changes: Any) -> Fitted:
+def fitted(text: int, **changes: Any) -> FittedDenoiser:
     settings = {"prefix": "p", "kind": "span", "mean_span": 2.0, "rate": 0.4, "weight": 1.0}
-    return Fitted(denoiser=Denoiser(**{**settings, **changes}), prefix_ids=(7, 8), text=text)
+    return FittedDenoiser(
+        denoiser=Denoiser(**{**settings, **changes}), prefix_ids=(7, 8), text=text
+    )
 
 
 def test_a_denoised_row_by_hand() -> None:
@@ -106,7 +109,7 @@ def test_prefix_lm_by_hand() -> None:
 
 
 def test_splits_are_uniform() -> None:
-    words = noise_of(4, "split").words(0, 0, 100_000).tolist()
+    words = sample_rng(4, "split").words(0, 0, 100_000).tolist()
     counts = Counter(random_split(word, 5) for word in words)
     assert set(counts) == {1, 2, 3, 4}
     assert all(abs(n - 25_000) < 4.5 * np.sqrt(100_000 * 3 / 16) for n in counts.values())

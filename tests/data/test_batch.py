@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_moe.data.batch import Batch
-from megatron_moe.data.distribute import fetch_step
+from megatron_moe.data.batch import Batch, fetch_step
 from tests.support.pool import Pool, RemoteError
 
 CPU = torch.device("cpu")

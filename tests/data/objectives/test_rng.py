@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_moe.data.objectives.noise import noise_of
+from megatron_moe.data.objectives.rng import sample_rng
 
 
 def philox(key: int, counter: int) -> list[int]:
@@ -21,7 +21,7 @@ def philox(key: int, counter: int) -> list[int]:
 
 def test_words_are_philoxs() -> None:
     """The counter is incremented before each block."""
-    noise = noise_of(7, "x")
+    noise = sample_rng(7, "x")
     for lane, index in ((0, 0), (3, 5), (1, 2**40)):
         base = (lane << 192) + (index << 64)
         expected = philox(noise.key, base + 1) + philox(noise.key, base + 2)
@@ -29,21 +29,21 @@ def test_words_are_philoxs() -> None:
 
 
 def test_order_of_drawing_does_not_matter() -> None:
-    noise = noise_of(1, "data", 3)
+    noise = sample_rng(1, "data", 3)
     forward = [noise.words(2, i, 10).tolist() for i in range(50)]
-    backward = [noise_of(1, "data", 3).words(2, i, 10).tolist() for i in reversed(range(50))]
+    backward = [sample_rng(1, "data", 3).words(2, i, 10).tolist() for i in reversed(range(50))]
     assert backward[::-1] == forward
     assert noise.words(2, 7, 30)[:10].tolist() == forward[7]
 
 
 def test_keys_lanes_and_samples_differ() -> None:
-    noises = [noise_of(s, *w) for s in (1, 2) for w in (("a",), ("b",), ("a", 1))]
+    noises = [sample_rng(s, *w) for s in (1, 2) for w in (("a",), ("b",), ("a", 1))]
     drawn = [tuple(n.words(lane, i, 4)) for n in noises for lane in (0, 1) for i in (0, 1, 2)]
     assert len({word for words in drawn for word in words}) == 4 * len(drawn)
 
 
 def test_uniform_and_order() -> None:
-    noise = noise_of(5, "u")
+    noise = sample_rng(5, "u")
     count = (1 << 20) + 7
     blocks = list(noise.uniform(0, 0, count))
     assert [len(block) for block in blocks] == [1 << 20, 7]
