@@ -134,7 +134,9 @@ def test_a_conversation_that_fills_its_row(tmp_path: Path) -> None:
 )
 def test_denoisers_take_rows_as_one(tmp_path: Path, flag: str, field: str) -> None:
     prefix = write(tmp_path / "x", random_documents(30))
-    with pytest.raises(UsageError, match=f"--reset-{flag} is True, expected off with --obj"):
+    with pytest.raises(
+        UsageError, match=rf"--reset-{flag} must be unset with --objective ul2 \(got True\)"
+    ):
         data_of(prefix, objective="ul2", vocab_extra_ids=20, **{field: True})
 
 

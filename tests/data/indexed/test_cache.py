@@ -176,5 +176,7 @@ def test_records_that_are_none_are_refused(tmp_path: Path, content: str) -> None
 def test_no_place_to_write(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     cache = IndexCache(str(tmp_path / "file" / "cache"))
-    with pytest.raises(UsageError, match=r"--data-cache-path is '.*/file/cache'"):
+    with pytest.raises(
+        UsageError, match=r"--data-cache-path must be a writable .*got '.*/file/cache'"
+    ):
         cache.record("e", lambda: {"a": 1})

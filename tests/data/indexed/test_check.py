@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import struct
 from collections.abc import Callable
@@ -40,7 +41,10 @@ def swap(bin_path: Path, other: Path) -> None:
 # name of the fault: (what to do with .bin, .idx and another .bin; what the line must say)
 FAULTS: dict[str, tuple[Callable[[Path, Path, Path], object], str]] = {
     "truncated bin": (lambda b, i, o: cut(b, 14), r"x.bin must be the 16 bytes .*got 14"),
-    "longer bin": (lambda b, i, o: b.write_bytes(b.read_bytes() + b"\0\0"), "x.bin is 18"),
+    "longer bin": (
+        lambda b, i, o: b.write_bytes(b.read_bytes() + b"\0\0"),
+        r"x.bin must be the 16 bytes .*got 18",
+    ),
     "empty bin": (lambda b, i, o: cut(b, 0), r"x.bin must be the 16 bytes .*got 0"),
     "swapped bin": (lambda b, i, o: swap(b, o), r"x.bin must be the 16 bytes .*got 200"),
     "missing bin": (lambda b, i, o: b.unlink(), "No such file"),
@@ -60,7 +64,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path, Path], object], str]] = {
     "huge count": (lambda b, i, o: poke(i, 18, struct.pack("<Q", 1 << 60)), "size of"),
     "no bounds": (
         lambda b, i, o: (poke(i, 26, struct.pack("<Q", 0)), cut(i, 34 + 48)),
-        "document bounds",
+        r"number of document bounds of .* must be >= 1 \(got 0\)",
     ),
 }
 # faults that only a scan of everything sees
@@ -96,7 +100,7 @@ def test_refused_at_open(files: tuple[Path, Path, Path], name: str) -> None:
     damage(*files)
     with pytest.raises(UsageError) as caught:
         inspect_source(str(files[0].with_suffix("")))
-    assert says in str(caught.value)
+    assert re.search(says, str(caught.value))
     assert "\n" not in str(caught.value)
 
 
@@ -111,7 +115,7 @@ def test_refused_by_the_scan(
     source = inspect_source(str(files[0].with_suffix("")))
     with pytest.raises(UsageError) as caught:
         scan_source(source)
-    assert says in str(caught.value)
+    assert re.search(says, str(caught.value))
     assert "\n" not in str(caught.value)
 
 
@@ -140,7 +144,7 @@ def test_negative_ids(tmp_path: Path) -> None:
     write(tmp_path / "x", [[1, 2], [3, 70000]], vocab_size=80000)
     poke(tmp_path / "x.bin", 8, struct.pack("<i", -7))
     source = inspect_source(str(tmp_path / "x"))
-    with pytest.raises(UsageError, match=r"document 1 .*is -7"):
+    with pytest.raises(UsageError, match=r"document 1 .*must be >= 0 and <= 79999 \(got -7\)"):
         check_range(source, scan_source(source), 80000)
 
 
@@ -161,7 +165,7 @@ def test_no_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize("whole", [1 << 24, 10])
 def test_fingerprint(tmp_path: Path, whole: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the content, not of the path; hashed whole or by samples."""
-    monkeypatch.setattr(indexed_check, "_WHOLE", whole)
+    monkeypatch.setattr(indexed_check, "_HASHED_WHOLE", whole)
     monkeypatch.setattr(indexed_check, "_SAMPLE", 8)
     documents = [[i % 900 for i in range(n)] for n in range(1, 60)]
 

@@ -16,7 +16,7 @@ from megatron_moe.data.indexed.manifest import Origin, read_manifest, write_mani
 from megatron_moe.data.indexed.merge import merge
 from megatron_moe.data.indexed.writer import IndexedWriter
 from megatron_moe.errors import UsageError
-from tests.data.corpus import MANIFEST, read_with_megatron_core, random_documents, write
+from tests.data.corpus import MANIFEST, random_documents, read_with_megatron_core, write
 
 PART = replace(
     MANIFEST,
@@ -111,12 +111,14 @@ def test_other_types_and_damage_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"size of .*\.bin must be .* \(got \d+\)"):
             merge([small, prefix], str(tmp_path / "out"))
     with pytest.raises(
-        UsageError, match="--input must be the prefix of a readable pair .*got '/no/such'"
+        UsageError, match=r"--input must be the prefix of a readable pair .*got '/no/such'"
     ):
         merge([small, "/no/such"], str(tmp_path / "out"))
-    with pytest.raises(UsageError, match="another place than the parts'"):
+    with pytest.raises(
+        UsageError, match="--output-prefix must be different from the prefix of every part"
+    ):
         merge([small], str(tmp_path / "." / "a"))
-    with pytest.raises(UsageError, match="at least one"):
+    with pytest.raises(UsageError, match=r"--input must be one or more datasets \(got \[\]\)"):
         merge([], str(tmp_path / "out"))
     assert not list(tmp_path.glob("out*"))
 
@@ -128,7 +130,9 @@ def test_a_full_disk_leaves_the_old(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        with pytest.raises(UsageError, match="expected a place with room"):
+        with pytest.raises(
+            UsageError, match="--output-prefix must be a writable path with free space"
+        ):
             merge(prefixes, str(tmp_path / "out"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -166,7 +170,7 @@ def test_offsets_pass_two_to_the_31(tmp_path: Path) -> None:
         index[34:38] = lengths.to_bytes(4, "little")
         (tmp_path / f"{name}.idx").write_bytes(index)
         os.truncate(tmp_path / f"{name}.bin", size)
-    stacked = [module._look_at(str(tmp_path / name)) for name in "ab"]
+    stacked = [module._open_part(str(tmp_path / name)) for name in "ab"]
     with (tmp_path / "out.idx").open("wb") as stream:
         module._write_index(stacked, stream)
     found = np.fromfile(tmp_path / "out.idx", "<i8", 2, offset=34 + 8)

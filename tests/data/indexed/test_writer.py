@@ -121,5 +121,5 @@ def test_an_index_is_never_beside_other_tokens(
 
 def test_unwritable_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="expected a place to write"):
+    with pytest.raises(UsageError, match="output prefix must be a writable path"):
         write(tmp_path / "file" / "x", [[1]])

@@ -90,14 +90,14 @@ BAD = {
     "[[denoisers]]": "[[denoiser]] tables",
     "[[denoiser]]\nprefix = 'a'": "keys of denoiser 1",
     "[[denoiser]]\nprefix = 'a'\nkind = 'suffix'": "span or prefix-lm",
-    "[[denoiser]]\nprefix = 3\nkind = 'prefix-lm'\nweight = 1": "a text",
-    "[[denoiser]]\nprefix = ''\nkind = 'prefix-lm'\nweight = -1": "0 or more",
+    "[[denoiser]]\nprefix = 3\nkind = 'prefix-lm'\nweight = 1": "a string, which may be empty",
+    "[[denoiser]]\nprefix = ''\nkind = 'prefix-lm'\nweight = -1": "must be a number >= 0 (got -1)",
     "[[denoiser]]\nprefix = ''\nkind = 'prefix-lm'\nweight = 'x'": "a number",
     "[[denoiser]]\nprefix = ''\nkind = 'prefix-lm'\nweight = nan": "a number",
-    "[[denoiser]]\nprefix = ''\nkind = 'prefix-lm'\nweight = 0": "one at least above 0",
-    "[[denoiser]]\nprefix = ''\nrate = 0\nmean_span = 3\nweight = 1": "above 0",
+    "[[denoiser]]\nprefix = ''\nkind = 'prefix-lm'\nweight = 0": "must be > 0 (got [0])",
+    "[[denoiser]]\nprefix = ''\nrate = 0\nmean_span = 3\nweight = 1": "> 0 and <= mean_span",
     "[[denoiser]]\nprefix = ''\nrate = 0.9\nmean_span = 3\nweight = 1": "mean_span / (1 +",
-    "[[denoiser]]\nprefix = ''\nrate = 0.1\nmean_span = 0.5\nweight = 1": "1 or more",
+    "[[denoiser]]\nprefix = ''\nrate = 0.1\nmean_span = 0.5\nweight = 1": "must be >= 1 (got 0.5)",
     "[[denoiser]]\nprefix = ''\nrate = 0.1\nmean_span = 3\nweight = 1\nspan = 2": "keys of",
 }
 
@@ -113,7 +113,7 @@ def test_bad_mixtures_are_refused_in_one_line(text: str, tmp_path: Path) -> None
 
 
 def test_missing_file() -> None:
-    with pytest.raises(UsageError, match="--ul2-mixture is '/no/such'"):
+    with pytest.raises(UsageError, match=r"--ul2-mixture must be a readable file .*got '/no/such'"):
         read_denoisers("/no/such")
 
 

@@ -1,4 +1,4 @@
-"""Text to indexed data: against Megatron-Core's builder, for any number of workers and partitions."""
+"""Text to indexed data: equal to Megatron-Core's builder for all numbers of workers and parts."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_an_empty_file_among_others_adds_nothing(tmp_path: Path) -> None:
 
 def test_text_files_have_one_key(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo")
-    with pytest.raises(UsageError, match="--json-keys must be one key, .*got 'text note'"):
+    with pytest.raises(UsageError, match=r"--json-keys must be one key, .*got 'text note'"):
         run(tmp_path, tmp_path / "a.txt", json_keys=("text", "note"))
     run(tmp_path, tmp_path / "a.txt", text_documents="block", json_keys=("body",))
     found = [
@@ -203,7 +203,7 @@ def test_text_files_have_one_key(tmp_path: Path) -> None:
 
 
 def test_missing_input(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--input must be a readable file .*got '/no/such'"):
+    with pytest.raises(UsageError, match=r"--input must be a readable file .*got '/no/such'"):
         run(tmp_path, "/no/such")
 
 

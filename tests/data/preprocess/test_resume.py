@@ -63,7 +63,7 @@ def test_finished_partitions_are_kept(tmp_path: Path) -> None:
     path = corpus(tmp_path)
     good = path.read_bytes()
     path.write_bytes(good[:-3] + b"!!\n")
-    with pytest.raises(UsageError, match="content in line 400 of .* must be a JSON object"):
+    with pytest.raises(UsageError, match=r"content in line 400 of .* must be a JSON object"):
         run(tmp_path)
     assert len(list(tmp_path.glob("out_part*.json"))) == 3
     kept = [f"partition {i} of 4: already finished, kept" for i in range(3)]
@@ -71,7 +71,7 @@ def test_finished_partitions_are_kept(tmp_path: Path) -> None:
     options = PreprocessOptions(
         input=(str(path),), output_prefix=str(tmp_path / "out"), partitions=4
     )
-    with pytest.raises(UsageError, match="content in line 400 of .* must be a JSON object"):
+    with pytest.raises(UsageError, match=r"content in line 400 of .* must be a JSON object"):
         preprocess(options, BYTES, progress=False, report=said.append)
     assert said == kept
     path.write_bytes(good)
@@ -160,7 +160,7 @@ def in_a_child(folder: Path, limit: int | None = None) -> int:
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         flags = "--tokenizer-type ByteTokenizer --partitions 3 --workers 1 --no-word-cache"
-        tool = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
+        tool = Path(__file__).resolve().parents[3] / "tools" / "preprocess_data.py"
         words = ["--input", str(folder / "x.jsonl"), "--output-prefix", str(folder / "out")]
         with (folder / "log").open("w") as log:
             os.dup2(log.fileno(), 1)
@@ -170,7 +170,7 @@ def in_a_child(folder: Path, limit: int | None = None) -> int:
 
 
 def test_a_killed_run_is_resumed(tmp_path: Path) -> None:
-    """SIGKILL in the second partition: the first is kept, the leftovers are removed, the result is complete."""
+    """SIGKILL in the second partition: the first is kept, leftovers go, the result is complete."""
     big = tmp_path / "x.jsonl"
     line = json.dumps({"text": "some words " * 1000}) + "\n"
     big.write_text(line * 12_000)
