@@ -47,8 +47,8 @@ def test_as_a_script_with_a_mistake(corpus: Path, tmp_path: Path) -> None:
     bad = subprocess.run([*script, "SentencePieceTokenizer"], capture_output=True, text=True)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == (
-        "preprocess_data.py: error: --tokenizer-model is None, "
-        "expected a SentencePiece model file\n"
+        "preprocess_data.py: error: --tokenizer-model must be a SentencePiece model file "
+        "(got None)\n"
     )
     good = subprocess.run([*script, "ByteTokenizer", "--workers", "2"], capture_output=True)
     assert good.returncode == 0
@@ -58,12 +58,12 @@ def test_as_a_script_with_a_mistake(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("--workers 0", "--workers is 0, expected a positive number"),
-        ("--partitions 0", "--partitions is 0, expected a positive number"),
-        ("--log-interval 0", "--log-interval is 0, expected a positive number"),
-        ("--partition 1", "--partitions is None, expected their number"),
-        ("--partitions 4 --partition 4", "--partition is 4, expected 0 to 3"),
-        ("--json-keys text note text", "--json-keys is 'text note text', expected each key once"),
+        ("--workers 0", "--workers must be >= 1 (got 0)"),
+        ("--partitions 0", "--partitions must be >= 1 (got 0)"),
+        ("--log-interval 0", "--log-interval must be >= 1 (got 0)"),
+        ("--partition 1", "--partitions must be set with --partition (got None)"),
+        ("--partitions 4 --partition 4", "--partition must be >= 0 and <= 3 (got 4)"),
+        ("--json-keys text note text", "--json-keys must be distinct keys (got 'text note text')"),
     ],
 )
 def test_flags_that_cannot_be(
@@ -89,7 +89,7 @@ def test_one_partition_alone(
     assert (manifest.domain, manifest.vocab_size) == ("books", 559)
     capsys.readouterr()
     main([*words.split(), "0"])
-    assert "partition 0 of 2: finished before, kept" in capsys.readouterr().out
+    assert "partition 0 of 2: already finished, kept" in capsys.readouterr().out
     main([*words.split(), "1"])
     assert (tmp_path / "out_part00001of00002_text_document.idx").exists()
 
