@@ -15,7 +15,8 @@ from megatron_moe.convert.model import LogicalModel
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.text import TextTokenizer
 from megatron_moe.model.reference import ReferenceOpenMoE
-from megatron_moe.tokenizer.build import Tokenizer, build_tokenizer
+from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.build import build_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Values of --dtype."""

@@ -19,9 +19,7 @@ import torch
 from megatron_moe.data.batch import Batch, document_planes, extra_planes
 from megatron_moe.data.blend import domains_of, parse_blend
 from megatron_moe.data.indexed.check import Source, inspect_source
-from megatron_moe.data.indexed.inspection import tokens_of
-from megatron_moe.data.indexed.made_for import check_manifest
-from megatron_moe.data.indexed.manifest import read_manifest
+from megatron_moe.data.indexed.manifest import check_compatibility, read_manifest
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.loading import LoadedModel
 from megatron_moe.inference.scoring import predictions
@@ -117,7 +115,12 @@ def evaluate_data(
 
 
 def _open(prefix: str, loaded: LoadedModel) -> Source:
-    check_manifest(prefix, loaded.config, loaded.tokenizer.base)
+    check_compatibility(
+        prefix,
+        tokenizer_type=loaded.config.data.tokenizer_type,
+        tokenizer_hash=loaded.tokenizer.base.identity,
+        needs_eod=bool(extra_planes(loaded.config.objective)),
+    )
     return inspect_source(prefix)
 
 
@@ -148,7 +151,7 @@ def rows_of(
         UsageError: an id is not in the vocabulary, or the last row is not a multiple of the
             capacity group.
     """
-    tokens, eod = tokens_of(source), loaded.tokenizer.eod
+    tokens, eod = source.token_ids(), loaded.tokenizer.eod
     end = min(len(tokens), max_tokens or len(tokens))
     whole = end // seq_length
     cuts = [*range(0, whole * seq_length, batch_size * seq_length), whole * seq_length, end]

@@ -8,7 +8,8 @@ from itertools import groupby
 
 from megatron_moe.config import DataConfig
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import Tokenizer, sentinel_ids
+from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.build import sentinel_ids
 
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 _REPLACEMENT = "\ufffd"

@@ -110,5 +110,5 @@ def test_an_index_that_leads_out_of_the_directory(tmp_path: Path, place: str) ->
     wrong = f"{tmp_path}/outside/{name}" if place == "/" else f"{place}{name}"
     values["weight_map"] = {k: wrong if v == name else v for k, v in values["weight_map"].items()}
     index.write_text(json.dumps(values))
-    with pytest.raises(UsageError, match="file name in .* must be a file of the same directory"):
+    with pytest.raises(UsageError, match=r"file name in .* must be a file of the same directory"):
         read("hf", tmp_path / "hf")

@@ -11,7 +11,8 @@ from megatron_moe.config import DataConfig, ModelConfig, MoEConfig, RunConfig
 from megatron_moe.convert.formats import ConversionTarget, write
 from megatron_moe.convert.model import LogicalModel, of_tensor
 from megatron_moe.model.reference import ReferenceOpenMoE
-from megatron_moe.tokenizer.build import ByteTokenizer, build_tokenizer
+from megatron_moe.tokenizer.build import build_tokenizer
+from megatron_moe.tokenizer.simple import ByteTokenizer
 
 PADDED = 384
 CONFIG = RunConfig(

@@ -17,7 +17,7 @@ from megatron_moe.errors import UsageError
 from megatron_moe.inference.harness import HarnessModel
 from megatron_moe.inference.loading import LoadedModel, LoadOptions, load
 from megatron_moe.inference.text import TextTokenizer
-from megatron_moe.tokenizer.build import NullTokenizer
+from megatron_moe.tokenizer.simple import NullTokenizer
 from tests.inference.cases import CONFIG, model, save
 from tools.evaluate import main
 

@@ -20,7 +20,7 @@ from megatron_moe.inference import scoring
 from megatron_moe.inference.loading import LoadedModel
 from megatron_moe.inference.perplexity import Perplexity, evaluate_data
 from megatron_moe.inference.text import TextTokenizer
-from megatron_moe.tokenizer.build import ByteTokenizer
+from megatron_moe.tokenizer.simple import ByteTokenizer
 from tests.data.corpus import MANIFEST
 from tests.inference.cases import CONFIG, DROPLESS, model
 

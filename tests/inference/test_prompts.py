@@ -11,7 +11,7 @@ import torch
 
 from megatron_moe.config import DataConfig
 from megatron_moe.data.objectives.chat import read_line
-from megatron_moe.data.objectives.chat_source import encode
+from megatron_moe.data.objectives.chat_source import encode_exchanges
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.loading import LoadedModel
 from megatron_moe.inference.prompts import (
@@ -24,7 +24,8 @@ from megatron_moe.inference.prompts import (
 )
 from megatron_moe.inference.scoring import Scorer
 from megatron_moe.inference.text import TextTokenizer
-from megatron_moe.tokenizer.build import Tokenizer, build_tokenizer
+from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.build import build_tokenizer
 from tests.inference.cases import CONFIG, TOKENIZER, model
 
 TEXT = TextTokenizer(TOKENIZER, CONFIG.data)
@@ -40,7 +41,7 @@ TURNS = [
 def _tuned(turns: list[tuple[str, str]], tokenizer: Tokenizer = TOKENIZER) -> list[list[int]]:
     """Prompts and answers in turn, as the data of `--objective sft` has them."""
     line = json.dumps([{"role": role, "content": content} for role, content in turns])
-    return [ids for ids, _ in encode(read_line(line, "messages", "the case"), tokenizer)]
+    return [ids for ids, _ in encode_exchanges(read_line(line, "messages", "the case"), tokenizer)]
 
 
 def test_a_conversation_has_the_ids_of_tuning() -> None:

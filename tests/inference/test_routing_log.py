@@ -7,7 +7,7 @@ import torch
 from megatron_moe.inference.routing_log import RoutingLog, routing_json, routing_table
 from megatron_moe.inference.text import TextTokenizer
 from megatron_moe.model.reference.routing import Routing
-from megatron_moe.tokenizer.build import ByteTokenizer
+from megatron_moe.tokenizer.simple import ByteTokenizer
 from tests.inference.cases import CONFIG
 
 TEXT = TextTokenizer(ByteTokenizer(), CONFIG.data)

@@ -14,7 +14,8 @@ from megatron_moe.errors import UsageError
 from megatron_moe.inference.generation import GeneratedToken
 from megatron_moe.inference.output import ContinuationPrinter, OutputStyle
 from megatron_moe.inference.text import DecodeStream, TextTokenizer
-from megatron_moe.tokenizer.build import ByteTokenizer, NullTokenizer, build_tokenizer
+from megatron_moe.tokenizer.build import build_tokenizer
+from megatron_moe.tokenizer.simple import ByteTokenizer, NullTokenizer
 from tests.data.pieces import train
 from tests.tokenizer.test_huggingface import make
 
