@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moe.checkpoint.files import Pending
+from megatron_moe.checkpoint.tensor_files import TensorSource
 
 PART_BYTES = 512 << 20
 """About how much of a tensor is in memory at a time."""
@@ -47,7 +47,7 @@ class LazyTensor:
         for start in range(0, self.shape[0], step):
             yield self.rows(start, min(start + step, self.shape[0]))
 
-    def pending(self, key: str, progress: Callable[[int], Any] | None = None) -> Pending:
+    def pending(self, key: str, progress: Callable[[int], Any] | None = None) -> TensorSource:
         """To be written under a key; ``progress`` is told the bytes of each part."""
 
         def parts() -> Iterator[Tensor]:
@@ -56,7 +56,7 @@ class LazyTensor:
                 if progress is not None:
                     progress(part.numel() * part.element_size())
 
-        return Pending(key, self.dtype, self.shape, parts)
+        return TensorSource(key, self.dtype, self.shape, parts)
 
     def cast(self, dtype: torch.dtype) -> LazyTensor:
         """The same values, rounded to another dtype."""

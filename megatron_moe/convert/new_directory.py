@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_moe.checkpoint.files import sync_directory
+from megatron_moe.checkpoint.disk import sync_directory
 from megatron_moe.errors import CheckpointError
 
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from megatron_moe.checkpoint import CheckpointError, latest_step, verify
-from megatron_moe.checkpoint.background import BackgroundSaves
-from megatron_moe.checkpoint.files import pending, write_tensors
-from megatron_moe.checkpoint.host_copy import HostMemory
-from megatron_moe.checkpoint.stream import Stopped, write_stream
+from megatron_moe.checkpoint.disk import Stopped, write_stream
+from megatron_moe.checkpoint.save import start_save
+from megatron_moe.checkpoint.tensor_files import HostMemory, TensorSource, write_tensors
 from megatron_moe.parallel.collectives import RankGroup
 from tests.checkpoint import toy
 
@@ -39,13 +38,13 @@ def test_copies_are_the_files_that_their_tensors_would_become(tmp_path, device):
             "byte": torch.arange(rows, dtype=torch.uint8),
         }
         tensors = {name: tensor.to(device) for name, tensor in tensors.items()}
-        items = list(tensors.items())
+        items = [TensorSource.of(*item) for item in tensors.items()]
         files = {"one": items, "none": [], "odd": items[-1:], "two": items[:4]}
         expected = {
             name: write_tensors(tmp_path / f"{rows}.{name}", held, {"name": name})
             for name, held in files.items()
         }
-        given = [([pending(*i) for i in held], {"name": name}) for name, held in files.items()]
+        given = [(held, {"name": name}) for name, held in files.items()]
         copies = memory.copy(given)
         for tensor in tensors.values():
             tensor.zero_()
@@ -57,8 +56,8 @@ def test_copies_are_the_files_that_their_tensors_would_become(tmp_path, device):
 
 
 def test_no_memory_for_a_copy_is_said(tmp_path):
-    huge = pending("x", torch.zeros(1).expand(1 << 50))
-    with pytest.raises(CheckpointError, match=r"--async-save is 'a copy of 4503599627370496 bytes"):
+    huge = TensorSource.of("x", torch.zeros(1).expand(1 << 50))
+    with pytest.raises(CheckpointError, match=r"--async-save must be >= 4503599627370496 bytes"):
         HostMemory(pinned=False).copy([([huge], {})])
 
 
@@ -80,17 +79,24 @@ def test_the_bytes_are_those_of_a_synchronous_save(pool, tmp_path):
 
 
 def test_one_save_at_a_time(tmp_path):
-    saves, done = BackgroundSaves(RankGroup()), []
-    assert saves.poll() is None and saves.finish() is None and saves.step is None
-    saves.start(tmp_path, 10, toy.contents(10), lambda: done.append(latest_step(tmp_path)))
-    assert saves.step == 10
+    memory, done, ranks = HostMemory(pinned=False), [], RankGroup()
+    assert memory.step is None
+    first = start_save(
+        tmp_path,
+        10,
+        toy.contents(10),
+        ranks,
+        memory=memory,
+        on_commit=lambda: done.append(latest_step(tmp_path)),
+    )
+    assert first.step == memory.step == 10 and not first.done
     with pytest.raises(RuntimeError, match="step 10 is still being saved"):
-        saves.start(tmp_path, 20, toy.contents(20))
-    assert saves.finish() == tmp_path / "iter_0000010"
+        start_save(tmp_path, 20, toy.contents(20), ranks, memory=memory)
+    assert first.finish() == tmp_path / "iter_0000010"
     assert done == [10]
-    assert saves.poll() is None and saves.finish() is None and saves.step is None
-    saves.start(tmp_path, 20, toy.contents(20))
-    assert saves.finish() == tmp_path / "iter_0000020"
+    assert first.done and memory.step is None
+    second = start_save(tmp_path, 20, toy.contents(20), ranks, memory=memory)
+    assert second.finish() == tmp_path / "iter_0000020"
     for step in (10, 20):
         verify(tmp_path, step)
 
@@ -113,19 +119,19 @@ def _fail(rank, world_size, *, directory, victim):
     """How many times each rank asked before it was told, and what."""
     ranks = RankGroup(rank, world_size)
     toy.save(directory, 10, ranks)
-    saves, polls = BackgroundSaves(ranks), 0
+    memory, polls = HostMemory(pinned=False), 0
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     try:
         if rank == victim:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
-        saves.start(directory, 20, toy.contents(20, ranks))
+        pending = start_save(directory, 20, toy.contents(20, ranks), ranks, memory=memory)
         while True:
             polls += 1
-            saves.poll()
+            pending.poll()
             torch.distributed.barrier()
     except CheckpointError as error:
-        return polls, str(error), saves.step
+        return polls, str(error), pending.done, memory.step
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 
@@ -134,9 +140,10 @@ def _fail(rank, world_size, *, directory, victim):
 def test_a_failed_writer_is_told_on_every_rank_at_the_same_step(pool, tmp_path, victim):
     first, second = pool.run(_fail, 2, directory=tmp_path, victim=victim)
     assert first == second
-    polls, text, under_way = first
-    assert polls >= 1 and under_way is None
-    assert text.startswith(f"save of step 20 to {tmp_path} is 'File too large")
+    polls, text, done, step = first
+    assert polls >= 1 and done and step is None
+    assert text.startswith(f"space for the save of step 20 to {tmp_path} must be enough for ")
+    assert "(got 'File too large, " in text
     assert "\n" not in text
     assert latest_step(tmp_path) == 10
     verify(tmp_path)

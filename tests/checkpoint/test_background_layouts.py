@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from megatron_moe.checkpoint.background import BackgroundSaves
-from megatron_moe.checkpoint.save import contents_of
-from megatron_moe.training.saves import host_ranks
+from megatron_moe.checkpoint.contents import collect_contents
+from megatron_moe.checkpoint.manager import host_rank_group
+from megatron_moe.checkpoint.save import start_save
+from megatron_moe.checkpoint.tensor_files import HostMemory
 from tests.checkpoint.gate import hold_writers
 from tests.checkpoint.layouts import DIST, STATE, Case, build, save, step
 
@@ -40,17 +41,17 @@ def _save_both(rank: int, world_size: int, *, case: Case, directory: Any) -> int
     step(run, 1)
     step(run, 2)
     save(run, directory / "now")
-    saves = BackgroundSaves(ranks := host_ranks(run.ctx, timedelta(seconds=60)))
-    contents = contents_of(STATE, **run.parts(), with_rng=True, ranks=ranks)
+    ranks = host_rank_group(run.ctx, timedelta(seconds=60))
+    contents = collect_contents(STATE, **run.parts(), with_rng=True, ranks=ranks)
     gate = hold_writers(directory / "behind")
-    saves.start(directory / "behind", 2, contents)
+    pending = start_save(directory / "behind", 2, contents, ranks, memory=HostMemory(pinned=False))
     step(run, 3)
-    assert saves.poll() is None
+    assert pending.poll() is None
     gate.set()
     steps, path = 1, None
     while path is None:
         step(run, 3 + steps)
-        path, steps = saves.poll(), steps + 1
+        path, steps = pending.poll(), steps + 1
     return steps
 
 

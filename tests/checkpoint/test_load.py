@@ -14,7 +14,7 @@ from megatron_moe.checkpoint import RunIdentity, TrainState, rng, save_checkpoin
 from megatron_moe.checkpoint.compare import tensor_differences
 from megatron_moe.checkpoint.index import LogicalTensor
 from megatron_moe.errors import UsageError
-from tests.checkpoint.layouts import DIST, METADATA, STATE, Case, build, gathered, load, save, step
+from tests.checkpoint.layouts import DIST, IDENTITY, STATE, Case, build, gathered, load, save, step
 
 ONE, EP2 = Case(1, {}), Case(2, {"expert_model_parallel_size": 2})
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -61,7 +61,7 @@ def test_all_differences_are_listed_at_once_on_every_rank(pool, saved):
         ("optimizer", {"optimizer": "sgd"}),
     ]
     other = RunIdentity(padded_vocab_size=128, tokenizer_hash="u", data_fingerprint="e")
-    results = pool.run(_refused, 2, case=EP2, directory=saved, sections=sections, metadata=other)
+    results = pool.run(_refused, 2, case=EP2, directory=saved, sections=sections, identity=other)
     assert results[0] == results[1]
     text, unchanged = results[0]
     assert unchanged
@@ -80,7 +80,9 @@ def test_all_differences_are_listed_at_once_on_every_rank(pool, saved):
         "final_norm.weight: F32 [32] in the checkpoint, F32 [40] in this run",
     ):
         assert line in text.splitlines(), line
-    assert text.splitlines()[-1].startswith(f"checkpoint {saved / 'iter_0000002'} is ")
+    assert text.splitlines()[-1].startswith(
+        f"checkpoint {saved / 'iter_0000002'} must be compatible with this model and this run (got "
+    )
 
 
 def test_tensors_that_do_not_fit_are_told_apart():
@@ -187,16 +189,16 @@ def test_finetuning_may_change_what_keeps_shapes(pool, saved):
         ("data", {"seq_length": 8}),
         ("checkpoint", {"finetune": True}),
     ]
-    other = replace(METADATA, data_fingerprint="other corpus")
+    other = replace(IDENTITY, data_fingerprint="other corpus")
     ((state, _),) = pool.run(
-        _weights, 1, case=ONE, directory=saved, sections=sections, metadata=other
+        _weights, 1, case=ONE, directory=saved, sections=sections, identity=other
     )
     assert state == TrainState(
         iteration=2, consumed_train_samples=16, scheduler={"x": 0.1}, extra={"y": [1]}
     )
-    other = replace(METADATA, tokenizer_hash="other tokenizer")
+    other = replace(IDENTITY, tokenizer_hash="other tokenizer")
     ((text, _),) = pool.run(
-        _refused, 1, case=ONE, directory=saved, sections=sections, metadata=other
+        _refused, 1, case=ONE, directory=saved, sections=sections, identity=other
     )
     assert "tokenizer: t in the checkpoint, other tokenizer in this run" in text
 

@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from megatron_moe.checkpoint import CheckpointError, latest_step, verify
-from megatron_moe.checkpoint import rank_files as module
-from megatron_moe.checkpoint.background import BackgroundSaves
-from megatron_moe.checkpoint.mapped import TensorFiles
-from megatron_moe.checkpoint.rank_files import divided, rank_file
-from megatron_moe.checkpoint.stream import Stopped, write_streams
-from megatron_moe.checkpoint.writer import write_checkpoint
+from megatron_moe.checkpoint import contents as module
+from megatron_moe.checkpoint.contents import assign_to_files, rank_file
+from megatron_moe.checkpoint.disk import Stopped, write_streams
+from megatron_moe.checkpoint.save import start_save
+from megatron_moe.checkpoint.tensor_files import HostMemory, TensorFiles
 from megatron_moe.model.sharding.blocks import Block, Part
 from megatron_moe.parallel.collectives import RankGroup
 from tests.checkpoint import toy
@@ -32,7 +31,7 @@ def parts_of(*sizes: int) -> list[Part]:
 
 
 def sizes_of(parts: list[Part], rank: int = 0) -> dict[str, list[int]]:
-    return {name: [p.values.numel() for p in held] for name, held in divided(parts, rank)}
+    return {name: [p.values.numel() for p in held] for name, held in assign_to_files(parts, rank)}
 
 
 def test_the_largest_goes_first_to_the_file_with_the_least(monkeypatch):
@@ -98,20 +97,12 @@ def test_any_damaged_file_is_named(tmp_path, monkeypatch, save):
 
 def test_random_states_are_in_the_first_file_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FILE_BYTES", 200)
-    what = toy.contents(10)
     header = {"format": "pt", "random": "states"}
-    documents = dict(what.documents)
-    now = write_checkpoint(
-        tmp_path / "now",
-        10,
-        ranks=RankGroup(),
-        parts=what.parts,
-        documents=documents,
-        header=header,
-    )
-    saves = BackgroundSaves(RankGroup())
-    saves.start(tmp_path / "behind", 10, replace(what, header=header))
-    for step in (now, saves.finish()):
+    what, ranks = replace(toy.contents(10), header=header), RankGroup()
+    now = start_save(tmp_path / "now", 10, what, ranks)
+    memory = HostMemory(pinned=False)
+    behind = start_save(tmp_path / "behind", 10, what, ranks, memory=memory)
+    for step in (now.finish(), behind.finish()):
         said = {path.name: TensorFiles(step).metadata(path.name) for path in step.glob("rank-*")}
         plain = {rank_file(0, number): {"format": "pt"} for number in (1, 2)}
         assert said == {rank_file(0): header, **plain}
@@ -156,7 +147,9 @@ def test_one_file_too_large_is_no_checkpoint(tmp_path, monkeypatch, save):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
-        with pytest.raises(CheckpointError, match=r"save of step 20 to .* is 'File too large"):
+        with pytest.raises(
+            CheckpointError, match=r"save of step 20 to .* must be .*'File too large, "
+        ):
             save(tmp_path, 20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))

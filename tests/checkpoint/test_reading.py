@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_moe.checkpoint import CheckpointError, TrainState, load_logical, verify
-from megatron_moe.checkpoint.manifest import MANIFEST, write_manifest
-from megatron_moe.checkpoint.reading import open_checkpoint
-from megatron_moe.checkpoint.stream import FileRecord, hash_of
+from megatron_moe.checkpoint.directory import MANIFEST, write_manifest
+from megatron_moe.checkpoint.disk import FileRecord, hash_of
+from megatron_moe.checkpoint.metadata import open_checkpoint
 from megatron_moe.errors import UsageError
 from tests.checkpoint import toy
 
@@ -108,5 +108,7 @@ def test_only_tensors_that_are_there_are_read(tmp_path):
 
 def test_a_step_that_is_not_there_is_an_error_that_lists_the_steps(tmp_path):
     toy.save(tmp_path, 10)
-    with pytest.raises(CheckpointError, match=r"--ckpt-step is 11, expected a step of .*: 10"):
+    with pytest.raises(
+        CheckpointError, match=r"--ckpt-step must be a complete step of .*: 10 \(got 11\)"
+    ):
         list(load_logical(tmp_path, 11))

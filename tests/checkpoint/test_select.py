@@ -9,7 +9,7 @@ import pytest
 
 from megatron_moe.checkpoint import CheckpointError
 from megatron_moe.checkpoint.directory import TRACKER
-from megatron_moe.checkpoint.select import choose
+from megatron_moe.checkpoint.select import select_checkpoint
 from megatron_moe.parallel.collectives import RankGroup
 from tests.checkpoint import toy
 
@@ -34,12 +34,12 @@ def _save(rank: int, world_size: int, *, directory: Path, steps: list[int]) -> N
 
 def _choose(rank: int, world_size: int, *, directory: Path, fallback: bool = True) -> Any:
     try:
-        chosen, opened = choose(
+        selected, opened = select_checkpoint(
             directory, None, fallback=fallback, ranks=RankGroup(rank, world_size)
         )
     except CheckpointError as error:
         return type(error).__name__, str(error)
-    return chosen.path.name, chosen.verified, chosen.skipped, opened.train.iteration
+    return selected.path.name, selected.verified, selected.skipped, opened.train.iteration
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_damage_to_any_file_makes_the_step_before_count(pool, saved, damage):
         step, verified, skipped, iteration = _all(pool, saved)
         assert (step, verified, iteration) == ("iter_0000020", True, 20)
         assert len(skipped) == 1
-        assert skipped[0].startswith("iter_0000030 is damaged and was not taken: ")
+        assert skipped[0].startswith("iter_0000030 is damaged and was skipped: ")
         assert str(path) in skipped[0]
         path.write_bytes(whole)
     assert _all(pool, saved) == ("iter_0000030", True, (), 30)
@@ -83,7 +83,7 @@ def test_several_damaged_steps_are_all_told(pool, saved):
     kind, text = _all(pool, saved)
     assert kind == "CheckpointError"
     assert text.splitlines()[-1] == (
-        f"{saved} is '3 damaged checkpoints', expected one that is whole"
+        f"at least one checkpoint in {saved} must be intact (got '3 damaged')"
     )
     assert [line.split()[0] for line in text.splitlines()[:-1]] == [
         "iter_0000030",
@@ -99,7 +99,7 @@ def test_a_broken_tracker_makes_the_newest_whole_step_count(pool, saved, text):
     _flip(saved / "iter_0000030" / "rank-00000.safetensors")
     step, _, skipped, _ = _all(pool, saved)
     assert step == "iter_0000020"
-    assert skipped[0].startswith(f"tracker {tracker} is ")
+    assert skipped[0].startswith(f"step in tracker {tracker} must be ")
     assert skipped[1].startswith("iter_0000030 is damaged")
 
 
@@ -115,7 +115,7 @@ def test_without_it_damage_is_an_error_that_says_what_to_do(pool, saved):
     kind, text = _all(pool, saved, fallback=False)
     assert kind == "Corrupt"
     last = text.splitlines()[-1]
-    assert "iter_0000030 is 'damaged in state.json'" in last
+    assert "iter_0000030 must be intact (got 'damage in state.json')" in last
     assert "--ckpt-step" in last and "--checkpoint-fallback" in last
 
 

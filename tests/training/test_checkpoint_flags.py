@@ -139,7 +139,7 @@ def test_checkpoint_fallback_takes_the_newest_whole_step_and_says_so(runs, tmp_p
     steps, log = runs.go(*both)
     assert steps == runs.steps[4:]
     warning = next(text for text in log.splitlines() if text.startswith(" WARNING: "))
-    assert "iter_0000006 is damaged and was not taken" in warning and str(damaged) in warning
+    assert "iter_0000006 is damaged and was skipped" in warning and str(damaged) in warning
     assert (copy / "latest_checkpointed_iteration.txt").read_text() == "6\n"
     assert "WARNING" not in runs.go(*both)[1]
 

@@ -14,7 +14,7 @@ from megatron_moe.model.sharding.blocks import (
     copy_overlap,
     split_range,
 )
-from megatron_moe.model.sharding.ranges import piece_blocks
+from megatron_moe.model.sharding.parts import piece_blocks
 from megatron_moe.model.sharding.shards import Piece
 
 
