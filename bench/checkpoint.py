@@ -4,9 +4,9 @@
 
 One rank, a mixture-of-experts model of 62 million parameters with Adam's moments in fp32: 0.75 GB
 in seven files, every byte of it hashed with SHA-256 when it is written and when it is loaded.
-*Plain* is what no program can do without: one `write` per 16 MiB from memory and an `fsync`; one
+*Plain* is the least that any program does: one `write` per 16 MiB from memory and an `fsync`; one
 `read` per 16 MiB into a buffer that is used again. In each round all are done in turn, and ratios
-are medians over rounds. Reads are *from the disk* if the page cache was told to drop the files
+are medians over rounds. Reads are *from the disk* if the page cache was advised to drop the files
 before, as when a run starts on a machine; *cached* right after that. What is written goes to the
 system's temporary directory (`TMPDIR`).
 """
@@ -159,10 +159,10 @@ def one_round(subject: Subject, root: Path) -> dict[str, float]:
                 drop_from_cache(step)
             found[f"{what} {name}"] = timed(lambda a=action: a(step))  # type: ignore[misc]
     started: list[PendingSave] = []
-    found["stall"] = timed(lambda: started.append(subject.start(root / "behind")))
-    found["behind"] = timed(started[0].finish)
+    found["stall"] = timed(lambda: started.append(subject.start(root / "async")))
+    found["async"] = timed(started[0].finish)
     shutil.rmtree(saved)
-    shutil.rmtree(root / "behind")
+    shutil.rmtree(root / "async")
     return found
 
 

@@ -116,14 +116,14 @@ def _rewrite(path, change):
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", ".hidden", "", "x\n"])
-def test_a_manifest_that_leaves_the_checkpoint_is_refused(saved, name):
+def test_a_manifest_that_leaves_the_checkpoint_is_rejected(saved, name):
     path = saved / "iter_0000020"
     _rewrite(path, lambda c: c["files"].update({name: {"sha256": "0", "bytes": 1}}))
     with pytest.raises(Corrupt, match="a name inside the checkpoint"):
         read_manifest(path)
 
 
-def test_a_link_that_leaves_the_checkpoint_is_refused(saved):
+def test_a_link_that_leaves_the_checkpoint_is_rejected(saved):
     path = saved / "iter_0000020"
     (path / "rank-00000.safetensors").unlink()
     (path / "rank-00000.safetensors").symlink_to(saved / "iter_0000010/rank-00000.safetensors")
@@ -140,7 +140,7 @@ def test_a_link_that_leaves_the_checkpoint_is_refused(saved):
         (lambda c: c["files"].update({"x": {"bytes": 1}}), "sha256 and bytes"),
     ],
 )
-def test_a_manifest_of_another_kind_is_refused(saved, change, message):
+def test_a_manifest_of_another_kind_is_rejected(saved, change, message):
     _rewrite(saved / "iter_0000020", change)
     with pytest.raises(Corrupt, match=message):
         read_manifest(saved / "iter_0000020")

@@ -45,7 +45,7 @@ def test_tampered_values_give_typed_errors(tmp_path, name):
     path = toy.save(tmp_path, 10)
     original = (path / name).read_text()
     generator = random.Random(name)
-    refused = 0
+    rejected = 0
     for _ in range(150):
         content = json.loads(original)
         container, key = generator.choice(_places(content))
@@ -57,8 +57,8 @@ def test_tampered_values_give_typed_errors(tmp_path, name):
             verify(tmp_path)
             dict(load_logical(tmp_path))
         except UsageError:
-            refused += 1
-    assert refused > 5  # the reader was reached, and did read
+            rejected += 1
+    assert rejected > 5  # the reader was reached, and did read
 
 
 @pytest.mark.parametrize("name", [*JSON_FILES, "rank-00000.safetensors"])
@@ -88,7 +88,7 @@ def test_progress_is_read_back_exactly(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", [{"step": "7"}, {"step": -1}, {"step": 10**40}, 3, [1]])
-def test_a_step_count_that_is_none_is_refused(tmp_path, optimizer):
+def test_a_step_count_that_is_none_is_rejected(tmp_path, optimizer):
     path = toy.save(tmp_path, 10)
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**state, "optimizer": optimizer}))

@@ -1,4 +1,4 @@
-"""Which step is taken: the tracker's, or with a fallback the newest whole one, on every rank."""
+"""Which step is selected: the tracker's, or with a fallback the newest intact one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _save(rank: int, world_size: int, *, directory: Path, steps: list[int]) -> N
         toy.save(directory, step, RankGroup(rank, world_size))
 
 
-def _choose(rank: int, world_size: int, *, directory: Path, fallback: bool = True) -> Any:
+def _select(rank: int, world_size: int, *, directory: Path, fallback: bool = True) -> Any:
     try:
         selected, opened = select_checkpoint(
             directory, None, fallback=fallback, ranks=RankGroup(rank, world_size)
@@ -49,16 +49,16 @@ def saved(pool, tmp_path):
 
 
 def _all(pool: Any, directory: Path, **options: Any) -> Any:
-    """The same answer on both ranks; the tracker is left alone."""
+    """The same result on both ranks; the tracker is unchanged."""
     before = (directory / TRACKER).read_bytes() if (directory / TRACKER).exists() else None
-    first, second = pool.run(_choose, 2, directory=directory, **options)
+    first, second = pool.run(_select, 2, directory=directory, **options)
     assert first == second
     assert before is None or (directory / TRACKER).read_bytes() == before
     return first
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_to_any_file_makes_the_step_before_count(pool, saved, damage):
+def test_damage_to_any_file_selects_the_previous_step(pool, saved, damage):
     names = ["rank-00001.safetensors", "index.json", "state.json", "config.json", "manifest.json"]
     for name in names:
         path = saved / "iter_0000030" / name
@@ -73,7 +73,7 @@ def test_damage_to_any_file_makes_the_step_before_count(pool, saved, damage):
     assert _all(pool, saved) == ("iter_0000030", True, (), 30)
 
 
-def test_several_damaged_steps_are_all_told(pool, saved):
+def test_several_damaged_steps_are_all_reported(pool, saved):
     _flip(saved / "iter_0000030" / "rank-00000.safetensors")
     _flip(saved / "iter_0000020" / "index.json")
     step, _, skipped, _ = _all(pool, saved)
@@ -93,7 +93,7 @@ def test_several_damaged_steps_are_all_told(pool, saved):
 
 
 @pytest.mark.parametrize("text", [None, "", "garbage", "40"])
-def test_a_broken_tracker_makes_the_newest_whole_step_count(pool, saved, text):
+def test_a_broken_tracker_selects_the_newest_intact_step(pool, saved, text):
     tracker = saved / TRACKER
     tracker.unlink() if text is None else tracker.write_text(text)
     _flip(saved / "iter_0000030" / "rank-00000.safetensors")
@@ -103,14 +103,14 @@ def test_a_broken_tracker_makes_the_newest_whole_step_count(pool, saved, text):
     assert skipped[1].startswith("iter_0000030 is damaged")
 
 
-def test_steps_after_the_tracker_s_are_not_gone_on_with(pool, saved):
+def test_steps_after_the_tracker_s_are_never_selected(pool, saved):
     (saved / TRACKER).write_text("20\n")
     assert _all(pool, saved)[0] == "iter_0000020"
     _flip(saved / "iter_0000020" / "rank-00000.safetensors")
     assert _all(pool, saved)[0] == "iter_0000010"
 
 
-def test_without_it_damage_is_an_error_that_says_what_to_do(pool, saved):
+def test_without_fallback_damage_is_an_error_with_a_fix(pool, saved):
     _flip(saved / "iter_0000030" / "state.json")
     kind, text = _all(pool, saved, fallback=False)
     assert kind == "Corrupt"

@@ -1,4 +1,4 @@
-"""A model of two tensors in three layouts, without the engine: what unit tests save and load."""
+"""A model of two tensors in three layouts, without Megatron-Core: what unit tests save and load."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def save(directory: Path, step: int, ranks: RankGroup | None = None) -> Path:
     return start_save(directory, step, contents(step, ranks), ranks).finish()
 
 
-def save_behind(directory: Path, step: int, ranks: RankGroup | None = None) -> Path:
+def save_async(directory: Path, step: int, ranks: RankGroup | None = None) -> Path:
     """`save`, asynchronously, with tensors that change as soon as they may."""
     ranks = ranks or RankGroup()
     what = contents(step, ranks)

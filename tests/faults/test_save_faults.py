@@ -25,8 +25,8 @@ from megatron_moe.parallel.collectives import RankGroup
 from tests.checkpoint import toy
 from tests.faults.killing import POINTS, Save, check_whole, fork, fork_ranks, kill_at
 
-both_ways = pytest.mark.parametrize("save", [toy.save, toy.save_behind])
-"""Synchronously and behind the back of a training that has overwritten everything already."""
+both_ways = pytest.mark.parametrize("save", [toy.save, toy.save_async])
+"""Synchronously, and asynchronously while training overwrites every tensor."""
 
 
 @pytest.fixture(params=[1, 3], ids=["one file", "three files"], autouse=True)
@@ -127,7 +127,7 @@ def _limited_save(save: Save, directory: Path, step: int, limit: int, message: P
 
 @both_ways
 @pytest.mark.parametrize("limit", [0, 100, 1500])
-def test_a_write_that_fails_says_step_and_bytes_and_leaves_nothing(tmp_path, save, limit):
+def test_a_write_that_fails_reports_step_and_bytes_and_leaves_nothing(tmp_path, save, limit):
     directory, message = tmp_path / "run", tmp_path / "message"
     toy.save(directory, 10)
     before = sorted(p.name for p in directory.iterdir())

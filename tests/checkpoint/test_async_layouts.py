@@ -43,8 +43,8 @@ def _save_both(rank: int, world_size: int, *, case: Case, directory: Any) -> int
     save(run, directory / "now")
     ranks = host_rank_group(run.ctx, timedelta(seconds=60))
     contents = collect_contents(STATE, **run.parts(), with_rng=True, ranks=ranks)
-    gate = hold_writers(directory / "behind")
-    pending = start_save(directory / "behind", 2, contents, ranks, memory=HostMemory(pinned=False))
+    gate = hold_writers(directory / "async")
+    pending = start_save(directory / "async", 2, contents, ranks, memory=HostMemory(pinned=False))
     step(run, 3)
     assert pending.poll() is None
     gate.set()
@@ -60,9 +60,9 @@ def test_the_bytes_are_those_of_a_synchronous_save(pool, tmp_path, name):
     case = CASES[name]
     steps = pool.run(_save_both, case.world_size, case=case, directory=tmp_path)
     assert len(set(steps)) == 1 and steps[0] > 2  # while it was held, and for each phase
-    now, behind = (tmp_path / part / "iter_0000002" for part in ("now", "behind"))
+    now, later = (tmp_path / part / "iter_0000002" for part in ("now", "async"))
     names = sorted(file.name for file in now.iterdir())
     assert len(names) == 4 + case.world_size
-    assert sorted(file.name for file in behind.iterdir()) == names
+    assert sorted(file.name for file in later.iterdir()) == names
     for each in names:
-        assert (behind / each).read_bytes() == (now / each).read_bytes(), each
+        assert (later / each).read_bytes() == (now / each).read_bytes(), each

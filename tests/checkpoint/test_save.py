@@ -86,7 +86,7 @@ def test_replicas_share_the_work_and_write_everything_once(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["twice", "missing"])
-def test_a_block_written_twice_or_by_nobody_never_becomes_a_checkpoint(tmp_path, fault):
+def test_a_block_written_twice_or_not_at_all_never_becomes_a_checkpoint(tmp_path, fault):
     local = toy.shards(toy.logical(10), 0, 2) if fault == "missing" else toy.shards(toy.logical(10))
     parts = list(save_plan(local, None, Replicas()))
     if fault == "twice":
@@ -117,7 +117,7 @@ def _flip(path):
 @pytest.mark.parametrize(
     "name", ["rank-00000.safetensors", "index.json", "state.json", "config.json"]
 )
-def test_damage_to_any_file_is_refused_by_name(tmp_path, damage, name):
+def test_damage_to_any_file_is_an_error_that_names_it(tmp_path, damage, name):
     toy.save(tmp_path, 20)
     toy.save(tmp_path, 10)
     path = tmp_path / "iter_0000010" / name

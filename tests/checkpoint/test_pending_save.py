@@ -1,10 +1,11 @@
-"""Asynchronous saves of a toy model: the same bytes, one at a time, failures told on every rank."""
+"""Saves in progress: the same bytes as a synchronous one, one at a time, failures on every rank."""
 
 from __future__ import annotations
 
 import resource
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_copies_are_the_files_that_their_tensors_would_become(tmp_path, device):
             path.with_suffix(".copy").unlink()
 
 
-def test_no_memory_for_a_copy_is_said(tmp_path):
+def test_no_memory_for_a_copy_is_an_error(tmp_path):
     huge = TensorSource.of("x", torch.zeros(1).expand(1 << 50))
     with pytest.raises(CheckpointError, match=r"--async-save must be >= 4503599627370496 bytes"):
         HostMemory(pinned=False).copy([([huge], {})])
@@ -64,18 +65,18 @@ def test_no_memory_for_a_copy_is_said(tmp_path):
 def _save_both(rank, world_size, *, directory):
     ranks = RankGroup(rank, world_size)
     toy.save(directory / "now", 10, ranks)
-    return toy.save_behind(directory / "behind", 10, ranks)
+    return toy.save_async(directory / "async", 10, ranks)
 
 
 def test_the_bytes_are_those_of_a_synchronous_save(pool, tmp_path):
     """Although the tensors are overwritten as soon as the copy is taken."""
     paths = pool.run(_save_both, 2, directory=tmp_path)
-    assert paths == [tmp_path / "behind" / "iter_0000010"] * 2
+    assert paths == [tmp_path / "async" / "iter_0000010"] * 2
     expected = contents_of(tmp_path / "now" / "iter_0000010")
     assert len(expected) == 6
     assert contents_of(paths[0]) == expected
-    assert latest_step(tmp_path / "behind") == 10
-    verify(tmp_path / "behind")
+    assert latest_step(tmp_path / "async") == 10
+    verify(tmp_path / "async")
 
 
 def test_one_save_at_a_time(tmp_path):
@@ -101,7 +102,7 @@ def test_one_save_at_a_time(tmp_path):
         verify(tmp_path, step)
 
 
-def test_a_write_that_is_told_to_stop_stops(tmp_path):
+def test_a_write_stops_on_request(tmp_path):
     stop, written = threading.Event(), []
 
     def parts():
@@ -116,7 +117,7 @@ def test_a_write_that_is_told_to_stop_stops(tmp_path):
 
 
 def _fail(rank, world_size, *, directory, victim):
-    """How many times each rank asked before it was told, and what."""
+    """Number of polls until the error, and the error."""
     ranks = RankGroup(rank, world_size)
     toy.save(directory, 10, ranks)
     memory, polls = HostMemory(pinned=False), 0
@@ -137,7 +138,7 @@ def _fail(rank, world_size, *, directory, victim):
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_failed_writer_is_told_on_every_rank_at_the_same_step(pool, tmp_path, victim):
+def test_a_failed_writer_is_reported_on_every_rank_at_the_same_step(pool, tmp_path, victim):
     first, second = pool.run(_fail, 2, directory=tmp_path, victim=victim)
     assert first == second
     polls, text, done, step = first
@@ -151,3 +152,33 @@ def test_a_failed_writer_is_told_on_every_rank_at_the_same_step(pool, tmp_path, 
         "iter_0000010",
         "latest_checkpointed_iteration.txt",
     ]
+
+
+@pytest.mark.parametrize("memory", [None, HostMemory(pinned=False)])
+def test_a_synchronous_save_runs_in_the_caller_s_thread(tmp_path, memory):
+    """And is complete after two polls, without waiting in between."""
+    threads = []
+    pending = start_save(
+        tmp_path,
+        10,
+        toy.contents(10),
+        RankGroup(),
+        memory=memory,
+        on_commit=lambda: threads.append(threading.current_thread().name),
+    )
+    if memory is None:
+        assert pending.poll() is None and not threads
+        assert pending.poll() == tmp_path / "iter_0000010"
+    else:
+        assert pending.finish() == tmp_path / "iter_0000010"
+    assert threads == ["MainThread" if memory is None else "checkpoint"]
+
+
+def test_a_save_that_cannot_start_leaves_nothing(tmp_path):
+    memory = HostMemory(pinned=False)
+    what = toy.contents(10)
+    huge = replace(what.parts[0], values=torch.zeros(1).expand(1 << 50))
+    contents = replace(what, parts=[*what.parts, huge])
+    with pytest.raises(CheckpointError, match="--async-save"):
+        start_save(tmp_path, 10, contents, RankGroup(), memory=memory)
+    assert list(tmp_path.iterdir()) == [] and memory.step is None
