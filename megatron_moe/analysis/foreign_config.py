@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.analysis.families import FAMILIES, Family, RoutingRule
-from megatron_moe.checkpoint.files import read_json
+from megatron_moe.checkpoint.disk import read_json
 from megatron_moe.convert.hf_files import MANY, SIZE, whole_number
 from megatron_moe.errors import Corrupt, UsageError
 

@@ -15,12 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_moe.checkpoint.files import (
-    PLAIN_HEAD,
-    read_json,
-    write_json,
-    write_pending,
-)
+from megatron_moe.checkpoint.disk import read_json, write_json
+from megatron_moe.checkpoint.tensor_files import FORMAT_METADATA, write_tensors
 from megatron_moe.convert.hf_config import from_hf, to_hf
 from megatron_moe.convert.hf_files import CONFIG, check_no_extra, open_files, tokenizer_files
 from megatron_moe.convert.model import LazyTensor, LogicalModel, row_of, stacked
@@ -186,7 +182,7 @@ def _write_tensors(
         several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = several if len(shards) > 1 else SINGLE
         pending = [tensors[name].pending(name, progress) for name in names]
-        write_pending(directory / file, pending, PLAIN_HEAD)
+        write_tensors(directory / file, pending, FORMAT_METADATA)
         where.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         total = sum(tensor.bytes for tensor in tensors.values())

@@ -15,7 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_moe.checkpoint.files import TORCH_DTYPES, read_json
+from megatron_moe.checkpoint.disk import read_json
+from megatron_moe.checkpoint.tensor_files import TORCH_DTYPES
 from megatron_moe.convert.model import LazyTensor, of_tensor
 from megatron_moe.errors import CheckpointError, Corrupt
 

@@ -18,8 +18,8 @@ import psutil
 import torch
 
 from megatron_moe.checkpoint.directory import revisions, step_directory
-from megatron_moe.checkpoint.files import TORCH_DTYPES
-from megatron_moe.checkpoint.reading import CheckpointMetadata, open_checkpoint
+from megatron_moe.checkpoint.metadata import CheckpointMetadata, open_checkpoint
+from megatron_moe.checkpoint.tensor_files import TORCH_DTYPES
 from megatron_moe.convert.model import LazyTensor, LogicalModel
 from megatron_moe.convert.native import read_native
 from megatron_moe.errors import Corrupt
@@ -76,9 +76,9 @@ def overview(directory: Path, step: int | None = None) -> dict[str, Any]:
         "ffn_variant": model.ffn_variant,
         "experts": moe.num_experts,
         "moe_layer_freq": moe.moe_layer_freq,
-        "padded_vocab_size": opened.metadata.padded_vocab_size,
-        "tokenizer_hash": opened.metadata.tokenizer_hash,
-        "data_fingerprint": opened.metadata.data_fingerprint,
+        "padded_vocab_size": opened.identity.padded_vocab_size,
+        "tokenizer_hash": opened.identity.tokenizer_hash,
+        "data_fingerprint": opened.identity.data_fingerprint,
         "random_states": opened.random,
         "kinds": _kinds(opened),
         "files": {name: record.bytes for name, record in sorted(opened.files.items())},

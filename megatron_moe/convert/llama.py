@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_moe.checkpoint.files import read_json
+from megatron_moe.checkpoint.disk import read_json
 from megatron_moe.config import ModelConfig, RunConfig
 from megatron_moe.convert.hf import hf_name
 from megatron_moe.convert.hf_files import (

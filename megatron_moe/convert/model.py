@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moe.checkpoint.files import Pending
+from megatron_moe.checkpoint.tensor_files import TensorSource
 from megatron_moe.config import RunConfig
 from megatron_moe.errors import CheckpointError, UsageError
 from megatron_moe.model.logical import logical_parameters
@@ -58,7 +58,7 @@ class LazyTensor:
         for start in range(0, self.shape[0], step):
             yield self.rows(start, min(start + step, self.shape[0]))
 
-    def pending(self, key: str, progress: Callable[[int], Any] | None = None) -> Pending:
+    def pending(self, key: str, progress: Callable[[int], Any] | None = None) -> TensorSource:
         """The tensor to be written under ``key``; ``progress`` gets the bytes of each part."""
 
         def parts() -> Iterator[Tensor]:
@@ -67,7 +67,7 @@ class LazyTensor:
                 if progress is not None:
                     progress(part.numel() * part.element_size())
 
-        return Pending(key, self.dtype, self.shape, parts)
+        return TensorSource(key, self.dtype, self.shape, parts)
 
     def cast(self, dtype: torch.dtype) -> LazyTensor:
         """The same values, rounded to another dtype."""

@@ -8,29 +8,28 @@ import torch
 from torch import Tensor
 
 from megatron_moe.checkpoint import directory as directories
-from megatron_moe.checkpoint.directory import step_directory
-from megatron_moe.checkpoint.files import (
+from megatron_moe.checkpoint.directory import step_directory, verify_files
+from megatron_moe.checkpoint.disk import FileRecord, write_json
+from megatron_moe.checkpoint.index import INDEX, LogicalTensor, block_key, to_json
+from megatron_moe.checkpoint.metadata import (
+    CONFIG,
+    STATE,
+    CheckpointMetadata,
+    RunIdentity,
+    TrainState,
+    open_checkpoint,
+    state_json,
+)
+from megatron_moe.checkpoint.reading import TensorReader
+from megatron_moe.checkpoint.tensor_files import (
     DTYPES,
-    PLAIN_HEAD,
+    FORMAT_METADATA,
     TORCH_DTYPES,
-    FileRecord,
-    write_json,
-    write_pending,
+    write_tensors,
 )
-from megatron_moe.checkpoint.index import (
-    INDEX,
-    LogicalTensor,
-    TensorReader,
-    block_key,
-    to_json,
-)
-from megatron_moe.checkpoint.manifest import require_whole
-from megatron_moe.checkpoint.reading import CONFIG, STATE, CheckpointMetadata, open_checkpoint
-from megatron_moe.checkpoint.state import RunIdentity, TrainState, as_json
 from megatron_moe.convert.model import LazyTensor, LogicalModel
 from megatron_moe.convert.writing import Progress, split_into_files, write_error
-from megatron_moe.model.sharding.blocks import Block
-from megatron_moe.model.sharding.parts import MODEL
+from megatron_moe.model.sharding.blocks import MODEL, Block
 
 
 def read_native(directory: str | Path, step: int | None = None) -> LogicalModel:
@@ -42,16 +41,16 @@ def read_native(directory: str | Path, step: int | None = None) -> LogicalModel:
     opened = open_checkpoint(step_directory(directory, step)[1])
     names = [name for kind, name in opened.tensors if kind == MODEL]
     used = {file for name in names for file, _ in opened.tensors[MODEL, name].blocks}
-    require_whole(opened.path, opened.files, sorted(used))
+    verify_files(opened.path, opened.files, sorted(used))
     model = opened.config.data.tokenizer_model
     files = (Path(model),) if model and Path(model).is_file() else ()
     return LogicalModel(
         source=str(opened.path),
         config=opened.config,
-        vocab_size=opened.metadata.padded_vocab_size,
+        vocab_size=opened.identity.padded_vocab_size,
         tensors={name: _lazy(opened, name) for name in names},
         step=opened.train.iteration,
-        tokenizer_hash=opened.metadata.tokenizer_hash,
+        tokenizer_hash=opened.identity.tokenizer_hash,
         tokenizer_files=files,
     )
 
@@ -103,7 +102,7 @@ def write_native(model: LogicalModel, directory: Path, max_shard: int, progress:
                 dtype = DTYPES[tensor.dtype]
                 shape = tensor.shape
                 tensors.append(LogicalTensor(MODEL, name, shape, dtype, shape, ((file, block),)))
-            files[file] = write_pending(temporary / file, pending, PLAIN_HEAD)
+            files[file] = write_tensors(temporary / file, pending, FORMAT_METADATA)
         for name, value in {**_json_files(model), INDEX: to_json(tensors)}.items():
             files[name] = write_json(temporary / name, value)
         return directories.commit(temporary, model.step, files)
@@ -116,13 +115,8 @@ def write_native(model: LogicalModel, directory: Path, max_shard: int, progress:
 
 def _json_files(model: LogicalModel) -> dict[str, object]:
     """Configuration and train state by file name; a run resumes from it with `--finetune`."""
-    metadata = RunIdentity(padded_vocab_size=model.vocab_size, tokenizer_hash=model.tokenizer_hash)
+    identity = RunIdentity(padded_vocab_size=model.vocab_size, tokenizer_hash=model.tokenizer_hash)
     return {
         CONFIG: model.config.to_dict(),
-        STATE: {
-            "train": as_json(TrainState(iteration=model.step)),
-            "metadata": as_json(metadata),
-            "optimizer": None,
-            "random": None,
-        },
+        STATE: state_json(TrainState(iteration=model.step), identity),
     }

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.checkpoint.files import sync_directory
+from megatron_moe.checkpoint.disk import sync_directory
 from megatron_moe.convert.model import LazyTensor
 from megatron_moe.errors import CheckpointError
 

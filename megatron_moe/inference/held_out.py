@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from megatron_moe.checkpoint.directory import step_directory
-from megatron_moe.checkpoint.reading import open_checkpoint
+from megatron_moe.checkpoint.metadata import open_checkpoint
 from megatron_moe.config import RunConfig
 from megatron_moe.config.phases import PhaseSpec, place_of, read_phases
 from megatron_moe.data.batch import Batch

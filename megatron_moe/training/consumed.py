@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from megatron_moe.checkpoint import TrainState
-from megatron_moe.checkpoint.reading import CheckpointMetadata
+from megatron_moe.checkpoint.metadata import CheckpointMetadata
 from megatron_moe.config import RunConfig
 from megatron_moe.config.phases import FLAG
 from megatron_moe.errors import UsageError
@@ -82,7 +82,7 @@ def recorded(state: TrainState, opened: CheckpointMetadata) -> tuple[PhaseRecord
             iterations=state.iteration,
             first_sample=0,
             samples=state.consumed_train_samples,
-            fingerprint=opened.metadata.data_fingerprint,
+            fingerprint=opened.identity.data_fingerprint,
             config=opened.config.to_dict(),
         )
         return (whole,)

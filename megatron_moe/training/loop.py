@@ -11,20 +11,20 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 
 from megatron_moe.checkpoint import TrainState
+from megatron_moe.checkpoint.manager import CheckpointManager, host_rank_group
 from megatron_moe.data.batch import Batch, extra_planes, fetch_step
 from megatron_moe.data.pipeline import Data
 from megatron_moe.model.counting import flops_per_token
 from megatron_moe.moe.statistics import collect_statistics, reset_statistics
-from megatron_moe.training.consumed import PhaseRecord, record_of
+from megatron_moe.training.consumed import PhaseRecord, record_of, to_extra
 from megatron_moe.training.dropout import set_dropout
 from megatron_moe.training.evaluation import evaluate_split
 from megatron_moe.training.finite import NonFiniteError
 from megatron_moe.training.metrics import Evaluation, Meter, StepRecord, Summary
 from megatron_moe.training.phases import Phase, RunSchedule
 from megatron_moe.training.reporting import Reporter
-from megatron_moe.training.resume import ResumePoint
+from megatron_moe.training.resume import ResumePoint, metadata_of
 from megatron_moe.training.run import TrainingRun
-from megatron_moe.training.saves import Saves, host_ranks
 from megatron_moe.training.signals import ExitSignal
 from megatron_moe.training.step import train_step
 from megatron_moe.training.supply import PhaseDataLoaders
@@ -41,7 +41,7 @@ class _Session:
     data: Data
     reporter: Reporter
     meter: Meter
-    saves: Saves
+    saves: CheckpointManager
     signal: ExitSignal | None
     progress: TrainState
     saved_at: int | None
@@ -83,7 +83,7 @@ def train(
         data=data,
         reporter=reporter,
         meter=make_meter(run),
-        saves=Saves(schedule, run.ctx, reporter.say),
+        saves=CheckpointManager(schedule.config, run.ctx, reporter.say),
         signal=_exit_signal(schedule, run),
         progress=progress,
         saved_at=progress.iteration if settings.load == settings.save else None,
@@ -144,7 +144,7 @@ def _exit_signal(schedule: RunSchedule, run: TrainingRun) -> ExitSignal | None:
     if not schedule.config.train.exit_signal_handler:
         return None
     minutes = schedule.config.parallel.distributed_timeout_minutes
-    return ExitSignal(host_ranks(run.ctx, timedelta(minutes=minutes)))
+    return ExitSignal(host_rank_group(run.ctx, timedelta(minutes=minutes)))
 
 
 def _next_stage(session: _Session) -> None:
@@ -235,7 +235,12 @@ def _save(session: _Session) -> None:
     records = list(session.over)
     if progress.iteration > session.stage.first_iteration:
         records.append(record_of(session.stage, progress, session.data.fingerprint))
-    session.saves.save(session.run, session.data, progress, records)
+    session.saves.save(
+        replace(progress, extra=to_extra(records) if schedule.has_phases else {}),
+        chunks=session.run.wrapped,
+        optimizer=session.run.optimizer,
+        identity=metadata_of(session.run, session.data),
+    )
     session.saved_at = progress.iteration
     session.meter.resume()
 

@@ -10,7 +10,7 @@ from megatron_moe.checkpoint import (
     has_checkpoint,
     load_checkpoint,
 )
-from megatron_moe.checkpoint.select import SelectedCheckpoint, choose
+from megatron_moe.checkpoint.select import SelectedCheckpoint, select_checkpoint
 from megatron_moe.config import CheckpointConfig, RunConfig
 from megatron_moe.data.pipeline import Data
 from megatron_moe.errors import UsageError
@@ -65,11 +65,11 @@ def resolve_resume_point(schedule: RunSchedule, ranks: RankGroup | None = None) 
     may_miss = settings.allow_missing_load and ranks.rank == 0
     if ranks.broadcast(may_miss and not has_checkpoint(settings.load)):
         return ResumePoint(state=TrainState())
-    chosen, opened = choose(
+    chosen, opened = select_checkpoint(
         settings.load, settings.ckpt_step, fallback=settings.checkpoint_fallback, ranks=ranks
     )
     if settings.finetune:
-        return ResumePoint(state=TrainState(), chosen=chosen, metadata=opened.metadata)
+        return ResumePoint(state=TrainState(), chosen=chosen, metadata=opened.identity)
     records = recorded(opened.train, opened)
     check_consumed(schedule, opened.train, records)
     return ResumePoint(
@@ -77,7 +77,7 @@ def resolve_resume_point(schedule: RunSchedule, ranks: RankGroup | None = None) 
         records=records,
         before=opened.config,
         chosen=chosen,
-        metadata=opened.metadata,
+        metadata=opened.identity,
     )
 
 
@@ -148,10 +148,10 @@ def load_run(run: TrainingRun, data: Data, schedule: RunSchedule, start: ResumeP
         ctx=run.ctx,
         chunks=run.wrapped,
         optimizer=run.optimizer,
-        chosen=start.chosen,
+        selected=start.chosen,
         with_optimizer=not (fresh or settings.no_load_optim),
         with_rng=not (fresh or settings.no_load_rng),
-        metadata=metadata,
+        identity=metadata,
     )
 
 

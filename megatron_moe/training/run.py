@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
-from megatron_moe.checkpoint.save import shards_of
 from megatron_moe.config import RunConfig
 from megatron_moe.model.openmoe import OpenMoEModel
+from megatron_moe.model.sharding.shards import model_shards
 from megatron_moe.parallel.context import ParallelContext
 from megatron_moe.training.optim.freezing import Freezing
 from megatron_moe.training.optim.optimizer import build_optimizer, wrap_chunks
@@ -66,6 +66,8 @@ def prepare_run(
         chunks=chunks,
         wrapped=wrapped,
         optimizer=optimizer,
-        freezing=Freezing(config.optimizer, shards_of(chunks, config), optimizer),
+        freezing=Freezing(
+            config.optimizer, model_shards(chunks, config.model, config.moe), optimizer
+        ),
         vocab_size=vocab_size,
     )

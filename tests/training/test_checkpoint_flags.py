@@ -66,7 +66,7 @@ def test_keep_last_and_keep_every(runs, tmp_path):
     assert said.strip() == "--keep-every is 3, expected --keep-last with it"
 
 
-def test_ckpt_step_goes_on_from_an_older_step(runs):
+def test_ckpt_step_resumes_from_an_older_step(runs):
     assert runs.load("--ckpt-step 4 --train-iters 6")[0] == runs.steps[4:]
     assert "--ckpt-step" in runs.load("--ckpt-step 5 --train-iters 6", code=2)[1]
 
@@ -123,7 +123,7 @@ def test_train_samples_is_rounded_down_to_steps(runs):
     assert [step["consumed_samples"] for step in steps] == [8, 16, 24]
 
 
-def test_checkpoint_fallback_takes_the_newest_whole_step_and_says_so(runs, tmp_path):
+def test_checkpoint_fallback_loads_the_newest_intact_step_with_a_warning(runs, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(runs.saved, copy)
     damaged = copy / "iter_0000006" / "rank-00000.safetensors"
@@ -139,7 +139,7 @@ def test_checkpoint_fallback_takes_the_newest_whole_step_and_says_so(runs, tmp_p
     steps, log = runs.go(*both)
     assert steps == runs.steps[4:]
     warning = next(text for text in log.splitlines() if text.startswith(" WARNING: "))
-    assert "iter_0000006 is damaged and was not taken" in warning and str(damaged) in warning
+    assert "iter_0000006 is damaged and was skipped" in warning and str(damaged) in warning
     assert (copy / "latest_checkpointed_iteration.txt").read_text() == "6\n"
     assert "WARNING" not in runs.go(*both)[1]
 

@@ -23,7 +23,7 @@ from megatron_moe.errors import UsageError
 from megatron_moe.model.logical import logical_parameters
 from megatron_moe.model.sharding.blocks import Part
 from megatron_moe.model.sharding.optimizer_state import leaves, optimizer_shards, parameters
-from megatron_moe.model.sharding.parts import held
+from megatron_moe.model.sharding.parts import load_plan
 from megatron_moe.model.sharding.shards import ParamShard, Piece
 
 ROUTERS = "layers.*.moe.router.weight"
@@ -138,6 +138,6 @@ class Freezing:
                 frozen.unseen.extend([updated[shard.param]] if shard.param in updated else [])
             elif pieces:
                 frozen.pieces.extend((shard.param, piece) for piece in pieces)
-                parts = held([shard], states)
+                parts = load_plan([shard], states)
                 frozen.parts.extend(part for part in parts if _matches(part.name, patterns))
         return frozen

@@ -18,7 +18,6 @@ from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as EngineOptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_moe.checkpoint.save import shards_of
 from megatron_moe.config import OptimizerConfig, RunConfig
 from megatron_moe.model.openmoe import OpenMoEModel
 from megatron_moe.model.sharding.shards import model_shards
@@ -91,7 +90,8 @@ def build_optimizer(
         engine, list(wrapped), use_gloo_process_groups=False, pg_collection=pgs
     )
     if factored:
-        install_adafactor(optimizer, shards_of(wrapped, config), ours, pgs)
+        shards = model_shards(wrapped, config.model, config.moe)
+        install_adafactor(optimizer, shards, ours, pgs)
     _fuse(optimizer)
     return optimizer
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_moe.checkpoint import load_logical
-from megatron_moe.checkpoint.index import TensorReader
-from megatron_moe.checkpoint.reading import open_checkpoint
+from megatron_moe.checkpoint.metadata import open_checkpoint
+from megatron_moe.checkpoint.reading import TensorReader
 from megatron_moe.config import OptimizerConfig
 from megatron_moe.config.cli import parse_args
 from megatron_moe.errors import UsageError

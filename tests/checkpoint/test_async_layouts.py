@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from megatron_moe.checkpoint.background import BackgroundSaves
-from megatron_moe.checkpoint.save import contents_of
-from megatron_moe.training.saves import host_ranks
+from megatron_moe.checkpoint.contents import collect_contents
+from megatron_moe.checkpoint.manager import host_rank_group
+from megatron_moe.checkpoint.save import start_save
+from megatron_moe.checkpoint.tensor_files import HostMemory
 from tests.checkpoint.gate import hold_writers
 from tests.checkpoint.layouts import DIST, STATE, Case, build, save, step
 
@@ -40,17 +41,17 @@ def _save_both(rank: int, world_size: int, *, case: Case, directory: Any) -> int
     step(run, 1)
     step(run, 2)
     save(run, directory / "now")
-    saves = BackgroundSaves(ranks := host_ranks(run.ctx, timedelta(seconds=60)))
-    contents = contents_of(STATE, **run.parts(), with_rng=True, ranks=ranks)
-    gate = hold_writers(directory / "behind")
-    saves.start(directory / "behind", 2, contents)
+    ranks = host_rank_group(run.ctx, timedelta(seconds=60))
+    contents = collect_contents(STATE, **run.parts(), with_rng=True, ranks=ranks)
+    gate = hold_writers(directory / "async")
+    pending = start_save(directory / "async", 2, contents, ranks, memory=HostMemory(pinned=False))
     step(run, 3)
-    assert saves.poll() is None
+    assert pending.poll() is None
     gate.set()
     steps, path = 1, None
     while path is None:
         step(run, 3 + steps)
-        path, steps = saves.poll(), steps + 1
+        path, steps = pending.poll(), steps + 1
     return steps
 
 
@@ -59,9 +60,9 @@ def test_the_bytes_are_those_of_a_synchronous_save(pool, tmp_path, name):
     case = CASES[name]
     steps = pool.run(_save_both, case.world_size, case=case, directory=tmp_path)
     assert len(set(steps)) == 1 and steps[0] > 2  # while it was held, and for each phase
-    now, behind = (tmp_path / part / "iter_0000002" for part in ("now", "behind"))
+    now, later = (tmp_path / part / "iter_0000002" for part in ("now", "async"))
     names = sorted(file.name for file in now.iterdir())
     assert len(names) == 4 + case.world_size
-    assert sorted(file.name for file in behind.iterdir()) == names
+    assert sorted(file.name for file in later.iterdir()) == names
     for each in names:
-        assert (behind / each).read_bytes() == (now / each).read_bytes(), each
+        assert (later / each).read_bytes() == (now / each).read_bytes(), each

@@ -16,13 +16,14 @@ from megatron_moe.checkpoint import (
     CheckpointError,
     load_logical,
     read_config,
-    read_metadata,
+    read_identity,
     verify,
 )
+from megatron_moe.checkpoint.contents import SaveContents
 from megatron_moe.checkpoint.directory import TRACKER
-from megatron_moe.checkpoint.writer import write_checkpoint
+from megatron_moe.checkpoint.save import start_save
 from megatron_moe.config import RunConfig
-from megatron_moe.model.sharding.parts import Part, Replicas, owned
+from megatron_moe.model.sharding.parts import Part, Replicas, save_plan
 from megatron_moe.parallel.collectives import RankGroup
 from tests.checkpoint import toy
 
@@ -39,7 +40,7 @@ def test_a_checkpoint_holds_logical_tensors_in_plain_files(tmp_path):
     assert state["train"]["consumed_train_samples"] == 80
     verify(tmp_path)
     assert read_config(tmp_path) == RunConfig()
-    assert read_metadata(tmp_path).padded_vocab_size == 128
+    assert read_identity(tmp_path).padded_vocab_size == 128
     loaded = dict(load_logical(tmp_path))
     assert loaded.keys() == toy.logical().keys()
     assert all(torch.equal(loaded[name], t) for name, t in toy.logical(10).items())
@@ -70,7 +71,7 @@ def test_replicas_share_the_work_and_write_everything_once(tmp_path):
     for rank in range(3):
         local = toy.shards(toy.logical(10))
         states = toy.adam_state(local, cuts[rank], cuts[rank + 1])
-        shares.append(list(owned(local, states, Replicas((rank, 3), (0, 1)))))
+        shares.append(list(save_plan(local, states, Replicas((rank, 3), (0, 1)))))
     written = [(p.kind, p.name, p.block) for share in shares for p in share]
     assert len(written) == len(set(written))
     weights = [[p.name for p in share if p.kind == "model"] for share in shares]
@@ -78,24 +79,23 @@ def test_replicas_share_the_work_and_write_everything_once(tmp_path):
     for name, tensor in toy.logical(10).items():
         moments = [p for share in shares for p in share if (p.kind, p.name) == ("exp_avg", name)]
         assert sum(p.values.numel() for p in moments) == tensor.numel()
-    documents = {"config.json": {}, "state.json": {}}
+    json_files = {"config.json": {}, "state.json": {}}
     parts = [part for share in shares for part in share]
-    path = write_checkpoint(
-        tmp_path, 1, ranks=RankGroup(), parts=parts, documents=documents, header={}
-    )
-    assert path.exists()
+    contents = SaveContents(parts=parts, json_files=json_files, header={})
+    assert start_save(tmp_path, 1, contents, RankGroup()).finish().exists()
 
 
 @pytest.mark.parametrize("fault", ["twice", "missing"])
-def test_a_block_written_twice_or_by_nobody_never_becomes_a_checkpoint(tmp_path, fault):
+def test_a_block_written_twice_or_not_at_all_never_becomes_a_checkpoint(tmp_path, fault):
     local = toy.shards(toy.logical(10), 0, 2) if fault == "missing" else toy.shards(toy.logical(10))
-    parts = list(owned(local, None, Replicas()))
+    parts = list(save_plan(local, None, Replicas()))
     if fault == "twice":
         first = parts[0]
         half = type(first.block)(first.block.view, (4, 0), (4, 6))
         parts.append(Part(first.kind, first.name, first.shape, half, first.values[4:]))
+    contents = SaveContents(parts=parts, json_files={}, header={})
     with pytest.raises(CheckpointError, match=r"ffn\.weight: blocks hold"):
-        write_checkpoint(tmp_path, 1, ranks=RankGroup(), parts=parts, documents={}, header={})
+        start_save(tmp_path, 1, contents, RankGroup()).finish()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -117,7 +117,7 @@ def _flip(path):
 @pytest.mark.parametrize(
     "name", ["rank-00000.safetensors", "index.json", "state.json", "config.json"]
 )
-def test_damage_to_any_file_is_refused_by_name(tmp_path, damage, name):
+def test_damage_to_any_file_is_an_error_that_names_it(tmp_path, damage, name):
     toy.save(tmp_path, 20)
     toy.save(tmp_path, 10)
     path = tmp_path / "iter_0000010" / name

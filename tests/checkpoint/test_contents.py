@@ -1,4 +1,4 @@
-"""Several files of one rank: about the same size, hashed each, all or nothing."""
+"""What one rank saves: blocks assigned to files of similar size, all or nothing."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from megatron_moe.checkpoint import CheckpointError, latest_step, verify
-from megatron_moe.checkpoint import rank_files as module
-from megatron_moe.checkpoint.background import BackgroundSaves
-from megatron_moe.checkpoint.mapped import TensorFiles
-from megatron_moe.checkpoint.rank_files import divided, rank_file
-from megatron_moe.checkpoint.stream import Stopped, write_streams
-from megatron_moe.checkpoint.writer import write_checkpoint
+from megatron_moe.checkpoint import contents as module
+from megatron_moe.checkpoint.contents import assign_to_files, rank_file
+from megatron_moe.checkpoint.disk import Stopped, write_streams
+from megatron_moe.checkpoint.save import start_save
+from megatron_moe.checkpoint.tensor_files import HostMemory, TensorFiles
 from megatron_moe.model.sharding.blocks import Block, Part
 from megatron_moe.parallel.collectives import RankGroup
 from tests.checkpoint import toy
@@ -32,7 +31,7 @@ def parts_of(*sizes: int) -> list[Part]:
 
 
 def sizes_of(parts: list[Part], rank: int = 0) -> dict[str, list[int]]:
-    return {name: [p.values.numel() for p in held] for name, held in divided(parts, rank)}
+    return {name: [p.values.numel() for p in held] for name, held in assign_to_files(parts, rank)}
 
 
 def test_the_largest_goes_first_to_the_file_with_the_least(monkeypatch):
@@ -60,14 +59,14 @@ def _save_both(rank, world_size, *, directory):
     try:
         ranks = RankGroup(rank, world_size)
         toy.save(directory / "now", 10, ranks)
-        toy.save_behind(directory / "behind", 10, ranks)
+        toy.save_async(directory / "async", 10, ranks)
     finally:
         module.FILE_BYTES = 96 << 20
 
 
 def test_files_of_several_ranks_load_at_any_cut(pool, tmp_path):
     pool.run(_save_both, 2, directory=tmp_path)
-    whole, steps = toy.logical(10), [tmp_path / n / "iter_0000010" for n in ("now", "behind")]
+    whole, steps = toy.logical(10), [tmp_path / n / "iter_0000010" for n in ("now", "async")]
     files = [{f.name: f.read_bytes() for f in step.iterdir()} for step in steps]
     assert files[0] == files[1]
     names = sorted(name for name in files[0] if name.endswith(".safetensors"))
@@ -81,7 +80,7 @@ def test_files_of_several_ranks_load_at_any_cut(pool, tmp_path):
                 assert torch.equal(states[shard.param].tensors["exp_avg"], expected.flatten() * 2)
 
 
-@pytest.mark.parametrize("save", [toy.save, toy.save_behind])
+@pytest.mark.parametrize("save", [toy.save, toy.save_async])
 def test_any_damaged_file_is_named(tmp_path, monkeypatch, save):
     monkeypatch.setattr(module, "FILE_BYTES", 200)
     step = save(tmp_path, 10)
@@ -98,27 +97,19 @@ def test_any_damaged_file_is_named(tmp_path, monkeypatch, save):
 
 def test_random_states_are_in_the_first_file_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FILE_BYTES", 200)
-    what = toy.contents(10)
     header = {"format": "pt", "random": "states"}
-    documents = dict(what.documents)
-    now = write_checkpoint(
-        tmp_path / "now",
-        10,
-        ranks=RankGroup(),
-        parts=what.parts,
-        documents=documents,
-        header=header,
-    )
-    saves = BackgroundSaves(RankGroup())
-    saves.start(tmp_path / "behind", 10, replace(what, header=header))
-    for step in (now, saves.finish()):
-        said = {path.name: TensorFiles(step).metadata(path.name) for path in step.glob("rank-*")}
+    what, ranks = replace(toy.contents(10), header=header), RankGroup()
+    now = start_save(tmp_path / "now", 10, what, ranks)
+    memory = HostMemory(pinned=False)
+    later = start_save(tmp_path / "async", 10, what, ranks, memory=memory)
+    for step in (now.finish(), later.finish()):
+        found = {path.name: TensorFiles(step).metadata(path.name) for path in step.glob("rank-*")}
         plain = {rank_file(0, number): {"format": "pt"} for number in (1, 2)}
-        assert said == {rank_file(0): header, **plain}
+        assert found == {rank_file(0): header, **plain}
 
 
 def test_if_one_file_fails_the_others_stop(tmp_path, monkeypatch):
-    """And the failure is told, not that the others were stopped."""
+    """And the error is the failure, not that the others were stopped."""
     monkeypatch.setattr("os.cpu_count", lambda: 4)
     failed = threading.Event()
 
@@ -127,14 +118,14 @@ def test_if_one_file_fails_the_others_stop(tmp_path, monkeypatch):
         failed.set()
         raise OSError(28, "No space left on device")
 
-    def goes_on():
+    def unlimited():
         for _ in range(50):
             failed.wait(60)
             written.append(1)
             yield memoryview(bytes(2 << 20))
 
     written: list[int] = []
-    for number, streams in enumerate(([goes_on, fails], [fails, goes_on])):
+    for number, streams in enumerate(([unlimited, fails], [fails, unlimited])):
         directory = tmp_path / str(number)
         directory.mkdir()
         failed.clear()
@@ -145,10 +136,10 @@ def test_if_one_file_fails_the_others_stop(tmp_path, monkeypatch):
     stop = threading.Event()
     stop.set()
     with pytest.raises(Stopped):
-        write_streams({tmp_path / "x": goes_on}, stop)
+        write_streams({tmp_path / "x": unlimited}, stop)
 
 
-@pytest.mark.parametrize("save", [toy.save, toy.save_behind])
+@pytest.mark.parametrize("save", [toy.save, toy.save_async])
 def test_one_file_too_large_is_no_checkpoint(tmp_path, monkeypatch, save):
     toy.save(tmp_path, 10)
     monkeypatch.setattr(module, "FILE_BYTES", 200)
@@ -156,7 +147,9 @@ def test_one_file_too_large_is_no_checkpoint(tmp_path, monkeypatch, save):
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (300, hard))
-        with pytest.raises(CheckpointError, match=r"save of step 20 to .* is 'File too large"):
+        with pytest.raises(
+            CheckpointError, match=r"save of step 20 to .* must be .*'File too large, "
+        ):
             save(tmp_path, 20)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
