@@ -54,7 +54,7 @@ class Subject:
         from megatron_moe.model.build import build_model
         from megatron_moe.model.sharding.optimizer_state import optimizer_shards
         from megatron_moe.parallel.collectives import RankGroup
-        from megatron_moe.training.optim.optimizer import build_optimizer, wrap_chunks
+        from megatron_moe.training.optim.build import build_optimizer, wrap_chunks
 
         chunks = build_model(config, ctx.layout, ctx.pgs, VOCAB, ctx.platform.device)
         self.config, self.ctx, self.saves = config, ctx, BackgroundSaves(RankGroup())

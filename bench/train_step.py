@@ -67,8 +67,8 @@ def _run(config: RunConfig, ctx: Any, chunks: list[Any]) -> Any:
     """As `prepare_run`, without the table of logical names, in which the engine's layer is not."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+    from megatron_moe.training.optim.build import build_optimizer
     from megatron_moe.training.optim.freezing import Freezing
-    from megatron_moe.training.optim.optimizer import build_optimizer
     from megatron_moe.training.plan import resolve_plan
     from megatron_moe.training.run import TrainingRun
 

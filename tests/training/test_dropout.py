@@ -122,7 +122,7 @@ def test_heads_of_different_ranks_drop_differently(sequence, pool):
 
 def changed(rank: int, world_size: int, *, before: list[str], after: list[str]) -> list[Tensor]:
     """Logits in training of a model whose dropout was changed, and of one built so."""
-    from megatron_moe.training.dropout import set_dropout
+    from megatron_moe.training.run import set_dropout
     from tests.training.ranks import tiny_config
 
     outputs = []

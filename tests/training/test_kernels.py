@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe.training.kernels import _few
+from megatron_moe.training.run import _abbreviated
 from tests.support.kernels import need
 from tests.training.test_pretrain import ROOT, torchrun
 from tests.training.tiny import MODEL
@@ -58,5 +58,5 @@ def test_a_rank_without_a_compiler_is_named(corpus: str, tmp_path: Path) -> None
 
 
 def test_of_many_hosts_a_few_are_named_and_each_once() -> None:
-    assert _few(["a", "a", "b"]) == "a, b"
-    assert _few([f"n{i // 2}" for i in range(14)]) == "n0, n1, n2, n3, 3 more"
+    assert _abbreviated(["a", "a", "b"]) == "a, b"
+    assert _abbreviated([f"n{i // 2}" for i in range(14)]) == "n0, n1, n2, n3, 3 more"

@@ -85,7 +85,7 @@ def test_a_run_that_stops_on_the_ramp_goes_on_as_if_it_had_not(workers, pool, co
     assert _steps(parts) == steps
     for file in sorted((whole / "iter_0000008").glob("*.safetensors")):
         assert (parts / "iter_0000008" / file.name).read_bytes() == file.read_bytes()
-    assert "ramp-up: from 4 sequences by 4 at a time to 12 over the first 16 samples" in out
+    assert "ramp-up: from 4 to 12 sequences in increments of 4 over the first 16 samples" in out
     assert " | batch 12 | " in out
 
 

@@ -111,5 +111,5 @@ def test_a_nan_stops_every_rank_before_anything_changes(name, poisoned, named, p
     for values in found:
         assert values["message"] is not None
         assert "nan at iteration 3" in values["message"]
-        assert f"of their own: {named};" in values["message"]
+        assert f"non-finite local gradients: {named};" in values["message"]
         assert values["unchanged"]
