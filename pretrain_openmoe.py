@@ -51,7 +51,7 @@ def pretrain(config: RunConfig) -> None:
     from megatron_moe.training.outputs import check_outputs
     from megatron_moe.training.phases import resolve_run_schedule
     from megatron_moe.training.reporting import build_reporter
-    from megatron_moe.training.resume import changed_settings, load_run, resolve_resume_point
+    from megatron_moe.training.resume import load_run, resolve_resume_point, resume_lines
     from megatron_moe.training.run import compare_kernels, prepare_run
     from megatron_moe.training.saves import Saves
     from megatron_moe.training.trainer import Trainer, build_exit_signal
@@ -76,10 +76,8 @@ def pretrain(config: RunConfig) -> None:
     iteration = resume.state.iteration
     reporter = build_reporter(config.logging, schedule.iterations, ctx.rank, iteration)
     reporter.start(run, schedule, dataloaders.current, resume.state)
-    for line in [*warnings, *resume.skipped]:
-        reporter.log(f" WARNING: {line}")
-    for change in changed_settings(schedule, resume):
-        reporter.log(f" since the checkpoint: {change}")
+    for line in [*warnings, *resume_lines(schedule, resume)]:
+        reporter.log(line)
     load_run(run, dataloaders.current, schedule, resume)
     summary = Trainer(
         run=run,

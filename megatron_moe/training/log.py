@@ -69,8 +69,8 @@ def starting_lines(
     config, layout, platform = run.config, run.ctx.layout, run.ctx.platform
     counts = count_parameters(config.model, config.moe, run.vocab_size)
     return [
-        f" platform: {platform.kind}, {platform.backend},"
-        f" {len(platform.patches)} Megatron-Core patches, {'bf16' if config.train.bf16 else 'fp32'}",
+        f" platform: {platform.kind}, {platform.backend}, {len(platform.patches)} Megatron-Core"
+        f" patches, {'bf16' if config.train.bf16 else 'fp32'}",
         f" layout: world {layout.world_size} = TP {layout.tp} x PP {layout.pp} x DP {layout.dp};"
         f" experts ETP {layout.etp} x EP {layout.ep} x EDP {layout.edp};"
         f" model chunks per rank {layout.num_chunks}",
@@ -175,7 +175,7 @@ def evaluation_line(name: str, iteration: int, result: Evaluation) -> str:
 
 
 def final_lines(summary: Summary, logging: LoggingConfig) -> list[str]:
-    """First and last training loss, held-out loss, speed, and the command that opens TensorBoard."""
+    """First and last training loss, held-out loss, speed, and how to open TensorBoard."""
     state = summary.state
     outcome = "done" if summary.failure is None else "stopped"
     lines = [

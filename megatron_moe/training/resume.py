@@ -44,11 +44,6 @@ class ResumePoint:
     metadata: RunIdentity | None = None
     """Its vocabulary, tokenizer and data."""
 
-    @property
-    def skipped(self) -> tuple[str, ...]:
-        """Why newer checkpoints are not loaded, one line each."""
-        return () if self.chosen is None else self.chosen.skipped
-
 
 def resolve_resume_point(schedule: RunSchedule, ranks: RankGroup | None = None) -> ResumePoint:
     """Find the step and sample to resume from; called by all ranks together.
@@ -96,8 +91,17 @@ def _check_flags(settings: CheckpointConfig) -> None:
         raise UsageError("--checkpoint-fallback", True, "used without --ckpt-step", fix)
 
 
-def changed_settings(schedule: RunSchedule, resume: ResumePoint) -> list[str]:
-    """What differs from the run that saved the checkpoint, one line each; for the log.
+def resume_lines(schedule: RunSchedule, resume: ResumePoint) -> list[str]:
+    """For the log: which checkpoints were skipped and why, and which settings changed."""
+    skipped = () if resume.chosen is None else resume.chosen.skipped
+    return [
+        *(f" WARNING: {line}" for line in skipped),
+        *(f" since the checkpoint: {line}" for line in _changed_settings(schedule, resume)),
+    ]
+
+
+def _changed_settings(schedule: RunSchedule, resume: ResumePoint) -> list[str]:
+    """What differs from the run that saved the checkpoint, one line each.
 
     The learning rate is a function of the settings and the step, so a changed length or rate takes
     effect at once, and the log must show it. Settings that must not differ are rejected by

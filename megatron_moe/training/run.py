@@ -122,7 +122,7 @@ def compare_kernels(config: RunConfig, device_type: str, ranks: RankGroup) -> li
     process groups exist, so that a compilation cannot run into their timeout.
 
     Returns:
-        On rank 0 one line for each selection, if there are several; nothing on other ranks.
+        Lines for the log: on rank 0 one for each selection, if there are several.
 
     Raises:
         UsageError: the implementation that `--moe-dispatch-impl` names is not available here.
@@ -136,7 +136,8 @@ def compare_kernels(config: RunConfig, device_type: str, ranks: RankGroup) -> li
     if len(hosts_by_selection) == 1:
         return []
     return [
-        f"MoE kernels of {len(hosts)} of {ranks.size} ranks: {selection}; on {_abbreviated(hosts)}"
+        f" WARNING: MoE kernels of {len(hosts)} of {ranks.size} ranks: {selection};"
+        f" on {_abbreviated(hosts)}"
         for selection, hosts in hosts_by_selection.items()
     ]
 

@@ -116,6 +116,7 @@ class Trainer:
 
     def _train_until_exit(self) -> None:
         config = self.schedule.config
+        save_interval = config.checkpoint.save_interval
         while self.state.iteration < self.schedule.iterations:
             if self.state.iteration == self.phase.last_iteration:
                 self.enter_phase(self.schedule.at(self.state.iteration))
@@ -127,11 +128,10 @@ class Trainer:
             # length, by which the meter counts tokens, and other held-out data.
             if phase_ends or iteration % config.logging.log_interval == 0:
                 self.report()
-            if phase_ends or iteration % self.run.config.train.eval_interval == 0:
-                # After the last step of the run `_finish` evaluates.
-                if not self.finished:
-                    self.evaluate("validation")
-            if config.checkpoint.save_interval and iteration % config.checkpoint.save_interval == 0:
+            evaluates = phase_ends or iteration % self.run.config.train.eval_interval == 0
+            if evaluates and not self.finished:  # after the last step, `_finish` evaluates
+                self.evaluate("validation")
+            if save_interval and iteration % save_interval == 0:
                 self.save()
             if not self.finished and (reason := self._exit_reason()):
                 self.reporter.log(f" exiting at iteration {iteration}: {reason}")

@@ -1,4 +1,4 @@
-"""Dropout by its flags and by stage: everywhere it should be, the same where ranks hold the same.
+"""Dropout by flags and by phase: in all its places, and equal where ranks hold equal tensors.
 
 S positions, B rows, H hidden; tensor-parallel ranks hold a share of S under sequence parallelism.
 """
@@ -25,8 +25,8 @@ def _first_loss(pool: Pool, world: int, corpus: str, path: Path, flags: list[str
     argv += ["--lr", "0", "--lr-decay-style", "constant", "--lr-warmup-iters", "0"]
     argv += ["--eval-iters", "2", "--metrics-file", str(path), *flags]
     results = pool.run(pretrain_rank, world, argv=argv)
-    for code, _, mistake in results:
-        assert code == 0, mistake
+    for code, _, error in results:
+        assert code == 0, error
     (held_out,) = [line for line in results[0][1].splitlines() if line.startswith(" validation at")]
     return json.loads(path.read_text().splitlines()[0])["lm_loss_hex"], held_out
 

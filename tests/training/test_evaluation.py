@@ -41,7 +41,7 @@ def evaluations(
     metrics.unlink(missing_ok=True)
     argv = [*MODEL, *FLAGS.split(), "--metrics-file", str(metrics), *flags.split()]
     results = pool.run(pretrain_rank, ranks, argv=[*argv, "--data-path", *paths])
-    assert [(code, mistake) for code, _, mistake in results] == [(0, "")] * ranks
+    assert [(code, error) for code, _, error in results] == [(0, "")] * ranks
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [line for line in lines if "evaluation" in line], results[0][1]
 

@@ -22,9 +22,9 @@ def test_native_without_a_compiler_is_refused_once_for_all_ranks(
     argv = [*MODEL, "--data-path", corpus, "--train-iters", "9", "--moe-dispatch-impl", "native"]
     done = torchrun(2, [*argv, "--save", str(tmp_path / "save")])
     assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if "--moe-dispatch-impl is" in line]
+    lines = [line for line in done.stderr.splitlines() if "--moe-dispatch-impl must be" in line]
     assert len(lines) == 1
-    assert "is 'native', expected auto or reference on cpu" in lines[0]
+    assert "must be auto or reference on cpu (got 'native'); " in lines[0]
     assert "no native: CXX is 'no-such-compiler', which is no command" in lines[0]
     assert not (tmp_path / "save").exists()
 
