@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moe.config.phases import FLAG, read_phases
 from tests.support.pool import Pool
 from tests.training.phase_tables import FIRST, SECOND, TABLE, steps_of
 from tests.training.tiny import MODEL, pretrain_rank, write_corpus
@@ -84,38 +85,36 @@ REJECTED = {
     "no table": (
         None,
         [*SECOND],
-        "--phases must be the phase table of the run to resume: first, second (got None)",
+        "{flag} must be the phase table of the run to resume: first, second (got None)",
     ),
     "another objective": (
         TABLE.replace('objective = "prefix-lm"', 'objective = "causal"', 1),
         [],
-        "phase 'first' of {table}: --objective must be prefix-lm, as recorded in the checkpoint"
-        " (got 'causal')",
+        "{first}: --objective must be prefix-lm, as recorded in the checkpoint (got 'causal')",
     ),
     "a later end of a completed phase": (
         TABLE.replace("until-iteration = 8", "until-iteration = 9"),
         [],
-        "phase 'first' of {table}: iterations must be 1 to 8, as recorded in the checkpoint (got"
-        " '1 to 9')",
+        "{first}: iterations must be 1 to 8, as recorded in the checkpoint (got '1 to 9')",
     ),
     "an earlier end of the phase in progress": (
         TABLE.replace("until-iteration = 14", "until-iteration = 9").replace(
             "iters = 2", "iters = 0"
         ),
         [],
-        "phase 'second' of {table}: iterations must be 9 to 10 or later, as recorded in the"
+        "{second}: iterations must be 9 to 10 or later, as recorded in the"
         " checkpoint (got '9 to 9')",
     ),
     "another batch": (
         TABLE.replace("global-batch-size = 4", "global-batch-size = 2"),
         [],
-        "phase 'second' of {table}: samples after 10 iterations must be 72, as recorded in the"
+        "{second}: samples after 10 iterations must be 72, as recorded in the"
         " checkpoint (got 68); use another phase for another batch size",
     ),
     "another order": (
         TABLE.replace("seq-length = 64", "seq-length = 64\nseed = 6"),
         [],
-        "phase 'second' of {table}: --seed must be 1234, as recorded in the checkpoint (got 6)",
+        "{second}: --seed must be 1234, as recorded in the checkpoint (got 6)",
     ),
     "fewer phases": (
         TABLE.split('[[stage]]\nname = "second"')[0].replace("until-iteration = 8", ""),
@@ -125,11 +124,17 @@ REJECTED = {
 }
 
 
+def _labels(table: Path) -> dict[str, str]:
+    """How error texts name the phases of a table, by name."""
+    return {spec.name: spec.label for spec in read_phases(str(table))}
+
+
 @pytest.mark.parametrize("name", list(REJECTED))
 def test_a_table_that_contradicts_completed_steps_is_rejected(name, at_ten):
     table, flags, expected = REJECTED[name]
     error = at_ten.go([*TWENTY, *flags, *at_ten.load], table)
-    assert expected.format(table=at_ten.table) in error
+    labels = _labels(at_ten.table) if table is not None else {}
+    assert expected.format(flag=FLAG, **labels) in error
     assert "\n" not in error
 
 
@@ -143,7 +148,7 @@ def test_the_data_of_the_phase_in_progress_must_be_the_same(at_ten, tmp_path):
     assert "done at iteration 15" in log, "another place, the same data"
     weighted = same.replace(f'"{moved}"', f'0.5, "{moved}", 0.5, "{at_ten.corpus}"')
     error = at_ten.go([*TWENTY, *at_ten.load], weighted)
-    assert f"phase 'second' of {at_ten.table}: training data must be " in error
+    assert f"{_labels(at_ten.table)['second']}: training data must be " in error
     assert ", as recorded in the checkpoint (got " in error
 
 
@@ -169,7 +174,9 @@ def test_the_data_of_completed_phases_need_not_exist(runs, tmp_path):
         file.unlink()
     assert "done at iteration 20" in runs.go([*TWENTY, *runs.load], table)
     early = [*TWENTY, *runs.load, "--ckpt-step", "8", "--finetune"]
-    assert "phase 'first' of" in runs.go(early, table), "from the start it is needed"
+    assert f"{_labels(runs.table)['first']}: data path" in runs.go(early, table), (
+        "from the start it is needed"
+    )
 
 
 def test_finetune_starts_any_table(at_ten, tmp_path):
