@@ -211,7 +211,7 @@ class Meter:
     def collect(self) -> tuple[list[StepRecord], Throughput | None]:
         """Read all steps since the last call; a collective over all ranks if there are any.
 
-        The clock starts anew. Without a step there are no records and no throughput.
+        The clock restarts. Without a step there are no records and no throughput.
         """
         self.pause()
         self.resume()

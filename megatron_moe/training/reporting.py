@@ -42,7 +42,7 @@ class Sink(Protocol):
         """An evaluation after ``iteration`` steps; ``name`` is `validation` or `test`."""
 
     def end(self, summary: Summary) -> None:
-        """The last event of a run that ends by itself; not called if an exception ends it."""
+        """The last event; not called if an exception ends the run."""
 
 
 class Reporter:

@@ -258,7 +258,7 @@ class LocalGradients:
 
     def finite(self) -> bool:
         """Whether the recorded gradients are finite; a host synchronization."""
-        # A single rank reduces with nobody, so its gradients are still its own here.
+        # A single rank reduces nothing, so its gradients are still its own after the step.
         total = self._total() if self._sum is None else self._sum
         return total is None or bool(torch.isfinite(total))
 

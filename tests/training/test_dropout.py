@@ -108,7 +108,7 @@ def attended(rank: int, world_size: int, *, flags: list[str]) -> Tensor:
     query, key, value = torch.randn((3, 16, 2, 2, 8), generator=generator)
     if not run.ctx.layout.sequence_parallel:
         return core(query, key, value)
-    with get_cuda_rng_tracker().fork():  # as the engine's block does
+    with get_cuda_rng_tracker().fork():  # as Megatron-Core's block does
         return core(query, key, value)
 
 

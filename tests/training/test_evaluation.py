@@ -107,9 +107,9 @@ def test_log_and_tensorboard_say_the_same(blended: Any) -> None:
         ]
         assert len(board.Scalars(f"test/lm loss of {name}")) == 1
     line = next(line for line in log.splitlines() if line.startswith(" validation at iteration 1"))
-    said = re.fullmatch(r".* \| low (\S+) \| high (\S+)", line)
-    assert said is not None
-    assert float(said[1]) == pytest.approx(records[0]["domains"]["low"]["lm_loss"], rel=1e-6)
+    found = re.fullmatch(r".* \| low (\S+) \| high (\S+)", line)
+    assert found is not None
+    assert float(found[1]) == pytest.approx(records[0]["domains"]["low"]["lm_loss"], rel=1e-6)
     assert re.search(r"high +70\.00% +\d.* \d", log)
 
 

@@ -15,7 +15,7 @@ from tests.training.test_pretrain import ROOT, torchrun
 from tests.training.tiny import MODEL
 
 
-def test_native_without_a_compiler_is_refused_once_for_all_ranks(
+def test_native_without_a_compiler_is_one_error_for_all_ranks(
     corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -31,7 +31,7 @@ def test_native_without_a_compiler_is_refused_once_for_all_ranks(
 
 
 def test_a_rank_without_a_compiler_is_named(corpus: str, tmp_path: Path) -> None:
-    """Two of three ranks find none; the run goes on, and the log says so."""
+    """Two of three ranks find none; the run continues with a warning."""
     need("native")
     program = tmp_path / "program.py"
     program.write_text(

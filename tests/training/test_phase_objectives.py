@@ -59,8 +59,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "chat.jsonl").open("w") as file:
         for number in range(60):
             asked = {"role": "user", "content": f"What is {number} + 1?"}
-            told = {"role": "assistant", "content": f"{number + 1}."}
-            file.write(json.dumps([asked, told]) + "\n")
+            answer = {"role": "assistant", "content": f"{number + 1}."}
+            file.write(json.dumps([asked, answer]) + "\n")
     (folder / "stages.toml").write_text(TABLE.format(chat=folder / "chat.jsonl"))
     return folder
 

@@ -33,13 +33,13 @@ def _sizes(full: int, *ramp: int) -> BatchSizes:
 )
 def test_every_batch_is_megatron_cores(ramp):
     full, start, increment, samples = ramp
-    engine = RampupBatchsizeNumMicroBatchesCalculator(
+    calculator = RampupBatchsizeNumMicroBatchesCalculator(
         full, 1, 1, False, 1, start, increment, samples
     )
     ours, consumed, seen = _sizes(*ramp), 0, set()
     while consumed < samples + 3 * full:
-        engine.update(consumed, consistency_check=True)
-        assert ours.at(consumed) == engine.get_current_running_global_batch_size(), consumed
+        calculator.update(consumed, consistency_check=True)
+        assert ours.at(consumed) == calculator.get_current_running_global_batch_size(), consumed
         seen.add(ours.at(consumed))
         consumed += ours.at(consumed)
     assert seen == set(range(start, full + 1, increment))
@@ -136,7 +136,7 @@ def test_the_ramp_reads_the_samples_of_a_run_without_one(pool, corpus, tmp_path)
         ),
     ],
 )
-def test_what_cannot_be_meant_is_rejected_by_flag(line, world):
+def test_invalid_values_are_rejected_by_flag(line, world):
     flags = ["--global-batch-size", "12", "--train-iters", "3", FLAG, *line.split()]
     config = parse_args([*MODEL, *flags]).config
     with pytest.raises(UsageError) as error:
