@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_moe.config.cli import parse_or_exit
+from megatron_moe.config.validate import validate
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
 
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from megatron_moe.training.unigram import unigram_loss
 
     try:
+        validate(command.config)
         found = unigram_loss(command.config, chosen.stage)
     except UsageError as error:
         print(f"unigram_loss.py: error: {error}", file=sys.stderr)

@@ -60,8 +60,8 @@ def blends_of(data: DataConfig) -> dict[str, Blend | None]:
     """The blend of each split, `None` for a split without data.
 
     Raises:
-        UsageError: no training data, several ways of naming data at once, a bad weight or split, or
-            a file of words or a mixture that cannot be read.
+        UsageError: no training data, a bad weight or split, or a file of words or a mixture that
+            cannot be read.
     """
     own = {
         "train": data.train_data_path,
@@ -70,7 +70,6 @@ def blends_of(data: DataConfig) -> dict[str, Blend | None]:
     }
     shared = _shared(data)
     if shared is not None:
-        _refuse_beside(shared.flag, own)
         return {
             name: bounds and replace(shared, bounds=bounds)
             for name, bounds in zip(SPLITS, parse_split(data.split), strict=True)
@@ -85,16 +84,6 @@ def blends_of(data: DataConfig) -> dict[str, Blend | None]:
 
 def _shared(data: DataConfig) -> Blend | None:
     """What feeds all splits."""
-    ways: dict[str, Sequence[str] | str | None] = {
-        "--data-path": data.data_path,
-        "--data-args-path": data.data_args_path,
-        "--mixture": data.mixture,
-    }
-    given = [flag for flag, value in ways.items() if value]
-    if len(given) > 1:
-        raise UsageError(given[1], ways[given[1]], f"nothing beside {given[0]}")
-    if data.data_root is not None and not data.mixture:
-        raise UsageError("--data-root", data.data_root, "--mixture with it")
     if data.mixture:
         named = read_named_mixture(data.mixture, data.data_root)
         return Blend(
@@ -107,12 +96,6 @@ def _shared(data: DataConfig) -> Blend | None:
     if data.data_args_path:
         return _of_words("--data-args-path", _words_of(data.data_args_path))
     return _of_words("--data-path", data.data_path) if data.data_path else None
-
-
-def _refuse_beside(flag: str, own: Mapping[str, Sequence[str]]) -> None:
-    for name, paths in own.items():
-        if paths:
-            raise UsageError(f"--{name}-data-path", " ".join(paths), f"nothing beside {flag}")
 
 
 def _words_of(path: str) -> list[str]:

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 
 from megatron_moe.config.moe import moe_layer_pattern
 from megatron_moe.config.rampup import BatchSizes
-from megatron_moe.config.ranges import check_ranges
 from megatron_moe.config.run import RunConfig
-from megatron_moe.errors import UsageError
 from megatron_moe.model.logical import check_sizes
 from megatron_moe.parallel.layout_rules import (
     check_experts,
@@ -82,7 +80,6 @@ def resolve_layout(
     Raises:
         UsageError: the first rule that does not hold: flag, value and valid values.
     """
-    check_ranges(config)
     parallel, model, moe = config.parallel, config.model, config.moe
     has_moe = any(moe_layer_pattern(moe.moe_layer_freq, model.num_layers))
     tp = degree("--tensor-model-parallel-size", parallel.tensor_model_parallel_size)
@@ -129,12 +126,11 @@ def _check_rampup(config: RunConfig, global_batch: int, step: int, stages: int) 
 
 def _check_model(config: RunConfig, has_moe: bool) -> None:
     """What a model cannot be on any layout."""
-    length, longest = config.data.seq_length, config.model.max_position_embeddings
-    if length > longest:
-        raise UsageError("--seq-length", length, f"at most --max-position-embeddings ({longest})")
     check_sizes(config.model, config.moe, config.data.vocab_size or 1)
     if has_moe and config.moe.moe_capacity_group_size is not None:
         # Imported here: its package needs torch, which --describe and --help do not.
         from megatron_moe.moe.capacity import group_size
 
-        group_size(config.moe, rows=config.train.micro_batch_size, row_tokens=length)
+        group_size(
+            config.moe, rows=config.train.micro_batch_size, row_tokens=config.data.seq_length
+        )

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from megatron_moe.config import RunConfig
+from megatron_moe.config.phases import errors_of_phase
 from megatron_moe.data.pipeline import Data
 from megatron_moe.errors import UsageError
 from megatron_moe.training.consumed import KEY, check_data
-from megatron_moe.training.phases import Phase, RunSchedule, named
+from megatron_moe.training.phases import Phase, RunSchedule
 from megatron_moe.training.placement import open_data
 from megatron_moe.training.resume import ResumePoint
 
@@ -32,7 +33,7 @@ class PhaseDataLoaders:
         Raises:
             UsageError: it is missing, broken, or not what it was when the run started.
         """
-        with named(stage.label):
+        with errors_of_phase(stage.label):
             data = open_data(stage.config, stage.layout, self.rank, consumed)
             before = self.fingerprints.get(stage.number)
             if before not in (None, data.fingerprint):
@@ -57,7 +58,7 @@ def build_dataloaders(
     later = [stage for stage in schedule.phases if stage.number > now.number]
     fingerprints: dict[int, str] = {}
     for stage in later:
-        with named(stage.label):
+        with errors_of_phase(stage.label):
             found = open_data(_without_workers(stage.config), stage.layout, rank, 0)
         fingerprints[stage.number] = found.fingerprint
     supply = PhaseDataLoaders(rank=rank, fingerprints=fingerprints)

@@ -92,21 +92,6 @@ def test_blends_of_flags() -> None:
     [
         (DataConfig(), "--data-path is ''"),
         (DataConfig(valid_data_path=("a",)), "--data-path is ''"),
-        (DataConfig(data_path=("a",), valid_data_path=("b",)), "--valid-data-path is 'b'"),
-        (DataConfig(data_path=("a",), mixture="v1"), "--mixture is 'v1', expected nothing beside"),
-        (
-            DataConfig(data_path=("a",), data_args_path="f"),
-            "--data-args-path is 'f', expected nothing beside --data-path",
-        ),
-        (
-            DataConfig(data_args_path="f", mixture="v1"),
-            "--mixture is 'v1', expected nothing beside --data-args-path",
-        ),
-        (
-            DataConfig(mixture="v1", train_data_path=("a",)),
-            "--train-data-path is 'a', expected nothing beside --mixture",
-        ),
-        (DataConfig(data_path=("a",), data_root="d"), "--data-root is 'd', expected --mixture"),
         (DataConfig(data_args_path="/no/such"), "--data-args-path is '/no/such'.*No such file"),
     ],
 )

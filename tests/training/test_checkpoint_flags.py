@@ -63,7 +63,7 @@ def test_keep_last_and_keep_every(runs, tmp_path):
     kept = ["iter_0000003", "iter_0000005", "iter_0000006"]
     assert names == [*kept, "latest_checkpointed_iteration.txt"]
     _, said = runs.go("--train-iters 6 --keep-every 3", "--save", str(tmp_path), code=2)
-    assert said.strip() == "--keep-every is 3, expected --keep-last with it"
+    assert said.strip() == "--keep-every must be used with --keep-last (got 3)"
 
 
 def test_ckpt_step_goes_on_from_an_older_step(runs):
@@ -146,5 +146,5 @@ def test_checkpoint_fallback_takes_the_newest_whole_step_and_says_so(runs, tmp_p
 
 def test_checkpoint_fallback_chooses_alone(runs):
     line = "--train-iters 6 --checkpoint-fallback"
-    assert "--load with it" in runs.go(line, code=2)[1]
-    assert "no --ckpt-step with it" in runs.load(f"{line} --ckpt-step 4", code=2)[1]
+    assert "used with --load" in runs.go(line, code=2)[1]
+    assert "used without --ckpt-step" in runs.load(f"{line} --ckpt-step 4", code=2)[1]

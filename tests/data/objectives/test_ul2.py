@@ -247,9 +247,6 @@ REFUSED = {
     "--vocab-extra-ids is 5, expected at least 10": {"vocab_extra_ids": 5},
     "--vocab-extra-ids is -1": {"vocab_extra_ids": -1},
     "--seq-length is 6": {"seq_length": 6},
-    "--ul2-inputs-length is 63": {"ul2_inputs_length": 63},
-    "nothing beside --ul2-fill-rows": {"ul2_inputs_length": 32, "ul2_fill_rows": True},
-    "--eod-mask-loss is True": {"eod_mask_loss": True},
     "text for NullTokenizer is '[NLU] '": {"ul2_mixture": None},
     "expected at least the tokenizer's 259 ids and 50 extra ids": {
         "tokenizer_type": "ByteTokenizer",
