@@ -25,7 +25,7 @@ from megatron_moe.convert.formats import Target, read, write
 from megatron_moe.convert.lazy import LazyTensor
 from megatron_moe.convert.model import Model
 from megatron_moe.model.logical import logical_parameters
-from megatron_moe.platform.allocator import release_freed_memory
+from megatron_moe.platform.device import release_freed_memory
 
 VOCAB = 4096
 MEMORY = 8.0

@@ -32,8 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     own.add_argument("--stage")
     chosen, others = own.parse_known_args(argv)
     command = parse_or_exit(others, prog="unigram_loss.py", examples=__doc__ or "")
-    # The engine, whose data sets are used, says that Apex is missing: no matter for counting.
-    from megatron_moe.platform.patches.noise import KnownWarnings
+    # Megatron-Core, whose data sets are used, warns that Apex is missing; counting needs none.
+    from megatron_moe.platform.patches.megatron_core import KnownWarnings
 
     KnownWarnings().apply()
     from megatron_moe.training.unigram import unigram_loss

@@ -128,7 +128,7 @@ class BackgroundSaves:
         try:
             saving.begin()
             files = divided(parts, ranks.rank)
-            copies = ranks.together(lambda: self._copies(files, contents.header))
+            copies = ranks.run_on_all(lambda: self._copies(files, contents.header))
             shares = ranks.gather(index_of(files))
         except BaseException:
             saving.give_up()
@@ -150,13 +150,13 @@ class BackgroundSaves:
         flight = self._flight
         if flight is None:
             return None
-        running, failed = self._ranks.sums(flight.task.running, flight.task.failed)
+        running, failed = self._ranks.all_reduce_sum(flight.task.running, flight.task.failed)
         if running and not failed:
             return None
         try:
             if failed:
                 flight.stop.set()
-            result = self._ranks.together(flight.task.result)
+            result = self._ranks.run_on_all(flight.task.result)
             if not flight.committing:
                 self._commit(flight, result)
                 return None

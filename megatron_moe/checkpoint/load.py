@@ -87,9 +87,9 @@ def load_checkpoint(
         states = optimizer_shards(loaded_optimizer) if loaded_optimizer is not None else None
         return list(held(shards_of(chunks, config), states))
 
-    parts = ranks.together(plan)
+    parts = ranks.run_on_all(plan)
     wanted = ranks.gather(wanted_tensors(parts))
-    ranks.together(
+    ranks.run_on_all(
         lambda: (
             _require_fit(opened, config, metadata, wanted or [], with_rng, loaded_optimizer)
             if ranks.rank == 0
@@ -98,13 +98,13 @@ def load_checkpoint(
     )
     if chosen is None or not chosen.verified:
         verify_tensors(opened, ranks)
-    ranks.together(lambda: _fill(opened, parts))
+    ranks.run_on_all(lambda: _fill(opened, parts))
     if loaded_optimizer is not None:
         set_optimizer_step(loaded_optimizer, (opened.optimizer or {}).get("step"))
     elif optimizer is not None:
         optimizer.reload_model_params()
     if with_rng:
-        ranks.together(lambda: _load_random_states(opened, config, ctx))
+        ranks.run_on_all(lambda: _load_random_states(opened, config, ctx))
     return opened.train
 
 
@@ -117,8 +117,8 @@ def _open(
         path = chosen.path if chosen is not None else step_directory(directory, step)[1]
         return str(path), read_documents(path)
 
-    told = ranks.broadcast(ranks.together(lambda: read() if ranks.rank == 0 else None))
-    return ranks.together(lambda: opened_from(Path(told[0]), told[1]))
+    told = ranks.broadcast(ranks.run_on_all(lambda: read() if ranks.rank == 0 else None))
+    return ranks.run_on_all(lambda: opened_from(Path(told[0]), told[1]))
 
 
 def _require_fit(

@@ -91,7 +91,7 @@ def contents_of(
         states = optimizer_shards(optimizer) if optimizer is not None else None
         return list(owned(shards, states, _replicas(ctx)))
 
-    parts = ranks.together(plan)
+    parts = ranks.run_on_all(plan)
     documents = {
         CONFIG: config.to_dict(),
         STATE: {
@@ -109,7 +109,7 @@ def _optimizer_document(optimizer: Any, ranks: RankGroup) -> dict[str, Any] | No
     """The step count that Adam corrects its bias by, the same on every rank."""
     if optimizer is None:
         return None
-    steps = ranks.gather(ranks.together(lambda: optimizer_step(optimizer))) or []
+    steps = ranks.gather(ranks.run_on_all(lambda: optimizer_step(optimizer))) or []
     known = sorted({step for step in steps if step is not None})
     return {"step": known[0] if known else None}
 

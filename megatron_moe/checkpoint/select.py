@@ -50,12 +50,12 @@ def choose(
     """
     folder = Path(directory)
     if not fallback:
-        named = ranks.together(
+        named = ranks.run_on_all(
             lambda: str(step_directory(folder, step)[1]) if ranks.rank == 0 else ""
         )
         path = Path(ranks.broadcast(named))
         return SelectedCheckpoint(path=path, verified=False), _open(path, ranks, whole=False)
-    looked = ranks.together(lambda: _candidates(folder) if ranks.rank == 0 else None)
+    looked = ranks.run_on_all(lambda: _candidates(folder) if ranks.rank == 0 else None)
     skipped, candidates = ranks.broadcast(looked)
     for each in map(Path, candidates):
         try:
@@ -100,8 +100,8 @@ def _open(path: Path, ranks: RankGroup, *, whole: bool) -> CheckpointMetadata:
             opened_from(path, documents)
         return {name: value for name, value in documents.items() if name != INDEX}
 
-    told = ranks.broadcast(ranks.together(lambda: read() if ranks.rank == 0 else None))
-    opened = ranks.together(lambda: opened_from(path, told))
+    told = ranks.broadcast(ranks.run_on_all(lambda: read() if ranks.rank == 0 else None))
+    opened = ranks.run_on_all(lambda: opened_from(path, told))
     if whole:
         verify_tensors(opened, ranks)
     return opened
@@ -114,4 +114,4 @@ def verify_tensors(opened: CheckpointMetadata, ranks: RankGroup) -> None:
         Corrupt: on every rank, naming what is damaged.
     """
     mine = opened.tensor_files[ranks.rank :: ranks.size]
-    ranks.together(lambda: require_whole(opened.path, opened.files, mine))
+    ranks.run_on_all(lambda: require_whole(opened.path, opened.files, mine))

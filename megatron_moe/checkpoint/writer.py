@@ -68,9 +68,9 @@ def write_checkpoint(
     try:
         saving.begin()
         files = divided(parts, ranks.rank)
-        written = ranks.together(lambda: saving.write(files, header))
+        written = ranks.run_on_all(lambda: saving.write(files, header))
         told = ranks.gather([told_of(written), index_of(files)])
-        path = ranks.together(lambda: "" if told is None else str(saving.commit(told, documents)))
+        path = ranks.run_on_all(lambda: "" if told is None else str(saving.commit(told, documents)))
         return Path(ranks.broadcast(path))
     except BaseException:
         saving.give_up()
@@ -106,7 +106,7 @@ class Saving:
             with self.failures():
                 return str(directories.begin(self.directory, self.step))
 
-        self.temporary = Path(self.ranks.broadcast(self.ranks.together(make)))
+        self.temporary = Path(self.ranks.broadcast(self.ranks.run_on_all(make)))
 
     def write(self, files: Sequence[RankFile], header: Mapping[str, str]) -> Written:
         """This rank's files, straight from the tensors."""

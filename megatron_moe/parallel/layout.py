@@ -1,7 +1,9 @@
-"""How a run is laid out over its ranks: every degree checked before any process group exists.
+"""How a run is laid out over its ranks: every degree is checked before any process group exists.
 
-World = TP x PP x DP for the dense part and ETP x EP x PP x EDP for the experts of the same ranks
-("parallel folding", arXiv 2504.14960): a pipeline stage's ranks are divided twice.
+World size = TP x PP x DP for the dense part and ETP x EP x PP x EDP for the experts, on the same
+ranks ("parallel folding", arXiv 2504.14960): the ranks of a pipeline stage are divided twice. With
+8 ranks, TP 2, EP 4 and ETP 1, for example, attention runs as 4 data-parallel replicas of 2 ranks
+each, and the experts as 2 replicas of 4 ranks each.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from megatron_moe.parallel.layout_rules import (
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A valid layout. Sizes are numbers of ranks unless said otherwise."""
+    """A valid layout. Sizes are numbers of ranks unless stated otherwise."""
 
     world_size: int
     tp: int
@@ -61,24 +63,19 @@ class Layout:
         """Model chunks on each rank."""
         return self.vp or 1
 
-    def layers_of(self, pp_rank: int, chunk: int) -> range:
-        """The layers (0-based) of one chunk; chunk c of stage r follows chunk c of stage r - 1."""
-        first = (chunk * self.pp + pp_rank) * self.layers_per_chunk
-        return range(first, first + self.layers_per_chunk)
-
 
 def resolve_layout(
     config: RunConfig, world_size: int, padded_vocab_size: int | None = None
 ) -> Layout:
-    """Work out the layout of a run and check all of it.
+    """Resolve the layout of a run and check its constraints.
 
     Args:
-        config: the run's configuration.
+        config: the run's configuration, validated.
         world_size: ranks.
         padded_vocab_size: V after padding, if known already.
 
     Raises:
-        UsageError: the first rule that does not hold: flag, value and valid values.
+        UsageError: the first constraint that does not hold: flag, value and valid values.
     """
     parallel, model, moe = config.parallel, config.model, config.moe
     has_moe = any(moe_layer_pattern(moe.moe_layer_freq, model.num_layers))
@@ -109,7 +106,7 @@ def resolve_layout(
         etp=etp,
         dp=dp,
         edp=world_size // (etp * ep * pp),
-        # Over one rank it is the identity.
+        # Over one rank, splitting the sequence changes nothing.
         sequence_parallel=parallel.sequence_parallel and tp > 1,
         num_microbatches=num_microbatches,
         micro_batch_size=micro,
@@ -125,7 +122,7 @@ def _check_rampup(config: RunConfig, global_batch: int, step: int, stages: int) 
 
 
 def _check_model(config: RunConfig, has_moe: bool) -> None:
-    """What a model cannot be on any layout."""
+    """What no layout can make possible: sizes of the model, groups of tokens that share slots."""
     check_sizes(config.model, config.moe, config.data.vocab_size or 1)
     if has_moe and config.moe.moe_capacity_group_size is not None:
         # Imported here: its package needs torch, which --describe and --help do not.

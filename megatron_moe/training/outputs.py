@@ -54,7 +54,7 @@ def _is(path: Path) -> bool:
         return False
 
 
-def forget_later_steps(path: Path, iteration: int) -> None:
+def drop_later_steps(path: Path, iteration: int) -> None:
     """Drop the records of steps after ``iteration``, which will run again, from a metrics file.
 
     A last line that was cut off when a run was killed is dropped as well.

@@ -23,7 +23,7 @@ from megatron_moe.training.lines import (
     switch_lines,
 )
 from megatron_moe.training.metrics import Evaluation, StepRecord, Summary, Throughput
-from megatron_moe.training.outputs import forget_later_steps
+from megatron_moe.training.outputs import drop_later_steps
 from megatron_moe.training.phases import Phase, RunSchedule
 from megatron_moe.training.run import TrainingRun
 
@@ -54,7 +54,7 @@ class Reporter:
         if writes and logging.metrics_file is not None:
             self._file = Path(logging.metrics_file)
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            forget_later_steps(self._file, start)
+            drop_later_steps(self._file, start)
 
     def say(self, line: str) -> None:
         """One line on standard output, at once."""

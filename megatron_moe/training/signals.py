@@ -34,7 +34,7 @@ class ExitSignal:
 
     def agreed(self) -> bool:
         """Whether any rank was asked to end; the same answer on all, who call this together."""
-        return self._ranks.sums(self._noted)[0] > 0
+        return self._ranks.all_reduce_sum(self._noted)[0] > 0
 
     def close(self) -> None:
         """Back to what SIGTERM did before."""

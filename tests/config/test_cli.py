@@ -14,7 +14,7 @@ from megatron_moe.config import RunConfig
 from megatron_moe.config.cli import all_flags, parse_args, parse_or_exit
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.errors import UsageError
-from tests.support.mistakes import refused
+from tests.support.usage_errors import usage_error
 
 
 def test_no_arguments_give_the_dataclass_defaults():
@@ -105,7 +105,7 @@ USAGE_ERRORS = {
 
 @pytest.mark.parametrize("line", list(USAGE_ERRORS))
 def test_a_usage_error_is_one_line_that_names_it_and_exits_with_2(line, capsys):
-    error = refused(parse_or_exit, line.split(), capsys)
+    error = usage_error(parse_or_exit, line.split(), capsys)
     for expected in USAGE_ERRORS[line]:
         assert expected in error
 

@@ -37,8 +37,8 @@ def _run(pool: Pool, world: int, directory: Path, corpus: str, flags: list[str])
     argv = [*MODEL, "--data-path", corpus, "--split", "80,20,0", "--save", str(directory), *flags]
     argv += ["--metrics-file", str(directory / "metrics.jsonl")]
     results = pool.run(pretrain_rank, world, argv=argv)
-    for code, _, mistake in results:
-        assert code == 0, mistake
+    for code, _, error in results:
+        assert code == 0, error
     return results[0][1]
 
 
@@ -209,11 +209,11 @@ def test_every_rank_rejects_a_bad_phase_before_the_first_step(
     table = tmp_path / "phases.toml"
     table.write_text(TABLE.replace(old, new))
     argv = [*MODEL, *_TP2, "--data-path", corpus, "--split", "80,20,0", "--train-iters", "20"]
-    (code, out, mistake), other = pool.run(pretrain_rank, 2, argv=[*argv, "--phases", str(table)])
-    assert other == (code, out, mistake)
+    (code, out, error), other = pool.run(pretrain_rank, 2, argv=[*argv, "--phases", str(table)])
+    assert other == (code, out, error)
     assert (code, out) == (2, "")
-    assert named.format(file=table) in mistake
-    assert "\n" not in mistake
+    assert named.format(file=table) in error
+    assert "\n" not in error
 
 
 def test_the_log_and_tensorboard_show_the_switch(pool, corpus, tmp_path):
@@ -248,7 +248,7 @@ def test_the_log_and_tensorboard_show_the_switch(pool, corpus, tmp_path):
     assert b"--objective was prefix-lm, is causal" in texts[0].tensor_proto.string_val[0]
 
 
-def test_a_switch_says_what_the_next_stages_data_is_made_of(pool, corpus, tmp_path):
+def test_a_switch_shows_the_sources_of_the_next_phases_data(pool, corpus, tmp_path):
     other = write_corpus(tmp_path / "other")
     sources = [3, corpus, 1, other]
     table = tmp_path / "phases.toml"
@@ -258,10 +258,10 @@ def test_a_switch_says_what_the_next_stages_data_is_made_of(pool, corpus, tmp_pa
     begins = next(i for i, line in enumerate(log) if line.startswith(" stage 2 second begins"))
     ends = next(i for i, line in enumerate(log) if line.startswith(" stage 3 third begins"))
     table_rows = [line.split() for line in log[begins:ends] if "%" in line]
-    told = {row[-1]: row for row in table_rows if row[-1] in (corpus, other)}
-    assert {prefix: row[1] for prefix, row in told.items()} == {corpus: "75.00%", other: "25.00%"}
+    shown = {row[-1]: row for row in table_rows if row[-1] in (corpus, other)}
+    assert {prefix: row[1] for prefix, row in shown.items()} == {corpus: "75.00%", other: "25.00%"}
     # 6 steps of 4 rows of 32: the epochs of this stage, not those of the run.
-    tokens, epochs = int(told[other][2].replace(",", "")), float(told[other][3])
+    tokens, epochs = int(shown[other][2].replace(",", "")), float(shown[other][3])
     assert epochs == pytest.approx(6 * 4 * 32 * 0.25 / tokens, rel=5e-3)
     board = EventAccumulator(str(tmp_path), {"tensors": 0})
     board.Reload()
@@ -269,7 +269,7 @@ def test_a_switch_says_what_the_next_stages_data_is_made_of(pool, corpus, tmp_pa
     assert "75.00%" in text and other in text
 
 
-def test_the_checkpoint_says_how_much_of_each_stage_was_consumed(pool, corpus, tmp_path):
+def test_the_checkpoint_records_how_much_of_each_phase_was_consumed(pool, corpus, tmp_path):
     table, run = tmp_path / "phases.toml", tmp_path / "run"
     table.write_text(TABLE)
     flags = ["--phases", str(table), "--train-iters", "20", "--exit-interval", "10"]

@@ -11,9 +11,8 @@ blocks of a feed-forward (2 or 3); a suffix _l means this rank's share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
@@ -326,10 +325,3 @@ def initialise(chunks: Sequence[OpenMoEModel], config: RunConfig, vocab_size: in
 
 def _slices(piece: Piece) -> tuple[slice, ...]:
     return tuple(slice(o, o + s) for o, s in zip(piece.offsets, piece.sizes, strict=True))
-
-
-def uncovered(shards: Iterable[ParamShard]) -> Iterator[str]:
-    """Names of parameters whose pieces do not cover them exactly; for tests."""
-    for shard in shards:
-        if sum(prod(piece.sizes) for piece in shard.pieces) != shard.param.numel():
-            yield shard.local_name
