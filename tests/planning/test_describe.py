@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from megatron_moe.config import DataConfig, ParallelConfig, RunConfig
-from megatron_moe.config.run import flag_of
 from megatron_moe.config.presets import OPENMOE_VOCAB, PRESETS
+from megatron_moe.config.run import flag_of
 from megatron_moe.errors import UsageError
 from megatron_moe.planning.describe import ASSUMED_VOCAB, describe, describe_layout
 
@@ -148,8 +148,7 @@ def test_it_needs_neither_torch_nor_megatron() -> None:
     script = (
         "import sys\n"
         "from dataclasses import replace\n"
-        "from megatron_moe.config.run import flag_of
-from megatron_moe.config.presets import PRESETS\n"
+        "from megatron_moe.config.presets import PRESETS\n"
         "from megatron_moe.planning.describe import describe\n"
         "config = PRESETS['openmoe-8b-32e']\n"
         "describe(config)\n"
