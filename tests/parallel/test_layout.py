@@ -215,11 +215,7 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
         "--global-batch-size must be a multiple of micro-batch x data-parallel size "
         "(2 x 2 = 4) (got 6)",
     ),
-    (
-        {"global_batch_size": 0},
-        1,
-        "--global-batch-size must be a multiple of micro-batch x data-parallel",
-    ),
+    ({"global_batch_size": 0}, 1, "--global-batch-size must be >= 1 (got 0)"),
     ({"micro_batch_size": 0}, 1, "--micro-batch-size must be >= 1 (got 0)"),
     (
         {"overlap_param_gather": True, "overlap_grad_reduce": True},
