@@ -15,6 +15,7 @@ from datetime import timedelta
 
 from megatron_moe.config import RunConfig
 from megatron_moe.config.cli import Command, parse_args
+from megatron_moe.config.validate import validate
 from megatron_moe.parallel.launch import ended_reader_is_fine, run_or_exit
 
 
@@ -24,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def execute(command: Command) -> None:
-    """Describe or train, as the command line requests."""
+    """Describe or train, as the command line requests, once the configuration is valid."""
+    validate(command.config)
     if command.describe is None:
         pretrain(command.config)
     else:

@@ -24,7 +24,7 @@ from megatron_moe.config.presets import PRESETS
 from megatron_moe.convert.formats import ConversionTarget, read, write
 from megatron_moe.convert.model import LazyTensor, LogicalModel
 from megatron_moe.model.logical import logical_parameters
-from megatron_moe.platform.allocator import release_freed_memory
+from megatron_moe.platform.device import release_freed_memory
 
 VOCAB = 4096
 MEMORY = 8.0

@@ -9,6 +9,7 @@ from megatron_moe.checkpoint.index import LogicalTensor, Name
 from megatron_moe.checkpoint.metadata import RunIdentity
 from megatron_moe.checkpoint.tensor_files import DTYPES
 from megatron_moe.config import RunConfig, moe_layer_pattern
+from megatron_moe.config.run import flag_of
 from megatron_moe.model.logical import expert_width
 from megatron_moe.model.sharding.blocks import MODEL, Part
 
@@ -62,7 +63,7 @@ def config_differences(
 
 def _line(name: str, saved: Any, ours: Any) -> Iterator[str]:
     if saved != ours:
-        yield f"--{name.replace('_', '-')}: {saved} in the checkpoint, {ours} in this run"
+        yield f"{flag_of(name)}: {saved} in the checkpoint, {ours} in this run"
 
 
 def identity_differences(saved: RunIdentity, ours: RunIdentity, *, resume: bool) -> Iterator[str]:

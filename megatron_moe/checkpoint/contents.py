@@ -86,7 +86,7 @@ def collect_contents(
         states = optimizer_shards(optimizer) if optimizer is not None else None
         return list(save_plan(shards, states, _replicas(ctx)))
 
-    parts = ranks.together(plan)
+    parts = ranks.run_on_all(plan)
     layout = rng.layout_of(ctx.layout) if with_rng else None
     state_file = state_json(
         state, identity, optimizer=_optimizer_json(optimizer, ranks), random=layout
@@ -122,7 +122,7 @@ def _optimizer_json(optimizer: Any, ranks: RankGroup) -> dict[str, Any] | None:
     if optimizer is None:
         return None
     # With the distributed optimizer a rank may hold no parameter, and then has no count.
-    steps = ranks.gather(ranks.together(lambda: optimizer_step(optimizer))) or []
+    steps = ranks.gather(ranks.run_on_all(lambda: optimizer_step(optimizer))) or []
     known = sorted({step for step in steps if step is not None})
     return {"step": known[0] if known else None}
 

@@ -100,9 +100,9 @@ def load_checkpoint(
         states = optimizer_shards(loaded_optimizer) if loaded_optimizer is not None else None
         return list(load_plan(model_shards(chunks, config.model, config.moe), states))
 
-    parts = ranks.together(plan)
+    parts = ranks.run_on_all(plan)
     wanted = ranks.gather(wanted_tensors(parts))
-    ranks.together(
+    ranks.run_on_all(
         lambda: (
             _check_compatible(opened, config, identity, wanted or [], with_rng, loaded_optimizer)
             if ranks.rank == 0
@@ -111,7 +111,7 @@ def load_checkpoint(
     )
     if selected is None or not selected.verified:
         verify_tensors(opened, ranks)
-    ranks.together(lambda: _fill(opened, parts))
+    ranks.run_on_all(lambda: _fill(opened, parts))
     if loaded_optimizer is not None:
         set_optimizer_step(loaded_optimizer, (opened.optimizer or {}).get("step"))
     elif optimizer is not None:
@@ -119,7 +119,7 @@ def load_checkpoint(
         # them over the loaded weights.
         optimizer.reload_model_params()
     if with_rng:
-        ranks.together(lambda: _load_random_states(opened, config, ctx))
+        ranks.run_on_all(lambda: _load_random_states(opened, config, ctx))
     return opened.train
 
 
@@ -132,8 +132,8 @@ def _open(
         path = selected.path if selected is not None else step_directory(directory, step)[1]
         return str(path), read_json_files(path)
 
-    found = ranks.broadcast(ranks.together(lambda: read() if ranks.rank == 0 else None))
-    return ranks.together(lambda: parse_json_files(Path(found[0]), found[1]))
+    found = ranks.broadcast(ranks.run_on_all(lambda: read() if ranks.rank == 0 else None))
+    return ranks.run_on_all(lambda: parse_json_files(Path(found[0]), found[1]))
 
 
 def _check_compatible(

@@ -85,7 +85,7 @@ def start_save(
     try:
         transaction.begin()
         files = assign_to_files(contents.parts, ranks.rank)
-        streams, mine = ranks.together(
+        streams, mine = ranks.run_on_all(
             lambda: (file_streams(files, contents.header, memory), rank_index(files))
         )
         indexes = ranks.gather(mine)
@@ -129,7 +129,7 @@ class SaveTransaction:
             with self._failures():
                 return str(directories.begin(self.directory, self.step))
 
-        self._temporary = Path(self.ranks.broadcast(self.ranks.together(make)))
+        self._temporary = Path(self.ranks.broadcast(self.ranks.run_on_all(make)))
 
     def write(self, streams: Mapping[str, Stream], stop: threading.Event) -> dict[str, FileRecord]:
         """Write this rank's files; local to the rank, in any thread.
@@ -281,7 +281,7 @@ class PendingSave:
         if not self._phase_ended():
             return None
         try:
-            result = self._ranks.together(self._phase.result)
+            result = self._ranks.run_on_all(self._phase.result)
             if not self._committing:
                 self._start_commit(result)
                 return None
@@ -311,7 +311,7 @@ class PendingSave:
         """Whether the phase has ended on all ranks, or failed on any; then the others stop."""
         if self._memory is None:
             return True
-        running, failed = self._ranks.sums(self._phase.running, self._phase.failed)
+        running, failed = self._ranks.all_reduce_sum(self._phase.running, self._phase.failed)
         if failed:
             self._stop.set()
         return bool(failed) or not running

@@ -54,12 +54,12 @@ def select_checkpoint(
     """
     folder = Path(directory)
     if not fallback:
-        named = ranks.together(
+        named = ranks.run_on_all(
             lambda: str(step_directory(folder, step)[1]) if ranks.rank == 0 else ""
         )
         path = Path(ranks.broadcast(named))
         return SelectedCheckpoint(path=path, verified=False), _open(path, ranks, verify=False)
-    found = ranks.together(lambda: _candidates(folder) if ranks.rank == 0 else None)
+    found = ranks.run_on_all(lambda: _candidates(folder) if ranks.rank == 0 else None)
     skipped, candidates = ranks.broadcast(found)
     for each in map(Path, candidates):
         try:
@@ -107,8 +107,8 @@ def _open(path: Path, ranks: RankGroup, *, verify: bool) -> CheckpointMetadata:
             parse_json_files(path, content)
         return {name: value for name, value in content.items() if name != INDEX}
 
-    content = ranks.broadcast(ranks.together(lambda: read() if ranks.rank == 0 else None))
-    opened = ranks.together(lambda: parse_json_files(path, content))
+    content = ranks.broadcast(ranks.run_on_all(lambda: read() if ranks.rank == 0 else None))
+    opened = ranks.run_on_all(lambda: parse_json_files(path, content))
     if verify:
         verify_tensors(opened, ranks)
     return opened
@@ -121,4 +121,4 @@ def verify_tensors(opened: CheckpointMetadata, ranks: RankGroup) -> None:
         Corrupt: on every rank, naming every damaged file.
     """
     mine = opened.tensor_files[ranks.rank :: ranks.size]
-    ranks.together(lambda: verify_files(opened.path, opened.files, mine))
+    ranks.run_on_all(lambda: verify_files(opened.path, opened.files, mine))

@@ -17,6 +17,7 @@ from megatron_moe.checkpoint import TrainState
 from megatron_moe.checkpoint.metadata import CheckpointMetadata
 from megatron_moe.config import RunConfig
 from megatron_moe.config.phases import FLAG
+from megatron_moe.config.run import flag_of
 from megatron_moe.errors import UsageError
 from megatron_moe.training.phases import Phase, RunSchedule
 
@@ -155,7 +156,7 @@ def _check_settings(phase: Phase, record: PhaseRecord) -> None:
             value = getattr(getattr(phase.config, section), name)
             # A checkpoint of an earlier version may lack a setting that was added since.
             if name in before and before[name] != value:
-                flag = f"{phase.label}: --{name.replace('_', '-')}"
+                flag = f"{phase.label}: {flag_of(name)}"
                 expected = f"{before[name]}, as recorded in the checkpoint"
                 raise UsageError(flag, value, expected)
 

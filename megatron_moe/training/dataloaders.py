@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from megatron_moe.config import RunConfig
+from megatron_moe.config.phases import errors_of_phase
 from megatron_moe.data.batch import extra_planes
 from megatron_moe.data.pipeline import Data, build_data
 from megatron_moe.errors import UsageError
 from megatron_moe.parallel.context import ParallelContext
 from megatron_moe.parallel.layout import Layout
 from megatron_moe.training.consumed import check_data, has_records
-from megatron_moe.training.phases import Phase, RunSchedule, named
+from megatron_moe.training.phases import Phase, RunSchedule
 from megatron_moe.training.resume import ResumePoint
 
 
@@ -41,7 +42,7 @@ class PhaseDataLoaders:
         Raises:
             UsageError: it is missing, broken, or not what it was when the run started.
         """
-        with named(phase.label):
+        with errors_of_phase(phase.label):
             data = open_data(phase.config, phase.layout, self._rank, 0)
             before = self._fingerprints.get(phase.number)
             if before not in (None, data.fingerprint):
@@ -71,10 +72,10 @@ def build_dataloaders(schedule: RunSchedule, rank: int, resume: ResumePoint) -> 
     fingerprints: dict[int, str] = {}
     for phase in schedule.phases:
         if phase.number > current.number:
-            with named(phase.label):
+            with errors_of_phase(phase.label):
                 checked = open_data(_without_workers(phase.config), phase.layout, rank, 0)
             fingerprints[phase.number] = checked.fingerprint
-    with named(current.label):
+    with errors_of_phase(current.label):
         consumed = state.consumed_train_samples - current.first_sample
         data = open_data(current.config, current.layout, rank, consumed)
     if resume.records and (schedule.has_phases or has_records(state)):

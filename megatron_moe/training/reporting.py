@@ -16,7 +16,7 @@ from megatron_moe.config import LoggingConfig
 from megatron_moe.data.pipeline import Data
 from megatron_moe.training.log import LogSink, print_line
 from megatron_moe.training.metrics import Evaluation, Interval, Summary
-from megatron_moe.training.outputs import forget_later_steps
+from megatron_moe.training.outputs import drop_later_steps
 from megatron_moe.training.phases import Phase, RunSchedule
 from megatron_moe.training.run import TrainingRun
 from megatron_moe.training.tensorboard import TensorBoardSink
@@ -120,7 +120,7 @@ class MetricsFileSink:
     def __init__(self, path: Path, first_iteration: int) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        forget_later_steps(path, first_iteration)
+        drop_later_steps(path, first_iteration)
 
     def interval(self, interval: Interval) -> None:
         """A line for each step of the interval."""

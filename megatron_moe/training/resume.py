@@ -15,9 +15,9 @@ from megatron_moe.checkpoint import (
     load_checkpoint,
 )
 from megatron_moe.checkpoint.select import SelectedCheckpoint, select_checkpoint
-from megatron_moe.config import CheckpointConfig, RunConfig
+from megatron_moe.config import RunConfig
+from megatron_moe.config.run import flag_of
 from megatron_moe.data.pipeline import Data
-from megatron_moe.errors import UsageError
 from megatron_moe.parallel.collectives import RankGroup
 from megatron_moe.training.consumed import (
     PhaseRecord,
@@ -59,7 +59,6 @@ def resolve_resume_point(schedule: RunSchedule, ranks: RankGroup | None = None) 
             `--allow-missing-load`.
     """
     settings, ranks = schedule.config.checkpoint, ranks or RankGroup()
-    _check_flags(settings)
     if settings.load is None:
         return ResumePoint(state=TrainState())
     may_miss = settings.allow_missing_load and ranks.rank == 0
@@ -79,16 +78,6 @@ def resolve_resume_point(schedule: RunSchedule, ranks: RankGroup | None = None) 
         chosen=chosen,
         metadata=opened.identity,
     )
-
-
-def _check_flags(settings: CheckpointConfig) -> None:
-    if settings.load is None:
-        for flag in ("finetune", "checkpoint_fallback"):
-            if getattr(settings, flag):
-                raise UsageError(f"--{flag.replace('_', '-')}", True, "used with --load")
-    if settings.checkpoint_fallback and settings.ckpt_step is not None:
-        fix = "it selects the step itself"
-        raise UsageError("--checkpoint-fallback", True, "used without --ckpt-step", fix)
 
 
 def resume_lines(schedule: RunSchedule, resume: ResumePoint) -> list[str]:
@@ -123,7 +112,7 @@ def _changes(before: RunConfig, after: RunConfig) -> list[str]:
     for section in ("model", "moe", "data", "train", "optimizer"):
         old, new = asdict(getattr(before, section)), asdict(getattr(after, section))
         found += [
-            f"--{name.replace('_', '-')} was {old[name]}, is {new[name]}"
+            f"{flag_of(name)} was {old[name]}, is {new[name]}"
             for name in new
             if old[name] != new[name]
         ]

@@ -134,7 +134,7 @@ def forward_function(
     """
     scale = None
     if targets is not None:
-        scale = (num_microbatches * run.ctx.dp_size / targets).float()
+        scale = (num_microbatches * run.ctx.layout.dp / targets).float()
 
     def forward(batches: Iterator[Batch | None], chunk: nn.Module) -> tuple[Tensor, LossFunction]:
         batch = next(batches)

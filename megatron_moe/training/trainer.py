@@ -267,7 +267,7 @@ class ExitSignal:
 
     def agreed(self) -> bool:
         """Whether any rank has received SIGTERM; the same on all ranks, which call it together."""
-        return self._ranks.sums(self._noted)[0] > 0
+        return self._ranks.all_reduce_sum(self._noted)[0] > 0
 
     def close(self) -> None:
         """Restore the handler from before."""

@@ -15,14 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.config import RunConfig
-from megatron_moe.config.phases import place_of, read_phases
+from megatron_moe.config.phases import errors_of_phase, place_of, read_phases
 from megatron_moe.data.blend import Blend, blends_of
 from megatron_moe.data.indexed.check import Source, inspect_source
 from megatron_moe.data.indexed.format import paths_of
 from megatron_moe.data.pipeline import build_data
 from megatron_moe.errors import UsageError
 from megatron_moe.tokenizer.build import build_tokenizer, unpadded_vocab_size
-from megatron_moe.training.phases import named
 
 Counts = npt.NDArray[np.float64]
 
@@ -62,7 +61,7 @@ def unigram_loss(config: RunConfig, phase: str | None = None) -> UnigramLoss:
     spec = specs[-1] if phase is None else specs[place_of(phase, [s.name for s in specs])]
     # Held-out samples do not depend on the length of the phase.
     train = replace(config.train, stages=None, train_iters=1, train_samples=None)
-    with named(spec.label):
+    with errors_of_phase(spec.label):
         return replace(_of_one(spec.applied(replace(config, train=train))), phase=spec.name)
 
 

@@ -79,10 +79,10 @@ def copy_experts(layer: MoELayer, whole: MoELayer, ctx: ParallelContext) -> None
 
 def own_part(name: str, full: Tensor, ctx: ParallelContext) -> Tensor:
     """This rank's experts, and its part of their width in each block of the first matrix."""
-    mine = full.chunk(ctx.ep_size)[ctx.ep_rank]
+    mine = full.chunk(ctx.layout.ep)[ctx.ep_rank]
     if name == "weight_out":
-        return mine.chunk(ctx.etp_size, dim=1)[ctx.etp_rank]
-    parts = [block.chunk(ctx.etp_size, dim=2)[ctx.etp_rank] for block in mine.chunk(3, dim=2)]
+        return mine.chunk(ctx.layout.etp, dim=1)[ctx.etp_rank]
+    parts = [block.chunk(ctx.layout.etp, dim=2)[ctx.etp_rank] for block in mine.chunk(3, dim=2)]
     return torch.cat(parts, dim=2)
 
 
@@ -92,7 +92,7 @@ def check_layout(
     """The body of one rank; the number of choices dropped on it."""
     ctx = context_of(world_size, tp, ep, etp)
     set_loss_scale(0.5)
-    whole = run_whole(settings, ctx.dp_size)
+    whole = run_whole(settings, ctx.layout.dp)
     layer = layer_of(moe_config(**settings), pgs=ctx.pgs, sequence_parallel=tp > 1)
     copy_experts(layer, whole.layer, ctx)
     seen = watched(layer)
@@ -136,7 +136,7 @@ def check_engine_wrapper(rank: int, world_size: int) -> None:
 
     ctx = context_of(world_size, tp=1, ep=2, etp=1)
     set_loss_scale(1.0)
-    whole = run_whole({}, ctx.dp_size)
+    whole = run_whole({}, ctx.layout.dp)
     layer = layer_of(moe_config(), pgs=ctx.pgs)
     copy_experts(layer, whole.layer, ctx)
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)

@@ -68,7 +68,7 @@ def own_batches(
     count = ctx.layout.num_microbatches
     if not ctx.needs_data and not extra:
         return [None] * count
-    return [micro_batch(index * ctx.dp_size + ctx.dp_rank, seed, extra) for index in range(count)]
+    return [micro_batch(index * ctx.layout.dp + ctx.dp_rank, seed, extra) for index in range(count)]
 
 
 def micro_batch(index: int, seed: int = 3, extra: tuple[str, ...] = ()) -> Batch:

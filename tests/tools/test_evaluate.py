@@ -13,8 +13,8 @@ import pytest
 from megatron_moe.config import DataConfig
 from megatron_moe.data.indexed.writer import IndexedWriter
 from tests.inference.cases import CONFIG, save
-from tests.support.mistakes import refused
 from tests.support.pool import Pool
+from tests.support.usage_errors import usage_error
 from tests.training.tiny import MODEL, pretrain_rank, write_domains
 from tools.evaluate import main
 
@@ -151,7 +151,7 @@ def test_a_native_checkpoint_is_read_in_the_rows_of_its_run(
 def test_mistakes_are_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], native: Path, flags: list[str], named: str
 ) -> None:
-    assert named in refused(main, ["--load", str(native), *flags], capsys)
+    assert named in usage_error(main, ["--load", str(native), *flags], capsys)
 
 
 def test_held_out_samples_of_weights_are_refused(
@@ -159,7 +159,7 @@ def test_held_out_samples_of_weights_are_refused(
 ) -> None:
     weights = save(tmp_path / "weights", layout="hf")
     flags = ["--tokenizer-type", "ByteTokenizer", "--held-out", "valid"]
-    assert "a native checkpoint" in refused(main, ["--load", str(weights), *flags], capsys)
+    assert "a native checkpoint" in usage_error(main, ["--load", str(weights), *flags], capsys)
 
 
 def test_without_lm_eval_a_line_says_how_to_install_it(
@@ -172,5 +172,5 @@ def test_without_lm_eval_a_line_says_how_to_install_it(
         lambda name, *more: None if name == "lm_eval" else find(name, *more),
     )
     # Said before the checkpoint is looked for: a large one takes minutes.
-    error = refused(main, ["--load", str(tmp_path / "none"), "--tasks", "arc_easy"], capsys)
+    error = usage_error(main, ["--load", str(tmp_path / "none"), "--tasks", "arc_easy"], capsys)
     assert "pip install 'megatron-moe[eval]'" in error

@@ -14,7 +14,7 @@ import torch
 
 from megatron_moe.config import DataConfig
 from tests.inference.cases import CONFIG, TOKENIZER, greedy, model, save
-from tests.support.mistakes import refused
+from tests.support.usage_errors import usage_error
 from tools.generate import main
 
 GREEDY = ("--temperature", "0", "--max-new-tokens")
@@ -250,7 +250,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(
 def test_mistakes_are_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, flags: list[str], named: str
 ) -> None:
-    assert named in refused(main, ["--load", str(checkpoint), *flags], capsys)
+    assert named in usage_error(main, ["--load", str(checkpoint), *flags], capsys)
 
 
 def test_a_prompts_file_with_a_line_that_is_no_prompt(
@@ -259,14 +259,14 @@ def test_a_prompts_file_with_a_line_that_is_no_prompt(
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\n["b"]\n')
     words = ["--load", str(checkpoint), "--prompts-file", str(path)]
-    assert f"line 2 of {path}" in refused(main, words, capsys)
+    assert f"line 2 of {path}" in usage_error(main, words, capsys)
 
 
 def test_a_missing_checkpoint_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     absent = str(tmp_path / "none")
-    assert absent in refused(main, ["--load", absent], capsys)
+    assert absent in usage_error(main, ["--load", absent], capsys)
 
 
 def test_another_tokenizer_than_the_trained_one_is_refused(
@@ -274,4 +274,4 @@ def test_another_tokenizer_than_the_trained_one_is_refused(
 ) -> None:
     save(tmp_path, replace(CONFIG, data=DataConfig(vocab_size=300)))
     words = ["--load", str(tmp_path), "--tokenizer-type", "ByteTokenizer", "--prompt", "1 2"]
-    assert "tokenizer of the checkpoint" in refused(main, words, capsys)
+    assert "tokenizer of the checkpoint" in usage_error(main, words, capsys)

@@ -61,7 +61,7 @@ def test_keep_last_and_keep_every(runs, tmp_path):
     kept = ["iter_0000003", "iter_0000005", "iter_0000006"]
     assert names == [*kept, "latest_checkpointed_iteration.txt"]
     _, found = runs.go("--train-iters 6 --keep-every 3", "--save", str(tmp_path), code=2)
-    assert found.strip() == "--keep-every must be --keep-last with it (got 3)"
+    assert found.strip() == "--keep-every must be used with --keep-last (got 3)"
 
 
 def test_ckpt_step_resumes_from_an_older_step(runs):

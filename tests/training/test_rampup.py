@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
-from megatron_moe.config import TrainConfig
+from megatron_moe.config import RunConfig, TrainConfig
 from megatron_moe.config.cli import parse_args
 from megatron_moe.config.rampup import FLAG, BatchSizes
+from megatron_moe.config.validate import validate
 from megatron_moe.errors import UsageError
 from megatron_moe.parallel.layout import resolve_layout
 from megatron_moe.training.plan import resolve_plan
@@ -119,6 +120,11 @@ def test_the_ramp_reads_the_samples_of_a_run_without_one(pool, corpus, tmp_path)
     assert first[2]["lm_loss"] != pytest.approx(second[2]["lm_loss"], rel=1e-6)
 
 
+def _resolve(config: RunConfig, world: int) -> None:
+    validate(config)
+    resolve_layout(config, world, 128)
+
+
 @pytest.mark.parametrize(
     ("line", "world"),
     [
@@ -140,7 +146,7 @@ def test_invalid_values_are_rejected_by_flag(line, world):
     flags = ["--global-batch-size", "12", "--train-iters", "3", FLAG, *line.split()]
     config = parse_args([*MODEL, *flags]).config
     with pytest.raises(UsageError) as error:
-        resolve_layout(config, world, 128)
+        _resolve(config, world)
     assert error.value.what == FLAG
 
 

@@ -14,7 +14,6 @@ from megatron_moe.data.causal import CausalDataset
 from megatron_moe.data.objectives.prefix_lm import PrefixLmDataset
 from megatron_moe.data.objectives.sft import SftDataset, SftPlan
 from megatron_moe.data.objectives.ul2 import Ul2Dataset, plan_ul2
-from megatron_moe.errors import UsageError
 from megatron_moe.tokenizer.base import Tokenizer
 from megatron_moe.tokenizer.build import unpadded_vocab_size
 
@@ -42,22 +41,7 @@ def plan_objective(config: RunConfig, tokenizer: Tokenizer) -> ObjectivePlan:
     """
     objective = config.objective
     name, eod = objective.objective, objective.eod_mask_loss
-    if eod and name in ("ul2", "sft"):
-        raise UsageError(
-            "--eod-mask-loss",
-            eod,
-            f"unset with --objective {name}",
-            "it applies to causal and prefix-lm; rows of several parts define their own loss mask",
-        )
     resets = extra_planes(objective)
-    if resets and name == "ul2":
-        flag = "--reset-position-ids" if "positions" in resets else "--reset-attention-mask"
-        raise UsageError(
-            flag,
-            True,
-            "unset with --objective ul2",
-            "as in the paper, inputs and targets are one row with positions from its start",
-        )
     if name == "ul2":
         plan = plan_ul2(config, tokenizer)
         return ObjectivePlan(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_moe.config import OptimizerConfig
 from megatron_moe.config.cli import parse_args
+from megatron_moe.config.validate import validate
 from megatron_moe.errors import UsageError
 from megatron_moe.model.logical import initial_tensor, logical_parameters
 from megatron_moe.model.sharding.shards import ParamShard, Piece
@@ -252,6 +253,7 @@ def test_invalid_values_are_rejected_by_flag(line, flag):
 
 def _planned(line: str) -> OptimizerConfig:
     config = parse_args(line.split()).config
+    validate(config)
     resolve_plan(config, 8)
     return config.optimizer
 

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_moe.config import OptimizerConfig
+from megatron_moe.config import OptimizerConfig, RunConfig
 from megatron_moe.config.cli import parse_args
 from megatron_moe.config.presets import PRESETS
+from megatron_moe.config.validate import validate
 from megatron_moe.errors import UsageError
 from megatron_moe.training.optim.schedule import learning_rate
 from megatron_moe.training.plan import resolve_plan
@@ -109,6 +110,11 @@ def test_wsd_by_hand(shape, end):
     assert found == pytest.approx(expected, abs=1e-12)
 
 
+def _resolve(config: RunConfig) -> None:
+    validate(config)
+    resolve_plan(config, 8)
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -119,6 +125,7 @@ def test_wsd_by_hand(shape, end):
     ],
 )
 def test_invalid_values_are_rejected_by_flag(line):
+    config = parse_args(["--train-iters", "10", *line.split()]).config
     with pytest.raises(UsageError) as error:
-        resolve_plan(parse_args(["--train-iters", "10", *line.split()]).config, 8)
+        _resolve(config)
     assert error.value.what == "--lr-wsd-decay-iters"

@@ -1,4 +1,4 @@
-"""Ranks that talk before there are process groups: a store that rank 0 serves, real processes."""
+"""Communication before there are process groups: real processes, a store that rank 0 serves."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import pytest
 
 from megatron_moe.errors import Corrupt, UsageError
 from megatron_moe.parallel.collectives import launch_rank_group
-from megatron_moe.parallel.launch import launched, run_or_exit
-from megatron_moe.parallel.meeting import Rendezvous
+from megatron_moe.parallel.launch import Rendezvous, launched, run_or_exit
 from tests.faults.killing import start_fork
 
 
@@ -39,42 +38,42 @@ def _ranks(body: Callable[[int, Rendezvous], None], size: int = 3) -> list[int]:
 
 
 def test_values_are_gathered_and_broadcast():
-    def body(rank: int, meeting: Rendezvous) -> None:
+    def body(rank: int, rendezvous: Rendezvous) -> None:
         for turn in ("first", "second"):
-            told = meeting.gather(f"{turn} of {rank}")
+            gathered = rendezvous.gather(f"{turn} of {rank}")
             expected = [f"{turn} of {each}" for each in range(3)]
-            assert told == (expected if rank == 0 else None)
-            assert meeting.broadcast(f"{turn} {rank}") == f"{turn} 0"
-        meeting.gather("done")  # rank 0 serves the store until all have heard
+            assert gathered == (expected if rank == 0 else None)
+            assert rendezvous.broadcast(f"{turn} {rank}") == f"{turn} 0"
+        rendezvous.gather("done")  # rank 0 serves the store until all have received
 
     assert _ranks(body) == [0, 0, 0]
 
 
-@pytest.mark.parametrize("mistaken", [0, 2])
-def test_a_rank_with_a_mistake_of_its_own_ends_those_that_wait_for_it(mistaken):
-    def body(rank: int, meeting: Rendezvous) -> None:
-        if rank == mistaken:
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_rank_with_a_usage_error_ends_those_that_wait_for_it(failing):
+    def body(rank: int, rendezvous: Rendezvous) -> None:
+        if rank == failing:
             raise UsageError("--planted", rank, "nothing")
-        meeting.gather("x")
-        meeting.broadcast("y")
+        rendezvous.gather("x")
+        rendezvous.broadcast("y")
 
     assert _ranks(body) == [2, 2, 2]
 
 
-def test_what_one_rank_finds_wrong_is_wrong_for_all():
-    """As ranks of a checkpoint: the same error everywhere, said once by the launch."""
+def test_an_error_of_one_rank_is_raised_on_all():
+    """As the ranks that read a checkpoint: the same error on all, printed once by the launch."""
 
     def body(rank: int, _: Rendezvous) -> None:
         ranks = launch_rank_group(launched(), timedelta(seconds=60))
-        assert ranks.broadcast(["told", rank]) == ["told", 0]
+        assert ranks.broadcast(["value", rank]) == ["value", 0]
         assert ranks.gather(rank) == ([0, 1, 2] if rank == 0 else None)
 
         def read() -> None:
             if rank == 0:
                 raise Corrupt("file", "damaged", "whole")
 
-        with pytest.raises(Corrupt, match="file is 'damaged'"):
-            ranks.together(read)
-        ranks.together(read)
+        with pytest.raises(Corrupt, match=r"file must be whole \(got 'damaged'\)"):
+            ranks.run_on_all(read)
+        ranks.run_on_all(read)
 
     assert _ranks(body) == [2, 2, 2]

@@ -142,7 +142,7 @@ def test_recomputation_changes_nothing(pool: Pool) -> None:
         ("random-state", {}, False, "Torch not compiled with CUDA enabled"),
     ],
 )
-def test_the_engine_does_not_train_without(
+def test_it_does_not_train_without(
     pool: Pool, patch: str, ddp: dict[str, Any], bf16: bool, error: str
 ) -> None:
     with pytest.raises(RemoteError, match=error):
@@ -150,7 +150,7 @@ def test_the_engine_does_not_train_without(
 
 
 def stock_moe(rank: int, world_size: int, *, dropless: bool) -> tuple[float, list[float]]:
-    """Sum of outputs and sums of gradients by expert, of the engine's own MoE layer with EP."""
+    """Sum of outputs and sums of gradients by expert, of Megatron-Core's own MoE layer with EP."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
@@ -192,7 +192,7 @@ def stock_moe(rank: int, world_size: int, *, dropless: bool) -> tuple[float, lis
 def test_the_stock_moe_layer_gives_the_same_on_one_and_two_ranks(
     pool: Pool, dropless: bool
 ) -> None:
-    """Its dispatcher hands its splits from one stream to another, and runs the router's GEMM."""
+    """Its dispatcher passes its splits from one stream to another, and runs the router's GEMM."""
     (one,) = pool.run(stock_moe, 1, dropless=dropless)
     two = pool.run(stock_moe, 2, dropless=dropless)
     assert sum(total for total, _ in two) == pytest.approx(one[0], rel=1e-4)

@@ -1,4 +1,4 @@
-"""What a command does with a mistake of the user's: one line, exit code 2."""
+"""How a command ends after a usage error: one line on standard error, exit code 2."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 import pytest
 
 
-def refused(
+def usage_error(
     main: Callable[[Sequence[str]], object],
     words: Sequence[str],
     capture: pytest.CaptureFixture[str],
 ) -> str:
-    """The one line on standard error with which a command ends with code 2 before it prints."""
+    """The line on standard error of a command that ends with code 2 before it prints anything."""
     capture.readouterr()
     with pytest.raises(SystemExit) as ended:
         main(words)
