@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config import ModelConfig, MoEConfig
-from megatron_moe.moe import MoELayer, Routing
+from megatron_moe.moe import MoELayer, RoutingDecision
 
 CAPACITY_FACTOR = 1.25
 ROWS = 2
@@ -119,7 +119,7 @@ class Step:
 
 def kept_rows(layer: MoELayer, x_SBH: Tensor) -> list[int]:
     """Rows that each expert really keeps."""
-    seen: list[Routing] = []
+    seen: list[RoutingDecision] = []
     layer.on_routing = seen.append
     layer(x_SBH)
     layer.on_routing = None

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_kernels.reference._blocks import row_blocks
+from fused_kernels.row_blocks import row_blocks
 
 OVERWRITES_GRADIENT = True
 """`backward` works in its first argument."""

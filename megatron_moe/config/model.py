@@ -53,3 +53,13 @@ class ModelConfig:
     """Standard deviation of router weights at the start."""
     logit_z_loss_coeff: float = 1e-4
     """Weight of mean(log(Z)^2) over target tokens, Z the softmax normaliser of the logits."""
+
+    @property
+    def gate_blocks(self) -> int:
+        """Blocks of F columns in W_gate: 2 ([a|b]) in `gated-swiglu`, 1 in `swiglu`."""
+        return 2 if self.ffn_variant == "gated-swiglu" else 1
+
+    @property
+    def input_blocks(self) -> int:
+        """Blocks of F columns in [W_gate | W_up], which one GEMM multiplies: 3 or 2."""
+        return self.gate_blocks + 1

@@ -115,9 +115,6 @@ def _layout_settings(config: RunConfig, degrees: Degrees) -> dict[str, Any]:
         "recompute_method": parallel.recompute_method,
         "recompute_num_layers": parallel.recompute_num_layers,
         "recompute_modules": list(parallel.recompute_modules) if selective else None,
-        # Without overlapped transfers the interleaved schedule gives wrong gradients, silently.
-        "overlap_p2p_comm": degrees.vp is not None,
-        "batch_p2p_comm": degrees.vp is None,
     }
 
 

@@ -19,7 +19,6 @@ from megatron_moe.model.logical import (
     LogicalParameter,
     ParameterKind,
     expert_width,
-    gate_blocks,
     logical_parameters,
 )
 
@@ -152,7 +151,7 @@ def flops_per_token(
     pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
     moe_layers, layers = sum(pattern), len(pattern)
     inner = model.num_attention_heads * model.kv_channels
-    per_width = 2 * (gate_blocks(model) + 2) * model.hidden_size
+    per_width = 2 * (model.input_blocks + 1) * model.hidden_size
     shared = moe.moe_shared_expert_intermediate_size or 0
     return TokenFlops(
         attention_projections=layers * 2 * 4 * model.hidden_size * inner,

@@ -26,9 +26,10 @@ from torch.nn import functional as F
 
 from megatron_moe.config import ModelConfig, MoEConfig, moe_layer_pattern
 from megatron_moe.model.attention import Documents
-from megatron_moe.model.ffn import DenseFFN, engine_device
+from megatron_moe.model.ffn import DenseFFN, parameter_device
 from megatron_moe.model.norm import RMSNorm
 from megatron_moe.moe.layer import MoELayer
+from megatron_moe.moe.registry import kernels_for
 
 
 @dataclass
@@ -72,13 +73,14 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
     def _build_feed_forward(
         self, model: ModelConfig, moe: MoEConfig, pgs: ProcessGroupCollection
     ) -> None:
-        config, kernels = self.config, moe.moe_dispatch_impl
+        config, device = self.config, parameter_device(self.config)
+        gate = kernels_for(moe, device.type).gated_silu
         pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
         self.is_moe = pattern[self.layer_number - 1]
         self.shared_norm: RMSNorm | None = None
         self.shared: DenseFFN | None = None
         if not self.is_moe:
-            self.ffn = DenseFFN(config, model.ffn_variant, model.ffn_hidden_size, pgs, kernels)
+            self.ffn = DenseFFN(config, model, model.ffn_hidden_size, pgs, gate)
             return
         self.moe = MoELayer(
             model,
@@ -88,12 +90,12 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
             pgs=pgs,
             sequence_parallel=config.sequence_parallel,
             params_dtype=config.params_dtype,
-            device=engine_device(config),
+            device=device,
         )
         if moe.moe_shared_expert_intermediate_size is None:
             return
         width = moe.moe_shared_expert_intermediate_size
-        self.shared = DenseFFN(config, model.ffn_variant, width, pgs, kernels)
+        self.shared = DenseFFN(config, model, width, pgs, gate)
         if moe.moe_shared_expert_placement == "sequential":
             self.shared_norm = RMSNorm(config, config.hidden_size, model.norm_epsilon)
 

@@ -6,7 +6,7 @@ import socket
 from collections import defaultdict
 
 from megatron_moe.config import RunConfig
-from megatron_moe.moe.kernels import kernels_of
+from megatron_moe.moe.registry import kernels_for
 from megatron_moe.parallel.collectives import RankGroup
 
 
@@ -22,7 +22,7 @@ def unequal_kernels(config: RunConfig, device_type: str, ranks: RankGroup) -> li
     Raises:
         UsageError: what `--moe-dispatch-impl` names is not available here; it says why.
     """
-    chosen = kernels_of(config.moe.moe_dispatch_impl, device_type).values()
+    chosen = kernels_for(config.moe, device_type).selected
     took = sorted({f"{kernel.implementation} ({kernel.reason})" for kernel in chosen})
     told = ranks.gather([", ".join(took), socket.gethostname()])
     hosts_by_choice: dict[str, list[str]] = defaultdict(list)

@@ -219,7 +219,7 @@ def test_who_asks_for_the_reference_needs_no_compiler(
 ) -> None:
     """Nor waits for one that hangs."""
     monkeypatch.setenv("CXX", "no-such")
-    assert select("gated_silu", "reference", device).reason == "as asked"
+    assert select("gated_silu", "reference", device).reason == "as requested"
     assert select("gated_silu", "auto", "cuda").reason == "auto: first of reference on cuda"
     assert library._library_or_reason.cache_info().currsize == 0
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_kernels import KernelUnavailable, native, registry, select, select_all
+from fused_kernels import KernelUnavailable, load_kernels, native, registry, select
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_auto_says_what_it_could_not_take(without_native: None) -> None:
 def test_an_implementation_is_taken_by_name(compiled: None) -> None:
     for name in ("native", "reference"):
         chosen = select("gated_silu", name)
-        assert (chosen.implementation, chosen.reason) == (name, "as asked")
+        assert (chosen.implementation, chosen.reason) == (name, "as requested")
 
 
 def test_an_unknown_implementation_is_refused_by_name_with_what_there_is() -> None:
@@ -50,7 +50,7 @@ def test_an_unknown_implementation_is_refused_by_name_with_what_there_is() -> No
 
 def test_an_implementation_for_other_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.IMPLEMENTATIONS, "reference", frozenset({"cuda"}))
-    assert select("gated_silu", "reference", "cuda").reason == "as asked"
+    assert select("gated_silu", "reference", "cuda").reason == "as requested"
     with pytest.raises(KernelUnavailable):
         select("gated_silu", "reference", "cpu")
 
@@ -75,4 +75,10 @@ def test_an_unknown_operation_is_a_mistake_of_the_caller() -> None:
 
 
 def test_all_operations_come_together() -> None:
-    assert set(select_all("reference")) == set(registry.OPERATIONS)
+    """Each attribute has the module of its operation, and the log all four."""
+    kernels = load_kernels("reference")
+    for operation in registry.OPERATIONS:
+        module = getattr(kernels, operation)
+        assert module.__name__ == f"fused_kernels.reference.{operation}"
+    assert tuple(kernel.operation for kernel in kernels.selected) == registry.OPERATIONS
+    assert {kernel.reason for kernel in kernels.selected} == {"as requested"}

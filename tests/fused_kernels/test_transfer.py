@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_kernels import select
-from fused_kernels.reference import _blocks
+from fused_kernels import row_blocks, select
 
 
 @pytest.fixture
@@ -117,7 +116,7 @@ def test_combine_sums_the_gradient_of_its_weights_in_their_dtype(
     combine: ModuleType, case: dict[str, Tensor], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1001 products of ones: bfloat16, which has 8 bits, cannot hold their sum."""
-    monkeypatch.setattr(_blocks, "CACHED_ELEMENTS", block)
+    monkeypatch.setattr(row_blocks, "CACHED_ELEMENTS", block)
     out, grad = torch.ones(7, 1001, dtype=torch.bfloat16), torch.ones(4, 1001, dtype=torch.bfloat16)
     out[3] = 2.0
     weights, rows, kept = case["weights"].float(), case["rows"], case["kept"]

@@ -62,4 +62,7 @@ def test_the_engines_gradient_buffers(pool: Pool) -> None:
 
 def test_tensor_parallelism_needs_sequence_parallelism(pool: Pool) -> None:
     for answer in pool.run(ranks.needs_sequence_parallel, 2):
-        assert answer.startswith("--sequence-parallel is 'off with --tensor-model-parallel-size 2'")
+        assert answer == (
+            "--sequence-parallel must be on with --tensor-model-parallel-size 2 (got 'off'); "
+            "expert layers shard the sequence"
+        )
