@@ -71,7 +71,7 @@ def run_whole(settings: dict[str, Any], replicas: int) -> Whole:
 
 def copy_experts(layer: MoELayer, whole: MoELayer, ctx: ParallelContext) -> None:
     with torch.no_grad():
-        layer.router.weight.copy_(whole.router_weight)
+        layer.router.weight.copy_(whole.router.weight)
         for name in ("weight_in", "weight_out"):
             full = getattr(whole.experts, name)
             getattr(layer.experts, name).copy_(own_part(name, full, ctx))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,8 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.moe import MoELayer, collect_statistics
-from megatron_moe.moe.expert_gemm import ExpertBucket
-from megatron_moe.moe.experts import ExpertWork, choose_impl
 from tests.moe.cases import (
     DTYPE,
     HIDDEN,
@@ -222,23 +219,6 @@ def test_auto_takes_what_suits_the_size_and_says_so() -> None:
     assert "loop (as requested)" in choice(64, moe_expert_impl="loop")
 
 
-def test_auto_decides_by_the_loads_of_the_pass() -> None:
-    def work(*filled: int, multiply_adds: int = 1000) -> ExpertWork:
-        rows = list(filled)
-        return ExpertWork(readable=True, filled=rows, multiply_adds=multiply_adds, width=10)
-
-    assert choose_impl("auto", work(100, 100, 90)).buckets == (ExpertBucket(3, 100),)
-    assert choose_impl("auto", work(100, 100, 20)).name == "loop"
-    # Large experts are worth no padding.
-    full = work(1000, 1000, 1000, multiply_adds=10**7)
-    assert choose_impl("auto", full).buckets == (ExpertBucket(3, 1000),)
-    large = choose_impl("auto", work(1000, 900, 1000, multiply_adds=10**7))
-    assert (large.name, large.reason) == ("loop", "auto: on a CPU filled rows alone are computed")
-    assert choose_impl("auto", work(0, 0, 0)).name == "loop"
-    several_sources = replace(work(1), filled=None)
-    assert choose_impl("auto", several_sources).name == "loop"
-
-
 def test_the_loop_is_refused_where_there_is_nothing_to_read() -> None:
     with (
         FakeTensorMode(),
@@ -282,11 +262,3 @@ def test_bfloat16(impl: str, kernels: str) -> None:
     y.sum().backward()
     error = (y.float() - full(x.float())).norm() / y.float().norm()
     assert error < 0.01
-
-
-def test_what_the_engine_must_know_of_each_parameter() -> None:
-    layer = layer_of(moe_config())
-    assert layer.router.weight.sequence_parallel is False
-    for weight in (layer.experts.weight_in, layer.experts.weight_out):
-        assert weight.allreduce is True
-        assert weight.tensor_model_parallel is True

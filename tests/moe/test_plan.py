@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fused_kernels.reference import rank_in_expert
+from megatron_moe.moe import plan as plan_module
 from megatron_moe.moe.plan import (
     DROP_POLICIES,
     BufferLayout,
@@ -18,6 +19,8 @@ from megatron_moe.moe.plan import (
     SlotRule,
     Slots,
     assign_slots,
+    by_priority,
+    by_token,
     place,
 )
 
@@ -218,3 +221,32 @@ def test_slots_are_full_before_anything_drops(policy: str) -> None:
     for row, expert in itertools.product(range(4), range(8)):
         mine = choices[row::4] == expert
         assert (kept_TK[row::4] & mine).sum() == min(int(mine.sum()), 3)
+
+
+def test_priority_order_by_hand() -> None:
+    """The example of `by_priority`: two rows of two tokens, two choices; tk is 10 t + k."""
+    value = torch.tensor([[0, 1], [10, 11], [20, 21], [30, 31]])
+    cases = {
+        2: [[0, 20, 1, 21], [10, 30, 11, 31]],
+        1: [[0, 20, 10, 30, 1, 21, 11, 31]],
+        4: [[0, 1], [20, 21], [10, 11], [30, 31]],
+    }
+    for groups, expected in cases.items():
+        capacity = Capacity(group_size=4 // groups, groups=groups, slots=1)
+        order = by_priority(value, 2, capacity)
+        assert order.tolist() == expected
+        assert torch.equal(by_token(order, 2, capacity), value)
+
+
+def test_first_rows_by_hand() -> None:
+    """The example of `_first_rows`: fills of [[2, 1], [1, 2]]."""
+    filled = torch.tensor([[2, 1], [1, 2]])
+    layouts = {
+        (0, 4, 2, 6): BufferLayout(kind="fixed", blocks=1, block_rows=8, expert_rows=4),
+        (0, 3, 2, 4): BufferLayout(kind="packed", blocks=1, block_rows=6),
+        (0, 4, 2, 5): BufferLayout(kind="packed", blocks=2, block_rows=4),
+    }
+    for expected, layout in layouts.items():
+        assert tuple(plan_module._first_rows(filled, layout).flatten().tolist()) == expected
+    aligned = BufferLayout.aligned([4, 4])
+    assert plan_module._first_rows(filled, aligned).tolist() == [[0, 4], [2, 5]]
