@@ -1,4 +1,4 @@
-"""What `bench.moe_layer` compares: our layer, the engine's two, and the bare GEMMs.
+"""What `bench.moe_layer` compares: our layer, Megatron-Core's two, and the bare GEMMs.
 
 Shapes: E experts, K choices, T tokens, H hidden, F ffn, R rows kept.
 """
@@ -65,7 +65,7 @@ def our_layer(shape: Shape, rule: str, factor: float | None, impl: str = "auto")
     return layer
 
 
-def engine_layer(shape: Shape, factor: float | None, pgs: Any) -> torch.nn.Module:
+def stock_layer(shape: Shape, factor: float | None, pgs: Any) -> torch.nn.Module:
     """Megatron-Core's layer: all-to-all dispatcher, one module per expert; padded to capacity,
     or dropless without a factor.
     """

@@ -1,9 +1,10 @@
 """Selects the implementation of each operation, explicitly.
 
 An implementation is a folder of this package with one module per operation. `auto` takes the first
-one in `IMPLEMENTATIONS` that runs on the device and has the operation; the reason names it and says
-why earlier ones were passed over. Any other name is used as given or rejected, never replaced. An
-implementation that does not run everywhere has a function `unavailable`, which returns the reason.
+one in `IMPLEMENTATIONS` that runs on the device and has the operation; the reason names it and
+explains why earlier ones were passed over. Any other name is used as given or rejected, never
+replaced. An implementation that does not run everywhere has a function `unavailable`, which returns
+the reason.
 """
 
 from __future__ import annotations

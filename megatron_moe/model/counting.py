@@ -1,7 +1,7 @@
 """How many parameters and how much arithmetic: totals, activated, per rank, FLOPs per token.
 
 All numbers are plain integers, derived from `megatron_moe.model.logical` and the sizes alone; no
-torch. `docs/model.md` has the derivation, and how the numbers stand to those the paper prints.
+torch. `docs/model.md` has the derivation and a comparison with the numbers in the paper.
 
 Letters: L layers, H hidden, n heads, d head width, F feed-forward width, V vocabulary, E experts,
 K choices per token, S sequence.

@@ -2,7 +2,9 @@
 
 x += Attn(norm1 x); then a dense layer does x += FFN(norm2 x), and an MoE layer either
 x += MoE(norm2 x), x += shared(norm3 x) (released) or x += MoE(norm2 x) + shared(norm2 x) (paper,
-eq. 4). The engine's own layer knows one norm and one MLP, hence this one on its block.
+eq. 4). Megatron-Core's own layer has one norm and one MLP, hence this one in its block.
+
+Shapes: S sequence (this rank's part under sequence parallelism), B batch, H hidden.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class OpenMoELayerSubmodules:
 
 
 class OpenMoELayer(MegatronModule, BaseTransformerLayer):
-    """Layer ``layer_number`` (1-based within its chunk, as the engine's block counts)."""
+    """Layer ``layer_number`` (1-based within its chunk, as Megatron-Core's block counts)."""
 
     def __init__(
         self,
@@ -122,12 +124,12 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
     def forward(
         self, hidden_states: Tensor, packed_seq_params: Documents | None = None, **unused: Any
     ) -> tuple[Tensor, None]:
-        """Apply to [S, B, H]; the second result is the engine's cross-attention context.
+        """Apply to [S, B, H]; the second result is Megatron-Core's cross-attention context.
 
         Args:
             hidden_states: the residual stream, this rank's part of S under sequence parallelism.
-            packed_seq_params: where the documents of rows are, if they are told apart.
-            unused: what the engine's block passes for other architectures; must be ``None``.
+            packed_seq_params: positions and documents of the rows, if they have several.
+            unused: what Megatron-Core's block passes for other architectures; must be ``None``.
         """
         given = [name for name, value in unused.items() if value is not None]
         if given:

@@ -1,7 +1,7 @@
 """The logical parameters of OpenMoE: layout-free names, shapes and initial values.
 
 Everything that moves weights (the reference model, the parallel model's shards, checkpoints, the
-parity tests) speaks these names, and every layout starts from the same values: a tensor's initial
+parity tests) uses these names, and every layout starts from the same values: a tensor's initial
 value is a function of the seed and its name alone.
 
 Shapes: V vocabulary, H hidden, n heads, d head width, F feed-forward width, E experts. Matrices

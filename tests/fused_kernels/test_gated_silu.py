@@ -97,7 +97,7 @@ def test_gates_beyond_the_exponential(kernel: ModuleType) -> None:
     torch.testing.assert_close(grad_z[:, :8], slope, atol=1e-30, rtol=1e-6, equal_nan=True)
 
 
-def test_steps_do_nothing_until_they_are_called_and_write_where_they_are_told(
+def test_steps_write_into_their_outputs_when_they_are_called(
     kernel: ModuleType,
 ) -> None:
     z, grad = torch.randn(6, 8), torch.randn(6, 4)

@@ -140,7 +140,7 @@ def test_what_is_no_number_stays_none(combine: ModuleType, case: dict[str, Tenso
 
 
 @pytest.mark.parametrize("bad", [7, -1])
-def test_an_index_outside_of_the_buffer_is_refused(
+def test_an_index_outside_of_the_buffer_is_rejected(
     dispatch: ModuleType, combine: ModuleType, case: dict[str, Tensor], bad: int
 ) -> None:
     """Memory of others is neither read nor written."""

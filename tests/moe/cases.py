@@ -58,7 +58,7 @@ def watched(layer: MoELayer) -> list[RoutingDecision]:
 
 
 def set_loss_scale(scale: float) -> None:
-    """What the engine's schedule does before a backward pass."""
+    """What Megatron-Core's schedule does before a backward pass."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     MoEAuxLossAutoScaler.main_loss_backward_scale = torch.full((1,), scale)

@@ -109,7 +109,7 @@ def check_layout(
 
 
 def check_weight_gradients(layer: MoELayer, whole: MoELayer, ctx: ParallelContext) -> None:
-    """Reduced as the engine reduces them, without its division by the data-parallel size."""
+    """Reduced as Megatron-Core reduces them, without its division by the data-parallel size."""
     router = layer.router.weight.grad
     for group in (ctx.pgs.tp, ctx.pgs.dp):
         dist.all_reduce(router, group=group)
@@ -129,8 +129,8 @@ def check_statistics(layer: MoELayer, whole: MoELayer, ctx: ParallelContext) -> 
         torch.testing.assert_close(torch.tensor(getattr(ours, field)), torch.tensor(value))
 
 
-def check_engine_wrapper(rank: int, world_size: int) -> None:
-    """Through the engine's data-parallel wrapper, EP 2: the mean over ranks, counted once."""
+def check_megatron_wrapper(rank: int, world_size: int) -> None:
+    """Through Megatron-Core's data-parallel wrapper, EP 2: the mean over ranks, counted once."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer import TransformerConfig
 

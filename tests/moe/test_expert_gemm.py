@@ -115,7 +115,7 @@ def test_gradcheck(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["loop", "batched"])
-def test_with_the_engines_wrapper_gradients_are_added_to_main_grad_once(way: str) -> None:
+def test_with_megatrons_wrapper_gradients_are_added_to_main_grad_once(way: str) -> None:
     """Two micro-batches: main_grad holds the sum, the flag is set, `.grad` is not to be read."""
     w_in, w_out = (nn.Parameter(w.detach()) for w in weights(2, 2))
     x = torch.randn(2, 4, HIDDEN, dtype=torch.float64)
@@ -138,7 +138,7 @@ def test_with_the_engines_wrapper_gradients_are_added_to_main_grad_once(way: str
         torch.testing.assert_close(weight.main_grad, 1 + 2 * grad)
 
 
-def test_a_main_grad_of_another_dtype_is_left_to_the_engine() -> None:
+def test_a_main_grad_of_another_dtype_is_left_to_megatron_core() -> None:
     w_in, w_out = (nn.Parameter(w.detach()) for w in weights(1, 2))
     w_in.main_grad = torch.zeros_like(w_in, dtype=torch.float32)
     w_in.grad_added_to_main_grad = False

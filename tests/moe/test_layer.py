@@ -208,7 +208,7 @@ def test_nothing_has_the_size_of_tokens_by_experts_by_capacity(impl: str) -> Non
     assert largest.elements < sequence * experts * slots / 10
 
 
-def test_auto_takes_what_suits_the_size_and_says_so() -> None:
+def test_auto_selects_by_size_and_describes_it() -> None:
     model = ModelConfig(hidden_size=32, ffn_hidden_size=32)
 
     def choice(sequence: int, **settings: Any) -> str:
@@ -219,7 +219,7 @@ def test_auto_takes_what_suits_the_size_and_says_so() -> None:
     assert "loop (as requested)" in choice(64, moe_expert_impl="loop")
 
 
-def test_the_loop_is_refused_where_there_is_nothing_to_read() -> None:
+def test_the_loop_is_rejected_where_there_is_nothing_to_read() -> None:
     with (
         FakeTensorMode(),
         pytest.raises(
@@ -230,7 +230,7 @@ def test_the_loop_is_refused_where_there_is_nothing_to_read() -> None:
         layer_of(moe_config(moe_expert_impl="loop"))(tokens(0))
 
 
-def test_a_missing_kernel_is_refused_at_once() -> None:
+def test_a_missing_kernel_is_rejected_at_once() -> None:
     moe = moe_config()
     object.__setattr__(moe, "moe_dispatch_impl", "triton")
     with pytest.raises(
