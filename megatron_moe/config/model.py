@@ -44,7 +44,7 @@ class ModelConfig:
     attention_dropout: float = 0.0
     """Dropout on attention probabilities; 0 in pretraining."""
     hidden_dropout: float = 0.0
-    """Dropout on each residual branch; 0 in pretraining."""
+    """Dropout on the embedding and on each residual branch; 0 in pretraining."""
     init_variance_scale: float = 0.1
     """Attention, FFN, expert and logits weights start as N(0, scale / fan_in)."""
     embedding_init_method_std: float = 1.0

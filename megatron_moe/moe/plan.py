@@ -1,10 +1,8 @@
 """From choices to buffer rows: how many slots an expert has, who gets them, where they lie.
 
-Three steps, each on small integers; nothing has the shape [tokens, experts, capacity], and the host
-reads nothing:
+Nothing has the shape [tokens, experts, capacity], and the host reads nothing. Three steps:
 
-1. `capacity_of`: the micro-batch is cut into groups of tokens that compete for C slots of every
-   expert. Plain integers, known before the step.
+1. `capacity_of`: groups of tokens compete for C slots of every expert. Known before the step.
 2. `assign_slots`: choices are ranked within their group and expert; ranks below C keep a slot.
 3. `place`: slots become rows of the expert buffer, whose `BufferLayout` the experts choose.
 
@@ -61,30 +59,26 @@ def capacity_of(moe: MoEConfig, *, rows: int, row_tokens: int, training: bool) -
     """
     size = group_size(moe, rows=rows, row_tokens=row_tokens)
     factor = moe.moe_expert_capacity_factor if training else moe.moe_eval_capacity_factor
-    groups = rows * row_tokens // size
-    return Capacity(group_size=size, groups=groups, slots=slots_per_expert(moe, size, factor))
+    slots = slots_per_expert(moe, size, factor)
+    return Capacity(group_size=size, groups=rows * row_tokens // size, slots=slots)
 
 
 def group_size(moe: MoEConfig, *, rows: int, row_tokens: int) -> int:
     """Tokens of one group; see `capacity_of`."""
-    tokens = rows * row_tokens
-    size = moe.moe_capacity_group_size
+    tokens, size = rows * row_tokens, moe.moe_capacity_group_size
     if size is None:
         return row_tokens if moe.moe_capacity_rule == "t5x" else tokens
     if size > 0 and (row_tokens % size == 0 or (size % row_tokens == 0 and tokens % size == 0)):
         return size
-    expected = (
-        f"a divisor of the row ({row_tokens} tokens), or whole rows that divide the {rows} rows"
-    )
+    expected = f"a divisor of the row ({row_tokens} tokens) or whole rows that divide {rows} rows"
     raise UsageError("--moe-capacity-group-size", size, expected)
 
 
 def slots_per_expert(moe: MoEConfig, tokens: int, factor: float | None) -> int:
     """Slots C of one expert for a group of ``tokens`` tokens.
 
-    `t5x` (the released training code): round(cf T / E), without a factor k. `port` (the PyTorch
-    port): floor(k cf T / E) made even. No factor: nothing is dropped. At most ``tokens`` in any
-    case: a token chooses an expert at most once, so more slots cannot fill.
+    `t5x` (released training code): round(cf T / E), without k. `port` (PyTorch port): floor(k cf T
+    / E) made even. No factor: nothing drops. At most ``tokens``: a token chooses an expert once.
     """
     if factor is None:
         return tokens
@@ -99,23 +93,23 @@ def slots_per_expert(moe: MoEConfig, tokens: int, factor: float | None) -> int:
 DropPolicy = Callable[[Tensor, Callable[[], Tensor]], Tensor | None]
 """Who keeps a slot when an expert is full: (experts_GA, weights_GA) -> order_GA.
 
-Arguments are the chosen experts of each group in position order, and a function for the
-probabilities of these choices, [G, A], which costs a copy and which not every policy needs. The
-result holds in each group the indices 0 to A - 1, the choice that is dropped last first; `None`
-leaves position order. It must depend on the arguments only, so that all ranks agree."""
+Arguments are the chosen experts in position order, and a function for their probabilities [G, A],
+which costs a copy that not every policy needs. The result holds the indices 0 to A - 1 of each
+group, the choice that is dropped last first; `None` leaves position order. It must depend on the
+arguments only, so that all ranks agree."""
 
 
 def by_position(experts_GA: Tensor, weights_GA: Callable[[], Tensor]) -> None:
     """All first choices in token order, then all second choices, ... (OpenMoE)."""
 
 
-def by_probability(experts_GA: Tensor, weights_GA: Callable[[], Tensor]) -> Tensor:
+def by_probs(experts_GA: Tensor, weights_GA: Callable[[], Tensor]) -> Tensor:
     """The most probable first; equal ones in position order."""
     return weights_GA().argsort(dim=1, descending=True, stable=True)
 
 
 DROP_POLICIES: Registry[DropPolicy] = Registry(
-    "drop_policies", position=by_position, probs=by_probability
+    "drop_policies", position=by_position, probs=by_probs
 )
 """By the value of `--moe-token-drop-policy`."""
 
@@ -299,12 +293,11 @@ def place(slots: Slots, batch: int, capacity: Capacity, layout: BufferLayout) ->
     # Choices without a row here go to a spare row past the end: no branch, no host read.
     target_TK = by_token(row_GA.where(slots.owned_GA, layout.rows), batch, capacity)
     owned_TK = target_TK < layout.rows
-    kept_TK = owned_TK
-    if slots.owned_GA is not slots.kept_GA:
-        kept_TK = by_token(slots.kept_GA, batch, capacity)
+    shared = slots.owned_GA is not slots.kept_GA
+    kept_TK = by_token(slots.kept_GA, batch, capacity) if shared else owned_TK
     # The token of each row is the inverse of this map, without the spare row.
-    token_A = torch.arange(target_TK.shape[0], device=target_TK.device)
-    token_A = token_A.repeat_interleave(target_TK.shape[1])
+    tokens, topk = target_TK.shape
+    token_A = torch.arange(tokens, device=target_TK.device).repeat_interleave(topk)
     source_R = target_TK.new_zeros(layout.rows + 1).scatter_(0, target_TK.reshape(-1), token_A)
     return Placement(target_TK * owned_TK, owned_TK, kept_TK, source_R[: layout.rows])
 
@@ -331,8 +324,8 @@ def _first_rows(filled_GE: Tensor, layout: BufferLayout) -> Tensor:
         first_E = torch.tensor(layout.starts, device=device)
     else:
         first_E = torch.arange(experts, device=device) * layout.expert_rows
-        slots = layout.expert_rows // groups
-        return first_E + torch.arange(groups, device=device).unsqueeze(1) * slots
+        group_G = torch.arange(groups, device=device)
+        return first_E + group_G.unsqueeze(1) * (layout.expert_rows // groups)
     return first_E + filled_GE.cumsum(0) - filled_GE
 
 
@@ -343,11 +336,10 @@ class Plan:
     Args:
         batch: sequences B of the micro-batch.
         capacity: its groups and slots.
-        choices_TK: int64 chosen experts of all tokens of the sequences, over the ranks that share
-            them.
+        choices_TK: int64 chosen experts of all tokens of the sequences, over all ranks.
         weights_TK: fp32 probabilities of these choices, differentiable.
         slots: who keeps a slot.
-        schedule: how the experts compute, and the buffer layout they want.
+        schedule: how the experts compute, with the layout of the buffer.
         placement: rows of this rank's buffer.
         kernels: those of the device.
     """

@@ -67,8 +67,8 @@ def test_groups(rule: str, size: int | None, expected: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [0, -4, 48, 96, 192, 512])
 def test_a_group_that_is_no_part_and_no_multiple_of_a_row_is_rejected(size: int) -> None:
     expected = (
-        r"--moe-capacity-group-size must be a divisor of the row \(64 tokens\), or whole rows that "
-        rf"divide the 4 rows \(got {size}\)"
+        r"--moe-capacity-group-size must be a divisor of the row \(64 tokens\) or whole rows that "
+        rf"divide 4 rows \(got {size}\)"
     )
     with pytest.raises(UsageError, match=expected):
         capacity_of(moe(moe_capacity_group_size=size), rows=4, row_tokens=64, training=True)

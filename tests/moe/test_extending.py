@@ -17,6 +17,8 @@ import tests.moe.toys.drop_policy
 import tests.moe.toys.router  # noqa: F401
 from megatron_moe.config import MoEConfig, RunConfig
 from megatron_moe.config.moe import added
+from megatron_moe.errors import UsageError
+from megatron_moe.model.reference.routing import route
 from megatron_moe.moe import MoELayer
 from megatron_moe.moe.registry import Registry
 from tests.moe.cases import DTYPE, layer_of, model_config, moe_config, tokens, watched
@@ -75,6 +77,19 @@ def test_a_registered_dispatcher_moves_the_tokens() -> None:
         y.square().sum().backward()
         results.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
     torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize(
+    ("moe", "error"),
+    [
+        (_ToyRouter(), "--moe-router-type must be softmax"),
+        (MoEConfig(moe_token_drop_policy="toy"), "--moe-token-drop-policy must be position or pro"),
+    ],
+)
+def test_the_reference_model_rejects_what_it_does_not_implement(moe: MoEConfig, error: str) -> None:
+    """It would otherwise evaluate another model than the one that was trained."""
+    with pytest.raises(UsageError, match=error):
+        route(torch.zeros(4, moe.num_experts), 1, moe, 0, training_capacity=True)
 
 
 PROGRAM = """

@@ -160,6 +160,7 @@ class ReferenceOpenMoE(nn.Module):
         pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
         with torch.device("meta"):  # PyTorch's own initialisation would be thrown away
             self.embedding = nn.Embedding(vocab_size, model.hidden_size)
+            self.embedding_dropout = nn.Dropout(model.hidden_dropout)
             self.layers = nn.ModuleList(
                 Block(model, moe, layer, is_moe) for layer, is_moe in enumerate(pattern)
             )
@@ -200,7 +201,7 @@ class ReferenceOpenMoE(nn.Module):
         documents_BS: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """Everything before the logits: [B, S, H] after the final norm, and the routing."""
-        x_BSH = self.embedding(tokens_BS)
+        x_BSH = self.embedding_dropout(self.embedding(tokens_BS))
         routing = []
         for layer in self.layers:
             x_BSH, decided = layer(x_BSH, training_capacity, positions_BS, documents_BS)
@@ -235,7 +236,7 @@ class ReferenceOpenMoE(nn.Module):
             raise UsageError("--moe-eval-capacity-factor", factor, expected)
         rows, length = tokens_BS.shape
         step = cache.begin(rows, length, counts)
-        x_BSH = self.embedding(tokens_BS)
+        x_BSH = self.embedding_dropout(self.embedding(tokens_BS))
         routing = []
         for number, layer in enumerate(self.layers):
             memory = cache.layer(number, step)

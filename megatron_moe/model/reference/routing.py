@@ -54,7 +54,16 @@ def route(
         moe: the expert part of the configuration.
         layer: what `Routing.layer` shall say.
         training_capacity: the capacity factor of training rather than evaluation.
+
+    Raises:
+        UsageError: a router or drop policy that only the parallel model has.
     """
+    fix = "the reference model has no other"
+    if moe.moe_router_type != "softmax":
+        raise UsageError("--moe-router-type", moe.moe_router_type, "softmax", fix)
+    if moe.moe_token_drop_policy not in ("position", "probs"):
+        policy = moe.moe_token_drop_policy
+        raise UsageError("--moe-token-drop-policy", policy, "position or probs", fix)
     probs_TE = logits_TE.softmax(dim=-1)
     best_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
     probs_TK = best_TE.values[:, : moe.moe_router_topk]
