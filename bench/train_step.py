@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench._moe_layer_cases import CAPACITY_FACTOR, Shape, engine_layer
+from bench._moe_layer_cases import CAPACITY_FACTOR, Shape, stock_layer
 from bench._one_rank import one_rank
 from bench.moe_layer import interleaved_seconds, median_ratio
 from bench.record import Record
@@ -45,7 +45,7 @@ class EngineMoE(nn.Module):
         topk = config.moe.moe_router_topk
         width = config.moe.moe_ffn_hidden_size or model.ffn_hidden_size
         shape = Shape(config.moe.num_experts, topk, tokens, model.hidden_size, width)
-        self.layer = engine_layer(shape, factor, pgs)
+        self.layer = stock_layer(shape, factor, pgs)
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         """[S, B, H] -> [S, B, H]."""

@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import math
 import typing
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -110,13 +109,16 @@ class ConfigField:
             raise UsageError(self.flag, found, f"numbers that are each {self.range}")
 
 
-@functools.cache
-def fields_of(section: Hashable) -> dict[str, ConfigField]:
+def fields_of(section: type[Any]) -> dict[str, ConfigField]:
     """The fields of a section of the configuration by name, in their order."""
-    assert isinstance(section, type)  # declared Hashable, as mypy holds `type[Any]` not to be
+    return _fields_of(section)  # type: ignore[arg-type]  # a class is hashable, whatever mypy says
+
+
+@functools.cache
+def _fields_of(section: type[Any]) -> dict[str, ConfigField]:
     plain = typing.get_type_hints(section)
     annotated = typing.get_type_hints(section, include_extras=True)
-    names = [field.name for field in dataclasses.fields(section)]  # type: ignore[arg-type]
+    names = [field.name for field in dataclasses.fields(section)]
     return {name: _field(name, plain[name], annotated[name]) for name in names}
 
 

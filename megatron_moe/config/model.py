@@ -46,7 +46,7 @@ class ModelConfig:
     attention_dropout: Annotated[float, BelowOne] = 0.0
     """Dropout on attention probabilities; 0 in pretraining."""
     hidden_dropout: Annotated[float, BelowOne] = 0.0
-    """Dropout on each residual branch; 0 in pretraining."""
+    """Dropout on the embedding and on each residual branch; 0 in pretraining."""
     init_variance_scale: Annotated[float, NonNegative] = 0.1
     """Attention, FFN, expert and logits weights start as N(0, scale / fan_in)."""
     embedding_init_method_std: Annotated[float, NonNegative] = 1.0
@@ -55,3 +55,13 @@ class ModelConfig:
     """Standard deviation of router weights at the start."""
     logit_z_loss_coeff: Annotated[float, NonNegative] = 1e-4
     """Weight of mean(log(Z)^2) over target tokens, Z the softmax normaliser of the logits."""
+
+    @property
+    def gate_blocks(self) -> int:
+        """Blocks of F columns in W_gate: 2 ([a|b]) in `gated-swiglu`, 1 in `swiglu`."""
+        return 2 if self.ffn_variant == "gated-swiglu" else 1
+
+    @property
+    def input_blocks(self) -> int:
+        """Blocks of F columns in [W_gate | W_up], which one GEMM multiplies: 3 or 2."""
+        return self.gate_blocks + 1

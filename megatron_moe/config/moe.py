@@ -3,14 +3,37 @@
 from __future__ import annotations
 
 import ast
+import pkgutil
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from megatron_moe.config.fields import AtLeastOne, Flag, NonNegative, Positive
 from megatron_moe.errors import UsageError
 
 CapacityRule = Literal["t5x", "port"]
 LoadBalancing = Literal["seq_aux_loss", "aux_loss", "none"]
+
+
+def added(folder: Path) -> tuple[str, ...]:
+    """Names of the implementations that files in a folder add; nothing is imported."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules([str(folder)])))
+
+
+# Values that a new file under megatron_moe/moe/ extends: its name becomes valid here, and
+# `moe/registry.py` imports it when a layer with that value is built.
+if TYPE_CHECKING:
+    RouterType = str
+    DispatcherType = str
+    DropPolicy = str
+else:
+    _MOE = Path(__file__).parents[1] / "moe"
+    _ROUTERS = ("softmax", *added(_MOE / "routers"))
+    _DISPATCHERS = ("alltoall", *added(_MOE / "dispatchers"))
+    _DROP_POLICIES = ("position", "probs", *added(_MOE / "drop_policies"))
+    RouterType = Literal[_ROUTERS]
+    DispatcherType = Literal[_DISPATCHERS]
+    DropPolicy = Literal[_DROP_POLICIES]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +68,7 @@ class MoEConfig:
     moe_capacity_group_size: Annotated[int | None, AtLeastOne] = None
     """Tokens that compete for one set of slots; `None` takes the rule's own group. Tokens are taken
     row by row, so a group is part of a row, a row, or whole rows."""
-    moe_token_drop_policy: Literal["position", "probs"] = "position"
+    moe_token_drop_policy: DropPolicy = "position"
     """Which choices keep a slot when an expert is full. `position` (OpenMoE): all first choices in
     token order, then all second choices. `probs`: the highest router probability, ties by
     position."""
@@ -66,6 +89,18 @@ class MoEConfig:
     moe_expert_impl: Literal["auto", "loop", "batched"] = "auto"
     """Expert GEMMs: one per expert over its filled rows (`loop`), or one batched GEMM over the
     whole fixed-shape buffer (`batched`, without host reads, for GPUs and dry runs)."""
+    # A flag without a choice is noise: these two become fields, so flags and entries of
+    # `config.json`, with the first file that adds a second value.
+    if len(get_args(RouterType)) > 1:
+        moe_router_type: RouterType = "softmax"
+        """Router. `softmax` (OpenMoE): probabilities over all experts, then the k largest."""
+    else:
+        moe_router_type = "softmax"
+    if len(get_args(DispatcherType)) > 1:
+        moe_token_dispatcher_type: DispatcherType = "alltoall"
+        """How tokens reach their experts. `alltoall`: over expert-parallel ranks."""
+    else:
+        moe_token_dispatcher_type = "alltoall"
 
 
 MAX_ENTRIES = 65536

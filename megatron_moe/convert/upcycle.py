@@ -30,7 +30,6 @@ from megatron_moe.convert.model import LazyTensor, LogicalModel, check_tensors, 
 from megatron_moe.errors import UsageError
 from megatron_moe.model.logical import (
     LogicalParameter,
-    gate_blocks,
     initial_tensor,
     logical_parameters,
 )
@@ -165,7 +164,7 @@ def _varied(
         if part == "down":
             matrix[units] = draws[units]
         else:
-            blocks = gate_blocks(dense.config.model) if part == "gate" else 1
+            blocks = dense.config.model.gate_blocks if part == "gate" else 1
             width = matrix.shape[1] // blocks
             columns = torch.cat([units + block * width for block in range(blocks)])
             matrix[:, columns] = draws[:, columns]

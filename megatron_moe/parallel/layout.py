@@ -126,7 +126,7 @@ def _check_model(config: RunConfig, has_moe: bool) -> None:
     check_sizes(config.model, config.moe, config.data.vocab_size or 1)
     if has_moe and config.moe.moe_capacity_group_size is not None:
         # Imported here: its package needs torch, which --describe and --help do not.
-        from megatron_moe.moe.capacity import group_size
+        from megatron_moe.moe.plan import group_size
 
         group_size(
             config.moe, rows=config.train.micro_batch_size, row_tokens=config.data.seq_length

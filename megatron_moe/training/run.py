@@ -21,7 +21,7 @@ from megatron_moe.model.attention import RotaryCoreAttention
 from megatron_moe.model.layer import OpenMoELayer
 from megatron_moe.model.openmoe import OpenMoEModel
 from megatron_moe.model.sharding.shards import model_shards
-from megatron_moe.moe.kernels import kernels_of
+from megatron_moe.moe.registry import kernels_for
 from megatron_moe.parallel.collectives import RankGroup
 from megatron_moe.parallel.context import ParallelContext
 from megatron_moe.training.optim.build import build_optimizer, wrap_chunks
@@ -127,9 +127,9 @@ def compare_kernels(config: RunConfig, device_type: str, ranks: RankGroup) -> li
         Lines for the log: on rank 0 one for each selection, if there are several.
 
     Raises:
-        UsageError: the implementation that `--moe-dispatch-impl` names is not available here.
+        UsageError: the implementation that `--kernel-impl` names is not available here.
     """
-    selected = kernels_of(config.moe.moe_dispatch_impl, device_type).values()
+    selected = kernels_for(config.moe, device_type).selected
     used = sorted({f"{kernel.implementation} ({kernel.reason})" for kernel in selected})
     gathered = ranks.gather([", ".join(used), socket.gethostname()])
     hosts_by_selection: dict[str, list[str]] = defaultdict(list)

@@ -177,7 +177,7 @@ def test_one_rank_holds_everything() -> None:
         ({"etp": 3}, "width of an expert"),
     ],
 )
-def test_degrees_that_do_not_divide_are_refused(degrees: dict[str, int], named: str) -> None:
+def test_degrees_that_do_not_divide_are_rejected(degrees: dict[str, int], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         parameters_per_rank(SMALL, SMALL_MOE, 64, **degrees)
 

@@ -19,10 +19,10 @@ def test_native_without_a_compiler_is_one_error_for_all_ranks(
     corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    argv = [*MODEL, "--data-path", corpus, "--train-iters", "9", "--moe-dispatch-impl", "native"]
+    argv = [*MODEL, "--data-path", corpus, "--train-iters", "9", "--kernel-impl", "native"]
     done = torchrun(2, [*argv, "--save", str(tmp_path / "save")])
     assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if "--moe-dispatch-impl must be" in line]
+    lines = [line for line in done.stderr.splitlines() if "--kernel-impl must be" in line]
     assert len(lines) == 1
     assert "must be auto or reference on cpu" in lines[0]
     assert "(got 'native')" in lines[0]

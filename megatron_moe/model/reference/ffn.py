@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
-from megatron_moe.model.logical import expert_width, gate_blocks
+from megatron_moe.model.logical import expert_width
 from megatron_moe.model.reference.routing import Routing, full_precision, route
 
 
@@ -42,7 +42,7 @@ class FeedForward(nn.Module):
     def __init__(self, model: ModelConfig, width: int) -> None:
         super().__init__()
         self.model = model
-        self.gate = nn.Linear(model.hidden_size, gate_blocks(model) * width, bias=False)
+        self.gate = nn.Linear(model.hidden_size, model.gate_blocks * width, bias=False)
         self.up = nn.Linear(model.hidden_size, width, bias=False)
         self.down = nn.Linear(width, model.hidden_size, bias=False)
 
@@ -58,7 +58,7 @@ class Experts(nn.Module):
         super().__init__()
         self.model = model
         experts, hidden, width = moe.num_experts, model.hidden_size, expert_width(model, moe)
-        self.gate = nn.Parameter(torch.empty(experts, hidden, gate_blocks(model) * width))
+        self.gate = nn.Parameter(torch.empty(experts, hidden, model.gate_blocks * width))
         self.up = nn.Parameter(torch.empty(experts, hidden, width))
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
 

@@ -58,7 +58,16 @@ def route(
         moe: the expert part of the configuration.
         layer: index of the layer, recorded in `Routing.layer`.
         training_capacity: the capacity factor of training rather than evaluation.
+
+    Raises:
+        UsageError: a router or drop policy that only the parallel model has.
     """
+    fix = "the reference model has no other"
+    if moe.moe_router_type != "softmax":
+        raise UsageError("--moe-router-type", moe.moe_router_type, "softmax", fix)
+    if moe.moe_token_drop_policy not in ("position", "probs"):
+        policy = moe.moe_token_drop_policy
+        raise UsageError("--moe-token-drop-policy", policy, "position or probs", fix)
     probs_TE = logits_TE.softmax(dim=-1)
     # A stable sort rather than `topk`, whose order of equal values is not defined: ties go to the
     # expert with the lower index on every device.

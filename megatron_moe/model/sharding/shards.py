@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config import ModelConfig, MoEConfig, RunConfig
-from megatron_moe.model.ffn import input_blocks
 from megatron_moe.model.logical import initial_expert, initial_tensor, logical_parameters
 from megatron_moe.model.openmoe import OpenMoEModel
 from megatron_moe.model.sharding.blocks import Shape
@@ -137,7 +136,7 @@ def _coordinates(chunk: OpenMoEModel, model: ModelConfig) -> _Rank:
         model.num_attention_heads,
         model.kv_channels,
         model.hidden_size,
-        input_blocks(model.ffn_variant),
+        model.input_blocks,
     )
 
 
@@ -171,7 +170,7 @@ _REPLICATED = {
     "pre_mlp_layernorm.weight": "ffn_norm.weight",
     "shared_norm.weight": "shared_norm.weight",
     "decoder.final_layernorm.weight": "final_norm.weight",
-    "moe.router_weight": "moe.router.weight",
+    "moe.router.weight": "moe.router.weight",
 }
 
 

@@ -377,3 +377,21 @@ def test_hidden_dropout_is_on_the_embedding() -> None:
     assert not x.any()
     x, _ = reference.eval().hidden_states(_tokens(), training_capacity=True)
     assert x.all()
+
+
+def test_dropout_acts_on_the_embedding_in_training_alone() -> None:
+    """As in Megatron-Core and T5: half of the elements are zero, the others doubled."""
+    seen: list[Tensor] = []
+    model = ReferenceOpenMoE(ModelConfig(hidden_dropout=0.5), MoEConfig(), 64)
+    model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    tokens = torch.arange(64).view(2, 32)
+    embedded = model.embedding.weight[tokens]
+    for training in (True, False):
+        model.train(training)
+        with torch.no_grad():
+            model(tokens, training_capacity=False)
+    dropped, whole = seen
+    assert torch.equal(whole, embedded)
+    kept = dropped != 0
+    assert 0.45 < kept.float().mean() < 0.55
+    torch.testing.assert_close(dropped[kept], 2 * embedded[kept])
