@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--vocab-size",
         type=int,
-        help="exclusive upper bound of the ids for --verify (that of the manifest)",
+        help="exclusive upper bound of the ids (that of the manifest)",
     )
     return made
 

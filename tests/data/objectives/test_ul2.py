@@ -225,7 +225,7 @@ def test_evaluation_has_the_same_noise_each_time(corpus: tuple[str, str]) -> Non
     assert rows(data.valid()) == rows(data.valid())
 
 
-def test_two_sources_have_noise_of_their_own(corpus: tuple[str, str], tmp_path: Path) -> None:
+def test_sources_have_random_numbers_of_their_own(corpus: tuple[str, str], tmp_path: Path) -> None:
     other = write(tmp_path / "z", [[i % 980 + 10 for i in d[:-1]] for d in random_documents(90, 5)])
     first, second = (dataset_of(p, corpus[1], 60).windows.kinds[:60] for p in (corpus[0], other))
     assert 10 < (first != second).sum() < 55

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -205,6 +206,14 @@ def test_text_files_have_one_key(tmp_path: Path) -> None:
 def test_missing_input(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--input must be a readable file .*got '/no/such'"):
         run(tmp_path, "/no/such")
+
+
+def test_workers_are_forked_with_their_imports_done() -> None:
+    """The fork server imports the module of the worker's functions, and all that it names."""
+    assert encoding.__name__ in encoding._PRELOADED
+    assert encoding._encode_in_worker.__module__ == encoding.__name__
+    for name in encoding._PRELOADED:
+        assert name == "__main__" or importlib.util.find_spec(name) is not None, name
 
 
 def test_a_killed_worker_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

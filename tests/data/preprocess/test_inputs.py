@@ -49,7 +49,28 @@ def test_parts_are_whole_lines_and_all_of_them(tmp_path: Path, count: int) -> No
         assert max(map(len, pieces)) < total / 3 + 450, "about equal, but for the longest file"
 
 
-def test_order_globs_and_kinds(tmp_path: Path) -> None:
+def test_the_example_of_a_cut(tmp_path: Path) -> None:
+    """100 and 50 bytes in three partitions; a compressed file cannot be cut."""
+    for name, size in (("a.jsonl", 100), ("b.jsonl", 50), ("c.jsonl.gz", 100)):
+        (tmp_path / name).write_bytes(b"123456789\n" * (size // 10))
+
+    def bounds(*names: str) -> list[list[tuple[str, int, int]]]:
+        parts = cut(find_inputs([str(tmp_path / name) for name in names]), 3)
+        return [[(Path(s.file.path).name, s.start, s.end) for s in part] for part in parts]
+
+    assert bounds("a.jsonl", "b.jsonl") == [
+        [("a.jsonl", 0, 50)],
+        [("a.jsonl", 50, 100)],
+        [("b.jsonl", 0, 50)],
+    ]
+    assert bounds("c.jsonl.gz", "b.jsonl") == [
+        [("c.jsonl.gz", 0, 100)],
+        [],
+        [("b.jsonl", 0, 50)],
+    ]
+
+
+def test_order_globs_and_formats(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "sub/c.txt", "d.parquet", "e.json.zst"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
