@@ -167,8 +167,8 @@ def phase_of_run(options: argparse.Namespace) -> SelectedPhase | None:
     from megatron_moe.inference.loading import format_of
 
     if format_of(load_options(options)) == "hf":
-        reason = "Hugging Face weights do not record the run's data"
-        raise UsageError("--held-out", options.held_out, "absent with --format hf", reason)
+        reason = "they do not record the run's data"
+        raise UsageError("--held-out", options.held_out, "absent for Hugging Face weights", reason)
     return select_phase(options.load, options.ckpt_step, options.phase)
 
 

@@ -95,10 +95,13 @@ def test_mistakes_are_one_line_and_exit_2(
     (tmp_path / "there").mkdir()
     cases = [
         (("native", tmp_path / "absent", "hf", tmp_path / "x"), "checkpoint directory"),
-        (("native", native, "hf", tmp_path / "there"), "--save is"),
+        (
+            ("native", native, "hf", tmp_path / "there"),
+            "--save must be a directory that does not exist (got ",
+        ),
         (("hf", native, "native", tmp_path / "x"), "config.json"),
         (("native", native, "hf", tmp_path / "x", "--max-shard-size", "0"), "--max-shard-size"),
-        (("native", native, "hf", tmp_path / "x", "--ckpt-step", "77"), "--ckpt-step is 77"),
+        (("native", native, "hf", tmp_path / "x", "--ckpt-step", "77"), "--ckpt-step must be "),
         (("native", native, "hf", tmp_path / "x", "--tokenizer-model", "no"), "--tokenizer-model"),
     ]
     for arguments, said in cases:
@@ -127,9 +130,9 @@ def test_logits_need_memory(
     assert convert("native", native, "hf", tmp_path / "a", "--verify") == 0
     said = capsys.readouterr().out
     assert "verified: 49 tensors" in said
-    assert "logits are not compared: the model takes" in said
+    assert "logits are not compared: the model needs" in said
     assert convert("native", native, "hf", tmp_path / "b", "--verify-logits") == 2
-    assert f"at most the {size} bytes that are free" in capsys.readouterr().err
+    assert f"must be <= {size} bytes, the available memory (got " in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 

@@ -196,7 +196,7 @@ def test_two_of_another_program_s(tmp_path: Path, capsys: pytest.CaptureFixture[
     ]
     for flags in (["--verify"], ["--ckpt-step", "3"]):
         assert main([str(first), *flags]) == 2
-        assert "absent: " in capsys.readouterr().err
+        assert "must be absent for " in capsys.readouterr().err
     (second / "config.json").write_text('{"model_type": "grok"}')
     assert main([str(second)]) == 2
-    assert "expected one of mixtral, olmoe" in capsys.readouterr().err
+    assert "must be one of mixtral, olmoe" in capsys.readouterr().err
