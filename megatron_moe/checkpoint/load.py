@@ -102,13 +102,12 @@ def load_checkpoint(
 
     parts = ranks.together(plan)
     wanted = ranks.gather(wanted_tensors(parts))
-    ranks.together(
-        lambda: (
-            _check_compatible(opened, config, identity, wanted or [], with_rng, loaded_optimizer)
-            if ranks.rank == 0
-            else None
-        )
-    )
+
+    def check() -> None:
+        if wanted is not None:  # on rank 0, which reports all differences of all ranks at once
+            _check_compatible(opened, config, identity, wanted, with_rng, loaded_optimizer)
+
+    ranks.together(check)
     if selected is None or not selected.verified:
         verify_tensors(opened, ranks)
     ranks.together(lambda: _fill(opened, parts))
