@@ -12,8 +12,7 @@ from datetime import timedelta
 
 from megatron_moe.checkpoint import TrainState
 from megatron_moe.checkpoint.manager import CheckpointManager, host_rank_group
-from megatron_moe.data.batch import Batch, extra_planes
-from megatron_moe.data.distribute import fetch_step
+from megatron_moe.data.batch import Batch, extra_planes, fetch_step
 from megatron_moe.data.pipeline import Data
 from megatron_moe.model.counting import flops_per_token
 from megatron_moe.moe.statistics import collect_statistics, reset_statistics

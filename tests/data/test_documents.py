@@ -15,7 +15,7 @@ from megatron.core.datasets.utils import Split
 from megatron_moe.config import ObjectiveConfig
 from megatron_moe.data.batch import Batch, document_planes, extra_planes
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import NullTokenizer
+from megatron_moe.tokenizer.simple import NullTokenizer
 from tests.data.corpus import VOCAB, random_documents, write
 from tests.data.objectives.runs import data_of
 
@@ -134,7 +134,9 @@ def test_a_conversation_that_fills_its_row(tmp_path: Path) -> None:
 )
 def test_denoisers_take_rows_as_one(tmp_path: Path, flag: str, field: str) -> None:
     prefix = write(tmp_path / "x", random_documents(30))
-    with pytest.raises(UsageError, match=f"--reset-{flag} is True, expected off with --obj"):
+    with pytest.raises(
+        UsageError, match=rf"--reset-{flag} must be unset with --objective ul2 \(got True\)"
+    ):
         data_of(prefix, objective="ul2", vocab_extra_ids=20, **{field: True})
 
 

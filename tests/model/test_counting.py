@@ -18,7 +18,7 @@ from megatron_moe.model.counting import (
     flops_per_token,
     parameters_per_rank,
 )
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 
 SMALL = ModelConfig(
     num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, kv_channels=16

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config import ModelConfig, MoEConfig
-from megatron_moe.model.reference.model import MoE as ReferenceMoE
+from megatron_moe.model.reference.ffn import MoE as ReferenceMoE
 from megatron_moe.moe import MoELayer, Routing
 
 HIDDEN = 10

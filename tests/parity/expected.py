@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.model.logical import initial_tensors, logical_parameters
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 from tests.parity.cases import (
     GLOBAL_ROWS,
     ROWS,

@@ -92,5 +92,5 @@ def test_the_file_is_what_the_objective_reads_and_the_same_each_time(tmp_path: P
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys):
     error = refused(main, ["--output", str(tmp_path / "x"), "--conversations", "0"], capsys)
-    assert "--conversations is 0, expected at least 1" in error
+    assert "--conversations must be >= 1 (got 0)" in error
     assert list(tmp_path.iterdir()) == []

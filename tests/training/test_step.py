@@ -13,7 +13,7 @@ from functools import cache
 import pytest
 import torch
 
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 from tests.training.ranks import (
     PADDED_VOCAB,
     global_batch,

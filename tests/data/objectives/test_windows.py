@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_moe.data.objectives.noise import noise_of
+from megatron_moe.data.objectives.rng import sample_rng
 from megatron_moe.data.objectives.windows import Windows, cut_windows, draw_kinds
 
 SIZES, WEIGHTS = (5, 9, 14), (0.2, 0.3, 0.5)
-NOISE = noise_of(1, "windows")
+NOISE = sample_rng(1, "windows")
 
 
 def cut(lengths: list[int], samples: int, first: int = 0) -> Windows:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe.data.preprocess.progress import progress_bar
+from megatron_moe.data.progress import progress_bar
 from tests.data.corpus import write
 from tools import inspect_data, make_demo_corpus, merge_datasets, preprocess_data, train_tokenizer
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe.data.preprocess.sources import (
+from megatron_moe.data.preprocess.inputs import (
+    check_unchanged,
     content_hash,
     cut,
     find_inputs,
     lines_before,
-    refuse_changed,
 )
 from megatron_moe.errors import UsageError
 
@@ -39,11 +39,11 @@ def test_parts_are_whole_lines_and_all_of_them(tmp_path: Path, count: int) -> No
     assert len(parts) == count
     pieces = bytes_of(parts)
     assert b"".join(pieces) == b"".join(texts.values())
-    for stretch in (stretch for part in parts for stretch in part):
-        content = texts[Path(stretch.file.path).name]
-        assert stretch.start == 0 or content[stretch.start - 1 : stretch.start] == b"\n"
-        if stretch.file.kind != "lines":
-            assert (stretch.start, stretch.end) == (0, len(content))
+    for piece in (piece for part in parts for piece in part):
+        content = texts[Path(piece.file.path).name]
+        assert piece.start == 0 or content[piece.start - 1 : piece.start] == b"\n"
+        if piece.file.format != "lines":
+            assert (piece.start, piece.end) == (0, len(content))
     if count == 3:
         total = sum(map(len, pieces))
         assert max(map(len, pieces)) < total / 3 + 450, "about equal, but for the longest file"
@@ -56,23 +56,23 @@ def test_order_globs_and_kinds(tmp_path: Path) -> None:
     found = find_inputs(
         [str(tmp_path / "d.parquet"), f"{tmp_path}/*.jsonl", f"{tmp_path}/**/*.txt"]
     )
-    assert [(Path(f.path).name, f.kind) for f in found] == [
+    assert [(Path(f.path).name, f.format) for f in found] == [
         ("d.parquet", "parquet"),
         ("a.jsonl", "lines"),
         ("b.jsonl", "lines"),
         ("c.txt", "text"),
     ]
-    assert find_inputs([str(tmp_path / "e.json.zst")])[0].kind == "zstd"
+    assert find_inputs([str(tmp_path / "e.json.zst")])[0].format == "zstd"
 
 
 @pytest.mark.parametrize(
     ("patterns", "says"),
     [
-        (["/no/such.jsonl"], "--input is '/no/such.jsonl', expected a readable file, or a glob"),
-        (["*.json"], "expected a readable file, or a glob"),
-        (["a.bin"], "expected a name ending in one of .jsonl .json .jsonl.gz"),
-        (["a.txt", "./a.txt"], "'a.txt', expected each file once"),
-        (["folder.jsonl"], "expected a readable file; .*Is a directory"),
+        (["/no/such.jsonl"], "--input must be a readable file or a glob .*got '/no/such.jsonl'"),
+        (["*.json"], "must be a readable file or a glob that matches files"),
+        (["a.bin"], "must be a name that ends in one of .jsonl .json .jsonl.gz"),
+        (["a.txt", "./a.txt"], "must be given once .*got 'a.txt'"),
+        (["folder.jsonl"], "must be a readable file .*; .*Is a directory"),
     ],
 )
 def test_refusals(
@@ -90,13 +90,15 @@ def test_a_change_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"x" * (17 << 20))
     files = find_inputs([str(path)])
-    refuse_changed(files)
+    check_unchanged(files)
     with path.open("r+b") as stream:
         stream.seek((17 << 20) - 5)
         stream.write(b"y")
     assert content_hash(str(path)) != files[0].hash
-    with pytest.raises(UsageError, match=r"content of .*a\.jsonl .*it changed while read"):
-        refuse_changed(files)
+    with pytest.raises(
+        UsageError, match=r"hash of .*a\.jsonl must be .*the file changed while it was read"
+    ):
+        check_unchanged(files)
 
 
 def test_lines_before(tmp_path: Path) -> None:

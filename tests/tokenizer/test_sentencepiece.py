@@ -10,8 +10,7 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as messages
 
-from megatron_moe.tokenizer.build import SentencePieceTokenizer
-from megatron_moe.tokenizer.plain_spaces import with_plain_spaces
+from megatron_moe.tokenizer.sentencepiece import SentencePieceTokenizer, with_plain_spaces
 from tests.tokenizer.test_word_cache import ODD, TEXTS, soup, train
 
 TIES = ["\n" + c * n for c in "-= " for n in range(2, 60)]
@@ -52,7 +51,7 @@ def test_equals_the_library(tmp_path: Path, options: dict[str, Any]) -> None:
     path = train(tmp_path, **UNIGRAM, **options)
     library = sentencepiece.SentencePieceProcessor(model_file=path)
     tokenizer = SentencePieceTokenizer(path)
-    tokenizer.hurry()
+    tokenizer.enable_fast_encode()
     assert tokenizer._plain is not None
     for text in [*TEXTS, *ODD, *soup(1000), *TIES, LONG]:
         ids = tokenizer.encode(text.encode())
@@ -81,7 +80,7 @@ def test_other_models_are_left_alone(
     assert reason in found
     library = sentencepiece.SentencePieceProcessor(model_file=path)
     tokenizer = SentencePieceTokenizer(path)
-    tokenizer.hurry()
+    tokenizer.enable_fast_encode()
     for text in [*TEXTS[:3], *ODD]:
         assert tokenizer.encode(text.encode()).tolist() == library.encode(text)
 

@@ -38,19 +38,19 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "tokenizer": (
         {"tokenizer_hash": "another"},
         {},
-        "x is 'ByteTokenizer another', expected this run's ByteTokenizer bytes.3; give the",
+        r"x must be this run's ByteTokenizer bytes.3 \(got 'ByteTokenizer another'\); use the",
     ),
     "no ends, mask": (
         {"append_eod": False},
         {"reset_attention_mask": True},
-        "documents of .*x is 'without ends', expected an end after each.* --append-eod",
+        "documents of .*x must be terminated by end-of-document ids for .*; .* --append-eod",
     ),
     "no ends, positions": (
         {"append_eod": False},
         {"reset_position_ids": True},
-        "documents of .*x is 'without ends'",
+        r"documents of .*x must be .*\(got 'no end-of-document ids'\)",
     ),
-    "other files": ({"tokens": 81}, {}, r"manifest is '.*x.json', expected that of .*x\.bin and"),
+    "other files": ({"tokens": 81}, {}, r"manifest must be that of .*x\.bin and .*got '.*x.json'"),
 }
 
 
@@ -67,7 +67,9 @@ def test_what_was_not_is_refused(tmp_path: Path, name: str) -> None:
 def test_garbage_is_no_manifest(tmp_path: Path, content: str) -> None:
     prefix = made(tmp_path)
     Path(f"{prefix}.json").write_text(content)
-    with pytest.raises(UsageError, match=r"manifest is '.*x\.json'.*remove it"):
+    with pytest.raises(
+        UsageError, match=r"manifest must be of the format .*got '.*x\.json'.*remove it"
+    ):
         data_of(prefix, **BYTES)
 
 

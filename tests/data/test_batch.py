@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_moe.data.batch import Batch
-from megatron_moe.data.distribute import fetch_step
+from megatron_moe.data.batch import Batch, fetch_step
 from tests.support.pool import Pool, RemoteError
 
 CPU = torch.device("cpu")
@@ -82,7 +81,7 @@ def test_without_a_group() -> None:
 
 
 def test_wrong_shape_and_no_reader() -> None:
-    with pytest.raises(RuntimeError, match=r"shape \(2, 8\), expected \(2, 16\)"):
+    with pytest.raises(RuntimeError, match=r"must be \(2, 16\) \(got \(2, 8\)\)"):
         fetch_step(batches(1), 1, None, (2, 16), CPU)
     with pytest.raises(ValueError, match="needs an iterator"):
         fetch_step(None, 1, None, (2, 8), CPU)

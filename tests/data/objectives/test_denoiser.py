@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe.data.objectives.mixture import Denoiser, read_mixture
+from megatron_moe.data.objectives.denoiser import Denoiser, read_denoisers
 from megatron_moe.data.objectives.spans import span_counts
 from megatron_moe.errors import UsageError
 
@@ -19,7 +19,7 @@ SPLIT = Denoiser(prefix="", kind="prefix-lm", mean_span=0.0, rate=0.0, weight=1.
 
 
 def test_the_papers_mixture() -> None:
-    rows = [(d.prefix, d.kind, d.mean_span, d.rate, d.weight) for d in read_mixture(None)]
+    rows = [(d.prefix, d.kind, d.mean_span, d.rate, d.weight) for d in read_denoisers(None)]
     assert rows == [
         ("[NLU] ", "span", 3, 0.15, 0.1),
         ("[NLU] ", "span", 8, 0.15, 0.1),
@@ -57,7 +57,7 @@ def test_fit_by_hand() -> None:
 def test_one_more_token_would_not_fit(prefix: int, inputs: int | None) -> None:
     """And what is taken fits, counted from the definition of each denoiser."""
     row = 2048
-    for denoiser in read_mixture(None):
+    for denoiser in read_denoisers(None):
         length = denoiser.fit(prefix, row, inputs)
         assert fits(denoiser, length, prefix, row, inputs)
         assert not fits(denoiser, length + 1, prefix, row, inputs)
@@ -76,7 +76,7 @@ def fits(d: Denoiser, length: int, prefix: int, row: int, inputs: int | None) ->
 
 def test_rates_of_full_rows() -> None:
     """As near to the paper's as whole tokens and spans allow."""
-    for denoiser in read_mixture(None)[:5]:
+    for denoiser in read_denoisers(None)[:5]:
         length = denoiser.fit(5, 2048, 1024)
         hidden, spans = span_counts(length, denoiser.rate, denoiser.mean_span)
         assert abs(hidden - denoiser.rate * length) <= 0.5
@@ -90,14 +90,14 @@ BAD = {
     "[[denoisers]]": "[[denoiser]] tables",
     "[[denoiser]]\nprefix = 'a'": "keys of denoiser 1",
     "[[denoiser]]\nprefix = 'a'\nkind = 'suffix'": "span or prefix-lm",
-    "[[denoiser]]\nprefix = 3\nkind = 'prefix-lm'\nweight = 1": "a text",
-    "[[denoiser]]\nprefix = ''\nkind = 'prefix-lm'\nweight = -1": "0 or more",
+    "[[denoiser]]\nprefix = 3\nkind = 'prefix-lm'\nweight = 1": "a string, which may be empty",
+    "[[denoiser]]\nprefix = ''\nkind = 'prefix-lm'\nweight = -1": "must be a number >= 0 (got -1)",
     "[[denoiser]]\nprefix = ''\nkind = 'prefix-lm'\nweight = 'x'": "a number",
     "[[denoiser]]\nprefix = ''\nkind = 'prefix-lm'\nweight = nan": "a number",
-    "[[denoiser]]\nprefix = ''\nkind = 'prefix-lm'\nweight = 0": "one at least above 0",
-    "[[denoiser]]\nprefix = ''\nrate = 0\nmean_span = 3\nweight = 1": "above 0",
+    "[[denoiser]]\nprefix = ''\nkind = 'prefix-lm'\nweight = 0": "must be > 0 (got [0])",
+    "[[denoiser]]\nprefix = ''\nrate = 0\nmean_span = 3\nweight = 1": "> 0 and <= mean_span",
     "[[denoiser]]\nprefix = ''\nrate = 0.9\nmean_span = 3\nweight = 1": "mean_span / (1 +",
-    "[[denoiser]]\nprefix = ''\nrate = 0.1\nmean_span = 0.5\nweight = 1": "1 or more",
+    "[[denoiser]]\nprefix = ''\nrate = 0.1\nmean_span = 0.5\nweight = 1": "must be >= 1 (got 0.5)",
     "[[denoiser]]\nprefix = ''\nrate = 0.1\nmean_span = 3\nweight = 1\nspan = 2": "keys of",
 }
 
@@ -107,18 +107,18 @@ def test_bad_mixtures_are_refused_in_one_line(text: str, tmp_path: Path) -> None
     path = tmp_path / "mixture.toml"
     path.write_text(text)
     with pytest.raises(UsageError) as caught:
-        read_mixture(str(path))
+        read_denoisers(str(path))
     assert BAD[text] in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_missing_file() -> None:
-    with pytest.raises(UsageError, match="--ul2-mixture is '/no/such'"):
-        read_mixture("/no/such")
+    with pytest.raises(UsageError, match=r"--ul2-mixture must be a readable file .*got '/no/such'"):
+        read_denoisers("/no/such")
 
 
 def test_a_denoiser_of_weight_0_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "mixture.toml"
     entry = "[[denoiser]]\nprefix = '{}'\nkind = 'prefix-lm'\nweight = {}\n"
     path.write_text(entry.format("a", 0) + entry.format("b", 2))
-    assert [denoiser.prefix for denoiser in read_mixture(str(path))] == ["b"]
+    assert [denoiser.prefix for denoiser in read_denoisers(str(path))] == ["b"]

@@ -7,20 +7,20 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 Advance = Callable[[int], object]
-"""Takes how much more is done."""
+"""Called with the amount of work done since the last call, such as a number of bytes."""
 
 
-def nobody(more: int) -> None:
-    """Tells nobody."""
+def ignore_progress(_more: int) -> None:
+    """An `Advance` that does nothing."""
 
 
 def progress_bar(total: int, unit: str, shown: bool | None = None) -> tqdm[None]:
-    """A context manager whose `update` is an `Advance`.
+    """Make a context manager whose `update` is an `Advance`.
 
     Args:
-        total: what is done when all is done.
+        total: the amount of all work.
         unit: what is counted, e.g. `B`.
-        shown: `None` shows it on a terminal only, so that logs and pipes stay clean.
+        shown: `None` shows the bar on a terminal only, so that logs and pipes stay clean.
     """
     hidden = None if shown is None else not shown
     return tqdm(total=total, unit=unit, unit_scale=True, disable=hidden, mininterval=0.5)

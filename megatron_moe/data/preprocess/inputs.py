@@ -1,8 +1,8 @@
-"""Which text files go into a data set, and how they are cut into partitions.
+"""The input files of a dataset, and how they are cut into partitions.
 
-The kind of a file follows from its suffix. A partition is a run of consecutive *stretches*: ranges
-of bytes of plain JSON Lines, whole files of all other kinds. Partitions hold the documents in
-order, so that the merged output does not depend on their number.
+The format of a file follows from its suffix. A partition is a list of consecutive `FileSlice`s:
+byte ranges of plain JSON Lines, complete files of all other formats. Partitions hold the documents
+in order, so the merged output does not depend on their number.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 
 from megatron_moe.errors import UsageError
 
-Kind = Literal["lines", "gzip", "zstd", "parquet", "text"]
+FileFormat = Literal["lines", "gzip", "zstd", "parquet", "text"]
 TextDocuments = Literal["file", "block"]
-SUFFIXES: dict[str, Kind] = {
+SUFFIXES: dict[str, FileFormat] = {
     ".jsonl": "lines",
     ".json": "lines",
     ".jsonl.gz": "gzip",
@@ -32,25 +32,27 @@ SUFFIXES: dict[str, Kind] = {
     ".parquet": "parquet",
     ".txt": "text",
 }
-"""Kind by the end of the name."""
-_WHOLE, _SAMPLES, _SAMPLE = 16 << 20, 256, 64 << 10
-"""Bytes up to which a file is hashed whole; blocks, and bytes of each, hashed of a larger one."""
+"""Format by the end of the file name."""
+_HASHED_WHOLE = 16 << 20
+"""Bytes up to which a file is hashed completely."""
+_SAMPLES, _SAMPLE = 256, 64 << 10
+"""Of a larger file: blocks that are hashed, and bytes of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputFile:
-    """A file that looks readable."""
+    """A file of a known format."""
 
     path: str
-    kind: Kind
+    format: FileFormat
     size: int
     hash: str
     """BLAKE2b of the size and the content; of a file over 16 MiB, of 256 blocks of 64 KiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stretch:
-    """Bytes ``start`` to ``end`` of a file, whole lines where it is not the whole file."""
+class FileSlice:
+    """Bytes ``start`` to ``end`` of a file; complete lines if it is not the complete file."""
 
     file: InputFile
     start: int
@@ -58,43 +60,43 @@ class Stretch:
 
 
 def find_inputs(patterns: Sequence[str]) -> list[InputFile]:
-    """The files that names and globs stand for: in the order given, those of a glob sorted.
+    """Return the files of names and globs, in the order given; those of a glob are sorted.
 
     Raises:
-        UsageError: a glob matches nothing, a file is unreadable, named twice, or of
-            a suffix that says nothing.
+        UsageError: a glob matches nothing, or a file is unreadable, given twice, or has an unknown
+            suffix.
     """
     paths: list[str] = []
     for pattern in patterns:
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
         if not found:
-            raise UsageError("--input", pattern, "a readable file, or a glob that matches some")
+            raise UsageError("--input", pattern, "a readable file or a glob that matches files")
         paths += found
     counts = Counter(map(os.path.realpath, paths))
     twice = [path for path in paths if counts[os.path.realpath(path)] > 1]
     if twice:
-        raise UsageError("--input", twice[0], "each file once")
-    return [_look_at(path) for path in paths]
+        raise UsageError("--input", twice[0], "given once")
+    return [_describe(path) for path in paths]
 
 
-def _look_at(path: str) -> InputFile:
+def _describe(path: str) -> InputFile:
     suffix = next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.endswith(s)), None)
     if suffix is None:
-        raise UsageError("--input", path, f"a name ending in one of {' '.join(SUFFIXES)}")
+        raise UsageError("--input", path, f"a name that ends in one of {' '.join(SUFFIXES)}")
     try:
         return InputFile(
-            path=path, kind=SUFFIXES[suffix], size=os.stat(path).st_size, hash=content_hash(path)
+            path=path, format=SUFFIXES[suffix], size=os.stat(path).st_size, hash=content_hash(path)
         )
     except OSError as error:
         raise UsageError("--input", path, "a readable file", str(error)) from None
 
 
 def content_hash(path: str) -> str:
-    """See `InputFile.hash`. A change of a large file that misses all blocks is not seen by it."""
+    """Compute `InputFile.hash`. A change of a large file between the blocks is not detected."""
     with open(path, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-        if size <= _WHOLE:
+        if size <= _HASHED_WHOLE:
             digest.update(stream.read())
             return digest.hexdigest()
         for start in np.linspace(0, size - _SAMPLE, _SAMPLES).astype(np.int64):
@@ -103,27 +105,32 @@ def content_hash(path: str) -> str:
     return digest.hexdigest()
 
 
-def cut(files: Sequence[InputFile], partitions: int) -> list[list[Stretch]]:
-    """Cut the files into ``partitions`` of about equal bytes. Some may be empty."""
+def cut(files: Sequence[InputFile], partitions: int) -> list[list[FileSlice]]:
+    """Cut the files into ``partitions`` of about equal bytes. Some may be empty.
+
+    Example: files of 100 and 50 bytes of JSON Lines in 3 partitions have bounds 0, 50 and 100. The
+    first file is cut at the first line that starts at byte 50 or later, and the second file is
+    partition 2. A compressed file of 100 bytes cannot be cut: it is partition 0, and 1 is empty.
+    """
     total = sum(file.size for file in files)
     bounds = [total * i // partitions for i in range(partitions)]
-    parts: list[list[Stretch]] = [[] for _ in bounds]
+    parts: list[list[FileSlice]] = [[] for _ in bounds]
     before = 0
     for file in files:
         inside = [i for i, at in enumerate(bounds) if before < at < before + file.size]
-        if file.kind != "lines":
+        if file.format != "lines":
             inside = []
         cuts = [0, *(_line_start(file.path, bounds[i] - before) for i in inside), file.size]
         first = max(i for i, at in enumerate(bounds) if at <= before)
         for number, (start, end) in enumerate(pairwise(cuts), first):
             if end > start:
-                parts[number].append(Stretch(file=file, start=start, end=end))
+                parts[number].append(FileSlice(file=file, start=start, end=end))
         before += file.size
     return parts
 
 
 def _line_start(path: str, position: int) -> int:
-    """The first line start at or after a position."""
+    """Return the first line start at or after a position."""
     with open(path, "rb") as stream:
         stream.seek(position - 1)
         stream.readline()
@@ -131,7 +138,7 @@ def _line_start(path: str, position: int) -> int:
 
 
 def lines_before(path: str, position: int) -> int:
-    """Line ends in front of a position: only read when a line has to be named."""
+    """Count the line ends before a position; called only to name a line in an error."""
     count = 0
     with open(path, "rb") as stream:
         while position > 0 and (block := stream.read(min(1 << 20, position))):
@@ -140,8 +147,8 @@ def lines_before(path: str, position: int) -> int:
     return count
 
 
-def refuse_changed(files: Sequence[InputFile]) -> None:
-    """Refuse files that are no longer what they were when the work began.
+def check_unchanged(files: Sequence[InputFile]) -> None:
+    """Reject files that have changed since they were hashed.
 
     Raises:
         UsageError: a file's size or content has changed.
@@ -152,4 +159,6 @@ def refuse_changed(files: Sequence[InputFile]) -> None:
         except OSError as error:
             raise UsageError("--input", file.path, "a readable file", str(error)) from None
         if found != file.hash:
-            raise UsageError("content of " + file.path, found, file.hash, "it changed while read")
+            raise UsageError(
+                f"hash of {file.path}", found, file.hash, "the file changed while it was read"
+            )
