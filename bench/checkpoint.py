@@ -56,7 +56,7 @@ class Subject:
         from megatron_moe.checkpoint.tensor_files import HostMemory
         from megatron_moe.model.build import build_model
         from megatron_moe.model.sharding.optimizer_state import optimizer_shards
-        from megatron_moe.training.optim.optimizer import build_optimizer, wrap_chunks
+        from megatron_moe.training.optim.build import build_optimizer, wrap_chunks
 
         chunks = build_model(config, ctx.layout, ctx.pgs, VOCAB, ctx.platform.device)
         self.config, self.ctx, self.memory = config, ctx, HostMemory(pinned=False)

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"unigram_loss.py: error: {error}", file=sys.stderr)
         return USAGE_EXIT_CODE
-    of_phase = f" of phase {found.stage}" if found.stage else ""
+    of_phase = f" of phase {found.phase}" if found.phase else ""
     print(
         f"unigram held-out loss {found.loss:.6f} nats per token{of_phase} "
         f"({found.targets} targets, {found.training_tokens} training tokens)"

@@ -1,4 +1,4 @@
-"""What the single-device reference model says of a step; runs in the test's own process."""
+"""A step of the single-device reference model; runs in the process of the test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stage table for tests, and what it becomes."""
+"""A phase table for tests, and the schedule that it resolves to."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SECOND = (
     "--lr-decay-style linear --lr-warmup-iters 2 --lr-warmup-init 0"
 )
 SECOND = _SECOND.split()
-"""The first two stages as flags."""
+"""The first two phases as flags."""
 
 
 def schedule_of(text: str, line: str, directory: Path, world_size: int = 1) -> RunSchedule:

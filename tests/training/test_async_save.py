@@ -58,23 +58,23 @@ def test_it_needs_a_directory(pool, corpus):
 
 def _full_later(rank: int, world_size: int, *, argv: list[str], save: Path) -> Any:
     """A run of which rank 1 may write no large file any more once step 3 has been saved."""
-    from megatron_moe.training import loop
+    from megatron_moe.training.trainer import Trainer
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    one_step, taken = loop._one_step, []
+    train_step, taken = Trainer.train_step, []
 
-    def counted(session: Any) -> None:
-        one_step(session)
-        taken.append(session.progress.iteration)
+    def counted(trainer: Trainer) -> None:
+        train_step(trainer)
+        taken.append(trainer.state.iteration)
         if len(taken) == 5 and rank == 1:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
 
-    loop._one_step = counted
+    Trainer.train_step = counted
     try:
         return (*pretrain_rank(rank, world_size, argv=argv), taken)
     finally:
-        loop._one_step = one_step
+        Trainer.train_step = train_step
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 

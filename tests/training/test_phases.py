@@ -216,17 +216,17 @@ def test_the_log_and_tensorboard_show_the_switch(pool, corpus, tmp_path):
     log = _run(pool, 1, tmp_path / "run", corpus, flags).splitlines()
     expected = [
         " stage 1/3 first: steps 1 to 8, prefix-lm, 8 sequences of 32, 0 to 2048 tokens,",
-        " stage 2 second begins after iteration 8, 64 samples, 2048 tokens; before it first",
-        " stage second: --objective was prefix-lm, is causal",
-        " stage second: --seq-length was 32, is 64",
-        " stage second: --hidden-dropout was 0.0, is 0.2",
-        " stage 3 third begins after iteration 14, 88 samples, 3584 tokens; before it second",
+        " phase 2 second begins after iteration 8 (64 samples, 2048 tokens); previous phase first",
+        " phase second: --objective was prefix-lm, is causal",
+        " phase second: --seq-length was 32, is 64",
+        " phase second: --hidden-dropout was 0.0, is 0.2",
+        " phase 3 third begins after iteration 14 (88 samples, 3584 tokens); previous phase second",
     ]
     for line in expected:
         assert any(text.startswith(line) for text in log), line
     intervals = [line.split(" | ")[:2] for line in log if line.startswith(" iteration ")]
     at = [(int(n.split()[1].split("/")[0]), stage) for n, stage in intervals]
-    first, second, third = "stage first", "stage second", "stage third"
+    first, second, third = "phase first", "phase second", "phase third"
     assert at == [(5, first), (8, first), (10, second), (14, second), (15, third), (20, third)]
     # An evaluation where a stage ends, on its own data.
     held_out = [line.split(" | ")[0] for line in log if line.startswith(" validation at")]
@@ -247,8 +247,8 @@ def test_a_switch_says_what_the_next_stages_data_is_made_of(pool, corpus, tmp_pa
     table.write_text(TABLE.replace("seq-length = 64", f"data-path = {json.dumps(sources)}"))
     flags = ["--stages", str(table), "--train-iters", "20", "--tensorboard-dir", str(tmp_path)]
     log = _run(pool, 1, tmp_path / "run", corpus, flags).splitlines()
-    begins = next(i for i, line in enumerate(log) if line.startswith(" stage 2 second begins"))
-    ends = next(i for i, line in enumerate(log) if line.startswith(" stage 3 third begins"))
+    begins = next(i for i, line in enumerate(log) if line.startswith(" phase 2 second begins"))
+    ends = next(i for i, line in enumerate(log) if line.startswith(" phase 3 third begins"))
     table_rows = [line.split() for line in log[begins:ends] if "%" in line]
     told = {row[-1]: row for row in table_rows if row[-1] in (corpus, other)}
     assert {prefix: row[1] for prefix, row in told.items()} == {corpus: "75.00%", other: "25.00%"}

@@ -244,7 +244,7 @@ def test_state_saved_by_one_layout_loads_in_another(saved, loaded, pool, tmp_pat
         ("--adafactor-min-dim 0", "--adafactor-min-dim"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_by_flag(line, flag):
+def test_invalid_values_are_rejected_by_flag(line, flag):
     with pytest.raises(UsageError) as error:
         _planned(f"--train-iters 3 --optimizer adafactor {line}")
     assert error.value.what == flag

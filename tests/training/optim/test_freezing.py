@@ -146,7 +146,7 @@ def test_what_is_frozen_is_a_function_of_the_step():
         ("--freeze-router-after 5 --moe-layer-freq [0]*4", "--freeze-router-after"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_by_flag(line, flag):
+def test_invalid_values_are_rejected_by_flag(line, flag):
     with pytest.raises(UsageError) as error:
         resolve_plan(parse_args([*MODEL, "--train-iters", "3", *line.split()]).config, 8)
     assert error.value.what == flag
