@@ -102,13 +102,12 @@ def load_checkpoint(
 
     parts = ranks.run_on_all(plan)
     wanted = ranks.gather(wanted_tensors(parts))
-    ranks.run_on_all(
-        lambda: (
-            _check_compatible(opened, config, identity, wanted or [], with_rng, loaded_optimizer)
-            if ranks.rank == 0
-            else None
-        )
-    )
+
+    def check() -> None:
+        if wanted is not None:  # on rank 0, which reports all differences of all ranks at once
+            _check_compatible(opened, config, identity, wanted, with_rng, loaded_optimizer)
+
+    ranks.run_on_all(check)
     if selected is None or not selected.verified:
         verify_tensors(opened, ranks)
     ranks.run_on_all(lambda: _fill(opened, parts))
