@@ -23,9 +23,9 @@ from megatron_moe.data.blend import Blend
 from megatron_moe.data.datasets import build_split
 from megatron_moe.data.indexed.check import inspect_source
 from megatron_moe.data.indexed.format import HEADER, MAGIC, VERSION
-from megatron_moe.data.objectives.noise import noise_of
+from megatron_moe.data.objectives.rng import sample_rng
 from megatron_moe.data.objectives.windows import cut_windows
-from megatron_moe.tokenizer.build import NullTokenizer
+from megatron_moe.tokenizer.simple import NullTokenizer
 
 DOCUMENTS, LONGEST = 1_000_000, 2000
 """10^9 tokens, near enough."""
@@ -72,7 +72,7 @@ def _causal(prefix: str) -> None:
 
 def _windows(lengths: np.ndarray) -> None:
     """An epoch, whatever the number of samples."""
-    cut_windows(noise_of(0), np.arange(len(lengths)), lengths, WINDOWS, SHARES, 1)
+    cut_windows(sample_rng(0), np.arange(len(lengths)), lengths, WINDOWS, SHARES, 1)
 
 
 def _records(name: str, build: Callable[[], None]) -> list[Record]:

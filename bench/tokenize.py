@@ -39,10 +39,9 @@ import sentencepiece
 from bench.record import Record
 from megatron_moe.config import DataConfig
 from megatron_moe.data.indexed.writer import IndexedWriter
-from megatron_moe.data.preprocess.encoding import EncodeError
+from megatron_moe.data.preprocess.encoding import EncodeError, EncoderPool
+from megatron_moe.data.preprocess.inputs import cut, find_inputs
 from megatron_moe.data.preprocess.reading import read_batches
-from megatron_moe.data.preprocess.sources import cut, find_inputs
-from megatron_moe.data.preprocess.workers import Workers
 from tools.train_tokenizer import train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,7 +119,9 @@ def _of_model(kind: str, slices: Sequence[Slice], warm_up: Slice, folder: Path) 
     ratios: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     with ExitStack() as stack:
         pools = {
-            way: stack.enter_context(Workers(WORKERS, data, ["text"], True, way != "plain"))
+            way: stack.enter_context(
+                EncoderPool(WORKERS, data, ["text"], append_eod=True, word_cache=way != "plain")
+            )
             for way in ways
         }
         for pool in pools.values():  # start them, with text that is not measured
@@ -183,12 +184,12 @@ def _raw(model: Path, piece: Slice) -> tuple[float, float, bytes]:
     return piece.megabytes / seconds, busy, b"".join(parts)
 
 
-def _encode(pool: Workers, piece: Slice, folder: Path) -> tuple[float, float, bytes]:
+def _encode(pool: EncoderPool, piece: Slice, folder: Path) -> tuple[float, float, bytes]:
     """MB/s of the workers from file to file, all processor time that it took, and the ids."""
-    ((stretch,),) = cut(find_inputs([str(piece.path)]), 1)
+    ((whole,),) = cut(find_inputs([str(piece.path)]), 1)
     start, begun = time.perf_counter(), _busy()
     with IndexedWriter(str(folder / "workers"), PIECES) as writer:
-        for _, result in pool.encode(read_batches(stretch, ["text"], "file")):
+        for _, result in pool.encode(read_batches(whole, ["text"], "file")):
             if isinstance(result, EncodeError):
                 raise AssertionError(result.arguments)
             writer.add_documents(result[0].ids, result[0].lengths, result[0].sequences)

@@ -1,16 +1,16 @@
-r"""Look into an indexed data set. Exit code 0: fine; 1: damaged or different; 2: a wrong flag.
+r"""Inspect an indexed dataset. Exit code 0: no fault; 1: damaged or different; 2: usage error.
 
-# statistics, and what the manifest says
+# statistics and the manifest
 python tools/inspect_data.py data/corpus_text_document
 
 # document 7 as text, or as ids without a tokenizer
 python tools/inspect_data.py data/corpus_text_document --document 7 \
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model
 
-# read everything: structure, and every id below the vocabulary's size
+# read everything: check the structure and that every id is in the vocabulary
 python tools/inspect_data.py data/corpus_text_document --verify --vocab-size 256384
 
-# the same documents?
+# compare the documents of two datasets
 python tools/inspect_data.py data/corpus_text_document --compare other/corpus_text_document
 """
 
@@ -28,37 +28,42 @@ from megatron_moe.data.indexed.format import paths_of
 from megatron_moe.data.indexed.inspection import (
     document,
     first_difference,
-    named,
+    prefix_of,
     statistics,
     verify,
 )
 from megatron_moe.data.indexed.manifest import read_manifest
-from megatron_moe.data.preprocess.progress import progress_bar
+from megatron_moe.data.progress import progress_bar
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
-from megatron_moe.tokenizer.build import Tokenizer, build_tokenizer
+from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.build import build_tokenizer
 
 TOKENIZERS = get_args(get_type_hints(DataConfig)["tokenizer_type"])
 FAULT_EXIT_CODE = 1
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = made.add_argument
     add("prefix", help="path without suffix")
     add("--document", type=int, metavar="N", help="print document N, counted from 0")
-    add("--verify", action="store_true", help="read all of it and check every number")
-    add("--compare", metavar="PREFIX", help="whether another data set holds the same documents")
-    add("--tokenizer-type", choices=TOKENIZERS, help="for --document as text")
-    add("--tokenizer-model", help="file of the tokenizer")
-    add("--vocab-size", type=int, help="ids must be below it (what the manifest says)")
+    add("--verify", action="store_true", help="read everything and check every number")
+    add("--compare", metavar="PREFIX", help="another dataset, to compare the documents")
+    add("--tokenizer-type", choices=TOKENIZERS, help="prints --document as text")
+    add("--tokenizer-model", help="tokenizer file")
+    add(
+        "--vocab-size",
+        type=int,
+        help="exclusive upper bound of the ids (that of the manifest)",
+    )
     return made
 
 
 def tokenizer_of(options: argparse.Namespace, source: Source) -> Tokenizer | None:
-    """The tokenizer that was asked for, which has to be the one the data was made with."""
+    """Build the tokenizer of the flags, which must be the one the data was made with."""
     if options.tokenizer_type is None:
         return None
     tokenizer = build_tokenizer(
@@ -71,13 +76,13 @@ def tokenizer_of(options: argparse.Namespace, source: Source) -> Tokenizer | Non
     manifest = read_manifest(source.prefix)
     if manifest is not None and manifest.tokenizer_hash != tokenizer.identity:
         found = options.tokenizer_model or options.tokenizer_type
-        expected = f"the {manifest.tokenizer} of hash {manifest.tokenizer_hash}"
-        raise UsageError("tokenizer", found, f"{expected}, which made the data")
+        made_with = f"{manifest.tokenizer} with hash {manifest.tokenizer_hash}"
+        raise UsageError("tokenizer", found, f"that of the data, {made_with}")
     return tokenizer
 
 
 def show(source: Source) -> None:
-    """Statistics, and what the manifest says."""
+    """Print statistics and the manifest."""
     found = statistics(source)
     print(f"documents    {found.documents}, {found.empty_documents} of them empty")
     print(f"sequences    {found.sequences}")
@@ -89,53 +94,53 @@ def show(source: Source) -> None:
         return
     print(f"tokenizer    {manifest.tokenizer} {manifest.tokenizer_hash}")
     print(f"vocabulary   {manifest.vocab_size}")
-    print(f"domain       {manifest.domain or 'not named'}")
+    print(f"domain       {manifest.domain or 'none'}")
     print(
         f"text         {manifest.text_bytes} bytes, {manifest.tokens_per_byte:.4f} tokens per byte"
     )
-    print(f"from         {len(manifest.inputs)} files, {manifest.inputs[0].path} first")
+    print(f"from         {len(manifest.inputs)} files, first {manifest.inputs[0].path}")
 
 
 def print_document(source: Source, number: int, tokenizer: Tokenizer | None) -> None:
-    """One document, a line break between its sequences."""
+    """Print one document, with a line break between its sequences."""
     for ids in document(source, number):
         values = ids.tolist()
         print(" ".join(map(str, values)) if tokenizer is None else tokenizer.detokenize(values))
 
 
 def inspect(options: argparse.Namespace, source: Source) -> int:
-    """Do what the flags ask for; the exit code."""
+    """Run what the flags select; return the exit code."""
     if options.document is not None:
         print_document(source, options.document, tokenizer_of(options, source))
     elif options.compare is not None:
         with progress_bar(source.tokens, " tokens") as bar:
-            other = inspect_source(named(options.compare))
+            other = inspect_source(prefix_of(options.compare))
             unlike = first_difference(source, other, bar.update)
         print(f"different: {unlike}" if unlike else f"the same {source.documents} documents")
         return FAULT_EXIT_CODE if unlike else 0
     elif options.verify:
         with progress_bar(source.tokens, " tokens") as bar:
             found = verify(source, options.vocab_size, bar.update)
-        print(f"whole: {source.tokens} ids from {found.smallest} to {found.largest}")
+        print(f"no fault: {source.tokens} ids from {found.smallest} to {found.largest}")
     else:
         show(source)
     return 0
 
 
 def fault_of(options: argparse.Namespace, opened: bool) -> int:
-    """The exit code of a refusal: 1 if the data is to blame."""
-    prefixes = [named(name) for name in (options.prefix, options.compare) if name]
-    there = all(os.path.exists(path) for prefix in prefixes for path in paths_of(prefix))
-    to_blame = there and (not opened or options.verify or options.compare is not None)
-    return FAULT_EXIT_CODE if to_blame else USAGE_EXIT_CODE
+    """Return the exit code of an error: 1 for a fault in the data, 2 for a usage error."""
+    prefixes = [prefix_of(name) for name in (options.prefix, options.compare) if name]
+    exist = all(os.path.exists(path) for prefix in prefixes for path in paths_of(prefix))
+    data_fault = exist and (not opened or options.verify or options.compare is not None)
+    return FAULT_EXIT_CODE if data_fault else USAGE_EXIT_CODE
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     options = parser().parse_args(argv)
     opened = False
     try:
-        source = inspect_source(named(options.prefix))
+        source = inspect_source(prefix_of(options.prefix))
         opened = True
         code = inspect(options, source)
     except UsageError as error:

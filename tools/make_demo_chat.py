@@ -1,12 +1,12 @@
-"""Make a small real corpus of conversations from what every Python installation carries.
+"""Make a small real corpus of conversations from files that every Python installation contains.
 
-One JSON Lines file, a conversation a line (`--objective sft`): somebody asks what a function, class
-or topic of Python is, and the first paragraph of its own documentation answers; of a class, a
-second question is about one of its methods. Sources are the standard library's docstrings and the
-topics of Python's `help()`.
+One JSON Lines file, one conversation per line (`--objective sft`). The user asks what a function,
+class or topic of Python is, and the answer is the first paragraph of its documentation; for a
+class, a second question is about one of its methods. Sources are the standard library's docstrings
+and the topics of Python's `help()`.
 
-Each answer is in one conversation only, and conversations stand in an order that depends on their
-text alone and looks random, so that `--split` holds out a fair sample.
+Each answer occurs once, and the order of conversations depends on their text alone and is
+pseudo-random, so that `--split` holds out a representative sample.
 
     python tools/make_demo_chat.py --output chat.jsonl --conversations 4000
 """
@@ -37,7 +37,7 @@ Conversation = list[Turn]
 
 
 def conversations_of_library(root: Path) -> Iterator[Conversation]:
-    """About the functions and classes of the standard library at ``root``."""
+    """Yield conversations about the functions and classes of the library at ``root``."""
     for path in with_progress(list(library_files(root))):
         if path.suffix != ".py":
             continue
@@ -46,13 +46,13 @@ def conversations_of_library(root: Path) -> Iterator[Conversation]:
                 warnings.simplefilter("ignore")  # odd escapes in old sources
                 tree = ast.parse(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, SyntaxError):
-            continue  # a few sources are in other encodings, on purpose
+            continue  # a few test sources are in other encodings
         relative = path.relative_to(root).with_suffix("")
         yield from conversations_of_module(tree, ".".join(relative.parts))
 
 
 def conversations_of_module(tree: ast.Module, module: str) -> Iterator[Conversation]:
-    """About the documented functions and classes of one module."""
+    """Yield conversations about the documented functions and classes of one module."""
     for node in tree.body:
         if isinstance(node, _Function):
             yield conversation([_exchange(node, module)])
@@ -66,7 +66,7 @@ def conversations_of_module(tree: ast.Module, module: str) -> Iterator[Conversat
 
 
 def _exchange(node: _Function, where: str) -> tuple[str, str] | None:
-    """A question about a function and its answer, if it is documented."""
+    """Return a question about a function and its answer, if it is documented."""
     about = ast.get_docstring(node)
     if about is None:
         return None
@@ -75,7 +75,7 @@ def _exchange(node: _Function, where: str) -> tuple[str, str] | None:
 
 
 def conversations_of_topics() -> Iterator[Conversation]:
-    """About the topics of `help()`."""
+    """Yield conversations about the topics of `help()`."""
     for document in topics():
         name = document.source.partition(":")[2]
         _, _, text = document.text.partition("\n\n")  # after the title
@@ -83,12 +83,12 @@ def conversations_of_topics() -> Iterator[Conversation]:
 
 
 def first_paragraph(text: str) -> str:
-    """Up to the first empty line, as one line."""
+    """Return the text up to the first blank line, as one line."""
     return " ".join(text.strip().partition("\n\n")[0].split())
 
 
 def conversation(exchanges: Iterable[tuple[str, str] | None]) -> Conversation:
-    """Turns of those exchanges whose answer is neither too short nor too long."""
+    """Return the turns of the exchanges whose answer is neither too short nor too long."""
     turns = [{"role": "system", "content": SYSTEM}]
     for exchange in exchanges:
         if exchange is not None and SHORTEST <= len(exchange[1]) <= LONGEST:
@@ -98,7 +98,7 @@ def conversation(exchanges: Iterable[tuple[str, str] | None]) -> Conversation:
 
 
 def choose(found: Iterable[Conversation], most: int) -> list[Conversation]:
-    """Conversations with an answer, no answer twice, in an order that looks random."""
+    """Return conversations with distinct answers, in a pseudo-random order."""
     ordered = sorted(found, key=lambda turns: hashlib.sha256(json.dumps(turns).encode()).digest())
     chosen: list[Conversation] = []
     seen: set[str] = set()
@@ -111,16 +111,16 @@ def choose(found: Iterable[Conversation], most: int) -> list[Conversation]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", required=True, type=Path, help="JSON Lines file")
-    parser.add_argument("--conversations", type=int, default=4000, help="most of them (4000)")
+    parser.add_argument("--conversations", type=int, default=4000, help="maximum number (4000)")
     options = parser.parse_args(argv)
     with exit_on_usage_error("make_demo_chat.py", OSError):
         if options.conversations < 1:
-            raise UsageError("--conversations", options.conversations, "at least 1")
+            raise UsageError("--conversations", options.conversations, ">= 1")
         options.output.parent.mkdir(parents=True, exist_ok=True)
         root = Path(sysconfig.get_path("stdlib"))
         found = [*conversations_of_library(root), *conversations_of_topics()]

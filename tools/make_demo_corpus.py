@@ -1,13 +1,13 @@
-"""Make a small real corpus from what every Python installation carries.
+"""Make a small real corpus from files that every Python installation contains.
 
-Two domains, one JSON Lines file each, a document a line: `{"text", "domain", "source"}`.
+Two domains, one JSON Lines file each, one document per line: `{"text", "domain", "source"}`.
 
-- `code`: the standard library's sources without their docstrings (which are in the other domain, so
-  that no held-out text is seen in training as code), tests left out.
+- `code`: the standard library's sources without tests and docstrings. Docstrings are only in the
+  other domain, so that no held-out text is in the training code.
 - `text`: the docstrings of each module, the topics of Python's `help()`, licences and notes.
 
-Documents stand in an order that depends on their names alone and looks random, so that the first
-part of a file is like the last and `--split` holds out a fair sample.
+The order of documents depends on their names alone and is pseudo-random, so that `--split` holds
+out a representative sample.
 
     python tools/make_demo_corpus.py --output-dir corpus --megabytes 8
 """
@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_moe.data.preprocess.progress import progress_bar
+from megatron_moe.data.progress import progress_bar
 from megatron_moe.errors import UsageError, exit_on_usage_error
 
 LEFT_OUT = {
@@ -39,7 +39,7 @@ LEFT_OUT = {
     "test",
     "tests",
 }
-"""Folders: not the library's, tests, or tables that nobody wrote by hand."""
+"""Folders that are not the library's, tests, or generated tables."""
 NOTES = {".txt", ".rst"}
 _LEAST = 200
 """Characters of the shortest document."""
@@ -48,7 +48,7 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it is from."""
+    """One text and its origin."""
 
     text: str
     domain: str
@@ -56,13 +56,13 @@ class Document:
 
 
 def documents_of_library(root: Path) -> Iterator[Document]:
-    """Code and prose of the standard library at ``root``."""
+    """Yield code and prose of the standard library at ``root``."""
     for path in with_progress(list(library_files(root))):
         name = path.relative_to(root).as_posix()
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
-            continue  # a few sources are in other encodings, on purpose
+            continue  # a few test sources are in other encodings
         if path.suffix in NOTES:
             yield Document(text, "text", name)
         else:
@@ -70,7 +70,7 @@ def documents_of_library(root: Path) -> Iterator[Document]:
 
 
 def library_files(root: Path) -> Iterator[Path]:
-    """Sources and notes, in order of their paths."""
+    """Yield sources and notes, in the order of their paths."""
     for folder, below, names in os.walk(root):
         below[:] = sorted(name for name in below if name not in LEFT_OUT)
         for name in sorted(names):
@@ -79,7 +79,7 @@ def library_files(root: Path) -> Iterator[Path]:
 
 
 def with_progress(paths: Sequence[Path]) -> Iterator[Path]:
-    """The paths, while a bar tells how many are done."""
+    """Yield the paths, with a progress bar."""
     with progress_bar(len(paths), " files") as bar:
         for path in paths:
             yield path
@@ -87,7 +87,7 @@ def with_progress(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 def separate(source: str, name: str) -> Iterator[Document]:
-    """Code without docstrings, and the docstrings."""
+    """Yield the code without docstrings, and the docstrings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd escapes in old sources
@@ -111,7 +111,7 @@ def separate(source: str, name: str) -> Iterator[Document]:
 
 
 def _blank(lines: list[str | None], node: _Documented) -> None:
-    """Remove a docstring; where nothing else is in the body, `pass` takes its place."""
+    """Remove a docstring; `pass` replaces it if the body contains nothing else."""
     first = node.body[0]
     alone = len(node.body) == 1 and not isinstance(node, ast.Module)
     end = first.end_lineno or first.lineno
@@ -124,17 +124,17 @@ def _blank(lines: list[str | None], node: _Documented) -> None:
 
 
 def topics() -> Iterator[Document]:
-    """What `help("topic")` shows."""
+    """Yield the texts of `help("topic")`."""
     try:
         from pydoc_data.topics import topics as texts
     except ImportError:
-        return  # some distributions cut it out
+        return  # some distributions remove it
     for name, text in sorted(texts.items()):
         yield Document(text, "text", f"help:{name}")
 
 
 def choose(documents: Iterable[Document], megabytes: float) -> list[Document]:
-    """Each text once, in an order by name that looks random, up to a size."""
+    """Return distinct texts in a pseudo-random order by name, up to a size."""
     ordered = sorted(
         documents, key=lambda d: hashlib.sha256(f"{d.domain} {d.source}".encode()).digest()
     )
@@ -151,7 +151,7 @@ def choose(documents: Iterable[Document], megabytes: float) -> list[Document]:
 
 
 def write(documents: Sequence[Document], path: Path) -> None:
-    """One line a document; the file appears whole or not at all."""
+    """Write one document per line; the file appears complete or not at all."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8") as stream:
         for document in documents:
@@ -165,16 +165,18 @@ def write(documents: Sequence[Document], path: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output-dir", required=True, type=Path)
-    parser.add_argument("--megabytes", type=float, default=16.0, help="most of each domain (16)")
+    parser.add_argument("--output-dir", required=True, type=Path, help="folder to write")
+    parser.add_argument(
+        "--megabytes", type=float, default=16.0, help="maximum size of each domain (16)"
+    )
     options = parser.parse_args(argv)
     with exit_on_usage_error("make_demo_corpus.py", OSError):
         if options.megabytes <= 0:
-            raise UsageError("--megabytes", options.megabytes, "a positive number")
+            raise UsageError("--megabytes", options.megabytes, "> 0")
         options.output_dir.mkdir(parents=True, exist_ok=True)
         found = [*documents_of_library(Path(sysconfig.get_path("stdlib"))), *topics()]
         for domain in ("code", "text"):

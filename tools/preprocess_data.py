@@ -1,18 +1,18 @@
-r"""Tokenize text into indexed data: `{prefix}_{key}_document.bin` and `.idx`, with a manifest.
+r"""Tokenize text into an indexed dataset: `{prefix}_{key}_document.bin`, `.idx` and a manifest.
 
 Flags and files are those of Megatron-LM's tool of this name. Input: JSON Lines (.jsonl, .json, also
-.gz and .zst), Parquet, plain text (.txt). Started again, it makes only what is not finished.
+as .gz and .zst), Parquet, plain text (.txt). A run that is started again keeps finished partitions.
 
     # one file
     python tools/preprocess_data.py --input corpus.jsonl --output-prefix data/corpus \
         --tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model --append-eod
 
-    # many files, 16 processes, 32 partitions that are merged in the end
+    # many files, 16 processes, 32 partitions that are merged at the end
     python tools/preprocess_data.py --input 'c4/*.jsonl.zst' --output-prefix data/c4 --domain c4 \
         --tokenizer-type SentencePieceTokenizer --tokenizer-model umt5.model \
         --vocab-extra-ids 300 --append-eod --workers 16 --partitions 32
 
-    # one task of a cluster: partition 3 of 32, to be merged by tools/merge_datasets.py
+    # one task of a cluster: partition 3 of 32, to be merged with tools/merge_datasets.py
     python tools/preprocess_data.py --input 'c4/*.jsonl.zst' --output-prefix data/c4 \
         --tokenizer-type SentencePieceTokenizer --tokenizer-model umt5.model \
         --append-eod --workers 16 --partitions 32 --partition 3
@@ -26,9 +26,8 @@ from collections.abc import Sequence
 from typing import get_args, get_type_hints
 
 from megatron_moe.config import DataConfig
-from megatron_moe.data.preprocess.corpus import preprocess
-from megatron_moe.data.preprocess.sources import TextDocuments
-from megatron_moe.data.preprocess.tasks import PreprocessOptions, output_prefixes
+from megatron_moe.data.preprocess.corpus import PreprocessOptions, output_prefixes, preprocess
+from megatron_moe.data.preprocess.inputs import TextDocuments
 from megatron_moe.errors import UsageError, exit_on_usage_error
 from megatron_moe.tokenizer.build import build_tokenizer
 
@@ -36,43 +35,44 @@ TOKENIZERS = get_args(get_type_hints(DataConfig)["tokenizer_type"])
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags."""
+    """Return the parser of the flags."""
     made = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = made.add_argument
-    add("--input", nargs="+", required=True, metavar="FILE", help="files, or globs in quotes")
+    add("--input", nargs="+", required=True, metavar="FILE", help="files or quoted globs")
     add("--output-prefix", required=True, help="path without suffix")
-    add("--json-keys", nargs="+", default=["text"], help="fields, or columns, to tokenize (text)")
+    add("--json-keys", nargs="+", default=["text"], help="fields or columns to tokenize (text)")
     add("--text-documents", choices=get_args(TextDocuments), default="file",
         help="a document of a .txt: the file, or a block between blank lines (file)")  # fmt: skip
-    add("--append-eod", action="store_true", help="end documents with eod")
-    add("--domain", help="what the text is; noted in the manifest")
+    add("--append-eod", action="store_true", help="append the end-of-document id to each document")
+    add("--domain", help="domain of the text, recorded in the manifest")
     add("--tokenizer-type", required=True, choices=TOKENIZERS)
-    add("--tokenizer-model", help="file of the tokenizer")
-    add("--vocab-size", type=int, help="ids must be below it (the tokenizer's)")
-    add("--vocab-extra-ids", type=int, default=0, help="sentinels after the tokenizer's own ids")
-    add("--workers", type=int, default=1, help="processes that tokenize (1)")
-    add("--partitions", type=int, help="cut the input into so many (one for each GiB)")
-    add("--partition", type=int, help="make only this one, from 0, and do not merge")
-    add("--no-word-cache", action="store_true", help="do not remember the ids of words")
-    add("--log-interval", type=int, default=1000, help="documents a report (1000)")
+    add("--tokenizer-model", help="tokenizer file")
+    add("--vocab-size", type=int, help="exclusive upper bound of the ids (size of the tokenizer)")
+    add("--vocab-extra-ids", type=int, default=0, help="sentinels after the tokenizer's ids (0)")
+    add("--workers", type=int, default=1, help="worker processes (1)")
+    add("--partitions", type=int, help="number of partitions of the input (one per GiB)")
+    add("--partition", type=int, help="make only this partition, counted from 0, without merging")
+    add("--no-word-cache", action="store_true", help="do not cache the ids of words")
+    add("--log-interval", type=int, default=1000, help="documents between progress reports (1000)")
     return made
 
 
 def parse(argv: Sequence[str] | None) -> tuple[PreprocessOptions, DataConfig]:
-    """Read the command line."""
+    """Parse the command line."""
     values = parser().parse_args(argv)
     for flag in ("workers", "partitions", "log_interval"):
         if (value := getattr(values, flag)) is not None and value < 1:
             name = "--" + flag.replace("_", "-")
-            raise UsageError(name, value, "a positive number")
+            raise UsageError(name, value, ">= 1")
     if values.partition is not None and values.partitions is None:
-        raise UsageError("--partitions", None, "their number, which --partition needs")
+        raise UsageError("--partitions", None, "set with --partition")
     if values.partition is not None and not 0 <= values.partition < values.partitions:
-        raise UsageError("--partition", values.partition, f"0 to {values.partitions - 1}")
+        expected = f">= 0 and <= {values.partitions - 1}"
+        raise UsageError("--partition", values.partition, expected)
     if len(set(values.json_keys)) < len(values.json_keys):
-        raise UsageError("--json-keys", " ".join(values.json_keys), "each key once")
+        raise UsageError("--json-keys", " ".join(values.json_keys), "distinct keys")
     options = PreprocessOptions(
         input=tuple(values.input),
         output_prefix=values.output_prefix,
@@ -96,14 +96,14 @@ def parse(argv: Sequence[str] | None) -> tuple[PreprocessOptions, DataConfig]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     with exit_on_usage_error("preprocess_data.py"):
         options, data = parse(argv)
         if options.word_cache:
-            reason = build_tokenizer(data).remember_words()
+            reason = build_tokenizer(data).enable_word_cache()
             print(f"word cache: {f'off, {reason}' if reason else 'on'}", flush=True)
         start = time.perf_counter()
-        made = preprocess(options, data, say=lambda line: print(line, flush=True))
+        made = preprocess(options, data, report=lambda line: print(line, flush=True))
     seconds = time.perf_counter() - start
     for manifest in made:
         print(

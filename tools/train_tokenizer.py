@@ -1,8 +1,8 @@
 r"""Train a SentencePiece tokenizer: unigram or byte pairs, byte fallback, umT5's special ids.
 
-pad = 0, eos = 1, unk = 2, no beginning-of-sequence id. Text comes back as it was: white space and
-line ends are kept, nothing is normalised, what has no piece is written in bytes. (The one exception
-is U+2581, SentencePiece's own sign for a space.)
+pad = 0, eos = 1, unk = 2, no beginning-of-sequence id. Decoding restores the text exactly: white
+space and line ends are kept, nothing is normalised, and characters without a piece are encoded as
+bytes. (The only exception is U+2581, SentencePiece's own sign for a space.)
 
     python tools/train_tokenizer.py --input corpus/code.jsonl corpus/text.jsonl \
         --output tokenizer.model --vocab-size 8192
@@ -20,24 +20,24 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_moe.data.preprocess.progress import progress_bar
+from megatron_moe.data.preprocess.inputs import cut, find_inputs
 from megatron_moe.data.preprocess.reading import read_batches
-from megatron_moe.data.preprocess.sources import cut, find_inputs
+from megatron_moe.data.progress import progress_bar
 from megatron_moe.errors import UsageError, exit_on_usage_error
-from megatron_moe.tokenizer.build import EOS, PAD, UNK
+from megatron_moe.tokenizer.base import EOS, PAD, UNK
 
 _SENTENCE = 2048
-"""Characters of one training sentence; the trainer leaves out longer ones than 4192 bytes."""
+"""Characters of a training sentence; the trainer ignores sentences of more than 4192 bytes."""
 
 
 def sentences(paths: Sequence[str], key: str, megabytes: float) -> Iterator[str]:
-    """Pieces of the files' texts, an equal share from each file; a bar tells how far."""
+    """Yield sentences of the files, an equal share from each file, with a progress bar."""
     share = megabytes * 1e6 / len(paths)
     with progress_bar(int(share * len(paths)), " characters") as bar:
         for piece in _sentences(paths, key, share):
             yield piece
             bar.update(len(piece))
-        bar.total = bar.n  # there may be less text than asked for
+        bar.total = bar.n  # there may be less text than requested
 
 
 def _sentences(paths: Sequence[str], key: str, share: float) -> Iterator[str]:
@@ -53,9 +53,9 @@ def _sentences(paths: Sequence[str], key: str, share: float) -> Iterator[str]:
 
 
 def texts(path: str, key: str) -> Iterator[str]:
-    """The texts of a file of any kind that tools/preprocess_data.py takes."""
-    for stretch in cut(find_inputs([path]), 1)[0]:
-        for batch in read_batches(stretch, [key], "file"):
+    """Yield the texts of a file of any format that tools/preprocess_data.py reads."""
+    for piece in cut(find_inputs([path]), 1)[0]:
+        for batch in read_batches(piece, [key], "file"):
             done = 0
             try:
                 for (fields,) in batch.documents([key]):
@@ -93,24 +93,24 @@ def train(options: argparse.Namespace) -> bytes:
     except RuntimeError as error:
         reason = " ".join(str(error).split()[-12:])
         raise UsageError(
-            "--vocab-size", options.vocab_size, "one the text can fill", reason
+            "--vocab-size", options.vocab_size, "a size that the text can fill", reason
         ) from None
     return model.getvalue()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="files of text")
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text files")
     parser.add_argument("--output", required=True, type=Path, help="model file to write")
     parser.add_argument("--vocab-size", type=int, default=8192, help="pieces (8192)")
     parser.add_argument(
         "--model-type",
         choices=["unigram", "bpe"],
         default="unigram",
-        help="unigram as umT5's, or byte pairs, which preprocessing encodes word by word (unigram)",
+        help="unigram as in umT5, or byte pairs, encoded word by word (unigram)",
     )
     parser.add_argument("--json-key", default="text", help="field of the text (text)")
     parser.add_argument("--megabytes", type=float, default=4.0, help="text to train on (4)")
@@ -121,7 +121,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_usage_error("train_tokenizer.py", OSError):
         try:
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as stream:  # before the training, which takes its time
+            # Opened before the training, which takes long, so that a bad path is reported at once.
+            with partial.open("wb") as stream:
                 stream.write(train(options))
             os.replace(partial, options.output)
         except (UsageError, OSError):

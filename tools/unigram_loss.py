@@ -1,18 +1,18 @@
 r"""Print the held-out loss of a unigram model of a run's training tokens.
 
-Takes the flags of pretrain_openmoe.py, of which those of data and batch sizes matter, and of a run
-in stages --stage NAME, or its number; the last one, if none is chosen.
+Takes the flags of pretrain_openmoe.py, of which those of data and batch sizes matter. For a run in
+phases, --phase NAME or its number selects one; the default is the last. (--stage is an alias.)
 
 Examples:
     # with the flags of the run
     python tools/unigram_loss.py --preset openmoe-tiny --data-path data/text_document \
         --tokenizer-type SentencePieceTokenizer --tokenizer-model t.model --train-iters 100
 
-    # of a saved run
+    # for a saved run
     python tools/unigram_loss.py --config run/config.json
 
-    # of a stage of it
-    python tools/unigram_loss.py --config run/config.json --stage ul2
+    # for one of its phases
+    python tools/unigram_loss.py --config run/config.json --phase ul2
 """
 
 from __future__ import annotations
@@ -22,29 +22,31 @@ import sys
 from collections.abc import Sequence
 
 from megatron_moe.config.cli import parse_or_exit
+from megatron_moe.config.validate import validate
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
+    """Run the command; return the exit code."""
     own = argparse.ArgumentParser(prog="unigram_loss.py", add_help=False, allow_abbrev=False)
-    own.add_argument("--stage")
+    own.add_argument("--phase", "--stage")
     chosen, others = own.parse_known_args(argv)
     command = parse_or_exit(others, prog="unigram_loss.py", examples=__doc__ or "")
-    # The engine, whose data sets are used, says that Apex is missing: no matter for counting.
-    from megatron_moe.platform.patches.noise import KnownWarnings
+    # Importing Megatron-Core warns that Apex is missing, which does not matter for counting.
+    from megatron_moe.platform.patches.megatron_core import KnownWarnings
 
     KnownWarnings().apply()
     from megatron_moe.training.unigram import unigram_loss
 
     try:
-        found = unigram_loss(command.config, chosen.stage)
+        validate(command.config)
+        found = unigram_loss(command.config, chosen.phase)
     except UsageError as error:
         print(f"unigram_loss.py: error: {error}", file=sys.stderr)
         return USAGE_EXIT_CODE
-    of_stage = f" of stage {found.stage}" if found.stage else ""
+    of_phase = f" of phase {found.phase}" if found.phase else ""
     print(
-        f"unigram held-out loss {found.loss:.6f} nats per token{of_stage} "
+        f"unigram held-out loss {found.loss:.6f} nats per token{of_phase} "
         f"({found.targets} targets, {found.training_tokens} training tokens)"
     )
     return 0

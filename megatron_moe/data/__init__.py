@@ -1,9 +1,14 @@
-"""Corpus to tokens to samples to batches.
+"""From text files to the micro-batches of a training step.
 
-Text -> `tokenizer` -> `indexed_writer` (PREFIX.bin, PREFIX.idx) -> `indexed_check`, `indexed_scan`
-(refuse what is broken) -> `causal` (documents packed into samples) -> `blend`, `datasets` (sources
-and splits) -> `pipeline`, `loader` (micro-batches of one rank) -> `distribute` (the same on every
-tensor-parallel rank).
+    preprocess/   text files -> token ids (tools/preprocess_data.py)
+    indexed/      the `.bin`, `.idx` and manifest files, and what checks, merges and inspects them
+    objectives/   what a training sample is: prefix LM, UL2, conversations
 
-Tokenizing needs no torch, so nothing is imported here.
+At the top, what training reads. Reading order of a sample, from its index to the model: `loader`
+(which indices a rank reads; samples -> micro-batch), `causal` (index -> tokens, labels, loss mask),
+`batch` (the micro-batch on every tensor-parallel rank). What is set up before: `named_mixture` and
+`blend` (which sources, in which proportions), `datasets` (opens and checks sources, builds the
+dataset of a split), `pipeline` (the loaders of one rank), `composition` (what the log reports).
+
+Preprocessing needs no torch, so this module imports nothing.
 """

@@ -1,10 +1,15 @@
-"""Which sources make up training, validation and test, and in which proportions.
+"""The sources of training, validation and test, and their proportions.
 
-`--data-path`, the same words in the file of `--data-args-path`, or `--mixture` feed all three by
-`--split` (shares of documents, in file order); `--train-data-path`, `--valid-data-path` and
-`--test-data-path` feed one each. Each is a list of prefixes, or of weight and prefix pairs. A
-source of weight 0 is left out, unread. Every source stands for a domain, whose held-out loss is
-measured by itself.
+`--data-path`, the same words in the file of `--data-args-path`, or `--mixture` are divided among
+all three by `--split` (shares of documents, in file order); `--train-data-path`,
+`--valid-data-path` and `--test-data-path` each feed one. Each is a list of prefixes, or of weight
+and prefix pairs. A source of weight 0 is left out and not read. Every source belongs to a domain,
+whose held-out loss is measured separately.
+
+Example: `--data-path 3 web 1 code --split 8,2,0` with 100 documents of web and 10 of code. Training
+has documents 0-79 of web and 0-7 of code, validation documents 80-99 and 8-9, test none. Of 400
+training samples 300 are from web and 100 from code, spread evenly: web, code, web, web, web, ... If
+code has only 40 samples, it goes through 2.5 epochs.
 """
 
 from __future__ import annotations
@@ -28,20 +33,20 @@ _ALL = (0.0, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Blend:
-    """What one split is made of."""
+    """The sources of one split."""
 
     flag: str
-    """Where it was asked for."""
+    """The flag that names them."""
     prefixes: tuple[str, ...]
     weights: tuple[float, ...] | None
-    """Proportions of samples; `None` takes the sizes of the sources."""
+    """Proportions of samples; `None`: in proportion to the sizes of the sources."""
     bounds: tuple[float, float]
-    """First and last document of every source, as shares of its documents."""
+    """Start and end of the split in every source, as shares of its documents."""
     domains: tuple[str, ...] = ()
-    """What each prefix stands for; left out, all are one."""
+    """Domain of each prefix; empty: all are one domain."""
 
     def by_domain(self) -> dict[str, Blend]:
-        """The part of each domain, in the order of the prefixes; empty if there is but one."""
+        """Return the blend of each domain, in the order of the prefixes; empty for one domain."""
         names = list(dict.fromkeys(self.domains))
         return {name: self._only(name) for name in names} if len(names) > 1 else {}
 
@@ -57,44 +62,34 @@ class Blend:
 
 
 def blends_of(data: DataConfig) -> dict[str, Blend | None]:
-    """The blend of each split, `None` for a split without data.
+    """Return the blend of each split, `None` for a split without data.
 
     Raises:
-        UsageError: no training data, several ways of naming data at once, a bad weight or split, or
-            a file of words or a mixture that cannot be read.
+        UsageError: no training data, a bad weight or split, or a file of words or a mixture that
+            cannot be read.
     """
     own = {
         "train": data.train_data_path,
         "valid": data.valid_data_path,
         "test": data.test_data_path,
     }
-    shared = _shared(data)
+    shared = _shared_blend(data)
     if shared is not None:
-        _refuse_beside(shared.flag, own)
         return {
             name: bounds and replace(shared, bounds=bounds)
             for name, bounds in zip(SPLITS, parse_split(data.split), strict=True)
         }
     if not data.train_data_path:
-        raise UsageError("--data-path", "", "prefixes of indexed data (tools/preprocess_data.py)")
+        expected = "one or more prefixes of indexed data (tools/preprocess_data.py)"
+        raise UsageError("--data-path", "", expected)
     return {
         name: _of_words(f"--{name}-data-path", values) if values else None
         for name, values in own.items()
     }
 
 
-def _shared(data: DataConfig) -> Blend | None:
-    """What feeds all splits."""
-    ways: dict[str, Sequence[str] | str | None] = {
-        "--data-path": data.data_path,
-        "--data-args-path": data.data_args_path,
-        "--mixture": data.mixture,
-    }
-    given = [flag for flag, value in ways.items() if value]
-    if len(given) > 1:
-        raise UsageError(given[1], ways[given[1]], f"nothing beside {given[0]}")
-    if data.data_root is not None and not data.mixture:
-        raise UsageError("--data-root", data.data_root, "--mixture with it")
+def _shared_blend(data: DataConfig) -> Blend | None:
+    """Return the blend that all splits share, if there is one."""
     if data.mixture:
         named = read_named_mixture(data.mixture, data.data_root)
         return Blend(
@@ -109,21 +104,15 @@ def _shared(data: DataConfig) -> Blend | None:
     return _of_words("--data-path", data.data_path) if data.data_path else None
 
 
-def _refuse_beside(flag: str, own: Mapping[str, Sequence[str]]) -> None:
-    for name, paths in own.items():
-        if paths:
-            raise UsageError(f"--{name}-data-path", " ".join(paths), f"nothing beside {flag}")
-
-
 def _words_of(path: str) -> list[str]:
-    """The words of a file, as Megatron-LM reads it."""
+    """Return the words of a file, as Megatron-LM reads it."""
     try:
         words = Path(path).read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         expected = "a readable file with the words of --data-path"
         raise UsageError("--data-args-path", path, expected, str(error)) from None
     if not words:
-        raise UsageError("--data-args-path", path, "a file with words", "it is empty")
+        raise UsageError("--data-args-path", path, "a file with words", "the file is empty")
     return words
 
 
@@ -139,13 +128,13 @@ def _of_words(flag: str, words: Sequence[str]) -> Blend:
 
 
 def domains_of(prefixes: Sequence[str]) -> tuple[str, ...]:
-    """What each prefix stands for.
+    """Return the domain of each prefix.
 
-    The domain that its manifest names (`--domain` of preprocessing), else its file name without the
-    end that preprocessing gives it, or the whole prefix where two of them would have one name.
+    This is the domain in its manifest (`--domain` of preprocessing), else its file name without the
+    suffix that preprocessing adds, or the complete prefix where two file names are equal.
 
     Raises:
-        UsageError: a manifest is none.
+        UsageError: a manifest cannot be read.
     """
     names = [os.path.basename(prefix).removesuffix("_text_document") for prefix in prefixes]
     count = Counter(names)
@@ -160,7 +149,7 @@ def domains_of(prefixes: Sequence[str]) -> tuple[str, ...]:
 def parse_blend(
     flag: str, values: Sequence[str]
 ) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
-    """Prefixes and weights of a list as it stands on the command line.
+    """Return the prefixes and weights of a list from the command line.
 
     Raises:
         UsageError: only some prefixes have weights, a weight is negative, infinite or not a
@@ -173,11 +162,12 @@ def parse_blend(
     paired = [number is not None for number in numbers] == [i % 2 == 0 for i in range(len(words))]
     if not paired or len(words) % 2:
         raise UsageError(
-            flag, " ".join(words), "prefixes alone, or WEIGHT PREFIX WEIGHT PREFIX ..."
+            flag, " ".join(words), "a list of prefixes, or WEIGHT PREFIX WEIGHT PREFIX ..."
         )
     weights = [number for number in numbers[::2] if number is not None]
     if any(not math.isfinite(weight) or weight < 0 for weight in weights) or not any(weights):
-        raise UsageError(flag, " ".join(words), "weights of 0 or more, one at least above 0")
+        raise UsageError(flag, " ".join(words), "a list of weights >= 0, with one > 0")
+    # Weight 0 is dropped here, so that such a source need not exist.
     kept = [(p, w) for p, w in zip(words[1::2], weights, strict=True) if w > 0]
     return tuple(prefix for prefix, _ in kept), tuple(weight for _, weight in kept)
 
@@ -190,15 +180,17 @@ def _number(word: str) -> float | None:
 
 
 def parse_split(split: str) -> list[tuple[float, float] | None]:
-    """Bounds of training, validation and test as shares of the documents, `None` for a share of 0.
+    """Return the bounds of training, validation and test, `None` for a share of 0.
+
+    Example: `8,1,1` is (0, 0.8), (0.8, 0.9) and (0.9, 1) of the documents.
 
     Raises:
-        UsageError: not one to three numbers of 0 or more, or no training share.
+        UsageError: not one to three numbers >= 0, or no training share.
     """
     shares = [_number(word) for word in split.split(",")]
     values = [share for share in shares if share is not None and 0 <= share < math.inf]
     if len(values) != len(shares) or not 1 <= len(values) <= 3 or values[0] <= 0:
-        expected = "one to three shares of documents such as 969,30,1, the first above 0"
+        expected = "one to three shares of documents such as 969,30,1, the first > 0"
         raise UsageError("--split", split, expected)
     values += [0.0] * (3 - len(values))
     total, bounds, start = sum(values), list[tuple[float, float] | None](), 0.0
@@ -209,7 +201,7 @@ def parse_split(split: str) -> list[tuple[float, float] | None]:
 
 
 def tokens_in(source: Source, bounds: tuple[float, float]) -> int:
-    """Tokens that a split takes of a source. Documents are cut as Megatron-Core cuts them."""
+    """Return the tokens of a source in a split. Rounding is that of Megatron-Core."""
     first, last = (round(bound * float(source.sequences)) for bound in bounds)
     return int(source.lengths()[first:last].sum(dtype="int64"))
 
@@ -217,7 +209,7 @@ def tokens_in(source: Source, bounds: tuple[float, float]) -> int:
 def usable(
     name: str, blend: Blend | None, split: str, sources: Mapping[str, Source]
 ) -> Blend | None:
-    """The blend, if every source has tokens for it; a test split may be empty and is then none.
+    """Return the blend if every source has tokens for it; a test split may be empty, then `None`.
 
     Raises:
         UsageError: a source has no tokens for training or validation.
@@ -231,12 +223,12 @@ def usable(
             return None
         documents, cut = sources[prefix].documents, blend.flag != f"--{name}-data-path"
         found = f"{split} of {documents} documents" if cut else prefix
-        expected = f"a share for {name} that holds tokens of {prefix}"
+        expected = f"a share for {name} that contains tokens of {prefix}"
         raise UsageError(
             "--split" if cut else blend.flag,
             found,
             expected,
-            "raise the share, or set it to 0 for none" if name == "valid" else "",
+            "raise the share, or set it to 0 for no validation" if name == "valid" else "",
         )
     return blend
 
@@ -244,10 +236,11 @@ def usable(
 def weights_of(
     blend: Blend, sources: Mapping[str, Source], seq_length: int
 ) -> tuple[float, ...] | None:
-    """The proportions to blend in: as given, or the samples in one epoch of each source.
+    """Return the proportions of the blend: as given, or the samples in one epoch of each source.
 
-    Without weights, Megatron-LM gives one epoch and then runs dry in the middle of training; with
-    the same proportions as weights the sources repeat instead. Until then the order is the same.
+    Without weights, Megatron-LM provides one epoch and then runs out of data in the middle of
+    training. With the same proportions as weights, sources repeat instead; the order of the first
+    epoch is the same.
     """
     if len(blend.prefixes) == 1:
         return None

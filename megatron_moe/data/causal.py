@@ -1,13 +1,18 @@
 """Next-token samples: documents packed one after the other and cut every S tokens.
 
-The packing, the epochs and the shuffles are those of Megatron-Core's `GPTDataset`, and so the ids
-of sample i are those that Megatron-LM trains on. What differs, as the engine's own is unsafe:
+Packing, epochs and shuffles are those of Megatron-Core's `GPTDataset`, so the ids of sample i are
+those that Megatron-LM trains on. Example, S = 3, documents [a b 1], [c 1] and [d e f 1], in this
+order after the shuffle: sample 0 is a b 1 c, that is tokens a b 1 and labels b 1 c; sample 1 is
+c 1 d e; sample 2 is e f 1 and the first token of the next epoch. Neighbours share one token, which
+is a label in the first and an input in the second.
 
-- The index cache is ours (`index_cache`): keyed by content, whole or absent, no pickles.
-- The loss mask is made for every sample. The engine makes the first sample's, pads and all, and
-  applies it to the others.
-- Token types come from the index, never from the vocabulary size, and short reads are errors.
-- A split without tokens is refused; the engine would count epochs for ever.
+Differences from Megatron-Core, whose own code is unsafe there:
+
+- The index cache is ours (`indexed.cache`): keyed by content, complete or absent, no pickles.
+- The loss mask is made for every sample. Megatron-Core makes that of the first sample, with its
+  padding, and applies it to all others.
+- The token type comes from the index, never from the vocabulary size, and short reads are errors.
+- A split without tokens is an error; Megatron-Core would count epochs in an endless loop.
 
 S tokens of a sample.
 """
@@ -31,7 +36,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, _BinReader
 
 from megatron_moe.data.batch import document_planes
 from megatron_moe.data.indexed.cache import Array, IndexCache
-from megatron_moe.data.indexed.check import Source, document_of_sequence
+from megatron_moe.data.indexed.check import Source
 from megatron_moe.data.indexed.format import paths_of
 from megatron_moe.errors import UsageError
 
@@ -40,18 +45,18 @@ Sample = dict[str, npt.NDArray[Any]]
 
 @dataclass
 class CausalConfig(GPTDatasetConfig):
-    """The engine's configuration with what our data sets need besides."""
+    """Megatron-Core's configuration, extended by what our datasets need."""
 
     sources: Mapping[str, Source] = field(default_factory=dict)
-    """The checked data sets, by prefix."""
+    """The checked sources, by prefix."""
     caches: Mapping[str, IndexCache] = field(default_factory=dict)
-    """Where the indices of each are kept, by prefix."""
+    """Where the sample indices of each are kept, by prefix."""
     token_limit: int = 0
-    """No token id may reach it."""
+    """All token ids must be below it."""
     plan: Any = None
-    """What the objective's data set needs besides."""
+    """Settings of the objective; see `objectives.select`."""
     planes: tuple[str, ...] = ()
-    """What samples hold besides tokens, labels and loss mask; see `batch.extra_planes`."""
+    """What samples contain besides tokens, labels and loss mask; see `batch.extra_planes`."""
 
 
 class CheckedFileReader(_BinReader):
@@ -62,15 +67,14 @@ class CheckedFileReader(_BinReader):
         self._file = os.open(path, os.O_RDONLY)
 
     def read(self, dtype: type[np.number[Any]], count: int, offset: int) -> npt.NDArray[Any]:
-        """``count`` items from byte ``offset``."""
+        """Return ``count`` items from byte ``offset``."""
         wanted = int(count) * np.dtype(dtype).itemsize
         content = b""
         while len(content) < wanted:
             more = os.pread(self._file, wanted - len(content), int(offset) + len(content))
             if not more:
-                raise UsageError(
-                    f"tokens at byte {offset} of {self.path}", len(content), f"{wanted} bytes"
-                )
+                what = f"length of the tokens at byte {offset} of {self.path}"
+                raise UsageError(what, len(content), f"{wanted} bytes")
             content += more
         return np.frombuffer(content, dtype=dtype)
 
@@ -79,10 +83,10 @@ class CheckedFileReader(_BinReader):
 
 
 class CheckedIndexedDataset(IndexedDataset):
-    """The engine's indexed data set with checked reads."""
+    """Megatron-Core's indexed dataset with checked reads."""
 
     def initialize(self, path_prefix: str, multimodal: bool, mmap: bool, *rest: Any) -> None:
-        """Open both files; also called in a worker process that was sent this data set."""
+        """Open both files; also called in a worker process that receives this dataset."""
         super().initialize(path_prefix, multimodal, mmap, *rest)
         if not mmap:
             self.bin_reader = CheckedFileReader(paths_of(path_prefix)[0])
@@ -93,7 +97,7 @@ class CausalDataset(GPTDataset):
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: CausalConfig) -> IndexedDataset:
-        """Open the indexed data set."""
+        """Open the indexed dataset."""
         return CheckedIndexedDataset(dataset_path, mmap=config.mmap_bin_files)
 
     def _build_document_sample_shuffle_indices(self) -> Sequence[Array]:
@@ -102,22 +106,22 @@ class CausalDataset(GPTDataset):
             raise UsageError(
                 f"{self.index_split.name} split of {self.dataset_path}",
                 f"{len(self.indices)} documents without tokens",
-                "at least one token",
+                "documents with at least one token",
             )
         description = self._description()
         self.key = digest(description)
-        with _quiet_engine():
+        with _quiet_megatron_core():
             return self.config.caches[self.dataset_path].arrays(
                 f"samples-{self.key}", description, self._build_indices
             )
 
     def _build_indices(self) -> Sequence[Array]:
-        """What is kept in the index cache."""
+        """Build what is kept in the index cache."""
         indices: Sequence[Array] = super()._build_document_sample_shuffle_indices()
         return indices
 
     def _description(self) -> dict[str, Any]:
-        """What the indices depend on."""
+        """Return everything the indices depend on; its hash is the name in the cache."""
         return {
             "class": "CausalDataset",
             "content": self.source.fingerprint,
@@ -128,15 +132,16 @@ class CausalDataset(GPTDataset):
         }
 
     def __getitem__(self, idx: int) -> Sample:
-        """Sample ``idx``: tokens [S] and labels [S], int64, and loss_mask [S], bool.
+        """Return sample ``idx``: tokens [S] and labels [S], int64, and loss_mask [S], bool.
 
         With `planes`, also positions or documents [S], int64. As in Megatron-LM an end of document
-        belongs to the document that it ends, and what follows it begins another.
+        belongs to the document that it ends, and the token after it begins the next one.
         """
-        text, documents = self._query_document_sample_shuffle_indices(idx)
+        text, documents = self._query_document_sample_shuffle_indices(idx)  # text: S + 1 ids
         pad = self._pad_token_id
         padding = text == pad
         if padding.any():
+            # The pad id may be -1 or beyond the vocabulary: neither is a row of the embedding.
             text = np.where(padding, 0, text)
         self._check_ids(text, documents)
         counts, ends = ~padding[1:], text[:-1] == self.config.tokenizer.eod
@@ -150,20 +155,20 @@ class CausalDataset(GPTDataset):
 
     def _check_ids(self, text: npt.NDArray[np.integer], sequences: npt.NDArray[np.integer]) -> None:
         if text.min() < 0 or text.max() >= self.config.token_limit:
-            self._refuse(sequences)
+            self._reject_ids(sequences)
 
-    def _refuse(self, sequences: npt.NDArray[np.integer]) -> None:
-        """Name the document of an id that was not there when the source was scanned."""
+    def _reject_ids(self, sequences: npt.NDArray[np.integer]) -> None:
+        """Raise an error that names the document of an id that the scan did not find."""
         for sequence in map(int, sequences):
             ids = self.dataset.get(sequence)
             wrong = (ids < 0) | (ids >= self.config.token_limit)
             if wrong.any():
-                document = document_of_sequence(self.source, sequence)
+                document = self.source.document_of_sequence(sequence)
                 raise UsageError(
                     f"token id in document {document} of {self.dataset_path}",
                     int(ids[wrong][0]),
-                    f"an id from 0 to {self.config.token_limit - 1}",
-                    "the file has changed since this run began or its index cache was made",
+                    f">= 0 and <= {self.config.token_limit - 1}",
+                    "the file has changed since this run or its index cache was started",
                 )
 
 
@@ -178,19 +183,19 @@ class BlendedCausalDataset(BlendedDataset):
             "samples": self.size,
         }
         cache = self.config.caches[self.datasets[0].dataset_path]
-        with _quiet_engine():
+        with _quiet_megatron_core():
             return cache.arrays(f"blend-{digest(description)}", description, super()._build_indices)
 
 
 def digest(description: Mapping[str, Any]) -> str:
-    """A name that two descriptions share only if they are equal."""
+    """Return a hash of a description, to name what is made from it."""
     text = json.dumps(description, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 @contextlib.contextmanager
-def _quiet_engine() -> Iterator[None]:
-    """The engine warns that it has no cache directory of its own, which is meant."""
+def _quiet_megatron_core() -> Iterator[None]:
+    """Suppress the warning that Megatron-Core has no cache directory, which is intended."""
     logger = logging.getLogger("megatron.core.datasets")
     level = logger.level
     logger.setLevel(logging.ERROR)

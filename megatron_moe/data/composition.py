@@ -1,6 +1,6 @@
-"""What training data is made of, by source: said in the log and by `--describe`.
+"""What training data is made of, by source, for the log and for `--describe`.
 
-No torch here. S tokens of a row.
+Imports no torch, because `--describe` does not. S tokens of a row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.data.blend import Blend, blends_of, tokens_in, weights_of
 from megatron_moe.data.indexed.check import Source, inspect_source
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import Tokenizer, build_tokenizer
+from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.build import build_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,14 +25,14 @@ class Share:
     domain: str
     prefix: str
     weight: float | None
-    """Share of the samples, all together 1; `None` if it follows from sizes that are not known."""
+    """Share of the samples, summing to 1; `None` if it depends on sizes that are unknown."""
     tokens: int | None
-    """Tokens of one epoch; `None` if that is not known."""
-    there: bool
-    """Whether the files are there, as far as was looked."""
+    """Tokens of one epoch; `None` if unknown."""
+    exists: bool
+    """Whether the files exist."""
     epochs: float | None
-    """How often the run goes through them; `None` if that is not known: conversations fill rows as
-    they fit."""
+    """Epochs of the source in the whole run; `None` if unknown, as for conversations: a row takes a
+    varying number of them."""
 
 
 def shares_of(
@@ -41,14 +42,14 @@ def shares_of(
     samples: int | None,
     text_per_row: float | None,
 ) -> tuple[Share, ...]:
-    """The sources of a blend, in its order.
+    """Return the sources of a blend, in its order.
 
     Args:
         blend: of the training split.
-        sources: what is known of its prefixes; some may be missing.
+        sources: the opened sources by prefix; some may be missing.
         seq_length: S.
-        samples: rows of the whole run; `None` if its length is not known.
-        text_per_row: tokens of text that a row uses up on average; `None` if that is not known.
+        samples: rows of the whole run; `None` if its length is unknown.
+        text_per_row: tokens of text that a row consumes on average; `None` if unknown.
     """
     known = all(prefix in sources for prefix in blend.prefixes)
     weights: Sequence[float] | None = blend.weights
@@ -70,7 +71,7 @@ def shares_of(
                 prefix=prefix,
                 weight=weight,
                 tokens=tokens,
-                there=prefix in sources,
+                exists=prefix in sources,
                 epochs=epochs,
             )
         )
@@ -78,11 +79,13 @@ def shares_of(
 
 
 def described_shares(config: RunConfig, global_batch_size: int) -> tuple[Share, ...]:
-    """What `--describe` tells, from headers and lengths alone; empty if no data is named,
-    or if it is conversations, which would have to be tokenized.
+    """Return what `--describe` prints, from headers and lengths alone.
 
-    Files that are not there are described as such, since a run may be described before its data is
-    made; files that are broken are refused.
+    Empty if no data is named, and for conversations, which would have to be tokenized. Missing
+    files are reported as such, since a run may be described before its data is made.
+
+    Raises:
+        UsageError: files are broken, or flags conflict.
     """
     data = config.data
     named = (data.data_path, data.data_args_path, data.mixture, data.train_data_path)
@@ -90,7 +93,7 @@ def described_shares(config: RunConfig, global_batch_size: int) -> tuple[Share, 
         return ()
     blend = blends_of(data)["train"]
     assert blend is not None
-    opened = {prefix: _source_if_there(prefix) for prefix in blend.prefixes}
+    opened = {prefix: _source_if_present(prefix) for prefix in blend.prefixes}
     sources = {prefix: source for prefix, source in opened.items() if source is not None}
     samples, iterations = config.train.train_samples, config.train.train_iters
     if samples is None and iterations is not None:
@@ -99,7 +102,7 @@ def described_shares(config: RunConfig, global_batch_size: int) -> tuple[Share, 
     return shares_of(blend, sources, data.seq_length, samples, text)
 
 
-def _source_if_there(prefix: str) -> Source | None:
+def _source_if_present(prefix: str) -> Source | None:
     try:
         return inspect_source(prefix)
     except UsageError as error:
@@ -109,7 +112,10 @@ def _source_if_there(prefix: str) -> Source | None:
 
 
 def text_per_row(config: RunConfig, tokenizer: Tokenizer | None = None) -> float | None:
-    """Tokens of text that a row uses up on average; `None` for conversations."""
+    """Return the tokens of text that a row consumes on average; `None` for conversations.
+
+    Example: UL2 with windows of 1131 and 1019 tokens and weights 1 and 1 consumes 1075.
+    """
     name = config.objective.objective
     if name == "sft":
         return None
@@ -124,14 +130,14 @@ def text_per_row(config: RunConfig, tokenizer: Tokenizer | None = None) -> float
 
 
 def share_lines(shares: Sequence[Share]) -> list[str]:
-    """A table: domain, share, tokens, epochs, prefix."""
+    """Return a table of domain, share, tokens, epochs and prefix."""
     rows = [("domain", "share", "tokens", "epochs", "prefix")]
     for share in shares:
         rows.append(
             (
                 share.domain,
                 _or_dash(share.weight, "{:.2%}"),
-                _or_dash(share.tokens, "{:,}") if share.there else "no file",
+                _or_dash(share.tokens, "{:,}") if share.exists else "no file",
                 _or_dash(share.epochs, "{:.3g}"),
                 share.prefix,
             )

@@ -1,6 +1,18 @@
-"""Which rows of the order a rank reads, and the workers that read them ahead of time.
+"""Which samples a rank reads, and the worker processes that read them ahead of time.
 
-B sequences of a micro-batch, S tokens of a sequence.
+Step s of a run uses samples [s G, (s + 1) G) of the blended order, with the global batch size
+G = B M DP. Micro-batch m of data-parallel rank r takes the B samples from (m DP + r) B on, counted
+from the start of the step. Example, B = 2, M = 2, DP = 2, so G = 8:
+
+    micro-batch   rank 0   rank 1
+    0             0 1      2 3
+    1             4 5      6 7
+
+The samples of a step are therefore the same in every layout, and a run that resumes after n samples
+resumes at sample n, whatever its layout is then.
+
+B sequences of a micro-batch, M micro-batches of a step, S tokens of a sequence, P planes of a
+micro-batch.
 """
 
 from __future__ import annotations
@@ -18,12 +30,12 @@ from megatron_moe.data.batch import PLANES, Batch
 from megatron_moe.data.causal import Sample
 
 Packed = npt.NDArray[np.int32]
-"""A micro-batch [3, B, S]: tokens, labels, and a mask of 0 and 1; then its extra planes, if any."""
+"""A micro-batch [P, B, S]: tokens, labels, a mask of 0 and 1, then the extra planes."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Which rows of a global batch this rank reads."""
+class BatchShard:
+    """The part of every global batch that one data-parallel rank reads."""
 
     micro_batch_size: int
     num_microbatches: int
@@ -39,30 +51,30 @@ class Rows:
 class MicroBatchSampler(Sampler[list[int]]):
     """Sample numbers of each micro-batch, for whole global batches of [start, stop)."""
 
-    def __init__(self, rows: Rows, start: int, stop: int) -> None:
-        self.rows, self.start = rows, start
-        self.steps = max(stop - start, 0) // rows.global_batch_size
+    def __init__(self, shard: BatchShard, start: int, stop: int) -> None:
+        self.shard, self.start = shard, start
+        self.steps = max(stop - start, 0) // shard.global_batch_size
 
     def __len__(self) -> int:
-        return self.steps * self.rows.num_microbatches
+        return self.steps * self.shard.num_microbatches
 
     def __iter__(self) -> Iterator[list[int]]:
-        size = self.rows.micro_batch_size
-        first = self.start + self.rows.dp_rank * size
+        size = self.shard.micro_batch_size
+        first = self.start + self.shard.dp_rank * size
         for _ in range(len(self)):
             yield list(range(first, first + size))
-            first += size * self.rows.dp_size
+            first += size * self.shard.dp_size
 
 
 def build_loader(
     dataset: Dataset[Any], sampler: MicroBatchSampler, workers: int, persistent: bool
 ) -> DataLoader[Packed]:
-    """A loader that keeps about two steps ready.
+    """Return a loader that keeps about two steps ready.
 
-    Its generator is its own: the default draws from torch's global one, and every evaluation would
-    then change the dropout of later steps.
+    It has a generator of its own: the default draws from torch's global one, so that every
+    evaluation would change the dropout of later steps.
     """
-    ahead = -(-2 * sampler.rows.num_microbatches // workers) if workers else None
+    ahead = -(-2 * sampler.shard.num_microbatches // workers) if workers else None
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -71,18 +83,18 @@ def build_loader(
         generator=torch.Generator(),
         prefetch_factor=ahead,
         persistent_workers=persistent and workers > 0,
-        # Forked workers share the mapped files and need not import torch again (seconds).
+        # Forked workers share the mapped files and do not import torch again, which takes seconds.
         multiprocessing_context="fork" if workers else None,
     )
 
 
 def collate(samples: Sequence[Sample]) -> Packed:
-    """Rows to a micro-batch, in the worker.
+    """Pack samples into a micro-batch, in the worker.
 
-    One plain array goes through the worker's pipe. Tensors would go through file descriptors that
-    the worker must hand over itself, three switches of process for each micro-batch.
+    A single plain array goes through the worker's pipe. Tensors would be sent as file descriptors
+    that the worker must hand over itself, three process switches for each micro-batch.
     """
-    # A blend says of each sample which source it is of; nobody asks.
+    # A blend adds to each sample the number of its source, which is not part of a batch.
     planes = [name for name in PLANES if name in samples[0]]
     packed_PBS = np.empty((len(planes), len(samples), len(samples[0]["tokens"])), dtype=np.int32)
     for row, sample in enumerate(samples):
@@ -92,11 +104,11 @@ def collate(samples: Sequence[Sample]) -> Packed:
 
 
 def to_batch(packed_PBS: Packed, extra: Sequence[str] = ()) -> Batch:
-    """What `collate` made, as tensors.
+    """Convert the output of `collate` to tensors.
 
     Args:
-        packed_PBS: tokens, labels, mask and what else samples hold, in this order.
-        extra: names of the planes after the third; see `batch.extra_planes`.
+        packed_PBS: tokens, labels, mask and extra planes, in this order.
+        extra: names of the extra planes; see `batch.extra_planes`.
     """
     tokens_BS, labels_BS, mask_BS, *planes = torch.from_numpy(packed_PBS)
     return Batch(

@@ -1,14 +1,15 @@
 """Named mixtures: weights and domains of sources, from a TOML file (`--mixture`).
 
-    [domains]                       # everything that is measured by itself, and what it is
+    [domains]                       # domains whose loss is measured separately, with a description
     c4 = "C4, filtered web text"
 
     [[source]]
     domain = "c4"
-    prefix = "c4_text_document"     # below --data-root, or absolute
-    weight = 15                     # of samples, in proportion to the other weights
+    prefix = "c4_text_document"     # relative to --data-root, or absolute
+    weight = 15                     # of samples, relative to the other weights
 
-The paper's v1, v2 and v3 come with the package. No torch here: `--describe` reads mixtures too.
+The paper's v1, v2 and v3 are part of the package. Imports no torch, because `--describe` reads
+mixtures too.
 """
 
 from __future__ import annotations
@@ -34,30 +35,30 @@ _KEYS = {"domain", "prefix", "weight"}
 
 @dataclass(frozen=True, kw_only=True)
 class NamedMixture:
-    """Sources with weights above 0, in the order of the file."""
+    """Sources with weights > 0, in the order of the file."""
 
     prefixes: tuple[str, ...]
     weights: tuple[float, ...]
     domains: tuple[str, ...]
-    """What each prefix stands for; several may stand for one domain."""
+    """Domain of each prefix; several prefixes may belong to one domain."""
 
 
 def shipped_mixtures() -> list[str]:
-    """Names of the mixtures that come with the package."""
+    """Return the names of the mixtures in the package."""
     return sorted(path.stem for path in _SHIPPED.glob("*.toml"))
 
 
 def read_named_mixture(name: str, root: str | None) -> NamedMixture:
-    """A mixture of the package by its name, or else the TOML file of that path.
+    """Read a mixture of the package by its name, else the TOML file at that path.
 
     Args:
-        name: of `--mixture`.
-        root: of `--data-root`, where relative prefixes are; `None` takes the folder of the file,
-            and for a shipped mixture the working directory.
+        name: `--mixture`.
+        root: `--data-root`, the folder of relative prefixes; `None` takes the folder of the file,
+            and for a mixture of the package the working directory.
 
     Raises:
-        UsageError: no such mixture, not of this form, a domain that is not declared, a source given
-            twice, or weights that cannot be meant.
+        UsageError: there is no such mixture, it has another form, a domain is not declared, a
+            source is given twice, or a weight is invalid.
     """
     ours = name in shipped_mixtures()
     path = _SHIPPED / f"{name}.toml" if ours else Path(name)
@@ -65,11 +66,11 @@ def read_named_mixture(name: str, root: str | None) -> NamedMixture:
     seen: set[str] = set()
     for source in sources:
         if source["prefix"] in seen:
-            raise UsageError(f"prefix in {path}", source["prefix"], "each prefix once")
+            raise UsageError(f"prefix in {path}", source["prefix"], "given once")
         seen.add(source["prefix"])
     kept = [source for source in sources if source["weight"] > 0]
     if not kept:
-        raise UsageError(f"weights in {path}", [0] * len(sources), "one at least above 0")
+        raise UsageError(f"one of the weights in {path}", [0] * len(sources), "> 0")
     folder = root if root is not None else "" if ours else str(path.parent)
     return NamedMixture(
         prefixes=tuple(os.path.join(folder, source["prefix"]) for source in kept),
@@ -82,14 +83,14 @@ def _content(name: str, path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        expected = f"{', '.join(shipped_mixtures())}, or a readable file"
+        expected = f"one of {', '.join(shipped_mixtures())}, or a readable file"
         raise UsageError(_FLAG, name, expected, str(error)) from None
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(_FLAG, name, "a TOML file", str(error)) from None
 
 
 def _sources(content: dict[str, Any]) -> list[dict[str, Any]]:
-    """The `[[source]]` tables, each as it must be."""
+    """Return the `[[source]]` tables, checked."""
     domains, sources = content.get("domains"), content.get("source")
     if (
         set(content) != {"domains", "source"}
@@ -98,7 +99,7 @@ def _sources(content: dict[str, Any]) -> list[dict[str, Any]]:
         or not sources
     ):
         expected = "a table [domains], one or more [[source]] tables, and nothing else"
-        raise UsageError(_FLAG, sorted(content), expected)
+        raise UsageError(f"content of {_FLAG}", sorted(content), expected)
     for number, source in enumerate(sources, 1):
         _check(source, sorted(domains), f"source {number} of {_FLAG}")
     return sources
@@ -116,4 +117,4 @@ def _check(source: Any, domains: list[str], where: str) -> None:
     weight = source["weight"]
     number = isinstance(weight, int | float) and not isinstance(weight, bool)
     if not number or not 0 <= weight < math.inf:
-        raise UsageError(f"weight of {where}", weight, "a number, 0 or more")
+        raise UsageError(f"weight of {where}", weight, "a number >= 0")

@@ -1,14 +1,16 @@
-"""Remembers the ids of words, for models of which segmentation is a function of the word.
+"""Caches the ids of words, for models in which the segmentation of a word depends on it alone.
 
-That holds for byte-pair models whose pieces never cross a word boundary: a merge joins neighbours
-into a piece, so nothing is ever merged across a place that no piece has inside it. It does not hold
-for unigram models, although their pieces may be of the same shape: SentencePiece adds up the scores
-of the best path from the start of the text in float32, so that the rounding, which the text before
-a word decides, settles ties ("--------" as 3 + 5 or 5 + 3) and near ties. Of the demo corpus, a
-third of the documents come out differently word by word. Those models are encoded without a cache.
+This holds for byte-pair models whose pieces never cross a word boundary: a merge joins two
+neighbours into a piece, so nothing is merged across a position that no piece spans. It does not
+hold for unigram models, even if their pieces respect words: SentencePiece adds up the scores of the
+best path in float32 from the start of the text, so the preceding text decides the rounding, and the
+rounding decides ties ("--------" as 3 + 5 or 5 + 3) and near ties. In the demo corpus a third of
+the documents would get other ids word by word. Unigram models are encoded without a cache.
 
-Whether a place may be cut is read from the pieces themselves: bytes fall into six classes, and a
-cut between two classes is allowed if no piece has such neighbours.
+Where a text may be cut is read from the pieces: bytes fall into six classes, and a cut between two
+classes is allowed if no piece contains these classes next to each other. Example: pieces `_the`,
+`ab`, `7` and `('` (with _ for the space) never put a digit next to a letter, so " the7('" is cut
+into " the", "7" and "('".
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-_MARK = "\u2581".encode()
-"""SentencePiece's sign for a space."""
+_SPACE_SIGN = "\u2581".encode()
+"""SentencePiece's replacement for a space."""
 CLASSES: dict[str, bytes] = {
     "space": rb" ",
     "newline": rb"\n",
@@ -31,11 +33,11 @@ CLASSES: dict[str, bytes] = {
     "other": rb"\x00-\x09\x0b-\x1f!-/:-@\[-`{-\x7f",
     "high": rb"\x80-\xff",
 }
-"""Ranges of bytes, as regular expressions write them. `high`: all of a character beyond ASCII."""
+"""Byte ranges in regular expression syntax. `high`: every byte of a character beyond ASCII."""
 LONGEST = 64
-"""Bytes of the longest word that is remembered."""
+"""Bytes of the longest word that is cached."""
 _WORDS = 300_000
-"""Entries, after which the cache starts anew: below 70 MB."""
+"""Entries at which the cache is cleared: it stays below 70 MB."""
 _BPE = 2
 """`TrainerSpec.ModelType.BPE`."""
 _TEXT_TYPES = {1, 4, 5}
@@ -45,7 +47,7 @@ Encode = Callable[[bytes], npt.NDArray[np.int32]]
 
 
 def word_pattern(proto: Any) -> bytes | str:
-    """A regular expression that cuts text wherever no piece crosses; or why there is none.
+    """Return a regular expression that splits text where no piece crosses, or why there is none.
 
     Args:
         proto: the parsed model file.
@@ -68,21 +70,27 @@ def word_pattern(proto: Any) -> bytes | str:
 
 
 def _neighbours(pieces: Iterable[str]) -> set[tuple[str, str]]:
-    """Pairs of classes that stand side by side inside a piece."""
-    kinds = {
+    """Return the pairs of classes that are neighbours inside a piece."""
+    class_of = {
         bytes([value]): name
         for name, values in CLASSES.items()
         for value in range(256)
         if re.fullmatch(b"[" + values + b"]", bytes([value]))
     }
-    pairs = {("high", "high")}  # the bytes of one character
+    pairs = {("high", "high")}  # the bytes of one character are never separated
     for piece in pieces:
-        content = piece.encode().replace(_MARK, b" ")
-        pairs |= set(pairwise(kinds[content[i : i + 1]] for i in range(len(content))))
+        content = piece.encode().replace(_SPACE_SIGN, b" ")
+        pairs |= set(pairwise(class_of[content[i : i + 1]] for i in range(len(content))))
     return pairs
 
 
 def _pattern(pairs: set[tuple[str, str]]) -> bytes:
+    """Build the expression: one alternative per group of classes that pieces join.
+
+    Example: if pieces join letters with letters and with a space before them, and digits with
+    nothing, the alternatives are ` ?(?:[A-Za-z]+)`, `[0-9]`, those of the other classes, and ` `.
+    """
+    # Merge the classes of each pair, so that groups end up as the connected classes.
     groups = [{name} for name in CLASSES if name != "space"]
     for left, right in sorted(pairs):
         if left != "space":
@@ -94,6 +102,8 @@ def _pattern(pairs: set[tuple[str, str]]) -> bytes:
         ranges = b"".join(CLASSES[name] for name in sorted(group))
         return b"[" + ranges + (b"]+" if repeats else b"]")
 
+    # Pieces have spaces at their start only (`word_pattern` rejects others). Groups that follow a
+    # space in some piece take the spaces before them; all other groups begin a word themselves.
     led = [group for group in groups if any(("space", name) in pairs for name in group)]
     rest = [alternative(group) for group in groups if group not in led]
     joined = ("space", "space") in pairs
@@ -104,13 +114,14 @@ def _pattern(pairs: set[tuple[str, str]]) -> bytes:
 
 
 class WordCache(dict[bytes, bytes]):
-    """Packed ids by word; encodes text word by word.
+    """Encodes text word by word; maps each word to its packed int32 ids.
 
-    Starts anew when it is full, so that it follows a change of domain.
+    A dict whose `__missing__` encodes new words, so that a hit costs one C-level lookup. The cache
+    is cleared when it is full, so that it adapts to a change of domain.
 
     Args:
-        encode: the ids of a text, without anything put before it.
-        pattern: of `word_pattern`.
+        encode: returns the ids of a text, with no dummy prefix.
+        pattern: from `word_pattern`.
     """
 
     def __init__(self, encode: Encode, pattern: bytes) -> None:
@@ -119,8 +130,8 @@ class WordCache(dict[bytes, bytes]):
         self._find = re.compile(pattern).findall
 
     def ids(self, text: bytes) -> npt.NDArray[np.int32]:
-        """The ids of a text in UTF-8."""
-        if _MARK in text:  # to the model a space as well, which the pattern does not know
+        """Return the ids of UTF-8 text."""
+        if _SPACE_SIGN in text:  # a space to the model, but not to the pattern
             return self._encode(text)
         packed = b"".join(map(self.__getitem__, self._find(text)))
         return np.frombuffer(packed, dtype=np.int32)

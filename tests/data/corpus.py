@@ -38,7 +38,7 @@ def write(prefix: Path | str, documents: Sequence[Sequence[int]], vocab_size: in
     return str(prefix)
 
 
-def engine_reads(prefix: Path | str) -> list[list[int]]:
+def read_with_megatron_core(prefix: Path | str) -> list[list[int]]:
     """Every sequence, through Megatron-Core.
 
     Copied while the data set lives: its end unmaps the file under the arrays it gave out.

@@ -18,9 +18,9 @@ from megatron_moe.config import DataConfig
 from megatron_moe.data.blend import blends_of
 from megatron_moe.data.named_mixture import read_named_mixture
 from megatron_moe.data.objectives.chat import read_line
-from megatron_moe.data.objectives.mixture import OPENMOE, read_mixture
+from megatron_moe.data.objectives.denoiser import OPENMOE, read_denoisers
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import NullTokenizer
+from megatron_moe.tokenizer.simple import NullTokenizer
 from tests.data.corpus import random_documents, write
 from tests.data.objectives.runs import data_of, rows
 from tests.data.test_named_mixture import GOOD
@@ -111,7 +111,7 @@ def test_fuzzed_mixtures(tmp_path: Path) -> None:
 
     def denoisers(content: bytes) -> None:
         path.write_bytes(content)
-        assert read_mixture(str(path))
+        assert read_denoisers(str(path))
 
     assert fuzz(GOOD.encode(), named) > 100
     assert fuzz(OPENMOE.read_bytes(), denoisers) > 100

@@ -88,10 +88,10 @@ def test_data_that_is_not_there_yet(mixture: str) -> None:
     (Path(mixture).parent / "b.idx").unlink()
     config = run_config(mixture=mixture)
     web, code = described_shares(config, 8)
-    assert (web.there, code.there, code.tokens, code.epochs) == (True, False, None, None)
+    assert (web.exists, code.exists, code.tokens, code.epochs) == (True, False, None, None)
     assert "no file" in share_lines((web, code))[2]
     with pytest.raises(
-        UsageError, match=r"data path is '.*/b', expected .*No such file.*--data-root"
+        UsageError, match=r"data path must be .*got '.*/b'.*No such file.*--data-root"
     ):
         build_data(
             config,
@@ -106,5 +106,5 @@ def test_data_that_is_not_there_yet(mixture: str) -> None:
 
 def test_broken_data_is_not_described(mixture: str) -> None:
     (Path(mixture).parent / "b.bin").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"size of .*b\.bin is 0"):
+    with pytest.raises(UsageError, match=r"size of .*b\.bin must be .*got 0"):
         described_shares(run_config(mixture=mixture), 8)

@@ -84,39 +84,63 @@ def test_a_mixture_is_a_blend(tmp_path: Path) -> None:
 
 
 BAD = {
-    "no toml": ("[domains", "--mixture is .*, expected a TOML file"),
-    "too deep": ("a = " + "[" * 100_000, "--mixture is .*, expected a TOML file"),
-    "no domains": (GOOD.replace("[domains]", "[names]"), r"expected a table \[domains\]"),
+    "no toml": ("[domains", r"--mixture must be a TOML file \(got"),
+    "too deep": ("a = " + "[" * 100_000, r"--mixture must be a TOML file \(got"),
+    "no domains": (
+        GOOD.replace("[domains]", "[names]"),
+        r"content of --mixture must be a table \[domains\]",
+    ),
     "no source": ('[domains]\na = "a"\n', r"one or more \[\[source\]\] tables"),
     "another table": (GOOD + "[more]\n", "and nothing else"),
     "unknown domain": (
         GOOD.replace('domain = "web"', 'domain = "wbe"', 1),
-        r"domain of source 1 of --mixture is 'wbe', expected one of \[domains\]: code, web",
+        r"domain of source 1 of --mixture must be one of \[domains\]: code, web \(got 'wbe'\)",
     ),
     "no weight": (GOOD.replace("weight = 3\n", "", 1), "keys of source 1 of --mixture"),
     "another key": (GOOD.replace("weight = 3", "weight = 3\nx = 1", 1), "keys of source 1"),
-    "negative": (GOOD.replace("0.5", "-0.5"), "weight of source 2 of --mixture is -0.5, expected"),
-    "not a number": (GOOD.replace("0.5", "nan"), "weight of source 2 of --mixture is nan"),
-    "infinite": (GOOD.replace("0.5", "inf"), "weight of source 2 of --mixture is inf"),
-    "a text": (GOOD.replace("0.5", '"1"'), "weight of source 2 of --mixture is '1'"),
-    "a truth": (GOOD.replace("0.5", "true"), "weight of source 2 of --mixture is True"),
+    "negative": (
+        GOOD.replace("0.5", "-0.5"),
+        r"weight of source 2 of --mixture must be a number >= 0 \(got -0.5\)",
+    ),
+    "not a number": (
+        GOOD.replace("0.5", "nan"),
+        r"weight of source 2 of --mixture must be .*\(got nan\)",
+    ),
+    "infinite": (
+        GOOD.replace("0.5", "inf"),
+        r"weight of source 2 of --mixture must be .*\(got inf\)",
+    ),
+    "a text": (
+        GOOD.replace("0.5", '"1"'),
+        r"weight of source 2 of --mixture must be .*\(got '1'\)",
+    ),
+    "a truth": (
+        GOOD.replace("0.5", "true"),
+        r"weight of source 2 of --mixture must be .*\(got True\)",
+    ),
     "all zero": (
         GOOD.replace("weight = 3", "weight = 0").replace("0.5", "0").replace("= 1", "= 0"),
-        r"weights in .* is \[0, 0, 0, 0\], expected one at least above 0",
+        r"one of the weights in .* must be > 0 \(got \[0, 0, 0, 0\]\)",
     ),
-    "no prefix": (GOOD.replace('"a"', '""', 1), "prefix of source 1 of --mixture is ''"),
+    "no prefix": (
+        GOOD.replace('"a"', '""', 1),
+        r"prefix of source 1 of --mixture must be .*\(got ''\)",
+    ),
     "a prefix that is no text": (
         GOOD.replace('"a"', "7", 1),
-        "prefix of source 1 of --mixture is 7,",
+        r"prefix of source 1 of --mixture must be .*\(got 7\)",
     ),
-    "prefixes": (GOOD.replace('"a"', '["a"]', 1), r"prefix of source 1 of --mixture is \['a'\]"),
+    "prefixes": (
+        GOOD.replace('"a"', '["a"]', 1),
+        r"prefix of source 1 of --mixture must be .*\(got \['a'\]\)",
+    ),
     "a domain that is no text": (
         GOOD.replace('"web"', '["web"]', 1),
-        r"domain of source 1 of .* is \['web'\]",
+        r"domain of source 1 of .* must be .*\(got \['web'\]\)",
     ),
     "domains that are no table": (
         GOOD.replace("[domains]", "[[domains]]"),
-        "--mixture is .*, expected a table",
+        "--mixture must be a table",
     ),
     "sources that are one table": (
         '[domains]\na = "a"\n[source]\nx = 1\n',
@@ -124,10 +148,13 @@ BAD = {
     ),
     "a source that is no table": (
         'source = [1]\n[domains]\na = "a"\n',
-        "keys of source 1 of --mixture is 1,",
+        r"keys of source 1 of --mixture must be domain, prefix, weight \(got 1\)",
     ),
-    "weights": (GOOD.replace("0.5", "[0.5]"), r"weight of source 2 of --mixture is \[0.5\]"),
-    "twice": (GOOD.replace('"sub/c"', '"a"'), "prefix in .* is 'a', expected each prefix once"),
+    "weights": (
+        GOOD.replace("0.5", "[0.5]"),
+        r"weight of source 2 of --mixture must be .*\(got \[0.5\]\)",
+    ),
+    "twice": (GOOD.replace('"sub/c"', '"a"'), r"prefix in .* must be given once \(got 'a'\)"),
 }
 
 
@@ -142,7 +169,9 @@ def test_bad_files_are_refused_in_one_line(name: str, tmp_path: Path) -> None:
 
 
 def test_no_such_mixture(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--mixture is 'v9', expected v1, v2, v3, or a readable"):
+    with pytest.raises(
+        UsageError, match=r"--mixture must be one of v1, v2, v3, or a readable .*got 'v9'"
+    ):
         read_named_mixture("v9", None)
     with pytest.raises(UsageError, match="Is a directory"):
         read_named_mixture(str(tmp_path), None)

@@ -12,13 +12,12 @@ from sentencepiece import sentencepiece_model_pb2 as messages
 from megatron_moe.config import DataConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.tokenizer.build import (
-    ByteTokenizer,
-    NullTokenizer,
     build_tokenizer,
     padded_vocab_size,
     sentinel_ids,
     unpadded_vocab_size,
 )
+from megatron_moe.tokenizer.simple import ByteTokenizer, NullTokenizer
 from tests.data import pieces
 
 TEXTS = ["", "plain words", "  two\n\n\tlines \r\n", "naïve 日本語 😀", "a</s>b<pad>"]
@@ -153,16 +152,22 @@ def test_padded_vocabulary(vocab_size: int | None, multiple: int, padded: int) -
 @pytest.mark.parametrize(
     ("data", "flag"),
     [
-        (DataConfig(tokenizer_type="ByteTokenizer", vocab_size=258), "--vocab-size is 258"),
-        (DataConfig(), "--vocab-size is None"),
-        (DataConfig(tokenizer_type="SentencePieceTokenizer"), "--tokenizer-model is None"),
+        (
+            DataConfig(tokenizer_type="ByteTokenizer", vocab_size=258),
+            "--vocab-size must be >= the tokenizer's 259 ids (got 258)",
+        ),
+        (DataConfig(), "--vocab-size must be >= 1 with NullTokenizer (got None)"),
+        (
+            DataConfig(tokenizer_type="SentencePieceTokenizer"),
+            "--tokenizer-model must be a SentencePiece model file (got None)",
+        ),
         (
             DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model="/no/such"),
-            "'/no/such', expected a readable file",
+            "--tokenizer-model must be a readable file (got '/no/such'); ",
         ),
         (
             DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=__file__),
-            "expected a SentencePiece model",
+            "--tokenizer-model must be a SentencePiece model (got ",
         ),
     ],
 )

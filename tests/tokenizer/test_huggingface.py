@@ -113,9 +113,9 @@ def test_sentinels_of_umt5(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (None, "expected a readable file"),
-        ("{}", "expected a tokenizer.json"),
-        ("not json", "expected a tokenizer.json"),
+        (None, r"must be a readable file \(got .*tokenizer\.json'\); "),
+        ("{}", r"must be a tokenizer\.json \(got .*tokenizer\.json'\); "),
+        ("not json", r"must be a tokenizer\.json \(got .*tokenizer\.json'\); "),
     ],
 )
 def test_bad_files(tmp_path: Path, content: str | None, says: str) -> None:
@@ -129,11 +129,13 @@ def test_bad_files(tmp_path: Path, content: str | None, says: str) -> None:
 
 def test_no_end_and_a_bad_neighbour(tmp_path: Path) -> None:
     path = make(tmp_path, ["<pad>"])
-    with pytest.raises(UsageError, match="expected an end-of-document token"):
+    with pytest.raises(UsageError, match="must be a tokenizer with an end-of-document token"):
         build(path)
     for content in ("[]", "{"):
         (tmp_path / "tokenizer_config.json").write_text(content)
-        with pytest.raises(UsageError, match=r"tokenizer_config\.json', expected a JSON object"):
+        with pytest.raises(
+            UsageError, match=r"must be a JSON object \(got .*tokenizer_config\.json"
+        ):
             build(path)
 
 
@@ -147,8 +149,8 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(
-        UsageError, match=r"tokenizers installed; pip install 'megatron-moe\[data\]'"
+        UsageError, match=r"tokenizers installed \(got .*\); pip install 'megatron-moe\[data\]'"
     ):
         build(tmp_path / "tokenizer.json")
-    with pytest.raises(UsageError, match=r"--tokenizer-model is None, expected a tokenizer\.json"):
+    with pytest.raises(UsageError, match=r"--tokenizer-model must be a tokenizer\.json.*got None"):
         build_tokenizer(DataConfig(tokenizer_type="HuggingFaceTokenizer"))

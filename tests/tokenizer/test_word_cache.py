@@ -13,7 +13,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as messages
 
 from megatron_moe.tokenizer import word_cache
-from megatron_moe.tokenizer.build import SentencePieceTokenizer
+from megatron_moe.tokenizer.sentencepiece import SentencePieceTokenizer
 from megatron_moe.tokenizer.word_cache import CLASSES, WordCache, word_pattern
 from tests.data import pieces
 
@@ -77,7 +77,7 @@ def test_equals_the_library(tmp_path: Path, options: dict[str, Any]) -> None:
     path = train(tmp_path, **options)
     library = sentencepiece.SentencePieceProcessor(model_file=path)
     tokenizer = SentencePieceTokenizer(path)
-    assert tokenizer.remember_words() == ""
+    assert tokenizer.enable_word_cache() == ""
     for text in [*TEXTS, *ODD, *soup(2000), *TEXTS]:
         ids = tokenizer.encode(text.encode())
         assert ids.dtype == np.int32
@@ -103,7 +103,7 @@ def test_other_models_are_encoded_whole(
     path = train(tmp_path, **options)
     library = sentencepiece.SentencePieceProcessor(model_file=path)
     tokenizer = SentencePieceTokenizer(path)
-    assert reason in tokenizer.remember_words()
+    assert reason in tokenizer.enable_word_cache()
     for text in [*TEXTS[:3], *ODD]:
         assert tokenizer.encode(text.encode()).tolist() == library.encode(text)
 

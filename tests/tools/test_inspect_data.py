@@ -49,7 +49,7 @@ def test_statistics(made: str, capsys: pytest.CaptureFixture[str]) -> None:
         "vocabulary   259",
         "domain       d",
         "text         8 bytes, 1.3750 tokens per byte",
-        f"from         1 files, {Path(made).parent}/x.jsonl first",
+        f"from         1 files, first {Path(made).parent}/x.jsonl",
     ]
     Path(f"{made}.json").unlink()
     assert run(f"{made}.idx", capsys).splitlines()[4:] == ["manifest     none"]
@@ -61,16 +61,17 @@ def test_a_document(made: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(f"{made} --document 1 {text}", capsys) == ""
     assert run(f"{made} --document 3 {text}", capsys) == "é\n"
     assert run(f"{made} --document 2", capsys) == "123 124 125 1\n"
-    assert "--document is 4, expected 0 to 3" in run(f"{made} --document 4", capsys, 2)
+    assert "--document must be >= 0 and <= 3 (got 4)" in run(f"{made} --document 4", capsys, 2)
     other = "--tokenizer-type NullTokenizer --vocab-size 259"
-    assert "which made the data" in run(f"{made} --document 0 {other}", capsys, 2)
+    expected = "tokenizer must be that of the data, ByteTokenizer with hash bytes+3 (got 'Null"
+    assert expected in run(f"{made} --document 0 {other}", capsys, 2)
 
 
 def test_whole_data_is_verified(made: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(f"{made} --verify", capsys) == "whole: 11 ids from 1 to 198\n"
+    assert run(f"{made} --verify", capsys) == "no fault: 11 ids from 1 to 198\n"
     found = run(f"{made} --verify --vocab-size 150", capsys, 1)
     assert "token id in document 3" in found
-    assert "is 198, expected an id from 0 to 149" in found
+    assert "must be >= 0 and <= 149 (got 198)" in found
 
 
 def patch(path: str, offset: int, content: bytes) -> None:
@@ -82,7 +83,7 @@ def patch(path: str, offset: int, content: bytes) -> None:
 @pytest.mark.parametrize(
     ("end", "offset", "content", "says"),
     [
-        (".idx", 0, b"X", "expected the magic"),
+        (".idx", 0, b"X", "must be the magic"),
         (".idx", 34, struct.pack("<i", 7), "offset of sequence 1"),
         (".idx", 34 + 16 + 8, struct.pack("<q", 2), "offset of sequence 1"),
         (".idx", 34 + 48 + 8, struct.pack("<q", 9), "bound of document 2"),
@@ -108,7 +109,9 @@ def test_cut_missing_and_swapped_files(
     write(tmp_path / "other", [[1, 2], [3]], 259)
     for end in (".bin", ".idx"):
         Path(f"{made}{end}").write_bytes((tmp_path / f"other{end}").read_bytes())
-    assert "4 documents, 11 tokens, as its manifest says" in run(f"{made} --verify", capsys, 1)
+    assert "must be that of its manifest, 4 documents and 11 tokens (got " in run(
+        f"{made} --verify", capsys, 1
+    )
     with open(f"{made}.bin", "ab") as stream:
         stream.write(b"x")
     assert "size of" in run(made, capsys, 1)
@@ -139,4 +142,4 @@ def test_comparison(
         "fewer": "3 and 2 documents",
     }.items():
         assert run(compare + name, capsys, 1) == f"different: {says}\n"
-    assert "expected the prefix" in run(compare + "none", capsys, 2)
+    assert "data path must be the prefix" in run(compare + "none", capsys, 2)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moe.data.indexed.manifest import read_manifest
-from tests.data.corpus import engine_reads
+from tests.data.corpus import read_with_megatron_core
 from tools.preprocess_data import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,8 +27,8 @@ def test_flags(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         f"--input {corpus} --output-prefix {tmp_path}/out --json-keys text note --append-eod "
         "--tokenizer-type ByteTokenizer --vocab-size 300 --workers 1 --log-interval 1".split()
     )
-    assert engine_reads(tmp_path / "out_text_document") == [[100, 101, 1]]
-    assert engine_reads(tmp_path / "out_note_document") == [[102, 1], [103, 1]]
+    assert read_with_megatron_core(tmp_path / "out_text_document") == [[100, 101, 1]]
+    assert read_with_megatron_core(tmp_path / "out_note_document") == [[102, 1], [103, 1]]
     report = capsys.readouterr()
     lines = report.out.splitlines()
     assert lines[0] == "word cache: off, ByteTokenizer has none"
@@ -47,23 +47,23 @@ def test_as_a_script_with_a_mistake(corpus: Path, tmp_path: Path) -> None:
     bad = subprocess.run([*script, "SentencePieceTokenizer"], capture_output=True, text=True)
     assert (bad.returncode, bad.stdout) == (2, "")
     assert bad.stderr == (
-        "preprocess_data.py: error: --tokenizer-model is None, "
-        "expected a SentencePiece model file\n"
+        "preprocess_data.py: error: --tokenizer-model must be a SentencePiece model file "
+        "(got None)\n"
     )
     good = subprocess.run([*script, "ByteTokenizer", "--workers", "2"], capture_output=True)
     assert good.returncode == 0
-    assert engine_reads(tmp_path / "out_text_document") == [[100, 101]]
+    assert read_with_megatron_core(tmp_path / "out_text_document") == [[100, 101]]
 
 
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("--workers 0", "--workers is 0, expected a positive number"),
-        ("--partitions 0", "--partitions is 0, expected a positive number"),
-        ("--log-interval 0", "--log-interval is 0, expected a positive number"),
-        ("--partition 1", "--partitions is None, expected their number"),
-        ("--partitions 4 --partition 4", "--partition is 4, expected 0 to 3"),
-        ("--json-keys text note text", "--json-keys is 'text note text', expected each key once"),
+        ("--workers 0", "--workers must be >= 1 (got 0)"),
+        ("--partitions 0", "--partitions must be >= 1 (got 0)"),
+        ("--log-interval 0", "--log-interval must be >= 1 (got 0)"),
+        ("--partition 1", "--partitions must be set with --partition (got None)"),
+        ("--partitions 4 --partition 4", "--partition must be >= 0 and <= 3 (got 4)"),
+        ("--json-keys text note text", "--json-keys must be distinct keys (got 'text note text')"),
     ],
 )
 def test_flags_that_cannot_be(
@@ -82,14 +82,14 @@ def test_one_partition_alone(
     words = f"--input {corpus} --output-prefix {tmp_path}/out --tokenizer-type ByteTokenizer"
     words += " --domain books --vocab-extra-ids 300 --partitions 2 --partition"
     main([*words.split(), "0"])
-    assert engine_reads(tmp_path / "out_part00000of00002_text_document") == [[100, 101]]
+    assert read_with_megatron_core(tmp_path / "out_part00000of00002_text_document") == [[100, 101]]
     assert len(list(tmp_path.glob("out*"))) == 3, "no other partition, and nothing merged"
     manifest = read_manifest(f"{tmp_path}/out_part00000of00002_text_document")
     assert manifest is not None
     assert (manifest.domain, manifest.vocab_size) == ("books", 559)
     capsys.readouterr()
     main([*words.split(), "0"])
-    assert "partition 0 of 2: finished before, kept" in capsys.readouterr().out
+    assert "partition 0 of 2: already finished, kept" in capsys.readouterr().out
     main([*words.split(), "1"])
     assert (tmp_path / "out_part00001of00002_text_document.idx").exists()
 

@@ -61,7 +61,7 @@ def test_byte_pairs_and_packed_input(corpus: Path, tmp_path: Path) -> None:
     tokenizer = build_tokenizer(
         DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(path))
     )
-    assert tokenizer.remember_words() == ""
+    assert tokenizer.enable_word_cache() == ""
     text = json.loads(corpus.read_text().splitlines()[0])["text"]
     assert tokenizer.detokenize(tokenizer.encode(text.encode()).tolist()) == text
 
@@ -90,8 +90,14 @@ def test_files_share_the_sample(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (["--vocab-size", "90000"], "--vocab-size is 90000"),
-        (["--input", "/no/such"], "--input is '/no/such'"),
+        (
+            ["--vocab-size", "90000"],
+            "--vocab-size must be a size that the text can fill (got 90000)",
+        ),
+        (
+            ["--input", "/no/such"],
+            "--input must be a readable file or a glob that matches files (got '/no/such')",
+        ),
         (["--json-key", "body"], "--json-keys body, line 1 of"),
         (["--output", "/proc/no/t.model"], "/proc/no"),
     ],

@@ -1,9 +1,10 @@
-"""Sample indices and scan results on disk: built once, used by many processes.
+"""A cache of sample indices and scan results on disk: built once, read by many processes.
 
-An entry is a directory that appears whole, by rename, or not at all. Processes that want the same
-entry at once wait for the one that holds its lock (the kernel frees the lock of a killed one);
-where a file system has no locks, each builds its own and the first rename wins. Names are hashes of
-what the entry depends on, so that a replaced corpus never meets an old entry.
+An entry is a directory that appears complete, by rename, or not at all. Processes that need the
+same entry at the same time wait for the one that holds its lock; the kernel releases the lock of a
+killed process. On a file system without locks each process builds its own, and the first rename
+wins. Names are hashes of everything the entry depends on, so a corpus that is replaced at its path
+gets new entries.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from megatron_moe.errors import UsageError
 
 Array = npt.NDArray[Any]
 _MANIFEST = "manifest.json"
-"""Names and sizes of an entry's files; written last."""
+"""Names and sizes of the files of an entry; written last, so that its presence means complete."""
 _STALE = 24 * 3600.0
-"""Seconds after which a partial entry is taken for a dead process's."""
+"""Seconds after which a partial entry is considered abandoned."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,15 @@ class IndexCache:
         description: Mapping[str, Any],
         build: Callable[[], Sequence[Array]],
     ) -> list[Array]:
-        """The arrays of an entry, mapped read-only.
+        """Return the arrays of an entry, memory-mapped read-only.
 
         Args:
-            name: the entry.
-            description: what it was made from, stored beside it for people.
-            build: makes the arrays if the entry is not there.
+            name: of the entry.
+            description: what it was made from; stored with it for people to read.
+            build: makes the arrays if there is no entry.
+
+        Raises:
+            UsageError: the directory cannot be written, or an entry cannot be read.
         """
 
         def fill(folder: Path) -> None:
@@ -62,10 +66,11 @@ class IndexCache:
         try:
             return [np.load(path, mmap_mode="r") for path in files]
         except (OSError, ValueError) as error:
-            raise UsageError("index cache", str(folder), "arrays", f"delete it: {error}") from None
+            fix = f"delete it: {error}"
+            raise UsageError("index cache", str(folder), "readable", fix) from None
 
     def record(self, name: str, build: Callable[[], dict[str, int]]) -> dict[str, int]:
-        """The numbers of an entry."""
+        """Return the numbers of an entry; `build` makes them if there is none."""
 
         def fill(folder: Path) -> None:
             (folder / "record.json").write_text(json.dumps(build()) + "\n")
@@ -75,26 +80,26 @@ class IndexCache:
             values = json.loads(path.read_text())
             return {str(key): int(value) for key, value in values.items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise UsageError("index cache", str(path), "numbers", f"delete it: {error}") from None
+            fix = f"delete it: {error}"
+            raise UsageError("index cache", str(path), "a JSON object of numbers", fix) from None
 
     def _entry(self, name: str, fill: Callable[[Path], None]) -> Path:
         folder = Path(self.directory) / name
-        if _is_whole(folder):
+        if _is_complete(folder):
             return folder
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with _lock(folder.parent / f".{name}.lock"):
-                if not _is_whole(folder):
+                if not _is_complete(folder):
                     _build(folder, fill)
         except OSError as error:
-            raise UsageError(
-                "--data-cache-path", self.directory, "a directory with room to write", str(error)
-            ) from None
+            expected = "a writable directory with free space"
+            raise UsageError("--data-cache-path", self.directory, expected, str(error)) from None
         return folder
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether every file of the manifest is there in its size."""
+def _is_complete(folder: Path) -> bool:
+    """Whether every file of the manifest exists with its size."""
     try:
         sizes = json.loads((folder / _MANIFEST).read_text())
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -110,19 +115,19 @@ def _build(folder: Path, fill: Callable[[Path], None]) -> None:
         fill(partial)
         sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         (partial / _MANIFEST).write_text(json.dumps(sizes) + "\n")
-        if folder.exists() and not _is_whole(folder):
+        if folder.exists() and not _is_complete(folder):
             shutil.rmtree(folder, ignore_errors=True)
         try:
             os.rename(partial, folder)
         except OSError:
-            if not _is_whole(folder):  # else a process that our lock did not reach was first
+            if not _is_complete(folder):  # else another process, not held by our lock, was first
                 raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what processes killed long ago left of this entry."""
+    """Remove partial entries that processes left behind when they were killed long ago."""
     for left in folder.parent.glob(f"{folder.name}.partial-*"):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime > _STALE:
@@ -131,9 +136,9 @@ def _sweep(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold a lock that dies with the process; on a file system without locks, none."""
+    """Hold a lock that ends with the process; no lock on a file system without locks."""
     with open(path, "wb") as stream:
-        # Without a lock the work may be done twice; the rename keeps the result whole either way.
+        # Without a lock two processes may build the entry; renaming keeps it complete either way.
         with contextlib.suppress(OSError):
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield

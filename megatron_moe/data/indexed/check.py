@@ -1,9 +1,9 @@
-"""Refuses a broken indexed data set in one line, before anything reads tokens from it.
+"""Opens an indexed dataset and rejects a broken one, before any token is read.
 
 Megatron-Core accepts a `.bin` that does not belong to its `.idx`, returns uninitialised memory for
-a truncated one and trains on ids beyond the vocabulary. Two looks are taken: this one at every
+a truncated one and trains on ids beyond the vocabulary. Two checks prevent that: this one at every
 start, on every rank, in milliseconds whatever the size (magic, version, type, sizes of both files,
-the last offset, and a fingerprint of the content); and `indexed_scan` once per content.
+last offset, and a fingerprint of the content), and `scan` once per content.
 """
 
 from __future__ import annotations
@@ -16,18 +16,27 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from megatron_moe.data.indexed.format import HEADER, MAGIC, TYPES, VERSION, paths_of
+from megatron_moe.data.indexed.format import (
+    HEADER,
+    MAGIC,
+    TYPES,
+    VERSION,
+    bounds_position,
+    index_size,
+    offsets_position,
+    paths_of,
+)
 from megatron_moe.errors import UsageError
 
-_WHOLE = 16 << 20
-"""Bytes up to which a file is hashed whole."""
+_HASHED_WHOLE = 16 << 20
+"""Bytes up to which a file is hashed completely."""
 _SAMPLES, _SAMPLE = 256, 64 << 10
-"""Blocks, and bytes of each, hashed of a larger file; the first and last are among them."""
+"""Of a larger file: blocks that are hashed, and bytes of each; first and last are among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """An indexed data set that looks whole."""
+    """An indexed dataset that passed the checks at open."""
 
     prefix: str
     type_code: int
@@ -35,7 +44,7 @@ class Source:
     documents: int
     tokens: int
     fingerprint: str
-    """Hash of sizes, header and (for large files: samples of) both files; not of the path."""
+    """Hash of sizes, header and both files (of large files, samples); independent of the path."""
 
     @property
     def dtype(self) -> np.dtype[np.generic]:
@@ -43,18 +52,40 @@ class Source:
         return TYPES[self.type_code]
 
     def lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens of each sequence, mapped from the index."""
+        """Return the tokens of each sequence, memory-mapped from the index."""
         if self.sequences == 0:
             return np.zeros(0, np.int32)
         path = paths_of(self.prefix)[1]
         return np.memmap(path, np.dtype("<i4"), "r", HEADER.size, (self.sequences,))
 
+    def document_bounds(self) -> npt.NDArray[np.int64]:
+        """Return the sequences before each document, then their number, memory-mapped."""
+        path = paths_of(self.prefix)[1]
+        position, shape = bounds_position(self.sequences), (self.documents + 1,)
+        return np.memmap(path, np.dtype("<i8"), "r", position, shape)
+
+    def token_ids(self) -> npt.NDArray[np.integer]:
+        """Return the ids of all sequences, memory-mapped from the `.bin`."""
+        path = paths_of(self.prefix)[0]
+        ids: npt.NDArray[np.integer] = np.memmap(path, self.dtype, "r", shape=(self.tokens,))
+        return ids
+
+    def document_of_sequence(self, sequence: int) -> int:
+        """Return the document that contains a sequence, both counted from 0."""
+        # Empty documents repeat a bound; the last of equal bounds is the document with sequences.
+        return int(np.searchsorted(self.document_bounds(), sequence, side="right")) - 1
+
+    def document_of_token(self, position: int) -> int:
+        """Return the document that contains the token at ``position`` of the `.bin` file."""
+        ends = np.cumsum(self.lengths(), dtype=np.int64)
+        return self.document_of_sequence(int(np.searchsorted(ends, position, side="right")))
+
 
 def inspect_source(prefix: str) -> Source:
-    """Look at headers, sizes and samples.
+    """Open a dataset: check headers and sizes, and hash samples of the content.
 
     Raises:
-        UsageError: a file is missing, empty, truncated, not of this format, or the two files do
+        UsageError: a file is missing, empty, truncated or of another format, or the two files do
             not belong together.
     """
     bin_path, idx_path = paths_of(prefix)
@@ -68,13 +99,13 @@ def inspect_source(prefix: str) -> Source:
 
 def _inspect(prefix: str, index: BinaryIO, tokens: BinaryIO) -> Source:
     idx_size, bin_size = (os.fstat(stream.fileno()).st_size for stream in (index, tokens))
-    code, sequences, ends = _read_header(index, idx_size)
-    expected = HEADER.size + 12 * sequences + 8 * ends
+    code, sequences, bounds = _read_header(index, idx_size)
+    expected = index_size(sequences, bounds)
     if idx_size != expected:
         raise UsageError(
             f"size of {index.name}",
             idx_size,
-            f"{expected} bytes for its {sequences} sequences and {ends} document bounds",
+            f"{expected} bytes for its {sequences} sequences and {bounds} document bounds",
             "copy or preprocess it again",
         )
     total = _indexed_bytes(index, sequences, TYPES[code].itemsize)
@@ -83,51 +114,51 @@ def _inspect(prefix: str, index: BinaryIO, tokens: BinaryIO) -> Source:
             f"size of {tokens.name}",
             bin_size,
             f"the {total} bytes that {index.name} describes",
-            "the file is cut off or belongs to another index; copy or preprocess the pair again",
+            "the file is truncated or belongs to another index; copy or preprocess the pair again",
         )
     if total == 0:
-        raise UsageError(f"size of {tokens.name}", 0, "at least one token")
+        raise UsageError(f"size of {tokens.name}", 0, "> 0")
     return Source(
         prefix=prefix,
         type_code=code,
         sequences=sequences,
-        documents=ends - 1,
+        documents=bounds - 1,
         tokens=total // TYPES[code].itemsize,
         fingerprint=_fingerprint(index, idx_size, tokens, bin_size),
     )
 
 
 def _read_header(index: BinaryIO, size: int) -> tuple[int, int, int]:
-    """Type code, sequences, document bounds."""
+    """Return type code, number of sequences, number of document bounds."""
     header = index.read(HEADER.size)
     if len(header) < HEADER.size:
-        raise UsageError(f"size of {index.name}", size, f"at least a header, {HEADER.size} bytes")
-    magic, version, code, sequences, ends = HEADER.unpack(header)
+        raise UsageError(f"size of {index.name}", size, f">= {HEADER.size} bytes, a header")
+    magic, version, code, sequences, bounds = HEADER.unpack(header)
     if magic != MAGIC:
         raise UsageError(f"start of {index.name}", magic, f"the magic {MAGIC!r} of an index")
     if version != VERSION:
         raise UsageError(f"version of {index.name}", version, str(VERSION))
     if code not in TYPES:
         raise UsageError(f"token type of {index.name}", code, f"one of {sorted(TYPES)} (integers)")
-    if ends < 1:
-        raise UsageError(f"document bounds of {index.name}", ends, "at least 1")
-    return code, sequences, ends
+    if bounds < 1:
+        raise UsageError(f"number of document bounds of {index.name}", bounds, ">= 1")
+    return code, sequences, bounds
 
 
 def _indexed_bytes(index: BinaryIO, sequences: int, itemsize: int) -> int:
-    """Bytes of tokens up to the end of the last sequence."""
+    """Return the bytes of tokens up to the end of the last sequence: its offset plus its length."""
     if sequences == 0:
         return 0
-    index.seek(HEADER.size + 4 * (sequences - 1))
+    index.seek(offsets_position(sequences) - 4)
     length = int.from_bytes(index.read(4), "little", signed=True)
-    index.seek(HEADER.size + 12 * sequences - 8)
+    index.seek(bounds_position(sequences) - 8)
     return int.from_bytes(index.read(8), "little", signed=True) + length * itemsize
 
 
 def _fingerprint(index: BinaryIO, idx_size: int, tokens: BinaryIO, bin_size: int) -> str:
     digest = hashlib.blake2b(f"{idx_size} {bin_size}".encode(), digest_size=16)
     for stream, size in ((index, idx_size), (tokens, bin_size)):
-        if size <= _WHOLE:
+        if size <= _HASHED_WHOLE:
             stream.seek(0)
             digest.update(stream.read())
             continue
@@ -135,10 +166,3 @@ def _fingerprint(index: BinaryIO, idx_size: int, tokens: BinaryIO, bin_size: int
             stream.seek(int(start))
             digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()
-
-
-def document_of_sequence(source: Source, sequence: int) -> int:
-    """The document that a sequence belongs to, both counted from 0."""
-    path, offset = paths_of(source.prefix)[1], HEADER.size + 12 * source.sequences
-    bounds = np.memmap(path, np.dtype("<i8"), "r", offset, (source.documents + 1,))
-    return int(np.searchsorted(bounds, sequence, side="right")) - 1

@@ -1,7 +1,8 @@
-"""The JSON file beside an indexed data set that says what it was made from: `PREFIX.json`.
+"""The manifest of an indexed dataset, `PREFIX.json`: what it was made from, and how.
 
-A preprocessing run recognises by it what an earlier one has finished; a merge, what must not be
-mixed; a reader, how many tokens of which domain there are.
+Preprocessing uses it to skip what an earlier run has finished, merging to reject datasets of
+different tokenizers, and training to reject data that does not suit the run. Datasets without a
+manifest (Megatron-LM writes none) are accepted as they are.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.data.indexed.format import HEADER, TYPES, paths_of, type_code_for
-from megatron_moe.data.preprocess.sources import Stretch
+from megatron_moe.data.indexed.format import TYPES, index_size, paths_of, type_code_for
 from megatron_moe.errors import UsageError
 
 FORMAT = "megatron_moe indexed data 1"
@@ -28,59 +28,51 @@ class Origin:
     size: int
     """Bytes of the file."""
     hash: str
-    """Of the file; see `sources.InputFile`."""
+    """Of the file; see `preprocess.inputs.InputFile`."""
     start: int
     end: int
 
     @property
     def content(self) -> tuple[object, ...]:
-        """Equal where the documents are, wherever the file lies."""
+        """Equal if the documents are equal; independent of the path of the file."""
         return (self.size, self.hash, self.start, self.end)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a data set holds and how it was made."""
+    """What a dataset contains and how it was made."""
 
     tokenizer: str
     """`--tokenizer-type`."""
     tokenizer_hash: str
     """`Tokenizer.identity`."""
     vocab_size: int
-    """No id reaches it; it decides the type of the ids."""
+    """All ids are below it; it decides the type of the ids."""
     key: str
     append_eod: bool
     text_documents: str
-    """What is a document of a text file."""
+    """What a document of a text file is: `file` or `block`."""
     domain: str | None
     inputs: tuple[Origin, ...]
     documents: int = 0
     sequences: int = 0
     tokens: int = 0
     text_bytes: int = 0
-    """Of the texts in UTF-8."""
+    """Size of the texts in UTF-8."""
 
     @property
     def tokens_per_byte(self) -> float:
-        """How far the tokenizer compresses; 0 without text."""
+        """Compression by the tokenizer; 0 without text."""
         return self.tokens / self.text_bytes if self.text_bytes else 0.0
 
 
-def origins(stretches: Sequence[Stretch]) -> tuple[Origin, ...]:
-    """What the stretches are read from, in order."""
-    return tuple(
-        Origin(path=s.file.path, size=s.file.size, hash=s.file.hash, start=s.start, end=s.end)
-        for s in stretches
-    )
-
-
 def manifest_path(prefix: str) -> Path:
-    """Where the manifest of a data set lies."""
+    """Return the path of the manifest of a dataset."""
     return Path(f"{prefix}.json")
 
 
 def write_manifest(prefix: str, manifest: Manifest) -> None:
-    """Write it whole or not at all."""
+    """Write a manifest atomically, by rename."""
     values = {"format": FORMAT} | asdict(manifest)
     values |= {"dtype": TYPES[type_code_for(manifest.vocab_size)].name}
     values |= {"tokens_per_byte": round(manifest.tokens_per_byte, 6)}
@@ -97,10 +89,10 @@ def write_manifest(prefix: str, manifest: Manifest) -> None:
 
 
 def read_manifest(prefix: str) -> Manifest | None:
-    """The manifest of a data set, if it has one.
+    """Return the manifest of a dataset, `None` if it has none.
 
     Raises:
-        UsageError: the file is no manifest.
+        UsageError: the file is not a manifest.
     """
     path = manifest_path(prefix)
     try:
@@ -114,11 +106,12 @@ def read_manifest(prefix: str) -> Manifest | None:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UsageError("manifest", str(path), FORMAT, f"{reason}; remove it") from None
+        expected = f"of the format {FORMAT!r}"
+        raise UsageError("manifest", str(path), expected, f"{reason}; remove it") from None
 
 
 def difference(old: Manifest, new: Manifest) -> str:
-    """What would make other files of ``new`` than of ``old``, in words; empty if nothing would."""
+    """Describe why ``new`` would make other files than ``old``; empty if it would not."""
     for name, words in (
         ("tokenizer_hash", "the tokenizer"),
         ("vocab_size", "the vocabulary size"),
@@ -128,20 +121,20 @@ def difference(old: Manifest, new: Manifest) -> str:
         ("domain", "--domain"),
     ):
         if getattr(old, name) != getattr(new, name):
-            return f"{words} was {getattr(old, name)!r}, is {getattr(new, name)!r}"
+            return f"{words} was {getattr(old, name)!r} and is {getattr(new, name)!r}"
     if [o.content for o in old.inputs] == [o.content for o in new.inputs]:
         return ""
     if len(old.inputs) != len(new.inputs):
-        return f"the input was {len(old.inputs)} files, is {len(new.inputs)}"
+        return f"the input was {len(old.inputs)} files and is {len(new.inputs)}"
     pairs = zip(old.inputs, new.inputs, strict=True)
     changed = next(n for o, n in pairs if o.content != n.content)
     return f"the content of {changed.path} has changed"
 
 
 def files_fit(prefix: str, manifest: Manifest) -> bool:
-    """Whether both files are there, in the sizes that the manifest implies."""
+    """Whether both files exist with the sizes that the manifest implies."""
     item = TYPES[type_code_for(manifest.vocab_size)].itemsize
-    index = HEADER.size + 12 * manifest.sequences + 8 * (manifest.documents + 1)
+    index = index_size(manifest.sequences, manifest.documents + 1)
     try:
         found = [os.stat(path).st_size for path in paths_of(prefix)]
     except OSError:
@@ -150,7 +143,11 @@ def files_fit(prefix: str, manifest: Manifest) -> bool:
 
 
 def merged(manifests: Sequence[Manifest]) -> Manifest:
-    """The manifest of the data sets one after the other. They differ in their inputs alone."""
+    """Return the manifest of the concatenated datasets, which differ in their inputs alone.
+
+    Adjacent ranges of one file become one, so that the manifest does not depend on the number of
+    partitions: bytes 0-500 and 500-900 of a file are recorded as 0-900.
+    """
     inputs: list[Origin] = []
     for origin in (origin for manifest in manifests for origin in manifest.inputs):
         last = inputs[-1] if inputs else None
@@ -168,3 +165,45 @@ def merged(manifests: Sequence[Manifest]) -> Manifest:
         tokens=sum(manifest.tokens for manifest in manifests),
         text_bytes=sum(manifest.text_bytes for manifest in manifests),
     )
+
+
+def check_compatibility(
+    prefix: str, *, tokenizer_type: str, tokenizer_hash: str, needs_eod: bool
+) -> None:
+    """Reject data that a run would misread without any error.
+
+    Args:
+        prefix: of the dataset; without a manifest nothing is checked.
+        tokenizer_type: the run's `--tokenizer-type`. `NullTokenizer` has no text and accepts the
+            ids of every tokenizer.
+        tokenizer_hash: `Tokenizer.identity` of the run.
+        needs_eod: whether documents in a row are kept apart, by their end-of-document ids.
+
+    Raises:
+        UsageError: the file is not a manifest or describes other files, the ids are another
+            tokenizer's, or end-of-document ids are missing.
+    """
+    manifest = read_manifest(prefix)
+    if manifest is None:
+        return
+    if not files_fit(prefix, manifest):
+        raise UsageError(
+            "manifest",
+            str(manifest_path(prefix)),
+            f"that of {prefix}.bin and {prefix}.idx, whose sizes it does not match",
+            "preprocess again, or remove the manifest if the files are correct",
+        )
+    if tokenizer_type != "NullTokenizer" and manifest.tokenizer_hash != tokenizer_hash:
+        raise UsageError(
+            f"tokenizer of {prefix}",
+            f"{manifest.tokenizer} {manifest.tokenizer_hash}",
+            f"this run's {tokenizer_type} {tokenizer_hash}",
+            "use the tokenizer that the data was made with, or preprocess again",
+        )
+    if needs_eod and not manifest.append_eod:
+        raise UsageError(
+            f"documents of {prefix}",
+            "no end-of-document ids",
+            "terminated by end-of-document ids for --reset-position-ids and --reset-attention-mask",
+            "preprocess with --append-eod",
+        )

@@ -1,23 +1,32 @@
-"""Puts indexed data sets one after the other, as Megatron-LM's `tools/merge_datasets.py` does.
+"""Concatenates indexed datasets, as Megatron-LM's `tools/merge_datasets.py` does.
 
-Files are copied as streams: memory does not depend on their size. The result appears whole or not
-at all.
+Files are copied as streams, so memory does not depend on their size. The result appears complete or
+not at all.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_moe.data.indexed.check import inspect_source
-from megatron_moe.data.indexed.format import HEADER, MAGIC, TYPES, VERSION, paths_of
+from megatron_moe.data.indexed.format import (
+    HEADER,
+    MAGIC,
+    TYPES,
+    VERSION,
+    bounds_position,
+    index_size,
+    offsets_position,
+    paths_of,
+    read_chunks,
+)
 from megatron_moe.data.indexed.manifest import (
     Manifest,
     manifest_path,
@@ -25,18 +34,18 @@ from megatron_moe.data.indexed.manifest import (
     read_manifest,
     write_manifest,
 )
-from megatron_moe.data.preprocess.progress import Advance, nobody
+from megatron_moe.data.progress import Advance, ignore_progress
 from megatron_moe.errors import UsageError
 
 _CHUNK = 1 << 20
-"""Entries of an index that are held at once."""
+"""Entries of an index in memory at a time."""
 _COPY = 16 << 20
-"""Bytes of tokens that are held at once."""
+"""Bytes of tokens in memory at a time."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One of the data sets."""
+    """One of the datasets to merge."""
 
     prefix: str
     code: int
@@ -45,26 +54,26 @@ class Part:
     bytes: int
 
 
-def merge(prefixes: Sequence[str], output: str, advance: Advance = nobody) -> list[Part]:
+def merge(prefixes: Sequence[str], output: str, advance: Advance = ignore_progress) -> list[Part]:
     """Write ``output.bin`` and ``output.idx``, and a manifest if all parts have one.
 
     Args:
         prefixes: of the parts, in order.
         output: prefix of the result.
-        advance: is told the bytes of tokens that were copied.
+        advance: called with the bytes of tokens copied.
 
     Returns:
-        The parts, as they were found.
+        The parts.
 
     Raises:
-        UsageError: a part is damaged, or is of another type of ids or tokenizer than the first; the
-            disk is full. Whatever was at ``output`` is as it was then.
+        UsageError: a part is damaged, or has another id type or tokenizer than the first, or the
+            disk is full. Files at ``output`` are unchanged then.
     """
     if not prefixes:
-        raise UsageError("--input", [], "at least one data set")
+        raise UsageError("--input", [], "one or more datasets")
     if os.path.realpath(output) in map(os.path.realpath, prefixes):
-        raise UsageError("--output-prefix", output, "another place than the parts'")
-    parts = [_look_at(prefix) for prefix in prefixes]
+        raise UsageError("--output-prefix", output, "different from the prefix of every part")
+    parts = [_open_part(prefix) for prefix in prefixes]
     for part in parts:
         if part.code != parts[0].code:
             name, first = TYPES[part.code].name, parts[0]
@@ -72,21 +81,23 @@ def merge(prefixes: Sequence[str], output: str, advance: Advance = nobody) -> li
             raise UsageError(f"token type of {part.prefix}", name, expected)
     manifests = [read_manifest(prefix) for prefix in prefixes]
     known = [manifest for manifest in manifests if manifest is not None]
-    refuse_mixture([p for p, m in zip(prefixes, manifests, strict=True) if m], known)
+    check_same_origin([p for p, m in zip(prefixes, manifests, strict=True) if m], known)
     try:
         _write(parts, output, advance)
         if len(known) == len(parts):
             write_manifest(output, merged(known))
     except OSError as error:
-        raise UsageError("--output-prefix", output, "a place with room", str(error)) from None
+        raise UsageError(
+            "--output-prefix", output, "a writable path with free space", str(error)
+        ) from None
     return parts
 
 
-def refuse_mixture(prefixes: Sequence[str], manifests: Sequence[Manifest]) -> None:
-    """Refuse data sets that were not made alike, as far as their manifests tell.
+def check_same_origin(prefixes: Sequence[str], manifests: Sequence[Manifest]) -> None:
+    """Reject datasets whose manifests have different tokenizers, vocabularies or ends.
 
     Raises:
-        UsageError: names the one that differs from the first, and in what.
+        UsageError: names the dataset that differs from the first, and the field.
     """
     for prefix, manifest in zip(prefixes[1:], manifests[1:], strict=True):
         for name in ("tokenizer_hash", "vocab_size", "append_eod"):
@@ -96,22 +107,23 @@ def refuse_mixture(prefixes: Sequence[str], manifests: Sequence[Manifest]) -> No
                 raise UsageError(f"{name} of {prefix}", found, words)
 
 
-def _look_at(prefix: str) -> Part:
-    """Check a part. One without tokens is allowed here, though nothing can be trained on it."""
+def _open_part(prefix: str) -> Part:
+    """Check a part. A part may have no tokens (an empty partition), unlike data to train on."""
     bin_path, idx_path = paths_of(prefix)
     try:
         with open(idx_path, "rb") as index:
             header = index.read(HEADER.size)
         size = os.stat(bin_path).st_size
     except OSError as error:
-        raise UsageError("--input", prefix, "a pair PREFIX.bin, PREFIX.idx", str(error)) from None
+        expected = "the prefix of a readable pair PREFIX.bin, PREFIX.idx"
+        raise UsageError("--input", prefix, expected, str(error)) from None
     if size > 0 or len(header) < HEADER.size:
         source = inspect_source(prefix)
         return Part(prefix, source.type_code, source.sequences, source.documents, size)
     magic, version, code, sequences, ends = HEADER.unpack(header)
-    expected = HEADER.size + 8 * ends
-    if (magic, version, sequences) != (MAGIC, VERSION, 0) or os.stat(idx_path).st_size != expected:
-        raise UsageError(f"size of {bin_path}", 0, f"the tokens that {idx_path} describes")
+    fits = os.stat(idx_path).st_size == index_size(0, ends)
+    if (magic, version, sequences) != (MAGIC, VERSION, 0) or not fits:
+        raise UsageError(f"size of {bin_path}", 0, f"that of the tokens in {idx_path}")
     return Part(prefix, code, 0, ends - 1, 0)
 
 
@@ -131,7 +143,8 @@ def _write(parts: Sequence[Part], output: str, advance: Advance) -> None:
             for stream in (tokens, index):
                 stream.flush()
                 os.fsync(stream.fileno())
-        # An index is only ever beside the tokens it was written for, and a manifest beside both.
+        # Removed first, so that a process killed between the renames leaves no index of other
+        # tokens, and no manifest of other files.
         manifest_path(output).unlink(missing_ok=True)
         Path(targets[1]).unlink(missing_ok=True)
         for source_path, target in zip(partial, targets, strict=True):
@@ -146,24 +159,25 @@ def _write_index(parts: Sequence[Part], stream: BinaryIO) -> None:
     documents = sum(part.documents for part in parts)
     stream.write(HEADER.pack(MAGIC, VERSION, parts[0].code, sequences, documents + 1))
     for part in parts:
-        for lengths in _entries(part, "<i4", 0, part.sequences):
-            stream.write(lengths.tobytes())
+        _copy_entries(part, "<i4", HEADER.size, part.sequences, 0, stream)
+    # Offsets and bounds count from the start of a part, so each part adds the sizes before it.
     before = 0
     for part in parts:
-        for offsets in _entries(part, "<i8", 4 * part.sequences, part.sequences):
-            stream.write((offsets + before).astype("<i8").tobytes())
+        position = offsets_position(part.sequences)
+        _copy_entries(part, "<i8", position, part.sequences, before, stream)
         before += part.bytes
+    # The first bound of every part is 0. It is written once; of the parts, the bounds after it.
     stream.write(np.zeros(1, "<i8").tobytes())
     before = 0
     for part in parts:
-        for ends in _entries(part, "<i8", 12 * part.sequences + 8, part.documents):
-            stream.write((ends + before).astype("<i8").tobytes())
+        position = bounds_position(part.sequences) + 8
+        _copy_entries(part, "<i8", position, part.documents, before, stream)
         before += part.sequences
 
 
-def _entries(part: Part, kind: str, offset: int, count: int) -> Iterator[npt.NDArray[np.integer]]:
-    """Entries of a part's index, ``offset`` bytes behind its header, in pieces."""
-    size = np.dtype(kind).itemsize
-    for first in range(0, count, _CHUNK):
-        start = HEADER.size + offset + size * first
-        yield np.fromfile(paths_of(part.prefix)[1], kind, min(_CHUNK, count - first), offset=start)
+def _copy_entries(
+    part: Part, dtype: str, position: int, count: int, added: int, stream: BinaryIO
+) -> None:
+    """Copy entries of a part's index, from byte ``position`` on, with ``added`` added to each."""
+    for _, values in read_chunks(paths_of(part.prefix)[1], dtype, position, count, _CHUNK):
+        stream.write((values + added).astype(dtype).tobytes())

@@ -1,31 +1,36 @@
-"""Reads an indexed data set from end to end, once per content.
+"""Reads an indexed dataset completely, once per content.
 
-Every length, offset and document bound has to be in its place; the smallest and the largest id are
-noted, so that a vocabulary that is too small is refused before the first step. The result stays in
-the index cache.
+Checks every length, offset and document bound, and records the smallest and the largest id, so that
+a vocabulary that is too small is an error before the first step. The result is kept in the index
+cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.data.indexed.cache import IndexCache
-from megatron_moe.data.indexed.check import Source, document_of_sequence
-from megatron_moe.data.indexed.format import HEADER, paths_of
-from megatron_moe.data.preprocess.progress import Advance, nobody
+from megatron_moe.data.indexed.check import Source
+from megatron_moe.data.indexed.format import (
+    HEADER,
+    bounds_position,
+    offsets_position,
+    paths_of,
+    read_chunks,
+)
+from megatron_moe.data.progress import Advance, ignore_progress
 from megatron_moe.errors import UsageError
 
 _CHUNK = 1 << 22
-"""Entries that are held at once."""
+"""Entries in memory at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenRange:
-    """Smallest and largest token id of a data set, and the documents (from 0) they are first in."""
+    """Smallest and largest id of a dataset, and the first document (from 0) that contains each."""
 
     smallest: int
     smallest_document: int
@@ -34,7 +39,7 @@ class TokenRange:
 
 
 def source_range(source: Source, cache: IndexCache) -> TokenRange:
-    """The range of token ids of ``source``: from the cache, or by a scan of all of it.
+    """Return the range of token ids of ``source``: from the cache, or by a full scan.
 
     Raises:
         UsageError: see `scan_source`.
@@ -44,10 +49,10 @@ def source_range(source: Source, cache: IndexCache) -> TokenRange:
 
 
 def check_range(source: Source, found: TokenRange, vocab_size: int) -> None:
-    """Refuse ids that the embedding has no row for.
+    """Reject ids that have no row in the embedding.
 
     Raises:
-        UsageError: names the first document that holds the offending id, counted from 0.
+        UsageError: names the first document with the invalid id, counted from 0.
     """
     for value, document in (
         (found.largest, found.largest_document),
@@ -57,47 +62,37 @@ def check_range(source: Source, found: TokenRange, vocab_size: int) -> None:
             raise UsageError(
                 f"token id in document {document} of {source.prefix}",
                 value,
-                f"an id from 0 to {vocab_size - 1}",
+                f">= 0 and <= {vocab_size - 1}",
                 "use the tokenizer the data was made with, or raise --vocab-size",
             )
 
 
-def scan_source(source: Source, advance: Advance = nobody) -> TokenRange:
-    """Read the whole data set once.
+def scan_source(source: Source, advance: Advance = ignore_progress) -> TokenRange:
+    """Read the whole dataset.
 
     Args:
-        source: what `inspect_source` has found.
-        advance: is told the tokens that were read.
+        source: from `inspect_source`.
+        advance: called with the number of tokens read.
 
     Raises:
-        UsageError: a length is negative, an offset is not where the previous sequence ends, or the
+        UsageError: a length is negative, an offset is not the end of the previous sequence, or the
             document bounds do not rise from 0 to the number of sequences.
     """
     path = paths_of(source.prefix)[1]
     start = 0
-    for first, lengths in _index_chunks(path, "<i4", HEADER.size, source.sequences):
-        offsets = np.fromfile(
-            path, "<i8", len(lengths), offset=HEADER.size + 4 * source.sequences + 8 * first
-        )
-        _refuse_index(path, "length of sequence", lengths < 0, first, lengths, "0 or more")
-        following = start + np.cumsum(lengths, dtype=np.int64) * source.dtype.itemsize
-        due = following - lengths.astype(np.int64) * source.dtype.itemsize
-        _refuse_index(path, "offset of sequence", offsets != due, first, offsets, due)
-        start = int(following[-1])
+    for first, lengths in read_chunks(path, "<i4", HEADER.size, source.sequences, _CHUNK):
+        position = offsets_position(source.sequences) + 8 * first
+        offsets = np.fromfile(path, "<i8", len(lengths), offset=position)
+        _reject(path, "length of sequence", lengths < 0, first, lengths, ">= 0")
+        ends = start + np.cumsum(lengths, dtype=np.int64) * source.dtype.itemsize
+        due = ends - lengths.astype(np.int64) * source.dtype.itemsize
+        _reject(path, "offset of sequence", offsets != due, first, offsets, due)
+        start = int(ends[-1])
     _scan_documents(source, path)
     return _scan_tokens(source, advance)
 
 
-def _index_chunks(
-    path: str, kind: str, offset: int, count: int
-) -> Iterator[tuple[int, npt.NDArray[np.integer]]]:
-    for first in range(0, count, _CHUNK):
-        wanted = min(_CHUNK, count - first)
-        size = np.dtype(kind).itemsize
-        yield first, np.fromfile(path, kind, wanted, offset=offset + size * first)
-
-
-def _refuse_index(
+def _reject(
     path: str,
     what: str,
     wrong: npt.NDArray[np.bool_],
@@ -105,6 +100,7 @@ def _refuse_index(
     found: npt.NDArray[np.integer],
     expected: npt.NDArray[np.integer] | str,
 ) -> None:
+    """Raise an error for the first wrong entry of a chunk that starts at entry ``first``."""
     if wrong.any():
         i = int(wrong.argmax())
         due = expected if isinstance(expected, str) else str(expected[i])
@@ -112,13 +108,14 @@ def _refuse_index(
 
 
 def _scan_documents(source: Source, path: str) -> None:
-    offset, previous = HEADER.size + 12 * source.sequences, 0
-    for first, ends in _index_chunks(path, "<i8", offset, source.documents + 1):
-        rising = np.diff(ends, prepend=previous) < 0
+    position, previous = bounds_position(source.sequences), 0
+    for first, bounds in read_chunks(path, "<i8", position, source.documents + 1, _CHUNK):
+        wrong = np.diff(bounds, prepend=previous) < 0
         if first == 0:
-            rising[0] = ends[0] != 0
-        _refuse_index(path, "bound of document", rising, first, ends, "not below the one before")
-        previous = int(ends[-1])
+            wrong[0] = bounds[0] != 0
+        expected = "0 for the first document and >= the bound before"
+        _reject(path, "bound of document", wrong, first, bounds, expected)
+        previous = int(bounds[-1])
     if previous != source.sequences:
         what = f"last document bound in {path}"
         raise UsageError(what, previous, str(source.sequences), "preprocess it again")
@@ -126,11 +123,12 @@ def _scan_documents(source: Source, path: str) -> None:
 
 def _scan_tokens(source: Source, advance: Advance) -> TokenRange:
     path = paths_of(source.prefix)[0]
-    low = high = (0, 0)
-    for first, ids in _index_chunks(path, source.dtype.str, 0, source.tokens):
+    low = high = (0, 0)  # id, position
+    for first, ids in read_chunks(path, source.dtype.str, 0, source.tokens, _CHUNK):
         if len(ids) == 0:
-            raise UsageError(f"size of {path}", "shrinking", "a file nobody writes to")
+            raise UsageError(f"size of {path}", "shrinking", "constant while it is read")
         at_low, at_high = int(ids.argmin()), int(ids.argmax())
+        # Strict comparisons keep the first position of equal ids, so the document is the first.
         if first == 0 or ids[at_low] < low[0]:
             low = (int(ids[at_low]), first + at_low)
         if first == 0 or ids[at_high] > high[0]:
@@ -138,14 +136,7 @@ def _scan_tokens(source: Source, advance: Advance) -> TokenRange:
         advance(len(ids))
     return TokenRange(
         smallest=low[0],
-        smallest_document=_document_of(source, low[1]),
+        smallest_document=source.document_of_token(low[1]),
         largest=high[0],
-        largest_document=_document_of(source, high[1]),
+        largest_document=source.document_of_token(high[1]),
     )
-
-
-def _document_of(source: Source, position: int) -> int:
-    """The document that holds the token at ``position`` of the `.bin` file."""
-    ends = np.cumsum(source.lengths(), dtype=np.int64)
-    sequence = int(np.searchsorted(ends, position, side="right"))
-    return document_of_sequence(source, sequence)

@@ -1,7 +1,7 @@
 """Writes Megatron's indexed format, byte for byte, as a stream and atomically.
 
-Megatron-Core's own builder keeps every length as a Python object, writes ids without looking (70000
-as u16 becomes 4464) and leaves half a file behind when it is killed.
+Megatron-Core's own builder keeps every length as a Python object, writes ids unchecked (70000 as
+u16 becomes 4464) and leaves a partial file behind when it is killed.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from megatron_moe.errors import UsageError
 
 Ids = npt.NDArray[np.integer] | Sequence[int]
 _CHUNK = 1 << 20
-"""Entries of the index that are written at once."""
+"""Entries of the index that are written at a time."""
 
 
 class IndexedWriter:
     """Context manager that writes `PREFIX.bin` and `PREFIX.idx`.
 
-    The files appear when the context ends without an exception; until then, and after an exception,
-    whatever was at the prefix stays as it was.
+    The files appear when the context ends without an exception. Until then, and after an exception,
+    files that were at the prefix stay unchanged.
 
     Args:
         prefix: path without suffix.
-        vocab_size: no id may reach it; it also decides the type of the ids.
+        vocab_size: all ids must be below it; it also decides the type of the ids.
     """
 
     def __init__(self, prefix: str, vocab_size: int) -> None:
@@ -55,7 +55,7 @@ class IndexedWriter:
             Path(prefix).parent.mkdir(parents=True, exist_ok=True)
             self._stream = open(self._partial[0], "wb")  # noqa: SIM115 (closed in __exit__)
         except OSError as error:
-            raise UsageError("output prefix", prefix, "a place to write", str(error)) from None
+            raise UsageError("output prefix", prefix, "a writable path", str(error)) from None
 
     def __enter__(self) -> IndexedWriter:
         return self
@@ -71,7 +71,7 @@ class IndexedWriter:
                 self._commit()
         finally:
             try:
-                self._stream.close()  # which writes what is left, and fails on a full disk
+                self._stream.close()  # flushes, which fails on a full disk
             finally:
                 for path in self._partial:
                     Path(path).unlink(missing_ok=True)
@@ -80,8 +80,8 @@ class IndexedWriter:
         """Append one document.
 
         Args:
-            ids: token ids; none makes a document without sequences, as in Megatron's tool.
-            lengths: tokens of each of its sequences; `None` means a single one.
+            ids: token ids; an empty document has no sequences, as in Megatron's tool.
+            lengths: tokens of each of its sequences; `None` means a single sequence.
         """
         values = np.asarray(ids, dtype=np.int64)
         cut = ([len(values)] if len(values) else []) if lengths is None else lengths
@@ -95,18 +95,22 @@ class IndexedWriter:
     ) -> None:
         """Append several documents.
 
+        Example: documents [5, 6], [] and [7] are ids [5, 6, 7], lengths [2, 1] and sequences
+        [1, 0, 1].
+
         Args:
-            ids: the token ids of all of them.
+            ids: the token ids of all documents.
             lengths: tokens of each sequence.
-            sequences: sequences of each document.
+            sequences: number of sequences of each document.
 
         Raises:
             UsageError: an id is negative or not below the vocabulary size, or a sequence is longer
-                than the format can say. Names the document, counted from 0.
+                than the format allows. The error names the document, counted from 0.
         """
         if lengths.sum() != len(ids) or sequences.sum() != len(lengths):
             raise ValueError("lengths and sequences must add up to the ids")
-        self._refuse(ids, lengths, sequences)
+        self._check(ids, lengths, sequences)
+        # Lengths and bounds are kept in packed arrays: 12 bytes for a document of one sequence.
         self._stream.write(ids.astype(TYPES[self._code]).tobytes())
         self._lengths.frombytes(lengths.astype(np.int32).tobytes())
         self._document_ends.frombytes(
@@ -116,7 +120,7 @@ class IndexedWriter:
         self.sequences += len(lengths)
         self.tokens += len(ids)
 
-    def _refuse(
+    def _check(
         self,
         ids: npt.NDArray[np.integer],
         lengths: npt.NDArray[np.integer],
@@ -131,7 +135,7 @@ class IndexedWriter:
             raise UsageError(
                 f"token id in document {document} for {self.prefix}",
                 int(ids[position]),
-                f"an id from 0 to {self.vocab_size - 1}",
+                f">= 0 and <= {self.vocab_size - 1}",
             )
         if lengths.max() > MAX_LENGTH:
             document = self.documents + int(
@@ -140,13 +144,14 @@ class IndexedWriter:
             raise UsageError(
                 f"length of document {document} for {self.prefix}",
                 int(lengths.max()),
-                f"at most {MAX_LENGTH} tokens",
+                f"<= {MAX_LENGTH} tokens",
             )
 
     def _commit(self) -> None:
-        """Finish both files, then put them in place.
+        """Finish both files, then rename them.
 
-        The old index goes first: an index is only ever beside the tokens it was written for.
+        The old index is removed first. If the process is killed between the two renames, the new
+        `.bin` has no index, which is an error at open, rather than the index of other tokens.
         """
         self._stream.flush()
         os.fsync(self._stream.fileno())

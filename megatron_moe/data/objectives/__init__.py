@@ -1,6 +1,7 @@
-"""What a sample is: transforms of the same tokens, chosen by `--objective`.
+"""Objectives: how tokens become a training sample, selected by `--objective`.
 
-`select` picks one. `prefix_lm` hides the loss of a prefix; `ul2` denoises (`mixture` says how,
-`spans` does it, `windows` cuts the text); `sft` trains on conversations (`chat`, `chat_source`).
-All randomness comes from `noise`, as a function of seed and sample.
+Reading order: `select` (from the flag to a dataset class), `prefix_lm`, then UL2: `denoiser` (the
+mixture), `spans` (hides spans of a text), `windows` (cuts the text), `ul2` (the samples); then
+conversations: `chat` (template), `chat_source` (tokens), `sft` (rows). All randomness comes from
+`rng`, as a function of the seed and the number of the sample.
 """

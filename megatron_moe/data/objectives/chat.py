@@ -1,4 +1,4 @@
-"""Conversations as text: what a line of a file may be, and OpenMoE's chat template.
+"""Conversations as text: the form of a line in a file, and OpenMoE's chat template.
 
 Source of the template: the OpenMoE paper's supervised fine-tuning (arXiv 2402.01739, section on
 instruction tuning) and the prompt of its released chat model, which is LLaMA-2's.
@@ -15,22 +15,22 @@ from megatron_moe.errors import UsageError
 
 SYSTEM = "<<SYS>>\n{}\n<</SYS>>\n\n"
 USER = "<s>[INST] {} [/INST]"
-"""Stands between a question and its answer as well: the answer follows without a blank."""
+"""Ends right before the answer, which follows without a space."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question in its template, and its answer as it is."""
+    """A question in the template, and its plain answer."""
 
     prompt: str
     answer: str
 
 
 def read_line(line: str, key: str, where: str) -> list[Exchange]:
-    """The exchanges of a conversation.
+    """Return the exchanges of a conversation.
 
-    A line is a list of turns, or an object whose ``key`` holds it. A turn has a `role` and a
-    `content`. Turns: a system turn or none, then user and assistant in turn. A last user turn
+    A line is a list of turns, or an object that contains it as ``key``. A turn has a `role` and a
+    `content`. Turns: an optional system turn, then user and assistant alternate. A last user turn
     without an answer is left out.
 
     Args:
@@ -39,23 +39,23 @@ def read_line(line: str, key: str, where: str) -> list[Exchange]:
         where: names the line in errors.
 
     Raises:
-        UsageError: the line is anything else, or nothing in it is answered.
+        UsageError: the line has another form, or contains no answer.
     """
     prompts, answers = in_template(_turns(line, key, where), where)
     if not answers:
-        raise UsageError(f"answers in {where}", 0, "a user turn and an assistant turn at least")
+        raise UsageError(f"number of answers in {where}", 0, ">= 1: a user and an assistant turn")
     return [Exchange(p, a) for p, a in zip(prompts, answers, strict=False)]
 
 
 def in_template(turns: Sequence[tuple[str, str]], where: str) -> tuple[list[str], list[str]]:
-    """Questions in their template, and answers as they are; the last question may have none.
+    """Return questions in the template, and plain answers; the last question may have none.
 
     Args:
-        turns: roles and contents: a system turn or none, then user and assistant in turn.
+        turns: roles and contents: an optional system turn, then user and assistant alternate.
         where: names the conversation in errors.
 
     Raises:
-        UsageError: a role is another one.
+        UsageError: a role is out of place.
     """
     system = ""
     if turns and turns[0][0] == "system":
@@ -72,7 +72,7 @@ def in_template(turns: Sequence[tuple[str, str]], where: str) -> tuple[list[str]
 
 
 def _turns(line: str, key: str, where: str) -> Sequence[tuple[str, str]]:
-    """Roles and contents, not empty."""
+    """Return roles and contents of at least one turn."""
     try:
         value: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -80,14 +80,14 @@ def _turns(line: str, key: str, where: str) -> Sequence[tuple[str, str]]:
     if isinstance(value, dict):
         if key not in value:
             expected = f"a list of turns, or an object with the key {key!r}"
-            raise UsageError(f"keys in {where}", sorted(value), expected, "or give --sft-key")
+            raise UsageError(where, sorted(value), expected, "or set --sft-key")
         value = value[key]
     if not isinstance(value, list) or not value:
-        raise UsageError(f"turns in {where}", str(value)[:40], "a list of turns, not empty")
+        raise UsageError(f"turns in {where}", str(value)[:40], "a non-empty list")
     for number, turn in enumerate(value, 1):
         if not isinstance(turn, dict) or not all(
             isinstance(turn.get(name), str) for name in ("role", "content")
         ):
-            expected = "an object with the texts role and content"
+            expected = "an object with the strings role and content"
             raise UsageError(f"turn {number} in {where}", str(turn)[:40], expected)
     return [(turn["role"], turn["content"]) for turn in value]

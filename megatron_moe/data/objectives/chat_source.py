@@ -1,7 +1,7 @@
-"""A file of conversations behind the interface of indexed data.
+"""A file of conversations, with the interface of an indexed dataset.
 
-The file is tokenized once per content and tokenizer; ids and masks stay in the index cache and are
-mapped from there.
+The file is tokenized once per content and tokenizer. Ids and loss masks are kept in the index cache
+and memory-mapped from there.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from megatron_moe.data.indexed.cache import Array, IndexCache
 from megatron_moe.data.indexed.check import Source
 from megatron_moe.data.objectives.chat import SYSTEM, USER, Exchange, read_line
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import Tokenizer
+from megatron_moe.tokenizer.base import Tokenizer
 
 _BLOCK = 1 << 22
 _INT32 = 4
-"""Megatron's code of the type of ids."""
+"""Megatron's code of the id type."""
 
 
 @dataclass(frozen=True)
 class Conversations:
-    """Tokens of all conversations, one after the other."""
+    """Tokens of N conversations, one after the other."""
 
     ids: Array
-    learnt: Array
-    """Whether the loss counts where the id is predicted: answers and their ends."""
+    loss_mask: Array
+    """Whether the loss counts where this id is predicted: answers and their ends."""
     bounds: Array
     """[N + 1]: conversation n has the ids from bounds[n] to bounds[n + 1]."""
     prompts: Array
-    """[N], ids of a conversation before the first one that is learnt."""
+    """[N], ids of a conversation before its first answer."""
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -45,26 +45,26 @@ class Conversations:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatSource(Source):
-    """A conversation stands for a document and a sequence."""
+    """A source in which each conversation is a document of one sequence."""
 
     conversations: Conversations
 
     def lengths(self) -> npt.NDArray[np.int32]:
-        """Tokens of each conversation."""
+        """Return the tokens of each conversation."""
         return np.diff(self.conversations.bounds).astype(np.int32)
 
 
 def open_conversations(path: str, key: str, tokenizer: Tokenizer, cache: IndexCache) -> ChatSource:
-    """Check and tokenize a file, or take what is in the cache.
+    """Check and tokenize a file, or read it from the cache.
 
     Args:
-        path: JSON Lines; empty lines are skipped.
+        path: JSON Lines; blank lines are skipped.
         key: see `chat.read_line`.
         tokenizer: makes the ids.
         cache: keeps them.
 
     Raises:
-        UsageError: the file cannot be read, a line is no conversation, or there are none.
+        UsageError: the file cannot be read, a line is not a conversation, or there are none.
     """
     content = _hash(path)
     description = {
@@ -101,7 +101,7 @@ def _hash(path: str) -> str:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Lines that are not empty, and their numbers from 1."""
+    """Yield the lines that are not blank, with their numbers from 1."""
     with open(path, "rb") as stream:
         for number, raw in enumerate(stream, 1):
             try:
@@ -115,28 +115,30 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
 
 
 def _tokenize(path: str, key: str, tokenizer: Tokenizer) -> list[Array]:
-    ids, learnt = array("i"), bytearray()
+    ids, loss_mask = array("i"), bytearray()
     bounds, prompts = array("q", [0]), array("i")
     for number, line in _lines(path):
         exchanges = read_line(line, key, f"line {number} of {path}")
-        for new, counts in encode(exchanges, tokenizer):
-            if len(ids) == bounds[-1]:
+        for new, counts in encode_exchanges(exchanges, tokenizer):
+            if len(ids) == bounds[-1]:  # the first prompt of a conversation
                 prompts.append(len(new))
             ids.extend(new)
-            learnt.extend(bytes([counts]) * len(new))
+            loss_mask.extend(bytes([counts]) * len(new))
         bounds.append(len(ids))
     if not prompts:
-        raise UsageError(f"conversations in {path}", 0, "one at least")
-    plain: tuple[Any, ...] = (ids, learnt, bounds, prompts)
+        raise UsageError(f"number of conversations in {path}", 0, ">= 1")
+    plain: tuple[Any, ...] = (ids, loss_mask, bounds, prompts)
     kinds = (np.int32, np.uint8, np.int64, np.int32)
     return [np.frombuffer(part, dtype=kind) for part, kind in zip(plain, kinds, strict=True)]
 
 
-def encode(exchanges: Iterable[Exchange], tokenizer: Tokenizer) -> Iterator[tuple[list[int], bool]]:
-    """Ids of prompts and of answers in turn, and whether they are learnt.
+def encode_exchanges(
+    exchanges: Iterable[Exchange], tokenizer: Tokenizer
+) -> Iterator[tuple[list[int], bool]]:
+    """Yield the ids of prompts and answers in turn, and whether the loss counts on them.
 
-    Each is tokenized by itself, so that a prompt has the ids that it has when the model is used.
-    An answer ends with `eod`.
+    Each is tokenized separately, so that a prompt has the same ids as in inference. An answer ends
+    with `eod`.
     """
     for exchange in exchanges:
         yield tokenizer.tokenize(exchange.prompt), False

@@ -1,6 +1,9 @@
-"""Prefix LM: the samples of next-token prediction, with no loss on a prefix of random length.
+"""Prefix LM: the samples of next-token prediction, without loss on a prefix of random length.
 
-The mask stays causal, as OpenMoE's is. S tokens of a sample.
+The attention mask stays causal, as in OpenMoE. Example, S = 5, ids a b c d e f and split 3: tokens
+a b c d e, labels b c d e f, loss mask 0 0 1 1 1. The prefix is a b c, and d e f are predicted.
+
+S tokens of a sample.
 """
 
 from __future__ import annotations
@@ -10,31 +13,32 @@ from typing import Any
 import numpy as np
 
 from megatron_moe.data.causal import CausalDataset, Sample
-from megatron_moe.data.objectives.noise import Noise, noise_of
-from megatron_moe.data.objectives.ul2 import random_split
+from megatron_moe.data.objectives.rng import SampleRng, sample_rng
+from megatron_moe.data.objectives.spans import random_split
 
 
 class PrefixLmDataset(CausalDataset):
     """The samples of `CausalDataset`, in its order.
 
-    The split of a sample's S + 1 ids is uniform in 1 .. S: the first 1 .. S are the prefix, and the
-    rest, at least one, is predicted.
+    The split of the S + 1 ids of a sample is uniform in 1 .. S. It is the length of the prefix; the
+    remaining ids, at least one, are predicted.
     """
 
-    noise: Noise
+    rng: SampleRng
 
     def _description(self) -> dict[str, Any]:
         common = super()._description()
         part = (common["content"], *common["documents"])
-        self.noise = noise_of(self.config.random_seed, "prefix-lm", *part)
+        self.rng = sample_rng(self.config.random_seed, "prefix-lm", *part)
         return common
 
     def __getitem__(self, idx: int) -> Sample:
-        """Sample ``idx``, as `CausalDataset` gives it."""
+        """Return sample ``idx``; see `CausalDataset`."""
         sample = super().__getitem__(idx)
         # The place of the sample in the text, so that a shuffle does not change its split.
         place = int(self.shuffle_index[idx])
         length = len(sample["tokens"])
-        split = random_split(int(self.noise.words(0, place, 1)[0]), length + 1)
+        split = random_split(int(self.rng.words(0, place, 1)[0]), length + 1)
+        # Position t predicts id t + 1, so the first id after the prefix is predicted at split - 1.
         counts = sample["loss_mask"] & (np.arange(length) >= split - 1)
         return sample | {"loss_mask": counts}

@@ -1,4 +1,7 @@
-"""From `--objective` to a data set class and what it needs."""
+"""From `--objective` to a dataset class and its settings.
+
+A new objective is a dataset class in a module of its own and a branch in `plan_objective`.
+"""
 
 from __future__ import annotations
 
@@ -11,49 +14,34 @@ from megatron_moe.data.causal import CausalDataset
 from megatron_moe.data.objectives.prefix_lm import PrefixLmDataset
 from megatron_moe.data.objectives.sft import SftDataset, SftPlan
 from megatron_moe.data.objectives.ul2 import Ul2Dataset, plan_ul2
-from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import Tokenizer, unpadded_vocab_size
+from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.build import unpadded_vocab_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectivePlan:
-    """What the samples of a run are made by."""
+    """How the samples of a run are made."""
 
     dataset: type[Any]
-    """Class of the samples of one source."""
+    """Dataset class of the samples of one source."""
     token_limit: int
-    """No id of the text may reach it: the vocabulary's size, or the lowest sentinel."""
+    """All ids of the text must be below it: the vocabulary size, or the lowest sentinel."""
     settings: Any = None
-    """What it needs besides data, seed and length."""
+    """What the class needs besides data, seed and length."""
     identity: dict[str, Any] = field(default_factory=dict)
-    """What decides the samples, besides data, seed, length and tokenizer; empty for `causal`, so
-    that its runs go on from checkpoints that know no objective."""
+    """Everything that decides the samples, besides data, seed, length and tokenizer; empty for
+    `causal`, so that its runs resume from checkpoints that were written before objectives."""
 
 
 def plan_objective(config: RunConfig, tokenizer: Tokenizer) -> ObjectivePlan:
-    """Check the objective's flags. The same on every rank, and communicates nothing.
+    """Check the flags of the objective. The same on every rank; communicates nothing.
 
     Raises:
-        UsageError: flags that do not fit the objective, the tokenizer or the rows.
+        UsageError: flags conflict with the objective, the tokenizer or the row length.
     """
     objective = config.objective
     name, eod = objective.objective, objective.eod_mask_loss
-    if eod and name in ("ul2", "sft"):
-        raise UsageError(
-            "--eod-mask-loss",
-            eod,
-            f"only causal or prefix-lm with it, not {name}",
-            "rows of several parts have ends of their own, and say what is learnt",
-        )
     resets = extra_planes(objective)
-    if resets and name == "ul2":
-        flag = "--reset-position-ids" if "positions" in resets else "--reset-attention-mask"
-        raise UsageError(
-            flag,
-            True,
-            "off with --objective ul2",
-            "as in the paper, inputs and targets are one row with positions from its start",
-        )
     if name == "ul2":
         plan = plan_ul2(config, tokenizer)
         return ObjectivePlan(
@@ -79,5 +67,5 @@ def plan_objective(config: RunConfig, tokenizer: Tokenizer) -> ObjectivePlan:
 
 
 def _reset_identity(resets: tuple[str, ...]) -> dict[str, Any]:
-    """Empty without resets, so that runs go on from checkpoints that know none."""
+    """Return nothing without resets, so that runs resume from checkpoints written before them."""
     return {"reset": list(resets)} if resets else {}

@@ -1,6 +1,16 @@
 """Supervised fine-tuning: rows of conversations, with the loss on the assistant's turns.
 
-S tokens of a row. A row has S + 1 ids, of which position t predicts id t + 1.
+Packing is next-fit: a conversation goes into the current row if it fits, else it begins a new one.
+None is divided. Example, rows of 10 ids and conversations of 4, 5, 3, 6 and 10 ids in this order:
+
+    row 0   0 0 0 0 1 1 1 1 1 pad
+    row 1   2 2 2 3 3 3 3 3 3 pad
+    row 2   4 4 4 4 4 4 4 4 4 4
+
+`plan_rows` stores the order of the conversations, 0 1 2 3 4, and where rows start in it, 0 2 4 and
+the end 5: row i has the conversations from starts[i] to starts[i + 1].
+
+S tokens of a row. A row has S + 1 ids; position t predicts id t + 1.
 """
 
 from __future__ import annotations
@@ -18,7 +28,7 @@ from megatron_moe.data.batch import document_planes
 from megatron_moe.data.causal import Sample, digest
 from megatron_moe.data.indexed.cache import Array
 from megatron_moe.data.objectives.chat_source import ChatSource, Conversations
-from megatron_moe.data.objectives.noise import Noise, noise_of
+from megatron_moe.data.objectives.rng import SampleRng, sample_rng
 from megatron_moe.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -26,10 +36,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class SftPlan:
-    """The settings of a run."""
+    """Settings of a run."""
 
     pack: bool
-    """Several conversations a row."""
+    """Whether rows hold several conversations."""
 
 
 class SftDataset(MegatronDataset):
@@ -54,47 +64,49 @@ class SftDataset(MegatronDataset):
         }
         self.key = digest(description)
         lengths = np.minimum(source.lengths()[usable], capacity if self.config.plan.pack else 0)
-        noise = noise_of(self.config.random_seed, "sft", *part)
+        rng = sample_rng(self.config.random_seed, "sft", *part)
         self.conversations, self.rows = self.config.caches[self.dataset_path].arrays(
             f"rows-{self.key}",
             description,
-            lambda: plan_rows(noise, usable, lengths, capacity, self.num_samples),
+            lambda: plan_rows(rng, usable, lengths, capacity, self.num_samples),
         )
 
     def _usable(self, longest: int) -> npt.NDArray[np.int64]:
-        """Conversations of which something is learnt within a row."""
+        """Return the conversations whose first answer begins within a row."""
         usable = self.indices[self.dataset.prompts[self.indices] <= longest]
         where = f"{self.index_split.name} split of {self.dataset_path}"
         if len(usable) == 0:
             raise UsageError(
                 where,
-                f"{len(self.indices)} conversations without an answer that begins in a row",
-                "a shorter question at least",
+                f"{len(self.indices)} conversations, none with an answer that begins in a row",
+                "conversations with at least one shorter question",
                 "raise --seq-length",
             )
         if len(usable) < len(self.indices):
             left = len(self.indices) - len(usable)
-            logger.warning("%s: %d conversations left out, questions too long", where, left)
+            reason = "because their first answer would begin after the end of a row"
+            logger.warning("%s: %d conversations are left out %s", where, left, reason)
         return usable.astype(np.int64)
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str, config: Any) -> Conversations:
-        """The conversations of a file."""
+        """Return the conversations of a file."""
         conversations: Conversations = config.sources[dataset_path].conversations
         return conversations
 
     @staticmethod
     def numel_low_level_dataset(low_level_dataset: Conversations) -> int:
-        """What is divided among the splits."""
+        """Return the number of conversations, which are divided among the splits."""
         return len(low_level_dataset)
 
     def __len__(self) -> int:
         return len(self.rows) - 1
 
     def __getitem__(self, idx: int) -> Sample:
-        """Row ``idx``: tokens [S] and labels [S], int64, and loss_mask [S], bool.
+        """Return row ``idx``: tokens [S] and labels [S], int64, and loss_mask [S], bool.
 
-        With `planes`, also positions or documents [S], int64: of conversations, and of the pads.
+        With `planes`, also positions or documents [S], int64. A conversation counts as a document,
+        and the pads as another one.
         """
         size = self.config.sequence_length + 1
         text = np.full(size, max(self.config.tokenizer.pad, 0), dtype=np.int64)
@@ -106,35 +118,35 @@ class SftDataset(MegatronDataset):
             begins[start] = True
             end += last - first
             text[start:end] = self.dataset.ids[first:last]
-            counts[start:end] = self.dataset.learnt[first:last]
-        begins[end:][:1] = True
+            counts[start:end] = self.dataset.loss_mask[first:last]
+        begins[end:][:1] = True  # the first pad, if there is one
         sample = {"tokens": text[:-1], "labels": text[1:], "loss_mask": counts[1:]}
         return sample | document_planes(begins[:-1], self.config.planes)
 
 
 def plan_rows(
-    noise: Noise,
+    rng: SampleRng,
     usable: npt.NDArray[np.int64],
     lengths: npt.NDArray[np.integer],
     capacity: int,
     samples: int,
 ) -> list[Array]:
-    """Conversations in the order of use, and where each row starts and the last one ends in it.
+    """Return the conversations in the order of use, and where rows start in it, with its end.
 
-    Every epoch has an order of its own and rows of its own, so a longer run begins as a shorter.
+    Every epoch has an order and rows of its own, so a longer run begins with the same rows.
 
     Args:
-        noise: decides the order.
-        usable: the conversations.
-        lengths: ids of each, at most ``capacity``; 0 gives each a row of its own.
+        rng: decides the order.
+        usable: numbers of the conversations.
+        lengths: ids of each, at most ``capacity``; 0 gives a conversation a row of its own.
         capacity: ids of a row.
-        samples: how many rows will be used.
+        samples: number of rows that will be used.
     """
     order: list[Array] = []
     starts: list[Array] = []
     rows = placed = 0
     while rows < max(samples, 1):
-        shuffled = noise.order(0, len(order), len(usable))
+        shuffled = rng.permutation(0, len(order), len(usable))
         fresh = np.fromiter(row_starts(lengths[shuffled].tolist(), capacity), dtype=np.int64)
         order.append(usable[shuffled])
         starts.append(fresh + placed)
@@ -143,8 +155,9 @@ def plan_rows(
 
 
 def row_starts(lengths: list[int], capacity: int) -> Iterator[int]:
-    """Where rows start if each conversation goes into the current row, or, if it does not fit, into
-    a new one. A length of 0 takes a row.
+    """Yield where rows start if each conversation goes into the current row, or a new one if full.
+
+    A length of 0 always starts a row.
     """
     free = 0
     for place, length in enumerate(lengths):

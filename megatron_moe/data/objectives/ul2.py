@@ -1,8 +1,11 @@
-"""UL2: each sample is a text, a part of which is hidden by one of several denoisers.
+"""UL2: each sample is a window of text, a part of which is hidden by one of several denoisers.
 
-Source: Tay et al., "UL2" (arXiv 2205.05131) in OpenMoE's form (arXiv 2402.01739): a row holds the
-inputs, their end, the targets, their end, and pads. The model sees it causally; the loss counts
-where the targets and their end are predicted.
+Source: Tay et al., "UL2" (arXiv 2205.05131) in OpenMoE's form (arXiv 2402.01739): a row contains
+the inputs, their end, the targets, their end, and pads. Attention is causal; the loss counts where
+the targets and their end are predicted.
+
+A sample is made in three steps: `windows` decides which text and which denoiser, the denoiser hides
+a part of it (`spans`), and `pack_row` lays out the row.
 
 S tokens of a row.
 """
@@ -19,36 +22,37 @@ import numpy.typing as npt
 from megatron_moe.config import RunConfig
 from megatron_moe.data.causal import CausalDataset, Sample
 from megatron_moe.data.indexed.cache import Array
-from megatron_moe.data.objectives.mixture import Denoiser, read_mixture
-from megatron_moe.data.objectives.noise import Noise, noise_of
-from megatron_moe.data.objectives.spans import Ids, corrupt, random_spans, span_counts
+from megatron_moe.data.objectives.denoiser import Denoiser, read_denoisers
+from megatron_moe.data.objectives.rng import SampleRng, sample_rng
+from megatron_moe.data.objectives.spans import Ids, corrupt, random_spans, random_split, span_counts
 from megatron_moe.data.objectives.windows import Windows, cut_windows
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import Tokenizer, sentinel_ids
+from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.build import sentinel_ids
 
 HIDE = 3
-"""Lane of the noise; the first ones are of `windows`."""
+"""Stream of the generator; the lower ones belong to `windows`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted:
-    """A denoiser in a row of S tokens."""
+class FittedDenoiser:
+    """A denoiser, fitted to rows of S tokens."""
 
     denoiser: Denoiser
     prefix_ids: tuple[int, ...]
-    """Its prefix text."""
+    """Ids of its prefix text."""
     text: int
-    """Tokens of text that it takes for a row."""
+    """L, tokens of text that it takes for a row."""
 
     def spans(self) -> int:
-        """Sentinels that it needs."""
+        """Return the number of sentinels in a row."""
         if self.denoiser.kind == "prefix-lm":
             return 0
         return span_counts(self.text, self.denoiser.rate, self.denoiser.mean_span)[1]
 
-    def hide(self, noise: Noise, index: int, text: Ids, sentinels: Sequence[int]) -> list[Ids]:
-        """Inputs with their prefix, and targets, both without their ends."""
-        words = noise.words(HIDE, index, self.text)
+    def hide(self, rng: SampleRng, index: int, text: Ids, sentinels: Sequence[int]) -> list[Ids]:
+        """Return inputs with their prefix, and targets, both without their ends."""
+        words = rng.words(HIDE, index, self.text)
         if self.denoiser.kind == "span":
             kept, hidden = random_spans(
                 words, self.text, self.denoiser.rate, self.denoiser.mean_span
@@ -62,51 +66,42 @@ class Fitted:
 
 @dataclass(frozen=True, kw_only=True)
 class Ul2Plan:
-    """The mixture of a run."""
+    """The denoisers of a run."""
 
-    denoisers: tuple[Fitted, ...]
+    denoisers: tuple[FittedDenoiser, ...]
     sentinels: range
     row: int
     """S."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the samples, besides seed, data and tokenizer."""
+        """Everything that decides the samples, besides seed, data and tokenizer."""
         return {
             "denoisers": [asdict(fitted) for fitted in self.denoisers],
             "first_sentinel": self.sentinels[0],
         }
 
 
-def random_split(word: int, length: int) -> int:
-    """A split uniform in 1 .. ``length`` - 1, from 64 random bits."""
-    return 1 + (word * (length - 1) >> 64)
-
-
 def plan_ul2(config: RunConfig, tokenizer: Tokenizer) -> Ul2Plan:
-    """Read the mixture and fit it to the rows.
+    """Read the denoisers and fit them to the rows.
 
     Raises:
         UsageError: a bad mixture, no or too few sentinels, or rows too short for a denoiser.
     """
     row, inputs = config.data.seq_length, config.objective.ul2_inputs_length
-    if inputs is not None and config.objective.ul2_fill_rows:
-        raise UsageError("--ul2-inputs-length", inputs, "nothing beside --ul2-fill-rows")
-    if inputs is not None and not 2 <= inputs <= row - 2:
-        raise UsageError("--ul2-inputs-length", inputs, f"2 to --seq-length - 2 ({row - 2})")
     part = None if config.objective.ul2_fill_rows else inputs or row // 2
     sentinels = sentinel_ids(config.data, tokenizer)
     fitted = []
-    for denoiser in read_mixture(config.objective.ul2_mixture):
+    for denoiser in read_denoisers(config.objective.ul2_mixture):
         ids = tuple(tokenizer.tokenize(denoiser.prefix))
         text = denoiser.fit(len(ids), row, part)
         if text == 0:
-            expected = f"rows that hold {denoiser.prefix!r} ({len(ids)} tokens) and two of text"
+            expected = f"large enough for {denoiser.prefix!r} ({len(ids)} tokens) and two of text"
             raise UsageError("--seq-length", row, expected)
-        fitted.append(Fitted(denoiser=denoiser, prefix_ids=ids, text=text))
+        fitted.append(FittedDenoiser(denoiser=denoiser, prefix_ids=ids, text=text))
     most = max(denoiser.spans() for denoiser in fitted)
     if most > len(sentinels):
-        expected = f"at least {most}, one per hidden span of a row"
+        expected = f">= {most}, one per hidden span of a row"
         raise UsageError("--vocab-extra-ids", len(sentinels), expected)
     return Ul2Plan(denoisers=tuple(fitted), sentinels=sentinels, row=row)
 
@@ -115,15 +110,15 @@ class Ul2Dataset(CausalDataset):
     """Denoising samples of one source and one split."""
 
     plan: Ul2Plan
-    noise: Noise
+    rng: SampleRng
     windows: Windows
 
     def _description(self) -> dict[str, Any]:
         self.plan = self.config.plan
         common = super()._description()
-        # Not the run's length or the files' places: the same data, the same noise.
+        # Neither the length of the run nor the paths: the same data has the same random numbers.
         part = (common["content"], *common["documents"])
-        self.noise = noise_of(self.config.random_seed, "ul2", *part)
+        self.rng = sample_rng(self.config.random_seed, "ul2", *part)
         return common | {"class": "Ul2Dataset", **self.plan.identity}
 
     def _build_document_sample_shuffle_indices(self) -> Sequence[Array]:
@@ -133,7 +128,7 @@ class Ul2Dataset(CausalDataset):
 
     def _build_indices(self) -> Sequence[Array]:
         return cut_windows(
-            self.noise,
+            self.rng,
             self.indices,
             self.dataset.sequence_lengths[self.indices],
             [fitted.text for fitted in self.plan.denoisers],
@@ -145,17 +140,17 @@ class Ul2Dataset(CausalDataset):
         return len(self.windows.order)
 
     def __getitem__(self, idx: int) -> Sample:
-        """Sample ``idx``: tokens [S] and labels [S], int64, and loss_mask [S], bool."""
+        """Return sample ``idx``: tokens [S] and labels [S], int64, and loss_mask [S], bool."""
         window = int(self.windows.order[idx])
         fitted = self.plan.denoisers[int(self.windows.kinds[window])]
         text, documents = self._read(window, fitted.text)
         self._check_ids(text, documents)
-        inputs, targets = fitted.hide(self.noise, window, text, self.plan.sentinels)
+        inputs, targets = fitted.hide(self.rng, window, text, self.plan.sentinels)
         tokenizer = self.config.tokenizer
         return pack_row(inputs, targets, self.plan.row, tokenizer.eod, max(tokenizer.pad, 0))
 
     def _read(self, window: int, count: int) -> tuple[Ids, npt.NDArray[np.int64]]:
-        """The text of a window, and the documents that it touches."""
+        """Return the text of a window, and the documents that it is from."""
         place, offset = map(int, self.windows.starts[window])
         parts, documents = [], []
         while count:
@@ -169,10 +164,14 @@ class Ul2Dataset(CausalDataset):
 
 
 def pack_row(inputs: Ids, targets: Ids, row: int, end: int, pad: int) -> Sample:
-    """A row of S tokens: inputs, end, targets, end, pads.
+    """Lay out a row of S tokens: inputs, end, targets, end, pads.
 
     Position t predicts the token at t + 1, so the loss counts from the end of the inputs, where the
-    first target is predicted, to the last target, where the targets' end is.
+    first target is predicted, to the last target, where the end is predicted. Example, S = 8:
+
+        inputs a b <0>, targets <0> c
+        ids        a b <0> </s> <0> c </s> pad pad     S + 1 of them
+        loss_mask  0 0 0   1    1   1 0    0           of positions 0 .. S - 1
     """
     tokens = np.full(row + 1, pad, dtype=np.int64)
     first = len(inputs) + 1

@@ -1,7 +1,8 @@
-"""Reads stretches of text files as a stream of bounded batches, which workers take apart.
+"""Reads slices of text files as a stream of bounded batches of documents, decoded by workers.
 
-Plain JSON Lines travel as a range of bytes that the worker reads itself; what has to be unpacked
-first travels as content. A batch knows how to name its documents when one of them is refused.
+Plain JSON Lines are sent to a worker as a byte range, which it reads itself, so the main process
+never touches the text. Formats that have to be decompressed or parsed as a stream are sent as
+content. A batch can name the place of each of its documents, for errors.
 """
 
 from __future__ import annotations
@@ -15,42 +16,43 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_moe.data.preprocess.sources import Stretch, TextDocuments, lines_before
+from megatron_moe.data.preprocess.inputs import FileSlice, TextDocuments, lines_before
 from megatron_moe.errors import UsageError
 
 BATCH = 1 << 19
-"""Bytes of text in a batch; one document more than fits is taken whole."""
+"""Bytes of text in a batch; the document that exceeds it is included completely."""
 LARGEST_TEXT = 1 << 28
-"""Bytes of a text file that is one document."""
-_ROWS = 64
-"""Parquet rows that are read at once."""
+"""Largest size in bytes of a text file that is one document."""
+_PARQUET_ROWS = 64
+"""Parquet rows that are read at a time."""
 
 
-class Batch(ABC):
-    """Some consecutive documents of one file."""
+class DocumentBatch(ABC):
+    """Consecutive documents of one file."""
 
     path: str
     taken: int
-    """Bytes of the file, as it lies on the disk, that this batch stands for."""
+    """Bytes of the file on disk that the batch was made from, for the progress bar."""
 
     @abstractmethod
     def documents(self, keys: Sequence[str]) -> Iterator[list[list[bytes]]]:
-        """For each document the texts of each key, in UTF-8.
+        """Yield for each document the texts of each key, in UTF-8.
 
         Raises:
-            UsageError: a document has no such texts; `place` then says where.
+            UsageError: a document has no such texts; `place` returns where it is.
         """
 
     @abstractmethod
     def place(self, index: int) -> str:
-        """In words, where the document is that `documents` gave after ``index`` others, or was
-        about to give.
+        """Describe where document ``index`` of the batch is, counted from 0 as `documents` yields.
+
+        Also valid for the document at which `documents` raised.
         """
 
 
 @dataclass(frozen=True)
-class Lines(Batch):
-    """JSON Lines that were unpacked."""
+class LineBatch(DocumentBatch):
+    """Lines of a JSON Lines file, as content."""
 
     path: str
     taken: int
@@ -59,52 +61,53 @@ class Lines(Batch):
     content: tuple[bytes, ...]
 
     def documents(self, keys: Sequence[str]) -> Iterator[list[list[bytes]]]:
-        """The texts of each line that is not blank."""
+        """Yield the texts of each line that is not blank."""
         for line in self.content:
             if not line.isspace():
                 yield texts_of(line, keys)
 
     def place(self, index: int) -> str:
-        """The number of the line."""
+        """Return the line number."""
         full = [number for number, line in enumerate(self.content) if not line.isspace()]
         return f"line {self.first + full[index]} of {self.path}"
 
 
 @dataclass(frozen=True)
-class Range(Batch):
-    """JSON Lines to be read by whoever takes them apart."""
+class LineRangeBatch(DocumentBatch):
+    """Lines of a JSON Lines file, as a byte range that is read when it is decoded."""
 
     path: str
     taken: int
     start: int
+    """Byte of the file where the range starts; it is ``taken`` bytes long."""
 
     def documents(self, keys: Sequence[str]) -> Iterator[list[list[bytes]]]:
-        """The texts of each line that is not blank."""
-        return self._lines(0).documents(keys)
+        """Yield the texts of each line that is not blank."""
+        return self._lines(first=0).documents(keys)
 
     def place(self, index: int) -> str:
-        """The number of the line."""
+        """Return the line number."""
         return self._lines(lines_before(self.path, self.start) + 1).place(index)
 
-    def _lines(self, first: int) -> Lines:
+    def _lines(self, first: int) -> LineBatch:
         with open(self.path, "rb") as stream:
             stream.seek(self.start)
             content = stream.read(self.taken)
-        return Lines(self.path, self.taken, first, tuple(io.BytesIO(content)))
+        return LineBatch(self.path, self.taken, first, tuple(io.BytesIO(content)))
 
 
 @dataclass(frozen=True)
-class Texts(Batch):
-    """Documents that are only text."""
+class TextBatch(DocumentBatch):
+    """Documents of plain text files."""
 
     path: str
     taken: int
     where: tuple[str, ...]
-    """Where in the file each is, in words."""
+    """Place of each document in the file, in words."""
     content: tuple[bytes, ...]
 
     def documents(self, keys: Sequence[str]) -> Iterator[list[list[bytes]]]:
-        """The one text of each; there is one key."""
+        """Yield the single text of each document; text files have one key."""
         for text in self.content:
             try:
                 text.decode()
@@ -113,12 +116,12 @@ class Texts(Batch):
             yield [[text]]
 
     def place(self, index: int) -> str:
-        """The lines, or the file."""
+        """Return the block of lines, or the file."""
         return f"{self.where[index]}{self.path}"
 
 
 @dataclass(frozen=True)
-class Rows(Batch):
+class RowBatch(DocumentBatch):
     """Rows of a Parquet file."""
 
     path: str
@@ -126,81 +129,88 @@ class Rows(Batch):
     first: int
     """Number of the first row, counted from 0."""
     columns: tuple[tuple[Any, ...], ...]
-    """One for each key."""
+    """Values of each key."""
 
     def documents(self, keys: Sequence[str]) -> Iterator[list[list[bytes]]]:
-        """The texts of each row."""
+        """Yield the texts of each row."""
         for row in zip(*self.columns, strict=True):
             yield [as_texts(value, key, row) for value, key in zip(row, keys, strict=True)]
 
     def place(self, index: int) -> str:
-        """The number of the row."""
+        """Return the row number, counted from 0."""
         return f"row {self.first + index} of {self.path}"
 
 
 def texts_of(line: bytes, keys: Sequence[str]) -> list[list[bytes]]:
-    """The texts of each key in a JSON object.
+    """Return the texts of each key of a JSON object.
+
+    Example: `{"text": "a", "note": ["b", "c"]}` with keys text and note is [[b"a"], [b"b", b"c"]].
 
     Raises:
-        UsageError: it is no JSON, no object, or has no text there.
+        UsageError: the line is not JSON, not an object, or a key has no text.
     """
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # malformed JSON, or not UTF-8
         start = line[:60].decode("utf-8", errors="replace")
-        raise UsageError("JSON", start, "an object", str(error)) from None
+        raise UsageError("content", start, "a JSON object", str(error)) from None
     values = record if isinstance(record, dict) else {}
     return [as_texts(values.get(key), key, line) for key in keys]
 
 
 def as_texts(value: object, key: str, record: object) -> list[bytes]:
-    """A text, or a list of texts, in UTF-8."""
+    """Return a text, or a list of texts, as a list in UTF-8."""
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str) for text in texts):
         shown = record[:60].decode("utf-8", "replace") if isinstance(record, bytes) else value
-        raise UsageError(f"--json-keys {key}", shown, f"an object with a text in {key!r}")
+        expected = "the key of a text or a list of texts"
+        raise UsageError(f"--json-keys {key}", shown, expected)
     try:
         return [str(text).encode() for text in texts]
     except UnicodeEncodeError as error:
-        expected = "text that UTF-8 can write"
+        expected = "text that UTF-8 can encode"
         raise UsageError(f"--json-keys {key}", ascii(error.object[error.start]), expected) from None
 
 
-def read_batches(stretch: Stretch, keys: Sequence[str], text: TextDocuments) -> Iterator[Batch]:
-    """The documents of a stretch, in order.
+def read_batches(
+    piece: FileSlice, keys: Sequence[str], text: TextDocuments
+) -> Iterator[DocumentBatch]:
+    """Yield the documents of a slice, in order.
 
     Raises:
-        UsageError: the file cannot be read, is cut off, damaged or of another kind than its suffix
-            says, or a library that reads it is not installed.
+        UsageError: the file cannot be read, is truncated, damaged or not of the format of its
+            suffix, or a library that reads it is not installed.
     """
-    path, kind = stretch.file.path, stretch.file.kind
+    path, kind = piece.file.path, piece.file.format
     try:
         if kind == "lines":
-            yield from _ranges(stretch)
+            yield from _ranges(piece)
         elif kind == "text":
             yield from _whole_text(path) if text == "file" else _blocks(path)
         elif kind == "parquet":
-            yield from _rows(stretch, keys)
+            yield from _rows(piece, keys)
         else:
             yield from _unpacked(path, kind)
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError("--input", path, f"a readable {kind} file", str(error)) from None
 
 
-def _ranges(stretch: Stretch) -> Iterator[Batch]:
-    start = stretch.start
-    with open(stretch.file.path, "rb") as stream:
-        while start < stretch.end:
-            end = min(start + BATCH, stretch.end)
-            if end < stretch.end:
+def _ranges(piece: FileSlice) -> Iterator[DocumentBatch]:
+    start = piece.start
+    with open(piece.file.path, "rb") as stream:
+        while start < piece.end:
+            end = min(start + BATCH, piece.end)
+            if end < piece.end:
+                # Extend to the end of the line. Reading from the byte before finds a line end
+                # exactly at `end`, and then extends by nothing.
                 stream.seek(end - 1)
                 stream.readline()
                 end = stream.tell()
-            yield Range(stretch.file.path, end - start, start)
+            yield LineRangeBatch(piece.file.path, end - start, start)
             start = end
 
 
-def _unpacked(path: str, kind: str) -> Iterator[Batch]:
+def _unpacked(path: str, kind: str) -> Iterator[DocumentBatch]:
     with open(path, "rb") as raw:
         stream: io.BufferedIOBase
         if kind == "gzip":
@@ -211,23 +221,23 @@ def _unpacked(path: str, kind: str) -> Iterator[Batch]:
             stream = io.BufferedReader(ZstdReader(raw), BATCH)
         first, before = 1, 0
         while content := stream.readlines(BATCH):
-            yield Lines(path, raw.tell() - before, first, tuple(content))
+            yield LineBatch(path, raw.tell() - before, first, tuple(content))
             before, first = raw.tell(), first + len(content)
 
 
-def _whole_text(path: str) -> Iterator[Batch]:
+def _whole_text(path: str) -> Iterator[DocumentBatch]:
     with open(path, "rb") as stream:
         content = stream.read(LARGEST_TEXT + 1)
     if len(content) > LARGEST_TEXT:
-        expected = f"at most {LARGEST_TEXT} bytes in a text file that is one document"
-        fix = "--text-documents block takes its blocks between blank lines as documents"
+        expected = f"a text file of <= {LARGEST_TEXT} bytes, to be one document"
+        fix = "--text-documents block makes a document of each block between blank lines"
         raise UsageError("--input", path, expected, fix)
     if content:
-        yield Texts(path, len(content), ("",), (content,))
+        yield TextBatch(path, len(content), ("",), (content,))
 
 
-def _blocks(path: str) -> Iterator[Batch]:
-    """Documents are what stands between blank lines."""
+def _blocks(path: str) -> Iterator[DocumentBatch]:
+    """Yield the blocks of text between blank lines as documents."""
     where: list[str] = []
     blocks: list[bytes] = []
     lines: list[bytes] = []
@@ -243,35 +253,36 @@ def _blocks(path: str) -> Iterator[Batch]:
                 blocks.append(b"".join(lines))
                 held, lines = held + len(blocks[-1]), []
             if held > BATCH:
-                yield Texts(path, taken, tuple(where), tuple(blocks))
+                yield TextBatch(path, taken, tuple(where), tuple(blocks))
                 where, blocks, taken, held = [], [], 0, 0
     if lines:
         where.append("the last block of ")
         blocks.append(b"".join(lines))
     if taken:
-        yield Texts(path, taken, tuple(where), tuple(blocks))
+        yield TextBatch(path, taken, tuple(where), tuple(blocks))
 
 
-def _rows(stretch: Stretch, keys: Sequence[str]) -> Iterator[Batch]:
-    path = stretch.file.path
+def _rows(piece: FileSlice, keys: Sequence[str]) -> Iterator[DocumentBatch]:
+    path = piece.file.path
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
         fix = "pip install 'megatron-moe[data]', or pip install pyarrow"
-        raise UsageError("--input", path, "pyarrow installed, to read Parquet", fix) from None
+        raise UsageError("--input", path, "read with pyarrow installed", fix) from None
     try:
         with parquet.ParquetFile(path, pre_buffer=False) as file:
             names, first = file.schema_arrow.names, 0
             for key in keys:
                 if key not in names:
-                    expected = f"a column of {path}, which has {', '.join(names)}"
+                    expected = f"columns of {path}, which has {', '.join(names)}"
                     raise UsageError("--json-keys", key, expected)
-            for batch in file.iter_batches(_ROWS, columns=list(dict.fromkeys(keys))):
+            for batch in file.iter_batches(_PARQUET_ROWS, columns=list(dict.fromkeys(keys))):
                 columns = tuple(tuple(batch.column(key).to_pylist()) for key in keys)
+                # The bytes of a row are unknown, so progress assumes rows of equal size.
                 rows = first + batch.num_rows
-                bounds = [stretch.file.size * i // file.metadata.num_rows for i in (first, rows)]
-                yield Rows(path, bounds[1] - bounds[0], first, columns)
+                bounds = [piece.file.size * i // file.metadata.num_rows for i in (first, rows)]
+                yield RowBatch(path, bounds[1] - bounds[0], first, columns)
                 first = rows
     except pyarrow.ArrowException as error:
         reason = " ".join(str(error).split())

@@ -1,7 +1,7 @@
-"""Reads .zst files as a stream, and notices when one is cut off.
+"""Reads .zst files as a stream, and detects truncated ones.
 
-The library's own stream readers give what there is of a truncated file and end without a word,
-which would lose the rest of a corpus silently.
+The library's own stream readers return the available part of a truncated file and then report the
+end of the file, which would silently lose the rest of a corpus.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any, BinaryIO
 from megatron_moe.errors import UsageError
 
 _CHUNK = 1 << 17
-"""Packed bytes that are read at once."""
+"""Compressed bytes that are read at a time."""
 
 
 class ZstdReader(io.RawIOBase):
-    """The content of one or several frames, one after the other.
+    """Decompressed content of one or more frames.
 
     Raises:
         UsageError: zstandard is not installed.
         EOFError: the file ends within a frame.
-        OSError: it is no Zstandard file, or damaged.
+        OSError: the file is not Zstandard, or damaged.
     """
 
     def __init__(self, raw: BinaryIO) -> None:
@@ -29,38 +29,39 @@ class ZstdReader(io.RawIOBase):
             import zstandard
         except ImportError:
             fix = "pip install 'megatron-moe[data]', or pip install zstandard"
-            what = "zstandard installed, to read .zst"
-            raise UsageError("--input", raw.name, what, fix) from None
+            expected = "read with zstandard installed"
+            raise UsageError("--input", raw.name, expected, fix) from None
         self._raw, self._library = raw, zstandard
         self._frame: Any = None
-        """The frame under way."""
-        self._packed = self._ready = b""
+        """Decompressor of the current frame; `None` between frames."""
+        self._compressed = self._ready = b""
 
     def readable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill some of ``buffer``; 0 at the end of the last frame."""
+        """Fill a part of ``buffer``; return 0 at the end of the last frame."""
         while not self._ready:
-            self._packed = self._packed or self._raw.read(_CHUNK)
-            if not self._packed:
+            self._compressed = self._compressed or self._raw.read(_CHUNK)
+            if not self._compressed:
                 if self._frame is not None:
                     raise EOFError("the file ends within a Zstandard frame")
                 return 0
-            self._ready = self._unpack()
+            self._ready = self._decompress()
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
 
-    def _unpack(self) -> bytes:
+    def _decompress(self) -> bytes:
         if self._frame is None:
             self._frame = self._library.ZstdDecompressor().decompressobj()
         try:
-            ready: bytes = self._frame.decompress(self._packed)
+            ready: bytes = self._frame.decompress(self._compressed)
         except self._library.ZstdError as error:
             raise OSError(str(error)) from None
-        self._packed = self._frame.unused_data if self._frame.eof else b""
+        # Data after the end of a frame is the start of the next one.
+        self._compressed = self._frame.unused_data if self._frame.eof else b""
         if self._frame.eof:
             self._frame = None
         return ready

@@ -157,7 +157,7 @@ def test_files_that_are_no_arrays_are_refused(tmp_path: Path, content: bytes) ->
     (tmp_path / "e" / "0.npy").write_bytes(content)
     sizes = json.loads((tmp_path / "e" / "manifest.json").read_text()) | {"0.npy": len(content)}
     (tmp_path / "e" / "manifest.json").write_text(json.dumps(sizes))
-    with pytest.raises(UsageError, match=r"index cache is '.*/e', expected arrays; delete it"):
+    with pytest.raises(UsageError, match=r"index cache must be readable \(got '.*/e'\); delete it"):
         cache.arrays("e", {}, lambda: VALUES)
 
 
@@ -167,12 +167,16 @@ def test_records_that_are_none_are_refused(tmp_path: Path, content: str) -> None
     cache.record("e", lambda: {"a": 1})
     (tmp_path / "e" / "record.json").write_text(content)
     (tmp_path / "e" / "manifest.json").write_text(json.dumps({"record.json": len(content)}))
-    with pytest.raises(UsageError, match=r"record\.json', expected numbers; delete it"):
+    with pytest.raises(
+        UsageError, match=r"must be a JSON object of numbers \(got '.*record\.json'\); delete it"
+    ):
         cache.record("e", lambda: {"a": 1})
 
 
 def test_no_place_to_write(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     cache = IndexCache(str(tmp_path / "file" / "cache"))
-    with pytest.raises(UsageError, match=r"--data-cache-path is '.*/file/cache'"):
+    with pytest.raises(
+        UsageError, match=r"--data-cache-path must be a writable .*got '.*/file/cache'"
+    ):
         cache.record("e", lambda: {"a": 1})

@@ -16,7 +16,7 @@ from megatron_moe.data.indexed.manifest import Origin, read_manifest, write_mani
 from megatron_moe.data.indexed.merge import merge
 from megatron_moe.data.indexed.writer import IndexedWriter
 from megatron_moe.errors import UsageError
-from tests.data.corpus import MANIFEST, engine_reads, random_documents, write
+from tests.data.corpus import MANIFEST, random_documents, read_with_megatron_core, write
 
 PART = replace(
     MANIFEST,
@@ -62,8 +62,10 @@ def test_bytes_equal_the_engines(
                 builder.end_document()
     builder.finalize(f"{tmp_path}/engine.idx")
     assert files(tmp_path / "new" / "ours") == files(tmp_path / "engine")
-    expected = [ids for p in prefixes if os.stat(f"{p}.bin").st_size for ids in engine_reads(p)]
-    assert engine_reads(tmp_path / "new" / "ours") == expected
+    expected = [
+        ids for p in prefixes if os.stat(f"{p}.bin").st_size for ids in read_with_megatron_core(p)
+    ]
+    assert read_with_megatron_core(tmp_path / "new" / "ours") == expected
 
 
 def test_manifests_are_added_up(tmp_path: Path) -> None:
@@ -93,7 +95,7 @@ def test_what_was_made_differently_is_refused(tmp_path: Path, field: str, value:
     prefixes = [write(tmp_path / name, [[1]]) for name in "ab"]
     write_manifest(prefixes[0], PART)
     write_manifest(prefixes[1], replace(PART, **{field: value}))
-    with pytest.raises(UsageError, match=rf"{field} of .*b is {value!r}, expected .* as in .*a"):
+    with pytest.raises(UsageError, match=rf"{field} of .*b must be .* as in .*a \(got {value!r}\)"):
         merge(prefixes, str(tmp_path / "out"))
     assert not list(tmp_path.glob("out*"))
 
@@ -101,18 +103,22 @@ def test_what_was_made_differently_is_refused(tmp_path: Path, field: str, value:
 def test_other_types_and_damage_are_refused(tmp_path: Path) -> None:
     small, large = write(tmp_path / "a", [[1]]), write(tmp_path / "b", [[1]], 70000)
     with pytest.raises(
-        UsageError, match=r"token type of .*b is 'int32', expected uint16, as in .*a"
+        UsageError, match=r"token type of .*b must be uint16, as in .*a \(got 'int32'\)"
     ):
         merge([small, large], str(tmp_path / "out"))
     for prefix, cut in ((write(tmp_path / "c", [[1, 2, 3]]), 2), (write(tmp_path / "d", [[1]]), 0)):
         os.truncate(f"{prefix}.bin", cut)
-        with pytest.raises(UsageError, match=r"size of .*\.bin is \d, expected the"):
+        with pytest.raises(UsageError, match=r"size of .*\.bin must be .* \(got \d+\)"):
             merge([small, prefix], str(tmp_path / "out"))
-    with pytest.raises(UsageError, match="--input is '/no/such', expected a pair"):
+    with pytest.raises(
+        UsageError, match=r"--input must be the prefix of a readable pair .*got '/no/such'"
+    ):
         merge([small, "/no/such"], str(tmp_path / "out"))
-    with pytest.raises(UsageError, match="another place than the parts'"):
+    with pytest.raises(
+        UsageError, match="--output-prefix must be different from the prefix of every part"
+    ):
         merge([small], str(tmp_path / "." / "a"))
-    with pytest.raises(UsageError, match="at least one"):
+    with pytest.raises(UsageError, match=r"--input must be one or more datasets \(got \[\]\)"):
         merge([], str(tmp_path / "out"))
     assert not list(tmp_path.glob("out*"))
 
@@ -124,7 +130,9 @@ def test_a_full_disk_leaves_the_old(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        with pytest.raises(UsageError, match="expected a place with room"):
+        with pytest.raises(
+            UsageError, match="--output-prefix must be a writable path with free space"
+        ):
             merge(prefixes, str(tmp_path / "out"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -162,7 +170,7 @@ def test_offsets_pass_two_to_the_31(tmp_path: Path) -> None:
         index[34:38] = lengths.to_bytes(4, "little")
         (tmp_path / f"{name}.idx").write_bytes(index)
         os.truncate(tmp_path / f"{name}.bin", size)
-    stacked = [module._look_at(str(tmp_path / name)) for name in "ab"]
+    stacked = [module._open_part(str(tmp_path / name)) for name in "ab"]
     with (tmp_path / "out.idx").open("wb") as stream:
         module._write_index(stacked, stream)
     found = np.fromfile(tmp_path / "out.idx", "<i8", 2, offset=34 + 8)

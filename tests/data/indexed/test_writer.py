@@ -14,7 +14,7 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from megatron_moe.data.indexed import writer as indexed_writer
 from megatron_moe.data.indexed.writer import IndexedWriter
 from megatron_moe.errors import UsageError
-from tests.data.corpus import engine_reads, write
+from tests.data.corpus import read_with_megatron_core, write
 
 # Documents as lists of sequences; one has none, as the tool writes for a text without ids.
 DOCUMENTS = [[[1, 2, 3]], [], [[4], [5, 6]], [[7] * 50], [[8]]]
@@ -41,7 +41,7 @@ def test_bytes_equal_the_engines(
     ours = [(tmp_path / f"ours.{kind}").read_bytes() for kind in ("bin", "idx")]
     assert tuple(ours) == engine_writes(tmp_path / "engine", vocab_size)
     assert (writer.documents, writer.tokens) == (5, 57)
-    assert engine_reads(tmp_path / "ours") == [ids for doc in DOCUMENTS for ids in doc]
+    assert read_with_megatron_core(tmp_path / "ours") == [ids for doc in DOCUMENTS for ids in doc]
 
 
 def test_many_at_once_equal_one_by_one(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_no_documents(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("bad", "found"), [(1000, "1000"), (70000, "70000"), (-1, "-1")])
 def test_id_beyond_the_vocabulary(tmp_path: Path, bad: int, found: str) -> None:
-    with pytest.raises(UsageError, match=rf"document 3 .*is {found}, expected an id from 0 to 999"):
+    with pytest.raises(UsageError, match=rf"document 3 .*must be >= 0 and <= 999 \(got {found}\)"):
         write(tmp_path / "x", [[1], [2, 3], [], [4, bad], [5]])
     assert list(tmp_path.iterdir()) == []
 
@@ -71,7 +71,7 @@ def test_the_engine_writes_such_an_id_as_another(tmp_path: Path) -> None:
     builder.add_item(torch.tensor([70000]))
     builder.end_document()
     builder.finalize(str(tmp_path / "e.idx"))
-    assert engine_reads(tmp_path / "e") == [[4464]]
+    assert read_with_megatron_core(tmp_path / "e") == [[4464]]
 
 
 def test_an_exception_leaves_the_old_pair(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_killed_writer_leaves_the_old_pair(tmp_path: Path) -> None:
 def test_an_index_is_never_beside_other_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped between the two renames: tokens without an index, which nobody opens."""
+    """Stopped between the two renames: tokens without an index, which is an error at open."""
     write(tmp_path / "x", [[1, 2, 3]])
     replace, calls = os.replace, []
 
@@ -121,5 +121,5 @@ def test_an_index_is_never_beside_other_tokens(
 
 def test_unwritable_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="expected a place to write"):
+    with pytest.raises(UsageError, match="output prefix must be a writable path"):
         write(tmp_path / "file" / "x", [[1]])

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_moe.data.objectives.chat import Exchange, read_line
-from megatron_moe.data.objectives.noise import noise_of
+from megatron_moe.data.objectives.rng import sample_rng
 from megatron_moe.data.objectives.sft import plan_rows, row_starts
 from megatron_moe.errors import UsageError
 from tests.data.objectives.runs import GLOBAL, Row, data_of, order, rows
@@ -43,7 +43,7 @@ def sft(path: str, **changes: Any) -> list[Row]:
     return rows(data_of(path, **{**SETTINGS, "seq_length": 128, **changes}).train)
 
 
-def learnt(row: Row) -> str:
+def trained_text(row: Row) -> str:
     return text_of([label for label, m in zip(row[1], row[2], strict=True) if m])
 
 
@@ -64,7 +64,7 @@ def test_two_turns_by_hand(tmp_path: Path) -> None:
     middle = "<s>[INST] Bye [/INST]"
     assert text_of(row[0]) == f"{head}Yo{EOS}{middle}Ok!{EOS}"
     assert row[1] == [*row[0][1:], 0]
-    assert learnt(row) == f"Yo{EOS}Ok!{EOS}"
+    assert trained_text(row) == f"Yo{EOS}Ok!{EOS}"
     # the last byte of the question predicts the first of the answer
     first, second = len(head) - 1, len(head) + 3 + len(middle) - 1
     expected = [0.0] * 128
@@ -78,16 +78,21 @@ def test_truncation_by_hand(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [chat("Hi", "abcdefghijk")])
     row = sft(path, seq_length=24)[0]
     assert text_of(row[0]) == "<s>[INST] Hi [/INST]abcd"
-    assert learnt(row) == "abcde"
+    assert trained_text(row) == "abcde"
     assert sum(row[2]) == 5
 
 
 def test_a_question_too_long_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Of 20 and 21 ids the rows of 20 hold the shorter one and the answer's first."""
     path = write_lines(tmp_path / "a.jsonl", [chat("Hi", "Yo"), chat("Hi?", "No")])
-    assert {learnt(row) for row in sft(path, seq_length=20)} == {"Y"}
-    assert "1 conversations left out, questions too long" in caplog.text
-    with pytest.raises(UsageError, match=r"train split of .* is '2 conversations without"):
+    assert {trained_text(row) for row in sft(path, seq_length=20)} == {"Y"}
+    assert (
+        "1 conversations are left out because their first answer would begin after the end of a row"
+        in caplog.text
+    )
+    with pytest.raises(
+        UsageError, match=r"train split of .* must be .*got '2 conversations, none with"
+    ):
         sft(path, seq_length=19)
 
 
@@ -106,7 +111,7 @@ def many(tmp_path: Path) -> str:
 
 
 def answers(found: Sequence[Row]) -> list[str]:
-    return [part for row in found for part in learnt(row).split(EOS) if part.startswith("a")]
+    return [part for row in found for part in trained_text(row).split(EOS) if part.startswith("a")]
 
 
 def test_packing_keeps_conversations_whole(many: str) -> None:
@@ -116,7 +121,7 @@ def test_packing_keeps_conversations_whole(many: str) -> None:
         assert rest == ""
         assert exchanges[0].startswith("<s>[INST] q")
         assert all(part.startswith("<s>[INST] ") for part in exchanges)
-        assert learnt(row) == "".join(part.split("[/INST]")[1] + EOS for part in exchanges)
+        assert trained_text(row) == "".join(part.split("[/INST]")[1] + EOS for part in exchanges)
     assert any(len(answers([row])) > 1 for row in found)
     # every conversation once before any comes again
     first = answers(found)[:40]
@@ -151,7 +156,7 @@ def test_splits_blends_and_identity(many: str, tmp_path: Path) -> None:
     assert valid
     assert not train & valid
     mixed = rows(data_of("0.5", many, "0.5", other, **SETTINGS, seq_length=128).train)
-    kinds = ["b" in learnt(row) for row in mixed]
+    kinds = ["b" in trained_text(row) for row in mixed]
     assert sum(kinds) == len(kinds) / 2
     prints = {data.fingerprint}
     for change in ({"sft_pack": False}, {"seed": 3}, {"seq_length": 64}):
@@ -162,14 +167,14 @@ def test_splits_blends_and_identity(many: str, tmp_path: Path) -> None:
 
 def test_a_changed_file_is_tokenized_again(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "a.jsonl", [chat("Hi", "Yo")])
-    assert learnt(sft(path)[0]).startswith("Yo")
+    assert trained_text(sft(path)[0]).startswith("Yo")
     write_lines(tmp_path / "a.jsonl", [chat("Hi", "No")])
-    assert learnt(sft(path)[0]).startswith("No")
+    assert trained_text(sft(path)[0]).startswith("No")
 
 
 def test_rows_by_hand() -> None:
     lengths = np.array([6, 6, 4])
-    conversations, starts = plan_rows(noise_of(1), np.array([7, 8, 9]), lengths, 10, 3)
+    conversations, starts = plan_rows(sample_rng(1), np.array([7, 8, 9]), lengths, 10, 3)
     assert sorted(conversations[:3].tolist()) == [7, 8, 9]
     held = [conversations[a:b].tolist() for a, b in itertools.pairwise(starts)]
     assert [c for row in held for c in row] == conversations.tolist()
@@ -183,7 +188,7 @@ def test_beyond_two_to_the_31_ids(tmp_path: Path) -> None:
     """
     talks = [chat("a", "A"), chat("b", "B"), chat("Hi", "Yo"), chat("Ha", "Ya")]
     path = write_lines(tmp_path / "a.jsonl", talks)
-    expected = {learnt(row): row for row in sft(path, sft_pack=False)}
+    expected = {trained_text(row): row for row in sft(path, sft_pack=False)}
     (folder,) = (tmp_path / "cache").glob("chat-*")
     ids, counts, bounds, _ = (np.load(folder / f"{i}.npy") for i in range(4))
     assert bounds.dtype == np.int64
@@ -198,7 +203,7 @@ def test_beyond_two_to_the_31_ids(tmp_path: Path) -> None:
     sizes = json.loads((folder / "manifest.json").read_text())
     sizes = {name: (folder / name).stat().st_size for name in sizes}
     (folder / "manifest.json").write_text(json.dumps(sizes))
-    found = {learnt(row): row for row in sft(path, sft_pack=False)}
+    found = {trained_text(row): row for row in sft(path, sft_pack=False)}
     assert set(found) == {"", f"Yo{EOS}", f"Ya{EOS}"}, "what was stretched is hole"
     assert all(found[answer] == expected[answer] for answer in (f"Yo{EOS}", f"Ya{EOS}"))
     packed = [text_of(row[0]) for row in sft(path)]
@@ -219,7 +224,7 @@ BAD = {
     "3": "turns in line 2",
     "[]": "turns in line 2",
     '"text"': "turns in line 2",
-    '{"talk": []}': "keys in line 2 of",
+    '{"talk": []}': "must be a list of turns, or an object with the key 'messages' (got ['talk'])",
     "[3]": "turn 1 in line 2",
     '[{"role": "user"}]': "turn 1 in line 2",
     '[{"role": "user", "content": 3}]': "turn 1 in line 2",
@@ -239,20 +244,18 @@ def test_bad_lines_are_refused(line: str, tmp_path: Path) -> None:
     path.write_text(json.dumps(chat("Hi", "Yo")) + "\n" + line + "\n")
     with pytest.raises(UsageError) as caught:
         sft(str(path))
+    assert "line 2 of" in str(caught.value)
     assert BAD[line] in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_bad_files_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    with pytest.raises(UsageError, match=r"data path is '.*x.jsonl', expected a readable file"):
+    with pytest.raises(UsageError, match=r"data path must be a readable file .*got '.*x.jsonl'"):
         sft(str(path))
     path.write_text("\n\n")
-    with pytest.raises(UsageError, match=r"conversations in .* is 0"):
+    with pytest.raises(UsageError, match=r"number of conversations in .* must be >= 1 \(got 0\)"):
         sft(str(path))
     path.write_bytes(b"\xff\n")
-    with pytest.raises(UsageError, match=r"line 1 of .* expected UTF-8"):
+    with pytest.raises(UsageError, match=r"line 1 of .* must be UTF-8"):
         sft(str(path))
-    write_lines(path, [chat("Hi", "Yo")])
-    with pytest.raises(UsageError, match="--eod-mask-loss"):
-        sft(str(path), eod_mask_loss=True)

@@ -9,8 +9,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from megatron_moe.data.objectives.noise import noise_of
-from megatron_moe.data.objectives.spans import corrupt, random_spans, segment, span_counts
+from megatron_moe.data.objectives.rng import sample_rng
+from megatron_moe.data.objectives.spans import corrupt, random_partition, random_spans, span_counts
 
 SAMPLES = 100_000
 
@@ -21,11 +21,11 @@ def words(*values: int) -> np.ndarray:
 
 def test_segments_by_hand() -> None:
     """Five items have four places to cut; the two smallest numbers are at the 2nd and the 4th."""
-    assert segment(words(50, 10, 90, 30), 5, 3).tolist() == [2, 2, 1]
-    assert segment(words(10, 50, 30, 90), 5, 3).tolist() == [1, 2, 2]
-    assert segment(words(1, 2, 3, 4), 5, 1).tolist() == [5]
-    assert segment(words(4, 3, 2, 1), 5, 5).tolist() == [1] * 5
-    assert segment(words(), 1, 1).tolist() == [1]
+    assert random_partition(words(50, 10, 90, 30), 5, 3).tolist() == [2, 2, 1]
+    assert random_partition(words(10, 50, 30, 90), 5, 3).tolist() == [1, 2, 2]
+    assert random_partition(words(1, 2, 3, 4), 5, 1).tolist() == [5]
+    assert random_partition(words(4, 3, 2, 1), 5, 5).tolist() == [1] * 5
+    assert random_partition(words(), 1, 1).tolist() == [1]
 
 
 def test_corruption_by_hand() -> None:
@@ -64,7 +64,7 @@ def restored(inputs: list[int], targets: list[int], sentinels: list[int]) -> lis
 
 @pytest.mark.parametrize(("rate", "mean"), [(0.15, 3), (0.15, 8), (0.5, 3), (0.5, 8), (0.5, 64)])
 def test_text_comes_back(rate: float, mean: float) -> None:
-    noise, sentinels = noise_of(1, "test"), list(range(5000, 4700, -1))
+    noise, sentinels = sample_rng(1, "test"), list(range(5000, 4700, -1))
     for index in range(40):
         length = 20 + 13 * index
         text = np.random.default_rng(index).integers(0, 4000, length)
@@ -77,9 +77,9 @@ def test_text_comes_back(rate: float, mean: float) -> None:
 
 def test_all_segmentations_are_equally_likely() -> None:
     """Ten ways to cut six items into three parts; chi-squared with 9 degrees of freedom."""
-    noise, draws = noise_of(2, "segments"), 20_000
+    noise, draws = sample_rng(2, "segments"), 20_000
     every = noise.words(0, 0, 5 * draws).reshape(draws, 5)
-    counts = Counter(tuple(segment(row, 6, 3).tolist()) for row in every)
+    counts = Counter(tuple(random_partition(row, 6, 3).tolist()) for row in every)
     ways = {w for w in itertools.product(range(1, 5), repeat=3) if sum(w) == 6}
     assert set(counts) == ways
     chi = sum((n - draws / 10) ** 2 / (draws / 10) for n in counts.values())
@@ -93,7 +93,7 @@ def test_statistics_of_many_samples(rate: float, mean: float) -> None:
     The first hidden span's length, and whether a given token is hidden, follow from the uniform
     partition: P(length of a part = l) = C(n - l - 1, k - 2) / C(n - 1, k - 1).
     """
-    length, noise = 24, noise_of(3, "statistics", int(100 * rate))
+    length, noise = 24, sample_rng(3, "statistics", int(100 * rate))
     hidden_tokens, spans = span_counts(length, rate, mean)
     assert hidden_tokens == round(24 * rate)
     every = noise.words(0, 0, length * SAMPLES).reshape(SAMPLES, length)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_moe.data.objectives.noise import noise_of
+from megatron_moe.data.objectives.rng import sample_rng
 from megatron_moe.data.objectives.windows import Windows, cut_windows, draw_kinds
 
 SIZES, WEIGHTS = (5, 9, 14), (0.2, 0.3, 0.5)
-NOISE = noise_of(1, "windows")
+RNG = sample_rng(1, "windows")
 
 
 def cut(lengths: list[int], samples: int, first: int = 0) -> Windows:
     documents = np.arange(first, first + len(lengths), dtype=np.int32)
-    return Windows(*cut_windows(NOISE, documents, np.array(lengths), SIZES, WEIGHTS, samples))
+    return Windows(*cut_windows(RNG, documents, np.array(lengths), SIZES, WEIGHTS, samples))
 
 
 def tokens(windows: Windows, lengths: list[int], window: int, first: int = 0) -> list:
@@ -85,20 +85,34 @@ def test_less_text_than_a_window() -> None:
 def test_shares_of_many_windows() -> None:
     """Within 4.5 standard deviations for 10^5 windows of the paper's weights."""
     weights, count = (0.1, 0.1, 0.1, 0.1, 0.1, 0.5), 100_000
-    shares = np.bincount(draw_kinds(NOISE, weights, count), minlength=6) / count
+    shares = np.bincount(draw_kinds(RNG, weights, count), minlength=6) / count
     for share, weight in zip(shares, weights, strict=True):
         assert abs(share - weight) < 4.5 * np.sqrt(weight * (1 - weight) / count)
-    assert (draw_kinds(NOISE, weights, 100) == draw_kinds(NOISE, weights, count)[:100]).all()
+    assert (draw_kinds(RNG, weights, 100) == draw_kinds(RNG, weights, count)[:100]).all()
     doubled = [2 * weight for weight in weights]
-    assert (draw_kinds(NOISE, doubled, 100) == draw_kinds(NOISE, weights, 100)).all()
+    assert (draw_kinds(RNG, doubled, 100) == draw_kinds(RNG, weights, 100)).all()
 
 
 def test_beyond_two_to_the_31_tokens() -> None:
     """Five documents of 2^30 tokens, cut every 3 * 2^28: where each window starts, by hand."""
     length, size = 1 << 30, 3 << 28
     lengths = np.full(5, length, dtype=np.int32)
-    windows = Windows(*cut_windows(NOISE, np.arange(5), lengths, (size,), (1,), 6))
+    windows = Windows(*cut_windows(RNG, np.arange(5), lengths, (size,), (1,), 6))
     begins = [size * w for w in range(len(windows.starts))]
     assert begins[-1] > 2**32
     assert windows.starts.tolist() == [[b // length, b % length] for b in begins]
     assert sorted(windows.documents[:5].tolist()) == list(range(5))
+
+
+def test_the_example_of_the_windows() -> None:
+    """Sizes 2 and 3 over documents of 3 and 4 tokens: each window starts where one ends."""
+    lengths = np.array([3, 4])
+    windows = Windows(*cut_windows(RNG, np.array([0, 1]), lengths, (2, 3), (1, 1), 6))
+    place, before = 0, 0
+    for (start, offset), kind in zip(windows.starts.tolist(), windows.kinds, strict=True):
+        ends = np.cumsum(lengths[windows.documents]).tolist()
+        while ends[place] <= before:
+            place += 1
+        assert (start, offset) == (place, before - (ends[place - 1] if place else 0))
+        before += (2, 3)[kind]
+    assert before >= 7

@@ -1,7 +1,8 @@
-"""Text to indexed data: against the engine's builder, for any number of workers and partitions."""
+"""Text to indexed data: equal to Megatron-Core's builder for all numbers of workers and parts."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,11 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from megatron_moe.config import DataConfig
 from megatron_moe.data.indexed.manifest import read_manifest
-from megatron_moe.data.preprocess import reading, workers
-from megatron_moe.data.preprocess.corpus import preprocess
-from megatron_moe.data.preprocess.tasks import PreprocessOptions
+from megatron_moe.data.preprocess import encoding, reading
+from megatron_moe.data.preprocess.corpus import PreprocessOptions, preprocess
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.build import ByteTokenizer
-from tests.data.corpus import engine_reads
+from megatron_moe.tokenizer.simple import ByteTokenizer
+from tests.data.corpus import read_with_megatron_core
 from tests.data.preprocess.death import die
 
 BYTES = DataConfig(tokenizer_type="ByteTokenizer")
@@ -70,7 +70,7 @@ def run(folder: Path, *inputs: Path | str, data: DataConfig = BYTES, **more: Any
 
 @pytest.mark.parametrize(("workers", "partitions"), [(1, 1), (2, 1), (1, 4), (2, 3)])
 @pytest.mark.parametrize("eod", [True, False])
-def test_equals_the_engines_files(
+def test_equals_megatron_cores_files(
     tmp_path: Path, workers: int, partitions: int, eod: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reading, "BATCH", 500)
@@ -101,7 +101,7 @@ def test_equals_the_engines_files(
         assert [(Path(o.path).name, o.start, o.end) for o in manifest.inputs] == [
             (Path(half).name, 0, Path(half).stat().st_size) for half in halves
         ]
-    texts = engine_reads(f"{tmp_path}/new/out_text_document")
+    texts = read_with_megatron_core(f"{tmp_path}/new/out_text_document")
     decoded = [ByteTokenizer().detokenize(ids) for ids in texts]
     assert decoded == [v["text"] for v in values if v["text"]]
     names = {f"out_{k}_document.{s}" for k in ("text", "parts") for s in ("bin", "idx", "json")}
@@ -111,14 +111,17 @@ def test_equals_the_engines_files(
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        (b"{oops\n", "JSON, line 3 of"),
-        (b'{"other": "x"}\n', "--json-keys text, line 3 of"),
-        (b'{"text": 7}\n', "--json-keys text, line 3 of"),
-        (b'{"text": ["a", null]}\n', "--json-keys text, line 3 of"),
-        (b'["text"]\n', "--json-keys text, line 3 of"),
-        (b'{"text": "\xff"}\n', "JSON, line 3 of"),
-        (b'{"text": "\\ud800"}\n', r"--json-keys text, line 3 of .*ud800.*UTF-8"),
-        (b"[" * 100_000 + b"\n", "JSON, line 3 of"),
+        (b"{oops\n", r"content in line 3 of .* must be a JSON object"),
+        (b'{"other": "x"}\n', r"--json-keys text in line 3 of .* must be the key of a text"),
+        (b'{"text": 7}\n', r"--json-keys text in line 3 of .* must be the key of a text"),
+        (b'{"text": ["a", null]}\n', r"--json-keys text in line 3 of .* must be the key of a text"),
+        (b'["text"]\n', r"--json-keys text in line 3 of .* must be the key of a text"),
+        (b'{"text": "\xff"}\n', r"content in line 3 of .* must be a JSON object"),
+        (
+            b'{"text": "\\ud800"}\n',
+            r"--json-keys text in line 3 of .* must be text that UTF-8 can encode .*ud800",
+        ),
+        (b"[" * 100_000 + b"\n", r"content in line 3 of .* must be a JSON object"),
     ],
 )
 @pytest.mark.parametrize(("workers", "partitions"), [(1, 1), (2, 1), (1, 3)])
@@ -136,8 +139,8 @@ def test_a_bad_line(tmp_path: Path, line: bytes, says: str, workers: int, partit
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("x.txt", r"text, .*x\.txt is b'\\xff', expected UTF-8"),
-        ("x.jsonl.gz", r"--json-keys text, line 2 of .*x\.jsonl\.gz"),
+        ("x.txt", r"text in .*x\.txt must be UTF-8 \(got b'\\xff'\)"),
+        ("x.jsonl.gz", r"--json-keys text in line 2 of .*x\.jsonl\.gz"),
     ],
 )
 def test_bad_content_of_other_kinds(tmp_path: Path, name: str, says: str) -> None:
@@ -154,14 +157,18 @@ def test_ids_beyond_the_vocabulary_and_blank_lines(tmp_path: Path) -> None:
     """Documents are counted from 0 and blank lines are none."""
     (tmp_path / "x.jsonl").write_text('{"text": "1 2"}\n\n  \n{"text": "3"}\n{"text": "4 10"}\n')
     null = DataConfig(tokenizer_type="NullTokenizer", vocab_size=10)
-    with pytest.raises(UsageError, match=r"token id in document 2 .*is 10, expected .* 0 to 9"):
+    with pytest.raises(
+        UsageError, match=r"token id in document 2 .*must be >= 0 and <= 9 \(got 10\)"
+    ):
         run(tmp_path, tmp_path / "x.jsonl", data=null)
     (tmp_path / "x.jsonl").write_text('{"text": "1"}\n{"text": "70000"}\n')
     null = DataConfig(tokenizer_type="NullTokenizer", vocab_size=65000)
-    with pytest.raises(UsageError, match=r"document 1 .*is 70000, expected .* 0 to 64999"):
+    with pytest.raises(UsageError, match=r"document 1 .*must be >= 0 and <= 64999 \(got 70000\)"):
         run(tmp_path, tmp_path / "x.jsonl", data=null)
     (tmp_path / "x.jsonl").write_text('{"text": "4294967300"}\n')
-    with pytest.raises(UsageError, match=r"token id, line 1 of .*expected an id of 31 bits"):
+    with pytest.raises(
+        UsageError, match=r"token id in line 1 of .*must be an id of at most 31 bits"
+    ):
         run(tmp_path, tmp_path / "x.jsonl", data=null)
 
 
@@ -169,7 +176,10 @@ def test_ids_beyond_the_vocabulary_and_blank_lines(tmp_path: Path) -> None:
 @pytest.mark.parametrize("partitions", [1, 2])
 def test_nothing_to_train_on_is_refused(tmp_path: Path, content: str, partitions: int) -> None:
     (tmp_path / "x.jsonl").write_text(content)
-    with pytest.raises(UsageError, match=r"without a token.*expected at least one document with"):
+    with pytest.raises(
+        UsageError,
+        match=r"--input must be one or more documents with text in 'text' .*without a token",
+    ):
         run(tmp_path, tmp_path / "x.jsonl", partitions=partitions)
     assert not (tmp_path / "out_text_document.idx").exists()
 
@@ -183,21 +193,32 @@ def test_an_empty_file_among_others_adds_nothing(tmp_path: Path) -> None:
 
 def test_text_files_have_one_key(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo")
-    with pytest.raises(UsageError, match="--json-keys is 'text note', expected one key"):
+    with pytest.raises(UsageError, match=r"--json-keys must be one key, .*got 'text note'"):
         run(tmp_path, tmp_path / "a.txt", json_keys=("text", "note"))
     run(tmp_path, tmp_path / "a.txt", text_documents="block", json_keys=("body",))
-    found = [ByteTokenizer().detokenize(i) for i in engine_reads(tmp_path / "out_body_document")]
+    found = [
+        ByteTokenizer().detokenize(i)
+        for i in read_with_megatron_core(tmp_path / "out_body_document")
+    ]
     assert found == ["one\n", "two"]
 
 
 def test_missing_input(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--input is '/no/such'"):
+    with pytest.raises(UsageError, match=r"--input must be a readable file .*got '/no/such'"):
         run(tmp_path, "/no/such")
 
 
+def test_workers_are_forked_with_their_imports_done() -> None:
+    """The fork server imports the module of the worker's functions, and all that it names."""
+    assert encoding.__name__ in encoding._PRELOADED
+    assert encoding._encode_in_worker.__module__ == encoding.__name__
+    for name in encoding._PRELOADED:
+        assert name == "__main__" or importlib.util.find_spec(name) is not None, name
+
+
 def test_a_killed_worker_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "_work", die)
+    monkeypatch.setattr(encoding, "_encode_in_worker", die)
     path = write_lines(tmp_path / "x.jsonl", records(3))
-    with pytest.raises(UsageError, match="one was killed"):
+    with pytest.raises(UsageError, match=r"--workers must be .*got 2\); a worker was killed"):
         run(tmp_path, path, workers=2)
     assert [path.name for path in tmp_path.iterdir()] == ["x.jsonl"]

@@ -14,8 +14,8 @@ import zstandard
 from pyarrow import parquet
 
 from megatron_moe.data.preprocess import reading
-from megatron_moe.data.preprocess.reading import Batch, read_batches
-from megatron_moe.data.preprocess.sources import TextDocuments, cut, find_inputs
+from megatron_moe.data.preprocess.inputs import TextDocuments, cut, find_inputs
+from megatron_moe.data.preprocess.reading import DocumentBatch, read_batches
 from megatron_moe.errors import UsageError
 
 TEXTS = [f"text {i} wörd\n" * (i % 40) for i in range(300)]
@@ -38,12 +38,12 @@ def write_all(folder: Path) -> list[Path]:
     return [*(folder / name for name in made), folder / "a.parquet"]
 
 
-def batches_of(path: Path, text: TextDocuments = "file") -> list[Batch]:
-    (stretches,) = cut(find_inputs([str(path)]), 1)
-    return [batch for s in stretches for batch in read_batches(s, ["text"], text)]
+def batches_of(path: Path, text: TextDocuments = "file") -> list[DocumentBatch]:
+    (slices,) = cut(find_inputs([str(path)]), 1)
+    return [batch for s in slices for batch in read_batches(s, ["text"], text)]
 
 
-def texts_in(batches: list[Batch]) -> list[str]:
+def texts_in(batches: list[DocumentBatch]) -> list[str]:
     return [field[0].decode() for batch in batches for (field,) in batch.documents(["text"])]
 
 
@@ -95,7 +95,9 @@ def test_text_files(tmp_path: Path) -> None:
 def test_a_large_text_file_is_no_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "LARGEST_TEXT", 10)
     (tmp_path / "a.txt").write_text("x" * 11)
-    with pytest.raises(UsageError, match=r"at most 10 bytes .*--text-documents block"):
+    with pytest.raises(
+        UsageError, match=r"must be a text file of <= 10 bytes.*--text-documents block"
+    ):
         batches_of(tmp_path / "a.txt")
 
 
@@ -134,7 +136,9 @@ def test_a_damaged_file_is_refused(tmp_path: Path, name: str) -> None:
 
 def test_a_missing_column(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"body": ["x"], "n": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(UsageError, match=r"--json-keys is 'text', expected a column .* body, n"):
+    with pytest.raises(
+        UsageError, match=r"--json-keys must be columns of .* body, n \(got 'text'\)"
+    ):
         batches_of(tmp_path / "a.parquet")
 
 
@@ -144,7 +148,7 @@ def test_a_column_of_lists_and_an_empty_value(tmp_path: Path) -> None:
     (batch,) = batches_of(tmp_path / "a.parquet")
     documents = batch.documents(["text"])
     assert [next(documents), next(documents)] == [[[b"a", b"b"]], [[]]]
-    with pytest.raises(UsageError, match="--json-keys text is None"):
+    with pytest.raises(UsageError, match=r"--json-keys text must be the key of a text .*got None"):
         next(documents)
     assert batch.place(2) == f"row 2 of {tmp_path}/a.parquet"
 
@@ -165,6 +169,6 @@ def test_without_the_library(
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(
-        UsageError, match=rf"{library} installed, .*pip install 'megatron-moe\[data\]'"
+        UsageError, match=rf"{library} installed .*pip install 'megatron-moe\[data\]'"
     ):
         batches_of(tmp_path / name)

@@ -16,8 +16,7 @@ import pytest
 from megatron_moe.config import DataConfig
 from megatron_moe.data.indexed.manifest import read_manifest
 from megatron_moe.data.preprocess import corpus as module
-from megatron_moe.data.preprocess.corpus import preprocess
-from megatron_moe.data.preprocess.tasks import PreprocessOptions
+from megatron_moe.data.preprocess.corpus import PreprocessOptions, preprocess
 from megatron_moe.errors import UsageError
 
 BYTES = DataConfig(tokenizer_type="ByteTokenizer")
@@ -39,7 +38,7 @@ def run(folder: Path, data: DataConfig = BYTES, **more: Any) -> list[str]:
         output_prefix=str(folder / "out"),
         **({"partitions": 4} | more),
     )
-    preprocess(options, data, progress=False, say=said.append)
+    preprocess(options, data, progress=False, report=said.append)
     return said
 
 
@@ -51,29 +50,29 @@ def test_started_again_it_does_nothing(tmp_path: Path) -> None:
     corpus(tmp_path)
     assert run(tmp_path) == []
     times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out*")}
-    assert run(tmp_path) == ["output: finished before, kept"]
-    assert run(tmp_path, partitions=1, workers=2) == ["output: finished before, kept"]
+    assert run(tmp_path) == ["output: already finished, kept"]
+    assert run(tmp_path, partitions=1, workers=2) == ["output: already finished, kept"]
     moved = tmp_path / "moved.jsonl"
     (tmp_path / "x.jsonl").rename(moved)
-    assert run(tmp_path, input=(str(moved),)) == ["output: finished before, kept"]
+    assert run(tmp_path, input=(str(moved),)) == ["output: already finished, kept"]
     assert times == {path: path.stat().st_mtime_ns for path in tmp_path.glob("out*")}
 
 
 def test_finished_partitions_are_kept(tmp_path: Path) -> None:
-    """A bad line near the end, mended: only the last partition is made again."""
+    """A bad line near the end, then fixed: only the last partition is made again."""
     path = corpus(tmp_path)
     good = path.read_bytes()
     path.write_bytes(good[:-3] + b"!!\n")
-    with pytest.raises(UsageError, match="JSON, line 400 of"):
+    with pytest.raises(UsageError, match=r"content in line 400 of .* must be a JSON object"):
         run(tmp_path)
     assert len(list(tmp_path.glob("out_part*.json"))) == 3
-    kept = [f"partition {i} of 4: finished before, kept" for i in range(3)]
+    kept = [f"partition {i} of 4: already finished, kept" for i in range(3)]
     said: list[str] = []
     options = PreprocessOptions(
         input=(str(path),), output_prefix=str(tmp_path / "out"), partitions=4
     )
-    with pytest.raises(UsageError, match="JSON, line 400 of"):
-        preprocess(options, BYTES, progress=False, say=said.append)
+    with pytest.raises(UsageError, match=r"content in line 400 of .* must be a JSON object"):
+        preprocess(options, BYTES, progress=False, report=said.append)
     assert said == kept
     path.write_bytes(good)
     said = run(tmp_path)
@@ -92,12 +91,12 @@ def test_finished_partitions_are_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"append_eod": True}, "--append-eod was False, is True"),
-        ({"domain": "code"}, "--domain was None, is 'code'"),
+        ({"append_eod": True}, "--append-eod was False and is True"),
+        ({"domain": "code"}, "--domain was None and is 'code'"),
         ({"data": DataConfig(tokenizer_type="ByteTokenizer", vocab_size=300)}, "vocabulary size"),
         (
             {"data": DataConfig(tokenizer_type="NullTokenizer", vocab_size=259)},
-            "the tokenizer was 'bytes+3', is 'null 259'",
+            "the tokenizer was 'bytes+3' and is 'null 259'",
         ),
     ],
 )
@@ -129,7 +128,9 @@ def test_a_changed_corpus_and_a_cut_output_are_made_again(tmp_path: Path) -> Non
 def test_a_garbage_manifest_is_named(tmp_path: Path) -> None:
     corpus(tmp_path)
     (tmp_path / f"{LAST}.json").write_text("{}")
-    with pytest.raises(UsageError, match=rf"manifest is '.*{LAST}\.json', .*remove it"):
+    with pytest.raises(
+        UsageError, match=rf"manifest must be .*got '.*{LAST}\.json'\); .*remove it"
+    ):
         run(tmp_path)
 
 
@@ -145,7 +146,9 @@ def test_an_input_that_changes_meanwhile_is_refused(
             stream.write('{"text": "more"}\n')
 
     monkeypatch.setattr(module, "read_batches", growing)
-    with pytest.raises(UsageError, match="it changed while read"):
+    with pytest.raises(
+        UsageError, match=r"hash of .*x\.jsonl must be .*; the file changed while it was read"
+    ):
         run(tmp_path, partitions=1)
     assert content(tmp_path) == {}
 
@@ -157,7 +160,7 @@ def in_a_child(folder: Path, limit: int | None = None) -> int:
         if limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         flags = "--tokenizer-type ByteTokenizer --partitions 3 --workers 1 --no-word-cache"
-        tool = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
+        tool = Path(__file__).resolve().parents[3] / "tools" / "preprocess_data.py"
         words = ["--input", str(folder / "x.jsonl"), "--output-prefix", str(folder / "out")]
         with (folder / "log").open("w") as log:
             os.dup2(log.fileno(), 1)
@@ -166,8 +169,8 @@ def in_a_child(folder: Path, limit: int | None = None) -> int:
     return child
 
 
-def test_a_killed_run_is_continued(tmp_path: Path) -> None:
-    """SIGKILL in the second partition: the first is kept, the leftovers go, the result is whole."""
+def test_a_killed_run_is_resumed(tmp_path: Path) -> None:
+    """SIGKILL in the second partition: the first is kept, leftovers go, the result is complete."""
     big = tmp_path / "x.jsonl"
     line = json.dumps({"text": "some words " * 1000}) + "\n"
     big.write_text(line * 12_000)
@@ -182,7 +185,7 @@ def test_a_killed_run_is_continued(tmp_path: Path) -> None:
     assert list(tmp_path.glob("*.partial-*")), "killed while writing"
     assert not (tmp_path / f"{LAST}.idx").exists()
     said = run(tmp_path, partitions=3)
-    assert said == ["partition 0 of 3: finished before, kept"]
+    assert said == ["partition 0 of 3: already finished, kept"]
     assert sorted(content(tmp_path)) == [f"{LAST}.bin", f"{LAST}.idx", f"{LAST}.json"]
     manifest = read_manifest(str(tmp_path / LAST))
     assert manifest is not None
@@ -198,8 +201,8 @@ def test_a_full_disk_is_one_line(tmp_path: Path, limit: int, count: int) -> None
     assert not list(tmp_path.glob("*.partial-*"))
     assert not (tmp_path / f"{LAST}.idx").exists()
     log = (tmp_path / "log").read_text()
-    assert "a place with room" in log
+    assert "--output-prefix must be a writable path with free space" in log
     assert "Traceback" not in log
     assert run(tmp_path, partitions=3) == [
-        f"partition {i} of 3: finished before, kept" for i in range(3 if limit == 50_000 else 0)
+        f"partition {i} of 3: already finished, kept" for i in range(3 if limit == 50_000 else 0)
     ]
