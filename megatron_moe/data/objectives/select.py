@@ -41,23 +41,8 @@ def plan_objective(config: RunConfig, tokenizer: Tokenizer) -> ObjectivePlan:
         UsageError: flags conflict with the objective, the tokenizer or the row length.
     """
     objective = config.objective
-    name, eod = objective.objective, objective.eod_mask_loss
-    if eod and name in ("ul2", "sft"):
-        raise UsageError(
-            "--eod-mask-loss",
-            eod,
-            f"unset with --objective {name}",
-            "it applies to causal and prefix-lm; rows of several parts define their own loss mask",
-        )
-    resets = extra_planes(objective)
-    if resets and name == "ul2":
-        flag = "--reset-position-ids" if "positions" in resets else "--reset-attention-mask"
-        raise UsageError(
-            flag,
-            True,
-            "unset with --objective ul2",
-            "as in the paper, inputs and targets are one row with positions from its start",
-        )
+    name, eod, resets = objective.objective, objective.eod_mask_loss, extra_planes(objective)
+    _check_flags(name, eod, resets)
     if name == "ul2":
         plan = plan_ul2(config, tokenizer)
         return ObjectivePlan(
@@ -80,6 +65,25 @@ def plan_objective(config: RunConfig, tokenizer: Tokenizer) -> ObjectivePlan:
     identity |= _reset_identity(resets)
     dataset = PrefixLmDataset if name == "prefix-lm" else CausalDataset
     return ObjectivePlan(dataset=dataset, token_limit=limit, identity=identity)
+
+
+def _check_flags(name: str, eod: bool, resets: tuple[str, ...]) -> None:
+    """Reject flags that have no meaning for an objective."""
+    if eod and name in ("ul2", "sft"):
+        raise UsageError(
+            "--eod-mask-loss",
+            eod,
+            f"unset with --objective {name}",
+            "it applies to causal and prefix-lm; rows of several parts define their own loss mask",
+        )
+    if resets and name == "ul2":
+        flag = "--reset-position-ids" if "positions" in resets else "--reset-attention-mask"
+        raise UsageError(
+            flag,
+            True,
+            "unset with --objective ul2",
+            "as in the paper, inputs and targets are one row with positions from its start",
+        )
 
 
 def _reset_identity(resets: tuple[str, ...]) -> dict[str, Any]:
