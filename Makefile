@@ -1,4 +1,4 @@
-# Everything a user or CI runs. `make help` lists it; no step needs a GPU.
+# Everything that users and CI run. `make help` lists the targets; none but test-gpu needs a GPU.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -6,23 +6,25 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# A new key, and so a new installation, whenever what is installed changes.
+# The key changes with the requirements, and a new key causes a new installation.
 KEY := $(shell cat setup.py pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.installed-$(KEY)
+DOCS_STAMP := $(VENV)/.docs-$(KEY)
 
 SCRIPTS := $(wildcard examples/*.sh examples/*.sbatch) .ci/run
 
-.PHONY: help setup quickstart test test-all test-gpu check format bench clean distclean
+.PHONY: help setup quickstart test test-all test-gpu check format compare bench docs clean distclean
 
-help: ## This list
+help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMP) ## Make .venv and install the pinned requirements
+setup: $(STAMP) ## Create .venv and install the pinned requirements
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
-	  echo "make: PYTHON is '$(PYTHON)' ($$($(PYTHON) --version 2>&1 || true)), expected Python 3.10" \
-	    "or newer; try: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 2; }
+	  echo "make: PYTHON must be Python 3.10 or newer (got '$(PYTHON)':" \
+	    "$$($(PYTHON) --version 2>&1 || true)); try: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; \
+	  exit 2; }
 	@$(PYTHON) -m venv $(VENV) || { \
 	  echo "make: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt install python3-venv" >&2; \
 	  rm -rf $(VENV); exit 2; }
@@ -36,13 +38,13 @@ $(STAMP): | $(BIN)/python
 quickstart: $(STAMP) ## Corpus, tokenizer, pretraining on 2 ranks, evaluation, sample: under 10 minutes
 	@bash examples/quickstart.sh
 
-test: $(STAMP) ## All tests but the slow ones
+test: $(STAMP) ## All tests except the slow ones
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-all: $(STAMP) ## All tests that need no GPU
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
 
-test-gpu: $(STAMP) ## The tests that need a CUDA device, and fail without one
+test-gpu: $(STAMP) ## Tests that need a CUDA device; an error without one
 	@MEGATRON_MOE_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
 
 check: $(STAMP) ## Lint, format, types, architecture, shell scripts
@@ -52,15 +54,31 @@ check: $(STAMP) ## Lint, format, types, architecture, shell scripts
 	$(BIN)/python tools/check_architecture.py
 	$(BIN)/shellcheck -x $(SCRIPTS)
 
-format: $(STAMP) ## Rewrite the sources in the house format
+format: $(STAMP) ## Rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP) ## Every benchmark record, as a table and bench.json
+compare: $(STAMP) ## Compare with a revision, bit for bit: BASE=<revision> [ONLY=<cases>]
+	@test -n "$(BASE)" || { \
+	  echo "make: BASE must be a revision or the folder of a checkout (got ''); try: make compare BASE=HEAD~1" >&2; \
+	  exit 2; }
+	@$(BIN)/python tools/compare_revisions.py --base "$(BASE)" $(if $(ONLY),--only "$(ONLY)")
+
+bench: $(STAMP) ## Every benchmark, as a table and bench.json
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m bench.run
 
-clean: ## Remove what runs and tools have written, but not .venv
-	rm -rf quickstart bench.json build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache
+$(DOCS_STAMP): $(STAMP)
+	@echo "Installing the documentation tools into $(VENV) ..."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
+	  --constraint constraints.txt --editable ".[docs]"
+	@rm -f $(VENV)/.docs-* && touch $@
+
+docs: $(DOCS_STAMP) ## Build the documentation site, with the API reference, in site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "docs: site/index.html; with search: $(BIN)/python -m http.server --directory site"
+
+clean: ## Remove what runs and tools have written, except .venv
+	rm -rf quickstart bench.json site build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv as well

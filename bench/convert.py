@@ -21,11 +21,10 @@ import torch
 from bench.record import Record
 from megatron_moe.config import RunConfig
 from megatron_moe.config.presets import PRESETS
-from megatron_moe.convert.formats import Target, read, write
-from megatron_moe.convert.lazy import LazyTensor
-from megatron_moe.convert.model import Model
+from megatron_moe.convert.formats import ConversionTarget, read, write
+from megatron_moe.convert.model import LazyTensor, LogicalModel
 from megatron_moe.model.logical import logical_parameters
-from megatron_moe.platform.allocator import release_freed_memory
+from megatron_moe.platform.device import release_freed_memory
 
 VOCAB = 4096
 MEMORY = 8.0
@@ -65,7 +64,7 @@ class Peak:
         return int(status.split("RssAnon:")[1].split()[0])
 
 
-def _model() -> Model:
+def _model() -> LogicalModel:
     """Weights that take no memory until they are read."""
     run = PRESETS["openmoe-34b-32e-released"]
     moe = replace(run.moe, num_experts=4, moe_layer_freq="[0,1]")
@@ -73,13 +72,13 @@ def _model() -> Model:
     return synthetic_model(config, VOCAB, torch.randn(1 << 20).bfloat16())
 
 
-def synthetic_model(config: RunConfig, vocab: int, values: torch.Tensor) -> Model:
+def synthetic_model(config: RunConfig, vocab: int, values: torch.Tensor) -> LogicalModel:
     """A model whose tensors are made of ``values``, each from a place of its own, over and over."""
     parameters = logical_parameters(config.model, config.moe, vocab)
     tensors = {}
     for number, (name, parameter) in enumerate(parameters.items()):
         tensors[name] = _repeating(parameter.shape, values, number * 7919)
-    return Model(source="synthetic", config=config, vocab_size=vocab, tensors=tensors)
+    return LogicalModel(source="synthetic", config=config, vocab_size=vocab, tensors=tensors)
 
 
 def _repeating(shape: tuple[int, ...], values: torch.Tensor, offset: int) -> LazyTensor:
@@ -118,14 +117,14 @@ def records() -> list[Record]:
     found = []
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
-        native = Target(format="native", path=root / "native")
+        native = ConversionTarget(format="native", path=root / "native")
         step = write(_model(), native, lambda _: None)
         plain, _ = _timed(lambda: _copy(step, root / "copy"))
         shutil.rmtree(root / "copy")
         source = native
         for layout in ("stacked", "unstacked"):
-            hf = Target(format="hf", path=root / layout, layout=layout)  # type: ignore[arg-type]
-            back = Target(format="native", path=root / f"back-{layout}")
+            hf = ConversionTarget(format="hf", path=root / layout, layout=layout)  # type: ignore[arg-type]
+            back = ConversionTarget(format="native", path=root / f"back-{layout}")
             for origin, target in ((source, hf), (hf, back)):
                 seconds, gb = _timed(
                     lambda o=origin, t=target: write(  # type: ignore[misc]

@@ -18,7 +18,7 @@ import torch
 
 from bench.record import Record
 from megatron_moe.config import DataConfig, ObjectiveConfig, RunConfig, TrainConfig
-from megatron_moe.config.objective import Objective
+from megatron_moe.config.training import Objective
 from megatron_moe.data.batch import fetch_step
 from megatron_moe.data.indexed.writer import IndexedWriter
 from megatron_moe.data.pipeline import Data, build_data

@@ -1,10 +1,10 @@
-"""What the cache is worth: tokens per second of decoding with it and without, one text at a time.
+"""Decoding speed with and without the KV cache, in tokens per second, one text at a time.
 
     python -m bench.generate
 
-The model has the sizes of the tiny preset in its released variant, the prompt 128 tokens, and 128
-are added. Without a cache every new token costs a pass over the whole text. Runs take turns, and
-the median of three counts.
+The model is the tiny preset in its released variant; 128 tokens are generated after a prompt of
+128. Without the cache every new token costs a forward pass over the whole text. Runs alternate, and
+the median of three is reported.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ from dataclasses import replace
 
 from bench.record import Record
 from megatron_moe.config.presets import PRESETS
-from megatron_moe.inference.generation import Rules, generate
-from megatron_moe.inference.sampling import GREEDY
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.inference.generation import GREEDY, GenerationConfig, generate
+from megatron_moe.model.reference import ReferenceOpenMoE
 
 VOCAB, PROMPT, NEW = 8192, 128, 128
 RATIO = 3.0
-"""About half of what one core measured, 5.6, so that a busy machine does not decide it."""
+"""About half of the 5.6 measured on one core, to allow for a busy machine."""
 
 
 def _model() -> ReferenceOpenMoE:
@@ -30,24 +29,26 @@ def _model() -> ReferenceOpenMoE:
     return ReferenceOpenMoE(config.model, moe, VOCAB).eval()
 
 
-def _seconds(model: ReferenceOpenMoE, cached: bool, texts: int = 1) -> float:
-    # An id that no logits are drawn for ends no text early.
-    rules = Rules(tokens=NEW, vocab_size=VOCAB, eod=-1, sampling=GREEDY, cached=cached)
+def _seconds(model: ReferenceOpenMoE, use_cache: bool, texts: int = 1) -> float:
+    # An end of document that is never sampled, so that no text ends early.
+    config = GenerationConfig(
+        max_new_tokens=NEW, vocab_size=VOCAB, eod=-1, sampling=GREEDY, use_cache=use_cache
+    )
     prompts = [[(7 * place + text) % VOCAB for place in range(PROMPT)] for text in range(texts)]
     before = time.perf_counter()
-    drawn = list(generate(model, prompts, rules, [0] * texts))
+    tokens = list(generate(model, prompts, config, [0] * texts))
     seconds = time.perf_counter() - before
-    assert len(drawn) == NEW * texts
+    assert len(tokens) == NEW * texts
     return seconds
 
 
 def records() -> list[Record]:
     """Tokens per second, and the ratio."""
     model = _model()
-    _seconds(model, cached=True)
-    pairs = [(_seconds(model, cached=True), _seconds(model, cached=False)) for _ in range(3)]
+    _seconds(model, use_cache=True)
+    pairs = [(_seconds(model, use_cache=True), _seconds(model, use_cache=False)) for _ in range(3)]
     cached, uncached = (statistics.median(times) for times in zip(*pairs, strict=True))
-    batch = statistics.median(_seconds(model, cached=True, texts=8) for _ in range(3))
+    batch = statistics.median(_seconds(model, use_cache=True, texts=8) for _ in range(3))
     ratio = uncached / cached
     return [
         Record(name="generate/with a cache", value=NEW / cached, unit="tokens/s"),

@@ -1,4 +1,4 @@
-"""One MoE layer, forward and backward, fp32 on this device: ours, the engine's, and the floor.
+"""One MoE layer, forward and backward, fp32 on this device: ours, Megatron-Core's, and the floor.
 
     python -m bench.moe_layer
 
@@ -25,9 +25,9 @@ from bench._moe_layer_cases import (
     Shape,
     Step,
     bare_gemms,
-    engine_layer,
     kept_rows,
     our_layer,
+    stock_layer,
 )
 from bench._one_rank import one_rank
 from bench._own_process import in_own_process
@@ -94,8 +94,8 @@ def _candidates(shape: Shape, pgs: Any) -> dict[str, Callable[[], None]]:
         "ours": Step(port, x_SBH),
         "floor loop": bare_gemms(shape, rows_port, batched=False),
         "floor batched": bare_gemms(shape, rows_port, batched=True),
-        "stock capacity": Step(engine_layer(shape, CAPACITY_FACTOR, pgs), x_SBH),
-        "stock dropless": Step(engine_layer(shape, None, pgs), x_SBH),
+        "stock capacity": Step(stock_layer(shape, CAPACITY_FACTOR, pgs), x_SBH),
+        "stock dropless": Step(stock_layer(shape, None, pgs), x_SBH),
         "ours t5x": Step(t5x, x_SBH),
         "floor t5x loop": bare_gemms(shape, rows_t5x, batched=False),
         "floor t5x batched": bare_gemms(shape, rows_t5x, batched=True),

@@ -1,10 +1,11 @@
-"""What running the engine on a CPU costs: our patches, and the catch-all that they stand for.
+"""The cost of running Megatron-Core on a CPU: with our patches, and with a `TorchFunctionMode`.
 
     python -m bench.platform_overhead
 
-A training step as installed (literals replaced in the engine's compiled code), and the same step
-under a `TorchFunctionMode` that rewrites `device="cuda"` in every torch call, in CPU seconds on one
-thread; and importing the engine as it is and by `activate`, which keeps its compiler out.
+Two measurements: a training step with the patches (literals replaced in Megatron-Core's compiled
+code), and under a `TorchFunctionMode` that rewrites `device="cuda"` in every torch call, in CPU
+seconds on one thread; and the import of Megatron-Core as it is, and by `activate`, which does not
+load torch's compiler.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ IMPORT = "import time, torch; t = time.perf_counter(); {}; print(time.perf_count
 
 
 class RewriteEverything(TorchFunctionMode):
-    """The catch-all: every torch call passes through here."""
+    """The alternative to patches: every torch call goes through here."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -53,7 +54,7 @@ def _caught(step: Callable[[], Any]) -> Callable[[], None]:
 
 
 def _small(config: RunConfig) -> RunConfig:
-    """The same model so small that the calls themselves are what costs."""
+    """The same model, so small that the cost of calls dominates."""
     return replace(
         config,
         model=replace(config.model, hidden_size=64, ffn_hidden_size=128, kv_channels=16),
@@ -63,7 +64,7 @@ def _small(config: RunConfig) -> RunConfig:
 
 
 def _cpu_medians(steps: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median CPU seconds of each, run in turn: what others do on the machine counts less so."""
+    """Median CPU seconds of each, run in turn, so that other load affects all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         step()
@@ -89,7 +90,7 @@ def _step_record(name: str, config: RunConfig) -> Record:
 
 
 def _import_seconds(code: str) -> float:
-    """Seconds that it takes in a fresh interpreter that has torch already."""
+    """Seconds of a statement in a fresh interpreter that has imported torch."""
     command = [sys.executable, "-W", "ignore", "-c", IMPORT.format(code)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
@@ -121,7 +122,7 @@ def _import_records() -> list[Record]:
 
 
 def records() -> list[Record]:
-    """Import times and ratios of whole steps."""
+    """Import times, and ratios of whole steps."""
     tiny = configuration("t5x")
     return [
         *_import_records(),

@@ -1,4 +1,4 @@
-"""What a benchmark returns: one number, and what it is held against."""
+"""What a benchmark returns: one number and its target."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class Record:
         name: what was measured, unique over all benchmarks, e.g. `moe_layer/16x4096x768/ours`.
         value: the measurement, in ``unit``.
         unit: e.g. `ms`, `tokens/s`, `x floor`.
-        target: the bound in words, e.g. `<= 1.15`; empty for a number that has none.
-        met: whether the bound holds; `None` without one.
+        target: the bound, e.g. `<= 1.15`; empty for a number without one.
+        met: whether the target is met; `None` without one.
     """
 
     name: str

@@ -1,9 +1,9 @@
-"""Run every benchmark, print one table, write `bench.json`.
+"""Run the benchmarks, print one table, write `bench.json`.
 
     python -m bench.run [--only NAME ...] [--output bench.json] [--strict]
 
 A benchmark is a module of this package with `records() -> list[Record]`, and runs in a process of
-its own. One that fails does not hide the others: its error is printed and the exit code is 1.
+its own. If one fails, its error is printed, the others run, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from bench._own_process import in_own_process
 from bench.record import Record
 
 HELPERS = {"record", "run"}
-"""Modules of this package that are no benchmarks."""
+"""Modules of this package that are not benchmarks."""
 
 
 def names() -> list[str]:
-    """The benchmarks of this package, sorted. Modules that start with `_` are their helpers."""
+    """The benchmarks of this package, sorted; modules that start with `_` are helpers."""
     found = (module.name for module in pkgutil.iter_modules(bench.__path__))
     return sorted(name for name in found if name not in HELPERS and not name.startswith("_"))
 

@@ -4,7 +4,7 @@
 
 Both have the same attention, norms, dense layers, loss, optimizer and platform module; only the MoE
 layer differs: ours with the preset's own capacity rule and, since that rule drops more, with the
-engine's number of slots as well. One process, forward, backward and update, run in turn.
+number of slots of Megatron-Core as well. One process; forward, backward and update; interleaved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench._moe_layer_cases import CAPACITY_FACTOR, Shape, engine_layer
+from bench._moe_layer_cases import CAPACITY_FACTOR, Shape, stock_layer
 from bench._one_rank import one_rank
 from bench.moe_layer import interleaved_seconds, median_ratio
 from bench.record import Record
@@ -45,7 +45,7 @@ class EngineMoE(nn.Module):
         topk = config.moe.moe_router_topk
         width = config.moe.moe_ffn_hidden_size or model.ffn_hidden_size
         shape = Shape(config.moe.num_experts, topk, tokens, model.hidden_size, width)
-        self.layer = engine_layer(shape, factor, pgs)
+        self.layer = stock_layer(shape, factor, pgs)
 
     def forward(self, x_SBH: Tensor) -> Tensor:
         """[S, B, H] -> [S, B, H]."""
@@ -64,11 +64,11 @@ def configuration(rule: CapacityRule) -> RunConfig:
 
 
 def _run(config: RunConfig, ctx: Any, chunks: list[Any]) -> Any:
-    """As `prepare_run`, without the table of logical names, in which the engine's layer is not."""
+    """As `prepare_run`, without the logical names, which Megatron-Core's layer does not have."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
+    from megatron_moe.training.optim.build import build_optimizer
     from megatron_moe.training.optim.freezing import Freezing
-    from megatron_moe.training.optim.optimizer import build_optimizer
     from megatron_moe.training.plan import resolve_plan
     from megatron_moe.training.run import TrainingRun
 
@@ -132,7 +132,7 @@ def _candidates(ctx: Any) -> dict[str, Callable[[], Callable[[], Any]]]:
 
 
 def peak_memory(name: str) -> float:
-    """Peak resident memory that one candidate adds to an idle process with the engine, MiB."""
+    """Peak resident memory that one candidate adds to a process with Megatron-Core, in MiB."""
     command = [sys.executable, "-m", "bench.train_step", "--peak", name]
     found = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(found.stdout.split()[-1])
@@ -141,7 +141,7 @@ def peak_memory(name: str) -> float:
 def _print_peak(name: str) -> None:
     """In a process of its own: build one candidate, take three steps, print what that took."""
     with one_rank(configuration("t5x"), VOCAB) as ctx:
-        # Linux: the peak starts anew from here, without what the imports needed.
+        # Linux: resets the peak, so that it does not include the imports.
         Path("/proc/self/clear_refs").write_text("5")
         before = _peak_kib()
         step = _candidates(ctx)[name]()

@@ -4,14 +4,14 @@
 #   examples/chat_tuning.sh [more flags of pretrain_openmoe.py]
 #
 # 1. conversations  questions about Python answered by its own documentation, one JSON Lines file
-# 2. before         held-out loss of the answers, of the model as it is
-# 3. tuning         weights alone are taken over; dropout is on; the loss counts answers only
+# 2. before         held-out loss of the answers, of the model before tuning
+# 3. tuning         starts from the weights only; with dropout; the loss counts answers only
 # 4. sample         an answer, by the single-device model
 #
 # Everything is written to quickstart/chat/, which is emptied first. QUICKSTART_DIR and CHAT_ITERS
-# choose another quickstart and length. Exit code 1 if the held-out loss did not fall by 5%.
+# set another quickstart and length. Exit code 1 if the held-out loss did not fall by 5%.
 #
-# OpenMoE's own tuning: Adafactor, constant rate 1e-3, batch 128, dropout 0.05.
+# OpenMoE's own tuning used Adafactor, constant rate 1e-3, batch 128, dropout 0.05.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -26,7 +26,8 @@ say() { printf '\n== %s\n' "$*"; }
 held_out() { sed -n 's/^ validation at iteration [0-9]* | lm loss \([^ ]*\) .*/\1/p' "$1" | tail -n 1; }
 
 if [[ ! -e "$FROM/checkpoint/latest_checkpointed_iteration.txt" ]]; then
-  echo "chat_tuning: no checkpoint in '$FROM/checkpoint', expected that of make quickstart" >&2
+  echo "chat_tuning: QUICKSTART_DIR must be a folder with the checkpoint of make quickstart" \
+    "(got '$FROM'); try: make quickstart" >&2
   exit 2
 fi
 rm -rf "$OUT"

@@ -4,7 +4,7 @@
 #   DATA_PATH=/data/corpus_document TOKENIZER=/data/tokenizer.model SAVE=/ckpt \
 #     examples/pretrain_8b_node.sh [more flags of pretrain_openmoe.py]
 #
-# Layout: experts over all 8 ranks (EP 8), everything else data parallel. By count, a rank holds
+# Layout: experts over all 8 ranks (EP 8), everything else data parallel. A rank holds
 # 1.07e9 expert parameters at 18 bytes (bf16 weight, fp32 gradient, master weight, two moments) and
 # 3.27e9 others at 7.5 bytes (optimizer state shared by 8): 44 GB, the rest is for activations.
 set -euo pipefail
@@ -26,8 +26,8 @@ DATA=(
   --tokenizer-type SentencePieceTokenizer --tokenizer-model "$TOKENIZER"
   --data-path "$DATA_PATH" --split "989,10,1"
 )
-# AdamW instead of the preset's Adafactor: its state can be shared by all replicas, at the price of
-# two moments for every parameter. Adafactor as published: drop this and the distributed optimizer.
+# AdamW instead of the preset's Adafactor: its state is sharded over all replicas, at the price of two
+# moments for every parameter. For Adafactor as published, remove this and the distributed optimizer.
 OPTIMIZER=(
   --optimizer adam --lr 2e-4 --min-lr 2e-5 --lr-decay-style cosine --lr-warmup-iters 2000 --clip-grad 1.0
   --weight-decay 0.1 --adam-beta2 0.95

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# From nothing to a trained OpenMoE on two CPU ranks, in minutes: `make quickstart`.
+# From an empty folder to a trained OpenMoE on two CPU ranks, in minutes: `make quickstart`.
 #
-# 1. corpus     code and prose that every Python installation carries, two JSON Lines files
+# 1. corpus     code and prose that every Python installation has, two JSON Lines files
 # 2. tokenizer  SentencePiece unigram with byte fallback
 # 3. data       tokenized .bin/.idx files
 # 4. pretrain   the tiny preset under torchrun, experts spread over 2 ranks, held-out evaluation
-# 5. continue   the same run from its checkpoint, in new processes
+# 5. resume     the same run from its checkpoint, in new processes
 # 6. sample     text from the checkpoint, by the single-device model
 #
 # Everything is written to quickstart/, which is emptied first. QUICKSTART_DIR and QUICKSTART_ITERS
-# choose another folder and length.
+# set another folder and length.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -24,7 +24,7 @@ VOCAB=4096
 say() { printf '\n== %s\n' "$*"; }
 
 if [[ -e "$OUT" && ! -e "$OUT/.quickstart" ]]; then
-  echo "quickstart: QUICKSTART_DIR is '$OUT', expected a new folder or one of a quickstart" >&2
+  echo "quickstart: QUICKSTART_DIR must be a new folder or the folder of a quickstart (got '$OUT')" >&2
   exit 2
 fi
 rm -rf "$OUT"
@@ -67,7 +67,7 @@ say "4/6 Pretraining: $ITERS steps on 2 ranks, expert parallel 2"
 "${TORCHRUN[@]}" pretrain_openmoe.py "${RUN[@]}" --train-iters "$ITERS" 2>&1 |
   tee "$OUT/logs/pretrain.log"
 
-say "5/6 Continuing from the checkpoint: $MORE more steps in new processes"
+say "5/6 Resuming from the checkpoint: $MORE more steps in new processes"
 "${TORCHRUN[@]}" pretrain_openmoe.py "${RUN[@]}" --train-iters $((ITERS + MORE)) \
   --load "$OUT/checkpoint" 2>&1 | tee "$OUT/logs/continue.log"
 

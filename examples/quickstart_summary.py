@@ -1,9 +1,9 @@
-"""Last lines of the quickstart: what was trained, how well, how fast, and where to look.
+"""Summary of the quickstart: losses, speed, and where the logs are.
 
     python examples/quickstart_summary.py FOLDER
 
-Ends with exit code 1 if training did not do what the quickstart is there to show: a held-out loss
-well below that of a unigram model.
+Exit code 1 if the held-out loss is not well below that of a unigram model, which is what the
+quickstart is meant to show.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def read(folder: Path) -> Results:
     """Collect the results from the files of a finished quickstart."""
     lines = (folder / "logs" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    # Evaluations are told among the steps.
+    # Evaluations have lines of their own between those of the steps.
     losses = [record["lm_loss"] for record in records if "evaluation" not in record]
     pretrain, more, unigram = (
         (folder / "logs" / f"{name}.log").read_text()
@@ -71,7 +71,7 @@ def report(results: Results, folder: Path) -> str:
             f"speed           {results.tokens_per_second:.0f} tokens/s on 2 CPU ranks",
             f"logs            {folder}/logs, TensorBoard events in {folder}/tensorboard, "
             f"checkpoints in {folder}/checkpoint",
-            f"look at them    .venv/bin/tensorboard --logdir {folder}/tensorboard",
+            f"view them       .venv/bin/tensorboard --logdir {folder}/tensorboard",
         )
     )
 
@@ -82,7 +82,7 @@ def main() -> int:
     results = read(folder)
     print(report(results, folder))
     if results.valid_loss > results.unigram_loss - MARGIN:
-        print(f"quickstart: expected a held-out loss {MARGIN} below the unigram model's")
+        print(f"quickstart: held-out loss must be {MARGIN} below the unigram model's")
         return 1
     return 0
 

@@ -1,11 +1,12 @@
 """The operations around the expert GEMMs, one file per operation and implementation.
 
 `reference/` is plain torch and runs anywhere; `native/` is C++ for CPUs, compiled at first use
-where there is a compiler. An implementation is a folder whose files have the same names and
-signatures as the reference's. `registry` chooses, and says what it chose. This package imports only
-torch.
+where a compiler is found. An implementation is a folder whose files have the same names and
+signatures as the reference's; `operations` has the signatures, `registry` selects. This package
+imports only torch.
 """
 
-from fused_kernels.registry import Kernel, KernelUnavailable, select, select_all
+from fused_kernels.operations import Kernel, Kernels
+from fused_kernels.registry import KernelUnavailable, load_kernels, select
 
-__all__ = ["Kernel", "KernelUnavailable", "select", "select_all"]
+__all__ = ["Kernel", "KernelUnavailable", "Kernels", "load_kernels", "select"]

@@ -1,9 +1,10 @@
-"""Choosing the implementation of an operation, explicitly.
+"""Selects the implementation of each operation, explicitly.
 
 An implementation is a folder of this package with one module per operation. `auto` takes the first
-one in `IMPLEMENTATIONS` that runs on the device and has the operation, and says so, and why not
-those before it; a name is taken literally or refused, never replaced by another. An implementation
-that does not run everywhere has a function `unavailable`, which says why not here.
+one in `IMPLEMENTATIONS` that runs on the device and has the operation; the reason names it and
+explains why earlier ones were passed over. Any other name is used as given or rejected, never
+replaced. An implementation that does not run everywhere has a function `unavailable`, which returns
+the reason.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import ModuleType
+from typing import Any
+
+from fused_kernels.operations import Kernel, Kernels
 
 OPERATIONS = ("combine_tokens", "dispatch_tokens", "gated_silu", "rank_in_expert")
-"""What an expert layer needs besides GEMMs and communication."""
+"""What an expert layer needs besides GEMMs and communication: the attributes of `Kernels`."""
 
 IMPLEMENTATIONS: dict[str, frozenset[str] | None] = {
     "native": frozenset({"cpu"}),
@@ -25,36 +27,18 @@ IMPLEMENTATIONS: dict[str, frozenset[str] | None] = {
 
 
 class KernelUnavailable(LookupError):
-    """The implementation asked for does not exist, or not here.
+    """The requested implementation does not exist, or not on this device or machine.
 
     Args:
-        requested: the name asked for.
+        requested: the requested name.
         expected: what would be valid here, in words.
+        reason: why the requested one is not available on this machine, if it exists.
     """
 
-    def __init__(self, requested: str, expected: str) -> None:
-        self.requested = requested
-        self.expected = expected
-        super().__init__(f"kernel implementation {requested!r} is not available: use {expected}")
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """One operation as chosen.
-
-    Args:
-        operation: its name, one of `OPERATIONS`.
-        implementation: the folder it came from.
-        reason: why that one, for the log.
-        module: the functions `forward` and, where it has one, `backward`; of the gate also
-            `forward_step` and `backward_step`, which prepare a call and make it later, and
-            `OVERWRITES_GRADIENT`.
-    """
-
-    operation: str
-    implementation: str
-    reason: str
-    module: ModuleType
+    def __init__(self, requested: str, expected: str, reason: str = "") -> None:
+        self.requested, self.expected, self.reason = requested, expected, reason
+        text = f"kernel implementation {requested!r} is not available: use {expected}"
+        super().__init__(f"{text}; {reason}" if reason else text)
 
 
 def known(operation: str, device_type: str) -> list[str]:
@@ -68,10 +52,10 @@ def known(operation: str, device_type: str) -> list[str]:
 
 
 def _unavailable(name: str) -> str | None:
-    """Why an implementation does not run on this machine; `None`: it does."""
+    """Why an implementation does not run on this machine; `None` if it does."""
     package = importlib.import_module(f"{__package__}.{name}")
-    asked: Callable[[], str | None] | None = getattr(package, "unavailable", None)
-    return None if asked is None else asked()
+    reason: Callable[[], str | None] | None = getattr(package, "unavailable", None)
+    return None if reason is None else reason()
 
 
 def select(operation: str, requested: str = "auto", device_type: str = "cpu") -> Kernel:
@@ -89,23 +73,30 @@ def select(operation: str, requested: str = "auto", device_type: str = "cpu") ->
     if operation not in OPERATIONS:
         raise ValueError(f"operation is {operation!r}, expected one of {', '.join(OPERATIONS)}")
     names = known(operation, device_type)
-    asked = names if requested == "auto" else [requested]
-    if not set(asked) <= set(names):
+    candidates = names if requested == "auto" else [requested]
+    if not set(candidates) <= set(names):
         raise KernelUnavailable(requested, f"auto or {' or '.join(names)} on {device_type}")
     missing = []
-    for name in asked:  # No other is asked: one may take a compiler to answer.
+    # In order, and no further than needed: an implementation may run a compiler to find out.
+    for name in candidates:
         why_not = _unavailable(name)
         if why_not is not None:
             missing.append(f"no {name}: {why_not}")
             continue
         rest = f"auto: first of {', '.join(names[len(missing) :])} on {device_type}"
-        reason = "; ".join([rest, *missing]) if requested == "auto" else "as asked"
+        reason = "; ".join([rest, *missing]) if requested == "auto" else "as requested"
         module = importlib.import_module(f"{__package__}.{name}.{operation}")
         return Kernel(operation, name, reason, module)
-    others = " or ".join(name for name in names if name not in asked)
-    raise KernelUnavailable(requested, f"auto or {others} on {device_type}; {'; '.join(missing)}")
+    others = " or ".join(name for name in names if name not in candidates)
+    raise KernelUnavailable(requested, f"auto or {others} on {device_type}", "; ".join(missing))
 
 
-def select_all(requested: str = "auto", device_type: str = "cpu") -> dict[str, Kernel]:
-    """`select` for every operation."""
-    return {operation: select(operation, requested, device_type) for operation in OPERATIONS}
+def load_kernels(requested: str = "auto", device_type: str = "cpu") -> Kernels:
+    """`select` for every operation.
+
+    Raises:
+        KernelUnavailable: as `select`.
+    """
+    selected = [select(operation, requested, device_type) for operation in OPERATIONS]
+    modules: dict[str, Any] = {kernel.operation: kernel.module for kernel in selected}
+    return Kernels(**modules, selected=tuple(selected))

@@ -1,6 +1,7 @@
-"""The one exception for what a user can mend: bad flags, bad files, bad layouts.
+"""The exceptions for what a user can fix: flags, files, layouts, checkpoints.
 
-Every command line turns a `UsageError` into one line on standard error and exit code 2.
+Every command turns a `UsageError` into one line on standard error and exit code 2. Anything else is
+a defect of the program, and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ USAGE_EXIT_CODE = 2
 
 
 class UsageError(Exception):
-    """A mistake in what the user asked for, said in one line.
+    """An invalid flag, file or setting, in one line.
+
+    ``--lr must be >= 0 (got -1.0)``: the text is ``what`` must be ``expected`` (got ``found``), and
+    after a semicolon the ``fix``, if there is one.
 
     Args:
-        what: the flag, file or setting that is wrong, e.g. ``--num-experts``.
+        what: the flag, file or setting that is invalid, e.g. ``--num-experts``.
         found: the value that was found.
         expected: what would be valid, e.g. ``a multiple of --expert-model-parallel-size (4)``.
-        fix: how to mend it, if that does not follow from ``expected``.
+        fix: how to fix it, if that does not follow from ``expected``.
     """
 
     def __init__(self, what: str, found: object, expected: str, fix: str = "") -> None:
@@ -34,36 +38,36 @@ class UsageError(Exception):
 
 @contextmanager
 def exit_on_usage_error(prog: str, *others: type[Exception]) -> Iterator[None]:
-    """Run a command's work; a mistake ends the process with one line and exit code 2.
+    """Run a command; a usage error ends the process with one line and exit code 2.
 
     Args:
-        prog: what the line on standard error begins with.
-        others: exceptions that are the user's to mend here as well, e.g. ``OSError`` of an output.
+        prog: name of the program, with which the line on standard error begins.
+        others: further exceptions that the user can fix here, e.g. ``OSError`` of an output.
 
     Raises:
         SystemExit: code 2, after a `UsageError` or one of ``others``.
     """
-    mistakes: tuple[type[Exception], ...] = (UsageError, *others)
+    usage_errors: tuple[type[Exception], ...] = (UsageError, *others)
     try:
         yield
-    except mistakes as error:
+    except usage_errors as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         raise SystemExit(USAGE_EXIT_CODE) from None
 
 
 SHOWN = 60
-"""Details printed at most; the rest is counted."""
+"""Details that are printed at most; the others are counted."""
 
 
 class CheckpointError(UsageError):
     """A checkpoint that cannot be read, written or used.
 
     Args:
-        what: the flag, file or step that is wrong.
-        found: what was found.
+        what: the flag, file or step that is invalid.
+        found: the value that was found.
         expected: what would be valid.
-        fix: how to mend it.
-        details: lines that go before the summary, one per difference.
+        fix: how to fix it, if that does not follow from ``expected``.
+        details: lines before the summary, one for each difference.
     """
 
     def __init__(
@@ -82,7 +86,7 @@ class CheckpointError(UsageError):
         self.args = ("\n".join([*shown, *self.args]),)
 
     def to_json(self) -> list[Any]:
-        """What `from_json` takes, to tell other ranks."""
+        """The values of `from_json`, for other ranks."""
         found = self.found if isinstance(self.found, int | str) else str(self.found)
         return [self.what, found, self.expected, self.fix, list(self.details)]
 
@@ -92,11 +96,11 @@ class CheckpointError(UsageError):
         return cls(*values)
 
 
-_ANOTHER = "another step, with --ckpt-step or --checkpoint-fallback, may be whole"
+_ANOTHER = "another step, with --ckpt-step or --checkpoint-fallback, may be intact"
 
 
 class Corrupt(CheckpointError):
-    """A file of a checkpoint that is not what was written: another one may be whole."""
+    """A damaged file of a checkpoint: not what was written. Another step may be intact."""
 
     def __init__(
         self,
@@ -110,7 +114,7 @@ class Corrupt(CheckpointError):
 
 
 def merged(errors: list[CheckpointError]) -> CheckpointError:
-    """One error that says what several ranks say; the same thing once."""
+    """One error for those of several ranks, in which equal texts and equal lines occur once."""
     distinct = {str(error): error for error in errors}
     if len(distinct) == 1:
         return errors[0]

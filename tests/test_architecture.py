@@ -1,12 +1,21 @@
-"""The architecture check sees each planted fault, and the repository itself has none."""
+"""The architecture check finds each planted fault, and the repository itself has none."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from tools.check_architecture import FILE_TARGET, FUNCTION_TARGET, Finding, check, main
+from tools.check_architecture import (
+    FILE_LIMIT,
+    FILE_TARGET,
+    FUNCTION_LIMIT,
+    FUNCTION_TARGET,
+    Finding,
+    check,
+    main,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -127,6 +136,10 @@ def test_docstring(tmp_path: Path) -> None:
     assert rules(tmp_path) == [("bench/a.py", 1, "docstring")]
 
 
+def test_the_size_rule() -> None:
+    assert (FILE_TARGET, FILE_LIMIT, FUNCTION_TARGET, FUNCTION_LIMIT) == (350, 500, 40, 80)
+
+
 def sized(findings: list[Finding]) -> list[tuple[str, bool]]:
     """Rule and severity of each finding."""
     return [(finding.rule, finding.error) for finding in findings]
@@ -137,8 +150,8 @@ def sized(findings: list[Finding]) -> list[tuple[str, bool]]:
     [
         (FILE_TARGET, []),
         (FILE_TARGET + 1, [("file-size", False)]),
-        (2 * FILE_TARGET, [("file-size", False)]),
-        (2 * FILE_TARGET + 1, [("file-size", True)]),
+        (FILE_LIMIT, [("file-size", False)]),
+        (FILE_LIMIT + 1, [("file-size", True)]),
     ],
 )
 def test_file_size(tmp_path: Path, lines: int, expected: list[tuple[str, bool]]) -> None:
@@ -151,8 +164,8 @@ def test_file_size(tmp_path: Path, lines: int, expected: list[tuple[str, bool]])
     [
         (FUNCTION_TARGET, []),
         (FUNCTION_TARGET + 1, [("function-size", False)]),
-        (2 * FUNCTION_TARGET, [("function-size", False)]),
-        (2 * FUNCTION_TARGET + 1, [("function-size", True)]),
+        (FUNCTION_LIMIT, [("function-size", False)]),
+        (FUNCTION_LIMIT + 1, [("function-size", True)]),
     ],
 )
 def test_function_size(tmp_path: Path, lines: int, expected: list[tuple[str, bool]]) -> None:
@@ -160,6 +173,86 @@ def test_function_size(tmp_path: Path, lines: int, expected: list[tuple[str, boo
     body = f"class C:\n  async def f(self) -> None:\n{docstring}" + "    x = 1\n" * (lines - 1)
     plant(tmp_path, "tools/a.py", body)
     assert sized(check(tmp_path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        ("from megatron_moe.parallel.launch import _store", 2),
+        ("from megatron_moe.parallel.launch import Ranks, _store as store", 2),
+        ("from ..parallel.launch import _store", 2),
+        ("from megatron_moe.parallel._launch import store", 2),
+        ("import megatron_moe.parallel._launch", 2),
+        ("from megatron_moe.parallel import launch\nlaunch._store()", 3),
+        ("from megatron_moe.parallel import launch as start\nkey = start.Ranks._key", 3),
+        ("import megatron_moe.parallel.launch\nmegatron_moe.parallel.launch._store()", 3),
+        ("from ..parallel.launch import Ranks\ndef f():\n    return Ranks._key", 4),
+    ],
+)
+def test_private_name_of_another_module(tmp_path: Path, body: str, line: int) -> None:
+    plant(tmp_path, "megatron_moe/training/a.py", body + "\n")
+    assert rules(tmp_path) == [("megatron_moe/training/a.py", line, "private")]
+    (finding,) = check(tmp_path)
+    assert "megatron_moe.parallel." in finding.message
+
+
+def test_private_names_that_are_free(tmp_path: Path) -> None:
+    """One's own, of other projects, private modules in their package, and anything in tests."""
+    own = "class A:\n    def f(self, other: 'A'):\n        return self._x, other._x, A._y\n"
+    plant(tmp_path, "megatron_moe/moe/a.py", f"import torch\ntorch._foreach_norm([])\n{own}")
+    plant(tmp_path, "megatron_moe/moe/b.py", "from megatron_moe import moe\nmoe.__name__\n")
+    plant(tmp_path, "bench/a.py", "from bench._cases import case\n")
+    plant(tmp_path, "bench/b.py", "from . import _cases\n_cases.case()\n")
+    plant(tmp_path, "tests/test_a.py", "from megatron_moe.moe.a import _x\n")
+    assert check(tmp_path) == []
+
+
+def test_import_cycle(tmp_path: Path) -> None:
+    plant(tmp_path, "megatron_moe/moe/a.py", "from megatron_moe.moe import b\n")
+    plant(tmp_path, "megatron_moe/moe/b.py", "def f():\n    from .c import x\n")
+    plant(tmp_path, "megatron_moe/moe/c.py", "import megatron_moe.moe.a\n")
+    plant(tmp_path, "megatron_moe/moe/d.py", "from megatron_moe.moe.a import x\n")
+    (finding,) = check(tmp_path)
+    assert (finding.rule, finding.error) == ("cycle", True)
+    names = finding.message.removeprefix("import cycle: ").split(" -> ")
+    after = {"a": "b", "b": "c", "c": "a"}
+    assert len(names) == 4
+    assert all(after[one[-1]] == next_[-1] for one, next_ in pairwise(names))
+    assert finding.path == f"megatron_moe/moe/{names[0][-1]}.py"
+    assert finding.line == (3 if names[0].endswith("b") else 2)
+
+
+def test_two_cycles_are_two_findings(tmp_path: Path) -> None:
+    for one, two in (("a", "b"), ("c", "d")):
+        plant(tmp_path, f"megatron_moe/moe/{one}.py", f"from .{two} import x\n")
+        plant(tmp_path, f"megatron_moe/moe/{two}.py", f"from .{one} import x\n")
+    assert [rule for _, _, rule in rules(tmp_path)] == ["cycle", "cycle"]
+
+
+def test_imports_for_annotations_are_no_cycle(tmp_path: Path) -> None:
+    head = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
+    plant(tmp_path, "megatron_moe/moe/a.py", f"{head}    from megatron_moe.moe.b import B\n")
+    plant(tmp_path, "megatron_moe/moe/b.py", "from megatron_moe.moe.a import A\n")
+    assert check(tmp_path) == []
+    plant(tmp_path, "megatron_moe/moe/a.py", f"{head}    import torch\nfrom .b import B\n")
+    assert [rule for _, _, rule in rules(tmp_path)] == ["cycle"]
+
+
+def test_sizes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plant(tmp_path, "megatron_moe/__init__.py", "")
+    for number in range(1, 11):
+        function = 'def f():\n    """Doc."""\n' + "    x = 1\n" * number
+        plant(tmp_path, f"megatron_moe/moe/m{number}.py", function)
+    plant(tmp_path, "tools/a.py", "x = 1\n" * 100)
+    plant(tmp_path, "tests/test_a.py", "x = 1\n" * 100)
+    assert main(["--sizes", str(tmp_path)]) == 0
+    # Ten files of 4 to 13 lines, each with one function of 2 to 11 lines without its docstring.
+    assert capsys.readouterr().out == (
+        "| lines per | number | median | p90 | maximum |\n"
+        "|---|---|---|---|---|\n"
+        "| file | 10 | 8 | 12 | 13 |\n"
+        "| function | 10 | 6 | 10 | 11 |\n"
+    )
 
 
 def test_exit_code_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,29 +1,34 @@
-"""Hold the sources to the design: import directions, sizes, module docstrings, forbidden calls.
+"""Check the design rules: imports, private names, sizes, module docstrings, forbidden calls.
 
-Reads syntax trees, so an import inside a function counts like any other and nothing is executed.
-Sizes past the target are warnings, past twice the target errors. Exit code 1 if there are errors.
+Reads syntax trees and executes nothing; an import inside a function counts like any other. Sizes
+past the target are warnings, sizes past the limit are errors. Exit code 1 if there are errors.
 
-    # this repository, or another folder of sources
+    # this repository, or another checkout
     python tools/check_architecture.py
     python tools/check_architecture.py ../other
+
+    # lines per file and function
+    python tools/check_architecture.py --sizes
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import graphlib
+import statistics
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-FILE_TARGET = 200
-"""Lines of a file: a warning past it, an error past twice as many."""
-FUNCTION_TARGET = 25
+FILE_TARGET, FILE_LIMIT = 350, 500
+"""Lines of a file: a warning past the target, an error past the limit."""
+FUNCTION_TARGET, FUNCTION_LIMIT = 40, 80
 """Lines of a function without its docstring: likewise."""
 
 OWN = ("megatron_moe", "fused_kernels", "tools", "bench", "tests", "pretrain_openmoe")
-SOURCES = (*OWN[:4], "examples", "pretrain_openmoe.py", "setup.py")
+SOURCES = (*OWN[:4], "docs", "examples", "pretrain_openmoe.py", "setup.py")
 
 _BASE = {"config", "platform"}
 _MODEL = _BASE | {"tokenizer", "data", "model", "moe"}
@@ -43,13 +48,20 @@ ALLOWED: dict[str, set[str]] = {
     "convert": _ENGINE,
     "inference": _ENGINE | {"convert"},
 }
-"""What each part of `megatron_moe` may import of the others. `errors` is open to all. The last
-four are leaves: only tools and `pretrain_openmoe` import them, and `analysis` and `inference` read
-checkpoints of other formats with `convert`."""
+"""What each package of `megatron_moe` may import from the others. All may import `errors`. The
+last four are leaves: only tools and `pretrain_openmoe` import them, except that `analysis` and
+`inference` read checkpoints of other formats with `convert`."""
 KERNEL_LIBRARIES = {"torch", "triton", "fused_kernels"}
 """What `fused_kernels` may import besides the standard library."""
 LIGHT = {"torch", "megatron", "numpy", "megatron_moe.platform"}
-"""What `config` must not import: `--help` and a wrong flag are answered at once."""
+"""What `config` must not import, so that `--help` and usage errors appear without delay."""
+PENDING: set[str] = {
+    "megatron_moe.parallel.meeting",
+    "megatron_moe.model.loss",
+    "megatron_moe.tokenizer.build",
+}
+"""Modules whose private-name and cycle findings are warnings for now. Remove the entries with the
+last of them."""
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal"}
 FORBIDDEN_CALLS = {
@@ -86,7 +98,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Module:
-    """A parsed source file. `name` is dotted, e.g. `megatron_moe.moe.router`."""
+    """A parsed source file. `name` is dotted, for example `megatron_moe.moe.router`."""
 
     path: str
     name: str
@@ -99,6 +111,16 @@ class Module:
         """Whether this is test code, which may import anything and plant any fault."""
         return self.name.split(".")[0] == "tests"
 
+    @property
+    def package(self) -> list[str]:
+        """Name parts of the package that relative imports start from."""
+        return self.name.split(".") if self.is_package else self.name.split(".")[:-1]
+
+    def absolute(self, node: ast.ImportFrom) -> str:
+        """The module that `from ... import` names, with the dots of a relative import resolved."""
+        start = self.package[: len(self.package) - node.level + 1] if node.level else []
+        return ".".join([*start, *([node.module] if node.module else [])])
+
 
 def read_modules(root: Path) -> Iterator[Module]:
     """Every Python source of the repository at ``root``, tests included, in path order."""
@@ -110,7 +132,7 @@ def read_modules(root: Path) -> Iterator[Module]:
         parts = relative.with_suffix("").parts
         is_package = parts[-1] == "__init__"
         name = ".".join(parts[:-1] if is_package else parts)
-        yield Module(str(relative), name, text.count("\n"), ast.parse(text), is_package)
+        yield Module(str(relative), name, text.count("\n"), ast.parse(text, file), is_package)
 
 
 def imports(module: Module) -> Iterator[tuple[str, int]]:
@@ -118,13 +140,11 @@ def imports(module: Module) -> Iterator[tuple[str, int]]:
 
     `from a import b` gives `a.b`, since b may be a module. `import_module("a")` counts too.
     """
-    package = module.name.split(".") if module.is_package else module.name.split(".")[:-1]
     for node in ast.walk(module.tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            start = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*start, *([node.module] if node.module else [])])
+            base = module.absolute(node)
             yield from ((f"{base}.{alias.name}", node.lineno) for alias in node.names)
         elif isinstance(node, ast.Call) and node.args:
             called = ast.unparse(node.func).split(".")[-1]
@@ -134,13 +154,13 @@ def imports(module: Module) -> Iterator[tuple[str, int]]:
 
 
 def part_of(name: str) -> str:
-    """The part of the project a dotted name belongs to: `moe` for `megatron_moe.moe.router`."""
+    """The package that a dotted name belongs to: `moe` for `megatron_moe.moe.router`."""
     pieces = name.split(".")
     return pieces[1] if pieces[0] == "megatron_moe" and len(pieces) > 1 else pieces[0]
 
 
 def check_imports(module: Module) -> Iterator[Finding]:
-    """Import directions, and who may touch the engine's global groups."""
+    """Import directions, and use of Megatron-Core's global process groups."""
     for name, line in imports(module):
         if "parallel_state" in name.split(".") and part_of(module.name) != "parallel":
             yield Finding(module.path, line, "parallel-state", "only parallel/ may use it")
@@ -156,7 +176,7 @@ def _import_fault(importer: str, imported: str) -> str | None:
         known = top in sys.stdlib_module_names or top in KERNEL_LIBRARIES
         return None if known else "fused_kernels imports only torch and triton"
     if part == "config" and any(f"{imported}.".startswith(f"{name}.") for name in LIGHT):
-        return "the configuration must be quick to import"
+        return "config must import quickly, so it may not import torch or NumPy"
     if top == "tools" and importer.startswith("tools"):
         return "tools are installed under another name; shared code belongs in a package"
     if not importer.startswith("megatron_moe") or top not in OWN:
@@ -164,27 +184,66 @@ def _import_fault(importer: str, imported: str) -> str | None:
     if target in (part, "errors", "megatron_moe", "__version__"):
         return None
     if part != "errors" and part not in ALLOWED:
-        return f"{part} has no place in the design; give it one in tools/check_architecture.py"
+        return f"{part} is not in ALLOWED; add it in tools/check_architecture.py"
     allowed = ALLOWED.get(part, set())
     return None if target in allowed else f"{part} may import {sorted(allowed) or 'nothing'}"
 
 
+def check_private(module: Module) -> Iterator[Finding]:
+    """No private (`_x`) name of another module, imported or read as an attribute.
+
+    A private module may be imported within its own package. Attributes count where they start
+    from a name imported from this project: `launch._store`, `Layout._cut`.
+    """
+    for name, line in imports(module):
+        if name.split(".")[0] in OWN and _is_foreign(name, module):
+            yield _private(module, line, name)
+    names = _aliases(module)
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Attribute) and _is_private(node.attr):
+            head, _, rest = ast.unparse(node).partition(".")
+            if names.get(head, "").split(".")[0] in OWN:
+                yield _private(module, node.lineno, f"{names[head]}.{rest}")
+
+
+def _is_foreign(name: str, module: Module) -> bool:
+    """Whether ``name`` is private to something that does not enclose ``module``."""
+    parts = name.split(".")
+    owners = (parts[:index] for index, part in enumerate(parts) if _is_private(part))
+    return any(owner != module.package[: len(owner)] for owner in owners)
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+def _private(module: Module, line: int, name: str) -> Finding:
+    message = f"{name} is private to its module; make it public or move it"
+    return Finding(module.path, line, "private", message, module.name not in PENDING)
+
+
 def check_sizes(module: Module) -> Iterator[Finding]:
-    """Files near 200 lines, functions near 25 without their docstring."""
+    """Lines of the file, and of each function without its docstring."""
     if module.lines > FILE_TARGET:
-        text = f"{module.lines} lines, target {FILE_TARGET}"
-        yield Finding(module.path, 1, "file-size", text, module.lines > 2 * FILE_TARGET)
+        text = f"{module.lines} lines; target {FILE_TARGET}, limit {FILE_LIMIT}"
+        yield Finding(module.path, 1, "file-size", text, module.lines > FILE_LIMIT)
+    for node in functions(module):
+        lines = code_lines(node)
+        if lines > FUNCTION_TARGET:
+            text = f"{node.name}: {lines} lines; target {FUNCTION_TARGET}, limit {FUNCTION_LIMIT}"
+            error = lines > FUNCTION_LIMIT
+            yield Finding(module.path, node.lineno, "function-size", text, error)
+
+
+def functions(module: Module) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Every function of a module, methods and nested functions included."""
     for node in ast.walk(module.tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = _code_lines(node)
-            if lines > FUNCTION_TARGET:
-                text = f"{node.name} has {lines} lines, target {FUNCTION_TARGET}"
-                error = lines > 2 * FUNCTION_TARGET
-                yield Finding(module.path, node.lineno, "function-size", text, error)
+            yield node
 
 
-def _code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
-    """Lines from `def` to the end, without the docstring: documentation costs nothing."""
+def code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines from `def` to the end, without the docstring: documentation is not a size."""
     total = (node.end_lineno or node.lineno) - node.lineno + 1
     if ast.get_docstring(node) is None:
         return total
@@ -193,23 +252,23 @@ def _code_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 
 
 def check_docstring(module: Module) -> Iterator[Finding]:
-    """Each module that holds anything says at its head what it is for."""
+    """Each module that is not empty starts with a docstring."""
     if module.tree.body and not ast.get_docstring(module.tree):
-        yield Finding(module.path, 1, "docstring", "the module does not say what it is for")
+        yield Finding(module.path, 1, "docstring", "the module has no docstring")
 
 
 def check_forbidden(module: Module) -> Iterator[Finding]:
-    """Nothing that can run code from a file or a string."""
-    names = _aliases(module.tree)
+    """No call or import that can run code from a file or a string."""
+    names = _aliases(module)
     for name, line in imports(module):
         if name.split(".")[0] in FORBIDDEN_MODULES:
-            yield Finding(module.path, line, "forbidden", f"{name}: may run code that it reads")
+            yield Finding(module.path, line, "forbidden", f"{name}: can run code from its input")
     for node in ast.walk(module.tree):
         if not isinstance(node, ast.Call):
             continue
         head, _, rest = ast.unparse(node.func).partition(".")
         called = ".".join(filter(None, (names.get(head, head), rest)))
-        if called in FORBIDDEN_CALLS and not _weights_alone(called, node):
+        if called in FORBIDDEN_CALLS and not _weights_only(called, node):
             message = f"{called}: {FORBIDDEN_CALLS[called]}"
             yield Finding(module.path, node.lineno, "forbidden", message)
         for keyword in node.keywords:
@@ -219,23 +278,86 @@ def check_forbidden(module: Module) -> Iterator[Finding]:
                 yield Finding(module.path, node.lineno, "forbidden", message)
 
 
-def _weights_alone(called: str, node: ast.Call) -> bool:
-    """Whether `torch.load` is told to build tensors and nothing else: other programs' files."""
-    told = (word.value for word in node.keywords if word.arg == "weights_only")
+def _weights_only(called: str, node: ast.Call) -> bool:
+    """Whether this is `torch.load(..., weights_only=True)`, which only builds tensors."""
+    values = (word.value for word in node.keywords if word.arg == "weights_only")
     return called == "torch.load" and any(
-        isinstance(value, ast.Constant) and value.value is True for value in told
+        isinstance(value, ast.Constant) and value.value is True for value in values
     )
 
 
-def _aliases(tree: ast.Module) -> dict[str, str]:
-    """What local names stand for: `import torch as t` gives t -> torch."""
+def _aliases(module: Module) -> dict[str, str]:
+    """What imported names stand for: `import torch as t` gives t -> torch."""
     names: dict[str, str] = {}
-    for node in ast.walk(tree):
+    for node in ast.walk(module.tree):
         if isinstance(node, ast.Import):
-            names |= {a.asname: a.name for a in node.names if a.asname}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {a.asname or a.name: f"{node.module}.{a.name}" for a in node.names}
+            heads = ((a, a.name.split(".")[0]) for a in node.names)
+            names |= {a.asname or head: a.name if a.asname else head for a, head in heads}
+        elif isinstance(node, ast.ImportFrom):
+            base = module.absolute(node)
+            names |= {a.asname or a.name: f"{base}.{a.name}" for a in node.names}
     return names
+
+
+def check_cycles(modules: Iterable[Module]) -> Iterator[Finding]:
+    """No import cycle between modules; imports under `if TYPE_CHECKING` do not count."""
+    by_name = {module.name: module for module in modules}
+    graph: dict[str, dict[str, int]] = {name: {} for name in by_name}
+    for module in by_name.values():
+        skipped = _type_checking_lines(module.tree)
+        for name, line in imports(module):
+            # `from a import b` depends on a.b if that is a module, else on a.
+            target = name if name in by_name else name.rpartition(".")[0]
+            if target in by_name and target != module.name and line not in skipped:
+                graph[module.name].setdefault(target, line)
+    while cycle := _cycle(graph):
+        importer, imported = cycle[0], cycle[1]
+        line = graph[importer].pop(imported)
+        message = f"import cycle: {' -> '.join(cycle)}"
+        error = PENDING.isdisjoint(cycle)
+        yield Finding(by_name[importer].path, line, "cycle", message, error)
+
+
+def _type_checking_lines(tree: ast.Module) -> set[int]:
+    """Lines of the bodies of `if TYPE_CHECKING`."""
+    blocks = (node for node in ast.walk(tree) if isinstance(node, ast.If))
+    checked = (node for node in blocks if ast.unparse(node.test).endswith("TYPE_CHECKING"))
+    bodies = (statement for node in checked for statement in node.body)
+    return {line for s in bodies for line in range(s.lineno, (s.end_lineno or s.lineno) + 1)}
+
+
+def _cycle(graph: dict[str, dict[str, int]]) -> list[str] | None:
+    """One cycle, as `[a, b, ..., a]` in which each imports the next; None if there is none."""
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        # The sorter lists dependencies before their dependents.
+        found: list[str] = list(reversed(error.args[1]))
+        return found
+    return None
+
+
+def sizes(modules: Iterable[Module]) -> str:
+    """Lines per file and function of the product, as a Markdown table.
+
+    Functions count without their docstrings, and files that hold nothing but one do not count.
+    """
+    measured = [m for m in modules if m.name.split(".")[0] in ("megatron_moe", "fused_kernels")]
+    rows = {
+        "file": [module.lines for module in measured if not _only_docstring(module)],
+        "function": [code_lines(node) for module in measured for node in functions(module)],
+    }
+    table = ["| lines per | number | median | p90 | maximum |", "|---|---|---|---|---|"]
+    for name, lines in rows.items():
+        ordered = sorted(lines) or [0]
+        p90 = ordered[(9 * len(ordered) - 1) // 10]
+        median = statistics.median_low(ordered)
+        table.append(f"| {name} | {len(lines)} | {median} | {p90} | {ordered[-1]} |")
+    return "\n".join(table)
+
+
+def _only_docstring(module: Module) -> bool:
+    return len(module.tree.body) == bool(ast.get_docstring(module.tree))
 
 
 def check(root: Path) -> list[Finding]:
@@ -245,12 +367,15 @@ def check(root: Path) -> list[Finding]:
         SyntaxError: a source does not parse.
     """
     findings: list[Finding] = []
-    for module in read_modules(root):
+    modules = list(read_modules(root))
+    for module in modules:
         findings += check_sizes(module)
         findings += check_docstring(module)
         if not module.is_test:
             findings += check_imports(module)
+            findings += check_private(module)
             findings += check_forbidden(module)
+    findings += check_cycles(module for module in modules if not module.is_test)
     return findings
 
 
@@ -260,8 +385,13 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = Path(__file__).resolve().parent.parent
-    parser.add_argument("root", nargs="?", type=Path, default=default)
-    findings = check(parser.parse_args(argv).root)
+    parser.add_argument("root", nargs="?", type=Path, default=default, help="root of a checkout")
+    parser.add_argument("--sizes", action="store_true", help="print sizes instead of findings")
+    options = parser.parse_args(argv)
+    if options.sizes:
+        print(sizes(read_modules(options.root)))
+        return 0
+    findings = check(options.root)
     print(*findings, sep="\n", end="\n" if findings else "")
     errors = sum(finding.error for finding in findings)
     print(f"architecture: {errors} errors, {len(findings) - errors} warnings")

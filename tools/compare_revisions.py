@@ -1,16 +1,21 @@
-r"""Show that two revisions compute and write the same, bit for bit.
+r"""Check that two revisions compute and write the same, bit for bit.
 
-For a change that must not change behaviour. Each revision runs the same command lines: a corpus is
-preprocessed, short runs train in several layouts and objectives, one run resumes. Compared are the
-losses and gradient norms of every step, as hexadecimal floats, and the SHA-256 of every file of
-datasets and checkpoints. Last, the newer revision resumes a checkpoint of the older one and loads
-its run directory.
+For a change that must not change numbers. Each revision runs the same command lines: preprocess a
+corpus, train 20 steps in several layouts and objectives, resume for ten more. The tool compares
 
-    python tools/compare_revisions.py --base v0.1.0 --work-dir /tmp/compare
-    python tools/compare_revisions.py --base HEAD~1 --only EP2,UL2
+- the metrics file and the TensorBoard scalars of every step, to the last bit;
+- the SHA-256 of every file of the datasets and checkpoints;
+- ten steps resumed by the head from checkpoints and run directories that the base wrote.
 
-Both revisions run with the Python that runs this, on CPU ranks. Equality holds on one machine:
-another processor may round differently. Exit code 1 if anything differs.
+    # the working tree against a revision, all cases
+    python tools/compare_revisions.py --base v0.1.0
+
+    # two cases, and folders instead of revisions
+    python tools/compare_revisions.py --base ../before --head ../after --only EP2,UL2
+
+Both revisions run on CPU ranks, with the interpreter that runs this tool. Results are equal only on
+the same machine: another processor may round differently. Exit code 1 if anything differs, and 2
+for a usage error or a command that fails.
 """
 
 from __future__ import annotations
@@ -23,11 +28,18 @@ import random
 import shutil
 import subprocess
 import sys
+import tarfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 20
+"""Steps of every run; the checkpoint of the last is the one that is resumed."""
+MORE = 10
+"""Steps after resuming."""
+CLOCKED = ("speed/", "memory/")
+"""TensorBoard tags that depend on the machine's load, not on what is computed."""
 _LINE = (
     "--preset openmoe-tiny-released --hidden-size 32 --ffn-hidden-size 48 --num-attention-heads 4 "
     "--kv-channels 8 --num-experts 4 --moe-shared-expert-intermediate-size 48 --seq-length 64 "
@@ -54,9 +66,13 @@ lr = 1e-3
 """
 
 
+class CommandError(Exception):
+    """A command of one of the revisions failed; the message holds its output."""
+
+
 @dataclass(frozen=True)
 class Case:
-    """One training run."""
+    """One training run: its name, the number of ranks, and the flags on top of `MODEL`."""
 
     name: str
     world_size: int
@@ -88,7 +104,7 @@ CASES = [
 
 
 def write_inputs(directory: Path) -> None:
-    """Two corpora, conversations and a phase table, the same at every call."""
+    """Write two corpora, conversations and a phase table, the same at every call."""
     draw = random.Random(11)
     letters = "etaoinshrdlu"
     words = ["".join(draw.choices(letters, k=draw.randint(2, 7))) for _ in range(400)]
@@ -109,17 +125,18 @@ def _conversation(question: str, answer: str) -> list[dict[str, str]]:
 
 
 def run(tree: Path, directory: Path, script: str, *flags: str, world_size: int = 0) -> str:
-    """A command of the revision at ``tree``, in ``directory``; its output.
+    """Run a command of the revision at ``tree`` and return its standard output.
 
     Args:
         tree: a checkout.
-        directory: current directory of the command, so that configurations hold the same paths.
+        directory: current directory of the command. Paths on the command line are relative to it,
+            so that the configurations in the checkpoints are equal.
         script: path of the command in the tree.
         flags: its arguments.
-        world_size: ranks under torchrun; 0 starts it alone.
+        world_size: ranks under torchrun; 0 runs the command without torchrun.
 
     Raises:
-        SystemExit: the command failed.
+        CommandError: the command failed.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
     command = [sys.executable, *(launcher if world_size else []), str(tree / script), *flags]
@@ -129,12 +146,12 @@ def run(tree: Path, directory: Path, script: str, *flags: str, world_size: int =
         command, cwd=directory, env=environment, text=True, capture_output=True, check=False
     )
     if done.returncode:
-        sys.exit(f"{tree}: {' '.join(command)}\n{done.stdout}{done.stderr}")
+        raise CommandError(f"in {tree}: {' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout
 
 
 def preprocess(tree: Path, directory: Path) -> None:
-    """Train the tokenizer and write the datasets, in ``directory``."""
+    """Train the tokenizer and write the datasets in ``directory``."""
     write_inputs(directory)
     corpora = ["first.jsonl", "second.jsonl"]
     flags = ["--input", *corpora, "--output", "tokenizer.model", "--vocab-size", "300"]
@@ -146,7 +163,7 @@ def preprocess(tree: Path, directory: Path) -> None:
 
 
 def pretrain(tree: Path, directory: Path, case: Case, iterations: int, *flags: str) -> None:
-    """Run a case up to an iteration; checkpoints and metrics go to folders of its name."""
+    """Run a case up to ``iterations``; checkpoints and metrics go to folders of its name."""
     files = ["--save", f"{case.name}/checkpoint", "--metrics-file", f"{case.name}/metrics.jsonl"]
     files += ["--tensorboard-dir", f"{case.name}/tensorboard"]
     length = ["--train-iters", str(iterations), "--lr-decay-iters", "30"]
@@ -155,14 +172,14 @@ def pretrain(tree: Path, directory: Path, case: Case, iterations: int, *flags: s
 
 
 def steps(directory: Path, case: Case) -> list[str]:
-    """The metrics file, and every TensorBoard scalar but those that a clock measured."""
+    """The lines of the metrics file, and one line for each TensorBoard tag not in `CLOCKED`."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     lines = (directory / case.name / "metrics.jsonl").read_text().splitlines()
     board = EventAccumulator(str(directory / case.name / "tensorboard"))
     board.Reload()
     for tag in sorted(board.Tags()["scalars"]):
-        if not tag.startswith(("speed/", "memory/")):
+        if not tag.startswith(CLOCKED):
             values = " ".join(f"{e.step}:{float(e.value).hex()}" for e in board.Scalars(tag))
             lines.append(f"{tag} {values}")
     return lines
@@ -177,10 +194,10 @@ def hashes(directory: Path) -> dict[str, str]:
 
 
 def record(tree: Path, directory: Path, cases: list[Case]) -> dict[str, list[str]]:
-    """Run everything with one revision.
+    """Preprocess and train every case with the revision at ``tree``.
 
     Returns:
-        By name of what was made, a line for each step or file.
+        For each result (`datasets`, `EP2: steps`, `EP2: checkpoint`) a line per step or file.
     """
     directory.mkdir(parents=True)
     preprocess(tree, directory)
@@ -191,82 +208,133 @@ def record(tree: Path, directory: Path, cases: list[Case]) -> dict[str, list[str
         found[f"{case.name}: steps"] = steps(directory, case)
         saved = hashes(directory / case.name / "checkpoint")
         found[f"{case.name}: checkpoint"] = [f"{name} {value}" for name, value in saved.items()]
-        print(f"  {case.name}: {len(found[f'{case.name}: steps'])} steps, {len(saved)} files")
+        print(f"  {case.name}: trained, {len(saved)} files saved", flush=True)
     return found
 
 
 def resumed(tree: Path, directory: Path, cases: list[Case]) -> dict[str, list[str]]:
-    """Continue every recorded run by ten steps; the run directory may be another revision's."""
+    """Resume every run in ``directory`` for `MORE` steps; another revision may have written it."""
     found = {}
     for case in cases:
         flags = ("--load", f"{case.name}/checkpoint")
-        pretrain(tree, directory, case, STEPS + 10, *flags)
+        pretrain(tree, directory, case, STEPS + MORE, *flags)
         found[f"{case.name}: resumed steps"] = steps(directory, case)
-        print(f"  {case.name}: resumed")
+        print(f"  {case.name}: resumed", flush=True)
     return found
 
 
 def differences(base: dict[str, list[str]], head: dict[str, list[str]]) -> list[str]:
-    """One line for each thing that differs, with the first difference."""
+    """One line for each result that differs or is empty, with the first difference."""
     found = []
-    for name in base.keys() | head.keys():
-        pairs = base.get(name, []), head.get(name, [])
-        if pairs[0] == pairs[1] and pairs[0]:
+    for name in sorted(base.keys() | head.keys()):
+        expected, actual = base.get(name, []), head.get(name, [])
+        if expected == actual and expected:
             continue
-        both = zip(*pairs, strict=False)
-        first = next((f"{a} | {b}" for a, b in both if a != b), "another number of lines, or none")
+        pairs = zip(expected, actual, strict=False)
+        lengths = f"{len(expected)} lines in base, {len(actual)} in head"
+        first = next((f"base {a} | head {b}" for a, b in pairs if a != b), lengths)
         found.append(f"{name}: {first}")
-    return sorted(found)
+    return found
 
 
 def compare(base: Path, head: Path, work: Path, cases: list[Case]) -> list[str]:
-    """Everything that two checkouts do differently."""
-    print(f"base {base}")
+    """Run ``cases`` with two checkouts, in the empty folder ``work``; the differences.
+
+    Raises:
+        CommandError: a command failed.
+    """
+    print(f"base: {base}", flush=True)
     expected = record(base, work / "base", cases)
-    print(f"head {head}")
+    print(f"head: {head}", flush=True)
     found = record(head, work / "head", cases)
     shutil.copytree(work / "base", work / "mixed")
-    print("base, resumed by base")
+    print("runs of base, resumed by base", flush=True)
     expected |= resumed(base, work / "base", cases)
-    print("base, resumed by head")
+    print("runs of base, resumed by head", flush=True)
     found |= resumed(head, work / "mixed", cases)
     return differences(expected, found)
 
 
-def chosen_cases(names: str | None) -> list[Case]:
-    """The cases named in a comma-separated list; all without one.
+def checkout(revision: str, directory: Path) -> Path:
+    """The sources of ``revision`` of this repository, in the new folder ``directory``.
+
+    An archive rather than a worktree, which would stay registered in the repository.
 
     Raises:
-        SystemExit: there is no such case.
+        CommandError: there is no such revision.
     """
-    wanted = names.split(",") if names else [case.name for case in CASES]
+    archive = directory.with_suffix(".tar")
+    command = ["git", "archive", "--output", str(archive), revision]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
+    if done.returncode:
+        raise CommandError(
+            f"--base must be a revision or the folder of a checkout (got {revision!r}); "
+            f"git: {done.stderr.strip()}"
+        )
+    with tarfile.open(archive) as sources:
+        sources.extractall(directory, filter="data")
+    archive.unlink()
+    return directory
+
+
+def select_cases(names: str | None) -> list[Case]:
+    """The cases named in a comma-separated list; all of them for None.
+
+    Raises:
+        CommandError: there is no such case.
+    """
     known = {case.name: case for case in CASES}
-    if unknown := [name for name in wanted if name not in known]:
-        sys.exit(f"--only must name some of {', '.join(known)} (got {', '.join(unknown)})")
-    return [known[name] for name in wanted]
+    selected = names.split(",") if names else list(known)
+    if unknown := [name for name in selected if name not in known]:
+        raise CommandError(f"--only must be some of {', '.join(known)} (got {', '.join(unknown)})")
+    return [known[name] for name in selected]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Compare; 1 if anything differs."""
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--base", required=True, help="revision, or the folder of a checkout")
-    parser.add_argument("--head", type=Path, default=ROOT, help="folder of the other checkout")
-    parser.add_argument("--work-dir", type=Path, required=True, help="new folder for the runs")
-    parser.add_argument("--only", help="names of cases, comma-separated")
-    args = parser.parse_args(argv)
-    work: Path = args.work_dir.resolve()
-    work.mkdir(parents=True)
-    base = Path(args.base)
-    if not (base / "pretrain_openmoe.py").exists():
-        base = work / "tree"
-        subprocess.run(
-            ["git", "worktree", "add", "--detach", base, args.base], check=True, cwd=ROOT
-        )
-    found = compare(base.resolve(), args.head.resolve(), work, chosen_cases(args.only))
+    parser.add_argument("--base", required=True, help="git revision, or the folder of a checkout")
+    parser.add_argument(
+        "--head", type=Path, default=ROOT, help="folder of the other checkout (default: this one)"
+    )
+    parser.add_argument(
+        "--only",
+        metavar="CASES",
+        help=f"comma-separated (default: all): {', '.join(case.name for case in CASES)}",
+    )
+    parser.add_argument(
+        "--work-dir",
+        type=Path,
+        help="new folder for the runs, which is kept (default: a temporary folder)",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print the differences; 1 if there are any, 2 if a command failed."""
+    args = parse_args(argv)
+    try:
+        cases = select_cases(args.only)
+        if args.work_dir is None:
+            with tempfile.TemporaryDirectory(prefix="compare-") as work:
+                found = _compare_in(Path(work), args, cases)
+        else:
+            args.work_dir.mkdir(parents=True)
+            found = _compare_in(args.work_dir.resolve(), args, cases)
+    except (CommandError, FileExistsError) as error:
+        print(f"compare_revisions.py: error: {error}", file=sys.stderr)
+        return 2
     print(*(found or ["no difference"]), sep="\n")
     return 1 if found else 0
+
+
+def _compare_in(work: Path, args: argparse.Namespace, cases: list[Case]) -> list[str]:
+    # An empty name is no revision, and not the current folder either.
+    is_checkout = args.base != "" and (Path(args.base) / "pretrain_openmoe.py").exists()
+    base = Path(args.base).resolve() if is_checkout else checkout(args.base, work / "tree")
+    return compare(base, args.head.resolve(), work, cases)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-r"""Convert checkpoints: native, Hugging Face, t5x; cast, strip, average; dense models to experts.
+r"""Convert checkpoints between native, Hugging Face and t5x; cast, average, upcycle.
 
-Tensors are streamed, so memory does not grow with the model. A conversion is all or nothing.
+Tensors are streamed, so memory does not grow with the model. A conversion is complete or writes
+nothing. Optimizer state is not converted.
 
     python tools/convert_checkpoint.py --from native --load checkpoints --to hf --save openmoe-hf
     python tools/convert_checkpoint.py --from hf --load openmoe-8b --to native --save checkpoints \
@@ -16,16 +17,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from megatron_moe.config import RunConfig
 from megatron_moe.config.presets import PRESETS
-from megatron_moe.convert.formats import FORMATS, Target, compare, planned, read, write
-from megatron_moe.convert.lazy import LazyTensor
-from megatron_moe.convert.logits import PROMPT, free_memory, logits_difference, memory_needed
-from megatron_moe.convert.model import DTYPES, Model, average, cast
+from megatron_moe.convert.formats import FORMATS, ConversionTarget, planned_tensors, read, write
+from megatron_moe.convert.inspection import (
+    PROMPT,
+    check_same_tensors,
+    free_memory,
+    logits_difference,
+    memory_needed,
+)
+from megatron_moe.convert.model import DTYPES, LazyTensor, LogicalModel, average, cast
 from megatron_moe.convert.upcycle import MODES, Upcycling, upcycle
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
@@ -45,34 +52,44 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--from", dest="source", required=True, choices=FORMATS)
     add("--to", dest="target", required=True, choices=FORMATS)
     add("--load", required=True, nargs="+", type=Path, help="a checkpoint; several are averaged")
-    add("--save", required=True, type=Path, help="hf: a new directory; native: of a run's steps")
-    add("--ckpt-step", type=int, help="native: the step to read, by default the tracker's")
-    add("--preset", choices=PRESETS, help="t5x: the model, which its checkpoints do not name")
-    add("--config", type=Path, help="t5x: likewise, from the config.json of a run")
-    add("--dtype", choices=DTYPES, help="of the result; by default that of the source")
-    add("--expert-layout", choices=("stacked", "unstacked"), default="stacked", help="hf")
-    add("--max-shard-size", type=float, default=_SHARD_GIB, help="GiB of one file")
-    add("--tokenizer-model", type=Path, help="a tokenizer file to put beside the result")
-    add("--dry-run", action="store_true", help="list the tensors, write nothing")
-    add("--verify", action="store_true", help="read the result back and compare it; and logits")
-    add("--verify-logits", action="store_true", help="--verify; refuse if memory is too small")
-    more = parser.add_argument_group("a mixture of experts from a dense checkpoint")
+    add(
+        "--save",
+        required=True,
+        type=Path,
+        help="hf, t5x: new directory; native: checkpoints of a run",
+    )
+    add("--ckpt-step", type=int, help="native: step to read, by default the tracker's")
+    add("--preset", choices=PRESETS, help="t5x: the model, which its checkpoints do not record")
+    add("--config", type=Path, help="t5x: the model, from the config.json of a run")
+    add("--dtype", choices=DTYPES, help="dtype of the result, by default that of the source")
+    add(
+        "--expert-layout",
+        choices=("stacked", "unstacked"),
+        default="stacked",
+        help="hf: layout of the experts",
+    )
+    add("--max-shard-size", type=float, default=_SHARD_GIB, help="maximal GiB of a file (5)")
+    add("--tokenizer-model", type=Path, help="tokenizer file to store with the result")
+    add("--dry-run", action="store_true", help="list the tensors and write nothing")
+    add("--verify", action="store_true", help="read the result back; compare tensors and logits")
+    add("--verify-logits", action="store_true", help="--verify; an error if memory is too small")
+    more = parser.add_argument_group("upcycling: a mixture of experts from a dense checkpoint")
     add = more.add_argument
-    add("--upcycle", choices=MODES, help="shared: starts exactly as the dense model; copy: nearly")
+    add("--upcycle", choices=MODES, help="shared: starts exactly at the dense model; copy: nearly")
     add("--num-experts", type=int, help="with --upcycle")
-    add("--moe-layer-freq", help="with --upcycle: which layers, e.g. ([0]*3+[1])*8")
+    add("--moe-layer-freq", help="with --upcycle: MoE layers, e.g. ([0]*3+[1])*8")
     add("--moe-router-topk", type=int, help="with --upcycle, by default 2")
-    add("--upcycle-noise", type=float, help="relative standard deviation added to each expert")
-    add("--upcycle-fresh", type=float, help="share of each expert's hidden units drawn anew")
+    add("--upcycle-noise", type=float, help="relative standard deviation of noise on each expert")
+    add("--upcycle-fresh", type=float, help="share of each expert's hidden units to redraw")
     add("--seed", type=int, help="with --upcycle, by default 1234")
     return parser.parse_args(argv)
 
 
 def upcycling(options: argparse.Namespace) -> Upcycling | None:
-    """What `--upcycle` asks for.
+    """The settings of `--upcycle`, if given.
 
     Raises:
-        UsageError: a flag of it is missing, or there without it.
+        UsageError: a required flag is missing, or a flag is given without `--upcycle`.
     """
     names = {
         "num_experts": "num_experts",
@@ -96,25 +113,25 @@ def upcycling(options: argparse.Namespace) -> Upcycling | None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Do what the command line asks for.
+    """Run the conversion.
 
     Raises:
-        UsageError: a flag or a checkpoint is wrong.
+        UsageError: a flag or a checkpoint is invalid.
     """
     if not options.max_shard_size > 0:
-        raise UsageError("--max-shard-size", options.max_shard_size, "a positive number of GiB")
+        raise UsageError("--max-shard-size", options.max_shard_size, "> 0 GiB")
     config = configuration(options)
     models = [read(options.source, path, options.ckpt_step, config) for path in options.load]
     model = with_tokenizer(average(models), options.tokenizer_model)
     how = upcycling(options)
     model = cast(model if how is None else upcycle(model, how), options.dtype)
-    target = Target(
+    target = ConversionTarget(
         format=options.target,
         path=options.save,
         layout=options.expert_layout,
         max_shard=int(options.max_shard_size * 2**30),
     )
-    tensors = planned(model, target)
+    tensors = planned_tensors(model, target)
     if options.dry_run:
         print_plan(tensors, model.bytes)
         return
@@ -128,33 +145,32 @@ def run(options: argparse.Namespace) -> None:
 
 
 def configuration(options: argparse.Namespace) -> RunConfig | None:
-    """Of `--preset` or `--config`, if one is given.
+    """The configuration of `--preset` or `--config`, if given.
 
     Raises:
-        UsageError: both are, or the format says what the model is by itself.
+        UsageError: both are given, or the source format contains the configuration.
     """
     if options.preset is None and options.config is None:
         return None
     flag, value = ("--preset", options.preset) if options.preset else ("--config", options.config)
     if options.source != "t5x":
-        raise UsageError(flag, str(value), f"absent: checkpoints of {options.source} hold theirs")
+        expected = f"absent with --from {options.source}, whose checkpoints contain it"
+        raise UsageError(flag, str(value), expected)
     if options.preset and options.config:
-        raise UsageError("--config", str(options.config), "absent beside --preset")
+        raise UsageError("--config", str(options.config), "absent with --preset")
     return PRESETS[options.preset] if options.preset else RunConfig.load(options.config)
 
 
-def with_tokenizer(model: Model, path: Path | None) -> Model:
-    """The model with another tokenizer file.
+def with_tokenizer(model: LogicalModel, path: Path | None) -> LogicalModel:
+    """The model with another tokenizer file, if given.
 
     Raises:
-        UsageError: there is no such file.
+        UsageError: the file does not exist.
     """
     if path is None:
         return model
     if not path.is_file():
-        raise UsageError("--tokenizer-model", str(path), "a file")
-    from dataclasses import replace
-
+        raise UsageError("--tokenizer-model", str(path), "an existing file")
     data = replace(model.config.data, tokenizer_model=str(path))
     config = replace(model.config, data=data)
     return replace(model, config=config, tokenizer_files=(path,))
@@ -168,41 +184,39 @@ def print_plan(tensors: Mapping[str, LazyTensor], size: int) -> None:
     print(f"{len(tensors)} tensors, {size} bytes; nothing was written")
 
 
-def require_memory(model: Model) -> None:
-    """For `--verify-logits`, before anything is written.
+def require_memory(model: LogicalModel) -> None:
+    """Check, before anything is written, that `--verify-logits` has enough memory.
 
     Raises:
-        UsageError: the model does not fit.
+        UsageError: the model does not fit in the available memory.
     """
     needed, free = memory_needed(model), free_memory()
     if needed > free:
-        found, expected = (
-            f"for a model of {needed} bytes",
-            f"at most the {free} bytes that are free",
-        )
-        raise UsageError("--verify-logits", found, expected, "--verify compares all but logits")
+        what = "memory needed for --verify-logits"
+        fix = "--verify compares everything but the logits"
+        raise UsageError(what, needed, f"<= {free} bytes, the available memory", fix)
 
 
-def verify(model: Model, target: Target) -> None:
-    """Read the result back and compare it with what it was made from; logits too, if it fits.
+def verify(model: LogicalModel, target: ConversionTarget) -> None:
+    """Read the result back and compare it with the source; logits too, if memory suffices.
 
     Raises:
-        UsageError: it differs.
+        UsageError: they differ.
     """
     step = model.step if target.format == "native" else None
     config = model.config if target.format == "t5x" else None
     written = read(target.format, target.path, step, config)
     with tqdm(total=model.bytes, unit="B", unit_scale=True, desc="verifying") as bar:
-        count = compare(model, written, bar.update)
-    print(f"verified: {count} tensors have the same shape, type and SHA-256")
+        count = check_same_tensors(model, written, bar.update)
+    print(f"verified: {count} tensors have the same shape, dtype and SHA-256")
     needed, free = memory_needed(model), free_memory()
     if needed > free:
-        gib = f"{needed / 2**30:.1f} GiB, {max(0, free) / 2**30:.1f} are free"
-        print(f"logits are not compared: the model takes {gib}")
+        gib = f"{needed / 2**30:.1f} GiB, {max(0, free) / 2**30:.1f} GiB are available"
+        print(f"logits are not compared: the model needs {gib}")
         return
     difference = logits_difference(model, written)
     if difference != 0.0:
-        raise UsageError("logits of the result", f"off by {difference}", "those of the source")
+        raise UsageError("difference of the logits", difference, "0")
     print(f"verified: logits of {len(PROMPT)} tokens are the same")
 
 

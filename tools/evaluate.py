@@ -1,13 +1,13 @@
 r"""Evaluate a checkpoint, native or Hugging Face: perplexity on indexed data, tasks of lm-eval.
 
-Perplexity is of every token of the data, in file order, once; with `--held-out` of the samples that
-the run's own evaluations measure (those of the checkpoint's stage, if it has stages). Tasks need
-the extra [eval].
+--data-path measures perplexity on every token of the data once. --held-out measures it on the
+samples that the run's own evaluations use, of the checkpoint's phase if the run has phases. --tasks
+needs the extra [eval].
 
     python tools/evaluate.py --load checkpoints --data-path data/wiki data/code
     python tools/evaluate.py --load openmoe-8b --data-path 0.3 data/wiki 0.7 data/code --json
     python tools/evaluate.py --load checkpoints --held-out valid
-    python tools/evaluate.py --load checkpoints --held-out valid --ckpt-step 390000 --stage causal
+    python tools/evaluate.py --load checkpoints --held-out valid --ckpt-step 390000 --phase causal
     python tools/evaluate.py --load checkpoints --tasks arc_easy,hellaswag --num-fewshot 5
     python tools/evaluate.py --load tuned --tasks gsm8k --num-fewshot 5 --apply-chat-template
 """
@@ -22,18 +22,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_moe.errors import UsageError, exit_on_usage_error
-from megatron_moe.inference.command import model_parser, require_harness, wanted
+from megatron_moe.inference.command import load_options, model_parser, require_harness
 
 if TYPE_CHECKING:
     from megatron_moe.config import RunConfig
-    from megatron_moe.inference.loading import Loaded
+    from megatron_moe.inference.held_out import SelectedPhase
+    from megatron_moe.inference.loading import LoadedModel
     from megatron_moe.inference.perplexity import Perplexity
-    from megatron_moe.inference.phases import OnePhase
 
 OWNERS = {
     "seq_length": "data_path",
     "max_tokens": "data_path",
-    "stage": "held_out",
+    "phase": "held_out",
     "eval_iters": "held_out",
     "global_batch_size": "held_out",
     "include_path": "tasks",
@@ -43,61 +43,62 @@ OWNERS = {
     "apply_chat_template": "tasks",
     "fewshot_as_multiturn": "tasks",
 }
-"""Flags, and what they belong to."""
+"""The flag that each of these flags requires."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    moe = "eval: that of the run's evaluations (dropless; eval with --held-out)"
+    moe = "eval: capacity of the run's evaluations (dropless; with --held-out eval)"
     parser = model_parser("evaluate.py", __doc__, moe)
-    parser.add_argument("--batch-size", type=int, help="rows at a time (8)")
+    parser.add_argument("--batch-size", type=int, help="rows per batch (8)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     add = parser.add_argument_group("perplexity of data").add_argument
     add("--data-path", nargs="+", metavar="WORD", help="prefixes, or weight and prefix pairs")
-    add("--seq-length", type=int, help="tokens of a row (the run's; of weights: the longest)")
-    add("--max-tokens", type=int, help="only so many of each prefix, from its start (all)")
+    add("--seq-length", type=int, help="tokens of a row (the run's; HF weights: the maximum)")
+    add("--max-tokens", type=int, help="tokens of each prefix, from its start (all)")
     add = parser.add_argument_group("perplexity of a run's held-out samples").add_argument
-    add("--held-out", choices=("valid", "test"), help="which")
-    add("--stage", help="another, by name or number (that of the checkpoint's last step)")
+    add("--held-out", choices=("valid", "test"), help="the split")
+    help_phase = "phase of the run, by name or number (that of the checkpoint's last step)"
+    add("--phase", "--stage", dest="phase", help=help_phase)
     add("--eval-iters", type=int, help="global batches (the run's)")
-    add("--global-batch-size", type=int, help="sequences of one (the run's)")
+    add("--global-batch-size", type=int, help="sequences of a global batch (the run's)")
     add = parser.add_argument_group("tasks").add_argument
-    add("--tasks", type=lambda words: words.split(","), help="of lm-eval, separated by commas")
-    add("--include-path", type=Path, help="directory of tasks of your own; then only those")
+    add("--tasks", type=lambda words: words.split(","), help="tasks of lm-eval, comma-separated")
+    add("--include-path", type=Path, help="directory of task definitions; only these are used")
     add("--num-fewshot", type=int, help="examples in a context (the task's)")
     add("--limit", type=int, help="documents of each task (all)")
-    add("--system-instruction", metavar="TEXT", help="stands before everything")
-    more = "ask in conversations, as a model tuned with sft knows them"
+    add("--system-instruction", metavar="TEXT", help="system prompt")
+    more = "use the chat template of models tuned with --objective sft"
     add("--apply-chat-template", action="store_const", const=True, help=more)
-    more = "examples are turns of a conversation (true), or part of its question"
+    more = "few-shot examples are turns (true) or part of the question"
     add("--fewshot-as-multiturn", nargs="?", const="true", choices=("true", "false"), help=more)
     return parser.parse_args(argv)
 
 
 def check(options: argparse.Namespace) -> None:
-    """Refuse flags that cannot work, before anything is loaded.
+    """Check the flags before anything is loaded.
 
     Raises:
-        UsageError: the first such flag.
+        UsageError: the first invalid flag.
     """
     ways = {"data_path": "--data-path", "held_out": "--held-out", "tasks": "--tasks"}
     given = [name for name in ways if getattr(options, name)]
     if len(given) != 1:
         found = " ".join(ways[name] for name in given) or None
-        raise UsageError("what to evaluate", found, f"one of {', '.join(ways.values())}")
+        raise UsageError("what to evaluate", found, f"exactly one of {', '.join(ways.values())}")
     for name, owner in OWNERS.items():
         flag = f"--{name.replace('_', '-')}"
         if getattr(options, name) is not None and owner != given[0]:
             raise UsageError(flag, getattr(options, name), f"absent without {ways[owner]}")
     if options.held_out and options.batch_size is not None:
-        expected = "absent with --held-out: the run's --micro-batch-size holds"
-        raise UsageError("--batch-size", options.batch_size, expected)
+        reason = "the run's --micro-batch-size applies"
+        raise UsageError("--batch-size", options.batch_size, "absent with --held-out", reason)
     for name in ("batch_size", "seq_length", "max_tokens", "eval_iters", "limit"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')}", value, "at least 1")
+            raise UsageError(f"--{name.replace('_', '-')}", value, ">= 1")
     if options.num_fewshot is not None and options.num_fewshot < 0:
-        raise UsageError("--num-fewshot", options.num_fewshot, "at least 0")
+        raise UsageError("--num-fewshot", options.num_fewshot, ">= 0")
     if options.fewshot_as_multiturn and not options.apply_chat_template:
         expected = "absent without --apply-chat-template"
         raise UsageError("--fewshot-as-multiturn", options.fewshot_as_multiturn, expected)
@@ -107,41 +108,45 @@ def run(options: argparse.Namespace) -> None:
     """Load, evaluate, print.
 
     Raises:
-        UsageError: a flag, the checkpoint, the tokenizer or the data is wrong.
+        UsageError: a flag, the checkpoint, the tokenizer or the data is invalid.
     """
     check(options)
     if options.tasks:
-        require_harness()  # before seconds or minutes of loading
-    stage = stage_of_run(options) if options.held_out else None  # likewise
+        require_harness()  # before loading, which takes seconds to minutes
+    phase = phase_of_run(options) if options.held_out else None  # before loading, too
     from megatron_moe.inference.loading import load
 
-    loaded = load(wanted(options, "eval" if options.held_out else "dropless"))
+    loaded = load(load_options(options, "eval" if options.held_out else "dropless"))
     if options.tasks:
         run_tasks(options, loaded)
         return
-    found = held_out(options, loaded, stage) if options.held_out else data(options, loaded)
+    found = held_out(options, loaded, phase) if options.held_out else data(options, loaded)
     if options.json:
-        about = {"checkpoint": loaded.source, "step": loaded.step, "dropless": not loaded.drops}
-        about |= {} if stage is None else {"stage": stage.name}
+        about = {
+            "checkpoint": loaded.source,
+            "step": loaded.step,
+            "dropless": not loaded.drops_tokens,
+        }
+        about |= {} if phase is None else {"stage": phase.name}
         print(json.dumps(about | {"results": [each.to_json() for each in found]}))
     else:
-        print(*([] if stage is None else [stage.line]), table(found), sep="\n")
+        print(*([] if phase is None else [phase.line]), table(found), sep="\n")
 
 
-def data(options: argparse.Namespace, loaded: Loaded) -> list[Perplexity]:
-    """Of indexed data.
+def data(options: argparse.Namespace, loaded: LoadedModel) -> list[Perplexity]:
+    """Perplexity of indexed data.
 
     Raises:
-        UsageError: rows are longer than the model allows, or the data is wrong.
+        UsageError: rows exceed the model's maximal length, or the data is invalid.
     """
     from megatron_moe.inference.loading import format_of
     from megatron_moe.inference.perplexity import evaluate_data
 
     trained = loaded.config.data.seq_length
-    default = loaded.longest if format_of(wanted(options)) == "hf" else trained
-    length = options.seq_length or min(default, loaded.longest)
-    if length > loaded.longest:
-        expected = f"at most --max-position-embeddings ({loaded.longest})"
+    default = loaded.max_length if format_of(load_options(options)) == "hf" else trained
+    length = options.seq_length or min(default, loaded.max_length)
+    if length > loaded.max_length:
+        expected = f"<= --max-position-embeddings ({loaded.max_length})"
         raise UsageError("--seq-length", length, expected)
     return evaluate_data(
         loaded,
@@ -152,42 +157,43 @@ def data(options: argparse.Namespace, loaded: Loaded) -> list[Perplexity]:
     )
 
 
-def stage_of_run(options: argparse.Namespace) -> OnePhase | None:
-    """The stage whose samples they are; `None` for a run without stages.
+def phase_of_run(options: argparse.Namespace) -> SelectedPhase | None:
+    """The phase whose held-out samples are used; `None` for a run without phases.
 
     Raises:
-        UsageError: weights that are no run's, or no such checkpoint or stage.
+        UsageError: Hugging Face weights, or the checkpoint or phase does not exist.
     """
+    from megatron_moe.inference.held_out import select_phase
     from megatron_moe.inference.loading import format_of
-    from megatron_moe.inference.phases import phase_of
 
-    if format_of(wanted(options)) == "hf":
-        raise UsageError("--held-out", options.held_out, "a native checkpoint: it names its data")
-    return phase_of(options.load, options.ckpt_step, options.stage)
+    if format_of(load_options(options)) == "hf":
+        reason = "they do not record the run's data"
+        raise UsageError("--held-out", options.held_out, "absent for Hugging Face weights", reason)
+    return select_phase(options.load, options.ckpt_step, options.phase)
 
 
 def held_out(
-    options: argparse.Namespace, loaded: Loaded, stage: OnePhase | None
+    options: argparse.Namespace, loaded: LoadedModel, phase: SelectedPhase | None
 ) -> list[Perplexity]:
-    """Of the run's samples, or of those of a stage.
+    """Perplexity of the held-out samples of the run, or of a phase.
 
     Raises:
-        UsageError: its data is wrong.
+        UsageError: the data is invalid.
     """
-    from megatron_moe.inference.perplexity import evaluate_held_out
+    from megatron_moe.inference.held_out import evaluate_held_out
 
-    config = loaded.config if stage is None else stage.read_by(loaded.config)
+    config = loaded.config if phase is None else phase.with_tokenizer_of(loaded.config)
     return evaluate_held_out(loaded, with_flags(config, options), options.held_out)
 
 
 def with_flags(config: RunConfig, options: argparse.Namespace) -> RunConfig:
-    """The run, with what the command line says otherwise."""
+    """The configuration of the run with the values of the command line."""
     names = ("eval_iters", "global_batch_size")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     return replace(config, train=replace(config.train, **given))
 
 
-def run_tasks(options: argparse.Namespace, loaded: Loaded) -> None:
+def run_tasks(options: argparse.Namespace, loaded: LoadedModel) -> None:
     """Run tasks of lm-eval and print their results."""
     from megatron_moe.inference.harness import evaluate_tasks, results_table
 
@@ -206,7 +212,7 @@ def run_tasks(options: argparse.Namespace, loaded: Loaded) -> None:
 
 
 def table(found: Sequence[Perplexity]) -> str:
-    """A line for each domain."""
+    """A table with a line per domain."""
     rows = [("domain", "tokens", "loss", "perplexity", "bits/byte", "weight")]
     for each in found:
         optional = [

@@ -1,15 +1,15 @@
-r"""Look into a checkpoint. Exit code 0: fine; 1: damaged or different; 2: a wrong flag.
+r"""Inspect a checkpoint. Exit code 0: success; 1: damaged or different; 2: usage error.
 
-# step, sizes, files; --json for programs
+# step, sizes and files; --json prints JSON
 python tools/inspect_checkpoint.py checkpoints
-# every tensor, or those that match: shape, type, mean, standard deviation, largest value
+# all tensors, or those that match: shape, dtype, mean, standard deviation, largest value
 python tools/inspect_checkpoint.py checkpoints --tensors '*.router.weight'
-# every checksum, and every block where the index says it is
+# verify every checksum and the place of every block
 python tools/inspect_checkpoint.py checkpoints --ckpt-step 2000 --verify
-# settings and tensors in which two differ
+# settings and tensors in which two checkpoints differ
 python tools/inspect_checkpoint.py checkpoints --compare other --compare-step 1000
 # a Mixtral, DeepSeekMoE, OLMoE or Qwen-MoE directory: family, experts, routing rule, sizes;
-# --tensors and --compare take such directories too
+# also with --tensors and --compare
 python tools/inspect_checkpoint.py mixtral-8x7b
 """
 
@@ -22,9 +22,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.analysis.foreign import open_foreign
+from megatron_moe.analysis.foreign import foreign_differences, foreign_overview, open_foreign
 from megatron_moe.analysis.foreign_config import is_foreign
-from megatron_moe.analysis.foreign_overview import foreign_differences, foreign_overview
 from megatron_moe.checkpoint.reading import verify
 from megatron_moe.convert.inspection import (
     TensorFacts,
@@ -40,30 +39,30 @@ FAULT_EXIT_CODE = 1
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    made = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="inspect_checkpoint.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = made.add_argument
-    add("load", type=Path, help="directory of a run's checkpoints, or of another program's model")
-    add("--ckpt-step", type=int, help="by default the one that the tracker names")
-    add("--tensors", nargs="?", const="*", metavar="PATTERN", help="facts of matching tensors")
-    add("--verify", action="store_true", help="read all of it and compare every checksum")
-    add("--compare", type=Path, metavar="DIR", help="another run's checkpoints")
-    add("--compare-step", type=int, help="the step of --compare")
-    add("--json", action="store_true", help="one JSON object a line in place of text")
-    return made.parse_args(argv)
+    add = parser.add_argument
+    add("load", type=Path, help="checkpoints of a run, or a Hugging Face MoE model")
+    add("--ckpt-step", type=int, help="step to inspect, by default the tracker's")
+    add("--tensors", nargs="?", const="*", metavar="PATTERN", help="statistics of matching tensors")
+    add("--verify", action="store_true", help="read all files and compare every checksum")
+    add("--compare", type=Path, metavar="DIR", help="directory to compare with")
+    add("--compare-step", type=int, help="step of --compare")
+    add("--json", action="store_true", help="print JSON objects, one per line")
+    return parser.parse_args(argv)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do what the command line asks for; returns the exit code.
+    """Run the inspection; returns the exit code.
 
     Raises:
-        UsageError: there is no such checkpoint.
+        UsageError: the checkpoint does not exist.
     """
     if options.compare_step is not None and options.compare is None:
-        raise UsageError("--compare-step", options.compare_step, "--compare beside it")
+        raise UsageError("--compare-step", options.compare_step, "absent without --compare")
     if is_foreign(options.load):
         return run_foreign(options)
     if options.verify:
@@ -82,15 +81,16 @@ def run(options: argparse.Namespace) -> int:
 
 
 def run_foreign(options: argparse.Namespace) -> int:
-    """The same for another program's model, which has no steps and no checksums.
+    """Inspect another program's model, which has neither steps nor checksums.
 
     Raises:
-        UsageError: the family is unknown, the files are damaged, or a flag means nothing here.
+        UsageError: the family is unknown, the files are damaged, or a flag does not apply.
     """
     flags = {"--ckpt-step": options.ckpt_step, "--compare-step": options.compare_step}
     for flag, value in {**flags, "--verify": options.verify or None}.items():
         if value is not None:
-            raise UsageError(flag, value, f"absent: {options.load} has neither steps nor checksums")
+            reason = "a Hugging Face model has neither steps nor checksums"
+            raise UsageError(flag, value, f"absent for {options.load}", reason)
     model = open_foreign(options.load)
     if options.compare is not None:
         found = foreign_differences(model, open_foreign(options.compare))
@@ -103,7 +103,7 @@ def run_foreign(options: argparse.Namespace) -> int:
 
 
 def print_foreign(found: dict[str, Any], as_json: bool) -> None:
-    """Family, rule, sizes, and a line per layer with experts."""
+    """Print family, routing rule, sizes, and a line per MoE layer."""
     if as_json:
         print(json.dumps(found))
         return
@@ -117,7 +117,7 @@ def print_foreign(found: dict[str, Any], as_json: bool) -> None:
 
 
 def report(differences: Iterable[str], as_json: bool) -> int:
-    """Print the differences, each a name and what differs; returns the exit code."""
+    """Print the differences, one per line; returns the exit code."""
     lines = list(differences)
     if as_json:
         pairs = (line.split(": ", 1) for line in lines)
@@ -128,7 +128,7 @@ def report(differences: Iterable[str], as_json: bool) -> int:
 
 
 def print_tensors(options: argparse.Namespace, facts: Iterable[TensorFacts]) -> None:
-    """A line per tensor.
+    """Print a line per tensor.
 
     Raises:
         UsageError: no tensor matches.
@@ -143,11 +143,13 @@ def print_tensors(options: argparse.Namespace, facts: Iterable[TensorFacts]) -> 
             numbers = f"mean {fact.mean:+.3e}  std {fact.std:.3e}  max {fact.largest:.3e}"
             print(f"{fact.name:<40} {shape:>20} {fact.dtype:>8}  {numbers}{odd}")
     if not found:
-        raise UsageError("--tensors", options.tensors, "a pattern that matches a tensor's name")
+        raise UsageError(
+            "--tensors", options.tensors, "a pattern that matches the name of a tensor"
+        )
 
 
 def print_overview(options: argparse.Namespace) -> None:
-    """Step, sizes and files."""
+    """Print step, sizes and files."""
     found = overview(options.load, options.ckpt_step)
     if options.json:
         print(json.dumps(found))

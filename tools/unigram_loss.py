@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_moe.config.cli import parse_or_exit
+from megatron_moe.config.validate import validate
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
 
@@ -32,17 +33,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen, others = own.parse_known_args(argv)
     command = parse_or_exit(others, prog="unigram_loss.py", examples=__doc__ or "")
     # Importing Megatron-Core warns that Apex is missing, which does not matter for counting.
-    from megatron_moe.platform.patches.noise import KnownWarnings
+    from megatron_moe.platform.patches.megatron_core import KnownWarnings
 
     KnownWarnings().apply()
     from megatron_moe.training.unigram import unigram_loss
 
     try:
+        validate(command.config)
         found = unigram_loss(command.config, chosen.phase)
     except UsageError as error:
         print(f"unigram_loss.py: error: {error}", file=sys.stderr)
         return USAGE_EXIT_CODE
-    of_phase = f" of phase {found.stage}" if found.stage else ""
+    of_phase = f" of phase {found.phase}" if found.phase else ""
     print(
         f"unigram held-out loss {found.loss:.6f} nats per token{of_phase} "
         f"({found.targets} targets, {found.training_tokens} training tokens)"

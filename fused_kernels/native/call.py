@@ -1,4 +1,7 @@
-"""Calls of the compiled operations, with everything that they are handed looked at before."""
+"""Calls of the compiled operations, with every argument checked first.
+
+C++ receives bare addresses: a wrong shape, dtype or stride would read or write other memory.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,16 @@ _INDEX_OUT_OF_RANGE = 1
 
 
 def computed(dtype: torch.dtype) -> torch.dtype:
-    """What elements are computed with: fp32, or fp64 where they are that."""
+    """Dtype of the computation: fp32, or fp64 for fp64 elements."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def runs_on(*tensors: Tensor) -> bool:
-    """Whether the tensors have memory to work on: a fake one has a shape alone, and the reference
-    implementation gives it that of the result.
+    """Whether the tensors have memory. Fake ones have only a shape; for them the reference
+    implementation computes the shape of the result.
 
     Raises:
-        TypeError: a tensor of another class, which may mean anything.
+        TypeError: a tensor of another class, whose memory may mean anything.
     """
     others = [x for x in tensors if type(x) not in (Tensor, torch.nn.Parameter)]
     if not others:
@@ -44,18 +47,18 @@ def runs_on(*tensors: Tensor) -> bool:
 def operation(
     name: str, dtype: torch.dtype | None, operands: Sequence[Operand], *numbers: int
 ) -> Callable[[], None]:
-    """A call to be made later, as often as wanted.
+    """A function that makes one call, as often as it is called.
 
     Args:
         name: of the C++ function.
-        dtype: of its elements, which the name of the function ends in; `None` where it has none.
-        operands: contiguous tensors of the CPU, whose memory is handed over.
-        numbers: what follows them.
+        dtype: of its elements, the suffix of the name; `None` for a name without suffix.
+        operands: contiguous CPU tensors, passed by address.
+        numbers: the integer arguments after them.
 
     Raises:
-        TypeError: elements of that dtype are not computed with.
-        ValueError: a tensor that is elsewhere, not contiguous, or of another shape or dtype.
-        IndexError: by the call, an index that lies outside of what it points into.
+        TypeError: there is no function for that dtype.
+        ValueError: a tensor on another device, not contiguous, or of another shape or dtype.
+        IndexError: by the call, an index out of range.
     """
     if dtype is not None:
         if dtype not in SUFFIXES:

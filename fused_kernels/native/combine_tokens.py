@@ -1,7 +1,8 @@
 """Buffer rows back to tokens: the sum over a token's choices, weighted by router probabilities.
 
-As `fused_kernels.reference.combine_tokens`. Elements of bfloat16 are computed with in fp32, weights
+As `fused_kernels.reference.combine_tokens`. Elements of bfloat16 are computed in fp32, weights
 included, and rounded once.
+
 Shapes: T tokens, H hidden, K choices of a token, R buffer rows.
 """
 
@@ -57,7 +58,7 @@ def backward(
 
 
 def _choices(out_RH: Tensor, weights_TK: Tensor, rows_TK: Tensor, kept_TK: Tensor) -> list[Operand]:
-    """Weights as they are computed with, rows, kept."""
+    """Weights in the dtype of the computation, rows, kept."""
     shape, dtype = rows_TK.shape, computed(out_RH.dtype)
     return [
         (weights_TK.to(dtype).contiguous(), shape, dtype),

@@ -1,6 +1,8 @@
 """Tokens to buffer rows: a gather, and in the backward pass a sum of K gathered rows.
 
-As `fused_kernels.reference.dispatch_tokens`. Sums of bfloat16 are made in fp32 and rounded once.
+As `fused_kernels.reference.dispatch_tokens`. Sums of bfloat16 are computed in fp32 and
+rounded once.
+
 Shapes: T tokens, H hidden, K choices of a token, R buffer rows.
 """
 

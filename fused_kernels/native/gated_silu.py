@@ -1,7 +1,8 @@
 """The gate of a feed-forward layer: silu(gate) * up, or linear * silu(gate) * up, in one pass.
 
-As `fused_kernels.reference.gated_silu`, which says what the blocks are. Elements of bfloat16 are
-computed with in fp32 and rounded once.
+As `fused_kernels.reference.gated_silu`, which describes the blocks. Elements of bfloat16 are
+computed in fp32 and rounded once.
+
 Shapes: R rows, M = blocks * F, F.
 """
 
@@ -27,7 +28,7 @@ def forward(z_RM: Tensor, blocks: int) -> Tensor:
 
 
 def forward_step(z_RM: Tensor, blocks: int, h_RF: Tensor) -> Callable[[], None]:
-    """`forward` into ``h_RF``, to be done later."""
+    """`forward` into ``h_RF`` when the result is called."""
     if not runs_on(z_RM, h_RF):
         return reference.forward_step(z_RM, blocks, h_RF)
     narrow, wide = _operands(h_RF, blocks, [h_RF], [z_RM])
@@ -44,7 +45,7 @@ def backward(grad_RF: Tensor, z_RM: Tensor, blocks: int) -> tuple[Tensor, Tensor
 def backward_step(
     grad_RF: Tensor, z_RM: Tensor, blocks: int, grad_RM: Tensor, h_RF: Tensor
 ) -> Callable[[], None]:
-    """`backward` into ``grad_RM`` and ``h_RF``, to be done later."""
+    """`backward` into ``grad_RM`` and ``h_RF`` when the result is called."""
     if not runs_on(grad_RF, z_RM, grad_RM, h_RF):
         return reference.backward_step(grad_RF, z_RM, blocks, grad_RM, h_RF)
     (grad, h), (z, dz) = _operands(h_RF, blocks, [grad_RF, h_RF], [z_RM, grad_RM])
@@ -54,7 +55,7 @@ def backward_step(
 def _operands(
     h_RF: Tensor, blocks: int, narrow: list[Tensor], wide: list[Tensor]
 ) -> tuple[list[Operand], list[Operand]]:
-    """Those of F columns and those of M, with what they must be."""
+    """Operands of F columns and operands of M, with the shapes and dtypes they must have."""
     if blocks not in (2, 3):
         raise ValueError(f"the gate has {blocks} blocks, expected 2 or 3")
     *rows, width = h_RF.shape

@@ -1,10 +1,10 @@
-"""The compiled operations: where they are kept and how they are made; `call` calls them.
+"""The compiled operations: where the library is cached and how it is compiled; `call` calls it.
 
-The first process of a machine that needs them runs its C++ compiler, `$CXX` or the first of
-`COMPILERS`, for about two seconds, while others wait. The library is kept in
-`$MEGATRON_MOE_KERNEL_CACHE`, `$XDG_CACHE_HOME/megatron_moe` or `~/.cache/megatron_moe`, under a
-name made of the sources, the command, the compiler's version and the processor, so that no node
-loads what another one's processor can do, and of its own bytes, so that none loads half of it.
+The first process of a machine that needs it runs the C++ compiler, `$CXX` or the first of
+`COMPILERS`, for about two seconds, while others wait. The library is cached in
+`$MEGATRON_MOE_KERNEL_CACHE`, `$XDG_CACHE_HOME/megatron_moe` or `~/.cache/megatron_moe`. Its name is
+a hash of the sources, the command, the compiler's version and the processor, so that no node loads
+instructions of another node's processor, and of its own bytes, so that none loads a partial file.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ WIDE_FLAGS = {"x86_64": ("-mprefer-vector-width=512",)}
 COMPILER_SECONDS = 300
 """A compiler that takes longer hangs."""
 CAUSES = ("no space", "fatal", "error")
-"""What a line of a compiler's that says why it failed has in it, the best first."""
+"""Words of the line of a compiler's output that gives the cause, the most specific first."""
 
 
 class NativeUnavailable(RuntimeError):
-    """The operations cannot be had here; the message says why, in a few words."""
+    """The operations are unavailable on this machine; the message is the reason in a few words."""
 
 
 def unavailable() -> str | None:
-    """Why the operations cannot be had here; `None` if they can."""
+    """Why the operations are unavailable on this machine; `None` if they are available."""
     found = _library_or_reason()
     return found if isinstance(found, str) else None
 
@@ -56,7 +56,7 @@ def library() -> ctypes.CDLL:
     """The compiled operations.
 
     Raises:
-        NativeUnavailable: they cannot be had here.
+        NativeUnavailable: they are unavailable on this machine.
     """
     found = _library_or_reason()
     if isinstance(found, str):
@@ -66,7 +66,7 @@ def library() -> ctypes.CDLL:
 
 @functools.cache
 def _library_or_reason() -> ctypes.CDLL | str:
-    """Tried once per process, also when it fails: a compiler takes its time."""
+    """Tried once per process, also when it fails: a compiler takes seconds."""
     try:
         return ctypes.CDLL(str(_compiled()))
     except (NativeUnavailable, OSError, subprocess.TimeoutExpired) as error:
@@ -74,7 +74,7 @@ def _library_or_reason() -> ctypes.CDLL | str:
 
 
 def _compiled() -> Path:
-    """The library's file, made if it is not there."""
+    """The library's file, compiled if it does not exist."""
     command = [*compiler(), *FLAGS, *WIDE_FLAGS.get(platform.machine(), ())]
     directory, key = _cache_directory(), _key(command)
     found = _complete(directory, key)
@@ -85,7 +85,7 @@ def _compiled() -> Path:
 
 
 def _complete(directory: Path, key: str) -> Path | None:
-    """A library that is there; loading one that lost its end would end the process."""
+    """An existing library whose bytes match its name; loading a truncated one ends the process."""
     for found in sorted(directory.glob(f"native-{key}-*.so")):
         if found == _name(directory, key, found.read_bytes()):
             return found
@@ -93,25 +93,25 @@ def _complete(directory: Path, key: str) -> Path | None:
 
 
 def _name(directory: Path, key: str, content: bytes) -> Path:
-    """Of a complete library with these bytes."""
+    """The file name of a complete library with these bytes."""
     return directory / f"native-{key}-{hashlib.sha256(content).hexdigest()[:16]}.so"
 
 
 @contextlib.contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """Wait for whoever compiles it: a file that others have loaded is not to be replaced."""
+    """Hold the lock of a library: a file that other processes have loaded must not be replaced."""
     with lock.open("w") as file:
-        # A file system without locks lets all compile.
+        # On a file system without locks, all processes compile.
         with contextlib.suppress(OSError):
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def compiler() -> list[str]:
-    """`$CXX`, which may be several words, as in `ccache g++`; or the first that there is.
+    """`$CXX`, which may be several words, as in `ccache g++`; or the first of `COMPILERS` found.
 
     Raises:
-        NativeUnavailable: there is none, or this is not Linux.
+        NativeUnavailable: none is found, or this is not Linux.
     """
     if sys.platform != "linux":
         raise NativeUnavailable(f"only on Linux, this is {sys.platform}")
@@ -129,7 +129,7 @@ def compiler() -> list[str]:
 
 
 def _key(command: list[str]) -> str:
-    """Of all that the library depends on."""
+    """A hash of everything that the library depends on."""
     version = _run([*command, "--version"]).stdout
     parts = ["\0".join([*command, version, *platform.libc_ver()]).encode(), _processor()]
     parts += [path.name.encode() + path.read_bytes() for path in sorted(SOURCES.iterdir())]
@@ -137,7 +137,7 @@ def _key(command: list[str]) -> str:
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """In English, whatever the user's language is."""
+    """Run a command in the C locale: `_cause` looks for English words."""
     environment = {**os.environ, "LC_ALL": "C"}
     return subprocess.run(
         command,
@@ -151,7 +151,7 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def _processor() -> bytes:
-    """What `-march=native` means here: the machine, and what Linux says that it can do."""
+    """What `-march=native` depends on: the machine and the processor's features."""
     able = [
         line
         for line in Path("/proc/cpuinfo").read_bytes().splitlines()
@@ -161,7 +161,7 @@ def _processor() -> bytes:
 
 
 def _cache_directory() -> Path:
-    """A directory that this user or root alone writes to: who can, can run code here."""
+    """A directory that only this user or root can write to: its files are loaded as code."""
     try:
         directory = _cache_place()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ def _cache_directory() -> Path:
 
 
 def _cache_place() -> Path:
-    """Absolute, for what is loaded by a name without a slash is looked for elsewhere."""
+    """Absolute: the loader searches its own path for a name without a slash."""
     asked = os.environ.get("MEGATRON_MOE_KERNEL_CACHE")
     if asked:
         return Path(asked).expanduser().absolute()
@@ -185,7 +185,7 @@ def _cache_place() -> Path:
 
 
 def _compile(command: list[str], directory: Path, key: str) -> Path:
-    """Compile all sources into a library, which appears when it is complete."""
+    """Compile all sources into a library, renamed into place when it is complete."""
     sources = [str(path) for path in sorted(SOURCES.glob("*.cpp"))]
     try:
         with tempfile.TemporaryDirectory(prefix="compile-", dir=directory) as scratch:
@@ -199,9 +199,9 @@ def _compile(command: list[str], directory: Path, key: str) -> Path:
         raise NativeUnavailable(f"{directory} cannot be written: {error}") from None
 
 
-def _cause(said: str) -> str:
-    """The line that says why a compiler failed, as far as one can tell."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+def _cause(output: str) -> str:
+    """The line of a compiler's output that most likely gives the cause."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     for cause in CAUSES:
         for line in lines:
             if cause in line.lower():

@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_kernels.reference._blocks import row_blocks
+from fused_kernels.row_blocks import row_blocks
 
 OVERWRITES_GRADIENT = True
-"""`backward` works in its first argument."""
+"""`backward` uses the memory of its first argument for intermediate results."""
 
 
 def forward(z_RM: Tensor, blocks: int) -> Tensor:
@@ -35,7 +35,7 @@ def forward(z_RM: Tensor, blocks: int) -> Tensor:
 
 
 def forward_step(z_RM: Tensor, blocks: int, h_RF: Tensor) -> Callable[[], None]:
-    """`forward` into ``h_RF``, to be done later: its views are made now."""
+    """`forward` into ``h_RF`` when the result is called; its views are made at once."""
     parts = [(z.chunk(blocks, dim=-1), h) for z, h in row_blocks(h_RF.shape[-1], z_RM, h_RF)]
 
     def step() -> None:
@@ -66,8 +66,8 @@ def backward(grad_RF: Tensor, z_RM: Tensor, blocks: int) -> tuple[Tensor, Tensor
 def backward_step(
     grad_RF: Tensor, z_RM: Tensor, blocks: int, grad_RM: Tensor, h_RF: Tensor
 ) -> Callable[[], None]:
-    """`backward` into ``grad_RM`` and ``h_RF``, to be done later: its views are made now.
-    ``grad_RF`` is overwritten then.
+    """`backward` into ``grad_RM`` and ``h_RF`` when the result is called, which overwrites
+    ``grad_RF``; its views are made at once.
     """
     parts = [
         (grad, z.chunk(blocks, dim=-1), dz.chunk(blocks, dim=-1), h)

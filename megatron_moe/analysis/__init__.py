@@ -1,5 +1,5 @@
-"""What is known of a mixture's routing and weights: other programs' models, read only.
+"""Routing and weights of MoE models of other programs, read only.
 
-`open_foreign` gives their routers and experts one tensor at a time, `load_foreign` what they choose
+`open_foreign` gives routers and experts one tensor at a time, `load_foreign` the routing decisions
 for given tokens. See docs/conversion.md.
 """

@@ -1,7 +1,8 @@
-"""Mixtures of experts that `transformers` has classes for: their names, sizes and routing rules.
+"""MoE families of other programs: their tensor names, sizes and routing rules.
 
-One entry of `FAMILIES` each, by the `model_type` of `config.json`. Names are those of the published
-files, below `model.layers.i.`; rules are what the classes compute.
+One entry of `FAMILIES` per family, by the `model_type` of `config.json`. Names are those of the
+published files, below `model.layers.i.`; rules are what the classes of `transformers` compute. The
+first DeepSeekMoE has no class there and is assembled from two others (`_deepseek_model_class`).
 Sources: the classes themselves; Mixtral (arXiv 2401.04088), DeepSeekMoE (2401.06066), DeepSeek-V2
 (2405.04434), DeepSeek-V3 (2412.19437), OLMoE (2409.02060), Qwen2 (2407.10671), Qwen3 (2505.09388).
 """
@@ -13,23 +14,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_moe.analysis import deepseek_moe
 from megatron_moe.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
-    """How a router chooses and weighs experts.
+class RoutingRule:
+    """How a router selects and weights experts.
 
     Args:
         topk: K.
-        score: of an expert, from its logit; softmax is over all experts.
-        normalised: the chosen experts' scores are divided by their sum.
-        scale: what the weights are multiplied with at the end.
-        groups: neighbouring experts form groups of equal size, and ...
-        kept_groups: ... only the best groups' experts can be chosen, ...
-        group_score: ... by their best expert's score or the sum of their best two.
-        biased: a learned bias is added to the scores for the choice, not for the weights.
+        score: function from logits to scores; softmax is over all experts.
+        normalised: whether the scores of the chosen experts are divided by their sum.
+        scale: final factor of the weights.
+        groups: number of equal groups of consecutive experts.
+        kept_groups: only experts of this many best groups can be chosen.
+        group_score: score of a group: that of its best expert, or the sum of its best two.
+        biased: a learned bias is added to the scores for the selection, not for the weights.
     """
 
     topk: int
@@ -47,25 +47,25 @@ class Family:
     """One architecture.
 
     Args:
-        label: for people.
-        classes: what the names of its classes in `transformers` begin with; empty for DeepSeekMoE,
-            which is put together (`megatron_moe.analysis.deepseek_moe`).
-        experts: the setting that counts experts.
-        width: the setting that is the width of an expert.
-        rule: from a configuration.
-        moe_layers: indices, from a configuration.
-        block: the layer's module that holds router and experts.
-        matrices: gate, up and down of an expert.
-        shared: module of the shared experts, which are kept as one wide one; empty: none.
-        shared_width: its width.
-        shared_gate: whether the shared expert's output is weighed by a sigmoid gate of its own.
+        label: display name.
+        classes: prefix of its class names in `transformers`; empty for DeepSeekMoE, which is
+            assembled from other classes.
+        experts: config field with the number of experts.
+        width: config field with the width of an expert.
+        rule: the routing rule of a configuration.
+        moe_layers: indices of the MoE layers of a configuration.
+        block: module of a layer that contains router and experts.
+        matrices: names of the gate, up and down matrices of an expert.
+        shared: module of the shared experts, stored as a single wide one; empty for none.
+        shared_width: width of the shared expert.
+        shared_gate: whether a sigmoid gate weights the output of the shared expert.
     """
 
     label: str
     classes: str
     experts: str = "num_experts"
     width: str = "moe_intermediate_size"
-    rule: Callable[[Any], Rule]
+    rule: Callable[[Any], RoutingRule]
     moe_layers: Callable[[Any], list[int]]
     block: str = "mlp"
     matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
@@ -78,14 +78,14 @@ class Family:
     ) -> Any:
         """The family's configuration object, from the contents of ``source`` in ``directory``."""
         if not self.classes:
-            return deepseek_moe.configuration(transformers, values, source)
-        chosen = getattr(transformers, f"{self.classes}Config")
-        return chosen.from_pretrained(directory, local_files_only=True)
+            return _deepseek_configuration(transformers, values, source)
+        config_class = getattr(transformers, f"{self.classes}Config")
+        return config_class.from_pretrained(directory, local_files_only=True)
 
     def model_class(self, transformers: Any) -> Any:
         """The family's causal language model."""
         if not self.classes:
-            return deepseek_moe.model_class(transformers)
+            return _deepseek_model_class(transformers)
         return getattr(transformers, f"{self.classes}ForCausalLM")
 
 
@@ -106,23 +106,23 @@ def _deepseek_shared(config: Any) -> int:
     return int(config.moe_intermediate_size * config.n_shared_experts)
 
 
-def _softmax(config: Any) -> Rule:
-    return Rule(topk=config.num_experts_per_tok, normalised=bool(config.norm_topk_prob))
+def _softmax(config: Any) -> RoutingRule:
+    return RoutingRule(topk=config.num_experts_per_tok, normalised=bool(config.norm_topk_prob))
 
 
-def _deepseek_v2(config: Any) -> Rule:
-    """The class never normalises, whatever `norm_topk_prob` says."""
+def _deepseek_v2(config: Any) -> RoutingRule:
+    """`norm_topk_prob` has no effect: the class never normalises."""
     rule = {"topk": config.num_experts_per_tok, "scale": float(config.routed_scaling_factor)}
     if config.topk_method == "greedy":
-        return Rule(**rule)
+        return RoutingRule(**rule)
     if config.topk_method != "group_limited_greedy":
         expected = "'greedy' or 'group_limited_greedy'"
-        raise UsageError("topk_method of a DeepSeek-V2", config.topk_method, expected)
-    return Rule(**rule, groups=config.n_group, kept_groups=config.topk_group)
+        raise UsageError("topk_method of DeepSeek-V2", config.topk_method, expected)
+    return RoutingRule(**rule, groups=config.n_group, kept_groups=config.topk_group)
 
 
-def _deepseek_v3(config: Any) -> Rule:
-    return Rule(
+def _deepseek_v3(config: Any) -> RoutingRule:
+    return RoutingRule(
         topk=config.num_experts_per_tok,
         score="sigmoid",
         normalised=bool(config.norm_topk_prob),
@@ -132,6 +132,59 @@ def _deepseek_v3(config: Any) -> Rule:
         group_score="best two",
         biased=True,
     )
+
+
+_DEEPSEEK_ONLY = {
+    "scoring_func": "softmax",
+    "norm_topk_prob": False,
+    "moe_layer_freq": 1,
+    "rope_scaling": None,
+    "hidden_act": "silu",
+}
+"""Required values of these fields of the first DeepSeekMoE, where present."""
+
+
+def _deepseek_configuration(transformers: Any, values: dict[str, Any], source: str) -> Any:
+    """Configuration of the first DeepSeekMoE (Dai et al., arXiv 2401.06066).
+
+    Its published code, which comes with the weights and is never run here, is Llama's block with
+    the experts that DeepSeek-V2 kept: softmax, top-k, no groups, shared experts. So this is
+    DeepSeek-V2's configuration with Llama's attention heads.
+
+    Args:
+        transformers: the package.
+        values: contents of ``source``.
+        source: the file, for messages.
+
+    Raises:
+        UsageError: a field has another value than this model implies.
+    """
+    for key, only in _DEEPSEEK_ONLY.items():
+        if values.get(key, only) != only:
+            raise UsageError(f"{key} in {source}", values[key], repr(only))
+    # DeepSeek-V2 reads the head width from the size of the rotary part of its heads.
+    width = values["hidden_size"] // values["num_attention_heads"]
+    changes = {"model_type": "deepseek_v2", "qk_rope_head_dim": width, "topk_method": "greedy"}
+    own = {k: v for k, v in values.items() if k not in ("auto_map", "architectures", "head_dim")}
+    return transformers.DeepseekV2Config.from_dict({**own, **changes})
+
+
+def _deepseek_model_class(transformers: Any) -> Any:
+    """Class of the first DeepSeekMoE: Llama's, with DeepSeek-V2's MoE in the later layers."""
+    import importlib
+
+    modeling = importlib.import_module("transformers.models.deepseek_v2.modeling_deepseek_v2")
+
+    class DeepseekForCausalLM(transformers.LlamaForCausalLM):  # type: ignore[misc,name-defined]
+        """Llama with MoE layers after the first dense ones."""
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            for layer in self.model.layers[config.first_k_dense_replace :]:
+                layer.mlp = modeling.DeepseekV2Moe(config)
+            self.post_init()
+
+    return DeepseekForCausalLM
 
 
 _DEEPSEEK = Family(
@@ -150,7 +203,7 @@ FAMILIES: Mapping[str, Family] = {
         classes="Mixtral",
         experts="num_local_experts",
         width="intermediate_size",
-        rule=lambda config: Rule(topk=config.num_experts_per_tok, normalised=True),
+        rule=lambda config: RoutingRule(topk=config.num_experts_per_tok, normalised=True),
         moe_layers=_every,
         block="block_sparse_moe",
         matrices=("w1", "w3", "w2"),

@@ -1,22 +1,25 @@
-"""Routers and experts of other programs' mixtures, one tensor at a time, whatever the family.
+"""Routers and experts of other programs' MoE models, under one set of names for all families.
 
-Nothing is loaded to look at weights: a model larger than the memory is read layer by layer. Files
-are local and only read; code that lies beside them is never run.
+Tensors are read one at a time when needed, so a model may be larger than memory. Files are local
+and only read; code that comes with them is never run.
 
 Shapes: E experts, F width of an expert, H hidden. Matrices are [out, in].
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from megatron_moe.analysis.foreign_config import CONFIG, Settings, read_settings
+from megatron_moe.analysis.foreign_config import CONFIG, ForeignSettings, read_settings
 from megatron_moe.convert.hf_files import open_files
-from megatron_moe.convert.lazy import LazyTensor
+from megatron_moe.convert.inspection import setting_differences, tensor_differences
+from megatron_moe.convert.model import LazyTensor
 from megatron_moe.errors import Corrupt
 
 
@@ -31,15 +34,15 @@ class ExpertWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerWeights:
-    """One layer with experts.
+    """Weights of one MoE layer.
 
     Args:
-        layer: its index in the network, from 0.
+        layer: index in the network, from 0.
         router: [E, H].
-        bias: [E], added to the scores for the choice alone; only with `Rule.biased`.
+        bias: [E], added to the scores for the selection only; with `RoutingRule.biased`.
         experts: E of them.
-        shared: the expert that every token passes; several are kept as one wide one.
-        shared_gate: [1, H]: the logit of the sigmoid that weighs the shared expert's output.
+        shared: the shared expert; files store several as a single wide one.
+        shared_gate: [1, H], gives the logit of the sigmoid gate on the shared expert's output.
     """
 
     layer: int
@@ -52,27 +55,27 @@ class LayerWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignModel:
-    """A checkpoint directory, opened.
+    """An opened checkpoint directory.
 
     Args:
         path: the directory.
-        settings: family, sizes, routing rule.
-        layers: the layers with experts, in order.
-        tensors: everything in the files, by its name there.
+        settings: family, sizes and routing rule.
+        layers: the MoE layers, in order.
+        tensors: all tensors by their name in the files.
     """
 
     path: Path
-    settings: Settings
+    settings: ForeignSettings
     layers: tuple[LayerWeights, ...]
     tensors: Mapping[str, LazyTensor]
 
 
 def open_foreign(path: str | Path) -> ForeignModel:
-    """A checkpoint directory of one of `FAMILIES`: every name and shape checked, nothing read.
+    """Open a checkpoint directory of one of `FAMILIES`; names and shapes are checked.
 
     Raises:
         UsageError: `transformers` is not installed, the family is unknown, a file is missing or
-            damaged, or tensors are not those that the configuration means.
+            damaged, or the tensors are not those of the configuration.
     """
     path = Path(path)
     settings = read_settings(path)
@@ -89,7 +92,7 @@ def open_foreign(path: str | Path) -> ForeignModel:
 @dataclass(frozen=True)
 class _Reader:
     path: Path
-    settings: Settings
+    settings: ForeignSettings
     tensors: dict[str, LazyTensor]
 
     @property
@@ -100,9 +103,9 @@ class _Reader:
         family, experts = self.settings.family, self.settings.num_experts
         width = getattr(self.settings.config, family.width)
         prefix = f"model.layers.{index}."
-        # `transformers` calls the module `mlp` in all families and may save it under that name.
-        old = f"{prefix}{family.block}.gate.weight" in self.tensors
-        block = f"{prefix}{family.block if old else 'mlp'}."
+        # Newer `transformers` name the module `mlp` in all families and save it under that name.
+        published = f"{prefix}{family.block}.gate.weight" in self.tensors
+        block = f"{prefix}{family.block if published else 'mlp'}."
         gate, shared = f"{block}gate.", f"{block}{family.shared}"
         bias = (
             self._get(f"{gate}e_score_correction_bias", experts)
@@ -121,7 +124,7 @@ class _Reader:
         )
 
     def _experts(self, prefix: str, count: int, width: int) -> tuple[ExpertWeights, ...]:
-        """From a matrix each, or from the stacks [E, 2F, H] and [E, H, F] of newer files."""
+        """From a matrix per expert, or from the stacks [E, 2F, H] and [E, H, F] of newer files."""
         hidden = self.hidden
         if f"{prefix}.gate_up_proj" in self.tensors:
             both = self._get(f"{prefix}.gate_up_proj", count, 2 * width, hidden)
@@ -150,11 +153,12 @@ class _Reader:
 
     def _get(self, name: str, *shape: int) -> LazyTensor:
         if name not in self.tensors:
-            raise Corrupt(str(self.path), f"without {name}", "all tensors of the model")
+            expected = "a checkpoint with all tensors of the model"
+            raise Corrupt(str(self.path), f"one without {name}", expected)
         found = self.tensors[name]
         if found.shape != shape:
-            what = f"{name} in {self.path}"
-            raise Corrupt(what, f"shape {list(found.shape)}", f"{list(shape)} by its {CONFIG}")
+            what = f"shape of {name} in {self.path}"
+            raise Corrupt(what, list(found.shape), f"{list(shape)} as in {CONFIG}")
         return found
 
 
@@ -165,3 +169,72 @@ def _part(stack: LazyTensor, expert: int, first: int, rows: int) -> LazyTensor:
         return stack.rows(expert, expert + 1)[0][first + start : first + stop]
 
     return LazyTensor((rows, stack.shape[2]), stack.dtype, read)
+
+
+def foreign_overview(model: ForeignModel) -> dict[str, Any]:
+    """Family, routing rule, sizes and MoE layers, as JSON values. Reads no tensor.
+
+    `parameters` counts the elements of all files; `activated` omits the routed experts that a token
+    does not use.
+    """
+    settings = model.settings
+    config, rule, family = settings.config, settings.rule, settings.family
+    total = sum(prod(tensor.shape) for tensor in model.tensors.values())
+    idle = sum(_size(expert) for layer in model.layers for expert in layer.experts[rule.topk :])
+    return {
+        "path": str(model.path),
+        "family": family.label,
+        "model_type": settings.model_type,
+        "layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "experts": settings.num_experts,
+        "top_k": rule.topk,
+        "expert_width": getattr(config, family.width),
+        "shared_width": family.shared_width(config),
+        "routing": describe_routing(settings),
+        "parameters": total,
+        "activated": total - idle,
+        "bytes": sum(tensor.bytes for tensor in model.tensors.values()),
+        "moe_layers": [_layer_overview(layer) for layer in model.layers],
+    }
+
+
+def describe_routing(settings: ForeignSettings) -> str:
+    """The routing rule in one line."""
+    rule = settings.rule
+    words = [f"{rule.score} over {settings.num_experts}"]
+    if rule.biased:
+        words.append("choice by score plus bias")
+    if rule.groups > 1:
+        words.append(f"best {rule.kept_groups} of {rule.groups} groups by their {rule.group_score}")
+    words.append(f"best {rule.topk}")
+    words.append("weights sum to 1" if rule.normalised else "weights are the scores")
+    if rule.scale != 1.0:
+        words.append(f"times {rule.scale:g}")
+    if settings.family.shared_gate:
+        words.append("shared expert behind a sigmoid gate")
+    return ", ".join(words)
+
+
+def foreign_differences(first: ForeignModel, second: ForeignModel) -> Iterator[str]:
+    """A line for every setting and every tensor in which two models differ."""
+    yield from setting_differences(
+        first.settings.config.to_dict(), second.settings.config.to_dict()
+    )
+    yield from tensor_differences(first.tensors, second.tensors)
+
+
+def _layer_overview(layer: LayerWeights) -> dict[str, Any]:
+    sizes = {_size(expert) for expert in layer.experts}
+    return {
+        "layer": layer.layer,
+        "router": list(layer.router.shape),
+        "dtype": str(layer.router.dtype).removeprefix("torch."),
+        "expert_elements": sizes.pop(),
+        "shared_elements": _size(layer.shared) if layer.shared else 0,
+    }
+
+
+def _size(expert: ExpertWeights) -> int:
+    return sum(prod(matrix.shape) for matrix in (expert.gate, expert.up, expert.down))

@@ -1,4 +1,4 @@
-"""`config.json` of another program's mixture: which family, what its class makes of it, checked."""
+"""`config.json` of another program's MoE model: its family and settings, checked."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.analysis.families import FAMILIES, Family, Rule
-from megatron_moe.checkpoint.files import read_json
-from megatron_moe.convert.hf_fields import MANY, SIZE, whole_number
+from megatron_moe.analysis.families import FAMILIES, Family, RoutingRule
+from megatron_moe.checkpoint.disk import read_json
+from megatron_moe.convert.hf_files import MANY, SIZE, whole_number
 from megatron_moe.errors import Corrupt, UsageError
 
 CONFIG = "config.json"
@@ -28,28 +28,28 @@ _SIZES = ("hidden_size", "moe_intermediate_size", "shared_expert_intermediate_si
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a directory says of its model.
+class ForeignSettings:
+    """Settings of a model, from its directory.
 
     Args:
-        model_type: key of `FAMILIES`.
-        family: the entry.
-        config: the family's own configuration class, filled.
-        rule: how its routers choose.
-        moe_layers: indices of the layers with experts.
+        model_type: key in `FAMILIES`.
+        family: its entry.
+        config: configuration object of the family's class in `transformers`.
+        rule: routing rule.
+        moe_layers: indices of the MoE layers.
         num_experts: E.
     """
 
     model_type: str
     family: Family
     config: Any
-    rule: Rule
+    rule: RoutingRule
     moe_layers: tuple[int, ...]
     num_experts: int
 
 
 def transformers() -> Any:
-    """The package.
+    """Import `transformers`.
 
     Raises:
         UsageError: it is not installed.
@@ -59,22 +59,22 @@ def transformers() -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError:
-        expected = "installed, for the models of other programs"
+        expected = "installed for models of other programs"
         fix = "pip install 'megatron-moe[hf]'"
         raise UsageError("package transformers", "missing", expected, fix) from None
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether this is a directory of one checkpoint, with a `model_type`, rather than of a run."""
+    """Whether a directory holds one Hugging Face model, with a `model_type`, rather than a run."""
     return (path / CONFIG).is_file() and "model_type" in read_json(path / CONFIG)
 
 
-def read_settings(path: Path) -> Settings:
-    """From the file in a directory.
+def read_settings(path: Path) -> ForeignSettings:
+    """Read and check `config.json` of a directory.
 
     Raises:
         UsageError: `transformers` is not installed, the family is unknown, or the file is missing,
-            damaged or says what the family cannot be.
+            damaged or has values that the family does not support.
     """
     values, source = read_json(path / CONFIG), str(path / CONFIG)
     kind = values.get("model_type")
@@ -83,13 +83,14 @@ def read_settings(path: Path) -> Settings:
         fix = "OpenMoE and Llama are read by tools/convert_checkpoint.py --from hf"
         raise UsageError(f"model_type in {source}", kind, f"one of {', '.join(FAMILIES)}", fix)
     if values.get("quantization_config"):
-        expected = "absent: weights in fp32, bf16 or fp16"
-        raise UsageError(f"quantization_config in {source}", "there", expected)
+        expected = "absent"
+        fix = "convert the weights to fp32, bf16 or fp16"
+        raise UsageError(f"quantization_config in {source}", "present", expected, fix)
     _check_numbers(values, source)
     package = transformers()
     try:
         config = family.configuration(package, path, values, source)
-        found = Settings(
+        found = ForeignSettings(
             model_type=str(kind),
             family=family,
             config=config,
@@ -100,14 +101,14 @@ def read_settings(path: Path) -> Settings:
         _check_rule(found, source)
     except UsageError:
         raise
-    except Exception as error:  # whatever the class makes of wrong values
+    except Exception as error:  # the class may raise anything for wrong values
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise Corrupt(source, reason, f"settings of a {family.label}") from None
+        raise Corrupt(source, reason, f"valid for {family.label}") from None
     return found
 
 
 def _check_numbers(values: dict[str, Any], source: str) -> None:
-    """Before any class makes lists of them."""
+    """Bound the numbers before a class allocates lists of them."""
     for keys, most in ((_COUNTS, MANY), (_SIZES, SIZE)):
         for key in keys:
             if values.get(key) is not None:
@@ -117,11 +118,13 @@ def _check_numbers(values: dict[str, Any], source: str) -> None:
         whole_number({"first_k_dense_replace": dense or 1}, "first_k_dense_replace", source)
 
 
-def _check_rule(found: Settings, source: str) -> None:
+def _check_rule(found: ForeignSettings, source: str) -> None:
     rule, experts = found.rule, found.num_experts
     if rule.topk > experts:
-        raise Corrupt(f"num_experts_per_tok in {source}", rule.topk, f"at most {experts} experts")
+        raise Corrupt(
+            f"num_experts_per_tok in {source}", rule.topk, f"<= the number of experts ({experts})"
+        )
     if experts % rule.groups or rule.kept_groups > rule.groups:
         groups = f"{rule.kept_groups} of {rule.groups}"
-        expected = f"some of equal groups of {experts} experts"
+        expected = f"a subset of equal groups of {experts} experts"
         raise Corrupt(f"topk_group and n_group in {source}", groups, expected)

@@ -1,7 +1,7 @@
-"""What other programs' mixtures choose for given tokens, as their own routers say it.
+"""Routing decisions of other programs' MoE models for given tokens, from their own routers.
 
-The family's own class from `transformers` computes; hooks on its routers listen. Names are those of
-`megatron_moe.model.reference.routing.Routing`, so that an analysis reads either.
+The family's class in `transformers` computes, and forward hooks on its routers record. Field names
+are those of `megatron_moe.model.reference.Routing`, so an analysis can use either.
 
 Shapes: B rows, S tokens of a row, T = B S tokens row by row, E experts, K choices, H hidden, V
 vocabulary.
@@ -23,17 +23,17 @@ from megatron_moe.errors import Corrupt, UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRouting:
-    """What the router of one layer decided about T tokens.
+    """Routing decisions of one layer for T tokens.
 
     Args:
         layer: index of the layer in the network, from 0.
-        router_probs_TE: scores of all experts, fp32: softmax or sigmoid, as the family's rule says.
-        ids_TK: the experts that were used, by falling weight; equal ones in the order of experts.
+        router_probs_TE: scores of all experts, fp32: softmax or sigmoid, by the family's rule.
+        ids_TK: chosen experts, by decreasing weight; equal ones in the order of the experts.
         probs_TK: their scores.
-        weights_TK: what their outputs were multiplied with, fp32.
-        kept_TK: all true: these families drop nothing.
+        weights_TK: their combine weights, fp32.
+        kept_TK: all true, as these families drop no tokens.
         counts_E: choices per expert.
-        inputs_TH: what router and experts were given; `None` if it was not asked for.
+        inputs_TH: input of router and experts; `None` if not requested.
     """
 
     layer: int
@@ -48,14 +48,14 @@ class LayerRouting:
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignOutput:
-    """Of one forward pass: a record for every layer with experts, and logits [B, S, V] if asked."""
+    """Result of a forward pass: one record per MoE layer, and logits [B, S, V] if requested."""
 
     routing: list[LayerRouting]
     logits_BSV: Tensor | None
 
 
 class ForeignRunner:
-    """A model in memory, for inference alone."""
+    """A model loaded for inference."""
 
     def __init__(self, model: ForeignModel, module: Any) -> None:
         self.model = model
@@ -68,9 +68,9 @@ class ForeignRunner:
         """One causal forward pass over full rows.
 
         Args:
-            tokens_BS: ids, none of them padding.
-            inputs: keep what the routers were given.
-            logits: compute them.
+            tokens_BS: ids, without padding.
+            inputs: record the inputs of the routers.
+            logits: compute the logits.
 
         Raises:
             UsageError: an id is not in the vocabulary.
@@ -78,28 +78,34 @@ class ForeignRunner:
         size = self.model.settings.config.vocab_size
         outside = tokens_BS[(tokens_BS < 0) | (tokens_BS >= size)]
         if len(outside):
-            raise UsageError("a token id", int(outside[0]), f"from 0 to {size - 1}")
-        heard: list[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]] = []
+            raise UsageError("token id", int(outside[0]), f"from 0 to {size - 1}")
+        recorded: list[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]] = []
         with ExitStack() as hooks:
             for weights in self.model.layers:
                 router = self.module.model.layers[weights.layer].mlp.gate
                 handle = router.register_forward_hook(
-                    lambda _, given, said: heard.append((given[0], said))
+                    lambda _, inputs_, outputs: recorded.append((inputs_[0], outputs))
                 )
                 hooks.callback(handle.remove)
             body = self.module if logits else self.module.model
             found = body(tokens_BS.to(self.module.device), use_cache=False)
         records = [
-            self._record(weights.layer, given, said, inputs)
-            for weights, (given, said) in zip(self.model.layers, heard, strict=True)
+            self._record(weights.layer, given, result, inputs)
+            for weights, (given, result) in zip(self.model.layers, recorded, strict=True)
         ]
         return ForeignOutput(routing=records, logits_BSV=found.logits if logits else None)
 
     def _record(
-        self, layer: int, given: Tensor, said: tuple[Tensor, Tensor, Tensor], inputs: bool
+        self,
+        layer: int,
+        given: Tensor,
+        result: tuple[Tensor, Tensor, Tensor],
+        inputs: bool,
     ) -> LayerRouting:
-        """From a router's input, and its output: logits [T, E], weights and ids [T, K]."""
-        logits_TE, weights_TK, ids_TK = said
+        """From the input of a router and its result: logits [T, E], weights and ids [T, K]."""
+        logits_TE, weights_TK, ids_TK = result
+        # Not every router sorts its choices. After sorting by expert, the stable sort by weight
+        # breaks ties in the order of the experts.
         ids_TK, order_TK = ids_TK.sort(dim=-1)
         weights_TK = weights_TK.float().gather(1, order_TK)
         weights_TK, order_TK = weights_TK.sort(dim=-1, descending=True, stable=True)
@@ -121,32 +127,33 @@ class ForeignRunner:
 def load_foreign(
     model: ForeignModel, *, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> ForeignRunner:
-    """Load a model by its family's own class; from local files, weights alone.
+    """Load a model into its family's class, from local files and with weights only.
 
     Args:
         model: from `open_foreign`.
-        device: torch's name.
-        dtype: by default the one that its settings name.
+        device: PyTorch device.
+        dtype: dtype of the weights; `None` means that of its settings.
 
     Raises:
-        UsageError: the class wants other tensors than the files hold.
+        UsageError: the tensors of the files are not those of the class.
     """
     settings = model.settings
     module, report = settings.family.model_class(transformers()).from_pretrained(
         model.path,
         config=settings.config,
         dtype=dtype or "auto",
-        experts_implementation="eager",  # the grouped product wants widths of its own
+        experts_implementation="eager",  # the grouped GEMM supports only some widths
         local_files_only=True,
         trust_remote_code=False,
         weights_only=True,
-        ignore_mismatched_sizes=True,  # they are refused below, in one line
+        ignore_mismatched_sizes=True,  # reported below, in one line
         output_loading_info=True,
     )
-    # What is missing would be drawn at random, with no more than a warning.
+    # `from_pretrained` initialises missing tensors at random and only warns.
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if report[fault]:
             names = ", ".join(sorted(map(str, report[fault]))[:5])
             found = f"{fault.replace('_', ' ')}: {names}"
-            raise Corrupt(str(model.path), found, f"all tensors of a {settings.family.label}")
+            expected = f"a checkpoint with the tensors of {settings.family.label}"
+            raise Corrupt(str(model.path), found, expected)
     return ForeignRunner(model, module.to(device).eval().requires_grad_(False))

@@ -1,17 +1,17 @@
-"""Does a checkpoint fit the run that loads it? All differences at once, one line each."""
+"""Whether a checkpoint is compatible with the run that loads it: all differences, one line each."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
-from megatron_moe.checkpoint.files import DTYPES
 from megatron_moe.checkpoint.index import LogicalTensor, Name
-from megatron_moe.checkpoint.state import RunIdentity
+from megatron_moe.checkpoint.metadata import RunIdentity
+from megatron_moe.checkpoint.tensor_files import DTYPES
 from megatron_moe.config import RunConfig, moe_layer_pattern
+from megatron_moe.config.run import flag_of
 from megatron_moe.model.logical import expert_width
-from megatron_moe.model.sharding.parts import MODEL, Part
+from megatron_moe.model.sharding.blocks import MODEL, Part
 
 _MODEL_SHAPE = (
     "num_layers",
@@ -28,28 +28,20 @@ _MOE_SHAPE = (
     "moe_shared_expert_placement",
 )
 _MODEL_MATHS = ("rotary_base", "norm_epsilon", "softmax_scale")
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What identifies the model and the data of a checkpoint."""
-
-    config: RunConfig
-    metadata: RunIdentity
-    tensors: dict[Name, LogicalTensor]
+"""Settings that change what the model computes, but no shape."""
 
 
 def config_differences(
     saved: RunConfig, ours: RunConfig, *, resume: bool, optimizer: bool
 ) -> Iterator[str]:
-    """Settings that the weights or the state depend on and that were changed.
+    """Settings that differ and that the weights or the optimizer state depend on.
 
     Args:
         saved: the checkpoint's.
         ours: this run's.
-        resume: the run continues the saved one, rather than start a new one from its weights; then
-            settings that change the mathematics but no shape matter too.
-        optimizer: optimizer state is loaded.
+        resume: whether the run resumes the saved one rather than starting a new one from its
+            weights; then settings that change what the model computes count, too.
+        optimizer: whether optimizer state is loaded.
     """
     for name in _MODEL_SHAPE + (_MODEL_MATHS if resume else ()):
         yield from _line(name, getattr(saved.model, name), getattr(ours.model, name))
@@ -71,11 +63,11 @@ def config_differences(
 
 def _line(name: str, saved: Any, ours: Any) -> Iterator[str]:
     if saved != ours:
-        yield f"--{name.replace('_', '-')}: {saved} in the checkpoint, {ours} in this run"
+        yield f"{flag_of(name)}: {saved} in the checkpoint, {ours} in this run"
 
 
-def metadata_differences(saved: RunIdentity, ours: RunIdentity, *, resume: bool) -> Iterator[str]:
-    """Vocabulary, tokenizer and, if the run continues the saved one, data."""
+def identity_differences(saved: RunIdentity, ours: RunIdentity, *, resume: bool) -> Iterator[str]:
+    """Differences of vocabulary, tokenizer and, if the run resumes the saved one, data."""
     names = {
         "padded_vocab_size": "padded vocabulary",
         "tokenizer_hash": "tokenizer",
@@ -103,8 +95,8 @@ def tensor_differences(
 
     Args:
         saved: the checkpoint's tensors.
-        wanted: of all ranks, from `wanted_tensors`. Kinds of which nothing is wanted are not
-            looked at: a run may leave optimizer state unread.
+        wanted: of all ranks, from `wanted_tensors`. Kinds of which nothing is wanted are ignored:
+            a run may leave optimizer state unread.
     """
     expected = {(kind, name): (tuple(shape), dtype) for kind, name, shape, dtype in wanted}
     kinds = {kind for kind, _ in expected}

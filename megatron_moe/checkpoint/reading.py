@@ -1,128 +1,68 @@
-"""Open a checkpoint and read it without ranks: the newest step, its configuration, its tensors."""
+"""Read tensors of a checkpoint: any block of any logical tensor, by a rank or without ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor
 
-from megatron_moe.checkpoint import index
-from megatron_moe.checkpoint.directory import step_directory
-from megatron_moe.checkpoint.files import read_json
-from megatron_moe.checkpoint.index import INDEX, LogicalTensor, Name, TensorReader, block_key
-from megatron_moe.checkpoint.manifest import MANIFEST, read_manifest, require_whole
-from megatron_moe.checkpoint.mapped import TensorFiles
-from megatron_moe.checkpoint.state import RunIdentity, TrainState, metadata_from, train_state_from
-from megatron_moe.checkpoint.stream import FileRecord
+from megatron_moe.checkpoint.directory import step_directory, verify_files
+from megatron_moe.checkpoint.index import LogicalTensor, Name, block_key
+from megatron_moe.checkpoint.metadata import RunIdentity, open_checkpoint
+from megatron_moe.checkpoint.tensor_files import TORCH_DTYPES, TensorFiles
 from megatron_moe.config import RunConfig
 from megatron_moe.errors import CheckpointError, Corrupt, UsageError
-from megatron_moe.model.sharding.parts import MODEL
-
-CONFIG = "config.json"
-STATE = "state.json"
+from megatron_moe.model.sharding.blocks import MODEL, Block, copy_overlap
 
 
-@dataclass(frozen=True)
-class CheckpointMetadata:
-    """A checkpoint whose JSON files were verified; its tensor files were not yet."""
-
-    path: Path
-    files: dict[str, FileRecord]
-    config: RunConfig
-    train: TrainState
-    metadata: RunIdentity
-    optimizer: dict[str, Any] | None
-    """Optimizer state that no tensor holds, `step`; None if there is no optimizer state."""
-    random: dict[str, int] | None
-    """The layout whose random states are saved; None if there are none."""
-    tensors: dict[Name, LogicalTensor]
-
-    @property
-    def tensor_files(self) -> list[str]:
-        """Files that hold tensors."""
-        return sorted(name for name in self.files if name.endswith(".safetensors"))
-
-
-Documents = dict[str, dict[str, Any]]
-"""The JSON files of a checkpoint by name, its manifest as file name -> [SHA-256, bytes]."""
-
-
-def open_checkpoint(path: Path) -> CheckpointMetadata:
-    """Read and verify everything but the tensors of one step.
+class TensorReader:
+    """Reads any block of any logical tensor, from only those files that hold some of it.
 
     Args:
-        path: from `step_directory`.
-
-    Raises:
-        Corrupt: a file is missing, changed or not what it should be.
+        directory: of one step.
+        tensors: its index.
     """
-    return opened_from(path, read_documents(path))
 
+    def __init__(self, directory: Path, tensors: dict[Name, LogicalTensor]) -> None:
+        self.tensors = tensors
+        self._files = TensorFiles(directory)
 
-def read_documents(path: Path) -> Documents:
-    """The small files of a step, as they were written; any rank can be told them.
+    def fill(self, kind: str, name: str, block: Block, out: Tensor) -> None:
+        """Read one block into ``out``, which is shaped ``block.sizes`` and has the saved dtype.
 
-    Raises:
-        Corrupt: one is missing, changed or not what it should be.
-    """
-    files = read_manifest(path)
-    names = [name for name in (CONFIG, STATE, INDEX) if name in files]
-    if len(names) < 3:
-        raise Corrupt(str(path), names, f"{CONFIG}, {STATE} and {INDEX} in its manifest")
-    require_whole(path, files, names)
-    listed = {name: [record.sha256, record.bytes] for name, record in files.items()}
-    return {MANIFEST: listed, **{name: read_json(path / name) for name in names}}
+        Raises:
+            CheckpointError: the saved view and the block's have no common refinement.
+            Corrupt: a file does not match the index.
+        """
+        tensor = self.tensors[kind, name]
+        copied = 0
+        for file, stored in tensor.blocks:
+            # With equal views the overlap is known without opening the file.
+            if stored.view == block.view and stored.intersection(block) is None:
+                continue
+            key = block_key(kind, name, stored.offsets)
+            values = self._files.tensor(file, key, tensor.dtype, stored.sizes)
+            try:
+                copied += copy_overlap(stored, values, block, out)
+            except ValueError as error:
+                what, expected = f"shape of {name}", "compatible with the checkpoint's"
+                raise CheckpointError(what, str(error), expected) from None
+        if copied != block.numel:
+            expected = f"{block.numel} elements"
+            raise Corrupt(f"block of {name} ({kind})", f"{copied} elements", expected)
 
-
-def opened_from(path: Path, documents: Documents) -> CheckpointMetadata:
-    """What the documents of a step say; without the index there are no tensors.
-
-    Raises:
-        Corrupt: they are not what they should be.
-    """
-    files = {name: FileRecord(*entry) for name, entry in documents[MANIFEST].items()}
-    state, source = _state(documents[STATE], path), str(path / STATE)
-    found = index.from_json(documents.get(INDEX, {}), str(path / INDEX))
-    tensors = {(t.kind, t.name): t for t in found}
-    for tensor in tensors.values():
-        for file, _ in tensor.blocks:
-            if file not in files:
-                raise Corrupt(f"file of {tensor.name} in {path / INDEX}", file, "in the manifest")
-    return CheckpointMetadata(
-        path=path,
-        files=files,
-        config=_config(documents[CONFIG], path),
-        train=train_state_from(state["train"], source),
-        metadata=metadata_from(state["metadata"], source),
-        optimizer=state["optimizer"],
-        random=state["random"],
-        tensors=tensors,
-    )
-
-
-def _state(state: dict[str, Any], path: Path) -> dict[str, Any]:
-    source = str(path / STATE)
-    if state.keys() != {"train", "metadata", "optimizer", "random"}:
-        raise Corrupt(source, sorted(state), "train, metadata, optimizer, random")
-    optimizer = state["optimizer"] or {"step": None}
-    steps = optimizer.get("step") if isinstance(optimizer, dict) else "none"
-    if not (steps is None or (type(steps) is int and 0 <= steps < 2**31)):
-        raise Corrupt(f"optimizer in {source}", optimizer, "a number of steps")
-    return state
-
-
-def _config(values: dict[str, Any], path: Path) -> RunConfig:
-    try:
-        return RunConfig.from_dict(values, str(path / CONFIG))
-    except (TypeError, AttributeError) as error:
-        raise Corrupt(str(path / CONFIG), repr(error), "a run's configuration") from None
+    def whole(self, kind: str, name: str) -> Tensor:
+        """A whole logical tensor, on the CPU."""
+        tensor = self.tensors[kind, name]
+        out = torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype])
+        self.fill(kind, name, Block.whole(tensor.view), out.view(tensor.view))
+        return out
 
 
 def read_config(directory: str | Path, step: int | None = None) -> RunConfig:
-    """The configuration of the run that saved a step, by default the newest.
+    """The configuration of the run that saved a step; by default the step that the tracker names.
 
     Raises:
         UsageError: there is no such checkpoint, or it is damaged.
@@ -130,13 +70,13 @@ def read_config(directory: str | Path, step: int | None = None) -> RunConfig:
     return open_checkpoint(step_directory(directory, step)[1]).config
 
 
-def read_metadata(directory: str | Path, step: int | None = None) -> RunIdentity:
-    """Vocabulary, tokenizer and data of the run that saved a step, by default the newest.
+def read_identity(directory: str | Path, step: int | None = None) -> RunIdentity:
+    """Vocabulary, tokenizer and data of the run that saved a step; by default the tracker's step.
 
     Raises:
         UsageError: there is no such checkpoint, or it is damaged.
     """
-    return open_checkpoint(step_directory(directory, step)[1]).metadata
+    return open_checkpoint(step_directory(directory, step)[1]).identity
 
 
 def load_logical(
@@ -152,7 +92,7 @@ def load_logical(
         directory: of the run's checkpoints.
         step: by default the one that the tracker names.
         kind: `model` for weights, or a kind of optimizer state such as `exp_avg`.
-        names: only these; by default all.
+        names: of the tensors; by default all.
 
     Raises:
         UsageError: there is no such checkpoint, it is damaged, or it lacks one of ``names``.
@@ -162,16 +102,17 @@ def load_logical(
     wanted = present if names is None else list(names)
     missing = sorted(set(wanted) - set(present))
     if missing:
-        raise CheckpointError(f"{kind} tensors of {opened.path}", "missing", ", ".join(missing))
+        expected = f"those of {kind} tensors in {opened.path}"
+        raise CheckpointError("names", ", ".join(missing), expected)
     used = {file for name in wanted for file, _ in opened.tensors[kind, name].blocks}
-    require_whole(opened.path, opened.files, sorted(used))
+    verify_files(opened.path, opened.files, sorted(used))
     reader = TensorReader(opened.path, opened.tensors)
     for name in wanted:
         yield name, reader.whole(kind, name)
 
 
 def verify(directory: str | Path, step: int | None = None) -> None:
-    """Prove that a checkpoint is whole: checksums of all files, and every block where it should be.
+    """Prove that a checkpoint is complete: checksums of all files, and every block of the index.
 
     Raises:
         UsageError: it is not; every damaged file is named.
@@ -181,8 +122,9 @@ def verify(directory: str | Path, step: int | None = None) -> None:
     except CheckpointError:
         raise
     except UsageError as error:
-        raise Corrupt(str(directory), str(error), "a run's configuration") from None
-    require_whole(opened.path, opened.files, opened.files)
+        what = f"configuration in checkpoint {directory}"
+        raise Corrupt(what, str(error), "that of a run") from None
+    verify_files(opened.path, opened.files, opened.files)
     files = TensorFiles(opened.path)
     for tensor in opened.tensors.values():
         for file, block in tensor.blocks:

@@ -1,9 +1,10 @@
-"""Random states of a rank: kept as JSON, put back on the same layout, derived anew on another.
+"""Random states of a rank: saved as JSON, restored on the same layout, derived on another.
 
-The rule for another layout (any of world size, TP, PP, EP, expert TP differ): saved states belong
-to ranks that no longer exist, so none is used. Every generator is seeded as at the start of a run,
-from the first 31 bits of SHA-256("SEED:ITERATION") in place of the seed: the same whenever the same
-checkpoint is loaded on the same layout, and different from every stream drawn before the save.
+The rule for another layout (any of world size, TP, PP, EP, expert TP differ): the saved states
+belong to ranks that no longer exist, so none is used. Every generator is seeded as at the start of
+a run, with the first 31 bits of SHA-256("SEED:ITERATION") in place of the seed. The result is the
+same whenever the same checkpoint is loaded on the same layout, and differs from every stream drawn
+before the save.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from megatron_moe.platform import rng_states, set_rng_states
 
 
 def layout_of(layout: Layout) -> dict[str, int]:
-    """What must be equal for random states to be put back rank by rank."""
+    """Sizes that must be equal for random states to be restored rank by rank."""
     names = ("world_size", "tp", "pp", "ep", "etp")
     return {name: getattr(layout, name) for name in names}
 
 
 def capture() -> dict[str, Any]:
-    """The states of Python's, NumPy's, torch's and the engine's generators, as JSON values."""
+    """States of Python's, NumPy's, torch's and Megatron-Core's generators, as JSON values."""
     version, words, gauss = random.getstate()
     legacy: Any = np.random.get_state(legacy=False)
     return {
@@ -45,11 +46,11 @@ def capture() -> dict[str, Any]:
 
 
 def restore(states: dict[str, Any], source: str) -> None:
-    """Put back what `capture` returned.
+    """Restore the result of `capture`.
 
     Raises:
-        Corrupt: ``source`` does not hold such states.
-        UsageError: they are of another kind of device.
+        Corrupt: the states are malformed; ``source`` is the file they are from.
+        UsageError: they are of another type of device.
     """
     try:
         version, words, gauss = states["python"]
@@ -61,12 +62,12 @@ def restore(states: dict[str, Any], source: str) -> None:
         random.setstate(python)
         np.random.set_state(numpy)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise Corrupt(f"random states in {source}", repr(error), "what a save writes") from None
+        raise Corrupt(f"random states in {source}", repr(error), "those of a save") from None
     set_rng_states(tensors)
 
 
 def reseed(seed: int, iteration: int, ctx: ParallelContext) -> None:
-    """Seed every generator for a layout that the saved states do not fit; see the module."""
+    """Seed every generator after a load into another layout; the module states the rule."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     digest = hashlib.sha256(f"{seed}:{iteration}".encode()).digest()

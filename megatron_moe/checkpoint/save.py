@@ -1,142 +1,336 @@
-"""Save a training run: weights, optimizer, random states, progress, configuration."""
+"""One save, all or nothing, in the caller's thread or while training continues.
+
+    start_save   every rank   temporary directory; blocks assigned to files; copied, if asynchronous
+    writing      every rank   its files: written, hashed, synced
+    committing   rank 0       index and JSON files, manifest, rename, tracker
+
+A synchronous save is the start and the finish of an asynchronous one, without the copy: its phases
+write from the tensors themselves and run in the caller's thread. In an asynchronous save each phase
+is a thread, and training waits only until the tensors are copied to host memory.
+
+Threads never communicate: two threads that use collectives over one group could do so in different
+orders on different ranks. The main threads ask at step boundaries (`PendingSave.poll`) whether all
+ranks have ended a phase. All ranks take the same steps, so they ask equally often, and all see a
+failure at the same step.
+
+Threads and not processes: writing and hashing release the interpreter's lock, the copy already has
+the layout of the files, and forking a process in which communication libraries run threads is not
+safe.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import errno
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.checkpoint import rng
-from megatron_moe.checkpoint.files import PLAIN_HEAD
-from megatron_moe.checkpoint.reading import CONFIG, STATE
-from megatron_moe.checkpoint.state import RunIdentity, TrainState, as_json
-from megatron_moe.checkpoint.writer import Contents, write_checkpoint
-from megatron_moe.config import RunConfig
-from megatron_moe.model.sharding.optimizer_state import optimizer_shards, optimizer_step
-from megatron_moe.model.sharding.parts import Part, Replicas, owned
-from megatron_moe.model.sharding.shards import ParamShard, model_shards
+from megatron_moe.checkpoint import directory as directories
+from megatron_moe.checkpoint import index
+from megatron_moe.checkpoint.contents import (
+    SaveContents,
+    assign_to_files,
+    file_streams,
+    rank_index,
+)
+from megatron_moe.checkpoint.disk import (
+    FileRecord,
+    Stopped,
+    Stream,
+    free_bytes,
+    write_json,
+    write_streams,
+)
+from megatron_moe.checkpoint.index import INDEX
+from megatron_moe.checkpoint.tensor_files import HostMemory
+from megatron_moe.errors import CheckpointError
 from megatron_moe.parallel.collectives import RankGroup
-from megatron_moe.parallel.context import ParallelContext
 
-RANDOM = "random"
-"""Key of a rank's random states in the head of its first file."""
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_PAUSE = 0.01
+"""Seconds between polls while `finish` waits."""
 
 
-def save_checkpoint(
+def start_save(
     directory: str | Path,
-    state: TrainState,
+    step: int,
+    contents: SaveContents,
+    ranks: RankGroup,
     *,
-    config: RunConfig,
-    ctx: ParallelContext,
-    chunks: Sequence[Any],
-    optimizer: Any,
-    metadata: RunIdentity,
-    with_optimizer: bool = True,
-    with_rng: bool = True,
-) -> Path:
-    """Save a run; called by all ranks together.
+    memory: HostMemory | None = None,
+    on_commit: Callable[[], None] = lambda: None,
+) -> PendingSave:
+    """Start to save a step; called by all ranks together.
 
     Args:
-        directory: of the run's checkpoints, shared by all ranks.
-        state: how far the run has come; ``state.iteration`` is the step's name.
-        config: the run's configuration.
-        ctx: this rank's place in the layout.
-        chunks: model chunks of this rank, in Megatron-Core's wrappers or bare.
-        optimizer: Megatron-Core's, or None together with ``with_optimizer=False``.
-        metadata: what a run that loads this must share with it.
-        with_optimizer: save optimizer state.
-        with_rng: save random states.
-
-    Returns:
-        The new checkpoint's directory, once it is complete and the tracker names it.
+        directory: of the run's checkpoints, on a file system that all ranks share.
+        step: optimizer steps done.
+        contents: what this rank saves.
+        ranks: the ranks that save together.
+        memory: for an asynchronous save: the tensors are copied there, and may change once this
+            returns. Without it they must not change before `PendingSave.finish` returns.
+        on_commit: called on rank 0 once the tracker names the step, in the thread that commits.
 
     Raises:
-        CheckpointError: on every rank, e.g. if the disk is full. Older checkpoints and the tracker
-            are as they were.
+        CheckpointError: on every rank, if any failed. Nothing of the save is left.
+        RuntimeError: ``memory`` is in use by a save in progress.
     """
-    ranks = ranks_of(ctx)
-    contents = contents_of(
-        state,
-        config=config,
-        ctx=ctx,
-        chunks=chunks,
-        optimizer=optimizer if with_optimizer else None,
-        metadata=metadata,
-        with_rng=with_rng,
-        ranks=ranks,
+    if memory is not None and memory.step is not None:
+        raise RuntimeError(f"step {memory.step} is still being saved; finish it first")
+    transaction = SaveTransaction(Path(directory), step, ranks, _total_bytes(contents, ranks))
+    try:
+        transaction.begin()
+        files = assign_to_files(contents.parts, ranks.rank)
+        streams, mine = ranks.run_on_all(
+            lambda: (file_streams(files, contents.header, memory), rank_index(files))
+        )
+        indexes = ranks.gather(mine)
+    except BaseException:
+        transaction.roll_back()
+        raise
+    return PendingSave(
+        transaction, streams, indexes, contents.json_files, memory=memory, on_commit=on_commit
     )
-    return write_checkpoint(directory, state.iteration, ranks=ranks, **vars(contents))
 
 
-def contents_of(
-    state: TrainState,
-    *,
-    config: RunConfig,
-    ctx: ParallelContext,
-    chunks: Sequence[Any],
-    optimizer: Any,
-    metadata: RunIdentity,
-    with_rng: bool,
-    ranks: RankGroup,
-) -> Contents:
-    """What this rank writes in a save; called by all ranks together.
+def _total_bytes(contents: SaveContents, ranks: RankGroup) -> int:
+    """Bytes of the tensors that all ranks write."""
+    return int(ranks.broadcast(sum(ranks.gather(contents.bytes) or [])))
 
-    As for `save_checkpoint`, but ``optimizer`` is the one to save, or None.
+
+class SaveTransaction:
+    """The files of one save: written to a temporary directory, then committed or rolled back.
+
+    Args:
+        directory: of the run's checkpoints.
+        step: the step saved.
+        ranks: the ranks that save together.
+        needed: bytes of all ranks' tensors, for messages.
     """
-    _finish_parameter_gather(chunks)
 
-    def plan() -> list[Part]:
-        shards = shards_of(chunks, config)
-        states = optimizer_shards(optimizer) if optimizer is not None else None
-        return list(owned(shards, states, _replicas(ctx)))
+    def __init__(self, directory: Path, step: int, ranks: RankGroup, needed: int) -> None:
+        self.directory, self.step, self.ranks, self.needed = directory, step, ranks, needed
+        self._temporary: Path | None = None
 
-    parts = ranks.together(plan)
-    documents = {
-        CONFIG: config.to_dict(),
-        STATE: {
-            "train": as_json(state),
-            "metadata": as_json(metadata),
-            "optimizer": _optimizer_document(optimizer, ranks),
-            "random": rng.layout_of(ctx.layout) if with_rng else None,
-        },
-    }
-    header = {**PLAIN_HEAD, **({RANDOM: json.dumps(rng.capture())} if with_rng else {})}
-    return Contents(parts=parts, documents=documents, header=header)
+    def begin(self) -> None:
+        """Rank 0 creates the temporary directory and broadcasts its name.
+
+        Raises:
+            CheckpointError: on every rank: it cannot be created.
+        """
+
+        def make() -> str:
+            if self.ranks.rank != 0:
+                return ""
+            with self._failures():
+                return str(directories.begin(self.directory, self.step))
+
+        self._temporary = Path(self.ranks.broadcast(self.ranks.run_on_all(make)))
+
+    def write(self, streams: Mapping[str, Stream], stop: threading.Event) -> dict[str, FileRecord]:
+        """Write this rank's files; local to the rank, in any thread.
+
+        Raises:
+            CheckpointError: a file could not be written.
+            Stopped: ``stop`` was set.
+        """
+        assert self._temporary is not None
+        with self._failures():
+            paths = {self._temporary / name: stream for name, stream in streams.items()}
+            records = write_streams(paths, stop)
+        return dict(zip(streams, records, strict=True))
+
+    def commit(
+        self, records: Sequence[Any], indexes: Sequence[Any], json_files: Mapping[str, Any]
+    ) -> Path:
+        """Write index, JSON files and manifest, and commit; on rank 0 alone, in any thread.
+
+        Args:
+            records: for each rank, file name -> [SHA-256, bytes].
+            indexes: for each rank, the index of its files.
+            json_files: file name -> JSON value.
+
+        Raises:
+            CheckpointError: ranks did not write each element exactly once, or a write failed.
+        """
+        assert self._temporary is not None
+        files = {name: FileRecord(*entry) for rank in records for name, entry in rank.items()}
+        parts = (index.from_json(share, INDEX, partial=True) for share in indexes)
+        tensors = index.merge(chain.from_iterable(parts))
+        with self._failures():
+            for name, value in {**json_files, INDEX: index.to_json(tensors.values())}.items():
+                files[name] = write_json(self._temporary / name, value)
+            return directories.commit(self._temporary, self.step, files)
+
+    def roll_back(self) -> None:
+        """Remove the temporary directory; after a commit there is none."""
+        if self.ranks.rank == 0 and self._temporary is not None:
+            directories.discard(self._temporary)
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Turn an OSError into an error with step, directory and bytes needed."""
+        try:
+            yield
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> CheckpointError:
+        save, found = f"save of step {self.step} to {self.directory}", error.strerror or str(error)
+        if error.errno not in _NO_SPACE:
+            return CheckpointError(f"target of the {save}", found, "a writable directory")
+        free = free_bytes(self.directory) if self.directory.exists() else 0
+        return CheckpointError(
+            f"space for the {save}",
+            f"{found}, {free} bytes free",
+            f"enough for {self.needed} bytes of tensors",
+            "free some or choose another --save; existing checkpoints are intact",
+        )
 
 
-def _optimizer_document(optimizer: Any, ranks: RankGroup) -> dict[str, Any] | None:
-    """The step count that Adam corrects its bias by, the same on every rank."""
-    if optimizer is None:
-        return None
-    steps = ranks.gather(ranks.together(lambda: optimizer_step(optimizer))) or []
-    known = sorted({step for step in steps if step is not None})
-    return {"step": known[0] if known else None}
+class _Phase:
+    """One phase of a save on this rank, run by a thread of its own or by the caller of `result`."""
+
+    def __init__(self, action: Callable[[], Any], in_thread: bool) -> None:
+        self._action = action
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        if in_thread:
+            # A daemon: a run that ends by an error does not wait for files that will not count.
+            self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._action()
+        except Stopped:
+            pass
+        except BaseException as error:  # raised again by `result`
+            self._error = error
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        return not self.running and self._error is not None
+
+    def result(self) -> Any:
+        """The action's value, or the exception that it raised."""
+        if self._thread is None:
+            return self._action()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._value
 
 
-def ranks_of(ctx: ParallelContext) -> RankGroup:
-    """All ranks of the run."""
-    return RankGroup(ctx.rank, ctx.world_size, ctx.platform.device)
+class PendingSave:
+    """A save in progress, from `start_save`; all ranks call `poll` and `finish` together.
 
+    Args:
+        transaction: its files.
+        streams: the bytes of this rank's files.
+        indexes: on rank 0, the index of each rank's files; None on other ranks.
+        json_files: file name -> JSON value.
+        memory: the copy that ``streams`` read, in an asynchronous save.
+        on_commit: called on rank 0 after the commit.
+    """
 
-def _replicas(ctx: ParallelContext) -> Replicas:
-    dense, expert = ctx.pgs.dp_cp, ctx.pgs.expt_dp
-    return Replicas((dense.rank(), dense.size()), (expert.rank(), expert.size()))
+    def __init__(
+        self,
+        transaction: SaveTransaction,
+        streams: Mapping[str, Stream],
+        indexes: list[Any] | None,
+        json_files: Mapping[str, Any],
+        *,
+        memory: HostMemory | None,
+        on_commit: Callable[[], None],
+    ) -> None:
+        self._transaction, self._ranks = transaction, transaction.ranks
+        self._indexes, self._json_files = indexes, json_files
+        self._memory, self._on_commit = memory, on_commit
+        self._stop = threading.Event()
+        self._committing = False
+        self.done = False
+        """Whether it is complete or has failed."""
+        if memory is not None:
+            memory.step = transaction.step
+        self._phase = self._start(lambda: transaction.write(streams, self._stop))
 
+    @property
+    def step(self) -> int:
+        """The step that is being saved."""
+        return self._transaction.step
 
-def shards_of(chunks: Sequence[Any], config: RunConfig) -> list[ParamShard]:
-    """The table of this rank's parameters, through any wrappers of the chunks."""
-    bare = []
-    for chunk in chunks:
-        while hasattr(chunk, "module"):
-            chunk = chunk.module
-        bare.append(chunk)
-    return model_shards(bare, config.model, config.moe)
+    def poll(self) -> Path | None:
+        """Advance the save if all ranks have ended a phase; cheap, to be called after every step.
 
+        Returns:
+            The checkpoint's directory once it is complete and the tracker names it; else None.
 
-def _finish_parameter_gather(chunks: Sequence[Any]) -> None:
-    """With overlapped gathers, most of each parameter is stale until the next forward pass."""
-    for chunk in chunks:
-        settings = getattr(chunk, "ddp_config", None)
-        if settings is not None and settings.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
+        Raises:
+            CheckpointError: on every rank, if any failed. The tracker is unchanged.
+        """
+        if not self._phase_ended():
+            return None
+        try:
+            result = self._ranks.run_on_all(self._phase.result)
+            if not self._committing:
+                self._start_commit(result)
+                return None
+            path = Path(self._ranks.broadcast(result))
+        except BaseException:
+            self._transaction.roll_back()
+            self._end()
+            raise
+        self._end()
+        return path
+
+    def finish(self) -> Path:
+        """Wait until the save is complete; returns and raises as `poll`."""
+        while (path := self.poll()) is None:
+            if self._memory is not None:
+                time.sleep(_PAUSE)
+        return path
+
+    def abandon(self) -> None:
+        """Stop writing, on this rank alone, because the run ends by an error."""
+        self._stop.set()
+
+    def _start(self, action: Callable[[], Any]) -> _Phase:
+        return _Phase(action, in_thread=self._memory is not None)
+
+    def _phase_ended(self) -> bool:
+        """Whether the phase has ended on all ranks, or failed on any; then the others stop."""
+        if self._memory is None:
+            return True
+        running, failed = self._ranks.all_reduce_sum(self._phase.running, self._phase.failed)
+        if failed:
+            self._stop.set()
+        return bool(failed) or not running
+
+    def _start_commit(self, written: dict[str, FileRecord]) -> None:
+        """All ranks have written their files: rank 0 commits them."""
+        mine = {name: [record.sha256, record.bytes] for name, record in written.items()}
+        records = self._ranks.gather(mine)
+
+        def commit() -> str:
+            if records is None or self._indexes is None:
+                return ""
+            path = self._transaction.commit(records, self._indexes, self._json_files)
+            self._on_commit()
+            return str(path)
+
+        self._committing, self._phase = True, self._start(commit)
+
+    def _end(self) -> None:
+        self.done = True
+        if self._memory is not None:
+            self._memory.step = None

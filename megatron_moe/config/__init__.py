@@ -2,13 +2,13 @@
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig, moe_layer_pattern
-from megatron_moe.config.objective import ObjectiveConfig
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.training import (
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
 )

@@ -1,8 +1,9 @@
 """The command line of a run, generated from the configuration dataclasses.
 
-Every field of every section is a flag, named as the field with hyphens (underscores are accepted
-too). Values come from, weakest first: the dataclass defaults, `--preset NAME` or `--config FILE`,
-the other flags. Nothing here imports torch, so help and errors come at once.
+Every field of every section is a flag: its name with hyphens, or as its metadata says. Underscores
+are accepted as well. Values come from, in increasing order of precedence: the dataclass defaults,
+`--preset NAME` or `--config FILE`, the other flags. Nothing here imports torch, so that help and
+errors are immediate.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import functools
 import io
 import os
 import re
@@ -18,12 +20,13 @@ import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
+from megatron_moe.config.fields import ConfigField, fields_of
 from megatron_moe.config.presets import PRESETS
-from megatron_moe.config.run import RunConfig
+from megatron_moe.config.run import RunConfig, all_fields
 from megatron_moe.errors import UsageError, exit_on_usage_error
 
 DescribeFormat = Literal["text", "json"]
@@ -31,7 +34,7 @@ DescribeFormat = Literal["text", "json"]
 
 @dataclass(frozen=True, kw_only=True)
 class Invocation:
-    """Where the settings start from, and whether to train or only to describe."""
+    """What the settings are based on, and whether to train or only to describe."""
 
     preset: str | None = None
     """Start from a published model: openmoe-tiny, openmoe-base-16e, openmoe-8b-32e or
@@ -39,11 +42,11 @@ class Invocation:
     config: str | None = None
     """Start from the `config.json` of a saved run."""
     describe: DescribeFormat | None = None
-    """Print the resolved configuration, parameters and FLOPs, and end; no launcher needed. The
-    value may be left out and is then `text`."""
+    """Print the resolved configuration, parameters and FLOPs, and exit; needs no launcher. Without
+    a value, `text`."""
     world_size: int | None = None
-    """Ranks to describe; `None` takes the launcher's, or the fewest that the layout needs. Training
-    always takes the launcher's."""
+    """Ranks to describe; `None` means the launcher's, or the fewest that the layout needs. Training
+    always runs on the launcher's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +56,7 @@ class Command:
     config: RunConfig
     describe: DescribeFormat | None = None
     world_size: int | None = None
-    """As given; `None` if the flag was not used."""
+    """As given; `None` without the flag."""
 
 
 def parse_args(
@@ -67,7 +70,8 @@ def parse_args(
         examples: printed before the help, which is long.
 
     Raises:
-        UsageError: an unknown flag (names the closest one), a bad value, an unknown preset.
+        UsageError: an unknown flag (names the closest one), a value of another type, an unknown
+            preset. Ranges and rules between flags are checked by `validate`.
         SystemExit: `-h` or `--help`, after printing it, with code 0.
     """
     args = _complete_describe(list(sys.argv[1:] if argv is None else argv))
@@ -75,13 +79,13 @@ def parse_args(
         print(examples)
     options, unknown = _parse(args, _defaults(args), prog)
     if unknown:
-        _refuse_unknown(unknown)
+        _reject_unknown(unknown)
     if options.invocation.world_size is not None and options.invocation.describe is None:
-        fix = "the launcher says how many ranks a run has"
-        raise UsageError("--world-size", options.invocation.world_size, "--describe with it", fix)
-    sections = {f.name: getattr(options, f.name) for f in dataclasses.fields(RunConfig)}
+        fix = "the launcher sets how many ranks a run has"
+        given = options.invocation.world_size
+        raise UsageError("--world-size", given, "used with --describe", fix)
     return Command(
-        config=RunConfig(**sections),
+        config=_config_of(options),
         describe=options.invocation.describe,
         world_size=options.invocation.world_size,
     )
@@ -95,35 +99,75 @@ def parse_or_exit(
         return parse_args(argv, prog, examples)
 
 
-def flag_of(name: str) -> str:
-    """The flag of a field: `micro_batch_size` -> `--micro-batch-size`."""
-    return "--" + name.replace("_", "-")
-
-
 def all_flags() -> dict[str, Any]:
-    """Every flag, `--no-` forms included, with the type of its value."""
+    """Every flag, `--no-` forms and accepted aliases included, with the type of its value."""
     flags: dict[str, Any] = {}
-    sections = [Invocation, *(type(getattr(RunConfig(), f.name)) for f in _sections())]
-    for section in sections:
-        for name, hint in typing.get_type_hints(section).items():
-            flags[flag_of(name)] = hint
-            if hint is bool:
-                flags["--no-" + flag_of(name)[2:]] = hint
+    for known in [*fields_of(Invocation).values(), *all_fields().values()]:
+        for flag in known.flags:
+            flags[flag] = known.type
+            if known.type is bool:
+                flags["--no-" + flag[2:]] = known.type
     return flags
 
 
-def _sections() -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(RunConfig)
-
-
+@functools.cache
 def _options_type() -> type[Any]:
     """RunConfig with the invocation in front, for a help with one titled group per section."""
-    hints = typing.get_type_hints(RunConfig)
-    fields: list[Any] = [("invocation", Invocation, field(default_factory=Invocation))]
-    fields += [(f.name, hints[f.name], field(default_factory=hints[f.name])) for f in _sections()]
+    sections = {"invocation": Invocation}
+    sections |= {name: type(section) for name, section in RunConfig().sections.items()}
+    fields: list[Any] = []
+    for name, section in sections.items():
+        described = _with_flags(section)
+        fields.append((name, described, field(default_factory=described)))
     options = dataclasses.make_dataclass("Options", fields, frozen=True, kw_only=True)
     options.__doc__ = "Pretrain an OpenMoE language model. Flag names are Megatron-LM's."
     return options
+
+
+def _with_flags(section: type[Any]) -> type[Any]:
+    """A section whose fields carry their flags and ranges in tyro's terms.
+
+    A subclass, so that tyro finds the docstrings of the fields, and that the sections themselves do
+    not depend on the library that parses the command line.
+    """
+    plain = {known.name: known for known in dataclasses.fields(section)}
+    fields: list[Any] = [
+        (known.name, _tyro_type(known), field(default=plain[known.name].default))
+        for known in fields_of(section).values()
+    ]
+    made = dataclasses.make_dataclass(
+        section.__name__, fields, bases=(section,), frozen=True, kw_only=True
+    )
+    made.__doc__ = section.__doc__
+    return made
+
+
+def _tyro_type(known: ConfigField) -> Any:
+    """The type of a field with its documented flag, and its range as part of the metavariable."""
+    # The flag named after the field is tyro's own choice; in the help it comes after its alias.
+    options: dict[str, Any] = {"aliases": [known.flag]} if len(known.flags) > 1 else {}
+    if known.range is not None:
+        options["metavar"] = f"{_metavar(known.type)} {known.range}"
+    return Annotated[known.type, tyro.conf.arg(**options)] if options else known.type
+
+
+def _metavar(hint: Any) -> str:
+    """As tyro writes it: `INT`, `{None}|FLOAT`, `{None}|{INT INT INT}`."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return "{" + " ".join(map(_metavar, arguments)) + "}"
+    if arguments:
+        return "|".join(sorted(map(_metavar, arguments), reverse=True))
+    return "{None}" if hint is type(None) else hint.__name__.upper()
+
+
+def _config_of(options: Any) -> RunConfig:
+    """The sections of the parsed options, as their own types."""
+    sections: dict[str, Any] = {}
+    for name, default in RunConfig().sections.items():
+        values, section = getattr(options, name), type(default)
+        sections[name] = section(**{key: getattr(values, key) for key in fields_of(section)})
+    return RunConfig(**sections)
 
 
 def _complete_describe(args: list[str]) -> list[str]:
@@ -144,7 +188,7 @@ def _defaults(args: list[str]) -> RunConfig:
     first.add_argument("--config", nargs="?")
     found, _ = first.parse_known_args(args)
     if found.preset and found.config:
-        raise UsageError("--preset", found.preset, "no --config beside it", "give one of the two")
+        raise UsageError("--preset", found.preset, "used without --config", "give one of the two")
     if found.config:
         return RunConfig.load(found.config)
     if found.preset and found.preset not in PRESETS:
@@ -155,7 +199,12 @@ def _defaults(args: list[str]) -> RunConfig:
 def _parse(args: list[str], defaults: RunConfig, prog: str) -> tuple[Any, list[str]]:
     """Let tyro parse, and turn its boxed errors into a `UsageError`."""
     kind = _options_type()
-    default = kind(**{f.name: getattr(defaults, f.name) for f in _sections()})
+    sections: dict[str, Any] = {}
+    for part in dataclasses.fields(kind):
+        values = getattr(defaults, part.name, Invocation())
+        own = {name: getattr(values, name) for name in fields_of(type(values))}
+        sections[part.name] = part.default_factory(**own)  # type: ignore[misc,call-arg,operator]
+    default = kind(**sections)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), _wide_terminal(args):
@@ -170,12 +219,15 @@ def _parse(args: list[str], defaults: RunConfig, prog: str) -> tuple[Any, list[s
     except SystemExit as exit_:
         if exit_.code in (0, None):
             raise
-        _refuse_value(errors.getvalue(), args)
+        _reject_value(errors.getvalue(), args)
 
 
 @contextlib.contextmanager
 def _wide_terminal(args: list[str]) -> typing.Iterator[None]:
-    """Errors are read back from tyro's box, which must not break flags; help keeps its width."""
+    """Widen the terminal for errors: flags are read back from tyro's box, which must not wrap them.
+
+    Help keeps the width of the terminal.
+    """
     if {"-h", "--help"} & set(args):
         yield
         return
@@ -190,23 +242,30 @@ def _wide_terminal(args: list[str]) -> typing.Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-def _refuse_value(boxed: str, args: list[str]) -> NoReturn:
-    """Say in one line which flag has which bad value."""
+def _reject_value(boxed: str, args: list[str]) -> NoReturn:
+    """Name in one line the flag and its bad value."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", boxed)
     match = re.search(r"--[a-z][a-z0-9-]*", text)
     flag = match.group() if match else "the command line"
-    hint = all_flags().get(flag)
-    if hint is None:
+    known = _field_of(flag)
+    if known is None:
         raise UsageError(flag, " ".join(args), "arguments as in --help")
-    raise UsageError(flag, " ".join(_values_after(flag, args)), expected_of(hint))
+    found = " ".join(_values_after(known.flags, args))
+    raise UsageError(known.flag, found, expected_of(known.type))
 
 
-def _values_after(flag: str, args: list[str]) -> list[str]:
-    """What the user wrote after a flag, up to the next flag."""
+def _field_of(flag: str) -> ConfigField | None:
+    """The field that a flag sets, whichever of its names is used."""
+    fields = [*fields_of(Invocation).values(), *all_fields().values()]
+    return next((known for known in fields if flag in known.flags), None)
+
+
+def _values_after(flags: Sequence[str], args: list[str]) -> list[str]:
+    """The words after the last of the flags, up to the next flag."""
     values: list[str] = []
     for index, arg in enumerate(args):
         name, _, value = arg.partition("=")
-        if name.replace("_", "-") == flag:
+        if name.replace("_", "-") in flags:
             values = [value] if value else []
             for following in args[index + 1 :]:
                 if following.startswith("--"):
@@ -236,11 +295,11 @@ _WORDS: dict[Any, str] = {
 }
 
 
-def _refuse_unknown(unknown: list[str]) -> NoReturn:
+def _reject_unknown(unknown: list[str]) -> NoReturn:
     """Name the flag that the user probably meant."""
     first = next((arg for arg in unknown if arg.startswith("-")), unknown[0])
     if not first.startswith("-"):
-        raise UsageError("argument", first, "a flag before every value", "see --help")
+        raise UsageError("argument", first, "preceded by a flag", "see --help")
     name = first.partition("=")[0].replace("_", "-")
     close = difflib.get_close_matches(name, all_flags(), n=1, cutoff=0.0)
     raise UsageError("flag", name, f"a known flag, the closest is {close[0]}", "see --help")

@@ -1,32 +1,56 @@
-"""What the expert layers are: how many, where, how tokens are routed, dropped and balanced."""
+"""The expert layers: how many, where, and how tokens are routed, dropped and balanced."""
 
 from __future__ import annotations
 
 import ast
+import pkgutil
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
+from megatron_moe.config.fields import AtLeastOne, Flag, NonNegative, Positive
 from megatron_moe.errors import UsageError
 
 CapacityRule = Literal["t5x", "port"]
 LoadBalancing = Literal["seq_aux_loss", "aux_loss", "none"]
 
 
+def added(folder: Path) -> tuple[str, ...]:
+    """Names of the implementations that files in a folder add; nothing is imported."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules([str(folder)])))
+
+
+# Values that a new file under megatron_moe/moe/ extends: its name becomes valid here, and
+# `moe/registry.py` imports it when a layer with that value is built.
+if TYPE_CHECKING:
+    RouterType = str
+    DispatcherType = str
+    DropPolicy = str
+else:
+    _MOE = Path(__file__).parents[1] / "moe"
+    _ROUTERS = ("softmax", *added(_MOE / "routers"))
+    _DISPATCHERS = ("alltoall", *added(_MOE / "dispatchers"))
+    _DROP_POLICIES = ("position", "probs", *added(_MOE / "drop_policies"))
+    RouterType = Literal[_ROUTERS]
+    DispatcherType = Literal[_DISPATCHERS]
+    DropPolicy = Literal[_DROP_POLICIES]
+
+
 @dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """The mixture-of-experts part of the network."""
 
-    num_experts: int = 8
+    num_experts: Annotated[int, AtLeastOne] = 8
     """Experts E of each MoE layer, over all expert-parallel ranks."""
     moe_layer_freq: str = "([0]*1+[1])*2"
     """Which layers are MoE: a 0/1 list per layer, written as Megatron-LM writes it, e.g.
     `([0]*3+[1])*8`; or an integer N, which as in Megatron-LM means layers i with i % N == 0.
     OpenMoE's own rule, (i + 1) % N == 0, is `([0]*(N-1)+[1])*(L/N)`."""
-    moe_router_topk: int = 2
+    moe_router_topk: Annotated[int, AtLeastOne] = 2
     """Experts k that a token chooses."""
-    moe_ffn_hidden_size: int | None = None
+    moe_ffn_hidden_size: Annotated[int | None, AtLeastOne] = None
     """Width of one expert; `None` means `--ffn-hidden-size`."""
-    moe_shared_expert_intermediate_size: int | None = 512
+    moe_shared_expert_intermediate_size: Annotated[int | None, AtLeastOne] = 512
     """Width of the shared expert, `None` for no shared expert."""
     moe_shared_expert_placement: Literal["sequential", "parallel"] = "sequential"
     """`sequential` (released): x += MoE(norm2 x); x += shared(norm3 x). `parallel` (paper, eq. 4):
@@ -34,37 +58,53 @@ class MoEConfig:
     moe_capacity_rule: CapacityRule = "t5x"
     """Slots C of one expert for a group of T tokens. `t5x`: round(cf T / E), one group per row.
     `port`: floor(k cf T / E) made even, one group per micro-batch."""
-    moe_expert_capacity_factor: float | None = 1.25
+    moe_expert_capacity_factor: Annotated[float | None, Positive] = 1.25
     """Capacity factor cf in training; `None` drops nothing: C = group size, so on a GPU the buffers
     have E / k times the rows that are needed."""
-    moe_eval_capacity_factor: float | None = 2.0
+    moe_eval_capacity_factor: Annotated[float | None, Positive] = 2.0
     """Capacity factor cf in evaluation; `None` drops nothing."""
-    moe_min_capacity: int = 4
+    moe_min_capacity: Annotated[int, AtLeastOne] = 4
     """Least slots per expert and group."""
-    moe_capacity_group_size: int | None = None
+    moe_capacity_group_size: Annotated[int | None, AtLeastOne] = None
     """Tokens that compete for one set of slots; `None` takes the rule's own group. Tokens are taken
     row by row, so a group is part of a row, a row, or whole rows."""
-    moe_token_drop_policy: Literal["position", "probs"] = "position"
-    """Who keeps a slot when an expert is full. `position` (OpenMoE): all first choices in token
-    order, then all second choices. `probs`: the highest router probability, ties by position."""
+    moe_token_drop_policy: DropPolicy = "position"
+    """Which choices keep a slot when an expert is full. `position` (OpenMoE): all first choices in
+    token order, then all second choices. `probs`: the highest router probability, ties by
+    position."""
     moe_router_load_balancing_type: LoadBalancing = "seq_aux_loss"
     """Over which tokens E * sum_e f_e P_e is taken: each row (`seq_aux_loss`, OpenMoE), the
     micro-batch (`aux_loss`), or no such loss (`none`)."""
-    moe_aux_loss_coeff: float = 0.01
+    moe_aux_loss_coeff: Annotated[float, NonNegative] = 0.01
     """Weight of the load-balancing loss, which is k when balanced and averaged over MoE layers.
     Megatron-LM's loss is 1 when balanced and summed: there it would be coeff * k / L_moe."""
-    moe_z_loss_coeff: float = 1e-4
+    moe_z_loss_coeff: Annotated[float, NonNegative] = 1e-4
     """Weight of mean(logsumexp(router logits)^2), averaged over MoE layers (not summed)."""
-    moe_dispatch_impl: Literal["auto", "native", "reference"] = "auto"
-    """Kernels that gather and combine tokens, and of the gate: `native` is C++ for CPUs, compiled
-    at first use, `reference` plain torch; `auto` says at the start what it took."""
+    moe_dispatch_impl: Annotated[Literal["auto", "native", "reference"], Flag("--kernel-impl")] = (
+        "auto"
+    )
+    """Kernels of MoE dispatch and combine, and of the gate of every feed-forward layer, dense ones
+    included: `native` is C++ for CPUs, compiled at first use, `reference` is plain PyTorch; `auto`
+    logs its choice at startup. `--moe-dispatch-impl` is accepted as well."""
     moe_expert_impl: Literal["auto", "loop", "batched"] = "auto"
     """Expert GEMMs: one per expert over its filled rows (`loop`), or one batched GEMM over the
-    whole fixed-shape buffer (`batched`, no host read: for GPUs and dry runs)."""
+    whole fixed-shape buffer (`batched`, without host reads, for GPUs and dry runs)."""
+    # A flag without a choice is noise: these two become fields, so flags and entries of
+    # `config.json`, with the first file that adds a second value.
+    if len(get_args(RouterType)) > 1:
+        moe_router_type: RouterType = "softmax"
+        """Router. `softmax` (OpenMoE): probabilities over all experts, then the k largest."""
+    else:
+        moe_router_type = "softmax"
+    if len(get_args(DispatcherType)) > 1:
+        moe_token_dispatcher_type: DispatcherType = "alltoall"
+        """How tokens reach their experts. `alltoall`: over expert-parallel ranks."""
+    else:
+        moe_token_dispatcher_type = "alltoall"
 
 
 MAX_ENTRIES = 65536
-"""Entries of a pattern: a typing error must not fill the memory."""
+"""Entries of a pattern at most. `[0]*999999999` must be an error, not an allocation."""
 
 
 def moe_layer_pattern(freq: str, num_layers: int) -> tuple[bool, ...]:

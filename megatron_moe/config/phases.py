@@ -1,33 +1,35 @@
-"""The stage table (`--stages FILE`): what changes in the middle of a run, and when.
+"""The phases of a run (`--phases FILE`): which settings change during training, and when.
 
     [[stage]]
     name = "ul2"
-    until-iteration = 390000       # or until-samples, until-tokens: since the start of the run
-    objective = "ul2"              # flags without their dashes, for what the command line may say
+    until-iteration = 390000       # or until-samples, until-tokens: from the start of the run
+    objective = "ul2"              # a flag without its dashes, and its value
 
     [[stage]]
-    name = "chat"                  # the last stage may be open: it ends with --train-iters
+    name = "chat"                  # the last phase may be open: it ends with --train-iters
     objective = "sft"
     data-path = ["chat.jsonl"]
     lr = 1e-3
 
-A stage is the command line with its own settings on top; it takes none of the stage before it. See
-`docs/recipe.md`. What needs the layout (lengths in steps) is in `megatron_moe/training/phases.py`.
+A phase has the settings of the command line, with its own instead where it has them; it inherits
+nothing from the phase before it. See `docs/recipe.md`. The lengths of phases in steps depend on the
+layout: `megatron_moe/training/phases.py`. The file and `config.json` keep the words of the format's
+first release, `stage` and `stages`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_moe.config.objective import ObjectiveConfig
-from megatron_moe.config.run import RunConfig
-from megatron_moe.config.training import DataConfig
+from megatron_moe.config.run import RunConfig, all_fields
+from megatron_moe.config.training import DataConfig, ObjectiveConfig
 from megatron_moe.errors import UsageError
 
 if sys.version_info >= (3, 11):
@@ -35,7 +37,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FLAG = "--stages"
+FLAG = "--phases"
 
 Unit = Literal["iteration", "samples", "tokens"]
 Origin = Literal["run", "stage"]
@@ -46,7 +48,7 @@ _ENDS: dict[str, Unit] = {
     "until_tokens": "tokens",
 }
 _OWN = ("name", *_ENDS, "lr_from")
-"""Keys of a stage that are no flags."""
+"""Keys of a phase that are not flags."""
 _RATES = (
     "lr",
     "min_lr",
@@ -81,35 +83,37 @@ SETTINGS: dict[str, str] = {
     **dict.fromkeys(("eval_interval", "eval_iters", "domain_eval_iters", "seed"), "train"),
     **dict.fromkeys((*_RATES, "clip_grad", "weight_decay"), "optimizer"),
 }
-"""What a stage can set, with the section of the configuration that it belongs to."""
+"""Fields that a phase can set, and the section of the configuration that each belongs to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseSpec:
-    """A stage as the table has it."""
+    """A phase as the file has it."""
 
     name: str
     file: str
-    """Of the table, for messages."""
+    """Path of the file, for messages."""
     unit: Unit | None
-    """What its end is counted in; `None` for an open end."""
+    """Unit of its end; `None` for an open end."""
     until: int
-    """Its end, since the start of the run."""
+    """Its end, counted from the start of the run."""
     settings: dict[str, Any]
-    """By field of the configuration."""
+    """Values by field of the configuration."""
     lr_from: Origin
-    """Whether learning rates count steps of the run, or of the stage."""
+    """Whether the learning rate counts steps from the start of the run, or of the phase (`stage` in
+    the file)."""
 
     @property
     def label(self) -> str:
-        """For messages."""
-        return f"stage {self.name!r} of {self.file}"
+        """Name and file, for messages."""
+        return f"phase {self.name!r} of {self.file}"
 
     def applied(self, config: RunConfig) -> RunConfig:
-        """The command line's configuration with this stage's settings; its length is not set.
+        """The command line's configuration with this phase's settings; its length is not set.
 
-        A stage that names data takes none of the command line's. One whose learning rate counts
-        from its own start takes no numbers of steps from there (warm-up, decay).
+        A phase that names data uses none of the command line's: two ways of naming data exclude
+        each other. A phase whose learning rate counts from its own start uses no warm-up or decay
+        of the command line: those count steps of the run.
         """
         sections: dict[str, dict[str, Any]] = {"data": {}, "optimizer": {}}
         if any(name in self.settings for name in _SOURCES):
@@ -131,12 +135,12 @@ class PhaseSpec:
 
 
 def read_phases(path: str) -> tuple[PhaseSpec, ...]:
-    """Read a stage table and check everything that does not depend on the rest of the run.
+    """Read a file of phases and check all that does not depend on the rest of the run.
 
     Raises:
-        UsageError: the file cannot be read or is no TOML; a key that is unknown (names the closest
-            one) or the same for the whole run; a value of another type; a stage without a name, or
-            without an end that is not the last.
+        UsageError: the file cannot be read or is not TOML; a key is unknown (names the closest one)
+            or can only be set for the whole run; a value is of another type; a phase has no name,
+            or has no end and is not the last.
     """
     try:
         content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
@@ -147,40 +151,52 @@ def read_phases(path: str) -> tuple[PhaseSpec, ...]:
     tables = content.get("stage")
     if set(content) != {"stage"} or not isinstance(tables, list) or not tables:
         raise UsageError(f"content of {path}", sorted(content), "one or more [[stage]] tables")
-    stages = tuple(_stage(table, number, path) for number, table in enumerate(tables, 1))
-    names = [stage.name for stage in stages]
-    for stage in stages[:-1]:
-        if stage.unit is None:
+    specs = tuple(_phase(table, number, path) for number, table in enumerate(tables, 1))
+    names = [spec.name for spec in specs]
+    for spec in specs[:-1]:
+        if spec.unit is None:
             expected = "until-iteration, until-samples or until-tokens"
-            raise UsageError(f"end of {stage.label}", None, expected, "only the last may be open")
+            raise UsageError(f"end of {spec.label}", None, expected, "only the last may be open")
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UsageError(f"name in {path}", twice, "another name for each stage")
-    return stages
+        raise UsageError(f"name of each phase in {path}", twice, "unique")
+    return specs
 
 
-def place_of(stage: str, names: Sequence[str]) -> int:
-    """The place of a stage, from 0, by its name or its number from 1.
+@contextlib.contextmanager
+def errors_of_phase(label: str) -> Iterator[None]:
+    """Name the phase in every `UsageError` raised inside; an empty label changes nothing."""
+    try:
+        yield
+    except UsageError as error:
+        if not label:
+            raise
+        what = f"{label}: {error.what}"
+        raise UsageError(what, error.found, error.expected, error.fix) from None
+
+
+def place_of(phase: str, names: Sequence[str]) -> int:
+    """The index of a phase, from 0, by its name or its number from 1.
 
     Raises:
-        UsageError: there is no such stage.
+        UsageError: there is no such phase.
     """
     places = {str(place + 1): place for place in range(len(names))}
     places |= {name: place for place, name in enumerate(names)}
-    if stage not in places:
+    if phase not in places:
         expected = f"one of {', '.join(names)}, or a number from 1 to {len(names)}"
-        raise UsageError("--stage", stage, expected)
-    return places[stage]
+        raise UsageError("--stage", phase, expected)
+    return places[phase]
 
 
-def _stage(table: Any, number: int, path: str) -> PhaseSpec:
+def _phase(table: Any, number: int, path: str) -> PhaseSpec:
+    where = f"phase {number} of {path}"
     if not isinstance(table, dict):
-        raise UsageError(f"stage {number} of {path}", table, "a [[stage]] table")
-    where = f"stage {number} of {path}"
+        raise UsageError(where, table, "a [[stage]] table")
     name = table.get("name")
     if not isinstance(name, str) or not name.strip():
         raise UsageError(f"name of {where}", name, "a text")
-    where = f"stage {name!r} of {path}"
+    where = f"phase {name!r} of {path}"
     values = _by_field(table, where)
     unit, until = _end(values, where)
     settings = {key: value for key, value in values.items() if key not in _OWN}
@@ -199,22 +215,23 @@ def _stage(table: Any, number: int, path: str) -> PhaseSpec:
 
 
 def _by_field(table: dict[str, Any], where: str) -> dict[str, Any]:
-    """Values under the names of fields, all of which a stage can set."""
+    """Values by field, all of which a phase can set."""
     values: dict[str, Any] = {}
     for key, value in table.items():
         field = key.replace("-", "_")
         if field in values:
-            raise UsageError(f"key of {where}", key, "each key once")
+            raise UsageError(f"key of {where}", key, "given once")
         if field not in SETTINGS and field not in _OWN:
-            _refuse_key(key, field, where)
+            _reject_key(key, field, where)
         values[field] = value
     return values
 
 
-def _refuse_key(key: str, field: str, where: str) -> None:
-    if any(hasattr(getattr(RunConfig(), s.name), field) for s in dataclasses.fields(RunConfig)):
-        expected = "what can change during a run"
-        fix = f"give --{field.replace('_', '-')} on the command line, for the whole run"
+def _reject_key(key: str, field: str, where: str) -> None:
+    flags = {name: known.flag for known in all_fields().values() for name in known.keys}
+    if field in flags:
+        expected = "a setting that can change during a run"
+        fix = f"set {flags[field]} on the command line, for the whole run"
         raise UsageError(f"key of {where}", key, expected, fix)
     close = difflib.get_close_matches(field, [*SETTINGS, *_OWN], n=1, cutoff=0.0)
     expected = f"a known key, the closest is {close[0].replace('_', '-')}"
@@ -224,27 +241,27 @@ def _refuse_key(key: str, field: str, where: str) -> None:
 def _end(values: dict[str, Any], where: str) -> tuple[Unit | None, int]:
     given = [key for key in _ENDS if key in values]
     if len(given) > 1:
-        named = " and ".join(key.replace("_", "-") for key in given)
-        raise UsageError(f"end of {where}", named, "one of the two")
+        found = " and ".join(key.replace("_", "-") for key in given)
+        raise UsageError(f"end of {where}", found, "one of them")
     if not given:
         return None, 0
     until = values[given[0]]
     if type(until) is not int or until < 1:
-        expected = "a whole number, at least 1"
-        raise UsageError(f"{given[0].replace('_', '-')} of {where}", until, expected)
+        what = f"{given[0].replace('_', '-')} of {where}"
+        raise UsageError(what, until, "a whole number >= 1")
     return _ENDS[given[0]], until
 
 
 def _typed(settings: dict[str, Any], where: str) -> dict[str, Any]:
-    """The settings with values as fields hold them.
+    """The settings with their values as the fields hold them.
 
     Raises:
-        UsageError: one is of another type.
+        UsageError: a value is of another type.
     """
     found: dict[str, Any] = {}
     for name, value in settings.items():
         if name.endswith("data_path") and isinstance(value, list):
-            # Weights may be numbers: TOML has them, the command line has words.
+            # TOML has numbers, so a weight may be one; the command line has words only.
             value = [repr(word) if type(word) in (int, float) else word for word in value]
         section = SETTINGS[name]
         config = RunConfig.from_dict({section: {name: value}}, where)

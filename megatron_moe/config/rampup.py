@@ -1,8 +1,8 @@
 """Batch-size ramp-up: the global batch as a function of the sequences consumed so far.
 
 As Megatron-LM's `--rampup-batch-size START INCREMENT SAMPLES`: the batch grows from START by
-INCREMENT at equal distances until, SAMPLES sequences in, it is the whole global batch. A function
-of consumed sequences needs no state: a run that goes on has the batches of one that never stopped.
+INCREMENT, at equal distances, to the whole global batch after SAMPLES sequences. A function of the
+consumed sequences needs no state: a run that resumes has the batches of one that never stopped.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class BatchSizes:
     """How many sequences each step takes.
 
     Args:
-        full: sequences of a step in the end.
-        start: in the beginning.
-        increment: by how many they grow at a time.
+        full: sequences of a step after the ramp.
+        start: sequences of the first step.
+        increment: sequences by which a step grows at a time.
         samples: sequences after which the batch is full; 0 for no ramp.
     """
 
@@ -34,17 +34,19 @@ class BatchSizes:
 
     @classmethod
     def of(cls, train: TrainConfig, full: int) -> BatchSizes:
-        """The ramp of a run whose global batch is ``full`` in the end.
+        """The batch sizes of a run.
+
+        Args:
+            train: its validated settings.
+            full: global batch size after the ramp, in sequences.
 
         Raises:
-            UsageError: the ramp does not reach it in whole increments.
+            UsageError: the ramp does not reach ``full`` in whole increments.
         """
         if train.rampup_batch_size is None:
             return cls(full=full, start=full, increment=1, samples=0)
         start, increment, samples = train.rampup_batch_size
         given = f"{start} {increment} {samples}"
-        if min(start, increment, samples) < 1:
-            raise UsageError(FLAG, given, "START INCREMENT SAMPLES, each at least 1")
         if start >= full or (full - start) % increment:
             expected = f"whole increments from START to --global-batch-size ({full})"
             raise UsageError(FLAG, given, expected)
@@ -56,13 +58,13 @@ class BatchSizes:
         return self.samples == 0
 
     def check_divides(self, unit: int, meaning: str) -> None:
-        """Every batch of the ramp must be a multiple of ``unit``.
+        """Check that every batch of the ramp is a multiple of ``unit``.
 
         Raises:
             UsageError: some would not be.
         """
         if not self.constant and (self.start % unit or self.increment % unit):
-            expected = f"START and INCREMENT that are multiples of {meaning} ({unit})"
+            expected = f"a START and an INCREMENT that are multiples of {meaning} ({unit})"
             raise UsageError(FLAG, f"{self.start} {self.increment} {self.samples}", expected)
 
     def at(self, consumed: int) -> int:
@@ -81,7 +83,7 @@ class BatchSizes:
         return consumed + (iterations - done) * self.full
 
     def iterations_of(self, samples: int) -> int:
-        """Whole steps that ``samples`` sequences are enough for."""
+        """Whole steps that ``samples`` sequences suffice for."""
         done = consumed = 0
         for done, consumed in enumerate(self._ramp()):
             if consumed + self.at(consumed) > samples:

@@ -3,42 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
-import tyro
-
+from megatron_moe.config.fields import ConfigField, fields_of
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
-from megatron_moe.config.objective import ObjectiveConfig
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.training import (
     CheckpointConfig,
     DataConfig,
     LoggingConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     TrainConfig,
 )
 from megatron_moe.errors import UsageError
-
-Flat = tyro.conf.arg(name="")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides what a run does."""
 
-    model: Annotated[ModelConfig, Flat] = field(default_factory=ModelConfig)
-    moe: Annotated[MoEConfig, Flat] = field(default_factory=MoEConfig)
-    parallel: Annotated[ParallelConfig, Flat] = field(default_factory=ParallelConfig)
-    data: Annotated[DataConfig, Flat] = field(default_factory=DataConfig)
-    objective: Annotated[ObjectiveConfig, Flat] = field(default_factory=ObjectiveConfig)
-    train: Annotated[TrainConfig, Flat] = field(default_factory=TrainConfig)
-    optimizer: Annotated[OptimizerConfig, Flat] = field(default_factory=OptimizerConfig)
-    checkpoint: Annotated[CheckpointConfig, Flat] = field(default_factory=CheckpointConfig)
-    logging: Annotated[LoggingConfig, Flat] = field(default_factory=LoggingConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """The parts of the configuration by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries, ready for JSON."""
@@ -49,8 +52,8 @@ class RunConfig:
         """The inverse of `to_dict`.
 
         Raises:
-            UsageError: a section or field of ``source`` is not one of ours, or a value is of
-                another type.
+            UsageError: ``source`` has an unknown section or field, a field twice (by its name and
+                by that of its flag), or a value of another type.
         """
         sections: dict[str, Any] = {}
         known = {f.name: f for f in dataclasses.fields(cls)}
@@ -65,12 +68,12 @@ class RunConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> RunConfig:
-        """Read a configuration file: a run's `config.json`, or the same part of one."""
+        """Read a configuration file: a run's `config.json`, or some of its sections."""
         try:
             values = json.loads(Path(path).read_text())
         except OSError as error:
             raise UsageError("--config", str(path), "a readable file", str(error)) from None
-        except (ValueError, RecursionError) as error:  # neither UTF-8, nor JSON, nor sane
+        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deep
             raise UsageError("--config", str(path), "a JSON file", str(error)) from None
         if not isinstance(values, dict):
             raise UsageError("--config", str(path), "a JSON object of sections")
@@ -81,17 +84,33 @@ class RunConfig:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
 
+@functools.cache
+def all_fields() -> dict[str, ConfigField]:
+    """Every field of every section by name. No two sections have a field of the same name."""
+    sections = RunConfig().sections.values()
+    return {name: field for part in sections for name, field in fields_of(type(part)).items()}
+
+
+def flag_of(name: str) -> str:
+    """The documented flag of a field: `micro_batch_size` -> `--micro-batch-size`."""
+    return all_fields()[name].flag
+
+
 def _settings(section: type, content: dict[str, Any], where: str) -> dict[str, Any]:
     """The fields of a section, with the lists of JSON as tuples, each of its declared type."""
-    hints = get_type_hints(section)
-    fixed: dict[str, Any] = {}
+    known = {key: field for field in fields_of(section).values() for key in field.keys}
+    found: dict[str, Any] = {}
     for key, value in content.items():
-        if key not in hints:
-            raise UsageError(f"setting {where}", key, f"one of {sorted(hints)}")
-        fixed[key] = tuple(value) if isinstance(value, list) else value
-        if not _fits(fixed[key], hints[key]):
-            raise UsageError(f"{key} in {where}", value, _words(hints[key]))
-    return fixed
+        if key not in known:
+            raise UsageError(f"setting {where}", key, f"one of {sorted(fields_of(section))}")
+        field = known[key]
+        if field.name in found:
+            both = " and ".join(field.keys)
+            raise UsageError(f"settings {both} of {where}", "both", "one", "they are the same")
+        found[field.name] = tuple(value) if isinstance(value, list) else value
+        if not _fits(found[field.name], field.type):
+            raise UsageError(f"{key} in {where}", value, _expected(field.type))
+    return found
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -112,15 +131,16 @@ def _fits(value: Any, hint: Any) -> bool:
     return type(value) is hint
 
 
-def _words(hint: Any) -> str:
+def _expected(hint: Any) -> str:
+    """A type in the words of a configuration file: `a whole number or null`."""
     inner = get_args(hint)
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, inner))
     if get_origin(hint) is tuple:
         count = "" if Ellipsis in inner else f"{len(inner)} entries, "
-        return f"a list, {count}each {_words(inner[0])}"
+        return f"a list, {count}each {_expected(inner[0])}"
     if inner:
-        return " or ".join(map(_words, inner))
+        return " or ".join(map(_expected, inner))
     return {type(None): "null", str: "text", float: "a number", int: "a whole number"}.get(
         hint, "true or false"
     )

@@ -1,9 +1,13 @@
-"""What a run does: its data, steps, optimizer, checkpoints and logs."""
+"""What a run does: its data, objective, steps, optimizer, checkpoints and logs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from megatron_moe.config.fields import AtLeastOne, BelowOne, Flag, NonNegative, Positive
+
+Objective = Literal["causal", "prefix-lm", "ul2", "sft"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,12 +32,12 @@ class DataConfig:
     split: str = "969,30,1"
     """Shares of documents of `--data-path` for training, validation and test."""
     data_cache_path: str | None = None
-    """Directory for sample indices; `None` means a `cache` folder beside the data."""
+    """Directory for sample indices; `None` means a `cache` folder next to the data."""
     mmap_bin_files: bool = True
-    """Map `.bin` files into memory rather than reading them."""
-    num_workers: int = 1
+    """Map `.bin` files into memory instead of reading them."""
+    num_workers: Annotated[int, NonNegative] = 1
     """Background threads or processes that prepare batches; 0 reads in the training process."""
-    seq_length: int = 256
+    seq_length: Annotated[int, AtLeastOne] = 256
     """Tokens S of one sample."""
     tokenizer_type: Literal[
         "SentencePieceTokenizer", "HuggingFaceTokenizer", "ByteTokenizer", "NullTokenizer"
@@ -41,44 +45,72 @@ class DataConfig:
     """Tokenizer family. `NullTokenizer` has no text, only `--vocab-size` ids."""
     tokenizer_model: str | None = None
     """File of the tokenizer: a SentencePiece model, or a `tokenizer.json` or its folder."""
-    vocab_size: int | None = None
+    vocab_size: Annotated[int | None, AtLeastOne] = None
     """Vocabulary V before padding; `None` takes the tokenizer's."""
-    vocab_extra_ids: int = 0
+    vocab_extra_ids: Annotated[int, NonNegative] = 0
     """Ids after the tokenizer's own, for the sentinels of span corruption; umT5 has 300."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: Annotated[int, AtLeastOne] = 128
     """V is padded to a multiple of this, whatever the layout; tensor parallelism must divide it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """How tokens become inputs, targets and a loss mask; examples in `docs/objectives.md`."""
+
+    objective: Objective = "causal"
+    """`causal`: the next token, everywhere. `prefix-lm`: the same after a random split. `ul2`: a
+    mixture of denoisers. `sft`: the assistant's turns of conversations (JSON Lines)."""
+    ul2_mixture: str | None = None
+    """TOML file of the denoisers; `None` takes the six of OpenMoE."""
+    ul2_inputs_length: Annotated[int | None, AtLeastOne] = None
+    """Most tokens of a row for the inputs of a denoiser, the rest being for its targets; `None`
+    means half of `--seq-length`, as in the paper."""
+    ul2_fill_rows: bool = False
+    """Take as much text as fits into the whole row, instead of fixed parts for inputs and targets
+    (which leave up to half of a row empty)."""
+    eod_mask_loss: bool = False
+    """Do not count what is predicted right after an end of document (causal and prefix LM)."""
+    reset_position_ids: bool = False
+    """Count rotary positions from the start of each document (of each conversation, with `sft`)."""
+    reset_attention_mask: bool = False
+    """Let no position see another document (another conversation, with `sft`)."""
+    sft_key: str = "messages"
+    """Where a line of a conversation file is an object: its key that holds the list of turns."""
+    sft_pack: bool = True
+    """Put several conversations into a row where they fit; otherwise one a row."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How many steps of what size."""
 
-    micro_batch_size: int = 4
+    micro_batch_size: Annotated[int, AtLeastOne] = 4
     """Sequences B in one forward pass of one data-parallel rank."""
-    global_batch_size: int | None = None
+    global_batch_size: Annotated[int | None, AtLeastOne] = None
     """Sequences of one optimizer step; `None` means micro batch x data-parallel size."""
-    rampup_batch_size: tuple[int, int, int] | None = None
+    rampup_batch_size: Annotated[tuple[int, int, int] | None, AtLeastOne] = None
     """START INCREMENT SAMPLES: the global batch grows from START, by INCREMENT at a time, to
     `--global-batch-size` over the first SAMPLES sequences."""
-    train_iters: int | None = None
-    """Optimizer steps of the whole run, over all its restarts."""
-    train_samples: int | None = None
+    train_iters: Annotated[int | None, AtLeastOne] = None
+    """Optimizer steps of the whole run, including those before a restart."""
+    train_samples: Annotated[int | None, AtLeastOne] = None
     """The same, in sequences; give one of the two."""
-    stages: str | None = None
-    """TOML file of stages: objective, data, batch, sequence length, learning rate or dropout that
-    change in the middle of the run."""
-    eval_interval: int = 1000
+    stages: Annotated[str | None, Flag("--phases")] = None
+    """TOML file of the phases of the run: objective, data, batch size, sequence length, learning
+    rate or dropout that change during training. `--stages` is accepted as well."""
+    eval_interval: Annotated[int, AtLeastOne] = 1000
     """Steps between evaluations on validation data."""
-    eval_iters: int = 100
-    """Global batches of one evaluation; 0 evaluates never."""
-    domain_eval_iters: int | None = None
+    eval_iters: Annotated[int, NonNegative] = 100
+    """Global batches of one evaluation; 0 disables evaluation."""
+    domain_eval_iters: Annotated[int | None, NonNegative] = None
     """Global batches of each domain's own evaluation, where held-out data has several; 0 for none.
-    `None` divides `--eval-iters` among them, so that together they cost as much again."""
-    exit_interval: int | None = None
+    `None` divides `--eval-iters` among them, so that together they cost as much as the evaluation
+    of the whole."""
+    exit_interval: Annotated[int | None, AtLeastOne] = None
     """Save and end once the iteration is a multiple of this."""
     exit_signal_handler: bool = False
-    """On SIGTERM to any rank, save after the current step and end all ranks with exit code 0."""
-    seed: int = 1234
+    """On SIGTERM to any rank, save after the current step and exit on all ranks with code 0."""
+    seed: Annotated[int, NonNegative] = 1234
     """Seed of initialisation, data order and dropout."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights; otherwise fp32."""
@@ -95,46 +127,45 @@ class OptimizerConfig:
 
     optimizer: Literal["adam", "sgd", "adafactor"] = "adam"
     """`adam` is AdamW (decoupled weight decay); `adafactor` is what OpenMoE was trained with."""
-    lr: float = 3e-4
+    lr: Annotated[float, NonNegative] = 3e-4
     """Learning rate at its peak."""
-    min_lr: float = 0.0
+    min_lr: Annotated[float, NonNegative] = 0.0
     """Learning rate at the end of the decay."""
     lr_decay_style: Literal["constant", "linear", "cosine", "inverse-square-root", "WSD"] = "cosine"
     """Shape of the decay after warm-up; `WSD` stays at the peak and decays at the end."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
     """Shape of the decay at the end of `WSD`."""
-    lr_wsd_decay_iters: int | None = None
+    lr_wsd_decay_iters: Annotated[int | None, AtLeastOne] = None
     """Steps of the decay at the end of `WSD`."""
-    lr_decay_iters: int | None = None
+    lr_decay_iters: Annotated[int | None, AtLeastOne] = None
     """Steps until the decay ends; `None` means the length of the run."""
-    lr_warmup_iters: int = 0
+    lr_warmup_iters: Annotated[int, NonNegative] = 0
     """Steps of linear warm-up."""
-    lr_warmup_init: float = 0.0
+    lr_warmup_init: Annotated[float, NonNegative] = 0.0
     """Learning rate at the first step of warm-up."""
-    weight_decay: float | None = None
+    weight_decay: Annotated[float | None, NonNegative] = None
     """Weight decay of matrices; norms have none. `None` means 0.01; with Adafactor, 0."""
-    adam_beta1: float = 0.9
+    adam_beta1: Annotated[float, BelowOne] = 0.9
     """Decay of the first moment."""
-    adam_beta2: float = 0.999
+    adam_beta2: Annotated[float, BelowOne] = 0.999
     """Decay of the second moment."""
-    adam_eps: float = 1e-8
+    adam_eps: Annotated[float, Positive] = 1e-8
     """Added to the root of the second moment."""
-    sgd_momentum: float = 0.9
+    sgd_momentum: Annotated[float, BelowOne] = 0.9
     """Momentum of `--optimizer sgd`."""
-    adafactor_decay_rate: float = 0.8
+    adafactor_decay_rate: Annotated[float, Positive] = 0.8
     """Adafactor's second moments decay by 1 - t^-RATE at step t."""
-    adafactor_clip_threshold: float = 1.0
+    adafactor_clip_threshold: Annotated[float, Positive] = 1.0
     """Root mean square above which Adafactor scales a matrix's update down."""
-    adafactor_min_dim: int = 128
-    """Adafactor keeps row and column means of matrices whose two sizes are at least this."""
-    clip_grad: float | None = None
-    """Global gradient norm above which gradients are scaled down; 0 never. `None` means 1; with
-    Adafactor, 0."""
-
+    adafactor_min_dim: Annotated[int, AtLeastOne] = 128
+    """Adafactor factors the second moments of matrices whose two sizes are both >= this."""
+    clip_grad: Annotated[float | None, NonNegative] = None
+    """Global gradient norm above which gradients are scaled down; 0 disables clipping. `None` means
+    1; with Adafactor, 0."""
     freeze_params: tuple[str, ...] = ()
-    """Parameters that stay as they are: patterns (`*`, `?`, `[...]`) of logical names."""
-    freeze_router_after: int | None = None
-    """Steps after which router weights stay as they are."""
+    """Parameters that are not updated: patterns (`*`, `?`, `[...]`) of logical names."""
+    freeze_router_after: Annotated[int | None, NonNegative] = None
+    """Steps after which router weights are no longer updated."""
 
     @property
     def used_weight_decay(self) -> float:
@@ -151,27 +182,28 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is saved and where a run starts from."""
+    """What is saved, and what a run starts from."""
 
     save: str | None = None
     """Directory to save checkpoints in."""
     load: str | None = None
-    """Directory to continue from."""
-    save_interval: int | None = None
+    """Directory of checkpoints to resume from."""
+    save_interval: Annotated[int | None, AtLeastOne] = None
     """Steps between saves; a run with `--save` always saves at its end."""
     async_save: bool = False
-    """Train on while a save is written: only the copy to host memory is waited for. Takes as much
-    host memory as a rank saves."""
-    keep_last: int | None = None
-    """Newest steps that stay in `--save`; older ones go after a complete save. `None` keeps all."""
-    keep_every: int | None = None
-    """With `--keep-last`, steps that are multiples of this stay as well."""
-    ckpt_step: int | None = None
+    """Write checkpoints in the background: training waits for the copy to host memory alone. Needs
+    as much host memory as a rank saves."""
+    keep_last: Annotated[int | None, AtLeastOne] = None
+    """Checkpoints to keep in `--save`, the newest; older ones are deleted after a complete save.
+    `None` keeps all."""
+    keep_every: Annotated[int | None, AtLeastOne] = None
+    """With `--keep-last`, checkpoints of steps that are multiples of this are kept as well."""
+    ckpt_step: Annotated[int | None, NonNegative] = None
     """Step to load; `None` means the newest."""
     checkpoint_fallback: bool = False
-    """If the newest checkpoint of `--load` is damaged, take the newest earlier whole one."""
+    """If the newest checkpoint of `--load` is damaged, load the newest earlier one that is not."""
     finetune: bool = False
-    """Take only the weights of `--load`: step, optimizer, RNG and data start afresh."""
+    """Load only the weights of `--load`: step, optimizer, RNG and data start anew."""
     no_load_optim: bool = False
     """Do not load optimizer state."""
     no_load_rng: bool = False
@@ -186,13 +218,13 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What a run tells."""
+    """What a run reports."""
 
-    log_interval: int = 100
+    log_interval: Annotated[int, AtLeastOne] = 100
     """Steps between progress lines and TensorBoard points."""
     tensorboard_dir: str | None = None
     """Directory of TensorBoard events."""
-    device_peak_tflops: float | None = None
+    device_peak_tflops: Annotated[float | None, Positive] = None
     """Peak TFLOP/s of one device for MFU; `None` looks the GPU up, or measures a GEMM on a CPU."""
     metrics_file: str | None = None
     """JSON Lines file with exact per-step loss and gradient norm (hexadecimal floats as well)."""

@@ -1,5 +1,5 @@
-"""Checkpoints of other programs and ours, one tensor at a time: native, Hugging Face, t5x.
+"""Checkpoint conversion, one tensor at a time: native, Hugging Face, t5x; upcycling; inspection.
 
-A format is read into a `Model`, whose tensors have our logical names and are read when they are
-asked for, and written from one. See docs/conversion.md.
+`formats.py` reads a checkpoint into a `LogicalModel` (`model.py`), whose tensors have logical names
+and are read when needed, and writes one in another format. See docs/conversion.md.
 """

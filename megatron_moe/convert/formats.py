@@ -1,36 +1,36 @@
-"""The formats by name: how `--from` and `--to` are read, written and compared."""
+"""The formats by name: how `--from` is read and `--to` is written.
+
+A conversion is `read` -> (`average`, `upcycle`, `cast`) -> `write`. The module of each format reads
+and writes it: `native.py`, `hf.py` (and `llama.py`), `t5x.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moe.config import RunConfig
-from megatron_moe.convert.hf import hf_tensors, read_hf, write_hf
+from megatron_moe.convert.hf import ExpertLayout, hf_tensors, read_hf, write_hf
 from megatron_moe.convert.hf_config import to_hf
-from megatron_moe.convert.hf_names import ExpertLayout
-from megatron_moe.convert.lazy import LazyTensor
-from megatron_moe.convert.model import Model, check_tensors
+from megatron_moe.convert.llama import is_llama, read_llama
+from megatron_moe.convert.model import LazyTensor, LogicalModel, check_tensors
 from megatron_moe.convert.native import read_native, write_native
-from megatron_moe.convert.new_directory import check_new
-from megatron_moe.convert.sharding import Progress
-from megatron_moe.convert.t5x import read_t5x, write_t5x
-from megatron_moe.convert.t5x_names import t5x_name
-from megatron_moe.errors import Corrupt, UsageError
+from megatron_moe.convert.t5x import read_t5x, t5x_name, write_t5x
+from megatron_moe.convert.writing import Progress, check_new
+from megatron_moe.errors import UsageError
 
 FORMATS = ("native", "hf", "t5x")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
-    """Where a model goes, and how.
+class ConversionTarget:
+    """What a conversion writes.
 
     Args:
         format: one of `FORMATS`.
-        path: the directory.
-        layout: of the experts, for `hf`.
-        max_shard: bytes of one file.
+        path: directory to write.
+        layout: layout of the experts, for `hf`.
+        max_shard: maximal bytes of a file.
     """
 
     format: str
@@ -41,39 +41,42 @@ class Target:
 
 def read(
     format_name: str, path: Path, step: int | None = None, config: RunConfig | None = None
-) -> Model:
-    """A model from a checkpoint, its tensors checked against its configuration but not read.
+) -> LogicalModel:
+    """Open a checkpoint; names and shapes are checked, tensors are not read yet.
 
     Args:
         format_name: one of `FORMATS`.
-        path: the directory.
-        step: of a native checkpoint, by default the tracker's.
-        config: of a t5x checkpoint, which holds none.
+        path: directory of the checkpoint.
+        step: step of a native checkpoint, by default the tracker's.
+        config: configuration of a t5x checkpoint, which contains none.
 
     Raises:
-        UsageError: no such format, or the checkpoint is missing, damaged or of another model.
+        UsageError: the format is unknown, or the checkpoint is missing, damaged or another
+            model's.
     """
     if format_name not in FORMATS:
         raise UsageError("--from", format_name, f"one of {', '.join(FORMATS)}")
     if format_name != "native" and step is not None:
-        raise UsageError("--ckpt-step", step, f"absent: a checkpoint of {format_name} is one step")
+        expected = f"absent with --from {format_name}, whose checkpoints hold a single step"
+        raise UsageError("--ckpt-step", step, expected)
     if format_name == "native":
         model = read_native(path, step)
     elif format_name == "hf":
-        model = read_hf(path)
+        model = read_llama(path) if is_llama(path) else read_hf(path)
     elif config is None:
-        raise UsageError("--preset", None, "given, or --config: t5x checkpoints say no sizes")
+        reason = "t5x checkpoints do not record the model's sizes"
+        raise UsageError("--preset", None, "given, or --config", reason)
     else:
         model = read_t5x(path, config)
     check_tensors(model)
     return model
 
 
-def planned(model: Model, target: Target) -> dict[str, LazyTensor]:
-    """What would be written, by its name there.
+def planned_tensors(model: LogicalModel, target: ConversionTarget) -> dict[str, LazyTensor]:
+    """The tensors that would be written, by their name in the target format.
 
     Raises:
-        UsageError: no such format, or it cannot say what this model is.
+        UsageError: the format is unknown or cannot represent this model, or the target exists.
     """
     if target.format not in FORMATS:
         raise UsageError("--to", target.format, f"one of {', '.join(FORMATS)}")
@@ -86,36 +89,15 @@ def planned(model: Model, target: Target) -> dict[str, LazyTensor]:
     return hf_tensors(model, target.layout)
 
 
-def write(model: Model, target: Target, progress: Progress) -> Path:
-    """Write a model; all of it or nothing.
+def write(model: LogicalModel, target: ConversionTarget, progress: Progress) -> Path:
+    """Write a model, complete or not at all.
 
     Returns:
-        Where it is.
+        The directory that was written.
     """
-    planned(model, target)
+    planned_tensors(model, target)  # raises before anything is written
     if target.format == "native":
         return write_native(model, target.path, target.max_shard, progress)
     if target.format == "t5x":
         return write_t5x(model, target.path, progress)
     return write_hf(model, target.path, target.layout, target.max_shard, progress)
-
-
-def compare(expected: Model, found: Model, progress: Callable[[int], object]) -> int:
-    """Prove that two models are the same: tensors by count, shape, dtype and SHA-256.
-
-    Returns:
-        The number of tensors.
-
-    Raises:
-        Corrupt: a tensor differs; the first is named.
-    """
-    if expected.tensors.keys() != found.tensors.keys():
-        counts = len(found.tensors), f"{len(expected.tensors)}, those of {expected.source}"
-        raise Corrupt(f"tensors of {found.source}", *counts)
-    for name, tensor in expected.tensors.items():
-        other = found.tensors[name]
-        if tensor.digest() != other.digest():
-            what = f"{name} in {found.source}"
-            raise Corrupt(what, f"{other.dtype} with other values", f"that of {expected.source}")
-        progress(tensor.bytes)
-    return len(expected.tensors)

@@ -1,51 +1,99 @@
-"""Hugging Face checkpoints of OpenMoE: `config.json`, safetensors with an index, tokenizer."""
+"""Hugging Face checkpoints of OpenMoE: tensor names, `config.json`, safetensors, tokenizer files.
+
+Matrices are stored [out, in] as in the logical model. Experts come in two public layouts: `stacked`
+[E, in, out] as in the logical model, and `unstacked`, one [out, in] matrix per expert. Source: the
+released checkpoints and the script that converted them from t5x.
+"""
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from megatron_moe.checkpoint.files import (
-    PLAIN_HEAD,
-    read_json,
-    write_json,
-    write_pending,
-)
+from megatron_moe.checkpoint.disk import read_json, write_json
+from megatron_moe.checkpoint.tensor_files import FORMAT_METADATA, write_tensors
 from megatron_moe.convert.hf_config import from_hf, to_hf
-from megatron_moe.convert.hf_files import open_files
-from megatron_moe.convert.hf_names import EXPERT, ExpertLayout, expert_name, hf_name, layout_of
-from megatron_moe.convert.lazy import LazyTensor, row_of, stacked
-from megatron_moe.convert.llama import ARCHITECTURE, read_llama
-from megatron_moe.convert.model import Model
-from megatron_moe.convert.new_directory import new_directory
-from megatron_moe.convert.sharding import Progress, shards_of
+from megatron_moe.convert.hf_files import CONFIG, check_no_extra, open_files, tokenizer_files
+from megatron_moe.convert.model import LazyTensor, LogicalModel, row_of, stacked
+from megatron_moe.convert.writing import Progress, new_directory, split_into_files
 from megatron_moe.errors import Corrupt
 from megatron_moe.model.logical import logical_parameters
 
-CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-TOKENIZERS = ("tokenizer.model", "spiece.model", "tokenizer.json", "tokenizer_config.json")
-"""Files that travel with a tokenizer."""
+ExpertLayout = Literal["stacked", "unstacked"]
+
+_WHOLE = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "final_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_LAYER = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.query.weight": "self_attn.q_proj.weight",
+    "attention.key.weight": "self_attn.k_proj.weight",
+    "attention.value.weight": "self_attn.v_proj.weight",
+    "attention.output.weight": "self_attn.o_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn.gate.weight": "mlp.gate_proj.weight",
+    "ffn.up.weight": "mlp.up_proj.weight",
+    "ffn.down.weight": "mlp.down_proj.weight",
+    "shared_norm.weight": "pre_extra_mlp_layernorm.weight",
+    "shared.gate.weight": "extra_mlp.gate_proj.weight",
+    "shared.up.weight": "extra_mlp.up_proj.weight",
+    "shared.down.weight": "extra_mlp.down_proj.weight",
+}
+_ROUTER = {"stacked": "mlp.gate_weight", "unstacked": "mlp.gate.weight"}
+_STACKED = {"gate": "wi_gate", "up": "wi_up", "down": "wo"}
+
+EXPERT = re.compile(r"layers\.(\d+)\.moe\.experts\.(gate|up|down)")
+"""Logical names of the experts of a layer."""
 
 
-def read_hf(directory: Path) -> Model:
-    """A checkpoint directory: OpenMoE in either layout of the experts, or a dense Llama.
+def hf_name(name: str, layout: ExpertLayout) -> str:
+    """The Hugging Face name of a logical tensor; of experts, the name of the whole stack.
+
+    Raises:
+        KeyError: the layout has no such tensor.
+    """
+    if name in _WHOLE:
+        return _WHOLE[name]
+    _, number, rest = name.split(".", 2)
+    prefix = f"model.layers.{number}"
+    if rest == "moe.router.weight":
+        return f"{prefix}.{_ROUTER[layout]}"
+    found = EXPERT.fullmatch(name)
+    if found:
+        return f"{prefix}.mlp.experts.{_STACKED[found[2]]}"
+    return f"{prefix}.{_LAYER[rest]}"
+
+
+def expert_name(name: str, expert: int) -> str:
+    """The name of one expert's matrix in the `unstacked` layout."""
+    found = EXPERT.fullmatch(name)
+    if not found:
+        raise KeyError(name)
+    return f"model.layers.{found[1]}.mlp.experts.{expert}.{found[2]}_proj.weight"
+
+
+def layout_of(names: set[str]) -> ExpertLayout:
+    """The expert layout of a set of names."""
+    return "unstacked" if any(".mlp.experts.0." in name for name in names) else "stacked"
+
+
+def read_hf(directory: Path) -> LogicalModel:
+    """Read a checkpoint directory of OpenMoE, with either layout of the experts.
 
     Raises:
         UsageError: a file is missing or damaged, or it is another kind of model.
     """
     source = directory / CONFIG
-    values = read_json(source)
-    files = tuple(directory / name for name in TOKENIZERS if (directory / name).is_file())
-    if values.get("architectures") == [ARCHITECTURE]:
-        return replace(read_llama(directory, values), tokenizer_files=files)
-    config, vocab_size = from_hf(values, str(source))
+    config, vocab_size = from_hf(read_json(source), str(source))
     found = open_files(directory)
     layout = layout_of(set(found))
     tensors: dict[str, LazyTensor] = {}
@@ -54,23 +102,22 @@ def read_hf(directory: Path) -> Model:
         names = _names(name, layout, config.moe.num_experts)
         missing = [each for each in names if each not in found]
         if missing:
-            raise Corrupt(str(directory), f"without {missing[0]}", f"{len(names)} of {name}")
+            expected = f"a checkpoint with all {len(names)} tensors of {name}"
+            raise Corrupt(str(directory), f"one without {missing[0]}", expected)
         used.update(names)
         each = [found[n] for n in names]
         is_stack = layout == "unstacked" and EXPERT.fullmatch(name)
         tensors[name] = stacked(each, transposed=True) if is_stack else each[0]
         if tensors[name].shape != parameter.shape:
-            shapes = f"shape {list(tensors[name].shape)}", f"{list(parameter.shape)}"
-            raise Corrupt(f"{names[0]} in {directory}", *shapes)
-    extra = sorted(set(found) - used)
-    if extra:
-        raise Corrupt(str(directory), f"with {', '.join(extra[:5])}", "no tensor but the model's")
-    return Model(
+            shapes = list(tensors[name].shape), str(list(parameter.shape))
+            raise Corrupt(f"shape of {names[0]} in {directory}", *shapes)
+    check_no_extra(directory, set(found) - used)
+    return LogicalModel(
         source=str(directory),
         config=config,
         vocab_size=vocab_size,
         tensors=tensors,
-        tokenizer_files=files,
+        tokenizer_files=tokenizer_files(directory),
     )
 
 
@@ -80,8 +127,8 @@ def _names(name: str, layout: ExpertLayout, experts: int) -> list[str]:
     return [hf_name(name, layout)]
 
 
-def hf_tensors(model: Model, layout: ExpertLayout) -> dict[str, LazyTensor]:
-    """The tensors of a model under their Hugging Face names, in the order of the forward pass."""
+def hf_tensors(model: LogicalModel, layout: ExpertLayout) -> dict[str, LazyTensor]:
+    """The tensors of a model under their Hugging Face names, in forward order."""
     tensors: dict[str, LazyTensor] = {}
     for name, tensor in model.tensors.items():
         if layout == "unstacked" and EXPERT.fullmatch(name):
@@ -93,25 +140,26 @@ def hf_tensors(model: Model, layout: ExpertLayout) -> dict[str, LazyTensor]:
 
 
 def write_hf(
-    model: Model, directory: Path, layout: ExpertLayout, max_shard: int, progress: Progress
+    model: LogicalModel, directory: Path, layout: ExpertLayout, max_shard: int, progress: Progress
 ) -> Path:
-    """Write a directory that did not exist, or nothing.
+    """Write a new checkpoint directory, complete or not at all.
 
     Args:
-        model: what to write.
-        directory: where.
-        layout: of the experts.
-        max_shard: bytes of one file, except for a tensor that is larger.
-        progress: told of the bytes written.
+        model: the model to write.
+        directory: the directory, which must not exist.
+        layout: layout of the experts.
+        max_shard: maximal bytes of a file; a larger tensor gets its own.
+        progress: called with the bytes written.
 
     Raises:
-        CheckpointError: the directory exists, the disk is full, or the layout cannot say what this
-            model is.
+        CheckpointError: the directory exists, the disk is full, or the format cannot represent this
+            model.
     """
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in model.tensors.values()}
+    # `torch_dtype` is one value for all tensors: of mixed ones, the narrowest.
     config = to_hf(model.config, model.vocab_size, min(dtypes, key=_width))
     with new_directory(directory, model.bytes) as temporary:
-        for name, value in _written(model, temporary, layout, max_shard, progress):
+        for name, value in _write_tensors(model, temporary, layout, max_shard, progress):
             write_json(temporary / name, value)
         write_json(temporary / CONFIG, config)
         for file in model.tokenizer_files:
@@ -123,18 +171,18 @@ def _width(dtype: str) -> int:
     return getattr(torch, dtype).itemsize  # type: ignore[no-any-return]
 
 
-def _written(
-    model: Model, directory: Path, layout: ExpertLayout, max_shard: int, progress: Progress
+def _write_tensors(
+    model: LogicalModel, directory: Path, layout: ExpertLayout, max_shard: int, progress: Progress
 ) -> Iterator[tuple[str, Any]]:
-    """Write the tensor files; yields the index, if there are several."""
+    """Write the tensor files; yields name and contents of the index if there are several."""
     tensors = hf_tensors(model, layout)
-    shards = shards_of(tensors, max_shard)
+    shards = split_into_files(tensors, max_shard)
     where: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         file = several if len(shards) > 1 else SINGLE
         pending = [tensors[name].pending(name, progress) for name in names]
-        write_pending(directory / file, pending, PLAIN_HEAD)
+        write_tensors(directory / file, pending, FORMAT_METADATA)
         where.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         total = sum(tensor.bytes for tensor in tensors.values())

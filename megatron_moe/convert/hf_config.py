@@ -1,9 +1,9 @@
-"""`config.json` of the released OpenMoE checkpoints, and ours.
+"""`config.json` of OpenMoE in the Hugging Face layout, to and from `RunConfig`.
 
-The released files call the architecture `OpenMoeForCausalLM` with `model_type` llama. What they
-have no field for (the capacity rule, the group size, ...) travels under `megatron_moe`, which other
-readers ignore; a model that they would compute differently is refused.
-Source of the fields: the released `config.json` files and the PyTorch port that reads them.
+The released files name the architecture `OpenMoeForCausalLM` with `model_type` llama. Settings
+without a field there (capacity rule, group size, ...) are stored under `megatron_moe`, which other
+readers ignore. A model that other readers would compute differently is an error. Source of the
+fields: the released `config.json` files and the PyTorch port that reads them.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_moe.config import ModelConfig, MoEConfig, RunConfig, moe_layer_pattern
-from megatron_moe.convert.hf_fields import SIZE, number, whole_number
+from megatron_moe.convert.hf_files import SIZE, number, whole_number
 from megatron_moe.errors import CheckpointError
 
 OURS = "megatron_moe"
-"""The field that holds our own configuration."""
+"""Field with the settings of this project."""
 _ARCHITECTURE = "OpenMoeForCausalLM"
 _PAD, _EOS = 0, 1
 _GATES = {"swiglu": "gated-swiglu", "silu": "swiglu"}
-"""hidden_act with mlp_gated: `swiglu` halves the gate's columns first: four matrices."""
+"""`--ffn-variant` by `hidden_act`. `swiglu` there splits the gate in two: four matrices."""
 
 
 def interval_pattern(layers: int, interval: int) -> str:
-    """`--moe-layer-freq` of OpenMoE's rule: layer i (0-based) is MoE if (i + 1) % interval == 0."""
+    """`--moe-layer-freq` of OpenMoE: layer i, from 0, is MoE if (i + 1) % interval == 0."""
     whole, rest = divmod(layers, interval)
     pattern = f"([0]*{interval - 1}+[1])*{whole}"
     return f"{pattern}+[0]*{rest}" if rest else pattern
@@ -35,12 +35,12 @@ def to_hf(config: RunConfig, vocab_size: int, dtype: str) -> dict[str, Any]:
     """The contents of `config.json`.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         vocab_size: V.
-        dtype: of the weights, torch's name.
+        dtype: dtype of the weights, torch's name.
 
     Raises:
-        CheckpointError: the released layout cannot say what this model is.
+        CheckpointError: the layout cannot represent this model.
     """
     model, moe = config.model, config.moe
     interval = _interval(config)
@@ -95,12 +95,13 @@ def _interval(config: RunConfig) -> int:
     pattern = moe_layer_pattern(config.moe.moe_layer_freq, config.model.num_layers)
     interval = pattern.index(True) + 1 if True in pattern else len(pattern) + 1
     if pattern != tuple((i + 1) % interval == 0 for i in range(len(pattern))):
-        expected = "MoE layers i with (i + 1) % N == 0, all that the Hugging Face layout can say"
+        expected = "a pattern of MoE layers i with (i + 1) % N == 0 for the Hugging Face layout"
         raise CheckpointError("--moe-layer-freq", config.moe.moe_layer_freq, expected)
     return interval
 
 
 def _check_expressible(config: RunConfig) -> None:
+    """Require those values that readers of the layout assume without a field for them."""
     model, moe = config.model, config.moe
     width = model.ffn_hidden_size
     fixed = {
@@ -111,24 +112,24 @@ def _check_expressible(config: RunConfig) -> None:
         "--moe-ffn-hidden-size": (moe.moe_ffn_hidden_size or width, width),
     }
     faults = [
-        f"{flag} is {found!r}, the Hugging Face layout means {only!r}"
+        f"{flag} must be {only!r} for the Hugging Face layout (got {found!r})"
         for flag, (found, only) in fixed.items()
         if found != only
     ]
     if faults:
-        expected = "the released variant, for the Hugging Face layout"
-        raise CheckpointError("the model's variant", "another", expected, "", faults)
+        expected = "the released one for the Hugging Face layout"
+        raise CheckpointError("variant of the model", "another", expected, "", faults)
 
 
 def from_hf(values: dict[str, Any], source: str) -> tuple[RunConfig, int]:
-    """Our configuration, and the vocabulary.
+    """Configuration and vocabulary size from `config.json`.
 
     Args:
         values: contents of ``source``.
         source: the file, for messages.
 
     Raises:
-        UsageError: a field is missing, or says something that this model cannot be.
+        UsageError: a field is missing or has a value that this project does not implement.
     """
     _check_known(values, source)
     run = RunConfig()
@@ -173,7 +174,7 @@ _MEANINGS = {
     "rope_scaling": (None,),
     "router_noisy_policy": (None,),
 }
-"""Fields of which only these values are what we compute. Absent ones but `hidden_act` mean that."""
+"""Implemented values of these fields. An absent field, except `hidden_act`, means the same."""
 
 
 def _check_known(values: dict[str, Any], source: str) -> None:
@@ -185,14 +186,19 @@ def _check_known(values: dict[str, Any], source: str) -> None:
                 raise CheckpointError(f"{key} in {source}", found, expected)
     heads, shared = values.get("num_attention_heads"), values.get("num_key_value_heads")
     if shared not in (None, heads):
-        expected = f"num_attention_heads ({heads}): there is no grouped-query attention"
-        raise CheckpointError(f"num_key_value_heads in {source}", shared, expected)
+        expected = f"num_attention_heads ({heads})"
+        reason = "grouped-query attention is not implemented"
+        raise CheckpointError(f"num_key_value_heads in {source}", shared, expected, reason)
 
 
 def _with_ours(
     ours: Any, model: ModelConfig, moe: MoEConfig, source: str
 ) -> tuple[ModelConfig, MoEConfig]:
-    """Our own settings, if they agree with the fields that everybody reads."""
+    """The settings under `OURS`, after checking that they agree with the other fields.
+
+    Another program may have edited the file without knowing `OURS`; settings that contradict the
+    fields it edited would silently undo the edit.
+    """
     if not isinstance(ours, dict):
         raise CheckpointError(f"{OURS} in {source}", type(ours).__name__, "an object")
     run = RunConfig.from_dict(ours, source)
@@ -201,7 +207,7 @@ def _with_ours(
         for name in names:
             if getattr(mine, name) != getattr(theirs, name):
                 what = f"{name} under {OURS} in {source}"
-                expected = f"{getattr(theirs, name)!r}, as the rest of the file says"
+                expected = f"{getattr(theirs, name)!r} as in the rest of the file"
                 raise CheckpointError(what, getattr(mine, name), expected)
     pattern = moe_layer_pattern(run.moe.moe_layer_freq, run.model.num_layers)
     if pattern != moe_layer_pattern(moe.moe_layer_freq, model.num_layers):

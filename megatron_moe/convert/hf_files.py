@@ -1,8 +1,13 @@
-"""The tensor files of a Hugging Face checkpoint: safetensors, or PyTorch's own, weights alone."""
+"""Files of a Hugging Face checkpoint directory: fields of `config.json` and weights, checked.
+
+Files of other programs are not trusted: numbers are bounded before lists are made from them, paths
+stay inside the directory, and `pytorch_model*.bin` is read with PyTorch's weights-only loader.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +15,95 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_moe.checkpoint.files import TORCH_DTYPES, read_json
-from megatron_moe.convert.lazy import LazyTensor, of_tensor
-from megatron_moe.errors import Corrupt
+from megatron_moe.checkpoint.disk import read_json
+from megatron_moe.checkpoint.tensor_files import TORCH_DTYPES
+from megatron_moe.convert.model import LazyTensor, of_tensor
+from megatron_moe.errors import CheckpointError, Corrupt
 
+CONFIG = "config.json"
+TOKENIZERS = ("tokenizer.model", "spiece.model", "tokenizer.json", "tokenizer_config.json")
+"""Tokenizer files that are kept with the weights."""
+MANY = 1 << 16
+"""Upper bound of counts: more layers, experts or heads than any model has."""
+SIZE = 1 << 31
+"""Upper bound of sizes: a larger width or vocabulary than any model has."""
 _PATTERNS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
-"""Begin and end of the names of tensor files, in the order of preference."""
+"""Prefix and suffix of the names of weight files, in order of preference."""
+
+
+def tokenizer_files(directory: Path) -> tuple[Path, ...]:
+    """Tokenizer files of a checkpoint directory."""
+    return tuple(directory / name for name in TOKENIZERS if (directory / name).is_file())
+
+
+def whole_number(
+    values: Mapping[str, Any], key: str, source: str, default: int | None = None, most: int = MANY
+) -> int:
+    """A field that is a count or a size.
+
+    Args:
+        values: contents of ``source``.
+        key: name of the field.
+        source: the file, for messages.
+        default: value of an absent or null field; without a default the field is required.
+        most: largest accepted value.
+
+    Raises:
+        CheckpointError: the field is missing or not such a number.
+    """
+    found = values.get(key)
+    if found is None and default is not None:
+        return default
+    if type(found) is not int or not 1 <= found <= most:
+        expected = f"an integer from 1 to {most}"
+        raise CheckpointError(f"{key} in {source}", found, expected)
+    return found
+
+
+def number(values: Mapping[str, Any], key: str, source: str, default: float) -> float:
+    """A field that is a finite number >= 0; ``default`` if it is absent.
+
+    Raises:
+        CheckpointError: the field is not such a number.
+    """
+    found = values.get(key, default)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not _is_finite(found):
+        raise CheckpointError(f"{key} in {source}", found, "a finite number >= 0")
+    return float(found)
+
+
+def _is_finite(found: float) -> bool:
+    try:
+        return math.isfinite(found) and found >= 0
+    except OverflowError:  # an integer larger than every float
+        return False
+
+
+def check_no_extra(directory: Path, extra: set[str]) -> None:
+    """Require that a directory holds no tensors besides the model's.
+
+    Raises:
+        Corrupt: it does; the first five are named.
+    """
+    if extra:
+        found = f"one that also has {', '.join(sorted(extra)[:5])}"
+        raise Corrupt(str(directory), found, "a checkpoint with the tensors of the model alone")
 
 
 def open_files(directory: Path) -> dict[str, LazyTensor]:
-    """All tensors of a directory by their name there.
+    """All tensors of a directory by their name in its files.
 
     Raises:
-        Corrupt: there are no such files, one is missing or damaged, or the index is wrong.
+        Corrupt: there are no weight files, one is missing or damaged, or the index is wrong.
     """
-    for begin, end in _PATTERNS:
-        index, single = directory / f"{begin}{end}.index.json", directory / f"{begin}{end}"
-        read = _safetensors if end == ".safetensors" else _pickled
+    for prefix, suffix in _PATTERNS:
+        index, single = directory / f"{prefix}{suffix}.index.json", directory / f"{prefix}{suffix}"
+        read = _safetensors if suffix == ".safetensors" else _pytorch
         if index.is_file():
             return _indexed(directory, index, read)
         if single.is_file():
             return read(single)
-    expected = "with model.safetensors, pytorch_model.bin, or the index of one"
+    expected = "a directory with model.safetensors, pytorch_model.bin, or the index of one"
     raise Corrupt(str(directory), "a directory without weights", expected)
 
 
@@ -44,11 +116,12 @@ def _indexed(
     found: dict[str, LazyTensor] = {}
     for file in sorted(set(where.values())):
         if Path(file).name != file:
-            raise Corrupt(f"file in {index}", file, "a name inside the directory")
+            # A name with a path in it could lead out of the directory.
+            raise Corrupt(f"file name in {index}", file, "a file of the same directory")
         found.update(read(directory / file))
     if found.keys() != where.keys():
-        odd = sorted(found.keys() ^ where.keys())[0]
-        raise Corrupt(f"{odd} in {index}", "not where the index says", "in its file and listed")
+        name = sorted(found.keys() ^ where.keys())[0]
+        raise Corrupt(f"{name} in {index}", "only one of these", "both in the index and in a file")
     return found
 
 
@@ -69,7 +142,7 @@ def _slice(path: Path, key: str, shape: tuple[int, ...], dtype: str) -> LazyTens
         raise Corrupt(f"{key} in {path}", dtype, f"one of {', '.join(TORCH_DTYPES)}")
 
     def rows(start: int, stop: int) -> Tensor:
-        # CheckpointMetadata each time: what was mapped for one part is given back before the next.
+        # Opened for each range: closing unmaps its pages, so memory does not grow with the file.
         with safe_open(str(path), framework="pt") as file:
             part: Tensor = file.get_slice(key)[start:stop]
             return part
@@ -77,11 +150,11 @@ def _slice(path: Path, key: str, shape: tuple[int, ...], dtype: str) -> LazyTens
     return LazyTensor(shape, TORCH_DTYPES[dtype], rows)
 
 
-def _pickled(path: Path) -> dict[str, LazyTensor]:
-    """PyTorch's format, with its loader that builds tensors and runs nothing else."""
+def _pytorch(path: Path) -> dict[str, LazyTensor]:
+    """A `.bin` file, read with the weights-only loader, which builds tensors and runs no code."""
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # whatever a damaged or hostile file makes of it
+    except Exception as error:  # a damaged or hostile file may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Corrupt(str(path), reason, "tensors in PyTorch's format") from None
     if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):

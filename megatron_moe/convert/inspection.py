@@ -1,37 +1,51 @@
-"""What is in a native checkpoint, and how two of them differ. One part of one tensor at a time."""
+"""Inspect and compare checkpoints: what one contains, how two differ, whether a copy is exact.
+
+Memory is bounded by one part of one tensor, except for the comparison of logits, which loads the
+single-device model.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
+
 from megatron_moe.checkpoint.directory import revisions, step_directory
-from megatron_moe.checkpoint.files import TORCH_DTYPES
-from megatron_moe.checkpoint.reading import CheckpointMetadata, open_checkpoint
-from megatron_moe.convert.lazy import LazyTensor
+from megatron_moe.checkpoint.metadata import CheckpointMetadata, open_checkpoint
+from megatron_moe.checkpoint.tensor_files import TORCH_DTYPES
+from megatron_moe.convert.model import LazyTensor, LogicalModel
 from megatron_moe.convert.native import read_native
+from megatron_moe.errors import Corrupt
+from megatron_moe.model.reference import ReferenceOpenMoE
 
 _ELEMENTS = 16 << 20
-"""Of two tensors compared at a time; counted so, they are cut alike whatever their dtypes."""
+"""Elements compared at a time. Counted in elements, so two dtypes are cut into the same parts."""
+PROMPT = (7, 3, 11, 3, 19, 2, 5, 13)
+"""Token ids, modulo the vocabulary size, on which logits are compared."""
+_SPARE = 1.2
+"""Factor on the bytes of the weights for activations and one tensor held twice."""
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """One tensor of the model.
+    """Statistics of one tensor, computed in fp64.
 
     Args:
-        name: logical.
-        shape: logical.
-        dtype: torch's name.
-        mean: of its elements, in fp64 like the others.
-        std: their standard deviation.
-        largest: their largest absolute value.
-        finite: whether all of them are finite.
+        name: logical name.
+        shape: logical shape.
+        dtype: torch's name of the dtype.
+        mean: mean of the elements.
+        std: standard deviation of the elements.
+        largest: largest absolute value.
+        finite: whether all elements are finite.
     """
 
     name: str
@@ -62,9 +76,9 @@ def overview(directory: Path, step: int | None = None) -> dict[str, Any]:
         "ffn_variant": model.ffn_variant,
         "experts": moe.num_experts,
         "moe_layer_freq": moe.moe_layer_freq,
-        "padded_vocab_size": opened.metadata.padded_vocab_size,
-        "tokenizer_hash": opened.metadata.tokenizer_hash,
-        "data_fingerprint": opened.metadata.data_fingerprint,
+        "padded_vocab_size": opened.identity.padded_vocab_size,
+        "tokenizer_hash": opened.identity.tokenizer_hash,
+        "data_fingerprint": opened.identity.data_fingerprint,
         "random_states": opened.random,
         "kinds": _kinds(opened),
         "files": {name: record.bytes for name, record in sorted(opened.files.items())},
@@ -72,7 +86,7 @@ def overview(directory: Path, step: int | None = None) -> dict[str, Any]:
 
 
 def _kinds(opened: CheckpointMetadata) -> dict[str, dict[str, int]]:
-    """By kind: tensors, elements and bytes."""
+    """Number of tensors, elements and bytes by kind (model, optimizer state)."""
     found: dict[str, dict[str, int]] = {}
     for tensor in opened.tensors.values():
         kind = found.setdefault(tensor.kind, {"tensors": 0, "elements": 0, "bytes": 0})
@@ -83,7 +97,7 @@ def _kinds(opened: CheckpointMetadata) -> dict[str, dict[str, int]]:
 
 
 def tensor_facts(directory: Path, step: int | None, pattern: str) -> Iterator[TensorFacts]:
-    """Facts of the model's tensors whose names match a shell pattern, in the model's order.
+    """Statistics of the model tensors that match a shell pattern, in the model's order.
 
     Raises:
         UsageError: there is no such checkpoint, or it is damaged.
@@ -92,7 +106,7 @@ def tensor_facts(directory: Path, step: int | None, pattern: str) -> Iterator[Te
 
 
 def facts_of(tensors: Mapping[str, LazyTensor], pattern: str) -> Iterator[TensorFacts]:
-    """Facts of those tensors whose names match a shell pattern."""
+    """Statistics of those tensors whose names match a shell pattern."""
     for name, tensor in tensors.items():
         if fnmatch(name, pattern):
             yield _facts(name, tensor)
@@ -103,11 +117,13 @@ def _facts(name: str, tensor: LazyTensor) -> TensorFacts:
     for part in tensor.parts():
         values = part.double().flatten()
         finite = finite and bool(values.isfinite().all())
-        # Means and squared deviations of parts, joined without cancellation (Chan et al., 1979).
-        size, its = values.numel(), float(values.mean())
+        # Means and squared deviations of the parts are merged (Chan et al., 1979). E[x^2] - E[x]^2
+        # in one pass would cancel where the mean is large compared to the deviation.
+        size, part_mean = values.numel(), float(values.mean())
         total = count + size
-        spread += float((values - its).square().sum()) + (its - mean) ** 2 * count * size / total
-        mean += (its - mean) * size / total
+        within = float((values - part_mean).square().sum())
+        spread += within + (part_mean - mean) ** 2 * count * size / total
+        mean += (part_mean - mean) * size / total
         count, largest = total, max(largest, float(values.abs().max()))
     dtype = str(tensor.dtype).removeprefix("torch.")
     return TensorFacts(name, tensor.shape, dtype, mean, math.sqrt(spread / count), largest, finite)
@@ -155,7 +171,7 @@ def _tensor_difference(first: LazyTensor, second: LazyTensor) -> str:
     step = max(1, _ELEMENTS // max(1, prod(first.shape[1:])))
     for a, b in zip(first.parts(step), second.parts(step), strict=True):
         apart = (a.double() - b.double()).abs()
-        # Two values that are not numbers are as different as can be, unless both are.
+        # NaN against a number counts as an infinite difference, NaN against NaN as none.
         apart = apart.nan_to_num(nan=math.inf).masked_fill(a.isnan() & b.isnan(), 0.0)
         changed += int((apart > 0).sum())
         largest = max(largest, float(apart.max()))
@@ -163,3 +179,55 @@ def _tensor_difference(first: LazyTensor, second: LazyTensor) -> str:
     if not changed and not kinds:
         return ""
     return f"{changed} of {count} elements differ, by up to {largest:.3g}{kinds}"
+
+
+def check_same_tensors(
+    expected: LogicalModel, found: LogicalModel, progress: Callable[[int], object]
+) -> int:
+    """Check that two models have the same tensors: number, shape, dtype and SHA-256.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        Corrupt: a tensor differs; the first is named.
+    """
+    if expected.tensors.keys() != found.tensors.keys():
+        right = f"{len(expected.tensors)}, those of {expected.source}"
+        raise Corrupt(f"tensors of {found.source}", len(found.tensors), right)
+    for name, tensor in expected.tensors.items():
+        other = found.tensors[name]
+        if tensor.digest() != other.digest():
+            what = f"values of {name} in {found.source}"
+            raise Corrupt(what, f"other {other.dtype} values", f"those of {expected.source}")
+        progress(tensor.bytes)
+    return len(expected.tensors)
+
+
+def memory_needed(model: LogicalModel) -> int:
+    """Bytes that the single-device model needs in fp32."""
+    return int(_SPARE * sum(4 * prod(tensor.shape) for tensor in model.tensors.values()))
+
+
+def free_memory() -> int:
+    """Bytes available to this process, within the memory limit of its container."""
+    free = psutil.virtual_memory().available
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)
+
+
+def logits_difference(first: LogicalModel, second: LogicalModel) -> float:
+    """Largest absolute difference of logits on `PROMPT`, by the single-device model in fp32."""
+    found = []
+    for model in (first, second):
+        moe, size = model.config.moe, model.vocab_size
+        reference = ReferenceOpenMoE(model.config.model, moe, size, seed=None)
+        reference.load_logical((n, t.whole().float()) for n, t in model.tensors.items())
+        tokens = torch.tensor([[token % size for token in PROMPT]])
+        with torch.no_grad():
+            found.append(reference.eval()(tokens, training_capacity=False).logits)
+    return float((found[0] - found[1]).abs().max())

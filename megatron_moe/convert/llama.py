@@ -1,9 +1,9 @@
-"""Hugging Face checkpoints of Llama, read as a dense model of ours: a source for upcycling.
+"""Hugging Face checkpoints of Llama, read as a dense model: a source for upcycling.
 
-The same block with three-matrix FFNs, attention scaled by 1/sqrt(d) and rotate-half rotary
-embeddings. Two things have no like here and are made explicit: key and value heads that groups of
-queries share (grouped-query attention) are repeated for each query head, and a tied logits matrix
-becomes one of its own. Both leave the logits as they are.
+Llama has the same block with three-matrix FFNs, attention scaled by 1/sqrt(d) and half-split rotary
+embeddings. Two differences are resolved while reading: key and value heads shared by a group of
+queries (grouped-query attention) are repeated for each query head, and a tied output matrix is
+copied. Neither changes the logits.
 """
 
 from __future__ import annotations
@@ -15,33 +15,46 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_moe.checkpoint.disk import read_json
 from megatron_moe.config import ModelConfig, RunConfig
-from megatron_moe.convert.hf_fields import SIZE, number, whole_number
-from megatron_moe.convert.hf_files import open_files
-from megatron_moe.convert.hf_names import hf_name
-from megatron_moe.convert.lazy import LazyTensor
-from megatron_moe.convert.model import Model
+from megatron_moe.convert.hf import hf_name
+from megatron_moe.convert.hf_files import (
+    CONFIG,
+    SIZE,
+    check_no_extra,
+    number,
+    open_files,
+    tokenizer_files,
+    whole_number,
+)
+from megatron_moe.convert.model import LazyTensor, LogicalModel
 from megatron_moe.errors import CheckpointError, Corrupt
 from megatron_moe.model.logical import logical_parameters
 
-ARCHITECTURE = "LlamaForCausalLM"
+_ARCHITECTURE = "LlamaForCausalLM"
 _ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
-"""Fields that must say this, if they are there."""
+"""Required values of these fields, where present."""
 _IGNORED = "rotary_emb.inv_freq"
-"""A constant that older files hold for every layer."""
+"""A constant that older files contain for every layer."""
 
 
-def read_llama(directory: Path, values: dict[str, Any]) -> Model:
-    """A checkpoint directory.
-
-    Args:
-        directory: with `config.json` and the weights.
-        values: contents of `config.json`.
+def is_llama(directory: Path) -> bool:
+    """Whether `config.json` of a checkpoint directory names Llama's architecture.
 
     Raises:
-        UsageError: a file is missing or damaged, or the model is one that ours cannot be.
+        CheckpointError: the file is missing or damaged.
     """
-    source = directory / "config.json"
+    return read_json(directory / CONFIG).get("architectures") == [_ARCHITECTURE]
+
+
+def read_llama(directory: Path) -> LogicalModel:
+    """Read a checkpoint directory with `config.json` and weights.
+
+    Raises:
+        UsageError: a file is missing or damaged, or this project has no such model.
+    """
+    source = directory / CONFIG
+    values = read_json(source)
     config, groups = _configuration(values, str(source))
     found = {n: t for n, t in open_files(directory).items() if not n.endswith(_IGNORED)}
     vocab_size = whole_number(values, "vocab_size", str(source), most=SIZE)
@@ -51,19 +64,24 @@ def read_llama(directory: Path, values: dict[str, Any]) -> Model:
     for name in logical_parameters(config.model, config.moe, vocab_size):
         theirs = hf_name(name, "stacked")
         if theirs not in found:
-            raise Corrupt(str(directory), f"without {theirs}", "all tensors of the model")
+            expected = "a checkpoint with all tensors of the model"
+            raise Corrupt(str(directory), f"one without {theirs}", expected)
         used.add(theirs)
         shared = groups > 1 and name.endswith(("attention.key.weight", "attention.value.weight"))
         width = config.model.kv_channels
         tensors[name] = _repeated(found[theirs], groups, width) if shared else found[theirs]
-    extra = sorted(found.keys() - used)
-    if extra:
-        raise Corrupt(str(directory), f"with {', '.join(extra[:5])}", "no tensor but the model's")
-    return Model(source=str(directory), config=config, vocab_size=vocab_size, tensors=tensors)
+    check_no_extra(directory, found.keys() - used)
+    return LogicalModel(
+        source=str(directory),
+        config=config,
+        vocab_size=vocab_size,
+        tensors=tensors,
+        tokenizer_files=tokenizer_files(directory),
+    )
 
 
 def _configuration(values: dict[str, Any], source: str) -> tuple[RunConfig, int]:
-    """Ours, and how many query heads share a key head."""
+    """The configuration, and the number of query heads that share a key head."""
     for key, only in _ONLY.items():
         if values.get(key, only) != only:
             raise CheckpointError(f"{key} in {source}", values[key], repr(only))
@@ -94,7 +112,7 @@ def _configuration(values: dict[str, Any], source: str) -> tuple[RunConfig, int]
 
 
 def _rotary_base(values: dict[str, Any], source: str) -> float:
-    """From either of the two places where it has been kept."""
+    """From `rope_parameters` of newer files, or `rope_theta` of older ones."""
     newer = values.get("rope_parameters")
     if not isinstance(newer, Mapping):
         return number(values, "rope_theta", source, 1e4)
@@ -105,7 +123,10 @@ def _rotary_base(values: dict[str, Any], source: str) -> float:
 
 
 def _repeated(tensor: LazyTensor, groups: int, width: int) -> LazyTensor:
-    """[heads * width, H] with each head ``groups`` times in a row."""
+    """[heads * width, H] -> [groups * heads * width, H], each head ``groups`` times in a row.
+
+    Query head n of Llama uses key head n // groups, so after repeating it uses key head n.
+    """
     shape = (tensor.shape[0] * groups, *tensor.shape[1:])
 
     def rows(start: int, stop: int) -> Tensor:

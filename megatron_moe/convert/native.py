@@ -1,4 +1,4 @@
-"""Our own checkpoints, as a source and as a target of conversions. Optimizer state stays behind."""
+"""Native checkpoints as source and target of conversions. Optimizer state is not converted."""
 
 from __future__ import annotations
 
@@ -8,35 +8,32 @@ import torch
 from torch import Tensor
 
 from megatron_moe.checkpoint import directory as directories
-from megatron_moe.checkpoint.directory import step_directory
-from megatron_moe.checkpoint.files import (
+from megatron_moe.checkpoint.directory import step_directory, verify_files
+from megatron_moe.checkpoint.disk import FileRecord, write_json
+from megatron_moe.checkpoint.index import INDEX, LogicalTensor, block_key, to_json
+from megatron_moe.checkpoint.metadata import (
+    CONFIG,
+    STATE,
+    CheckpointMetadata,
+    RunIdentity,
+    TrainState,
+    open_checkpoint,
+    state_json,
+)
+from megatron_moe.checkpoint.reading import TensorReader
+from megatron_moe.checkpoint.tensor_files import (
     DTYPES,
-    PLAIN_HEAD,
+    FORMAT_METADATA,
     TORCH_DTYPES,
-    FileRecord,
-    write_json,
-    write_pending,
+    write_tensors,
 )
-from megatron_moe.checkpoint.index import (
-    INDEX,
-    LogicalTensor,
-    TensorReader,
-    block_key,
-    to_json,
-)
-from megatron_moe.checkpoint.manifest import require_whole
-from megatron_moe.checkpoint.reading import CONFIG, STATE, CheckpointMetadata, open_checkpoint
-from megatron_moe.checkpoint.state import RunIdentity, TrainState, as_json
-from megatron_moe.convert.lazy import LazyTensor
-from megatron_moe.convert.model import Model
-from megatron_moe.convert.new_directory import no_room
-from megatron_moe.convert.sharding import Progress, shards_of
-from megatron_moe.model.sharding.blocks import Block
-from megatron_moe.model.sharding.parts import MODEL
+from megatron_moe.convert.model import LazyTensor, LogicalModel
+from megatron_moe.convert.writing import Progress, split_into_files, write_error
+from megatron_moe.model.sharding.blocks import MODEL, Block
 
 
-def read_native(directory: str | Path, step: int | None = None) -> Model:
-    """A step of a run, by default the one that the tracker names. Every file's checksum is read.
+def read_native(directory: str | Path, step: int | None = None) -> LogicalModel:
+    """Read a step of a run, by default that of the tracker; all model files are checksummed.
 
     Raises:
         UsageError: there is no such checkpoint, or it is damaged.
@@ -44,27 +41,27 @@ def read_native(directory: str | Path, step: int | None = None) -> Model:
     opened = open_checkpoint(step_directory(directory, step)[1])
     names = [name for kind, name in opened.tensors if kind == MODEL]
     used = {file for name in names for file, _ in opened.tensors[MODEL, name].blocks}
-    require_whole(opened.path, opened.files, sorted(used))
+    verify_files(opened.path, opened.files, sorted(used))
     model = opened.config.data.tokenizer_model
     files = (Path(model),) if model and Path(model).is_file() else ()
-    return Model(
+    return LogicalModel(
         source=str(opened.path),
         config=opened.config,
-        vocab_size=opened.metadata.padded_vocab_size,
+        vocab_size=opened.identity.padded_vocab_size,
         tensors={name: _lazy(opened, name) for name in names},
         step=opened.train.iteration,
-        tokenizer_hash=opened.metadata.tokenizer_hash,
+        tokenizer_hash=opened.identity.tokenizer_hash,
         tokenizer_files=files,
     )
 
 
 def _lazy(opened: CheckpointMetadata, name: str) -> LazyTensor:
-    """Reads the parts of blocks that the rows asked for are made of, and nothing else."""
+    """A tensor whose rows are read from those blocks that overlap them, and no others."""
     tensor = opened.tensors[MODEL, name]
     dtype, shape = TORCH_DTYPES[tensor.dtype], tensor.shape
 
     def rows(start: int, stop: int) -> Tensor:
-        # A reader of its own: closing it gives back the pages that it mapped.
+        # A reader per range: closing it unmaps its pages, so memory does not grow with the file.
         reader = TensorReader(opened.path, opened.tensors)
         sizes = (stop - start, *shape[1:])
         out = torch.empty(sizes, dtype=dtype)
@@ -74,27 +71,27 @@ def _lazy(opened: CheckpointMetadata, name: str) -> LazyTensor:
     return LazyTensor(shape, dtype, rows)
 
 
-def write_native(model: Model, directory: Path, max_shard: int, progress: Progress) -> Path:
+def write_native(model: LogicalModel, directory: Path, max_shard: int, progress: Progress) -> Path:
     """Write a checkpoint without optimizer and random states, and point the tracker at it.
 
     Args:
-        model: what to write.
-        directory: of the checkpoints of one run; older ones stay.
-        max_shard: bytes of one file, except for a tensor that is larger.
-        progress: told of the bytes written.
+        model: the model to write.
+        directory: checkpoint directory of a run; its other steps are kept.
+        max_shard: maximal bytes of a file; a larger tensor gets its own.
+        progress: called with the bytes written.
 
     Returns:
-        Where the checkpoint is.
+        The directory of the step.
 
     Raises:
-        CheckpointError: the directory cannot be written or is full; nothing is left behind.
+        CheckpointError: the directory is not writable or the disk is full; nothing is left behind.
     """
     temporary: Path | None = None
     try:
         temporary = directories.begin(directory, model.step)
         tensors: list[LogicalTensor] = []
         files: dict[str, FileRecord] = {}
-        for number, names in enumerate(shards_of(model.tensors, max_shard)):
+        for number, names in enumerate(split_into_files(model.tensors, max_shard)):
             file = f"rank-{number:05d}.safetensors"
             pending = []
             for name in names:
@@ -105,25 +102,21 @@ def write_native(model: Model, directory: Path, max_shard: int, progress: Progre
                 dtype = DTYPES[tensor.dtype]
                 shape = tensor.shape
                 tensors.append(LogicalTensor(MODEL, name, shape, dtype, shape, ((file, block),)))
-            files[file] = write_pending(temporary / file, pending, PLAIN_HEAD)
-        for name, value in {**_documents(model), INDEX: to_json(tensors)}.items():
+            files[file] = write_tensors(temporary / file, pending, FORMAT_METADATA)
+        for name, value in {**_json_files(model), INDEX: to_json(tensors)}.items():
             files[name] = write_json(temporary / name, value)
         return directories.commit(temporary, model.step, files)
     except OSError as error:
-        raise no_room(directory, model.bytes, error) from error
+        raise write_error(directory, model.bytes, error) from error
     finally:
         if temporary is not None:
             directories.discard(temporary)
 
 
-def _documents(model: Model) -> dict[str, object]:
-    metadata = RunIdentity(padded_vocab_size=model.vocab_size, tokenizer_hash=model.tokenizer_hash)
+def _json_files(model: LogicalModel) -> dict[str, object]:
+    """Configuration and train state by file name; a run resumes from it with `--finetune`."""
+    identity = RunIdentity(padded_vocab_size=model.vocab_size, tokenizer_hash=model.tokenizer_hash)
     return {
         CONFIG: model.config.to_dict(),
-        STATE: {
-            "train": as_json(TrainState(iteration=model.step)),
-            "metadata": as_json(metadata),
-            "optimizer": None,
-            "random": None,
-        },
+        STATE: state_json(TrainState(iteration=model.step), identity),
     }

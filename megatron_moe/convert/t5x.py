@@ -1,4 +1,9 @@
-"""t5x checkpoints of OpenMoE: the msgpack tree, and a zarr array for each parameter."""
+"""t5x (flaxformer) checkpoints of OpenMoE: parameter names, and a zarr array per parameter.
+
+Kernels are stored [in, out], the transpose of the logical model; experts [E, in, out] and the
+embedding [V, H] are not transposed. Source: the released checkpoints, and the script that converted
+them to Hugging Face ones. `t5x_tree.py` reads and writes the `checkpoint` file beside the arrays.
+"""
 
 from __future__ import annotations
 
@@ -11,34 +16,69 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config import RunConfig
-from megatron_moe.convert.lazy import LazyTensor, of_tensor
-from megatron_moe.convert.model import Model
-from megatron_moe.convert.new_directory import new_directory, no_room
-from megatron_moe.convert.sharding import Progress
-from megatron_moe.convert.t5x_names import t5x_name
+from megatron_moe.convert.hf_files import check_no_extra
+from megatron_moe.convert.model import LazyTensor, LogicalModel, of_tensor
 from megatron_moe.convert.t5x_tree import FILE, leaves, library, read_tree, step_of, write_tree
+from megatron_moe.convert.writing import Progress, new_directory, write_error
 from megatron_moe.errors import Corrupt
 from megatron_moe.model.logical import logical_parameters
 
 CHUNK_BYTES = 64 << 20
-"""About how much one file of an array holds, as t5x chooses it."""
+"""Approximate bytes of one chunk file of an array, as in t5x."""
 _DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+_WHOLE = {
+    "embedding.weight": ("token_embedder/embedding", False),
+    "final_norm.weight": ("decoder/decoder_norm/scale", False),
+    "output.weight": ("decoder/logits_dense/kernel", True),
+}
+_LAYER = {
+    "attention_norm.weight": ("pre_self_attention_layer_norm/scale", False),
+    "attention.query.weight": ("self_attention/query/kernel", True),
+    "attention.key.weight": ("self_attention/key/kernel", True),
+    "attention.value.weight": ("self_attention/value/kernel", True),
+    "attention.output.weight": ("self_attention/out/kernel", True),
+    "ffn_norm.weight": ("pre_mlp_layer_norm/scale", False),
+    "ffn.gate.weight": ("mlp/wi_0/kernel", True),
+    "ffn.up.weight": ("mlp/wi_1/kernel", True),
+    "ffn.down.weight": ("mlp/wo/kernel", True),
+    "moe.router.weight": ("mlp/router/router_weights/w/kernel", True),
+    "moe.experts.gate": ("mlp/expert/wi_0/kernel", False),
+    "moe.experts.up": ("mlp/expert/wi_1/kernel", False),
+    "moe.experts.down": ("mlp/expert/wo/kernel", False),
+    "shared_norm.weight": ("pre_extra_mlp_layer_norm/scale", False),
+    "shared.gate.weight": ("extra_mlp/wi_0/kernel", True),
+    "shared.up.weight": ("extra_mlp/wi_1/kernel", True),
+    "shared.down.weight": ("extra_mlp/wo/kernel", True),
+}
 
 
-def read_t5x(directory: Path, config: RunConfig) -> Model:
-    """A checkpoint directory.
-
-    Args:
-        directory: with the file `checkpoint` in it.
-        config: of the model, which t5x keeps elsewhere (in gin files).
+def t5x_name(name: str) -> tuple[str, bool]:
+    """The path of a logical tensor below `target`, and whether it is stored transposed.
 
     Raises:
-        UsageError: a file is missing or damaged, or it is another model.
+        KeyError: t5x has no such parameter.
+    """
+    if name in _WHOLE:
+        return _WHOLE[name]
+    _, number, rest = name.split(".", 2)
+    path, transposed = _LAYER[rest]
+    return f"decoder/layers_{number}/{path}", transposed
+
+
+def read_t5x(directory: Path, config: RunConfig) -> LogicalModel:
+    """Read a checkpoint directory.
+
+    Args:
+        directory: directory of the file `checkpoint`.
+        config: configuration of the model, which t5x keeps in gin files elsewhere.
+
+    Raises:
+        UsageError: a file is missing or damaged, or the checkpoint is of another model.
     """
     tree = read_tree(directory)
     found = dict(leaves(tree["target"]))
@@ -49,10 +89,8 @@ def read_t5x(directory: Path, config: RunConfig) -> Model:
         path, transposed = t5x_name(name)
         used.add(path)
         tensors[name] = _array(directory, path, found, transposed)
-    extra = sorted(found.keys() - used)
-    if extra:
-        raise Corrupt(str(directory), f"with {', '.join(extra[:5])}", "no tensor but the model's")
-    return Model(
+    check_no_extra(directory, found.keys() - used)
+    return LogicalModel(
         source=str(directory),
         config=config,
         vocab_size=vocab_size,
@@ -62,17 +100,18 @@ def read_t5x(directory: Path, config: RunConfig) -> Model:
 
 
 def _array(directory: Path, path: str, found: dict[str, Any], transposed: bool) -> LazyTensor:
-    """One parameter; a transposed one's rows are columns there, and read as such."""
+    """One parameter; rows of a transposed one are read as columns of the stored array."""
     if path not in found:
-        raise Corrupt(str(directory), f"without {path}", "all tensors of the model")
+        expected = "a checkpoint with all tensors of the model"
+        raise Corrupt(str(directory), f"one without {path}", expected)
     leaf = found[path]
     if not isinstance(leaf, dict):
         values = _as_torch(np.array(leaf))
         return of_tensor(values.t() if transposed else values)
-    array = _opened(directory, path, leaf)
+    array = _open_array(directory, path, leaf)
     dtype = array.dtype.name
     if dtype not in _DTYPES:
-        raise Corrupt(f"{path} in {directory}", dtype, f"one of {', '.join(_DTYPES)}")
+        raise Corrupt(f"dtype of {path} in {directory}", dtype, f"one of {', '.join(_DTYPES)}")
 
     def rows(start: int, stop: int) -> Tensor:
         if transposed:
@@ -83,19 +122,23 @@ def _array(directory: Path, path: str, found: dict[str, Any], transposed: bool) 
     return LazyTensor(shape[::-1] if transposed else shape, _DTYPES[dtype], rows)
 
 
-def _opened(directory: Path, path: str, spec: dict[str, Any]) -> Any:
-    """The array that a spec names, inside the directory whatever store it was written to."""
+def _open_array(directory: Path, path: str, spec: dict[str, Any]) -> Any:
+    """Open the array of a spec.
+
+    Only the last component of its path is used, with the local file driver, whatever store the
+    array was written to: a spec could otherwise name any file or URL.
+    """
     store = spec.get("kvstore")
     inner = spec.get("path") or (store.get("path") if isinstance(store, dict) else None)
     folder = directory / str(inner)
     if not inner or folder.resolve().parent != directory.resolve():
-        raise Corrupt(f"path of {path} in {directory / FILE}", inner, "a folder beside it")
-    wanted: dict[str, Any] = {
+        raise Corrupt(f"path of {path} in {directory / FILE}", inner, "a folder next to that file")
+    local: dict[str, Any] = {
         "driver": "zarr",
         "kvstore": {"driver": "file", "path": str(folder)},
     }
     try:
-        return library("tensorstore").open(wanted, open=True, read=True).result()
+        return library("tensorstore").open(local, open=True, read=True).result()
     except (ValueError, OSError) as error:
         reason = str(error).split("\n", maxsplit=1)[0]
         raise Corrupt(str(folder), reason, "a zarr array") from None
@@ -115,8 +158,8 @@ def _as_numpy(tensor: Tensor) -> Any:
     return tensor.numpy()
 
 
-def write_t5x(model: Model, directory: Path, progress: Progress) -> Path:
-    """Write a directory that did not exist, or nothing. Optimizer state is empty.
+def write_t5x(model: LogicalModel, directory: Path, progress: Progress) -> Path:
+    """Write a new checkpoint directory, complete or not at all. Optimizer state is empty.
 
     Raises:
         CheckpointError: the directory exists, or the disk is full.
@@ -128,8 +171,8 @@ def write_t5x(model: Model, directory: Path, progress: Progress) -> Path:
                 path, transposed = t5x_name(name)
                 specs[path] = _write_array(temporary, path, tensor, transposed, progress)
             write_tree(temporary / FILE, specs, model.step)
-    except ValueError as error:  # so TensorStore says that it cannot write
-        raise no_room(directory, model.bytes, error) from error
+    except ValueError as error:  # how TensorStore reports that it cannot write
+        raise write_error(directory, model.bytes, error) from error
     return directory
 
 

@@ -1,7 +1,9 @@
-"""The `checkpoint` file of t5x: a msgpack tree whose large arrays are named by TensorStore specs.
+"""The `checkpoint` file of t5x: a msgpack tree with a TensorStore spec for each large array.
+
+    {version, optimizer: {target: nested dicts of specs and arrays, state: {step, param_states}}}
 
 Arrays inside the file are msgpack extension types of flax: 1 an array, 3 a scalar, each a packed
-(shape, dtype, bytes). Nothing else is built from the file.
+(shape, dtype, bytes). Every other extension type is an error: no other object is built.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ _ARRAY, _SCALAR = 1, 3
 
 
 def library(name: str) -> Any:
-    """A package of the extra `t5x`.
+    """Import a package of the extra `t5x`.
 
     Raises:
         UsageError: it is not installed.
@@ -32,15 +34,15 @@ def library(name: str) -> Any:
     except ImportError:
         fix = "pip install 'megatron-moe[t5x]'"
         raise UsageError(
-            f"package {name}", "missing", "installed, for the t5x format", fix
+            f"package {name}", "missing", "installed for the t5x format", fix
         ) from None
 
 
 def read_tree(directory: Path) -> dict[str, Any]:
-    """The state: `target`, a tree of specs and arrays, and `state`.
+    """Read the `optimizer` entry: `target`, a tree of specs and arrays, and `state`.
 
     Raises:
-        Corrupt: there is no such file, or it holds something else.
+        Corrupt: the file is missing or is not such a tree.
     """
     msgpack, path = library("msgpack"), directory / FILE
     try:
@@ -51,7 +53,7 @@ def read_tree(directory: Path) -> dict[str, Any]:
         raise Corrupt(str(path), str(error), "the msgpack file of a t5x checkpoint") from None
     found = tree.get("optimizer") if isinstance(tree, dict) else None
     if not isinstance(found, dict) or not isinstance(found.get("target"), dict):
-        raise Corrupt(str(path), "another tree", "optimizer/target in it")
+        raise Corrupt(str(path), "another tree", "a tree with optimizer/target")
     return found
 
 
@@ -71,7 +73,7 @@ def write_tree(path: Path, target: dict[str, Any], step: int) -> None:
     """Write the file: specs by path below `target`, and the step.
 
     Raises:
-        OSError: the disk is full, or anything else.
+        OSError: the disk is full or the path is not writable.
     """
     msgpack = library("msgpack")
     nested: dict[str, Any] = {}
@@ -98,7 +100,7 @@ def leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def step_of(tree: dict[str, Any]) -> int:
-    """Optimizer steps done; 0 if the file does not say."""
+    """Optimizer steps taken; 0 if the file does not record them."""
     state = tree.get("state")
     step = state.get("step") if isinstance(state, dict) else None
     return int(step) if isinstance(step, np.ndarray | int) and np.size(step) == 1 else 0

@@ -1,17 +1,19 @@
-"""A mixture of experts from a dense checkpoint (Komatsuzaki et al., arXiv 2212.05055).
+"""Upcycling: a mixture of experts from a dense checkpoint (Komatsuzaki et al., arXiv 2212.05055).
 
-Every expert starts as the dense layer's feed-forward. Two ways to let the new model begin where the
-dense one is:
+Every expert is initialised with the dense layer's feed-forward weights. Two modes keep the output
+of the new model at that of the dense one:
 
-- `shared`: the shared expert is the dense layer, and the output matrices of the routed experts are
-  zero: they add nothing until they have learned something. Exact, bit by bit, with any router.
-- `copy`: the output matrices are the dense one's times E / k. A router that is undecided gives each
-  choice a weight of 1 / E (there is no renormalisation), so that k choices together are the dense
-  layer. Exact in the limit of small router weights, if nothing drops.
+- `shared`: the shared expert is the dense layer, and the output matrices (`down`) of the routed
+  experts are zero, so they contribute nothing until trained. Exact to the last bit, for any router.
+- `copy`: no shared expert; output matrices are the dense ones times E / k. A router with small
+  weights gives each choice about 1 / E and nothing is renormalised, so k choices sum to
+  k * (1 / E) * (E / k) = 1 dense layer. Exact in the limit of small router weights, if nothing
+  drops.
 
-Experts that are all alike get the same gradient, up to the router's weights. `noise` adds to each
-weight of each expert its own normal draw, relative to the tensor's standard deviation; `fresh`
-draws that share of an expert's hidden units anew, as Nakamura et al. (arXiv 2502.19261) do.
+Identical experts get the same gradient up to the router's weights, so something has to break the
+symmetry. `noise` adds normal noise to each weight of each expert, relative to the standard
+deviation of the tensor; `fresh` redraws a share of each expert's hidden units (Nakamura et al.,
+arXiv 2502.19261).
 """
 
 from __future__ import annotations
@@ -24,12 +26,10 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config import MoEConfig, moe_layer_pattern
-from megatron_moe.convert.lazy import LazyTensor, of_tensor
-from megatron_moe.convert.model import Model, check_tensors
+from megatron_moe.convert.model import LazyTensor, LogicalModel, check_tensors, of_tensor
 from megatron_moe.errors import UsageError
 from megatron_moe.model.logical import (
     LogicalParameter,
-    gate_blocks,
     initial_tensor,
     logical_parameters,
 )
@@ -40,16 +40,16 @@ MODES: tuple[Mode, ...] = ("shared", "copy")
 
 @dataclass(frozen=True, kw_only=True)
 class Upcycling:
-    """What to make of a dense model.
+    """Settings of an upcycled model.
 
     Args:
-        mode: see above.
+        mode: `shared` or `copy`, see the module.
         num_experts: E.
         topk: k.
-        layer_freq: `--moe-layer-freq`: which layers get experts.
-        noise: standard deviation of the noise, relative to that of the tensor it is added to.
-        fresh: share of hidden units of each expert drawn anew, 0 to 1.
-        seed: of router, noise and choice of units.
+        layer_freq: `--moe-layer-freq`: which layers become MoE layers.
+        noise: standard deviation of the noise, relative to that of the tensor.
+        fresh: share of each expert's hidden units that are redrawn, 0 to 1.
+        seed: seed of the router, the noise and the choice of units.
     """
 
     mode: Mode
@@ -61,24 +61,24 @@ class Upcycling:
     seed: int = 1234
 
     def check(self) -> None:
-        """Refuse values that mean nothing.
+        """Check the values.
 
         Raises:
-            UsageError: one of them.
+            UsageError: one is out of range.
         """
         if self.mode not in MODES:
             raise UsageError("--upcycle", self.mode, f"one of {', '.join(MODES)}")
         if not 0 <= self.noise < float("inf"):
-            raise UsageError("--upcycle-noise", self.noise, "a number of at least 0")
+            raise UsageError("--upcycle-noise", self.noise, "a finite number >= 0")
         if not 0 <= self.fresh <= 1:
-            raise UsageError("--upcycle-fresh", self.fresh, "a share from 0 to 1")
+            raise UsageError("--upcycle-fresh", self.fresh, "from 0 to 1")
 
 
-def upcycle(dense: Model, how: Upcycling) -> Model:
-    """The mixture of experts; its tensors are made when they are read.
+def upcycle(dense: LogicalModel, how: Upcycling) -> LogicalModel:
+    """The mixture of experts; its tensors are computed when they are read.
 
     Raises:
-        UsageError: the source has experts already, or a value is impossible.
+        UsageError: the source already has MoE layers, or a value is out of range.
     """
     how.check()
     _require_dense(dense)
@@ -89,24 +89,24 @@ def upcycle(dense: Model, how: Upcycling) -> Model:
         if name in dense.tensors:
             tensors[name] = dense.tensors[name]
         else:
-            tensors[name] = _made(dense, how, name, parameter)
-    made = replace(dense, config=config, tensors=tensors, step=0)
-    check_tensors(made)
-    return made
+            tensors[name] = _derived(dense, how, name, parameter)
+    upcycled = replace(dense, config=config, tensors=tensors, step=0)
+    check_tensors(upcycled)
+    return upcycled
 
 
-def _require_dense(dense: Model) -> None:
+def _require_dense(dense: LogicalModel) -> None:
     pattern = moe_layer_pattern(dense.config.moe.moe_layer_freq, dense.config.model.num_layers)
     if any(pattern):
         layers = [i for i, is_moe in enumerate(pattern) if is_moe]
-        raise UsageError(f"MoE layers of {dense.source}", layers, "none: a dense checkpoint")
+        raise UsageError(f"MoE layers of {dense.source}", layers, "none for --upcycle")
 
 
-def _settings(dense: Model, how: Upcycling) -> MoEConfig:
+def _settings(dense: LogicalModel, how: Upcycling) -> MoEConfig:
     width = dense.config.model.ffn_hidden_size
     pattern = moe_layer_pattern(how.layer_freq, dense.config.model.num_layers)
     if not any(pattern):
-        raise UsageError("--moe-layer-freq", how.layer_freq, "a layer with experts")
+        raise UsageError("--moe-layer-freq", how.layer_freq, "a pattern with an MoE layer")
     return replace(
         dense.config.moe,
         num_experts=how.num_experts,
@@ -118,8 +118,10 @@ def _settings(dense: Model, how: Upcycling) -> MoEConfig:
     )
 
 
-def _made(dense: Model, how: Upcycling, name: str, parameter: LogicalParameter) -> LazyTensor:
-    """A tensor that the dense model does not have."""
+def _derived(
+    dense: LogicalModel, how: Upcycling, name: str, parameter: LogicalParameter
+) -> LazyTensor:
+    """A tensor of the MoE model that the dense model does not have."""
     _, layer, rest = name.split(".", 2)
     prefix = f"layers.{layer}"
     like = dense.tensors[f"{prefix}.ffn.down.weight"].dtype
@@ -135,6 +137,7 @@ def _made(dense: Model, how: Upcycling, name: str, parameter: LogicalParameter) 
     def rows(start: int, stop: int) -> Tensor:
         if part == "down" and how.mode == "shared":
             return torch.zeros(stop - start, *parameter.shape[1:], dtype=like)
+        # Noise and scaling in at least fp32; in bf16 small noise would round to nothing.
         matrix = source.whole().t().to(torch.promote_types(like, torch.float32))  # [in, out]
         if part == "down":
             matrix = matrix * (how.num_experts / how.topk)
@@ -145,8 +148,10 @@ def _made(dense: Model, how: Upcycling, name: str, parameter: LogicalParameter) 
     return LazyTensor(parameter.shape, like, rows)
 
 
-def _varied(matrix: Tensor, dense: Model, how: Upcycling, which: tuple[str, str, int]) -> Tensor:
-    """One expert's matrix [in, out] with its own noise and its own fresh units."""
+def _varied(
+    matrix: Tensor, dense: LogicalModel, how: Upcycling, which: tuple[str, str, int]
+) -> Tensor:
+    """One expert's matrix [in, out] with noise and redrawn hidden units of its own."""
     prefix, part, expert = which
     spread = matrix.std()
     if how.fresh:
@@ -154,10 +159,12 @@ def _varied(matrix: Tensor, dense: Model, how: Upcycling, which: tuple[str, str,
         units = _units(dense, how, prefix, expert)
         draws = torch.randn(matrix.shape, generator=_generator(how, prefix, part, expert))
         draws = draws.to(matrix.dtype) * spread
+        # Hidden units are rows of `down` and columns of `up`; of a two-block gate [a | b], unit u
+        # is column u of each block.
         if part == "down":
             matrix[units] = draws[units]
         else:
-            blocks = gate_blocks(dense.config.model) if part == "gate" else 1
+            blocks = dense.config.model.gate_blocks if part == "gate" else 1
             width = matrix.shape[1] // blocks
             columns = torch.cat([units + block * width for block in range(blocks)])
             matrix[:, columns] = draws[:, columns]
@@ -167,14 +174,14 @@ def _varied(matrix: Tensor, dense: Model, how: Upcycling, which: tuple[str, str,
     return matrix
 
 
-def _units(dense: Model, how: Upcycling, prefix: str, expert: int) -> Tensor:
-    """Hidden units drawn anew: the same in all matrices of an expert."""
+def _units(dense: LogicalModel, how: Upcycling, prefix: str, expert: int) -> Tensor:
+    """Hidden units to redraw: the same in all matrices of an expert."""
     width = dense.config.model.ffn_hidden_size
     order = torch.randperm(width, generator=_generator(how, prefix, expert, "units"))
     return order[: round(how.fresh * width)]
 
 
 def _generator(how: Upcycling, *key: object) -> torch.Generator:
-    """A stream of its own for every tensor of every expert, whatever order they are read in."""
+    """A generator per tensor and expert, so values do not depend on the order of reading."""
     digest = hashlib.sha256(repr((how.seed, *key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

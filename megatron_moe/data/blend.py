@@ -65,8 +65,8 @@ def blends_of(data: DataConfig) -> dict[str, Blend | None]:
     """Return the blend of each split, `None` for a split without data.
 
     Raises:
-        UsageError: no training data, several flags that name data, a bad weight or split, or a file
-            that cannot be read.
+        UsageError: no training data, a bad weight or split, or a file of words or a mixture that
+            cannot be read.
     """
     own = {
         "train": data.train_data_path,
@@ -75,7 +75,6 @@ def blends_of(data: DataConfig) -> dict[str, Blend | None]:
     }
     shared = _shared_blend(data)
     if shared is not None:
-        _check_exclusive(shared.flag, own)
         return {
             name: bounds and replace(shared, bounds=bounds)
             for name, bounds in zip(SPLITS, parse_split(data.split), strict=True)
@@ -91,16 +90,6 @@ def blends_of(data: DataConfig) -> dict[str, Blend | None]:
 
 def _shared_blend(data: DataConfig) -> Blend | None:
     """Return the blend that all splits share, if there is one."""
-    ways: dict[str, Sequence[str] | str | None] = {
-        "--data-path": data.data_path,
-        "--data-args-path": data.data_args_path,
-        "--mixture": data.mixture,
-    }
-    given = [flag for flag, value in ways.items() if value]
-    if len(given) > 1:
-        raise UsageError(given[1], ways[given[1]], f"unset with {given[0]}")
-    if data.data_root is not None and not data.mixture:
-        raise UsageError("--data-root", data.data_root, "unset without --mixture")
     if data.mixture:
         named = read_named_mixture(data.mixture, data.data_root)
         return Blend(
@@ -113,12 +102,6 @@ def _shared_blend(data: DataConfig) -> Blend | None:
     if data.data_args_path:
         return _of_words("--data-args-path", _words_of(data.data_args_path))
     return _of_words("--data-path", data.data_path) if data.data_path else None
-
-
-def _check_exclusive(flag: str, own: Mapping[str, Sequence[str]]) -> None:
-    for name, paths in own.items():
-        if paths:
-            raise UsageError(f"--{name}-data-path", " ".join(paths), f"unset with {flag}")
 
 
 def _words_of(path: str) -> list[str]:

@@ -1,1 +1,5 @@
-"""Using a trained model on one device: loading, generation, perplexity, evaluation harness."""
+"""Inference on one device with the reference model: generation, perplexity, lm-eval.
+
+`loading.py` loads a checkpoint and its tokenizer. `generation.py` generates, `output.py` prints;
+`perplexity.py` and `held_out.py` evaluate data, `harness.py` runs tasks of lm-eval.
+"""

@@ -1,4 +1,7 @@
-"""The parser, with the flags that say which model to use, of every command that uses one."""
+"""Command-line flags of the model to load, shared by the commands that use one.
+
+Imports neither torch nor the loader, so `--help` and usage errors are immediate.
+"""
 
 from __future__ import annotations
 
@@ -10,27 +13,27 @@ from typing import TYPE_CHECKING
 from megatron_moe.errors import UsageError
 
 if TYPE_CHECKING:
-    from megatron_moe.inference.loading import Capacity, Wanted
+    from megatron_moe.inference.loading import Capacity, LoadOptions
 
 
 def require_harness() -> None:
-    """Refuse tasks where lm-eval is not installed.
+    """Check that lm-eval is installed, for `--tasks`.
 
     Raises:
-        UsageError: it is not.
+        UsageError: it is not installed.
     """
     if importlib.util.find_spec("lm_eval") is None:
         fix = "pip install 'megatron-moe[eval]', or pip install lm-eval"
-        raise UsageError("--tasks", "without lm-eval", "lm-eval installed", fix)
+        raise UsageError("package lm-eval", "missing", "installed for --tasks", fix)
 
 
 def model_parser(prog: str, description: str | None, capacity: str) -> argparse.ArgumentParser:
-    """A parser that has them; the command adds its own.
+    """A parser with the flags of the model; the command adds its own.
 
     Args:
         prog: name of the command.
-        description: its module's docstring.
-        capacity: what `--moe-capacity` means here.
+        description: docstring of the command's module.
+        capacity: help of `--moe-capacity`.
     """
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -39,27 +42,33 @@ def model_parser(prog: str, description: str | None, capacity: str) -> argparse.
         allow_abbrev=False,
     )
     add = parser.add_argument_group("the model").add_argument
-    add("--load", required=True, type=Path, metavar="DIR", help="checkpoints of a run, or weights")
+    add(
+        "--load",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="checkpoints of a run, or HF weights",
+    )
     add("--format", choices=("auto", "native", "hf"), default="auto", help="of --load (auto)")
-    add("--ckpt-step", type=int, help="native: step to load (the newest)")
-    add("--tokenizer-type", help="instead of the checkpoint's, e.g. SentencePieceTokenizer")
-    add("--tokenizer-model", metavar="FILE", help="where the tokenizer is now")
-    add("--device", default="cpu", help="device of PyTorch, e.g. cuda (cpu)")
-    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="to compute in (fp32)")
+    add("--ckpt-step", type=int, help="native: step to load (the latest)")
+    add("--tokenizer-type", help="replaces the checkpoint's, e.g. SentencePieceTokenizer")
+    add("--tokenizer-model", metavar="FILE", help="path of the tokenizer, if it has moved")
+    add("--device", default="cpu", help="PyTorch device, e.g. cuda (cpu)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the computation (fp32)")
     add("--moe-capacity", choices=("dropless", "eval"), help=capacity)
     return parser
 
 
-def wanted(options: argparse.Namespace, capacity: Capacity = "dropless") -> Wanted:
-    """What the flags ask for.
+def load_options(options: argparse.Namespace, capacity: Capacity = "dropless") -> LoadOptions:
+    """The options of the loader from the command line.
 
     Args:
-        options: the command line.
-        capacity: without `--moe-capacity`.
+        options: the parsed command line.
+        capacity: default of `--moe-capacity`.
     """
-    from megatron_moe.inference.loading import Wanted
+    from megatron_moe.inference.loading import LoadOptions
 
-    return Wanted(
+    return LoadOptions(
         path=options.load,
         format=options.format,
         step=options.ckpt_step,

@@ -1,9 +1,9 @@
-"""EleutherAI's lm-eval on a model of ours: the three kinds of requests that its tasks make.
+"""EleutherAI's lm-eval: a `TemplateLM` that answers the three kinds of requests of its tasks.
 
-lm-eval is in the extra [eval], so this module is imported where tasks are asked for and nowhere
-else. Its rules are kept: a pair is tokenized together and split at the length of the context alone;
-what is too long loses its left end; whole texts are scored in windows in which every token is
-predicted once. Conversations are in the template of `--objective sft`.
+lm-eval is in the extra [eval], so this module is imported only for `--tasks`. Its conventions hold:
+context and continuation are tokenized together and split at the length of the context alone;
+contexts that are too long are truncated on the left; whole texts are scored in windows in which
+every token is predicted once. Conversations use the template of `--objective sft`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 
 from megatron_moe.data.objectives.chat import SYSTEM, USER
 from megatron_moe.errors import UsageError
-from megatron_moe.inference.answers import Scorer
-from megatron_moe.inference.chat import as_text, ids_of
-from megatron_moe.inference.loading import Loaded
+from megatron_moe.inference.loading import LoadedModel
+from megatron_moe.inference.prompts import conversation_text, encode_conversation
+from megatron_moe.inference.scoring import Scorer
 
 BOOTSTRAP = 1000
-"""Resamples for the standard error of a metric that has no formula for it."""
+"""Bootstrap resamples for the standard error of metrics without a formula for it."""
 
 
 class HarnessModel(TemplateLM):
@@ -36,61 +36,62 @@ class HarnessModel(TemplateLM):
 
     Args:
         loaded: the model.
-        batch_size: rows at a time.
+        batch_size: requests per batch.
     """
 
-    def __init__(self, loaded: Loaded, batch_size: int) -> None:
+    def __init__(self, loaded: LoadedModel, batch_size: int) -> None:
         super().__init__()
         self.loaded = loaded
         self.scorer = Scorer(loaded, batch_size)
         self.batch_size = batch_size
-        self.max_length = loaded.longest
+        self.max_length = loaded.max_length
 
     @property
     def eot_token_id(self) -> int:
-        """Stands before a text without a context, as before a document."""
-        return self.loaded.text.eod
+        """The end of document, which precedes a text without a context."""
+        return self.loaded.tokenizer.eod
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """The ids of a text, which may be a conversation. Nothing is put around it."""
-        return ids_of(self.loaded.text, string)
+        """Ids of a text, which may be a conversation, without special tokens."""
+        return encode_conversation(self.loaded.tokenizer, string)
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation in OpenMoE's template, as the text that `tok_encode` knows.
+        """A conversation in OpenMoE's template, as a text for `tok_encode`.
 
         Args:
             chat_history: turns, each with `role` and `content`.
-            add_generation_prompt: the last turn is to be answered, not continued.
+            add_generation_prompt: the last turn is a question to answer, not an answer to continue.
 
         Raises:
-            UsageError: turns in an order that tuning does not have.
+            UsageError: the turns are not in the order of tuning data.
         """
-        return as_text(chat_history, to_answer=add_generation_prompt)
+        return conversation_text(chat_history, to_answer=add_generation_prompt)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
-        """The template, for lm-eval's records of what was done.
+        """The template, for the record in lm-eval's results.
 
         Raises:
-            UsageError: a template is asked for by its name.
+            UsageError: a template is requested by name.
         """
         if isinstance(chat_template, str):
-            raise UsageError("name of a chat template", chat_template, "none: there is one")
+            expected = "absent, as there is a single template"
+            raise UsageError("name of the chat template", chat_template, expected)
         return SYSTEM.format("{system}") + USER.format("{question}") if chat_template else None
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells apart what lm-eval caches: by tokenizer and template."""
-        found = "\0".join((self.loaded.text.tokenizer.identity, SYSTEM, USER))
+        """Key of lm-eval's caches: differs by tokenizer and template."""
+        found = "\0".join((self.loaded.tokenizer.base.identity, SYSTEM, USER))
         return f"openmoe-chat-{hashlib.sha256(found.encode()).hexdigest()[:16]}"
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_more: Any
     ) -> list[tuple[float, bool]]:
-        found = self.scorer.pairs([(context, more) for _, context, more in requests])
+        found = self.scorer.loglikelihoods([(context, more) for _, context, more in requests])
         for (key, _, _), answer in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", key, answer)
         return found
@@ -98,9 +99,9 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """The log likelihood of whole texts."""
+        """Log likelihoods of whole texts."""
         windows = [self._windows(request.args[0]) for request in requests]
-        found = iter(self.scorer.pairs([window for text in windows for window in text]))
+        found = iter(self.scorer.loglikelihoods([window for text in windows for window in text]))
         sums = [sum(next(found)[0] for _ in text) for text in windows]
         for request, value in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
@@ -113,15 +114,15 @@ class HarnessModel(TemplateLM):
         return [make_disjoint_window(window) for window in windows]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations of contexts, up to the stops of their tasks."""
-        found = self.scorer.texts([request.args for request in requests])
+        """Continuations of contexts, up to the stop texts of their tasks."""
+        found = self.scorer.continuations([request.args for request in requests])
         for request, text in zip(requests, found, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return found
 
 
 def evaluate_tasks(
-    loaded: Loaded,
+    loaded: LoadedModel,
     tasks: Sequence[str],
     *,
     batch_size: int,
@@ -136,29 +137,29 @@ def evaluate_tasks(
 
     Args:
         loaded: the model.
-        tasks: names, as lm-eval knows them.
-        batch_size: rows at a time.
-        include_path: where tasks are defined, instead of lm-eval's own.
-        num_fewshot: examples in a context; `None` leaves it to the task.
-        limit: documents of each task; `None` takes all.
-        system_instruction: stands before everything; with a template, as its system turn.
-        apply_chat_template: ask in conversations.
-        fewshot_as_multiturn: in them, examples are turns rather than part of the question.
+        tasks: lm-eval's names of the tasks.
+        batch_size: requests per batch.
+        include_path: directory of task definitions that replace lm-eval's own.
+        num_fewshot: examples in a context; `None` means the task's number.
+        limit: documents of each task; `None` means all.
+        system_instruction: text before everything; with a template, its system turn.
+        apply_chat_template: pass requests as conversations.
+        fewshot_as_multiturn: in conversations, examples are turns rather than part of the question.
 
     Returns:
         lm-eval's results, without its samples.
 
     Raises:
-        UsageError: no such task, or no such directory.
+        UsageError: a task or the directory does not exist.
     """
     if include_path is not None and not include_path.is_dir():
-        raise UsageError("--include-path", str(include_path), "a directory of tasks")
+        raise UsageError("--include-path", str(include_path), "a directory of task definitions")
     manager = TaskManager(include_path=include_path, include_defaults=include_path is None)
     unknown = [name for name in tasks if name not in manager.all_tasks]
     if unknown:
         some = ", ".join(manager.all_tasks[:10])
-        raise UsageError("--tasks", unknown[0], f"tasks of lm-eval, such as {some}")
-    # What lm-eval prints on its way is no part of the results.
+        raise UsageError("--tasks", unknown[0], f"names of lm-eval tasks, such as {some}")
+    # Standard output is for the results alone; lm-eval prints progress there.
     with contextlib.redirect_stdout(sys.stderr):
         results = simple_evaluate(
             model=HarnessModel(loaded, batch_size),
@@ -176,5 +177,5 @@ def evaluate_tasks(
 
 
 def results_table(results: dict[str, Any]) -> str:
-    """A line for each task and metric."""
+    """lm-eval's table: a line per task and metric."""
     return str(make_table(results)).rstrip()

@@ -1,4 +1,4 @@
-"""A checkpoint, native or in the Hugging Face layout, as a model that is ready to be used."""
+"""Load a checkpoint, native or in the Hugging Face layout, with its tokenizer, for inference."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 
 from megatron_moe.config import DataConfig, RunConfig
 from megatron_moe.convert import formats
-from megatron_moe.convert.model import Model
+from megatron_moe.convert.model import LogicalModel
 from megatron_moe.errors import UsageError
-from megatron_moe.inference.text import Text
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.inference.text import TextTokenizer
+from megatron_moe.model.reference import ReferenceOpenMoE
 from megatron_moe.tokenizer.base import Tokenizer
 from megatron_moe.tokenizer.build import build_tokenizer
 
@@ -30,82 +30,85 @@ _TOKENIZERS = {
     "spiece.model": "SentencePieceTokenizer",
     "tokenizer.json": "HuggingFaceTokenizer",
 }
-"""Files that lie beside Hugging Face weights, the first that is there."""
+"""Tokenizer type by file name, for Hugging Face weights; the first file present is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What to load, and how."""
+class LoadOptions:
+    """What to load, and how; by the flags of the commands."""
 
     path: Path
     """`--load`."""
     format: str = "auto"
     step: int | None = None
-    """Of a native checkpoint, by default the tracker's."""
+    """Step of a native checkpoint; `None` means the tracker's."""
     tokenizer_type: str | None = None
-    """By default the checkpoint's."""
+    """`None` means the checkpoint's."""
     tokenizer_model: str | None = None
     capacity: Capacity = "dropless"
-    """`dropless`, or the evaluation capacity that the checkpoint's configuration states."""
+    """`dropless`, or `eval`: the evaluation capacity of the checkpoint's configuration."""
     device: str = "cpu"
     dtype: str = "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """A model in evaluation mode and what belongs to it."""
+class LoadedModel:
+    """A model in evaluation mode, with its configuration and tokenizer."""
 
     model: ReferenceOpenMoE
     config: RunConfig
-    """The checkpoint's, with the tokenizer and the capacity that were asked for."""
-    text: Text
+    """The checkpoint's, with the tokenizer and the capacity of the options."""
+    tokenizer: TextTokenizer
     source: str
     step: int
 
     @property
-    def longest(self) -> int:
-        """Tokens of a row at most."""
+    def max_length(self) -> int:
+        """Maximal number of tokens of a row."""
         return self.config.model.max_position_embeddings
 
     @property
-    def drops(self) -> bool:
-        """Whether there is a capacity."""
+    def drops_tokens(self) -> bool:
+        """Whether the experts have a capacity."""
         return self.model.moe.moe_eval_capacity_factor is not None
 
 
-def load(wanted: Wanted) -> Loaded:
-    """Read a checkpoint and its tokenizer.
+def load(options: LoadOptions) -> LoadedModel:
+    """Load a checkpoint and its tokenizer.
 
     Raises:
-        UsageError: either is missing, damaged or another one's, or the device is not there.
+        UsageError: either is missing or damaged, they do not match, or the device does not exist.
     """
-    check_device(wanted.device)
-    found = formats.read(format_of(wanted), wanted.path, wanted.step)
-    config = replace(found.config, data=_tokenizer_data(wanted, found))
-    if wanted.capacity == "dropless":
+    check_device(options.device)
+    found = formats.read(format_of(options), options.path, options.step)
+    config = replace(found.config, data=_tokenizer_data(options, found))
+    if options.capacity == "dropless":
         config = replace(config, moe=replace(config.moe, moe_eval_capacity_factor=None))
     tokenizer = _tokenizer(found, config.data)
-    return Loaded(
-        model=_filled(found, config, wanted),
+    return LoadedModel(
+        model=_build_model(found, config, options),
         config=config,
-        text=Text(tokenizer, config.data),
+        tokenizer=TextTokenizer(tokenizer, config.data),
         source=found.source,
         step=found.step,
     )
 
 
-def format_of(wanted: Wanted) -> str:
-    """`native` or `hf`; a folder with a `config.json` beside its weights is the latter."""
-    if wanted.format != "auto":
-        return wanted.format
-    return "hf" if (wanted.path / "config.json").is_file() else "native"
+def format_of(options: LoadOptions) -> str:
+    """`native` or `hf`: a directory with a `config.json` is in the Hugging Face layout.
+
+    In a native checkpoint directory that file is in the directory of each step.
+    """
+    if options.format != "auto":
+        return options.format
+    return "hf" if (options.path / "config.json").is_file() else "native"
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that is not there.
+    """Check that a device exists.
 
     Raises:
-        UsageError: PyTorch does not know it, or this machine has none.
+        UsageError: PyTorch does not know it, or this machine does not have it.
     """
     try:
         torch.empty(0, device=device)
@@ -114,18 +117,18 @@ def check_device(device: str) -> None:
         raise UsageError("--device", device, "a device of this machine", reason) from None
 
 
-def _tokenizer_data(wanted: Wanted, found: Model) -> DataConfig:
-    """The checkpoint's own, unless it has none or another is asked for."""
-    data, kind, file = found.config.data, wanted.tokenizer_type, wanted.tokenizer_model
-    if format_of(wanted) == "hf" and kind is None:
+def _tokenizer_data(options: LoadOptions, found: LogicalModel) -> DataConfig:
+    """Tokenizer settings: those of the flags, else the checkpoint's, else of a file beside it."""
+    data, kind, file = found.config.data, options.tokenizer_type, options.tokenizer_model
+    if format_of(options) == "hf" and kind is None:
         names = {path.name: path for path in found.tokenizer_files}
         if file is not None:
             kind = _TOKENIZERS["tokenizer.json" if _is_json(file) else "tokenizer.model"]
         else:
             name = next((name for name in _TOKENIZERS if name in names), None)
             if name is None:
-                expected = "given, as no tokenizer lies beside the weights"
-                raise UsageError("--tokenizer-model", None, expected)
+                reason = "there is no tokenizer file beside the weights"
+                raise UsageError("--tokenizer-model", None, "given", reason)
             kind, file = _TOKENIZERS[name], str(names[name])
     if kind is not None:
         kinds = get_args(get_type_hints(DataConfig)["tokenizer_type"])
@@ -140,7 +143,7 @@ def _is_json(file: str) -> bool:
     return Path(file).is_dir() or file.endswith(".json")
 
 
-def _tokenizer(found: Model, data: DataConfig) -> Tokenizer:
+def _tokenizer(found: LogicalModel, data: DataConfig) -> Tokenizer:
     tokenizer = build_tokenizer(data)
     trained = found.tokenizer_hash
     if trained and trained != tokenizer.identity:
@@ -148,23 +151,23 @@ def _tokenizer(found: Model, data: DataConfig) -> Tokenizer:
         raise UsageError("--tokenizer-model", data.tokenizer_model, expected)
     size = tokenizer.vocab_size + data.vocab_extra_ids
     if size > found.vocab_size:
-        expected = f"a tokenizer of at most {found.vocab_size} ids, those of {found.source}"
+        expected = f"a tokenizer of <= {found.vocab_size} ids, the vocabulary of {found.source}"
         raise UsageError("--tokenizer-model", data.tokenizer_model, expected, f"it has {size}")
     return tokenizer
 
 
 @torch.no_grad()
-def _filled(found: Model, config: RunConfig, wanted: Wanted) -> ReferenceOpenMoE:
-    """The weights, copied a part at a time, so that they are in memory once."""
+def _build_model(found: LogicalModel, config: RunConfig, options: LoadOptions) -> ReferenceOpenMoE:
+    """The model with its weights, which are copied in parts so that memory holds them once."""
     model = ReferenceOpenMoE(
         config.model,
         config.moe,
         found.vocab_size,
         seed=None,
-        device=wanted.device,
-        dtype=DTYPES[wanted.dtype],
+        device=options.device,
+        dtype=DTYPES[options.dtype],
     )
-    # Logits are fp32 in any case: casting the matrix once spares a cast of it for every token.
+    # Logits are computed in fp32: casting the matrix here avoids casting it for every token.
     if model.output is not None:
         model.output.float()
     for name, parameter in model.named_parameters():

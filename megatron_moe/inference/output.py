@@ -1,4 +1,4 @@
-"""Prints continuations: as text while it comes, or as a JSON object for each when it is whole."""
+"""Print continuations: as text while it is generated, or as one JSON object per finished text."""
 
 from __future__ import annotations
 
@@ -8,124 +8,126 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
-from megatron_moe.inference.generation import Drawn
+from megatron_moe.inference.generation import GeneratedToken
 from megatron_moe.inference.routing_log import RoutingLog, routing_json, routing_table
-from megatron_moe.inference.text import Text, TextStream
+from megatron_moe.inference.text import DecodeStream, TextTokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Style:
-    """What is printed."""
+class OutputStyle:
+    """How continuations are printed."""
 
     as_json: bool = False
     echo: bool = True
-    """Begin with the prompt, which the text continues; in JSON the prompt is a field in any case.
-    Without, an answer is a text of its own, whose first word has no blank before it."""
+    """Print the prompt before its continuation; JSON has a field for it in any case. Without it,
+    the continuation is decoded as a text of its own, without a leading space."""
     numbered: bool = False
-    """Say before each text which prompt it is of."""
+    """Print the number of the prompt before each text."""
     stream: bool = True
-    """Print text while it comes, rather than when it is whole."""
+    """Print text while it is generated rather than when it is finished."""
 
 
 @dataclass
-class _Answer:
-    """What is known of one continuation."""
+class _Continuation:
+    """State of one continuation."""
 
-    stream: TextStream
-    waiting: str
+    stream: DecodeStream
+    pending: str
+    """Text that is not printed yet."""
     ids: list[int]
     text: str = ""
-    finish: str = ""
+    finish_reason: str = ""
 
 
-class Output:
+class ContinuationPrinter:
     """Prints the continuations of one batch in the order of its prompts.
 
-    The first that is not finished is printed as it comes; those after it wait.
+    The first unfinished one is printed as it is generated; later ones are held back until then.
 
     Args:
-        prompts: texts, and their ids.
-        prompt_ids: of the same prompts.
-        text: the checkpoint's.
-        style: what to print.
+        prompts: texts of the prompts.
+        prompt_ids: token ids of the prompts.
+        tokenizer: tokenizer of the model.
+        style: how to print.
         first: number of the first prompt, from 0.
-        log: which experts the tokens took, if that is to be printed.
-        to: where; standard output unless given.
+        log: experts of the tokens, if they are to be printed.
+        to: stream to print to, by default standard output.
     """
 
     def __init__(
         self,
         prompts: Sequence[str],
         prompt_ids: Sequence[Sequence[int]],
-        text: Text,
-        style: Style,
+        tokenizer: TextTokenizer,
+        style: OutputStyle,
         first: int = 0,
         log: RoutingLog | None = None,
         to: TextIO | None = None,
     ) -> None:
         self.prompts, self.prompt_ids = prompts, prompt_ids
-        self.text, self.style, self.log, self.to = text, style, log, to or sys.stdout
+        self.tokenizer, self.style, self.log = tokenizer, style, log
+        self.to = to or sys.stdout
         self.first, self.current = first, 0
-        self.answers = [self._begin(number, ids) for number, ids in enumerate(prompt_ids)]
+        self.continuations = [self._begin(number, ids) for number, ids in enumerate(prompt_ids)]
 
-    def _begin(self, number: int, ids: Sequence[int]) -> _Answer:
+    def _begin(self, number: int, ids: Sequence[int]) -> _Continuation:
         head = f"--- prompt {self.first + number + 1}\n" if self.style.numbered else ""
         if self.style.echo:
-            head += self.text.decode(ids)
-        return _Answer(TextStream(self.text, ids if self.style.echo else ()), head, [])
+            head += self.tokenizer.decode(ids)
+        return _Continuation(DecodeStream(self.tokenizer, ids if self.style.echo else ()), head, [])
 
-    def print(self, drawn: Iterable[Drawn]) -> None:
-        """Print everything that is drawn, to the end of all texts."""
+    def print(self, tokens: Iterable[GeneratedToken]) -> None:
+        """Print all tokens, to the end of all texts."""
         self._flush()
-        for one in drawn:
-            answer = self.answers[one.text]
-            if one.token is not None:
-                answer.ids.append(one.token)
-                self._say(answer, answer.stream.push(one.token))
-            if one.finish is not None:
-                self._say(answer, answer.stream.finish())
-                answer.finish = one.finish
+        for generated in tokens:
+            continuation = self.continuations[generated.text]
+            if generated.token is not None:
+                continuation.ids.append(generated.token)
+                self._add(continuation, continuation.stream.push(generated.token))
+            if generated.finish_reason is not None:
+                self._add(continuation, continuation.stream.finish())
+                continuation.finish_reason = generated.finish_reason
             self._flush()
 
-    def _say(self, answer: _Answer, part: str) -> None:
-        answer.text += part
-        answer.waiting += part
+    def _add(self, continuation: _Continuation, part: str) -> None:
+        continuation.text += part
+        continuation.pending += part
 
     def _flush(self) -> None:
-        """Print what may be printed now."""
-        while self.current < len(self.answers):
-            answer = self.answers[self.current]
+        """Print what is next in prompt order."""
+        while self.current < len(self.continuations):
+            continuation = self.continuations[self.current]
             if self.style.as_json:
-                if not answer.finish:
+                if not continuation.finish_reason:
                     return
                 self.to.write(json.dumps(self._object(self.current), ensure_ascii=False) + "\n")
             else:
-                if self.style.stream or answer.finish:
-                    self.to.write(answer.waiting)
-                    answer.waiting = ""
-                if answer.finish:
+                if self.style.stream or continuation.finish_reason:
+                    self.to.write(continuation.pending)
+                    continuation.pending = ""
+                if continuation.finish_reason:
                     self.to.write("\n" + self._table(self.current))
             self.to.flush()
-            if not answer.finish:
+            if not continuation.finish_reason:
                 return
             self.current += 1
 
     def _table(self, number: int) -> str:
         if self.log is None:
             return ""
-        ids = [*self.prompt_ids[number], *self.answers[number].ids]
-        return routing_table(self.log.layers(number), ids, self.text) + "\n"
+        ids = [*self.prompt_ids[number], *self.continuations[number].ids]
+        return routing_table(self.log.layers(number), ids, self.tokenizer) + "\n"
 
     def _object(self, number: int) -> dict[str, Any]:
-        answer, ids = self.answers[number], list(self.prompt_ids[number])
+        continuation, ids = self.continuations[number], list(self.prompt_ids[number])
         found: dict[str, Any] = {
             "prompt": self.prompts[number],
-            "text": answer.text,
-            "finish": answer.finish,
+            "text": continuation.text,
+            "finish": continuation.finish_reason,
             "prompt_ids": ids,
-            "ids": answer.ids,
+            "ids": continuation.ids,
         }
         if self.log is not None:
-            found["tokens"] = [self.text.piece(token) for token in (*ids, *answer.ids)]
+            found["tokens"] = [self.tokenizer.piece(token) for token in (*ids, *continuation.ids)]
             found["routing"] = routing_json(self.log.layers(number))
         return found

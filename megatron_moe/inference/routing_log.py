@@ -1,6 +1,6 @@
-"""Which experts each token took, for people and for programs.
+"""The experts of each token during generation, as a table and as JSON.
 
-L MoE layers, T tokens of a text, K choices per token.
+Shapes: T tokens of a text, K choices per token.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_moe.inference.text import Text
-from megatron_moe.model.reference.routing import Routing
+from megatron_moe.inference.text import TextTokenizer
+from megatron_moe.model.reference import Routing
 
 
 @dataclass
 class LayerLog:
-    """What the router of one layer decided, token by token."""
+    """Routing decisions of one layer for the tokens of a text."""
 
     layer: int
     """Index in the network, from 0."""
@@ -25,37 +25,37 @@ class LayerLog:
     """Best first."""
     probs_TK: list[list[float]] = field(default_factory=list)
     kept_TK: list[list[bool]] = field(default_factory=list)
-    """False where the expert was full."""
+    """False where the expert had no free slot."""
 
 
 class RoutingLog:
-    """The decisions for several texts, in the order in which their tokens were read."""
+    """Routing decisions for several texts, in the order of their tokens."""
 
     def __init__(self, texts: int) -> None:
         self._texts: list[list[LayerLog]] = [[] for _ in range(texts)]
 
     def add(self, texts: Sequence[int], counts: Sequence[int], routing: Sequence[Routing]) -> None:
-        """Take over one forward pass of a batch.
+        """Append the decisions of one forward pass of a batch.
 
         Args:
-            texts: which text each row is of.
-            counts: tokens of each row that are no padding.
-            routing: by MoE layer.
+            texts: index of the text of each row.
+            counts: tokens of each row that are not padding.
+            routing: one record per MoE layer.
         """
         for place, (text, count) in enumerate(zip(texts, counts, strict=True)):
             if not self._texts[text]:
-                self._texts[text] = [LayerLog(decided.layer) for decided in routing]
-            for log, decided in zip(self._texts[text], routing, strict=True):
-                log.experts_TK += _row(decided.ids_TK, len(texts), place, count)
-                log.probs_TK += _row(decided.probs_TK, len(texts), place, count)
-                log.kept_TK += _row(decided.kept_TK, len(texts), place, count)
+                self._texts[text] = [LayerLog(decisions.layer) for decisions in routing]
+            for log, decisions in zip(self._texts[text], routing, strict=True):
+                log.experts_TK += _row(decisions.ids_TK, len(texts), place, count)
+                log.probs_TK += _row(decisions.probs_TK, len(texts), place, count)
+                log.kept_TK += _row(decisions.kept_TK, len(texts), place, count)
 
-    def forget(self, text: int) -> None:
-        """Drop what is known of a text: it is read again from its start."""
+    def clear(self, text: int) -> None:
+        """Delete the decisions of a text, before it is processed again from its start."""
         self._texts[text] = []
 
     def layers(self, text: int) -> list[LayerLog]:
-        """By MoE layer."""
+        """The decisions of a text, by MoE layer."""
         return self._texts[text]
 
 
@@ -64,7 +64,7 @@ def _row(values: Tensor, rows: int, place: int, count: int) -> Any:
 
 
 def routing_json(layers: Sequence[LayerLog]) -> list[dict[str, Any]]:
-    """By layer: experts, probabilities and whether they were kept, [T][K] each."""
+    """By layer: experts, probabilities and whether each was kept, [T][K] each."""
     return [
         {
             "layer": log.layer,
@@ -76,17 +76,17 @@ def routing_json(layers: Sequence[LayerLog]) -> list[dict[str, Any]]:
     ]
 
 
-def routing_table(layers: Sequence[LayerLog], ids: Sequence[int], text: Text) -> str:
-    """A line per token: its place, text, and by layer its experts with their probabilities.
+def routing_table(layers: Sequence[LayerLog], ids: Sequence[int], tokenizer: TextTokenizer) -> str:
+    """A line per token: position, text, and per layer its experts with their probabilities.
 
-    A choice in parentheses was dropped. Ids that no layer has read have no line.
+    A choice in parentheses was dropped. Ids that no layer has processed have no line.
     """
     if not layers:
-        return "no layer has experts"
-    read = len(layers[0].experts_TK)
+        return "the model has no MoE layer"
+    processed = len(layers[0].experts_TK)
     rows = [["", "token", *(f"layer {log.layer}" for log in layers)]]
-    for place, token in enumerate(ids[:read]):
-        rows.append([str(place), text.piece(token), *(_choices(log, place) for log in layers)])
+    for place, token in enumerate(ids[:processed]):
+        rows.append([str(place), tokenizer.piece(token), *(_choices(log, place) for log in layers)])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:

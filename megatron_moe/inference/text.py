@@ -1,4 +1,4 @@
-"""Text for people: sentinels that can be written and read, and text that arrives token by token."""
+"""Token ids to and from text: sentinels that can be typed and read, and streaming decoding."""
 
 from __future__ import annotations
 
@@ -14,114 +14,122 @@ from megatron_moe.tokenizer.build import sentinel_ids
 _SENTINEL = re.compile(r"<extra_id_(\d+)>")
 _REPLACEMENT = "\ufffd"
 _LONGEST = 4
-"""Bytes of the longest character in UTF-8: so many tokens at most are one character's."""
+"""Bytes of the longest character in UTF-8, hence the most tokens that one character can span."""
 
 
-class Text:
-    """A tokenizer whose sentinels of span corruption are `<extra_id_0>`, `<extra_id_1>`, ...
+class TextTokenizer:
+    """A tokenizer that reads and prints sentinels of span corruption as `<extra_id_0>`, ...
 
-    Most tokenizers print nothing for them, and have no way to write them into a prompt.
+    Most tokenizers decode sentinels to nothing and cannot encode them.
 
     Args:
-        tokenizer: makes all other ids.
+        base: the tokenizer of all other text.
         data: its configuration, which may add sentinels (`--vocab-extra-ids`).
     """
 
-    def __init__(self, tokenizer: Tokenizer, data: DataConfig) -> None:
-        self.tokenizer = tokenizer
-        self.eod = tokenizer.eod
-        self.size = tokenizer.vocab_size + data.vocab_extra_ids
-        """Ids that mean something; those of the padded vocabulary are above."""
-        has_sentinels = tokenizer.extra_ids or data.vocab_extra_ids
-        self.sentinels = sentinel_ids(data, tokenizer) if has_sentinels else range(0)
-        self._before = self._visible()
+    def __init__(self, base: Tokenizer, data: DataConfig) -> None:
+        self.base = base
+        self.eod = base.eod
+        self.size = base.vocab_size + data.vocab_extra_ids
+        """Number of ids; higher ones are padding of the vocabulary."""
+        has_sentinels = base.extra_ids or data.vocab_extra_ids
+        self.sentinels = sentinel_ids(data, base) if has_sentinels else range(0)
+        self._before = self._visible_ids()
 
-    def _visible(self) -> list[int]:
-        """A token with a text: tokenizers take the first blank away only if nothing is before."""
+    def _visible_ids(self) -> list[int]:
+        """Ids of some visible text, see `_decode_inner`."""
         try:
-            return self.tokenizer.tokenize("a")
+            return self.base.tokenize("a")
         except UsageError:  # a tokenizer of numbers
             return [0]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without an end of document.
+        """Ids of a text, without an end of document.
 
         Raises:
-            UsageError: a sentinel that the model does not have, or a number beyond its vocabulary.
+            UsageError: a sentinel that the model does not have, or an id beyond its vocabulary.
         """
         ids: list[int] = []
         for number, part in enumerate(_SENTINEL.split(text) if self.sentinels else [text]):
             if number % 2 == 0:
-                ids += self.tokenizer.tokenize(part) if part else []
+                ids += self.base.tokenize(part) if part else []
             elif int(part) < len(self.sentinels):
                 ids.append(self.sentinels[int(part)])
             else:
-                expected = f"a sentinel up to <extra_id_{len(self.sentinels) - 1}>"
-                raise UsageError("prompt", f"<extra_id_{part}>", expected)
+                expected = f"<= <extra_id_{len(self.sentinels) - 1}>"
+                raise UsageError("sentinel in a prompt", f"<extra_id_{part}>", expected)
         wrong = [i for i in ids if not 0 <= i < self.size]
         if wrong:
-            raise UsageError("token id in a prompt", wrong[0], f"ids from 0 to {self.size - 1}")
+            raise UsageError("token id in a prompt", wrong[0], f"from 0 to {self.size - 1}")
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``, sentinels included; other special ids have none."""
+        """The text of ``ids`` including sentinels; other special ids have no text."""
         parts: list[str] = []
         for is_sentinel, group in groupby(ids, self.sentinels.__contains__):
             run = list(group)
             if is_sentinel:
                 parts += [f"<extra_id_{self.sentinels.index(i)}>" for i in run]
             else:
-                parts.append(self._inner(run) if parts else self._plain(run))
+                parts.append(self._decode_inner(run) if parts else self._decode_plain(run))
         return "".join(parts)
 
     def piece(self, token: int) -> str:
-        """One token for a table, in quotes, or `<ID>` if it is no text by itself."""
-        text = self.decode([token]) if token in self.sentinels else self._inner([token])
+        """One token for a table: its text in quotes, or `<ID>` if it has no text by itself."""
+        text = self.decode([token]) if token in self.sentinels else self._decode_inner([token])
         return f"<{token}>" if not text or _REPLACEMENT in text else repr(text)
 
-    def _plain(self, ids: list[int]) -> str:
-        return self.tokenizer.detokenize(ids)
+    def _decode_plain(self, ids: list[int]) -> str:
+        return self.base.detokenize(ids)
 
-    def _inner(self, ids: list[int]) -> str:
-        """The text of ids that do not begin a text."""
-        return self._plain(self._before + ids)[len(self._plain(self._before)) :]
+    def _decode_inner(self, ids: list[int]) -> str:
+        """The text of ids that are not at the start of a text.
+
+        Tokenizers strip the leading space of the first token: " the" decodes to "the" alone, but
+        to " the" after another token. So ids are decoded after a visible prefix, which is cut off.
+        """
+        return self._decode_plain(self._before + ids)[len(self._decode_plain(self._before)) :]
 
 
-class TextStream:
-    """Turns ids into text as they come; the parts together are the text of all ids.
+class DecodeStream:
+    """Decodes ids incrementally; the parts concatenate to the text of all ids.
 
-    A character whose bytes are several tokens is given when it is complete. What is incomplete at
-    the end, or no UTF-8 at all, is given as U+FFFD, as `Text.decode` does.
+    A character that spans several tokens is returned when it is complete. Bytes that are incomplete
+    at the end, or invalid UTF-8, become U+FFFD as in `TextTokenizer.decode`.
     """
 
-    def __init__(self, text: Text, prompt: Sequence[int] = ()) -> None:
-        self._text = text
+    def __init__(self, tokenizer: TextTokenizer, prompt: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
         self._ids = list(prompt)
-        """Not all: from a place where a text can be cut."""
-        self._given = len(text.decode(self._ids))
-        self._fresh = len(self._ids)
+        """The last ids, from a place where the text can be cut; decoding all would be quadratic."""
+        self._returned = len(tokenizer.decode(self._ids))
+        """Characters of the text of `_ids` that have been returned."""
+        self._cut_at = len(self._ids)
+        """Number of ids that the next cut drops."""
 
     def push(self, token: int) -> str:
-        """What can be said now that ``token`` has come; often a word, sometimes nothing."""
+        """Add a token; returns the text that is now certain, possibly empty."""
         self._ids.append(token)
-        text = self._text.decode(self._ids)
-        # An incomplete character reads as one to three U+FFFD, and may become something else yet.
-        sure = len(text)
-        while sure > max(self._given, len(text) - _LONGEST + 1) and text[sure - 1] == _REPLACEMENT:
-            sure -= 1
-        part = text[self._given : sure]
-        self._given = max(self._given, sure)
-        if sure == len(text) and part.strip():
+        text = self._tokenizer.decode(self._ids)
+        # An incomplete character decodes to one to three U+FFFD at the end of the text, which later
+        # tokens may turn into another character; U+FFFD further back is final.
+        end = len(text)
+        while end > max(self._returned, len(text) - _LONGEST + 1) and text[end - 1] == _REPLACEMENT:
+            end -= 1
+        part = text[self._returned : end]
+        self._returned = max(self._returned, end)
+        if end == len(text) and part.strip():
             self._cut()
         return part
 
     def finish(self) -> str:
-        """What was held back."""
-        part = self._text.decode(self._ids)[self._given :]
-        self._given += len(part)
+        """The remaining text, which was held back as incomplete."""
+        part = self._tokenizer.decode(self._ids)[self._returned :]
+        self._returned += len(part)
         return part
 
     def _cut(self) -> None:
-        """Drop ids before the last part, which is enough to read what follows."""
-        self._ids = self._ids[self._fresh :]
-        self._given, self._fresh = len(self._text.decode(self._ids)), len(self._ids)
+        """Drop all ids but those of the last part, which suffice as context of later ones."""
+        self._ids = self._ids[self._cut_at :]
+        self._returned = len(self._tokenizer.decode(self._ids))
+        self._cut_at = len(self._ids)

@@ -1,11 +1,12 @@
 """Rotary position embedding and core attention, in the shapes that Megatron-Core hands over.
 
-The engine's PyTorch core attention materialises S x S scores; this one is PyTorch's fused
-`scaled_dot_product_attention`. Rotation happens here, not in the engine, because the engine rounds
-sine and cosine to the activations' type and OpenMoE keeps them in fp32.
+Megatron-Core's PyTorch core attention materialises S x S scores; this one is PyTorch's fused
+`scaled_dot_product_attention`. Rotation happens here too, because Megatron-Core rounds sine and
+cosine to the activations' dtype and OpenMoE keeps them in fp32.
 
-Rows of several documents may have positions and a mask of their own (`Documents`). They go through
-the engine as its `packed_seq_params`, which it hands to every layer and to recomputation as it is.
+Rows of several documents may have positions and a mask of their own (`Documents`). They pass
+through Megatron-Core as `packed_seq_params`, which reaches every layer and its recomputation
+unchanged.
 
 Shapes: S tokens of a row, B rows, N heads of this rank, D head dimension.
 """
@@ -37,30 +38,30 @@ def rotary_table(
     return angle.cos(), angle.sin()
 
 
-def _turn(x_SBND: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """Each pair (x_i, x_{i+D/2}) turned by ``sign`` times its angle, in three passes."""
+def _rotated(x_SBND: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """Each pair (x_i, x_{i+D/2}) rotated by ``sign`` times its angle, in three passes."""
     cos = torch.cat((cos, cos), -1)
     x = x_SBND.to(cos.dtype)
     first, second = x.chunk(2, dim=-1)
-    turned = x * cos
-    new_first, new_second = turned.chunk(2, dim=-1)
+    rotated = x * cos
+    new_first, new_second = rotated.chunk(2, dim=-1)
     new_first.addcmul_(second, sin, value=-sign)
     new_second.addcmul_(first, sin, value=sign)
-    return turned.to(x_SBND.dtype)
+    return rotated.to(x_SBND.dtype)
 
 
 class _Rotation(torch.autograd.Function):
-    """Keeps nothing of ``x``: the gradient is turned back by the same angle."""
+    """Saves nothing of ``x``: the gradient is rotated back by the same angle."""
 
     @staticmethod
     def forward(ctx: Any, x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x_SBND, cos, sin, 1)
+        return _rotated(x_SBND, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turn(grads[0], cos, sin, -1), None, None
+        return _rotated(grads[0], cos, sin, -1), None, None
 
 
 def rotate(x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -78,21 +79,21 @@ def rotate(x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Documents:
-    """Where the documents of a micro-batch are, for the attention of all its layers."""
+    """Positions and documents of a micro-batch, for the attention of all its layers."""
 
     positions_BS: Tensor | None
-    """Of the rotary embedding; `None` counts from the start of the row."""
+    """Positions of the rotary embedding; `None` counts from the start of the row."""
     documents_BS: Tensor | None
-    """Attention stays among equal numbers; `None` lets it see the row."""
+    """Document of each token: attention stays within it; `None` is one document per row."""
     qkv_format: str = "sbhd"
-    """What the engine asks of its `packed_seq_params`: tensors are shaped as ever."""
+    """Required by Megatron-Core in `packed_seq_params`: tensors keep their usual shape."""
     _bias: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
     def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """[B, 1, S, S], to be added to scores: 0 where a position may look, else -inf.
+        """[B, 1, S, S], added to scores: 0 where a position attends, else -inf.
 
-        Made once for all layers and heads, which share its memory: B S^2 numbers in the type of the
-        activations, for as long as the micro-batch is under way.
+        Computed once and shared by all layers and heads: B S^2 numbers in the dtype of the
+        activations, for as long as the micro-batch is in progress.
         """
         if self.documents_BS is None:
             return None
@@ -105,7 +106,7 @@ class Documents:
 
 
 def documents_of(positions_BS: Tensor | None, documents_BS: Tensor | None) -> Documents | None:
-    """What the layers need; `None` for rows that are one, which take the plain causal path."""
+    """The value for the layers; `None` without documents: the plain causal path, without a mask."""
     if positions_BS is None and documents_BS is None:
         return None
     return Documents(positions_BS, documents_BS)
@@ -114,8 +115,8 @@ def documents_of(positions_BS: Tensor | None, documents_BS: Tensor | None) -> Do
 class RotaryCoreAttention(torch.nn.Module):
     """softmax(scale * rot(q) rot(k)^T + causal mask) v for the heads of one tensor-parallel rank.
 
-    The constructor takes what `SelfAttention` passes; parts that OpenMoE does not use are refused
-    in `forward` rather than ignored.
+    The constructor takes what `SelfAttention` passes; `forward` rejects what OpenMoE does not use
+    rather than ignoring it.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class RotaryCoreAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         if config.kv_channels is None:
-            raise ValueError("the engine's configuration has no kv_channels")
+            raise ValueError("Megatron-Core's configuration has no kv_channels")
         self.sequence_parallel = config.sequence_parallel
         self.dropout = config.attention_dropout
         self.head_dim = config.kv_channels
@@ -141,7 +142,7 @@ class RotaryCoreAttention(torch.nn.Module):
         return self._table[1], self._table[2]
 
     def _dropout_rng(self) -> AbstractContextManager[None]:
-        """Each tensor-parallel rank has heads of its own, so it draws from its own stream."""
+        """Each tensor-parallel rank has its own heads, so it draws from its own stream."""
         if self.dropout == 0.0 or not self.training or self.sequence_parallel:
             return nullcontext()
         return tensor_parallel.get_cuda_rng_tracker().fork()
@@ -163,9 +164,9 @@ class RotaryCoreAttention(torch.nn.Module):
             key: likewise.
             value: likewise.
             attention_mask: must be ``None``: the mask is causal, within documents if there are any.
-            attn_mask_type: the engine's word for that; not needed.
+            attn_mask_type: the same as an enum; not needed.
             attention_bias: must be ``None``.
-            packed_seq_params: the rows' `Documents`, ``None`` if rows are one.
+            packed_seq_params: the `Documents`, or ``None``.
 
         Returns:
             [S, B, N * D].

@@ -21,7 +21,7 @@ from megatron_moe.model.sharding.shards import initialise
 
 
 class Degrees(Protocol):
-    """The degrees of parallelism that a model is built for; `parallel.Layout` is one."""
+    """The degrees of parallelism that a model is built for; `parallel.Layout` has them."""
 
     @property
     def tp(self) -> int:
@@ -47,13 +47,13 @@ class Degrees(Protocol):
 def transformer_config(
     config: RunConfig, degrees: Degrees, device: torch.device, dtype: torch.dtype
 ) -> TransformerConfig:
-    """The engine's configuration of our model.
+    """Megatron-Core's configuration of our model.
 
     Initialisation is off: `initialise` fills every parameter from the seed and its logical name, so
     that the weights do not depend on the layout.
     """
     model = config.model
-    engine = TransformerConfig(
+    core = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -72,7 +72,7 @@ def transformer_config(
         perform_initialization=False,
         use_cpu_initialization=device.type == "cpu",
         # Frees an output once its send is posted. NCCL keeps the memory until it has been read;
-        # gloo does not, and an overlapped send would carry whatever came to lie there.
+        # gloo does not, and an overlapped send would read memory that holds other data by then.
         deallocate_pipeline_outputs=device.type == "cuda",
         gradient_accumulation_fusion=False,
         bias_activation_fusion=False,
@@ -81,12 +81,12 @@ def transformer_config(
         **_expert_settings(config),
         **_layout_settings(config, degrees),
     )
-    engine.rotary_base = model.rotary_base  # type: ignore[attr-defined]
-    return engine
+    core.rotary_base = model.rotary_base  # type: ignore[attr-defined]
+    return core
 
 
 def _expert_settings(config: RunConfig) -> dict[str, Any]:
-    """What the engine wants to know of the experts: nothing if no layer has any."""
+    """Settings of the experts; none if no layer has any."""
     pattern = moe_layer_pattern(config.moe.moe_layer_freq, config.model.num_layers)
     if not any(pattern):
         return {}
@@ -94,7 +94,8 @@ def _expert_settings(config: RunConfig) -> dict[str, Any]:
         "num_moe_experts": config.moe.num_experts,
         "moe_layer_freq": [int(is_moe) for is_moe in pattern],
         "moe_router_topk": config.moe.moe_router_topk,
-        # The router is ours; the engine refuses one choice without being told this of its own.
+        # Megatron-Core rejects one choice per token without this, although it is for its own
+        # router, which we do not use.
         "moe_router_pre_softmax": True,
         "moe_ffn_hidden_size": expert_width(config.model, config.moe),
         "moe_token_dispatcher_type": "alltoall",
@@ -115,14 +116,11 @@ def _layout_settings(config: RunConfig, degrees: Degrees) -> dict[str, Any]:
         "recompute_method": parallel.recompute_method,
         "recompute_num_layers": parallel.recompute_num_layers,
         "recompute_modules": list(parallel.recompute_modules) if selective else None,
-        # Without overlapped transfers the interleaved schedule gives wrong gradients, silently.
-        "overlap_p2p_comm": degrees.vp is not None,
-        "batch_p2p_comm": degrees.vp is None,
     }
 
 
 def layer_spec(config: RunConfig) -> ModuleSpec:
-    """How the engine's block builds one of our layers."""
+    """How Megatron-Core's block builds one of our layers."""
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -162,13 +160,13 @@ def build_model(
     """
     if dtype is None:
         dtype = torch.bfloat16 if config.train.bf16 else torch.float32
-    engine = transformer_config(config, degrees, device, dtype)
+    core = transformer_config(config, degrees, device, dtype)
     spec = layer_spec(config)
     stage, stages = pgs.pp.rank(), degrees.pp
     numbers = range(degrees.vp) if degrees.vp else [None]
     chunks = [
         OpenMoEModel(
-            engine,
+            core,
             spec,
             config.model,
             vocab_size,

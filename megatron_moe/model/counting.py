@@ -1,7 +1,7 @@
 """How many parameters and how much arithmetic: totals, activated, per rank, FLOPs per token.
 
 All numbers are plain integers, derived from `megatron_moe.model.logical` and the sizes alone; no
-torch. `docs/model.md` has the derivation, and how the numbers stand to those the paper prints.
+torch. `docs/model.md` has the derivation and a comparison with the numbers in the paper.
 
 Letters: L layers, H hidden, n heads, d head width, F feed-forward width, V vocabulary, E experts,
 K choices per token, S sequence.
@@ -19,7 +19,6 @@ from megatron_moe.model.logical import (
     LogicalParameter,
     ParameterKind,
     expert_width,
-    gate_blocks,
     logical_parameters,
 )
 
@@ -152,7 +151,7 @@ def flops_per_token(
     pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
     moe_layers, layers = sum(pattern), len(pattern)
     inner = model.num_attention_heads * model.kv_channels
-    per_width = 2 * (gate_blocks(model) + 2) * model.hidden_size
+    per_width = 2 * (model.input_blocks + 1) * model.hidden_size
     shared = moe.moe_shared_expert_intermediate_size or 0
     return TokenFlops(
         attention_projections=layers * 2 * 4 * model.hidden_size * inner,

@@ -1,8 +1,10 @@
 """The dense feed-forward layer under tensor parallelism, also used as the shared expert.
 
-The input projection holds its halves one after the other: [gate | up] (paper variant) or
-[a | b | up] (released), each split over the ranks on its own, so that the gate's halves stay
-aligned on every rank.
+The input projection holds its blocks side by side: [gate | up] (paper variant) or [a | b | up]
+(released), each split over the ranks on its own, so that every rank has matching columns of all
+blocks.
+
+Shapes: S sequence, B batch, H hidden, F feed-forward width.
 """
 
 from __future__ import annotations
@@ -14,17 +16,12 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from fused_kernels.autograd import gated_silu
-from megatron_moe.config.model import FfnVariant
-from megatron_moe.moe.kernels import kernels_of
+from fused_kernels.operations import GatedSilu
+from megatron_moe.config import ModelConfig
 
 
-def input_blocks(variant: FfnVariant) -> int:
-    """How many blocks of width F the input projection has."""
-    return 2 if variant == "swiglu" else 3
-
-
-def engine_device(config: TransformerConfig) -> torch.device:
-    """Where the engine creates the parameters of a model with this configuration."""
+def parameter_device(config: TransformerConfig) -> torch.device:
+    """Where Megatron-Core creates the parameters of a model with this configuration."""
     return torch.device("cpu" if config.use_cpu_initialization else "cuda")
 
 
@@ -32,24 +29,23 @@ class DenseFFN(torch.nn.Module):
     """[S, B, H] -> [S, B, H] through width F.
 
     Args:
-        config: the engine's configuration.
-        variant: which of the two published forms.
+        config: Megatron-Core's configuration.
+        model: which of the two published forms.
         ffn_size: F.
         pgs: process groups; the tensor-parallel one is used.
-        kernels: which implementation of the gate, as `--moe-dispatch-impl` has it.
+        gate: the kernel.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
-        variant: FfnVariant,
+        model: ModelConfig,
         ffn_size: int,
         pgs: ProcessGroupCollection,
-        kernels: str = "auto",
+        gate: GatedSilu,
     ) -> None:
         super().__init__()
-        self.blocks = input_blocks(variant)
-        self.gate = kernels_of(kernels, engine_device(config).type)["gated_silu"].module
+        self.blocks, self.gate = model.input_blocks, gate
         self.linear_fc1 = ColumnParallelLinear(
             config.hidden_size,
             self.blocks * ffn_size,

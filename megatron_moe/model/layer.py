@@ -2,7 +2,9 @@
 
 x += Attn(norm1 x); then a dense layer does x += FFN(norm2 x), and an MoE layer either
 x += MoE(norm2 x), x += shared(norm3 x) (released) or x += MoE(norm2 x) + shared(norm2 x) (paper,
-eq. 4). The engine's own layer knows one norm and one MLP, hence this one on its block.
+eq. 4). Megatron-Core's own layer has one norm and one MLP, hence this one in its block.
+
+Shapes: S sequence (this rank's part under sequence parallelism), B batch, H hidden.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ from torch.nn import functional as F
 
 from megatron_moe.config import ModelConfig, MoEConfig, moe_layer_pattern
 from megatron_moe.model.attention import Documents
-from megatron_moe.model.ffn import DenseFFN, engine_device
+from megatron_moe.model.ffn import DenseFFN, parameter_device
 from megatron_moe.model.norm import RMSNorm
 from megatron_moe.moe.layer import MoELayer
+from megatron_moe.moe.registry import kernels_for
 
 
 @dataclass
@@ -39,7 +42,7 @@ class OpenMoELayerSubmodules:
 
 
 class OpenMoELayer(MegatronModule, BaseTransformerLayer):
-    """Layer ``layer_number`` (1-based within its chunk, as the engine's block counts)."""
+    """Layer ``layer_number`` (1-based within its chunk, as Megatron-Core's block counts)."""
 
     def __init__(
         self,
@@ -72,13 +75,14 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
     def _build_feed_forward(
         self, model: ModelConfig, moe: MoEConfig, pgs: ProcessGroupCollection
     ) -> None:
-        config, kernels = self.config, moe.moe_dispatch_impl
+        config, device = self.config, parameter_device(self.config)
+        gate = kernels_for(moe, device.type).gated_silu
         pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
         self.is_moe = pattern[self.layer_number - 1]
         self.shared_norm: RMSNorm | None = None
         self.shared: DenseFFN | None = None
         if not self.is_moe:
-            self.ffn = DenseFFN(config, model.ffn_variant, model.ffn_hidden_size, pgs, kernels)
+            self.ffn = DenseFFN(config, model, model.ffn_hidden_size, pgs, gate)
             return
         self.moe = MoELayer(
             model,
@@ -88,12 +92,12 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
             pgs=pgs,
             sequence_parallel=config.sequence_parallel,
             params_dtype=config.params_dtype,
-            device=engine_device(config),
+            device=device,
         )
         if moe.moe_shared_expert_intermediate_size is None:
             return
         width = moe.moe_shared_expert_intermediate_size
-        self.shared = DenseFFN(config, model.ffn_variant, width, pgs, kernels)
+        self.shared = DenseFFN(config, model, width, pgs, gate)
         if moe.moe_shared_expert_placement == "sequential":
             self.shared_norm = RMSNorm(config, config.hidden_size, model.norm_epsilon)
 
@@ -120,12 +124,12 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
     def forward(
         self, hidden_states: Tensor, packed_seq_params: Documents | None = None, **unused: Any
     ) -> tuple[Tensor, None]:
-        """Apply to [S, B, H]; the second result is the engine's cross-attention context.
+        """Apply to [S, B, H]; the second result is Megatron-Core's cross-attention context.
 
         Args:
             hidden_states: the residual stream, this rank's part of S under sequence parallelism.
-            packed_seq_params: where the documents of rows are, if they are told apart.
-            unused: what the engine's block passes for other architectures; must be ``None``.
+            packed_seq_params: positions and documents of the rows, if they have several.
+            unused: what Megatron-Core's block passes for other architectures; must be ``None``.
         """
         given = [name for name, value in unused.items() if value is not None]
         if given:

@@ -1,7 +1,7 @@
 """The logical parameters of OpenMoE: layout-free names, shapes and initial values.
 
 Everything that moves weights (the reference model, the parallel model's shards, checkpoints, the
-parity tests) speaks these names, and every layout starts from the same values: a tensor's initial
+parity tests) uses these names, and every layout starts from the same values: a tensor's initial
 value is a function of the seed and its name alone.
 
 Shapes: V vocabulary, H hidden, n heads, d head width, F feed-forward width, E experts. Matrices
@@ -43,11 +43,6 @@ class LogicalParameter:
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
-
-
-def gate_blocks(model: ModelConfig) -> int:
-    """Blocks of F columns in a gate matrix: 2 ([a|b]) for `gated-swiglu`, 1 for `swiglu`."""
-    return 2 if model.ffn_variant == "gated-swiglu" else 1
 
 
 def expert_width(model: ModelConfig, moe: MoEConfig) -> int:
@@ -97,7 +92,7 @@ def logical_parameters(
 
 
 def check_sizes(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> None:
-    """Refuse sizes with which no model exists, whatever the layout.
+    """Reject sizes with which no model exists, whatever the layout.
 
     Raises:
         UsageError: a size below one, an odd head width (RoPE pairs channels), a softmax scale that
@@ -120,11 +115,11 @@ def check_sizes(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> None:
             sizes[flag] = optional
     for flag, size in sizes.items():
         if size < 1:
-            raise UsageError(flag, size, "at least 1")
+            raise UsageError(flag, size, ">= 1")
     if model.kv_channels % 2:
         raise UsageError("--kv-channels", model.kv_channels, "an even number (RoPE pairs channels)")
     if model.softmax_scale is not None and not model.softmax_scale > 0:
-        raise UsageError("--softmax-scale", model.softmax_scale, "a positive number, or None")
+        raise UsageError("--softmax-scale", model.softmax_scale, "> 0, or None")
     if not 1 <= moe.moe_router_topk <= moe.num_experts:
         expected = f"between 1 and --num-experts ({moe.num_experts})"
         raise UsageError("--moe-router-topk", moe.moe_router_topk, expected)
@@ -191,7 +186,7 @@ def _ffn(
     model: ModelConfig, prefix: str, width: int, kind: ParameterKind
 ) -> Iterator[tuple[str, LogicalParameter]]:
     hidden, std = model.hidden_size, _fan_in_std(model, model.hidden_size)
-    gate = LogicalParameter((gate_blocks(model) * width, hidden), std, kind)
+    gate = LogicalParameter((model.gate_blocks * width, hidden), std, kind)
     yield f"{prefix}.gate.weight", gate
     yield f"{prefix}.up.weight", LogicalParameter((width, hidden), std, kind)
     down = LogicalParameter((hidden, width), _fan_in_std(model, width), kind)
@@ -203,7 +198,7 @@ def _moe(model: ModelConfig, moe: MoEConfig, prefix: str) -> Iterator[tuple[str,
     std = _fan_in_std(model, hidden)
     router = LogicalParameter((experts, hidden), model.router_init_method_std, "router")
     yield f"{prefix}.moe.router.weight", router
-    gate = LogicalParameter((experts, hidden, gate_blocks(model) * width), std, "expert")
+    gate = LogicalParameter((experts, hidden, model.gate_blocks * width), std, "expert")
     yield f"{prefix}.moe.experts.gate", gate
     yield f"{prefix}.moe.experts.up", LogicalParameter((experts, hidden, width), std, "expert")
     down = LogicalParameter((experts, width, hidden), _fan_in_std(model, width), "expert")

@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
-from fused_kernels.reference._blocks import row_blocks
+from fused_kernels.row_blocks import row_blocks
 
 
 class _Fp32Matmul(torch.autograd.Function):

@@ -1,7 +1,8 @@
 """The T5 RMSNorm of OpenMoE for the parallel model: no mean, no bias, fp32 reduction.
 
-Megatron-Core's own PyTorch norm refuses sequence parallelism; this one marks its weight so that
-the engine sums its gradient over the tensor-parallel ranks, each of which sees part of the tokens.
+Megatron-Core's own PyTorch norm does not support sequence parallelism; this one marks its weight so
+that Megatron-Core sums its gradient over the tensor-parallel ranks, each of which has a part of the
+tokens.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ class OpenMoEModel(LanguageModule):
     """The layers of one pipeline stage, or of one of its chunks when interleaved.
 
     Args:
-        config: the engine's configuration.
+        config: Megatron-Core's configuration.
         layer_spec: how to build one layer.
         model: our configuration of the dense part.
         vocab_size: padded vocabulary V.
@@ -104,7 +104,7 @@ class OpenMoEModel(LanguageModule):
             labels_BS: targets; the last chunk returns logits when it gets none.
             positions_BS: of the rotary embedding, needed by every chunk; `None` counts from the
                 start of the row.
-            documents_BS: attention stays among equal numbers; needed by every chunk.
+            documents_BS: document of each token, within which attention stays; for every chunk.
 
         Returns:
             The residual stream [S, B, H] for the next stage; or on the last chunk the per-token

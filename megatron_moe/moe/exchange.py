@@ -1,7 +1,7 @@
 """Tokens between ranks: sequence shards to whole groups, buffer rows to the ranks of their experts.
 
-Each exchange has equal, fixed sizes, so nothing waits for the host. Each is a differentiable
-function whose gradient is the opposite exchange.
+Each exchange has equal, fixed sizes, so none waits for the host. Each is a differentiable function
+whose gradient is the opposite exchange.
 
 - Tensor parallelism (with sequence parallelism) shards the sequence. The choices, small integers,
   are gathered so that a capacity group is ranked as a whole. The slots of every expert are divided
@@ -11,6 +11,8 @@ function whose gradient is the opposite exchange.
 - Expert tensor parallelism gathers the rows of the ranks that share an expert and sums back their
   partial outputs. Where these ranks are the tensor-parallel ranks and there is no expert
   parallelism, they hold the same tokens already: slots are not divided, and nothing is gathered.
+
+Shapes: R buffer rows, H hidden, E experts, e experts of this rank.
 """
 
 from __future__ import annotations

@@ -1,13 +1,18 @@
 """The experts of one rank: stacked weights, and the choice of how their GEMMs run.
 
-Shapes: E experts of this rank, H hidden, F width of an expert on this rank, R buffer rows.
+Two implementations (`--moe-expert-impl`): `loop`, one GEMM per expert over its filled rows, and
+`batched`, GEMMs over several experts with the same number of rows. Which one is faster depends on
+the device and on the loads of a pass, so `Experts.schedule` chooses for each pass, and with it the
+layout of the buffer. `expert_gemm.py` has the arithmetic.
+
+Shapes: E experts of this rank, H hidden, F width of an expert on this rank, R buffer rows,
+M = blocks * F columns of the fused input matrix.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Literal
 
 import torch
@@ -17,7 +22,8 @@ from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.moe import expert_gemm
 from megatron_moe.moe.exchange import ExpertGroups, size_of
-from megatron_moe.moe.expert_gemm import Portion, portions_of
+from megatron_moe.moe.expert_gemm import ExpertBucket, make_buckets
+from megatron_moe.moe.plan import BufferLayout, Plan, Slots
 
 PADDING_WORTH = ((30_000_000, 1.3), (100_000_000, 1.1), (math.inf, 1.02))
 """Multiply-adds of one expert's first GEMM up to which a CPU runs them faster in batched GEMMs, if
@@ -34,17 +40,33 @@ class ExpertImpl:
     Args:
         name: `loop` over experts, or `batched`.
         reason: why, for the log.
-        portions: with `batched`, which experts share a GEMM and their rows; `None` for all slots.
+        buckets: with `batched`, which experts share a GEMM and their rows; `None` for all slots of
+            all experts.
     """
 
     name: Literal["loop", "batched"]
     reason: str
-    portions: tuple[Portion, ...] | None = None
+    buckets: tuple[ExpertBucket, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertSchedule:
+    """The implementation of one pass and what it needs.
+
+    Args:
+        impl: the implementation.
+        layout: where it wants each row.
+        filled_E: int64 rows that this rank filled for each of all experts.
+    """
+
+    impl: ExpertImpl
+    layout: BufferLayout
+    filled_E: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertWork:
-    """What a choice of implementation depends on.
+    """What the choice of an implementation depends on.
 
     Args:
         readable: whether the host can read row counts without waiting.
@@ -66,18 +88,18 @@ def choose_impl(requested: str, work: ExpertWork) -> ExpertImpl:
         UsageError: `loop` where the host cannot read row counts without waiting.
     """
     if requested == "loop" and not work.readable:
-        expected = "auto or batched: here reading row counts would wait for the device"
-        raise UsageError("--moe-expert-impl", requested, expected)
+        fix = "reading row counts would wait for the device"
+        raise UsageError("--moe-expert-impl", requested, "auto or batched", fix)
     if requested != "auto":
-        return ExpertImpl("batched" if requested == "batched" else "loop", "as asked")
+        return ExpertImpl("batched" if requested == "batched" else "loop", "as requested")
     if not work.readable:
         return ExpertImpl("batched", "auto: no host read on this device")
     if work.filled is not None and any(work.filled):
-        portions = portions_of(work.filled, work.width, torch.get_num_threads())
-        padding = sum(p.experts * p.rows for p in portions) / sum(work.filled)
+        buckets = make_buckets(work.filled, work.width, torch.get_num_threads())
+        padding = sum(b.experts * b.rows for b in buckets) / sum(work.filled)
         size = max(work.filled) * work.multiply_adds
         if any(size < most and padding <= worth for most, worth in PADDING_WORTH):
-            return ExpertImpl("batched", "auto: evenly loaded experts", tuple(portions))
+            return ExpertImpl("batched", "auto: evenly loaded experts", tuple(buckets))
     return ExpertImpl("loop", "auto: on a CPU filled rows alone are computed")
 
 
@@ -86,24 +108,23 @@ def is_readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and type(x.detach()) is Tensor
 
 
-def gate_blocks(model: ModelConfig) -> int:
-    """Blocks of the first matrix: gate and up, or linear, gate and up."""
-    return 2 if model.ffn_variant == "swiglu" else 3
-
-
 class Experts(nn.Module):
     """Stacked weights of this rank's experts.
 
     Args:
         model: hidden size and feed-forward variant.
-        moe: number and width of experts.
+        moe: number, width and implementation of experts.
         groups: expert parallelism divides the experts, expert tensor parallelism their width.
         params_dtype: dtype of the weights.
-        device: where they are; `meta` for counting.
+        device: where they are; `meta` for counting. They are uninitialised.
 
     Attributes:
-        weight_in: [E, H, blocks * F], each block divided over expert-tensor ranks by itself.
+        weight_in: [E, H, M], blocks gate (or linear, gate) and up side by side, each divided over
+            expert-tensor ranks on its own.
         weight_out: [E, F, H].
+
+    Raises:
+        UsageError: experts or their width do not divide.
     """
 
     def __init__(
@@ -118,20 +139,23 @@ class Experts(nn.Module):
         width = moe.moe_ffn_hidden_size or model.ffn_hidden_size
         ranks, shards = size_of(groups.ep), size_of(groups.expt_tp)
         if moe.num_experts % ranks:
-            raise UsageError("--num-experts", moe.num_experts, f"a multiple of {ranks} ranks")
+            expected = f"a multiple of --expert-model-parallel-size ({ranks})"
+            raise UsageError("--num-experts", moe.num_experts, expected)
         if width % shards:
-            raise UsageError("--moe-ffn-hidden-size", width, f"a multiple of {shards} ranks")
-        self.groups = groups
+            expected = f"a multiple of --expert-tensor-parallel-size ({shards})"
+            raise UsageError("--moe-ffn-hidden-size", width, expected)
+        self.groups, self.requested = groups, moe.moe_expert_impl
+        self.init_scale = model.init_variance_scale
         self.num_local = moe.num_experts // ranks
         hidden, local = model.hidden_size, width // shards
-        shape_in = (self.num_local, hidden, gate_blocks(model) * local)
+        shape_in = (self.num_local, hidden, model.input_blocks * local)
         shape_out = (self.num_local, local, hidden)
         self.weight_in = nn.Parameter(torch.empty(shape_in, dtype=params_dtype, device=device))
         self.weight_out = nn.Parameter(torch.empty(shape_out, dtype=params_dtype, device=device))
-        self._mark_for_engine(ranks, shards != size_of(groups.tp))
+        self._mark_for_megatron(ranks, shards != size_of(groups.tp))
 
-    def _mark_for_engine(self, ranks: int, other_shards: bool) -> None:
-        """Attributes by which Megatron-Core reduces and counts gradients."""
+    def _mark_for_megatron(self, ranks: int, other_shards: bool) -> None:
+        """Set the attributes by which Megatron-Core reduces and counts gradients."""
         for weight, dimension in ((self.weight_in, 2), (self.weight_out, 1)):
             # False: reduced over the expert data-parallel group, not the dense one.
             weight.allreduce = ranks == 1 and not other_shards  # type: ignore[attr-defined]
@@ -141,41 +165,58 @@ class Experts(nn.Module):
             weight.partition_dim = dimension  # type: ignore[attr-defined]
             weight.partition_stride = 1  # type: ignore[attr-defined]
 
-    def forward(
-        self, rows_RH: Tensor, filled_E: Tensor, impl: ExpertImpl, gate: ModuleType
-    ) -> Tensor:
-        """Outputs for the rows that arrived from all sources.
+    def choose(self, filled_E: Tensor) -> ExpertImpl:
+        """The implementation for so many rows per expert, [E over all ranks] int64."""
+        readable = is_readable(filled_E)
+        filled = filled_E.tolist() if readable and self.groups.sources == 1 else None
+        work = ExpertWork(
+            readable=readable,
+            filled=filled,
+            multiply_adds=self.weight_in[0].numel(),
+            width=self.weight_out.shape[1],
+        )
+        return choose_impl(self.requested, work)
 
-        Args:
-            rows_RH: blocks of sources, each `packed` for `loop`, `fixed` or, where the
-                implementation names portions, `aligned` for `batched`.
-            filled_E: rows that this rank filled for each of all experts.
-            impl: which of the two.
-            gate: the `gated_silu` kernel.
-        """
+    def schedule(self, slots: Slots) -> ExpertSchedule:
+        """How to compute the rows of these slots, and where they must lie."""
+        filled_E, ranks = slots.filled_GE.sum(0), size_of(self.groups.ep)
+        impl = self.choose(filled_E)
+        if impl.buckets is not None:
+            layout = BufferLayout.aligned([b.rows for b in impl.buckets for _ in range(b.experts)])
+        elif impl.name == "batched":
+            layout = BufferLayout.fixed(slots, ranks)
+        else:
+            layout = BufferLayout.packed(slots, ranks)
+        return ExpertSchedule(impl=impl, layout=layout, filled_E=filled_E)
+
+    def forward(self, rows_RH: Tensor, plan: Plan) -> Tensor:
+        """Outputs for the rows that arrived, [R, H]: a block of rows from every source rank."""
+        impl, gate = plan.schedule.impl, plan.kernels.gated_silu
         sources, hidden = self.groups.sources, rows_RH.shape[1]
         weights = self.weight_in, self.weight_out
         if impl.name == "loop":
-            counts = self.groups.counts_by_source(filled_E).tolist()
-            segments = expert_gemm.segments_of(counts, rows_RH.shape[0] // sources)
-            return expert_gemm.loop(rows_RH, *weights, segments, gate)
-        if impl.portions is not None:
-            return expert_gemm.batched(rows_RH, *weights, list(impl.portions), gate)
+            counts = self.groups.counts_by_source(plan.schedule.filled_E).tolist()
+            filled = expert_gemm.filled_rows(counts, rows_RH.shape[0] // sources)
+            return expert_gemm.loop(rows_RH, *weights, filled, gate)
+        if impl.buckets is not None:
+            return expert_gemm.batched(rows_RH, *weights, impl.buckets, gate)
+        # [source, expert, slot] -> [expert, source, slot]: a batched GEMM wants the rows of an
+        # expert from all sources together.
         by_source = rows_RH.view(sources, self.num_local, -1, hidden)
         by_expert = by_source.transpose(0, 1).reshape(-1, hidden)
-        out = expert_gemm.batched(by_expert, *weights, self._fixed_portions(by_expert), gate)
+        out = expert_gemm.batched(by_expert, *weights, self._equal_buckets(by_expert), gate)
         back = out.view(self.num_local, sources, -1, hidden).transpose(0, 1)
         return back.reshape(-1, hidden)
 
-    def _fixed_portions(self, by_expert_RH: Tensor) -> list[Portion]:
+    def _equal_buckets(self, by_expert_RH: Tensor) -> list[ExpertBucket]:
         """Of a buffer in which all experts have the same number of rows."""
         rows = [by_expert_RH.shape[0] // self.num_local] * self.num_local
         threads = torch.get_num_threads() if is_readable(by_expert_RH) else 0
-        return portions_of(rows, self.weight_out.shape[1], threads)
+        return make_buckets(rows, self.weight_out.shape[1], threads)
 
     @torch.no_grad()
-    def reset_parameters(self, std_scale: float, seed: int) -> None:
-        """Fill with N(0, std_scale / fan_in), for a layer that stands alone."""
+    def reset_parameters(self, seed: int) -> None:
+        """Fill with N(0, scale / fan_in), for a layer outside of a model."""
         generator = torch.Generator(self.weight_in.device).manual_seed(seed)
         for weight in (self.weight_in, self.weight_out):
-            weight.normal_(0.0, (std_scale / weight.shape[1]) ** 0.5, generator=generator)
+            weight.normal_(0.0, (self.init_scale / weight.shape[1]) ** 0.5, generator=generator)

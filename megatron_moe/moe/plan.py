@@ -1,36 +1,237 @@
-"""From slots to buffer rows, in one of three layouts.
+"""From choices to buffer rows: how many slots an expert has, who gets them, where they lie.
 
-- `fixed`: row = (expert, group, slot). The same for every step, with empty rows in between: what
-  one batched GEMM wants where the host may not wait for counts.
-- `packed`: for each expert-parallel rank a block of fixed size, in it the filled rows sorted by
-  expert, the empty ones at the end: what one GEMM per expert over its filled rows wants.
-- `aligned`: the filled rows of each expert together, with room for as many as the fullest has of
-  those whose GEMMs are batched with its own: what batched GEMMs want where the host knows the
-  counts. For one expert-parallel rank.
+Nothing has the shape [tokens, experts, capacity], and the host reads nothing. Three steps:
+
+1. `capacity_of`: groups of tokens compete for C slots of every expert. Known before the step.
+2. `assign_slots`: choices are ranked within their group and expert; ranks below C keep a slot.
+3. `place`: slots become rows of the expert buffer, whose `BufferLayout` the experts choose.
 
 Shapes: T tokens in the order of the activations (sequence, then batch), K choices, G groups,
-E experts, R buffer rows.
+A = K * (tokens of a group) choices of a group in priority order, E experts, R buffer rows.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
-from megatron_moe.moe.capacity import Capacity
-from megatron_moe.moe.slots import SlotRule, Slots, by_token
+from fused_kernels.operations import Kernels, RankInExpert
+from megatron_moe.config import MoEConfig
+from megatron_moe.errors import UsageError
+from megatron_moe.moe.registry import Registry
+
+if TYPE_CHECKING:
+    from megatron_moe.moe.experts import ExpertSchedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capacity:
+    """The capacity groups of one micro-batch.
+
+    Args:
+        group_size: tokens that compete with each other.
+        groups: such groups in the micro-batch, in row order.
+        slots: choices C that one expert keeps of one group.
+    """
+
+    group_size: int
+    groups: int
+    slots: int
+
+
+def capacity_of(moe: MoEConfig, *, rows: int, row_tokens: int, training: bool) -> Capacity:
+    """Groups and slots for a micro-batch.
+
+    Args:
+        moe: rule, factors, group size, least capacity.
+        rows: sequences B of the micro-batch.
+        row_tokens: tokens S of a sequence, over all ranks that share it.
+        training: whether the training or the evaluation factor applies.
+
+    Raises:
+        UsageError: the group size is neither a part of a row, a row, nor a number of whole rows.
+    """
+    size = group_size(moe, rows=rows, row_tokens=row_tokens)
+    factor = moe.moe_expert_capacity_factor if training else moe.moe_eval_capacity_factor
+    slots = slots_per_expert(moe, size, factor)
+    return Capacity(group_size=size, groups=rows * row_tokens // size, slots=slots)
+
+
+def group_size(moe: MoEConfig, *, rows: int, row_tokens: int) -> int:
+    """Tokens of one group; see `capacity_of`."""
+    tokens, size = rows * row_tokens, moe.moe_capacity_group_size
+    if size is None:
+        return row_tokens if moe.moe_capacity_rule == "t5x" else tokens
+    if size > 0 and (row_tokens % size == 0 or (size % row_tokens == 0 and tokens % size == 0)):
+        return size
+    expected = f"a divisor of the row ({row_tokens} tokens) or whole rows that divide {rows} rows"
+    raise UsageError("--moe-capacity-group-size", size, expected)
+
+
+def slots_per_expert(moe: MoEConfig, tokens: int, factor: float | None) -> int:
+    """Slots C of one expert for a group of ``tokens`` tokens.
+
+    `t5x` (released training code): round(cf T / E), without k. `port` (PyTorch port): floor(k cf T
+    / E) made even. No factor: nothing drops. At most ``tokens``: a token chooses an expert once.
+    """
+    if factor is None:
+        return tokens
+    if moe.moe_capacity_rule == "t5x":
+        slots = round(factor * tokens / moe.num_experts)
+    else:
+        slots = math.floor(moe.moe_router_topk * factor * tokens / moe.num_experts)
+        slots += slots % 2
+    return min(max(slots, moe.moe_min_capacity), tokens)
+
+
+DropPolicy = Callable[[Tensor, Callable[[], Tensor]], Tensor | None]
+"""Who keeps a slot when an expert is full: (experts_GA, weights_GA) -> order_GA.
+
+Arguments are the chosen experts in position order, and a function for their probabilities [G, A],
+which costs a copy that not every policy needs. The result holds the indices 0 to A - 1 of each
+group, the choice that is dropped last first; `None` leaves position order. It must depend on the
+arguments only, so that all ranks agree."""
+
+
+def by_position(experts_GA: Tensor, weights_GA: Callable[[], Tensor]) -> None:
+    """All first choices in token order, then all second choices, ... (OpenMoE)."""
+
+
+def by_probs(experts_GA: Tensor, weights_GA: Callable[[], Tensor]) -> Tensor:
+    """The most probable first; equal ones in position order."""
+    return weights_GA().argsort(dim=1, descending=True, stable=True)
+
+
+DROP_POLICIES: Registry[DropPolicy] = Registry(
+    "drop_policies", position=by_position, probs=by_probs
+)
+"""By the value of `--moe-token-drop-policy`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlotRule:
+    """Who keeps a slot, and which slots are this rank's.
+
+    Args:
+        num_experts: E, over all ranks.
+        policy: ranks choices.
+        shares: ranks that hold the same tokens and divide the slots of each expert among them.
+        share: which of these this rank is; it takes slots ``share``, ``share + shares``, ...
+    """
+
+    num_experts: int
+    policy: DropPolicy = by_position
+    shares: int = 1
+    share: int = 0
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The slot of every choice, each group in priority order.
+
+    Args:
+        experts_GA: int64 chosen expert.
+        slot_GA: int64 place among this rank's slots of that expert and group, if it owns the slot.
+        owned_GA: bool, whether it does.
+        kept_GA: bool, whether the choice has a slot on any rank: is not dropped.
+        load_GE: int64 choices before drops, over all ranks that share the tokens.
+        full_GE: int64 those of them that have a slot on any rank.
+        filled_GE: int64 slots filled on this rank.
+        most: slots that can be filled on this rank for one group and expert.
+    """
+
+    experts_GA: Tensor
+    slot_GA: Tensor
+    owned_GA: Tensor
+    kept_GA: Tensor
+    load_GE: Tensor
+    full_GE: Tensor
+    filled_GE: Tensor
+    most: int
+
+
+def assign_slots(
+    choices_TK: Tensor,
+    weights_TK: Tensor,
+    batch: int,
+    capacity: Capacity,
+    rule: SlotRule,
+    rank_in_expert: RankInExpert,
+) -> Slots:
+    """Rank choices within their group and expert, and keep the first C.
+
+    Args:
+        choices_TK: int64 expert ids of all tokens of the micro-batch.
+        weights_TK: their probabilities.
+        batch: sequences B; token t is position t // B of sequence t % B.
+        capacity: groups and slots.
+        rule: drop policy and this rank's share.
+        rank_in_expert: the kernel.
+    """
+    experts_GA = by_priority(choices_TK, batch, capacity)
+    order_GA = rule.policy(experts_GA, lambda: by_priority(weights_TK.detach(), batch, capacity))
+    if order_GA is None:
+        rank_GA, load_GE = rank_in_expert.forward(experts_GA, rule.num_experts)
+    else:
+        sorted_GA = experts_GA.gather(1, order_GA)
+        rank_GA, load_GE = rank_in_expert.forward(sorted_GA, rule.num_experts)
+        rank_GA = torch.empty_like(rank_GA).scatter_(1, order_GA, rank_GA)
+    kept_GA = rank_GA < capacity.slots
+    full_GE = load_GE.clamp(max=capacity.slots)
+    most = -(-capacity.slots // rule.shares)
+    if rule.shares == 1:
+        return Slots(experts_GA, rank_GA, kept_GA, kept_GA, load_GE, full_GE, full_GE, most)
+    # Slots are dealt out like cards, so that shares differ by one at most however few are filled:
+    # of 3 filled slots and 2 shares, share 0 owns slots 0 and 2 (its places 0 and 1), share 1 owns
+    # slot 1 (its place 0), and filled is (3 + 1) // 2 = 2 and (3 + 0) // 2 = 1.
+    owned_GA = kept_GA & (rank_GA % rule.shares == rule.share)
+    filled_GE = (full_GE + (rule.shares - 1 - rule.share)) // rule.shares
+    slot_GA = rank_GA // rule.shares
+    return Slots(experts_GA, slot_GA, owned_GA, kept_GA, load_GE, full_GE, filled_GE, most)
+
+
+def by_priority(value_TK: Tensor, batch: int, capacity: Capacity) -> Tensor:
+    """[T, K] to [G, A]: groups row by row, in each all first choices before all second ones.
+
+    For B = 2 rows of 2 tokens and K = 2, tokens 0 and 2 are row 0, tokens 1 and 3 row 1. With tk
+    for choice k of token t: a group per row gives [00 20 01 21] and [10 30 11 31], one group of
+    both rows [00 20 10 30 01 21 11 31], groups of one token [00 01], [20 21], [10 11], [30 31].
+    """
+    topk, groups, size = value_TK.shape[1], capacity.groups, capacity.group_size
+    if groups >= batch:  # Groups are parts of rows.
+        parts = value_TK.view(groups // batch, size, batch, topk).permute(2, 0, 3, 1)
+    else:  # They are whole rows.
+        rows = batch // groups
+        parts = value_TK.view(size // rows, groups, rows, topk).permute(1, 3, 2, 0)
+    return parts.reshape(groups, topk * size)
+
+
+def by_token(value_GA: Tensor, batch: int, capacity: Capacity) -> Tensor:
+    """The inverse of `by_priority`."""
+    groups, size = capacity.groups, capacity.group_size
+    topk = value_GA.shape[1] // size
+    if groups >= batch:
+        parts = value_GA.view(batch, groups // batch, topk, size).permute(1, 3, 0, 2)
+    else:
+        rows = batch // groups
+        parts = value_GA.view(groups, topk, rows, size // rows).permute(3, 0, 2, 1)
+    return parts.reshape(groups * size, topk)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BufferLayout:
-    """Where rows are.
+    """Where the rows of each expert lie in the buffer.
 
     Args:
-        kind: which of the three.
+        kind: `fixed`: a row for every slot, filled or not. `packed`: per expert-parallel rank a
+            block of fixed size, in it the filled rows by expert, then the empty ones. `aligned`:
+            the filled rows of each expert from a given row on.
         blocks: expert-parallel ranks; block i holds the experts of rank i.
         block_rows: rows of one block.
         expert_rows: rows of one expert in `fixed`.
@@ -49,28 +250,29 @@ class BufferLayout:
         return self.blocks * self.block_rows
 
     @classmethod
-    def fixed(cls, rule: SlotRule, capacity: Capacity, blocks: int) -> BufferLayout:
+    def fixed(cls, slots: Slots, blocks: int) -> BufferLayout:
         """A row for every slot of this rank."""
-        expert_rows = capacity.groups * -(-capacity.slots // rule.shares)
-        block_rows = rule.num_experts // blocks * expert_rows
+        groups, experts = slots.filled_GE.shape
+        expert_rows = groups * slots.most
+        block_rows = experts // blocks * expert_rows
         return cls(kind="fixed", blocks=blocks, block_rows=block_rows, expert_rows=expert_rows)
 
     @classmethod
-    def packed(cls, rule: SlotRule, capacity: Capacity, blocks: int, choices: int) -> BufferLayout:
-        """As many rows as can be filled by ``choices`` = K * T choices."""
-        most = cls.fixed(rule, capacity, blocks).block_rows
-        return cls(kind="packed", blocks=blocks, block_rows=min(most, choices))
+    def packed(cls, slots: Slots, blocks: int) -> BufferLayout:
+        """As many rows per block as choices could fill, if all went to one rank."""
+        most = cls.fixed(slots, blocks).block_rows
+        return cls(kind="packed", blocks=blocks, block_rows=min(most, slots.experts_GA.numel()))
 
     @classmethod
     def aligned(cls, expert_rows: list[int]) -> BufferLayout:
-        """With these rows for each expert."""
+        """With these rows for each expert; for one expert-parallel rank."""
         ends = list(accumulate(expert_rows))
         return cls(kind="aligned", blocks=1, block_rows=ends[-1], starts=(0, *ends[:-1]))
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Where each choice goes.
+class Placement:
+    """The buffer row of each choice, and the token of each row.
 
     Args:
         rows_TK: int64 row of each choice; 0 where this rank has no row for it.
@@ -85,28 +287,33 @@ class Plan:
     source_R: Tensor
 
 
-def make_plan(slots: Slots, batch: int, capacity: Capacity, layout: BufferLayout) -> Plan:
-    """Give each choice with a slot of this rank its row."""
+def place(slots: Slots, batch: int, capacity: Capacity, layout: BufferLayout) -> Placement:
+    """Give each choice that owns a slot of this rank its row."""
     row_GA = _first_rows(slots.filled_GE, layout).gather(1, slots.experts_GA) + slots.slot_GA
-    # What has no row here goes to one row past the end.
+    # Choices without a row here go to a spare row past the end: no branch, no host read.
     target_TK = by_token(row_GA.where(slots.owned_GA, layout.rows), batch, capacity)
     owned_TK = target_TK < layout.rows
-    kept_TK = owned_TK
-    if slots.owned_GA is not slots.kept_GA:
-        kept_TK = by_token(slots.kept_GA, batch, capacity)
-    rows_TK = target_TK * owned_TK
-    return Plan(rows_TK, owned_TK, kept_TK, _sources(target_TK, layout.rows))
-
-
-def _sources(target_TK: Tensor, rows: int) -> Tensor:
-    """The token of each row: the inverse of ``target_TK``. The spare row takes what has none."""
+    shared = slots.owned_GA is not slots.kept_GA
+    kept_TK = by_token(slots.kept_GA, batch, capacity) if shared else owned_TK
+    # The token of each row is the inverse of this map, without the spare row.
     tokens, topk = target_TK.shape
     token_A = torch.arange(tokens, device=target_TK.device).repeat_interleave(topk)
-    return target_TK.new_zeros(rows + 1).scatter_(0, target_TK.reshape(-1), token_A)[:rows]
+    source_R = target_TK.new_zeros(layout.rows + 1).scatter_(0, target_TK.reshape(-1), token_A)
+    return Placement(target_TK * owned_TK, owned_TK, kept_TK, source_R[: layout.rows])
 
 
 def _first_rows(filled_GE: Tensor, layout: BufferLayout) -> Tensor:
-    """The buffer row of slot 0 of each group and expert."""
+    """The buffer row of slot 0 of each group and expert, [G, E].
+
+    An example: two groups, two experts, of at most 2 slots each, filled [[2, 1], [1, 2]].
+
+    - `fixed`: row = expert * 4 + group * 2 + slot, so first rows are [[0, 4], [2, 6]]; rows 3 and 5
+      stay empty.
+    - `packed`, one block: expert 1 follows the 3 filled rows of expert 0, and group 1 follows the
+      rows that group 0 filled of the same expert: [[0, 3], [0 + 2, 3 + 1]].
+    - `packed`, two blocks of 4 rows: each rank's experts start with its block: [[0, 4], [2, 5]].
+    - `aligned` to 4 rows each: as the last, and row 3 and 7 are padding of a batched GEMM.
+    """
     groups, experts = filled_GE.shape
     device = filled_GE.device
     if layout.kind == "packed":
@@ -117,6 +324,31 @@ def _first_rows(filled_GE: Tensor, layout: BufferLayout) -> Tensor:
         first_E = torch.tensor(layout.starts, device=device)
     else:
         first_E = torch.arange(experts, device=device) * layout.expert_rows
-        slots = layout.expert_rows // groups
-        return first_E + torch.arange(groups, device=device).unsqueeze(1) * slots
+        group_G = torch.arange(groups, device=device)
+        return first_E + group_G.unsqueeze(1) * (layout.expert_rows // groups)
     return first_E + filled_GE.cumsum(0) - filled_GE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that one forward pass decides before it moves a token.
+
+    Args:
+        batch: sequences B of the micro-batch.
+        capacity: its groups and slots.
+        choices_TK: int64 chosen experts of all tokens of the sequences, over all ranks.
+        weights_TK: fp32 probabilities of these choices, differentiable.
+        slots: who keeps a slot.
+        schedule: how the experts compute, with the layout of the buffer.
+        placement: rows of this rank's buffer.
+        kernels: those of the device.
+    """
+
+    batch: int
+    capacity: Capacity
+    choices_TK: Tensor
+    weights_TK: Tensor
+    slots: Slots
+    schedule: ExpertSchedule
+    placement: Placement
+    kernels: Kernels

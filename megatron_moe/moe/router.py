@@ -3,10 +3,11 @@
 Logits and softmax in fp32 over all experts, **then** the k largest, whose raw probabilities are the
 combine weights: no renormalisation, no noise, no bias (released training code of OpenMoE).
 
-The table of tokens and experts is made with the tokens side by side in memory, and its gradient is
-written by hand: a softmax over the first of two dimensions works on whole vectors of tokens, and a
-dozen small operations take the place of forty. Measured on a CPU with 1024 tokens and 8 experts:
-the softmax takes 9 us instead of 90.
+The table of tokens and experts is stored with the tokens contiguous, [E, T], and its gradient is
+written by hand: a softmax over the first of two dimensions then works on whole vectors of tokens,
+and a dozen small operations replace forty. Measured on a CPU with 1024 tokens and 8 experts: the
+softmax takes 9 us instead of 90.
+
 Shapes: T tokens, H hidden, E experts, K choices.
 """
 
@@ -16,7 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from megatron_moe.config import ModelConfig, MoEConfig
+from megatron_moe.moe.registry import Registry
 
 ARGMAX_MAX_CHOICES = 2
 """Up to here k passes of argmax are faster than a stable sort; measured on a CPU with T = 4096,
@@ -25,7 +29,7 @@ E = 16, k = 2: 0.25 ms against 0.65 ms (`topk`: 0.39 ms, with no fixed order amo
 
 @dataclass(frozen=True)
 class Scores:
-    """What the router says of each token.
+    """The router's result for each token.
 
     Args:
         logits_TE: fp32, without gradient.
@@ -44,13 +48,60 @@ class Scores:
     weights_TK: Tensor
 
 
-def route(x_TH: Tensor, weight_EH: Tensor, topk: int) -> tuple[Scores, Tensor]:
-    """Score tokens in at least fp32, whatever the dtype of the activations.
+class Router(nn.Module):
+    """The router of one MoE layer.
 
-    Returns:
-        The scores, and the tokens, for whoever uses them next: that use's gradient and the router's
-        are then added by one GEMM.
+    Other routers derive from it, override `forward` and register in `ROUTERS`. Losses, statistics
+    and the dispatcher read the `Scores` only.
+
+    Args:
+        model: hidden size, initial standard deviation.
+        moe: number of experts and of choices.
+        sequence_parallel: whether ranks hold shards of the sequence.
+        params_dtype: dtype of the weight; scores are computed in at least fp32.
+        device: where the weight is. It is uninitialised.
+
+    Attributes:
+        weight: [E, H], the same on every rank.
     """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        moe: MoEConfig,
+        *,
+        sequence_parallel: bool = False,
+        params_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.topk, self.init_std = moe.moe_router_topk, model.router_init_method_std
+        shape = (moe.num_experts, model.hidden_size)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=params_dtype, device=device))
+        # Megatron-Core sums the gradients of such parameters over tensor-parallel ranks.
+        self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x_TH: Tensor) -> tuple[Scores, Tensor]:
+        """Score tokens.
+
+        Returns:
+            The scores, and the tokens, which the caller uses from here on: the gradient of that use
+            and the router's own are then added by one GEMM.
+        """
+        return route(x_TH, self.weight, self.topk)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """Fill with the model's standard deviation, for a layer outside of a model."""
+        self.weight.normal_(0.0, self.init_std, generator=generator)
+
+
+ROUTERS: Registry[type[Router]] = Registry("routers", softmax=Router)
+"""By the value of `--moe-router-type`."""
+
+
+def route(x_TH: Tensor, weight_EH: Tensor, topk: int) -> tuple[Scores, Tensor]:
+    """`Router.forward` as a function; computes in at least fp32, whatever the dtype of ``x_TH``."""
     dtype = torch.promote_types(x_TH.dtype, torch.float32)
     *scores, x_TH = _Route.apply(x_TH, weight_EH.to(dtype), topk)
     return Scores(*scores), x_TH
@@ -63,7 +114,8 @@ class _Route(torch.autograd.Function):
         log_probs_ET = logits_ET.log_softmax(0)
         probs_ET = log_probs_ET.exp()
         choices_KT, weights_KT = best_choices(probs_ET, topk)
-        # Of the best expert, whose logit is closest to log Z: the difference loses least.
+        # log Z = logit - log p holds for every expert. The best one has the logit closest to log Z:
+        # an expert far below would subtract two large numbers and lose the digits of log Z.
         best_1T = choices_KT[:1]
         log_z_T = (logits_ET.gather(0, best_1T) - log_probs_ET.gather(0, best_1T)).squeeze(0)
         ctx.save_for_backward(x_TH, weight_EH, probs_ET, choices_KT)

@@ -1,8 +1,8 @@
-"""What the routers did since the last reset: loads, drops, entropy, losses.
+"""Statistics of routing since the last reset: loads, drops, entropy, losses.
 
-Each layer keeps one small fp64 tensor on its device, of every forward pass that counts: with
-recomputation the first pass of a checkpointed layer runs without gradients while training, and is
-left out. The host reads only when someone asks, after reducing over the ranks.
+Each layer sums into one small fp64 tensor on its device. The host reads it only in
+`collect_statistics`, after reducing over the ranks.
+
 Shapes: E experts, T tokens of this rank, K choices, G groups.
 """
 
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from megatron_moe.moe.exchange import Group, size_of
 from megatron_moe.moe.router import Scores
 
-MOST_WAITING = 64
-"""Passes that wait at most to be added up. On a CPU with 2 threads a layer of 8 experts of
-256 x 512 with 1024 tokens spends 0.16 ms of 25 ms if it adds each by itself."""
+MOST_PENDING = 64
+"""Passes whose tensors are kept at most before they are added up. On a CPU with 2 threads a layer
+of 8 experts of 256 x 512 with 1024 tokens spends 0.16 ms of 25 ms if it adds each pass on its
+own."""
 _SCALARS = ("tokens", "micro_batches", "entropy", "load_balancing", "router_z")
 
 
@@ -36,7 +37,7 @@ class LayerStatistics:
         router_entropy: mean over tokens of -sum p ln p, in nats.
         aux_loss: load balancing, mean over micro-batches, without coefficient; k when balanced.
         z_loss: router z-loss, mean over micro-batches, without coefficient.
-        micro_batches: how many, over data-parallel ranks.
+        micro_batches: counted, over data-parallel ranks.
     """
 
     load: tuple[float, ...]
@@ -59,10 +60,10 @@ class LayerStatistics:
 
 
 class RoutingCounter(nn.Module):
-    """Sums of one layer on its device; no part of a checkpoint.
+    """Sums of one layer on its device; not part of a checkpoint.
 
-    A pass leaves its few small tensors; they are added up when enough wait or somebody reads, so
-    that a pass pays for next to nothing of it.
+    `add` only keeps references to a few small tensors; they are added up when `MOST_PENDING` passes
+    have been kept or the sums are read, so that a pass pays almost nothing.
 
     Args:
         layer_number: 0-based index of the transformer layer.
@@ -81,9 +82,9 @@ class RoutingCounter(nn.Module):
             "_sums", torch.zeros(size, dtype=torch.float64, device=device), persistent=False
         )
         self._sums: Tensor
-        self._forget()
+        self._clear_pending()
 
-    def _forget(self) -> None:
+    def _clear_pending(self) -> None:
         self._loads: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._scalars: list[Tensor] = []
@@ -113,12 +114,12 @@ class RoutingCounter(nn.Module):
         self._scalars += ((scores.probs_TE * scores.log_probs_TE).sum(), *losses)
         self._tokens += scores.choices_TK.shape[0]
         self._micro_batches += 1.0 / ranks_per_row
-        if len(self._loads) == MOST_WAITING:
+        if len(self._loads) == MOST_PENDING:
             self._add_up()
 
     @torch.no_grad()
     def _add_up(self) -> None:
-        """Put what waits into the sums."""
+        """Add pending passes to the sums."""
         if not self._loads:
             return
         experts = self.num_experts
@@ -131,7 +132,7 @@ class RoutingCounter(nn.Module):
         entropy -= scalars[0]
         for loss, share in zip(losses, scalars[1:], strict=True):
             loss += share
-        self._forget()
+        self._clear_pending()
 
     @property
     def sums(self) -> Tensor:
@@ -140,8 +141,8 @@ class RoutingCounter(nn.Module):
         return self._sums
 
     def reset(self) -> None:
-        """Start counting afresh."""
-        self._forget()
+        """Set all sums to zero."""
+        self._clear_pending()
         self._sums.zero_()
 
 
@@ -152,7 +153,7 @@ def counters(chunks: Iterable[nn.Module]) -> dict[int, RoutingCounter]:
 
 
 def reset_statistics(chunks: Iterable[nn.Module]) -> None:
-    """Start counting afresh in every MoE layer."""
+    """Set the sums of every MoE layer to zero."""
     for counter in counters(chunks).values():
         counter.reset()
 
@@ -197,7 +198,7 @@ def _table_shape(
 
 
 def _device_of(chunks: Iterable[nn.Module]) -> torch.device:
-    """Where a stage without MoE layers keeps its parameters."""
+    """Device of the parameters of a pipeline stage without MoE layers."""
     return next((p.device for c in chunks for p in c.parameters()), torch.device("cpu"))
 
 

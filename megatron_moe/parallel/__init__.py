@@ -1,4 +1,4 @@
-"""From a layout to process groups, pipeline schedules and finished gradients.
+"""From a layout to process groups, collectives, pipeline schedules and reduced gradients.
 
-The only place that touches `megatron.core.parallel_state`.
+The only package that uses `megatron.core.parallel_state`.
 """

@@ -1,6 +1,6 @@
-"""What ranks tell each other around a save or a load: small JSON values, and whether all went well.
+"""Collectives of small values: gather, broadcast, sums, and errors that all ranks raise together.
 
-JSON over byte tensors rather than the object collectives of torch.distributed, which pickle.
+Values are JSON in byte tensors. The object collectives of `torch.distributed` would pickle them.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ import torch
 import torch.distributed as dist
 
 from megatron_moe.errors import CheckpointError, Corrupt, UsageError, merged
-from megatron_moe.parallel.launch import Launched
-from megatron_moe.parallel.meeting import Rendezvous
+from megatron_moe.parallel.launch import Launched, Rendezvous
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class RankGroup:
-    """The ranks that save or load together: all of the run.
+    """A group of ranks; by default this process alone.
+
+    All ranks of the group call the same methods in the same order.
 
     Args:
-        rank: this one.
-        size: how many.
-        device: where the communication library wants its tensors.
-        group: what they talk over; by default the default group.
+        rank: this rank.
+        size: number of ranks.
+        device: on which the communication library of the group needs its tensors.
+        group: the process group; `None` means the default one.
     """
 
     rank: int = 0
@@ -38,10 +39,11 @@ class RankGroup:
     group: dist.ProcessGroup | None = None
 
     def gather(self, value: Any) -> list[Any] | None:
-        """Every rank's value, in rank order, on rank 0; None on the others."""
+        """Every rank's value, in rank order, on rank 0; `None` on the others."""
         if self.size == 1:
             return [value]
         mine = self._encode(value)
+        # A gather needs tensors of one size: values are padded to the longest.
         lengths = [torch.zeros_like(_length(mine)) for _ in range(self.size)]
         dist.all_gather(lengths, _length(mine), group=self.group)
         counts = torch.cat(lengths).tolist()
@@ -54,7 +56,7 @@ class RankGroup:
         return [_decode(data[:n]) for data, n in zip(received, counts, strict=True)]
 
     def broadcast(self, value: Any) -> Any:
-        """The value of rank 0; the others' arguments are ignored."""
+        """The value of rank 0, on every rank; the arguments of the others are ignored."""
         if self.size == 1:
             return value
         data = self._encode(value if self.rank == 0 else None)
@@ -65,20 +67,28 @@ class RankGroup:
         dist.broadcast(data, src=0, group=self.group)
         return _decode(data)
 
-    def sums(self, *values: int) -> list[int]:
-        """Each number added up over all ranks, on every rank."""
+    def all_reduce_sum(self, *values: int) -> list[int]:
+        """The sum of each number over all ranks, on every rank."""
         if self.size == 1:
             return list(values)
-        found = torch.tensor(values, dtype=torch.int64, device=self.device)
-        dist.all_reduce(found, group=self.group)
-        return [int(value) for value in found.tolist()]
+        sums = torch.tensor(values, dtype=torch.int64, device=self.device)
+        dist.all_reduce(sums, group=self.group)
+        return [int(value) for value in sums.tolist()]
 
-    def together(self, action: Callable[[], T]) -> T:
-        """Run ``action`` here while the other ranks run theirs.
+    def run_on_all(self, action: Callable[[], T]) -> T:
+        """Run ``action`` on every rank; if it fails on any, raise on all.
+
+        Without this, a rank that fails would leave the others waiting in their next collective. For
+        work of rank 0 alone, the action does nothing on the others.
+
+        Returns:
+            The result of this rank's action.
 
         Raises:
-            CheckpointError: on every rank, if any rank's action raised one; they are merged.
-            Exception: the original, on a rank whose action failed in another way.
+            CheckpointError: on every rank, if a rank's action raised a `UsageError`; errors of
+                several ranks are merged.
+            Exception: the original one, on a rank whose action raised anything else. The other
+                ranks raise a `CheckpointError` with its text.
         """
         result: T
         failure: list[Any] | None = None
@@ -90,16 +100,16 @@ class RankGroup:
         except UsageError as error:
             known = CheckpointError(error.what, error.found, error.expected, error.fix)
             failure = [CheckpointError.__name__, known.to_json()]
-        except Exception as error:  # told to the others, then raised here
+        except Exception as error:  # reported to the other ranks, then raised on this one
             unexpected = error
             known = CheckpointError(f"rank {self.rank}", repr(error), "no failure")
             failure = [CheckpointError.__name__, known.to_json()]
-        self._agree(failure, unexpected)
+        self._raise_on_all(failure, unexpected)
         return result
 
-    def _agree(self, failure: list[Any] | None, unexpected: Exception | None) -> None:
-        told = self.gather(failure)
-        failures = [item for item in told if item is not None] if told is not None else []
+    def _raise_on_all(self, failure: list[Any] | None, unexpected: Exception | None) -> None:
+        gathered = self.gather(failure)
+        failures = [item for item in gathered or [] if item is not None]
         failures = self.broadcast(failures)
         if unexpected is not None:
             raise unexpected
@@ -113,30 +123,31 @@ class RankGroup:
 
 @dataclass(frozen=True)
 class StoreRankGroup(RankGroup):
-    """The same before there are process groups.
+    """The same before there are process groups, over the launcher's store.
 
     Args:
-        meeting: where they meet, if there are several.
+        rendezvous: of the ranks, if there are several.
     """
 
-    meeting: Rendezvous | None = None
+    rendezvous: Rendezvous | None = None
 
     def gather(self, value: Any) -> list[Any] | None:
         """As `RankGroup.gather`."""
-        if self.meeting is None:
+        if self.rendezvous is None:
             return [value]
-        told = self.meeting.gather(json.dumps(value))
-        return None if told is None else [json.loads(text) for text in told]
+        gathered = self.rendezvous.gather(json.dumps(value))
+        return None if gathered is None else [json.loads(text) for text in gathered]
 
     def broadcast(self, value: Any) -> Any:
         """As `RankGroup.broadcast`."""
-        if self.meeting is None:
+        if self.rendezvous is None:
             return value
-        return json.loads(self.meeting.broadcast(json.dumps(value if self.rank == 0 else None)))
+        mine = json.dumps(value if self.rank == 0 else None)
+        return json.loads(self.rendezvous.broadcast(mine))
 
 
 def launch_rank_group(here: Launched, timeout: timedelta) -> RankGroup:
-    """The ranks of a launch, whether their groups are made already or not.
+    """The ranks of a launch, before or after their process groups are created.
 
     Args:
         here: this rank.
@@ -144,8 +155,8 @@ def launch_rank_group(here: Launched, timeout: timedelta) -> RankGroup:
     """
     if dist.is_initialized():
         return RankGroup(here.rank, here.world_size)
-    meeting = Rendezvous(here, timeout) if here.world_size > 1 else None
-    return StoreRankGroup(here.rank, here.world_size, meeting=meeting)
+    rendezvous = Rendezvous(here, timeout) if here.world_size > 1 else None
+    return StoreRankGroup(here.rank, here.world_size, rendezvous=rendezvous)
 
 
 def _error(name: str, values: list[Any]) -> CheckpointError:

@@ -1,4 +1,7 @@
-"""Process groups and ranks of a layout, as one value that is passed around."""
+"""The process groups of a layout and this rank's coordinates, as one value that is passed on.
+
+The only module that creates Megatron-Core's global groups, and that destroys them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.errors import UsageError
-from megatron_moe.parallel.launch import meet_at_start
+from megatron_moe.parallel.launch import startup_barrier
 from megatron_moe.parallel.layout import Layout
 from megatron_moe.platform import Platform
 
@@ -22,12 +25,12 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 STAGE_SEED = 100
-"""Pipeline stages draw from seeds this far apart, as in Megatron-LM."""
+"""The seeds of consecutive pipeline stages differ by this, as in Megatron-LM."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelContext:
-    """Where this rank stands in the layout."""
+    """This rank's place in the layout."""
 
     layout: Layout
     platform: Platform
@@ -41,42 +44,10 @@ class ParallelContext:
     """Within the ranks that hold the same dense parameters."""
     ep_rank: int
     etp_rank: int
-    edp_rank: int
-    """Within the ranks that hold the same experts."""
     is_first_stage: bool
     """Holds the embedding (of its first chunk, when interleaved)."""
     is_last_stage: bool
     """Holds the logits and the loss (of its last chunk, when interleaved)."""
-
-    @property
-    def tp_size(self) -> int:
-        """Tensor-parallel ranks."""
-        return self.layout.tp
-
-    @property
-    def pp_size(self) -> int:
-        """Pipeline stages."""
-        return self.layout.pp
-
-    @property
-    def dp_size(self) -> int:
-        """Data-parallel ranks of the dense part."""
-        return self.layout.dp
-
-    @property
-    def ep_size(self) -> int:
-        """Expert-parallel ranks."""
-        return self.layout.ep
-
-    @property
-    def etp_size(self) -> int:
-        """Tensor-parallel ranks of one expert."""
-        return self.layout.etp
-
-    @property
-    def edp_size(self) -> int:
-        """Data-parallel ranks of the experts."""
-        return self.layout.edp
 
     @property
     def needs_data(self) -> bool:
@@ -85,7 +56,7 @@ class ParallelContext:
 
     @property
     def reads_data(self) -> bool:
-        """Reads data itself; the other tensor-parallel ranks get it from this one."""
+        """Reads data itself; the other tensor-parallel ranks receive it from this one."""
         return self.needs_data and self.tp_rank == 0
 
 
@@ -98,11 +69,11 @@ def initialize_parallel(
     store: dist.Store | None = None,
     rank: int = 0,
 ) -> ParallelContext:
-    """Create the process groups of a layout and seed the engine's random streams.
+    """Create the process groups of a layout and seed Megatron-Core's random streams.
 
-    The default process group is made if there is none: from `store` and `rank` if given, else as
-    `megatron_moe.parallel.launch` finds it in the environment, after all ranks have met; if any of
-    them found a mistake of the user's, the process ends there with code 2.
+    The default process group is created if there is none: from `store` and `rank` if given, else
+    from the launcher's, after a `startup_barrier`, in which the process exits with code 2 if any
+    rank has a usage error.
 
     Raises:
         UsageError: the default group is of another size than the layout.
@@ -115,7 +86,9 @@ def initialize_parallel(
     if not dist.is_initialized():
         _initialize_default_group(layout, platform, timeout, store, rank)
     if dist.get_world_size() != layout.world_size:
-        raise UsageError("world size", dist.get_world_size(), f"{layout.world_size}, as laid out")
+        raise UsageError(
+            "world size", dist.get_world_size(), f"{layout.world_size}, that of the layout"
+        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
@@ -127,7 +100,7 @@ def initialize_parallel(
     )
     pgs = ProcessGroupCollection.use_mpu_process_groups()
     stage_seed = seed + STAGE_SEED * pgs.pp.rank()
-    # Nothing of ours draws from Python's or NumPy's global streams; what a user adds may.
+    # Our own code does not draw from Python's and NumPy's global generators; a user's may.
     random.seed(stage_seed)
     np.random.seed(stage_seed % 2**32)
     torch.manual_seed(stage_seed)
@@ -146,7 +119,7 @@ def _initialize_default_group(
     if platform.kind == "cuda" and platform.backend == "nccl":
         options["device_id"] = platform.device
     if store is None:
-        store, rank = meet_at_start(layout.world_size, timeout)
+        store, rank = startup_barrier(layout.world_size, timeout)
     dist.init_process_group(store=store, rank=rank, world_size=layout.world_size, **options)
 
 
@@ -162,26 +135,25 @@ def _context(layout: Layout, platform: Platform, pgs: ProcessGroupCollection) ->
         dp_rank=pgs.dp.rank(),
         ep_rank=pgs.ep.rank(),
         etp_rank=pgs.expt_tp.rank(),
-        edp_rank=pgs.expt_dp.rank(),
         is_first_stage=pgs.pp.rank() == 0,
         is_last_stage=pgs.pp.rank() == layout.pp - 1,
     )
 
 
 def destroy_parallel(*, default_group: bool = False) -> None:
-    """Forget a layout entirely, so that this process can take another one.
+    """Destroy a layout with all its state, so that this process can create another one.
 
     Args:
-        default_group: take the default process group down as well.
+        default_group: destroy the default process group as well.
     """
     if "megatron.core.parallel_state" in sys.modules:
-        _forget_groups()
-        _forget_engine_state()
+        _destroy_groups()
+        _reset_megatron_state()
     if default_group and dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _forget_groups() -> None:
+def _destroy_groups() -> None:
     from megatron.core import parallel_state
 
     groups = getattr(parallel_state, "_global_process_group_list", None) or ()
@@ -189,15 +161,15 @@ def _forget_groups() -> None:
     for group in groups:
         if group is not None and dist.is_initialized():
             dist.destroy_process_group(group)
-    # The engine leaves lists of ranks behind, e.g. that of the embedding group, which would be
-    # taken for the next layout's on ranks that get no new one.
+    # `destroy_model_parallel` leaves lists of ranks behind, e.g. those of the embedding group. On a
+    # rank that is in no such group of the next layout, the old list would be taken for the new one.
     for name, value in vars(parallel_state).items():
         if name.startswith("_") and name[1:].replace("_", "").isupper() and value is not None:
             setattr(parallel_state, name, {} if isinstance(value, dict) else None)
 
 
-def _forget_engine_state() -> None:
-    """Random streams, micro-batch counts, loss scales, trackers: what outlives a layout."""
+def _reset_megatron_state() -> None:
+    """Reset what outlives a layout: random streams, micro-batch counts, loss scales, trackers."""
     import megatron.core.tensor_parallel.random as random
     from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
     from megatron.core.rerun_state_machine import destroy_rerun_state_machine

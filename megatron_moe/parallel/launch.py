@@ -1,8 +1,16 @@
-"""Starting and ending a program on many ranks, so that a mistake is said once and ends all of them.
+"""Starting and ending a program on many ranks.
 
-torchrun (or Slurm) starts the ranks and tells each of them, in environment variables, who it is.
-Ranks meet once before the first process group: if any of them found a mistake of the user's, all
-exit with code 2, and the mistake is printed once, however many ranks found it.
+torchrun (or Slurm) starts the ranks and passes to each its rank and their number, in environment
+variables. Before the first process group they communicate over the launcher's key-value store:
+
+- `startup_barrier` waits until all ranks are ready to create process groups;
+- a usage error that any rank finds before that is printed once, however many ranks find it, and all
+  ranks exit with code 2 (`run_or_exit`);
+- `Rendezvous` gathers and broadcasts what must be known before the groups, such as the checkpoint
+  to resume from: it decides what is built.
+
+Why not let each rank print its error and exit? A launcher that sees one rank exit terminates the
+others, so that a rank which is a second behind would end with a signal instead of the error.
 """
 
 from __future__ import annotations
@@ -12,9 +20,11 @@ import hashlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
@@ -22,31 +32,34 @@ from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-MEETING_TIMEOUT = timedelta(seconds=120)
-"""How long a rank that found a mistake waits for the others to get as far."""
-_MISTAKES = "mistakes"
-"""Key of the number of ranks that found one."""
-_LATE_TIMEOUT = timedelta(seconds=10)
-"""The same once process groups exist: ranks that found nothing may never come."""
+STARTUP_TIMEOUT = timedelta(seconds=120)
+"""How long a rank with a usage error waits for the others to get as far."""
+_RUNNING_TIMEOUT = timedelta(seconds=10)
+"""The same once process groups exist: ranks without an error may never come."""
+_POLL_INTERVAL = timedelta(seconds=2)
+"""How often a waiting rank checks whether another one has failed, and will never answer."""
+_ERROR_COUNT = "errors"
+"""Key of the number of ranks that found a usage error."""
+_FIX = "start the program with torchrun"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launched:
-    """What the launcher says about this process."""
+    """This process as the launcher started it."""
 
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
     """Among the ranks of this node."""
     alone: bool = True
-    """Started directly: there is no launcher and nobody to meet."""
+    """Started directly: there is no launcher, and no other rank."""
 
 
 def launched() -> Launched:
     """Read torchrun's variables; without any, this is a world of one rank.
 
     Raises:
-        UsageError: some are there and others missing, or they are no numbers.
+        UsageError: some are set and others missing, or they are not numbers.
     """
     names = ("RANK", "WORLD_SIZE")
     if not any(name in os.environ for name in names):
@@ -54,14 +67,12 @@ def launched() -> Launched:
     rank, world_size = (_number(name) for name in names)
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
-            raise UsageError(f"environment variable {name}", None, "set beside RANK", _FIX)
+            raise UsageError(f"environment variable {name}", None, "set, as RANK is", _FIX)
     if not 0 <= rank < world_size:
-        raise UsageError("environment variable RANK", rank, f"0 to {world_size - 1}", _FIX)
+        expected = f">= 0 and < WORLD_SIZE ({world_size})"
+        raise UsageError("environment variable RANK", rank, expected, _FIX)
     local_rank = _number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0
     return Launched(rank=rank, world_size=world_size, local_rank=local_rank, alone=False)
-
-
-_FIX = "start the program with torchrun"
 
 
 def _number(name: str) -> int:
@@ -74,9 +85,9 @@ def _number(name: str) -> int:
 def run_or_exit(main: Callable[[], None], prog: str = "pretrain_openmoe.py") -> None:
     """Run a program; a `UsageError` becomes one line on standard error and exit code 2.
 
-    Ranks that found the same mistake say it once. Before process groups exist the others, which
-    found none, wait in `meet_at_start` and end with code 2 as well; later they are in the middle of
-    their work, and it is the launcher that ends them.
+    Ranks with the same error print it once. Before process groups exist, the ranks without an error
+    wait in `startup_barrier` or a `Rendezvous` and exit with code 2 as well; later they are in the
+    middle of their work, and the launcher terminates them.
     """
     try:
         main()
@@ -86,35 +97,35 @@ def run_or_exit(main: Callable[[], None], prog: str = "pretrain_openmoe.py") -> 
 
 @contextlib.contextmanager
 def ended_reader_is_fine() -> Iterator[None]:
-    """Print for a reader such as `head`, which may end before the text does."""
+    """Print for a reader such as `head`, which may exit before it has read everything."""
     try:
         yield
     except BrokenPipeError:
-        # Else the interpreter fails once more when it flushes at its end.
+        # Otherwise the interpreter fails once more, when it flushes standard output at its exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _exit(line: str) -> NoReturn:
-    here = _with_others()
+    here = _launched_with_others()
     if here is None:
         print(line, file=sys.stderr, flush=True)
         sys.exit(USAGE_EXIT_CODE)
     import torch.distributed as dist
 
-    late = dist.is_initialized()
-    timeout = _LATE_TIMEOUT if late else MEETING_TIMEOUT
-    store = _store("late" if late else "start", timeout)
+    running = dist.is_initialized()
+    timeout = _RUNNING_TIMEOUT if running else STARTUP_TIMEOUT
+    store = launcher_store("running" if running else "startup", timeout)
     text = hashlib.sha256(line.encode()).hexdigest()
-    if store.add(f"said/{text}", 1) == 1:
+    if store.add(f"printed/{text}", 1) == 1:
         print(line, file=sys.stderr, flush=True)
-    store.add(_MISTAKES, 1)
-    with contextlib.suppress(dist.DistError):  # some rank never came
-        _arrive(store, "start", here, timeout)
-    _leave(store, here, timeout)
+    store.add(_ERROR_COUNT, 1)
+    with contextlib.suppress(dist.DistError):  # some rank never arrived
+        barrier(store, "startup", here, timeout)
+    exit_together(store, here, timeout)
 
 
-def _with_others() -> Launched | None:
-    """What the launcher says, if it says that there are other ranks."""
+def _launched_with_others() -> Launched | None:
+    """This process, if the launcher has started other ranks."""
     try:
         here = launched()
     except UsageError:
@@ -122,11 +133,13 @@ def _with_others() -> Launched | None:
     return here if here.world_size > 1 else None
 
 
-def meet_at_start(world_size: int, timeout: timedelta) -> tuple[dist.Store, int]:
-    """Wait until every rank is ready to make process groups.
+def startup_barrier(world_size: int, timeout: timedelta) -> tuple[dist.Store, int]:
+    """Wait until every rank is ready to create process groups.
+
+    Does not return if a rank has a usage error: that rank prints it, and all exit with code 2.
 
     Args:
-        world_size: ranks that the layout is for.
+        world_size: ranks of the layout.
         timeout: for the slowest rank, and of the store.
 
     Returns:
@@ -134,54 +147,116 @@ def meet_at_start(world_size: int, timeout: timedelta) -> tuple[dist.Store, int]
 
     Raises:
         UsageError: the launcher started another number of ranks.
-
-    Does not return if a rank found a mistake: that rank says which, and all end with code 2.
     """
     import torch.distributed as dist
 
     here = launched()
     if here.world_size != world_size:
-        raise UsageError("world size", here.world_size, f"{world_size}, as laid out")
+        raise UsageError("world size", here.world_size, f"{world_size}, that of the layout")
     if here.alone:
         return dist.HashStore(), 0
-    store = _store("start", timeout)
-    _arrive(store, "start", here, timeout)
-    if store.add(_MISTAKES, 0):
-        _leave(store, here, MEETING_TIMEOUT)
+    store = launcher_store("startup", timeout)
+    barrier(store, "startup", here, timeout)
+    if store.add(_ERROR_COUNT, 0):
+        exit_together(store, here, STARTUP_TIMEOUT)
     return dist.PrefixStore("default", store), here.rank
 
 
-def _store(meeting: str, timeout: timedelta) -> dist.Store:
-    """The launcher's store, or one that rank 0 serves if the launcher has none."""
+class Rendezvous:
+    """Communication of the ranks of a launch before there are process groups.
+
+    All ranks call the same methods in the same order. A value is read by one rank and broadcast,
+    since a thousand ranks that each read one file would be a thousand readers of it. A `Rendezvous`
+    must live until the process groups are created: rank 0 may serve the store.
+
+    Args:
+        here: this rank, of several.
+        timeout: for the slowest rank.
+    """
+
+    def __init__(self, here: Launched, timeout: timedelta) -> None:
+        self._here, self._timeout = here, timeout
+        self._store: dist.Store = launcher_store("startup", timeout)
+        self._keys = (f"rendezvous/{number}" for number in count())
+
+    def gather(self, value: str) -> list[str] | None:
+        """Every rank's value, in rank order, on rank 0; `None` on the others."""
+        key = next(self._keys)
+        if self._here.rank != 0:
+            self._store.set(f"{key}/{self._here.rank}", value)
+            return None
+        others = range(1, self._here.world_size)
+        return [value, *(self._wait_for(f"{key}/{rank}") for rank in others)]
+
+    def broadcast(self, value: str) -> str:
+        """The value of rank 0, on every rank."""
+        key = next(self._keys)
+        if self._here.rank != 0:
+            return self._wait_for(key)
+        self._store.set(key, value)
+        return value
+
+    def _wait_for(self, key: str) -> str:
+        """The value of a key. Exits, as at startup, if a rank reports a usage error meanwhile."""
+        import torch.distributed as dist
+
+        deadline = time.monotonic() + self._timeout.total_seconds()
+        while True:
+            try:
+                self._store.wait([key], _POLL_INTERVAL)
+                return self._store.get(key).decode()
+            except dist.DistError:
+                if self._store.add(_ERROR_COUNT, 0):
+                    barrier(self._store, "startup", self._here, STARTUP_TIMEOUT)
+                    exit_together(self._store, self._here, STARTUP_TIMEOUT)
+                if time.monotonic() > deadline:
+                    raise
+
+
+def launcher_store(name: str, timeout: timedelta) -> dist.Store:
+    """The launcher's key-value store, or one that rank 0 serves if the launcher has none.
+
+    Args:
+        name: of the part of the store that is used.
+        timeout: of every operation.
+    """
     import torch.distributed as dist
 
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    # A restarted job finds the keys of its previous attempt in the same store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"{meeting}-{attempt}", store)
+    return dist.PrefixStore(f"{name}-{attempt}", store)
 
 
-def _arrive(store: dist.Store, place: str, here: Launched, timeout: timedelta) -> None:
-    """Wait until all ranks are there: one count and one key, so a thousand ranks ask little."""
-    _count(store, place, here)
-    store.wait([f"{place}/all"], timeout)
+def barrier(store: dist.Store, name: str, here: Launched, timeout: timedelta) -> None:
+    """Wait until all ranks have arrived.
+
+    Each rank makes two requests, one count and one wait, however many ranks there are: with a key
+    for each rank, the store would have to serve the square of their number.
+
+    Raises:
+        torch.distributed.DistError: a rank has not arrived in time.
+    """
+    _count_in(store, name, here)
+    store.wait([f"{name}/all"], timeout)
 
 
-def _count(store: dist.Store, place: str, here: Launched) -> None:
-    if store.add(f"{place}/count", 1) == here.world_size:
-        store.set(f"{place}/all", "1")
+def _count_in(store: dist.Store, name: str, here: Launched) -> None:
+    if store.add(f"{name}/count", 1) == here.world_size:
+        store.set(f"{name}/all", "1")
 
 
-def _leave(store: dist.Store, here: Launched, timeout: timedelta) -> NoReturn:
-    """End with code 2, together: a launcher that sees one rank end terminates the others."""
+def exit_together(store: dist.Store, here: Launched, timeout: timedelta) -> NoReturn:
+    """Exit with code 2 on all ranks at once: a launcher terminates the others once one exits."""
     import torch.distributed as dist
 
-    # Nothing is left to do or to put in order, so a rank that is terminated a moment before its end
-    # may as well end with its own code.
+    # There is nothing left to do or to clean up, so a rank that is terminated a moment before its
+    # exit may as well exit with its own code.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with contextlib.suppress(dist.DistError):  # some rank never came
-        _arrive(store, "heard", here, timeout)
-        _count(store, "left", here)
-        if here.rank == 0:  # it may be the one that serves the store
+    with contextlib.suppress(dist.DistError):  # some rank never arrived
+        barrier(store, "exit", here, timeout)
+        _count_in(store, "left", here)
+        if here.rank == 0:  # it may serve the store, which the others still need
             store.wait(["left/all"], timeout)
     sys.stdout.flush()
     sys.stderr.flush()

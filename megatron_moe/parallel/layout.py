@@ -1,7 +1,9 @@
-"""How a run is laid out over its ranks: every degree checked before any process group exists.
+"""How a run is laid out over its ranks: every degree is checked before any process group exists.
 
-World = TP x PP x DP for the dense part and ETP x EP x PP x EDP for the experts of the same ranks
-("parallel folding", arXiv 2504.14960): a pipeline stage's ranks are divided twice.
+World size = TP x PP x DP for the dense part and ETP x EP x PP x EDP for the experts, on the same
+ranks ("parallel folding", arXiv 2504.14960): the ranks of a pipeline stage are divided twice. With
+8 ranks, TP 2, EP 4 and ETP 1, for example, attention runs as 4 data-parallel replicas of 2 ranks
+each, and the experts as 2 replicas of 4 ranks each.
 """
 
 from __future__ import annotations
@@ -10,9 +12,7 @@ from dataclasses import dataclass
 
 from megatron_moe.config.moe import moe_layer_pattern
 from megatron_moe.config.rampup import BatchSizes
-from megatron_moe.config.ranges import check_ranges
 from megatron_moe.config.run import RunConfig
-from megatron_moe.errors import UsageError
 from megatron_moe.model.logical import check_sizes
 from megatron_moe.parallel.layout_rules import (
     check_experts,
@@ -30,7 +30,7 @@ from megatron_moe.parallel.layout_rules import (
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A valid layout. Sizes are numbers of ranks unless said otherwise."""
+    """A valid layout. Sizes are numbers of ranks unless stated otherwise."""
 
     world_size: int
     tp: int
@@ -63,26 +63,20 @@ class Layout:
         """Model chunks on each rank."""
         return self.vp or 1
 
-    def layers_of(self, pp_rank: int, chunk: int) -> range:
-        """The layers (0-based) of one chunk; chunk c of stage r follows chunk c of stage r - 1."""
-        first = (chunk * self.pp + pp_rank) * self.layers_per_chunk
-        return range(first, first + self.layers_per_chunk)
-
 
 def resolve_layout(
     config: RunConfig, world_size: int, padded_vocab_size: int | None = None
 ) -> Layout:
-    """Work out the layout of a run and check all of it.
+    """Resolve the layout of a run and check its constraints.
 
     Args:
-        config: the run's configuration.
+        config: the run's configuration, validated.
         world_size: ranks.
         padded_vocab_size: V after padding, if known already.
 
     Raises:
-        UsageError: the first rule that does not hold: flag, value and valid values.
+        UsageError: the first constraint that does not hold: flag, value and valid values.
     """
-    check_ranges(config)
     parallel, model, moe = config.parallel, config.model, config.moe
     has_moe = any(moe_layer_pattern(moe.moe_layer_freq, model.num_layers))
     tp = degree("--tensor-model-parallel-size", parallel.tensor_model_parallel_size)
@@ -112,7 +106,7 @@ def resolve_layout(
         etp=etp,
         dp=dp,
         edp=world_size // (etp * ep * pp),
-        # Over one rank it is the identity.
+        # Over one rank, splitting the sequence changes nothing.
         sequence_parallel=parallel.sequence_parallel and tp > 1,
         num_microbatches=num_microbatches,
         micro_batch_size=micro,
@@ -128,13 +122,12 @@ def _check_rampup(config: RunConfig, global_batch: int, step: int, stages: int) 
 
 
 def _check_model(config: RunConfig, has_moe: bool) -> None:
-    """What a model cannot be on any layout."""
-    length, longest = config.data.seq_length, config.model.max_position_embeddings
-    if length > longest:
-        raise UsageError("--seq-length", length, f"at most --max-position-embeddings ({longest})")
+    """What no layout can make possible: sizes of the model, groups of tokens that share slots."""
     check_sizes(config.model, config.moe, config.data.vocab_size or 1)
     if has_moe and config.moe.moe_capacity_group_size is not None:
         # Imported here: its package needs torch, which --describe and --help do not.
-        from megatron_moe.moe.capacity import group_size
+        from megatron_moe.moe.plan import group_size
 
-        group_size(config.moe, rows=config.train.micro_batch_size, row_tokens=length)
+        group_size(
+            config.moe, rows=config.train.micro_batch_size, row_tokens=config.data.seq_length
+        )

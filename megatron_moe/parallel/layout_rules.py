@@ -1,4 +1,4 @@
-"""The rules of a layout, one function each; a broken one is a `UsageError` with flag and value."""
+"""The constraints of a layout, one function each, which raise `UsageError` with flag and value."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from megatron_moe.errors import UsageError
 
 
 def degree(flag: str, value: int) -> int:
-    """A size must be at least 1; returns it."""
+    """Check that a size is positive, and return it."""
     if value < 1:
-        raise UsageError(flag, value, "at least 1")
+        raise UsageError(flag, value, ">= 1")
     return value
 
 
 def _divides(flag: str, size: int, of_flag: str, total: int) -> None:
-    """`total` must be a multiple of `size`."""
+    """Check that ``total`` is a multiple of ``size``."""
     if total % size:
         raise UsageError(flag, size, f"a divisor of {of_flag} ({total}): {_divisors(total)}")
 
@@ -26,21 +26,21 @@ def _divisors(total: int) -> str:
 
 
 def expert_tensor_size(parallel: ParallelConfig, tp: int, has_moe: bool) -> int:
-    """Ranks that share one expert: as given, else the tensor-parallel size."""
+    """Ranks that share one expert: the flag's value, or else the tensor-parallel size."""
     given = parallel.expert_tensor_parallel_size
     if given is None:
-        # A model without experts has nothing to split; TP keeps its rank grid the dense one.
+        # Without experts there is nothing to split, and with TP the rank grid is the dense one.
         return tp
     degree("--expert-tensor-parallel-size", given)
     if not has_moe:
         raise UsageError(
-            "--expert-tensor-parallel-size", given, "no value in a model without MoE layers"
+            "--expert-tensor-parallel-size", given, "unset in a model without MoE layers"
         )
     return given
 
 
 def check_world(world_size: int, tp: int, pp: int, ep: int, etp: int) -> None:
-    """The ranks must come out even, for the dense part and for the experts."""
+    """Check that the ranks can be divided, for the dense part and for the experts."""
     dense = "--tensor-model-parallel-size x --pipeline-model-parallel-size"
     expert = (
         "--expert-tensor-parallel-size x --expert-model-parallel-size"
@@ -59,7 +59,7 @@ def check_world(world_size: int, tp: int, pp: int, ep: int, etp: int) -> None:
 
 
 def check_widths(config: RunConfig, tp: int, padded_vocab_size: int | None) -> None:
-    """Tensor parallelism must divide what it splits."""
+    """Check that tensor parallelism divides the sizes that it splits."""
     flag, model = "--tensor-model-parallel-size", config.model
     _divides(flag, tp, "--num-attention-heads", model.num_attention_heads)
     _divides(flag, tp, "--ffn-hidden-size", model.ffn_hidden_size)
@@ -73,7 +73,7 @@ def check_widths(config: RunConfig, tp: int, padded_vocab_size: int | None) -> N
 
 
 def check_experts(config: RunConfig, tp: int, ep: int, etp: int, has_moe: bool) -> None:
-    """Expert parallelism must divide what it splits, and have something to split."""
+    """Check that there are experts to distribute, and that the degrees divide them."""
     if not has_moe:
         if ep > 1:
             raise UsageError("--expert-model-parallel-size", ep, "1 in a model without MoE layers")
@@ -85,11 +85,8 @@ def check_experts(config: RunConfig, tp: int, ep: int, etp: int, has_moe: bool) 
     else:
         _divides("--expert-tensor-parallel-size", etp, "--moe-ffn-hidden-size", width)
     if tp > 1 and not config.parallel.sequence_parallel:
-        raise UsageError(
-            "--sequence-parallel",
-            False,
-            f"True: MoE layers with --tensor-model-parallel-size {tp} need it",
-        )
+        expected = f"set for MoE layers with --tensor-model-parallel-size {tp}"
+        raise UsageError("--sequence-parallel", False, expected)
 
 
 def _ffn(config: RunConfig) -> int:
@@ -97,7 +94,7 @@ def _ffn(config: RunConfig) -> int:
 
 
 def virtual_stages(parallel: ParallelConfig, num_layers: int, pp: int) -> int | None:
-    """Chunks per rank, `None` for one; checks that the layers come out even."""
+    """Chunks per rank, `None` for one. Checks that the layers can be divided."""
     layers_flag = "--num-layers-per-virtual-pipeline-stage"
     stages_flag = "--num-virtual-stages-per-pipeline-rank"
     layers = parallel.num_layers_per_virtual_pipeline_stage
@@ -105,7 +102,7 @@ def virtual_stages(parallel: ParallelConfig, num_layers: int, pp: int) -> int | 
     _divides("--pipeline-model-parallel-size", pp, "--num-layers", num_layers)
     per_rank = num_layers // pp
     if layers is not None and stages is not None:
-        raise UsageError(stages_flag, stages, f"no value beside {layers_flag} {layers}: give one")
+        raise UsageError(stages_flag, stages, f"used without {layers_flag}", "give one of the two")
     if layers is not None:
         degree(layers_flag, layers)
         _divides(layers_flag, layers, "the layers of one pipeline rank", per_rank)
@@ -119,13 +116,16 @@ def virtual_stages(parallel: ParallelConfig, num_layers: int, pp: int) -> int | 
     if pp == 1:
         flag, value = (layers_flag, layers) if layers is not None else (stages_flag, stages)
         raise UsageError(
-            flag, value, "no value with --pipeline-model-parallel-size 1: interleaving needs stages"
+            flag,
+            value,
+            "used with --pipeline-model-parallel-size >= 2",
+            "the interleaved schedule needs several stages",
         )
     return stages
 
 
 def check_interleaving(vp: int | None, pp: int, num_microbatches: int, step: int) -> None:
-    """The interleaved schedule takes micro-batches in groups of the pipeline size."""
+    """Check that the micro-batches of an interleaved schedule fill groups of the pipeline size."""
     if vp is not None and num_microbatches % pp:
         raise UsageError(
             "--global-batch-size",
@@ -136,10 +136,10 @@ def check_interleaving(vp: int | None, pp: int, num_microbatches: int, step: int
 
 
 def global_batch_sequences(given: int | None, micro: int, dp: int) -> int:
-    """Sequences of one step; they must fill whole micro-batches on all replicas."""
+    """Sequences of one step. Checks that they fill whole micro-batches on all replicas."""
     if given is None:
         return micro * dp
-    if given < 1 or given % (micro * dp):
+    if degree("--global-batch-size", given) % (micro * dp):
         raise UsageError(
             "--global-batch-size",
             given,
@@ -149,7 +149,7 @@ def global_batch_sequences(given: int | None, micro: int, dp: int) -> int:
 
 
 def check_overlap(parallel: ParallelConfig) -> None:
-    """Gathering parameters in the forward pass needs them sharded, and gradients overlapped."""
+    """Check what `--overlap-param-gather` needs: sharded parameters and overlapped gradients."""
     if not parallel.overlap_param_gather:
         return
     for flag, value in (
@@ -157,11 +157,11 @@ def check_overlap(parallel: ParallelConfig) -> None:
         ("--overlap-grad-reduce", parallel.overlap_grad_reduce),
     ):
         if not value:
-            raise UsageError(flag, value, "True: --overlap-param-gather needs it")
+            raise UsageError(flag, value, "set with --overlap-param-gather")
 
 
 def check_recomputation(parallel: ParallelConfig, layers_per_chunk: int, has_moe: bool) -> None:
-    """Method and number of layers go with full granularity and fit into a model chunk."""
+    """Check that the flags of recomputation fit each other and the layers of a model chunk."""
     method, layers = parallel.recompute_method, parallel.recompute_num_layers
     if parallel.recompute_granularity == "full":
         if method is None:
@@ -169,18 +169,15 @@ def check_recomputation(parallel: ParallelConfig, layers_per_chunk: int, has_moe
                 "--recompute-method", None, "uniform or block with --recompute-granularity full"
             )
         if layers is None or not 1 <= layers <= layers_per_chunk:
-            raise UsageError(
-                "--recompute-num-layers",
-                layers,
-                f"1 to {layers_per_chunk}, the layers of one model chunk",
-            )
+            expected = f">= 1 and <= {layers_per_chunk}, the layers of one model chunk"
+            raise UsageError("--recompute-num-layers", layers, expected)
         return
     for flag, value in (("--recompute-method", method), ("--recompute-num-layers", layers)):
         if value is not None:
-            raise UsageError(flag, value, "no value without --recompute-granularity full")
+            raise UsageError(flag, value, "used with --recompute-granularity full")
     if parallel.recompute_granularity != "selective":
         return
     if not parallel.recompute_modules:
-        raise UsageError("--recompute-modules", (), "at least one of core_attn, mlp, moe")
+        raise UsageError("--recompute-modules", (), "one or more of core_attn, mlp, moe")
     if "moe" in parallel.recompute_modules and not has_moe:
-        raise UsageError("--recompute-modules", "moe", "core_attn or mlp: no layer has experts")
+        raise UsageError("--recompute-modules", "moe", "core_attn or mlp", "no layer has experts")

@@ -1,7 +1,7 @@
-"""All micro-batches of a step through the pipeline, forward and backward.
+"""Run the micro-batches of a step through the pipeline, forward and backward, and reduce gradients.
 
-One entry for all layouts: no pipeline, 1F1B, or interleaved 1F1B. The laws that the engine leaves
-to its callers are held here, where the schedule is called.
+One function for all layouts: no pipeline, 1F1B, or interleaved 1F1B. What Megatron-Core's schedules
+require of their callers is ensured here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from megatron_moe.errors import UsageError
 from megatron_moe.parallel.context import ParallelContext
-from megatron_moe.parallel.gradients import finalize_gradients
 
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Any]]]
 ForwardStep = Callable[[Iterator[Any], nn.Module], tuple[Tensor, LossFunction]]
@@ -33,21 +32,22 @@ def forward_backward(
     Args:
         ctx: the layout.
         forward_step: called with an iterator over `batches` and a chunk; returns the chunk's output
-            and a function from the last stage's output to (loss, what to report). The loss is
+            and a function from the last stage's output to (loss, values to report). The loss is
             divided by the number of micro-batches.
-        batches: one entry per micro-batch, the same number on every rank. Every chunk goes through
-            all of them.
-        chunks: the model chunks of this rank, for a backward pass each in Megatron-Core's
+        batches: one entry per micro-batch, the same number on every rank. Every chunk runs all of
+            them.
+        chunks: the model chunks of this rank; for a backward pass, each in Megatron-Core's
             `DistributedDataParallel`.
         forward_only: no backward pass, no gradients.
         before_reduction: called once after the last backward pass, before gradients are reduced
-            (with `--overlap-grad-reduce`, before the reduction is waited for).
+            (with `--overlap-grad-reduce`, before waiting for the reduction).
 
     Returns:
-        On the last stage what the loss function reported, in order; else an empty list.
+        On the last stage the values that the loss function reported, in order; else an empty list.
 
     Raises:
-        UsageError: the interleaved schedule got micro-batches that are no multiple of the stages.
+        UsageError: the number of micro-batches of an interleaved schedule is not a multiple of the
+            number of pipeline stages.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -56,11 +56,10 @@ def forward_backward(
     if len(chunks) != layout.num_chunks:
         raise ValueError(f"{len(chunks)} model chunks, the layout has {layout.num_chunks}")
     if layout.vp is not None and len(batches) % layout.pp:
-        raise UsageError(
-            "micro-batches", len(batches), f"a multiple of the pipeline size ({layout.pp})"
-        )
-    config = engine_config(chunks[0])
-    _obey_transfer_laws(config, interleaved=layout.vp is not None)
+        expected = f"a multiple of --pipeline-model-parallel-size ({layout.pp})"
+        raise UsageError("number of micro-batches", len(batches), expected)
+    config = megatron_config(chunks[0])
+    _set_p2p_overlap(config, interleaved=layout.vp is not None)
     config.no_sync_func = _no_sync(chunks)
 
     def finalize(*args: Any, **kwargs: Any) -> None:
@@ -84,26 +83,48 @@ def forward_backward(
     )
 
 
-def engine_config(chunk: nn.Module) -> Any:
-    """The engine's configuration of a chunk, wrapped or not."""
+def finalize_gradients(ctx: ParallelContext, chunks: Sequence[nn.Module]) -> None:
+    """Reduce the gradients of all chunks of this rank, after the last micro-batch.
+
+    Over the data-parallel ranks (all-reduce, or reduce-scatter with the distributed optimizer);
+    over the tensor-parallel ranks for parameters with `sequence_parallel = True`, whose gradients
+    come from a part of the sequence each; and between the first and the last stage for a tied
+    embedding.
+
+    Args:
+        ctx: the layout.
+        chunks: Megatron-Core's `DistributedDataParallel` around each model chunk.
+    """
+    from megatron.core.distributed import finalize_model_grads
+
+    finalize_model_grads(list(chunks), num_tokens=None, pg_collection=ctx.pgs)
+
+
+def megatron_config(chunk: nn.Module) -> Any:
+    """Megatron-Core's configuration of a chunk, wrapped or not."""
     from megatron.core.utils import get_model_config
 
     return get_model_config(chunk)
 
 
-def _obey_transfer_laws(config: Any, *, interleaved: bool) -> None:
-    """Choose how activations travel between stages.
+def _set_p2p_overlap(config: Any, *, interleaved: bool) -> None:
+    """Choose how activations and their gradients are sent between stages.
 
-    The interleaved schedule between two stages sends in both directions to the same peer at once.
-    Unless the transfers are overlapped, they are posted in one batch in an order that pairs the
-    wrong tensors, and gradients are wrong without any error. The plain schedule refuses overlap.
+    The interleaved schedule needs overlapped transfers. Otherwise Megatron-Core posts the transfers
+    of a stage in one batch, in the order send to previous, receive from previous, send to next,
+    receive from next. With two stages, previous and next are the same peer, and transfers with one
+    peer are matched in order: what rank 0 sends to its previous stage arrives as what rank 1
+    receives from *its* previous stage, where it should be received from the next. Gradients are
+    wrong, without any error.
+
+    The plain schedule, in contrast, does not support overlap.
     """
     config.overlap_p2p_comm = interleaved
     config.batch_p2p_comm = not interleaved
 
 
 def _no_sync(chunks: Sequence[nn.Module]) -> Any:
-    """Keep gradients local until the last micro-batch, if chunks reduce them as they come."""
+    """The contexts in which chunks keep gradients local, until the last micro-batch."""
     functions = [chunk.no_sync for chunk in chunks if hasattr(chunk, "no_sync")]
     if not functions:
         return None

@@ -1,1 +1,1 @@
-"""What a run will need, worked out before it starts."""
+"""What a run needs, computed before it starts."""

@@ -1,6 +1,6 @@
-"""What a configuration means: sizes, parameters, FLOPs and layout, as text or JSON (`--describe`).
+"""What a configuration amounts to: sizes, parameters, FLOPs, layout and phases (`--describe`).
 
-Integers only: neither torch, a launcher, data nor a GPU is needed, so it answers at once.
+As text or JSON. Integer arithmetic only: it needs no torch, launcher, data or GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_moe.config import RunConfig, moe_layer_pattern
+from megatron_moe.config.phases import errors_of_phase
+from megatron_moe.config.run import flag_of
 from megatron_moe.data.composition import Share, described_shares, share_lines
 from megatron_moe.errors import UsageError
 from megatron_moe.model.counting import (
@@ -26,23 +28,28 @@ from megatron_moe.model.counting import (
 from megatron_moe.model.logical import expert_width
 from megatron_moe.parallel.launch import launched
 from megatron_moe.parallel.layout import Layout, resolve_layout
-from megatron_moe.planning.describe_phases import stage_section, stage_values
 from megatron_moe.tokenizer.build import build_tokenizer, padded_vocab_size
-from megatron_moe.training.phases import RunSchedule, resolve_run_schedule
+from megatron_moe.training.phases import (
+    Phase,
+    RunSchedule,
+    differences,
+    phase_lines,
+    resolve_run_schedule,
+)
 
 ASSUMED_VOCAB = 8192
-"""Vocabulary described when neither a tokenizer nor `--vocab-size` says one; the text says so."""
+"""Vocabulary if neither a tokenizer nor `--vocab-size` gives one; marked as assumed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What `--describe` tells."""
+    """What `--describe` prints."""
 
     config: RunConfig
     vocab_size: int
     """V, padded."""
     vocab_assumed: bool
-    """Nothing said what V is, and `ASSUMED_VOCAB` was taken."""
+    """V is `ASSUMED_VOCAB`, as the configuration does not determine it."""
     parameters: ParameterCounts
     flops: TokenFlops
     """Per token of a sequence of `--seq-length`."""
@@ -50,25 +57,25 @@ class Description:
     per_stage: tuple[RankParameters, ...]
     """Parameters on each rank of every pipeline stage."""
     shares: tuple[Share, ...]
-    """What training data is made of; empty if none is named."""
+    """The sources of the training data; empty if none is named."""
     schedule: RunSchedule | None = None
-    """The stages of the run; `None` without a stage table. Everything else is of the first."""
+    """The phases of the run; `None` without `--phases`. Everything else describes the first one."""
 
     def text(self) -> str:
-        """For reading."""
+        """For people: one block of lines for each section."""
         sections = (
             self._model_lines(),
             self._parameter_lines(),
             self._flops_lines(),
             self._layout_lines(),
             *self._data_sections(),
-            *([stage_section(self.schedule)] if self.schedule is not None else []),
+            *([_phase_section(self.schedule)] if self.schedule is not None else []),
             self._config_lines(),
         )
         return "\n\n".join("\n".join(lines) for lines in sections)
 
     def to_json(self) -> str:
-        """For programs: one object; the sections of `text`, and the layout as it was resolved."""
+        """For programs: one object with the sections of `text` and the resolved layout."""
         counts, flops = self.parameters, self.flops
         values = {
             "config": self.config.to_dict(),
@@ -94,7 +101,7 @@ class Description:
             ],
         }
         if self.schedule is not None:
-            values["stages"] = stage_values(self.schedule)
+            values["stages"] = [_phase_values(phase) for phase in self.schedule.phases]
         return json.dumps(values, indent=2)
 
     def _model_lines(self) -> list[str]:
@@ -165,12 +172,12 @@ def describe(
     """The text of `--describe`.
 
     Args:
-        config: the resolved configuration.
+        config: the configuration, validated.
         how: `text` or `json`.
         world_size: ranks; `None` takes the launcher's, or the fewest that the layout needs.
 
     Raises:
-        UsageError: the layout, the sizes or the tokenizer are impossible.
+        UsageError: the layout or the sizes are impossible, or the tokenizer cannot be opened.
     """
     assumed = _vocab_unknown(config)
     vocab_size = ASSUMED_VOCAB
@@ -179,12 +186,12 @@ def describe(
     if config.train.stages is None:
         description = describe_layout(config, None, vocab_size, world_size)
     else:
-        description = _describe_stages(config, vocab_size, world_size)
+        description = _describe_phases(config, vocab_size, world_size)
     description = dataclasses.replace(description, vocab_assumed=assumed)
     return description.text() if how == "text" else description.to_json()
 
 
-def _describe_stages(config: RunConfig, vocab_size: int, world_size: int | None) -> Description:
+def _describe_phases(config: RunConfig, vocab_size: int, world_size: int | None) -> Description:
     schedule = resolve_run_schedule(config, _ranks(config, world_size), vocab_size)
     first = schedule.phases[0]
     description = describe_layout(first.config, first.layout, vocab_size)
@@ -198,9 +205,9 @@ def describe_layout(
 
     Args:
         config: the resolved configuration.
-        layout: how it is laid out; `None` works it out for ``world_size`` ranks.
+        layout: its layout; `None` resolves it for ``world_size`` ranks.
         vocab_size: V, padded.
-        world_size: see `describe`; not needed with a layout.
+        world_size: as for `describe`; unused with a layout.
     """
     if layout is None:
         layout = resolve_layout(config, _ranks(config, world_size), vocab_size)
@@ -231,7 +238,7 @@ def _vocab_unknown(config: RunConfig) -> bool:
 def _ranks(config: RunConfig, world_size: int | None) -> int:
     ranks = world_size if world_size is not None else _default_world_size(config)
     if ranks < 1:
-        raise UsageError("--world-size", ranks, "at least 1")
+        raise UsageError("--world-size", ranks, ">= 1")
     return ranks
 
 
@@ -247,8 +254,42 @@ def _default_world_size(config: RunConfig) -> int:
         "ep": parallel.expert_model_parallel_size,
         "etp": parallel.expert_tensor_parallel_size or tp,
     }
-    # Degrees below one are refused by `resolve_layout`, which names their flags.
+    # A degree below one is an error in `resolve_layout`, which names its flag.
     return fewest_ranks(**{name: max(degree, 1) for name, degree in degrees.items()})
+
+
+def _phase_section(schedule: RunSchedule) -> list[str]:
+    """The phases as they will run: each one's place, what it changes, and its training data."""
+    lines, before = ["Phases"], None
+    for phase, line in zip(schedule.phases, phase_lines(schedule), strict=True):
+        lines.append(f"  {line}")
+        if before is not None:
+            lines += [f"    {change}" for change in differences(before.config, phase.config)]
+        shares = _shares_of(phase)
+        lines += [f"    {row}" for row in share_lines(shares)] if shares else []
+        before = phase
+    return lines
+
+
+def _phase_values(phase: Phase) -> dict[str, Any]:
+    return {
+        "name": phase.name,
+        "first_iteration": phase.first_iteration,
+        "last_iteration": phase.last_iteration,
+        "first_sample": phase.first_sample,
+        "samples": phase.samples,
+        "first_token": phase.first_token,
+        "last_token": phase.last_token,
+        "learning_rate_counts_from": phase.rate_origin,
+        "config": phase.config.to_dict(),
+        "layout": dataclasses.asdict(phase.layout),
+        "training_data": [dataclasses.asdict(share) for share in _shares_of(phase)],
+    }
+
+
+def _shares_of(phase: Phase) -> tuple[Share, ...]:
+    with errors_of_phase(phase.label):
+        return described_shares(phase.config, phase.layout.global_batch_size)
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[Any, ...]]) -> Iterator[str]:
@@ -270,4 +311,4 @@ def _config_lines(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         yield f"  {section}"
         for name, value in values.items():
             shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
-            yield f"    {'--' + name.replace('_', '-'):<44}{shown}"
+            yield f"    {flag_of(name):<44}{shown}"

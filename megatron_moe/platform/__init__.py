@@ -1,4 +1,4 @@
-"""Where it runs: a GPU, or a CPU on which Megatron-Core's CUDA habits are patched away.
+"""Where a run executes: on a GPU, or on a CPU with patches for Megatron-Core's use of CUDA.
 
 Importing this package changes nothing; `activate` does.
 """

@@ -1,40 +1,45 @@
-"""Find out where we run, and on a CPU make the engine run there."""
+"""Detect the device, check the installation and, without a GPU, patch Megatron-Core for the CPU."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from megatron_moe.errors import UsageError
 from megatron_moe.platform import device as device_facts
-from megatron_moe.platform.allocator import keep_freed_memory, release_freed_memory
+from megatron_moe.platform.device import keep_freed_memory, release_freed_memory
 from megatron_moe.platform.patches import CPU_PATCHES, Patch
-from megatron_moe.platform.requirements import check_requirements
 
 Backend = Literal["nccl", "gloo"]
 
+MEGATRON_CORE_VERSION = "0.16.1"
+"""The only version of Megatron-Core that the patches and the tests are for."""
+
 _applied: list[Patch] = []
-"""The patches in force. Patching is a fact of the process, so its record is one too."""
+"""The patches in effect. They change the process, so their list belongs to the process too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Platform:
-    """Where this process runs."""
+    """The device of this process, and how it communicates."""
 
     kind: Literal["cuda", "cpu"]
-    """Accelerated or embedded."""
+    """Whether there is a GPU."""
     device: torch.device
-    """Where parameters and activations live."""
+    """Device of parameters and activations."""
     backend: Backend
     """Communication library of the default process group."""
     patches: tuple[str, ...]
-    """Names of the patches in force; empty on a GPU."""
+    """Names of the patches in effect; empty on a GPU."""
 
     def synchronize(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished its work."""
         if self.kind == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -48,19 +53,19 @@ class Platform:
 
 
 def activate(backend: Literal["auto", "nccl", "gloo"] = "auto") -> Platform:
-    """Prepare this process for the engine. May be called any number of times.
+    """Prepare this process for Megatron-Core. May be called any number of times.
 
     With a GPU nothing is patched. Without one, the patches of `megatron_moe.platform.patches` are
-    applied and Megatron-Core is imported, whether or not somebody imported it before; and the C
-    library keeps freed memory for the next step (`megatron_moe.platform.allocator`).
+    applied and Megatron-Core is imported, unless it is already; and the C library keeps freed
+    memory for the next step (`keep_freed_memory`).
 
     Args:
         backend: `--distributed-backend`; `auto` is NCCL on GPUs and gloo on CPUs.
 
     Raises:
-        UsageError: a requirement is missing, or the backend is not the device's: NCCL needs GPUs,
-            and gloo has not all the collectives for their tensors.
-        EngineMismatchError: a patch does not fit the installed Megatron-Core.
+        UsageError: a requirement is missing, or the backend does not fit the device: NCCL needs
+            GPUs, and gloo lacks some collectives for their tensors.
+        PatchMismatchError: a patch does not fit the installed Megatron-Core.
     """
     check_requirements()
     if torch.cuda.is_available():
@@ -77,7 +82,7 @@ def activate(backend: Literal["auto", "nccl", "gloo"] = "auto") -> Platform:
 
 
 def deactivate() -> None:
-    """Undo every patch of `activate`, in reverse order. Nothing to do on a GPU."""
+    """Undo every patch of `activate`, in reverse order. Does nothing on a GPU."""
     if _applied:
         release_freed_memory()
     while _applied:
@@ -86,13 +91,12 @@ def deactivate() -> None:
 
 def _cuda(backend: Literal["auto", "nccl", "gloo"]) -> Platform:
     if backend == "gloo":
-        fix = "to run on the CPU here, hide the GPUs with CUDA_VISIBLE_DEVICES=''"
+        fix = "to run on the CPU, hide the GPUs with CUDA_VISIBLE_DEVICES=''"
         raise UsageError("--distributed-backend", backend, "nccl or auto on a GPU", fix)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     if device.index >= torch.cuda.device_count():
-        raise UsageError(
-            "LOCAL_RANK", device.index, f"less than the {torch.cuda.device_count()} GPUs here"
-        )
+        expected = f"< {torch.cuda.device_count()}, the GPUs of this node"
+        raise UsageError("environment variable LOCAL_RANK", device.index, expected)
     torch.cuda.set_device(device)
     return Platform(kind="cuda", device=device, backend="nccl", patches=())
 
@@ -101,9 +105,52 @@ def _apply_all() -> None:
     try:
         for kind in CPU_PATCHES:
             patch = kind()
-            # Registered first: undoing a half-applied patch is safe, forgetting it is not.
+            # Listed before it is applied: half of a patch can be undone, but must not be left.
             _applied.append(patch)
             patch.apply()
     except BaseException:
         deactivate()
         raise
+
+
+def check_requirements() -> None:
+    """Check the version of Megatron-Core, and the packages that it finds by name.
+
+    Raises:
+        UsageError: Megatron-Core is missing or of another version; `psutil` is missing; or a
+            package that is not NVIDIA's Apex is installed under the name `apex`.
+    """
+    _check_megatron_core()
+    _check_psutil()
+    _check_apex()
+
+
+def _check_megatron_core() -> None:
+    fix = f"pip install megatron-core=={MEGATRON_CORE_VERSION}"
+    try:
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        raise UsageError("package megatron-core", "missing", MEGATRON_CORE_VERSION, fix) from None
+    if version != MEGATRON_CORE_VERSION:
+        raise UsageError("package megatron-core", version, MEGATRON_CORE_VERSION, fix)
+
+
+def _check_psutil() -> None:
+    # Without it, Megatron-Core's writer of distributed checkpoints waits forever, without an error.
+    if importlib.util.find_spec("psutil") is None:
+        raise UsageError("package psutil", "missing", "installed", "pip install psutil")
+
+
+def _check_apex() -> None:
+    # Recognised by its files: importing an unknown package to identify it would run its code.
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return
+    places = [Path(place) for place in spec.submodule_search_locations or ()]
+    if not any((place / "multi_tensor_apply" / "__init__.py").is_file() for place in places):
+        raise UsageError(
+            "package apex",
+            str(places[0] if places else spec.origin),
+            "NVIDIA's Apex built from source, or none",
+            "the apex on the package index is another project: pip uninstall apex",
+        )

@@ -1,7 +1,16 @@
-"""Facts about the device for metrics: peak arithmetic and memory in use."""
+"""The device: its peak arithmetic, its memory in use, and what a CPU's allocator keeps.
+
+The C library returns every large block to the kernel when it is freed, and gets it back zeroed,
+page by page, when the next step allocates the same tensor. Measured on one MoE layer of 16 experts
+of 768 x 2048 with 4096 tokens, on one thread: the kernel takes 280 ms of a pass of 1930 ms, and
+nothing with `keep_freed_memory`, which makes the C library behave as the CUDA caching allocator
+does. The memory that a process has needed at once stays with it.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import resource
 import sys
 import time
@@ -23,7 +32,7 @@ _GPU_PEAKS: tuple[tuple[str, float, float], ...] = (
     ("RTX 3090", 71.0, 35.6),
 )
 """(part of the device's name, dense BF16, dense TF32) in TFLOP/s, from NVIDIA's data sheets without
-sparsity. More specific names come first."""
+sparsity. The first part that occurs in the name counts, so more specific ones come first."""
 
 
 def peak_tflops(device: torch.device, bf16: bool) -> float | None:
@@ -34,7 +43,7 @@ def peak_tflops(device: torch.device, bf16: bool) -> float | None:
         bf16: of bfloat16; otherwise of the fastest fp32 GEMM (TF32 on GPUs).
 
     Returns:
-        `None` for a GPU that is not in the table.
+        `None` for a GPU that is not in `_GPU_PEAKS`.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -75,7 +84,7 @@ def _resident_bytes() -> int:
 
 
 def _measured_gemm(dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:
-    """The best of a few square GEMMs, TFLOP/s, with the threads that torch has now."""
+    """The best of a few square GEMMs in TFLOP/s, with the current number of threads."""
     a = torch.ones(size, size, dtype=dtype)
     out = torch.empty_like(a)
     torch.mm(a, a, out=out)
@@ -85,3 +94,49 @@ def _measured_gemm(dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> fl
         torch.mm(a, a, out=out)
         best = min(best, time.perf_counter() - start)
     return 2.0 * size**3 / best / 1e12
+
+
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+"""Parameters of glibc's `mallopt`."""
+_KEEP = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 64 << 20))
+"""No mapping for a single block, no return of the end of the heap, growth by 64 MiB."""
+_DEFAULT = ((_M_MMAP_MAX, 65536), (_M_TRIM_THRESHOLD, 128 << 10), (_M_TOP_PAD, 128 << 10))
+
+
+def keep_freed_memory() -> bool:
+    """Keep freed memory in the process.
+
+    Returns:
+        Whether the C library can: only glibc has the setting.
+    """
+    return _set(_KEEP)
+
+
+def release_freed_memory() -> bool:
+    """Restore the C library's defaults and return free memory to the kernel.
+
+    Returns:
+        Whether the C library can.
+    """
+    library = _glibc()
+    if library is None:
+        return False
+    done = _set(_DEFAULT)
+    library.malloc_trim(0)
+    return done
+
+
+def _set(values: tuple[tuple[int, int], ...]) -> bool:
+    library = _glibc()
+    return library is not None and all(library.mallopt(name, value) for name, value in values)
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library of this process, if it is glibc."""
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "gnu_get_libc_version"):
+        return None
+    library.mallopt.argtypes = (ctypes.c_int, ctypes.c_int)
+    library.malloc_trim.argtypes = (ctypes.c_size_t,)
+    return library

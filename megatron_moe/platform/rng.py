@@ -14,7 +14,7 @@ def rng_states() -> dict[str, torch.Tensor]:
 
     Returns:
         Name -> uint8 [bytes] on the CPU: `cpu`; `cuda` if there is a GPU; and `tracker.NAME` for
-        each named stream of the engine's tracker (dropout inside tensor- and expert-parallel
+        each named stream of Megatron-Core's tracker (dropout inside tensor- and expert-parallel
         regions).
     """
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
@@ -28,7 +28,7 @@ def rng_states() -> dict[str, torch.Tensor]:
 
 
 def set_rng_states(states: dict[str, torch.Tensor]) -> None:
-    """Put back what `rng_states` returned.
+    """Restore what `rng_states` returned.
 
     Raises:
         UsageError: the states are of another kind of device or another set of streams.
@@ -37,7 +37,7 @@ def set_rng_states(states: dict[str, torch.Tensor]) -> None:
 
     expected = rng_states().keys()
     if states.keys() != expected:
-        raise UsageError("random states", sorted(states), f"{sorted(expected)}")
+        raise UsageError("names of random states", sorted(states), f"{sorted(expected)}")
     torch.set_rng_state(states["cpu"].clone())
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"].clone())

@@ -1,8 +1,10 @@
-"""What a run has consumed so far, by stage: saved with checkpoints, and not to be contradicted.
+"""What a run has consumed so far, by phase: saved with checkpoints and checked on resume.
 
-A run that goes on may have another stage table, or none, or have begun without one, as long as the
-table says of every step that was taken what was really done: the same samples of the same data in
-the same steps. What is still to come may change.
+A run may resume with a changed phase table, without one, or with a first one, as long as the table
+assigns to every completed step what that step really did: the same samples of the same data.
+Anything about later steps may change.
+
+The on-disk key of the records is `stages`, the name of the flag that reads the table.
 """
 
 from __future__ import annotations
@@ -12,149 +14,165 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from megatron_moe.checkpoint import TrainState
-from megatron_moe.checkpoint.reading import CheckpointMetadata
+from megatron_moe.checkpoint.metadata import CheckpointMetadata
 from megatron_moe.config import RunConfig
 from megatron_moe.config.phases import FLAG
+from megatron_moe.config.run import flag_of
 from megatron_moe.errors import UsageError
 from megatron_moe.training.phases import Phase, RunSchedule
 
 KEY = "stages"
-"""Of the records in a checkpoint's `TrainState.extra`."""
+"""Key of the records in a checkpoint's `TrainState.extra`."""
 _DECIDE = {
     "objective": ("objective", "ul2_inputs_length", "ul2_fill_rows", "eod_mask_loss", "sft_pack"),
     "data": ("seq_length", "split"),
     "train": ("seed",),
 }
-"""Settings that decide samples, whatever the files are called and wherever they are."""
+"""Settings that decide the content of samples. Paths are not among them: data may move, and is
+compared by fingerprint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PhaseRecord:
-    """What was done of a stage."""
+    """The completed part of a phase."""
 
     name: str
-    """Empty for a run without a stage table."""
+    """Empty for a run without a phase table."""
     first_iteration: int
+    """Steps of the run before the phase."""
     iterations: int
-    """Steps done."""
+    """Completed steps of the phase."""
     first_sample: int
+    """Sequences of the run before the phase."""
     samples: int
-    """Sequences consumed."""
+    """Sequences consumed by the phase."""
     fingerprint: str
-    """Of its data."""
+    """Of the phase's data."""
     config: dict[str, Any]
-    """Of a run of this stage alone, as `RunConfig.to_dict` gives it."""
+    """Of a run of this phase alone, as `RunConfig.to_dict` returns it."""
 
     @property
     def last_iteration(self) -> int:
-        """Steps of the run until the last one of this record."""
+        """Steps of the run up to and including the last one of this record."""
         return self.first_iteration + self.iterations
 
 
-def record_of(stage: Phase, state: TrainState, fingerprint: str) -> PhaseRecord:
-    """What is done of the stage that took the last step."""
+def record_of(phase: Phase, state: TrainState, fingerprint: str) -> PhaseRecord:
+    """The record of the phase that took the last step."""
     return PhaseRecord(
-        name=stage.name,
-        first_iteration=stage.first_iteration,
-        iterations=state.iteration - stage.first_iteration,
-        first_sample=stage.first_sample,
-        samples=state.consumed_train_samples - stage.first_sample,
+        name=phase.name,
+        first_iteration=phase.first_iteration,
+        iterations=state.iteration - phase.first_iteration,
+        first_sample=phase.first_sample,
+        samples=state.consumed_train_samples - phase.first_sample,
         fingerprint=fingerprint,
-        config=stage.config.to_dict(),
+        config=phase.config.to_dict(),
     )
 
 
 def to_extra(records: Sequence[PhaseRecord]) -> dict[str, Any]:
-    """As `TrainState.extra` holds them."""
+    """The records as `TrainState.extra` holds them."""
     return {KEY: [asdict(record) for record in records]}
 
 
+def has_records(state: TrainState) -> bool:
+    """Whether the run that saved this state had a phase table."""
+    return KEY in state.extra
+
+
 def recorded(state: TrainState, opened: CheckpointMetadata) -> tuple[PhaseRecord, ...]:
-    """The stages that a checkpoint was made by; one without a name if there was no table.
+    """The phases that a checkpoint was trained in; one without a name if there was no table.
 
     Raises:
-        UsageError: the checkpoint has something else there.
+        UsageError: the checkpoint's records have other keys.
     """
-    if KEY not in state.extra:
+    if not has_records(state):
         whole = PhaseRecord(
             name="",
             first_iteration=0,
             iterations=state.iteration,
             first_sample=0,
             samples=state.consumed_train_samples,
-            fingerprint=opened.metadata.data_fingerprint,
+            fingerprint=opened.identity.data_fingerprint,
             config=opened.config.to_dict(),
         )
         return (whole,)
     entries, kinds = state.extra[KEY], {f.name: f.type for f in fields(PhaseRecord)}
     for entry in entries if isinstance(entries, list) else [entries]:
         if not isinstance(entry, dict) or entry.keys() != kinds.keys():
-            expected = f"stages with {', '.join(kinds)}"
-            raise UsageError(f"stages of checkpoint {opened.path}", entry, expected)
+            expected = f"an object with the keys {', '.join(kinds)}"
+            raise UsageError(f"each of '{KEY}' in checkpoint {opened.path}", entry, expected)
     return tuple(PhaseRecord(**entry) for entry in entries)
 
 
 def check_consumed(
     schedule: RunSchedule, state: TrainState, records: Sequence[PhaseRecord]
 ) -> None:
-    """Refuse to go on with a run that says otherwise of what was done.
+    """Check that the schedule agrees with the steps that the checkpoint has completed.
+
+    Example: the checkpoint has records of `ul2`, steps 1 to 8, and `causal`, steps 9 to 10. The
+    first phase must then end at step 8 exactly; the second must begin there and may end at 10 or
+    later; a third is free.
 
     Raises:
-        UsageError: names the stage, and what it is and was.
+        UsageError: names the phase, its setting, and the recorded one.
     """
     if not schedule.has_phases:
         if len(records) > 1:
             done = ", ".join(record.name for record in records)
-            fix = "--finetune takes the weights alone"
-            raise UsageError(FLAG, None, f"the table of the run to go on with: {done}", fix)
+            fix = "--finetune loads only the weights"
+            raise UsageError(FLAG, None, f"the phase table of the run to resume: {done}", fix)
         return
-    for record, stage in zip(records, schedule.phases, strict=False):
-        _check_place(stage, record, ended=record is not records[-1])
-        _check_settings(stage, record)
+    for record, phase in zip(records, schedule.phases, strict=False):
+        _check_range(phase, record, completed=record is not records[-1])
+        _check_settings(phase, record)
     if len(records) > len(schedule.phases) or state.iteration > schedule.iterations:
-        expected = f"stages that hold the {state.iteration} steps of the checkpoint"
+        expected = f"a table that covers the {state.iteration} iterations of the checkpoint"
         raise UsageError(FLAG, schedule.config.train.stages, expected)
 
 
-def _check_place(stage: Phase, record: PhaseRecord, ended: bool) -> None:
-    """The stage holds the steps and samples of the record, and ends with it if it is over."""
+def _check_range(phase: Phase, record: PhaseRecord, completed: bool) -> None:
+    """The phase contains the recorded steps and samples, and ends with them if it is completed."""
     first, last = record.first_iteration, record.last_iteration
-    fits = stage.first_iteration == first and last <= stage.last_iteration
-    if not fits or (ended and last != stage.last_iteration):
-        found = f"steps {stage.first_iteration + 1} to {stage.last_iteration}"
-        done = f"steps {first + 1} to {last}" + ("" if ended else " within it")
-        raise UsageError(stage.label, found, f"{done}, which the checkpoint has done")
+    fits = phase.first_iteration == first and last <= phase.last_iteration
+    if not fits or (completed and last != phase.last_iteration):
+        found = f"{phase.first_iteration + 1} to {phase.last_iteration}"
+        expected = f"{first + 1} to {last}" + ("" if completed else " or later")
+        what = f"{phase.label}: iterations"
+        raise UsageError(what, found, f"{expected}, as recorded in the checkpoint")
     consumed = record.first_sample + record.samples
-    if stage.samples_at(last) != consumed:
-        expected = f"{consumed} after {last} steps, as in the checkpoint"
-        fix = "another batch size needs a stage of its own"
-        raise UsageError(f"{stage.label}: samples", stage.samples_at(last), expected, fix)
+    if phase.samples_at(last) != consumed:
+        what = f"{phase.label}: samples after {last} iterations"
+        fix = "use another phase for another batch size"
+        expected = f"{consumed}, as recorded in the checkpoint"
+        raise UsageError(what, phase.samples_at(last), expected, fix)
 
 
-def _check_settings(stage: Phase, record: PhaseRecord) -> None:
-    """Whatever the data is called, it was cut and hidden in this way."""
+def _check_settings(phase: Phase, record: PhaseRecord) -> None:
+    """Samples are cut and masked as they were, wherever the files are now."""
     for section, names in _DECIDE.items():
         before = record.config.get(section, {})
         for name in names:
-            value = getattr(getattr(stage.config, section), name)
+            value = getattr(getattr(phase.config, section), name)
+            # A checkpoint of an earlier version may lack a setting that was added since.
             if name in before and before[name] != value:
-                flag = f"{stage.label}: --{name.replace('_', '-')}"
-                expected = f"{before[name]}, as for the steps that the checkpoint has done"
+                flag = f"{phase.label}: {flag_of(name)}"
+                expected = f"{before[name]}, as recorded in the checkpoint"
                 raise UsageError(flag, value, expected)
 
 
-def check_data(stage: Phase, state: TrainState, record: PhaseRecord, fingerprint: str) -> None:
-    """The data of a stage under way must be what it began with.
+def check_data(phase: Phase, state: TrainState, record: PhaseRecord, fingerprint: str) -> None:
+    """Check that a phase in progress has the data that it began with.
 
     Raises:
-        UsageError: it is not.
+        UsageError: it has other data.
     """
-    under_way = stage.first_iteration == record.first_iteration and record.iterations > 0
-    if under_way and state.iteration < stage.last_iteration and record.fingerprint != fingerprint:
-        expected = f"{record.fingerprint}, as for the steps that the checkpoint has done"
-        raise UsageError(f"{stage.label}: training data", fingerprint, expected)
+    in_progress = phase.first_iteration == record.first_iteration and record.iterations > 0
+    if in_progress and state.iteration < phase.last_iteration and record.fingerprint != fingerprint:
+        expected = f"{record.fingerprint}, as recorded in the checkpoint"
+        raise UsageError(f"{phase.label}: training data", fingerprint, expected)
 
 
 def previous_settings(record: PhaseRecord, source: str) -> RunConfig:
-    """The configuration that the last steps were taken with."""
+    """The configuration of the last completed steps."""
     return RunConfig.from_dict(record.config, source)

@@ -1,8 +1,8 @@
-"""The held-out loss: the same samples every time, exactly weighted, without a trace in training.
+"""The held-out loss: the same samples at every evaluation, and no effect on training.
 
-Capacity follows `--moe-eval-capacity-factor` because the chunks are in evaluation mode. Random
-states, modes and routing statistics are put back afterwards, so that a run with evaluations takes,
-and reports, the same steps as one without.
+Capacity follows `--moe-eval-capacity-factor`, because the chunks are in evaluation mode. Random
+states, modes and routing statistics are restored, so that a run with evaluations takes and reports
+bit for bit the same steps as one without.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Literal
 
 import torch
 
@@ -19,56 +20,57 @@ from megatron_moe.data.pipeline import Data
 from megatron_moe.moe.statistics import counters
 from megatron_moe.parallel.schedule import forward_backward
 from megatron_moe.platform import rng_states, set_rng_states
-from megatron_moe.training.losses import forward_function, total_sums
 from megatron_moe.training.metrics import Evaluation
 from megatron_moe.training.run import TrainingRun
+from megatron_moe.training.step import fetch_batches, forward_function, total_sums
 
 NextBatches = Callable[[], Sequence[Batch | None]]
-"""Gives this rank's micro-batches of the next global batch."""
+"""Returns this rank's micro-batches of the next global batch."""
 
 
-Fetch = Callable[[Iterator[Batch] | None], Sequence[Batch | None]]
-"""Likewise, from an iterator over micro-batches, `None` on ranks that do not read."""
-
-
-def evaluate_split(run: TrainingRun, data: Data, split: str, fetch: Fetch) -> Evaluation:
+def evaluate_split(run: TrainingRun, data: Data, split: Literal["valid", "test"]) -> Evaluation:
     """The loss of the blend, then of each of its domains, in the order of their prefixes.
 
-    A domain's batches hold nothing else, so its loss is what a run on it alone would find, whatever
-    the layout and the other domains are.
+    The batches of a domain hold nothing else, so its loss is that of a run on this domain alone,
+    whatever the layout and the other domains are. All evaluations use the full global batch, also
+    during a batch-size ramp-up.
 
     Args:
-        run: the run.
+        run: the model.
         data: of this rank.
-        split: `valid` or `test`.
-        fetch: gives this rank's micro-batches of the next global batch.
+        split: which held-out data.
     """
+    size = run.plan.batch_sizes.full
+
+    def loss_of(batches: Iterator[Batch] | None, iterations: int) -> Evaluation:
+        return evaluate(run, partial(fetch_batches, run, batches, size), iterations)
+
     blend = data.test() if split == "test" else data.valid()
-    found = evaluate(run, lambda: fetch(blend), run.config.train.eval_iters)
+    found = loss_of(blend, run.config.train.eval_iters)
     parts: dict[str, Evaluation] = {}
     for name, iterations in data.domains[split].items():
-        batches = data.domain(split, name)
-        parts[name] = evaluate(run, partial(fetch, batches), iterations)
+        parts[name] = loss_of(data.domain(split, name), iterations)
     return replace(found, domains=parts)
 
 
 def evaluate(run: TrainingRun, next_batches: NextBatches, iterations: int) -> Evaluation:
     """Mean cross entropy over ``iterations`` global batches; the same value on every rank."""
     sums = torch.zeros(3, dtype=torch.float64, device=run.ctx.platform.device)
-    with _undisturbed(run), torch.no_grad():
+    with _restored(run), torch.no_grad():
         for _ in range(iterations):
             batches = next_batches()
             forward = forward_function(run, None, len(batches))
             reported = forward_backward(run.ctx, forward, batches, run.wrapped, forward_only=True)
             sums += total_sums(reported, run)
+    # Sums, not means, are reduced: ranks hold different numbers of targets.
     torch.distributed.all_reduce(sums)
     cross_entropy, _, targets = sums.tolist()
     return Evaluation(lm_loss=cross_entropy / max(targets, 1.0), targets=int(targets))
 
 
 @contextlib.contextmanager
-def _undisturbed(run: TrainingRun) -> Iterator[None]:
-    """Evaluation mode, with everything that training depends on put back at the end."""
+def _restored(run: TrainingRun) -> Iterator[None]:
+    """Evaluation mode; everything that training depends on is restored at the end."""
     states = rng_states()
     routed = {counter: counter.sums.clone() for counter in counters(run.chunks).values()}
     for chunk in run.wrapped:

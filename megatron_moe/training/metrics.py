@@ -1,7 +1,8 @@
-"""What a run measures: per-step losses without host reads, and the interval's report.
+"""What a run measures: steps, intervals, evaluations, and the meter that collects them.
 
-Steps leave their sums on the device. At a log interval they are added over all ranks in one
-collective, read once, and turned into a `Report`; a `Meter` knows which steps are still unread.
+Steps leave their loss sums on the device. At a log interval the `Meter` reduces the sums of all
+steps since the last one over all ranks, in one collective and one host synchronization, and turns
+them into `StepRecord`s. Reading them step by step would cost a synchronization each.
 """
 
 from __future__ import annotations
@@ -16,17 +17,21 @@ import torch
 from torch import Tensor
 
 from megatron_moe.checkpoint import TrainState
-from megatron_moe.platform import Platform
+from megatron_moe.config import RunConfig
+from megatron_moe.model.counting import flops_per_token
+from megatron_moe.moe.statistics import LayerStatistics
+from megatron_moe.training.phases import Phase
+from megatron_moe.training.run import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepRecord:
-    """One optimizer step, as exact as it was computed."""
+    """One optimizer step, in full precision."""
 
     iteration: int
-    """Steps done, this one included."""
+    """Completed steps, this one included."""
     consumed_samples: int
-    """Sequences read so far, this step's included."""
+    """Sequences consumed so far, this step's included."""
     batch_size: int
     """Sequences of this step."""
     learning_rate: float
@@ -41,7 +46,7 @@ class StepRecord:
     """Real targets of the global batch."""
 
     def to_json(self) -> dict[str, float | int | str]:
-        """For `--metrics-file`: numbers to read, and hexadecimal floats to compare bit by bit."""
+        """For `--metrics-file`: readable numbers, and hexadecimal floats to compare bit by bit."""
         return {
             "iteration": self.iteration,
             "consumed_samples": self.consumed_samples,
@@ -58,18 +63,39 @@ class StepRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """How fast an interval was. Evaluation and saving are not counted."""
+    """The speed of an interval. Evaluations and saves are not counted."""
 
     seconds_per_step: float
     """Mean wall time of a step."""
     tokens_per_second: float
     """Positions per second, over all ranks."""
     tflops_per_device: float
-    """Model TFLOP/s of one rank: the arithmetic that the model needs, recomputation not counted."""
+    """Model TFLOP/s of one rank: the arithmetic that the model needs, without recomputation."""
     mfu: float | None
-    """That as a share of the device's peak; ``None`` if the peak is not known."""
+    """Model FLOP/s utilization: `tflops_per_device` over the device's peak; ``None`` if the peak is
+    not known."""
     memory_bytes: int
-    """Most memory in use on this rank so far."""
+    """Peak memory of this rank so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """The steps since the last log line."""
+
+    records: Sequence[StepRecord]
+    """At least one, oldest first."""
+    speed: Throughput
+    layers: Mapping[int, LayerStatistics]
+    """Routing statistics by 0-based layer number; empty for a dense model."""
+    phase: Phase | None
+    """The phase of the last step; ``None`` for a run without a phase table."""
+
+    @property
+    def lm_loss(self) -> float:
+        """Cross entropy in nats, mean over all targets of the interval."""
+        # A mean over steps would weigh the targets of a small batch more than those of a large one.
+        total = math.fsum(record.lm_loss * record.targets for record in self.records)
+        return total / max(sum(record.targets for record in self.records), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +105,17 @@ class Evaluation:
     lm_loss: float
     """Cross entropy in nats: its sum over all targets, divided by their number."""
     targets: int
-    """Real targets it was taken over."""
+    """Real targets of the evaluation."""
     domains: Mapping[str, Evaluation] = field(default_factory=dict)
-    """The same of each domain by itself, in order; empty if there is but one."""
+    """The same for each domain separately, in order; empty if there is only one."""
 
     @property
     def perplexity(self) -> float:
-        """Exponential of the loss, kept within a float."""
+        """Exponential of the loss, limited to the range of a float."""
         return math.exp(min(self.lm_loss, 700.0))
 
     def to_json(self) -> dict[str, Any]:
-        """For `--metrics-file`, with hexadecimal floats like those of steps."""
+        """For `--metrics-file`, with hexadecimal floats as for steps."""
         values: dict[str, Any] = {
             "lm_loss": self.lm_loss,
             "targets": self.targets,
@@ -102,47 +128,57 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """How a start of a run ended."""
+    """The result of `Trainer.train`: one start of a run."""
 
     state: TrainState
-    """Where it stands now."""
+    """Step and samples at its end."""
     first: StepRecord | None
-    """Its first step, ``None`` if there was nothing left to do."""
+    """Its first step; ``None`` if no step was left to take."""
     last: StepRecord | None
     """Its last step."""
     valid: Evaluation | None
     """Its last evaluation on validation data."""
     tokens_per_second: float
-    """Over all its steps, evaluations and saves not counted."""
+    """Over all its steps; evaluations and saves are not counted."""
     failure: str | None = None
-    """Why it stopped before its end, in one line."""
+    """Why it ended early, in one line; ``None`` if it did not fail."""
 
 
 _Step = tuple[int, int, int, float, float]
 """Iteration, consumed samples, batch size, learning rate, gradient norm."""
 
 
-@dataclass
 class Meter:
-    """Collects steps between two log intervals.
+    """Collects steps between two log intervals, and their sum over this start of the run.
 
     Args:
-        platform: where we run.
-        tokens_per_sample: positions of one sequence.
-        flops_per_token: model FLOPs of one position.
-        world_size: ranks.
-        peak_tflops: of one device, ``None`` if unknown.
+        run: the model; its arithmetic and the device's peak give the utilization.
     """
 
-    platform: Platform
-    tokens_per_sample: int
-    flops_per_token: float
-    world_size: int
-    peak_tflops: float | None
-    _steps: list[_Step] = field(default_factory=list)
-    _sums: list[Tensor] = field(default_factory=list)
-    _seconds: float = 0.0
-    _started: float = field(default_factory=time.perf_counter)
+    def __init__(self, run: TrainingRun) -> None:
+        config, platform = run.config, run.ctx.platform
+        self._platform, self._world_size = platform, run.ctx.world_size
+        self._vocab_size = run.vocab_size
+        self._peak_tflops = config.logging.device_peak_tflops or platform.peak_tflops(
+            config.train.bf16
+        )
+        self._steps: list[_Step] = []
+        self._sums: list[Tensor] = []
+        self._seconds = 0.0
+        self._started = time.perf_counter()
+        self.first: StepRecord | None = None
+        self.last: StepRecord | None = None
+        self._all_seconds, self._all_tokens = 0.0, 0
+        self.enter_phase(config)
+
+    def enter_phase(self, config: RunConfig) -> None:
+        """Count tokens and arithmetic as in this phase, whose sequence length may be another.
+
+        Steps of the phase before must have been collected: they would be counted wrongly.
+        """
+        self._sequence_length = config.data.seq_length
+        flops = flops_per_token(config.model, config.moe, self._vocab_size, self._sequence_length)
+        self._flops_per_token = flops.training
 
     def add(
         self,
@@ -153,23 +189,29 @@ class Meter:
         grad_norm: float,
         sums: Tensor,
     ) -> None:
-        """Note a step; ``sums`` is this rank's fp64 [3] of `total_sums`, left on the device."""
+        """Add a step; ``sums`` is this rank's fp64 [3] of `total_sums`, left on the device."""
         self._steps.append((iteration, samples, batch_size, learning_rate, grad_norm))
         self._sums.append(sums)
 
     def pause(self) -> None:
         """Stop the clock, for an evaluation or a save."""
-        self.platform.synchronize()
+        # Kernels that were launched before belong to the steps before.
+        self._platform.synchronize()
         self._seconds += time.perf_counter() - self._started
 
     def resume(self) -> None:
         """Start the clock again."""
         self._started = time.perf_counter()
 
-    def collect(self) -> tuple[list[StepRecord], Throughput | None]:
-        """Read everything noted since the last time; a collective over all ranks.
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all collected steps; 0 without any."""
+        return self._all_tokens / self._all_seconds if self._all_seconds else 0.0
 
-        The clock starts anew. Without a step in between there is nothing, and no throughput.
+    def collect(self) -> tuple[list[StepRecord], Throughput | None]:
+        """Read all steps since the last call; a collective over all ranks if there are any.
+
+        The clock restarts. Without a step there are no records and no throughput.
         """
         self.pause()
         self.resume()
@@ -178,17 +220,24 @@ class Meter:
         self._steps, self._sums, self._seconds = [], [], 0.0
         if not steps:
             return [], None
-        return records, self._throughput(records, seconds)
+        speed = self._throughput(records, seconds)
+        self.first, self.last = self.first or records[0], records[-1]
+        self._all_seconds += speed.seconds_per_step * len(records)
+        self._all_tokens += self._tokens(records)
+        return records, speed
+
+    def _tokens(self, records: Sequence[StepRecord]) -> int:
+        return sum(record.batch_size for record in records) * self._sequence_length
 
     def _throughput(self, records: Sequence[StepRecord], seconds: float) -> Throughput:
-        tokens = sum(record.batch_size for record in records) * self.tokens_per_sample
-        tflops = self.flops_per_token * tokens / seconds / self.world_size / 1e12
+        tokens = self._tokens(records)
+        tflops = self._flops_per_token * tokens / seconds / self._world_size / 1e12
         return Throughput(
             seconds_per_step=seconds / len(records),
             tokens_per_second=tokens / seconds,
             tflops_per_device=tflops,
-            mfu=tflops / self.peak_tflops if self.peak_tflops else None,
-            memory_bytes=self.platform.device_memory_stats()["max_allocated"],
+            mfu=tflops / self._peak_tflops if self._peak_tflops else None,
+            memory_bytes=self._platform.device_memory_stats()["max_allocated"],
         )
 
 
@@ -212,10 +261,3 @@ def _records(steps: Sequence[_Step], sums: Sequence[Tensor]) -> list[StepRecord]
             steps, table.tolist(), strict=True
         )
     ]
-
-
-def mean_loss(records: Sequence[StepRecord]) -> float:
-    """The interval's cross entropy, each target weighing the same."""
-    return math.fsum(r.lm_loss * r.targets for r in records) / max(
-        sum(r.targets for r in records), 1
-    )

@@ -1,4 +1,4 @@
-"""Where a run writes: checked before it starts, continued without contradiction after a restart."""
+"""Where a run writes: checked before it starts, consistent after it resumes."""
 
 from __future__ import annotations
 
@@ -12,19 +12,13 @@ from megatron_moe.errors import UsageError
 
 
 def check_outputs(config: RunConfig) -> None:
-    """Make sure that every output can be written, without leaving anything there.
+    """Check that every output can be written, without leaving anything there.
 
-    Hours later, at the first save, would be late to find out.
+    Otherwise the first save, hours later, would fail.
 
     Raises:
-        UsageError: a directory or file that can be neither made nor written, or rules for what
-            stays of it that do not belong together.
+        UsageError: a directory or file that cannot be created or written.
     """
-    kept = config.checkpoint
-    if kept.keep_every is not None and kept.keep_last is None:
-        raise UsageError("--keep-every", kept.keep_every, "--keep-last with it")
-    if kept.async_save and kept.save is None:
-        raise UsageError("--async-save", True, "--save with it")
     _directory("--save", config.checkpoint.save)
     _directory("--tensorboard-dir", config.logging.tensorboard_dir)
     metrics = config.logging.metrics_file
@@ -33,24 +27,24 @@ def check_outputs(config: RunConfig) -> None:
     if Path(metrics).is_dir():
         raise UsageError("--metrics-file", metrics, "a file, not a directory")
     if Path(metrics).exists() and not os.access(metrics, os.W_OK):
-        raise UsageError("--metrics-file", metrics, "a file that can be written")
+        raise UsageError("--metrics-file", metrics, "a writable file")
     _directory("--metrics-file", str(Path(metrics).absolute().parent))
 
 
 def _directory(flag: str, path: str | None) -> None:
     if path is None:
         return
-    # What does not exist yet is made in the nearest directory that does.
+    # A path that does not exist yet is created in its nearest existing parent.
     existing = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if _is(p))
     if not existing.is_dir():
         raise UsageError(flag, path, "a directory", f"{existing} is a file")
     try:
-        # Permissions say too little: root has them all, and a file system may be read-only.
+        # Permission bits are not enough: root has them all, and a file system may be read-only.
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         found = f"{existing}: {error.strerror}"
-        raise UsageError(flag, path, "a directory that can be written", found) from None
+        raise UsageError(flag, path, "a writable directory", found) from None
 
 
 def _is(path: Path) -> bool:
@@ -60,10 +54,10 @@ def _is(path: Path) -> bool:
         return False
 
 
-def forget_later_steps(path: Path, iteration: int) -> None:
-    """Drop the records of steps after ``iteration`` from a metrics file, which will be run again.
+def drop_later_steps(path: Path, iteration: int) -> None:
+    """Drop the records of steps after ``iteration``, which will run again, from a metrics file.
 
-    A last line that was cut off by the end of a run is dropped as well.
+    A last line that was cut off when a run was killed is dropped as well.
     """
     if not path.exists():
         return

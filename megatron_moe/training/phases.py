@@ -1,19 +1,18 @@
-"""The stages of a run, one after the other: where each begins and ends, and what it is made of.
+"""The phases of a run: where each begins and ends, and its configuration, layout and plan.
 
-A run without `--stages` is one stage. Everything follows from the configuration and the number of
-ranks, is checked before training starts, and needs no torch, so that `--describe` shows it too.
+A run without `--phases` is one phase. Everything follows from the configuration and the number of
+ranks, is resolved before training starts, and needs no torch, so that `--describe` shows it.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from megatron_moe.config import RunConfig
-from megatron_moe.config.phases import FLAG, SETTINGS, PhaseSpec, Unit, read_phases
-from megatron_moe.config.rampup import FLAG as RAMPUP
+from megatron_moe.config.phases import SETTINGS, PhaseSpec, Unit, errors_of_phase, read_phases
 from megatron_moe.config.rampup import BatchSizes
+from megatron_moe.config.run import flag_of
 from megatron_moe.errors import UsageError
 from megatron_moe.parallel.layout import Layout, resolve_layout
 from megatron_moe.training.optim.schedule import learning_rate
@@ -25,42 +24,42 @@ class Phase:
     """A part of a run with settings of its own."""
 
     name: str
-    """Empty for a run without a stage table."""
+    """Empty for a run without `--phases`."""
     label: str
-    """The stage and its table, for messages."""
+    """Name and file, for messages."""
     number: int
     """From 1."""
     config: RunConfig
-    """Of a run of this stage alone: `train_iters` is its own length."""
+    """That of a run of this phase alone: `train_iters` is the length of the phase."""
     layout: Layout
     plan: TrainingPlan
-    """Of this stage alone."""
+    """Of this phase alone."""
     first_iteration: int
-    """Steps of the run before it."""
+    """Steps of the run before the phase."""
     first_sample: int
-    """Sequences of the run before it."""
+    """Sequences of the run before the phase."""
     first_token: int
-    """Positions of the run before it."""
+    """Tokens of the run before the phase: sequences times their lengths, padding included."""
     rate_origin: int
-    """Steps of the run before those that its learning rate counts."""
+    """Step of the run from which the learning rate counts its steps."""
 
     @property
     def last_iteration(self) -> int:
-        """Steps of the run until its end."""
+        """Steps of the run up to the end of the phase."""
         return self.first_iteration + self.plan.iterations
 
     @property
     def samples(self) -> int:
-        """Sequences of the whole stage."""
+        """Sequences of the whole phase."""
         return self.plan.batch_sizes.samples_of(self.plan.iterations)
 
     @property
     def last_token(self) -> int:
-        """Positions of the run until its end."""
+        """Tokens of the run up to the end of the phase."""
         return self.first_token + self.samples * self.config.data.seq_length
 
     def samples_at(self, iteration: int) -> int:
-        """Sequences that the run has consumed after ``iteration`` steps, this stage's last one."""
+        """Sequences that the run has consumed after ``iteration`` steps, the last in this phase."""
         return self.first_sample + self.plan.batch_sizes.samples_of(
             iteration - self.first_iteration
         )
@@ -80,7 +79,7 @@ class RunSchedule:
     """A whole run."""
 
     config: RunConfig
-    """As given: what the command line says, without any stage's settings."""
+    """As given on the command line, without the settings of any phase."""
     phases: tuple[Phase, ...]
 
     @property
@@ -90,43 +89,31 @@ class RunSchedule:
 
     @property
     def has_phases(self) -> bool:
-        """Whether there is a stage table."""
+        """Whether `--phases` is given."""
         return self.config.train.stages is not None
 
     def at(self, iteration: int) -> Phase:
-        """The stage of the step after ``iteration`` steps; at the end of the run, the last one."""
-        going_on = (stage for stage in self.phases if iteration < stage.last_iteration)
-        return next(going_on, self.phases[-1])
-
-
-@contextlib.contextmanager
-def named(label: str) -> Iterator[None]:
-    """Mistakes inside are said to be of a stage; an empty label says nothing."""
-    try:
-        yield
-    except UsageError as error:
-        if not label:
-            raise
-        what = f"{label}: {error.what}"
-        raise UsageError(what, error.found, error.expected, error.fix) from None
+        """The phase of the step after ``iteration`` steps; at the end of the run, the last one."""
+        unfinished = (phase for phase in self.phases if iteration < phase.last_iteration)
+        return next(unfinished, self.phases[-1])
 
 
 def resolve_run_schedule(
     config: RunConfig, world_size: int, padded_vocab_size: int | None = None
 ) -> RunSchedule:
-    """Work out all stages and check everything but their data.
+    """Resolve all phases and check everything but their data.
 
     Args:
-        config: the run.
+        config: the run, validated.
         world_size: ranks.
         padded_vocab_size: V after padding, if known already.
 
     Raises:
-        UsageError: a layout, length, interval, rate or stage that cannot be meant; of a stage, its
-            name comes first.
+        UsageError: a layout is impossible, a length is missing or too short, or the steps of a
+            learning rate do not fit into it. The name of the phase comes first.
     """
     if config.train.stages is not None:
-        return _staged(config, config.train.stages, world_size, padded_vocab_size)
+        return _resolve_table(config, config.train.stages, world_size, padded_vocab_size)
     layout = resolve_layout(config, world_size, padded_vocab_size)
     whole = Phase(
         name="",
@@ -145,7 +132,11 @@ def resolve_run_schedule(
 
 @dataclass(frozen=True, kw_only=True)
 class _Draft:
-    """A stage whose place in the run is known, but not yet the length of the run."""
+    """A phase whose place in the run is known, while the length of the run is not yet.
+
+    A learning rate that counts steps of the run decays over all of them, so plans can be resolved
+    only when the end of the last phase is known.
+    """
 
     spec: PhaseSpec
     config: RunConfig
@@ -156,39 +147,22 @@ class _Draft:
     first_token: int
 
 
-def _staged(config: RunConfig, path: str, world_size: int, vocab_size: int | None) -> RunSchedule:
-    if config.train.rampup_batch_size is not None:
-        found = " ".join(map(str, config.train.rampup_batch_size))
-        expected = f"no value beside {FLAG}"
-        raise UsageError(RAMPUP, found, expected, "give it to the stage that ramps")
-    specs = read_phases(path)
-    _check_length_flags(config, specs[-1])
+def _resolve_table(
+    config: RunConfig, path: str, world_size: int, vocab_size: int | None
+) -> RunSchedule:
     drafts: list[_Draft] = []
-    for spec in specs:
-        with named(spec.label):
-            staged = spec.applied(config)
-            layout = resolve_layout(staged, world_size, vocab_size)
-            drafts.append(_draft(spec, staged, layout, drafts))
+    for spec in read_phases(path):
+        with errors_of_phase(spec.label):
+            applied = spec.applied(config)
+            layout = resolve_layout(applied, world_size, vocab_size)
+            drafts.append(_draft(spec, applied, layout, drafts))
     last = drafts[-1]
     total = last.first_iteration + last.iterations
-    stages = []
+    phases = []
     for number, draft in enumerate(drafts, 1):
-        with named(draft.spec.label):
-            stages.append(_stage(number, draft, total))
-    return RunSchedule(config=config, phases=tuple(stages))
-
-
-def _check_length_flags(config: RunConfig, last: PhaseSpec) -> None:
-    """The run ends with its last stage, or where the command line says."""
-    for flag, value in (
-        ("--train-iters", config.train.train_iters),
-        ("--train-samples", config.train.train_samples),
-    ):
-        if value is not None and last.unit is not None:
-            raise UsageError(flag, value, f"no value: {last.label}, the last one, has an end")
-    if config.train.train_iters is not None and config.train.train_samples is not None:
-        found, expected = config.train.train_iters, "no --train-samples"
-        raise UsageError("--train-iters", found, expected, "give one of the two")
+        with errors_of_phase(draft.spec.label):
+            phases.append(_resolve_phase(number, draft, total))
+    return RunSchedule(config=config, phases=tuple(phases))
 
 
 def _draft(spec: PhaseSpec, config: RunConfig, layout: Layout, before: Sequence[_Draft]) -> _Draft:
@@ -210,8 +184,8 @@ def _draft(spec: PhaseSpec, config: RunConfig, layout: Layout, before: Sequence[
         steps = sizes.iterations_of(room) if room > 0 else 0
     if steps < 1:
         least = {"iteration": iteration + 1, "samples": sample + step}
-        expected = f"at least {least.get(unit, token + step * length)}, a step of this stage after"
-        raise UsageError(flag, until, f"{expected} those before it")
+        expected = f">= {least.get(unit, token + step * length)}, one step after the phases before"
+        raise UsageError(flag, until, expected)
     return _Draft(
         spec=spec,
         config=config,
@@ -224,19 +198,19 @@ def _draft(spec: PhaseSpec, config: RunConfig, layout: Layout, before: Sequence[
 
 
 def _end(spec: PhaseSpec, config: RunConfig) -> tuple[str, Unit, int]:
-    """Where the stage's end is said, in what it is counted, and the end."""
+    """The setting that ends the phase, the unit it counts in, and the end."""
     if spec.unit is not None:
         return f"until-{spec.unit}", spec.unit, spec.until
     if config.train.train_iters is not None:
         return "--train-iters", "iteration", config.train.train_iters
     if config.train.train_samples is not None:
         return "--train-samples", "samples", config.train.train_samples
-    fix = "or --train-samples, or end the last stage in the table"
-    raise UsageError("--train-iters", None, "a number of steps: the stage is open", fix)
+    fix = "or set --train-samples, or an end of this phase in the file"
+    raise UsageError("--train-iters", None, "a number of steps, as the phase has no end", fix)
 
 
-def _stage(number: int, draft: _Draft, total: int) -> Phase:
-    """A stage whose run is ``total`` steps long."""
+def _resolve_phase(number: int, draft: _Draft, total: int) -> Phase:
+    """A phase of a run of ``total`` steps."""
     config, from_run = draft.config, draft.spec.lr_from == "run"
     decay = config.optimizer.lr_decay_iters or (total if from_run else draft.iterations)
     alone = replace(
@@ -259,34 +233,33 @@ def _stage(number: int, draft: _Draft, total: int) -> Phase:
 
 
 def phase_lines(schedule: RunSchedule) -> list[str]:
-    """The stage table as it will be run; empty without one."""
+    """One line for each phase as it will run; none without `--phases`."""
     if not schedule.has_phases:
         return []
-    return [_line(stage, len(schedule.phases)) for stage in schedule.phases]
+    return [_line(phase, len(schedule.phases)) for phase in schedule.phases]
 
 
-def _line(stage: Phase, count: int) -> str:
-    config, rate = stage.config, stage.config.optimizer
-    counted = "run" if stage.rate_origin == 0 else "stage"
+def _line(phase: Phase, count: int) -> str:
+    config, rate = phase.config, phase.config.optimizer
+    counted = "run" if phase.rate_origin == 0 else "phase"
     dropout = (config.model.hidden_dropout, config.model.attention_dropout)
-    sizes = stage.plan.batch_sizes
+    sizes = phase.plan.batch_sizes
     batch = f"{sizes.full}" if sizes.constant else f"{sizes.start} to {sizes.full}"
     return (
-        f"stage {stage.number}/{count} {stage.name}: steps {stage.first_iteration + 1} to"
-        f" {stage.last_iteration}, {config.objective.objective},"
+        f"phase {phase.number}/{count} {phase.name}: steps {phase.first_iteration + 1} to"
+        f" {phase.last_iteration}, {config.objective.objective},"
         f" {batch} sequences of {config.data.seq_length},"
-        f" {stage.first_token:.4g} to {stage.last_token:.4g} tokens,"
+        f" {phase.first_token:.4g} to {phase.last_token:.4g} tokens,"
         f" lr {rate.lr:g} {rate.lr_decay_style} by the {counted}'s steps"
         + (f", dropout {dropout[0]:g} hidden {dropout[1]:g} attention" if any(dropout) else "")
     )
 
 
 def differences(before: RunConfig, after: RunConfig) -> list[str]:
-    """What a stage can set and two configurations have differently, one line each."""
+    """The settings of a phase in which two configurations differ, one line each."""
     old, new = asdict(before), asdict(after)
     return [
-        f"--{name.replace('_', '-')} was {_shown(old[section][name])},"
-        f" is {_shown(new[section][name])}"
+        f"{flag_of(name)} was {_shown(old[section][name])}, is {_shown(new[section][name])}"
         for name, section in SETTINGS.items()
         if old[section][name] != new[section][name]
     ]

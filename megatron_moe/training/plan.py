@@ -1,6 +1,6 @@
-"""How long a run is: everything about its length that follows from configuration and layout.
+"""How many steps a run takes: what follows from its configuration and the sequences of a step.
 
-Checked before any process group exists, so that a mistake ends every rank at once.
+Resolved before any process group exists, so that an error ends every rank at once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from megatron_moe.config import OptimizerConfig, RunConfig
 from megatron_moe.config.rampup import BatchSizes
-from megatron_moe.config.ranges import check_ranges
 from megatron_moe.errors import UsageError
 
 
@@ -18,31 +17,28 @@ class TrainingPlan:
     """The length of a run, in optimizer steps."""
 
     iterations: int
-    """Steps of the whole run, over all its restarts."""
+    """Steps of the whole run, including those before a restart."""
     decay_iterations: int
-    """Steps until the learning rate reaches its floor."""
+    """Steps until the learning rate reaches its minimum."""
     batch_sizes: BatchSizes
     """Sequences of each step."""
 
 
 def resolve_plan(config: RunConfig, global_batch_size: int) -> TrainingPlan:
-    """Work out the plan and check everything that it depends on.
+    """Resolve the plan and check the settings that depend on the number of steps.
 
     Args:
         config: the run.
-        global_batch_size: sequences of one step, once it is full, as the layout resolved it.
+        global_batch_size: sequences of a step after the ramp-up, as the layout resolved them.
 
     Raises:
-        UsageError: a length, interval or rate that cannot be meant.
+        UsageError: no length, one shorter than a step, a warm-up or decay that does not fit into
+            the run, or patterns of frozen parameters that select nothing or everything.
     """
-    check_ranges(config)
     batch_sizes = BatchSizes.of(config.train, global_batch_size)
     iterations = _iterations(config, batch_sizes)
-    if config.checkpoint.save_interval is not None and config.checkpoint.save is None:
-        raise UsageError("--save-interval", config.checkpoint.save_interval, "--save with it")
     decay = config.optimizer.lr_decay_iters or iterations
-    _check_optimizer(config, decay)
-    _check_adafactor(config)
+    _check_decay(config.optimizer, decay)
     _check_freezing(config)
     return TrainingPlan(
         iterations=iterations,
@@ -53,46 +49,27 @@ def resolve_plan(config: RunConfig, global_batch_size: int) -> TrainingPlan:
 
 def _iterations(config: RunConfig, batch_sizes: BatchSizes) -> int:
     iterations, samples = config.train.train_iters, config.train.train_samples
-    if iterations is not None and samples is not None:
-        raise UsageError("--train-iters", iterations, "no --train-samples", "give one of the two")
     if samples is not None:
         if samples < batch_sizes.start:
-            expected = f"at least one global batch ({batch_sizes.start} sequences)"
+            expected = f">= {batch_sizes.start}, one global batch"
             raise UsageError("--train-samples", samples, expected)
         return batch_sizes.iterations_of(samples)
     if iterations is None:
-        raise UsageError("--train-iters", None, "a number of steps", "or give --train-samples")
+        raise UsageError("--train-iters", None, "a number of steps", "or set --train-samples")
     return iterations
 
 
-def _check_optimizer(config: RunConfig, decay: int) -> None:
-    optimizer = config.optimizer
-    for flag, value in (
-        ("--min-lr", optimizer.min_lr),
-        ("--lr-warmup-init", optimizer.lr_warmup_init),
-    ):
-        if value > optimizer.lr:
-            raise UsageError(flag, value, f"at most --lr ({optimizer.lr})")
-    ends = optimizer.lr_decay_style in ("linear", "cosine", "WSD")
-    if ends and optimizer.lr_warmup_iters >= decay:
-        expected = f"below the steps of the decay ({decay}) with {optimizer.lr_decay_style} decay"
-        raise UsageError("--lr-warmup-iters", optimizer.lr_warmup_iters, expected)
-    _check_wsd(optimizer, decay)
-    if config.parallel.use_distributed_optimizer and optimizer.optimizer == "sgd":
-        expected = "off with --optimizer sgd: the engine shards the state of Adam alone"
-        raise UsageError("--use-distributed-optimizer", "on", expected)
-
-
-def _check_wsd(optimizer: OptimizerConfig, decay: int) -> None:
-    flag, steps = "--lr-wsd-decay-iters", optimizer.lr_wsd_decay_iters
-    if optimizer.lr_decay_style != "WSD":
-        if steps is not None:
-            raise UsageError(flag, steps, "no value without --lr-decay-style WSD")
-        return
-    longest = decay - optimizer.lr_warmup_iters
-    if steps is None or not 1 <= steps <= longest:
-        expected = f"1 to {longest}, the steps between warm-up and the end of the decay"
-        raise UsageError(flag, steps, expected)
+def _check_decay(optimizer: OptimizerConfig, decay: int) -> None:
+    """Warm-up, and the decay at the end of WSD, fit into the steps of the learning rate."""
+    style, warmup = optimizer.lr_decay_style, optimizer.lr_warmup_iters
+    # The other styles have no end: a run may stop within their warm-up, as OpenMoE's recipe may.
+    if style in ("linear", "cosine", "WSD") and warmup >= decay:
+        expected = f"< {decay}, the steps of the {style} decay"
+        raise UsageError("--lr-warmup-iters", warmup, expected)
+    steps, longest = optimizer.lr_wsd_decay_iters, decay - warmup
+    if style == "WSD" and (steps is None or steps > longest):
+        expected = f"<= {longest}, the steps between warm-up and the end of the decay"
+        raise UsageError("--lr-wsd-decay-iters", steps, expected)
 
 
 def _check_freezing(config: RunConfig) -> None:
@@ -101,19 +78,3 @@ def _check_freezing(config: RunConfig) -> None:
         from megatron_moe.training.optim.freezing import check_freezing
 
         check_freezing(config)
-
-
-def _check_adafactor(config: RunConfig) -> None:
-    settings = config.optimizer
-    if settings.optimizer != "adafactor":
-        return
-    if config.parallel.use_distributed_optimizer:
-        raise UsageError(
-            "--use-distributed-optimizer",
-            True,
-            "False with --optimizer adafactor",
-            "it cuts parameters at any element, and Adafactor needs whole rows and columns",
-        )
-    if settings.used_weight_decay > 0:
-        expected = "0 with --optimizer adafactor, which has no weight decay"
-        raise UsageError("--weight-decay", settings.used_weight_decay, expected)

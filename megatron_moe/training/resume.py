@@ -1,4 +1,8 @@
-"""Where a run starts from: the loop's view of loading a checkpoint."""
+"""Where a run starts: at step 0, from the weights of a checkpoint, or where a checkpoint ended.
+
+`resolve_resume_point` reads the checkpoint's metadata before data and model are built, because both
+depend on the step; `load_run` fills the built model and optimizer.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,15 @@ from megatron_moe.checkpoint import (
     has_checkpoint,
     load_checkpoint,
 )
-from megatron_moe.checkpoint.select import SelectedCheckpoint, choose
-from megatron_moe.config import CheckpointConfig, RunConfig
+from megatron_moe.checkpoint.select import SelectedCheckpoint, select_checkpoint
+from megatron_moe.config import RunConfig
+from megatron_moe.config.run import flag_of
 from megatron_moe.data.pipeline import Data
-from megatron_moe.errors import UsageError
 from megatron_moe.parallel.collectives import RankGroup
 from megatron_moe.training.consumed import (
-    KEY,
     PhaseRecord,
     check_consumed,
+    has_records,
     previous_settings,
     recorded,
 )
@@ -28,48 +32,43 @@ from megatron_moe.training.run import TrainingRun
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
-    """Where a run begins, or goes on."""
+    """The step at which training starts, and the checkpoint that it is loaded from."""
 
     state: TrainState
     records: tuple[PhaseRecord, ...] = ()
-    """The stages that took the steps so far; none at the beginning."""
+    """The phases that took the steps so far; none at the beginning."""
     before: RunConfig | None = None
-    """The saved run's configuration, if this one goes on with it."""
+    """The saved run's configuration, if this run resumes it."""
     chosen: SelectedCheckpoint | None = None
     """The checkpoint to load, if any."""
     metadata: RunIdentity | None = None
     """Its vocabulary, tokenizer and data."""
 
-    @property
-    def skipped(self) -> tuple[str, ...]:
-        """Why newer checkpoints are not loaded, one line each."""
-        return () if self.chosen is None else self.chosen.skipped
-
 
 def resolve_resume_point(schedule: RunSchedule, ranks: RankGroup | None = None) -> ResumePoint:
-    """Step and sample to go on from, read before anything else is built; called by all ranks.
+    """Find the step and sample to resume from; called by all ranks together.
 
     Args:
-        schedule: the stages and settings of the run.
-        ranks: those of the launch: one reads and tells the others. By default this one is alone.
+        schedule: the phases and settings of the run.
+        ranks: the ranks of the launch: rank 0 reads and broadcasts, so that a thousand ranks do
+            not list one directory. By default this rank is the only one.
 
     Raises:
-        UsageError: on every rank: `--load` names no checkpoint or a damaged one, or the stages
-            contradict what it has done. Only `--allow-missing-load` makes an empty directory mean
-            step 0.
+        UsageError: on every rank: `--load` names no checkpoint or a damaged one, or the phases
+            contradict its completed steps. An empty directory means step 0 only with
+            `--allow-missing-load`.
     """
     settings, ranks = schedule.config.checkpoint, ranks or RankGroup()
-    _check_flags(settings)
     if settings.load is None:
         return ResumePoint(state=TrainState())
     may_miss = settings.allow_missing_load and ranks.rank == 0
     if ranks.broadcast(may_miss and not has_checkpoint(settings.load)):
         return ResumePoint(state=TrainState())
-    chosen, opened = choose(
+    chosen, opened = select_checkpoint(
         settings.load, settings.ckpt_step, fallback=settings.checkpoint_fallback, ranks=ranks
     )
     if settings.finetune:
-        return ResumePoint(state=TrainState(), chosen=chosen, metadata=opened.metadata)
+        return ResumePoint(state=TrainState(), chosen=chosen, metadata=opened.identity)
     records = recorded(opened.train, opened)
     check_consumed(schedule, opened.train, records)
     return ResumePoint(
@@ -77,35 +76,35 @@ def resolve_resume_point(schedule: RunSchedule, ranks: RankGroup | None = None) 
         records=records,
         before=opened.config,
         chosen=chosen,
-        metadata=opened.metadata,
+        metadata=opened.identity,
     )
 
 
-def _check_flags(settings: CheckpointConfig) -> None:
-    if settings.load is None:
-        for flag in ("finetune", "checkpoint_fallback"):
-            if getattr(settings, flag):
-                raise UsageError(f"--{flag.replace('_', '-')}", True, "--load with it")
-    if settings.checkpoint_fallback and settings.ckpt_step is not None:
-        fix = "it chooses the step itself"
-        raise UsageError("--checkpoint-fallback", True, "no --ckpt-step with it", fix)
+def resume_lines(schedule: RunSchedule, resume: ResumePoint) -> list[str]:
+    """For the log: which checkpoints were skipped and why, and which settings changed."""
+    skipped = () if resume.chosen is None else resume.chosen.skipped
+    return [
+        *(f" WARNING: {line}" for line in skipped),
+        *(f" since the checkpoint: {line}" for line in _changed_settings(schedule, resume)),
+    ]
 
 
-def changed_settings(schedule: RunSchedule, start: ResumePoint) -> list[str]:
-    """What differs from the run that saved the checkpoint, one line each; for the log.
+def _changed_settings(schedule: RunSchedule, resume: ResumePoint) -> list[str]:
+    """What differs from the run that saved the checkpoint, one line each.
 
     The learning rate is a function of the settings and the step, so a changed length or rate takes
-    effect at once; whoever goes on should see that. What must not differ is refused by the load.
-    Of a stage table, the stage under way is compared; a stage that begins now says so itself.
+    effect at once, and the log must show it. Settings that must not differ are rejected by
+    `load_run`. In a run with phases the current phase is compared; a phase that begins now logs
+    its changes itself.
     """
-    if start.before is None:
+    if resume.before is None:
         return []
-    if not _by_stages(schedule, start):
-        return _changes(start.before, schedule.config)
-    stage, last = schedule.at(start.state.iteration), start.records[-1]
-    if stage.first_iteration != last.first_iteration:
+    if not _by_phases(schedule, resume):
+        return _changes(resume.before, schedule.config)
+    phase, last = schedule.at(resume.state.iteration), resume.records[-1]
+    if phase.first_iteration != last.first_iteration:
         return []
-    return differences(previous_settings(last, str(schedule.config.checkpoint.load)), stage.config)
+    return differences(previous_settings(last, str(schedule.config.checkpoint.load)), phase.config)
 
 
 def _changes(before: RunConfig, after: RunConfig) -> list[str]:
@@ -113,32 +112,33 @@ def _changes(before: RunConfig, after: RunConfig) -> list[str]:
     for section in ("model", "moe", "data", "train", "optimizer"):
         old, new = asdict(getattr(before, section)), asdict(getattr(after, section))
         found += [
-            f"--{name.replace('_', '-')} was {old[name]}, is {new[name]}"
+            f"{flag_of(name)} was {old[name]}, is {new[name]}"
             for name in new
             if old[name] != new[name]
         ]
     return found
 
 
-def _by_stages(schedule: RunSchedule, start: ResumePoint) -> bool:
-    """Whether what was consumed is known by stages, and was compared so."""
-    return schedule.has_phases or KEY in start.state.extra
+def _by_phases(schedule: RunSchedule, resume: ResumePoint) -> bool:
+    """Whether consumed samples were compared by phase, instead of by the run's one data set."""
+    return schedule.has_phases or has_records(resume.state)
 
 
-def load_run(run: TrainingRun, data: Data, schedule: RunSchedule, start: ResumePoint) -> None:
-    """Put the checkpoint's weights, and unless told otherwise moments and random states, in place.
+def load_run(run: TrainingRun, data: Data, schedule: RunSchedule, resume: ResumePoint) -> None:
+    """Load the checkpoint's weights and, as configured, optimizer state and random states.
 
     Raises:
-        UsageError: on every rank: the checkpoint is damaged or of another model or data.
+        UsageError: on every rank: the checkpoint is damaged, or of another model or data.
     """
     settings = schedule.config.checkpoint
-    if settings.load is None or start.chosen is None:
+    if settings.load is None or resume.chosen is None:
         return
-    config, metadata = schedule.config, metadata_of(run, data)
-    before = start.metadata
-    if start.before is not None and before is not None and _by_stages(schedule, start):
-        # Length of rows and data belong to stages, and were held against the records.
-        length = start.before.data.seq_length
+    config, metadata = schedule.config, identity_of(run, data)
+    before = resume.metadata
+    if resume.before is not None and before is not None and _by_phases(schedule, resume):
+        # Sequence length and data belong to phases. They were compared with the records, so the
+        # comparison with the checkpoint's own values, which may be another phase's, must pass.
+        length = resume.before.data.seq_length
         config = replace(config, data=replace(config.data, seq_length=length))
         metadata = replace(metadata, data_fingerprint=before.data_fingerprint)
     fresh = settings.finetune
@@ -148,15 +148,15 @@ def load_run(run: TrainingRun, data: Data, schedule: RunSchedule, start: ResumeP
         ctx=run.ctx,
         chunks=run.wrapped,
         optimizer=run.optimizer,
-        chosen=start.chosen,
+        selected=resume.chosen,
         with_optimizer=not (fresh or settings.no_load_optim),
         with_rng=not (fresh or settings.no_load_rng),
-        metadata=metadata,
+        identity=metadata,
     )
 
 
-def metadata_of(run: TrainingRun, data: Data) -> RunIdentity:
-    """What a run must share with the checkpoint that it goes on from."""
+def identity_of(run: TrainingRun, data: Data) -> RunIdentity:
+    """What a run must share with the checkpoint that it resumes from."""
     return RunIdentity(
         padded_vocab_size=run.vocab_size,
         tokenizer_hash=str(data.identity["tokenizer"]),

@@ -1,10 +1,10 @@
-"""The loss of knowing nothing but how often each token occurs: the first bar a model must clear.
+"""The held-out loss of a unigram model, the first baseline that a language model must beat.
 
 Token frequencies are those of all training documents (blended by the weights of their sources, plus
-one count for every id of the vocabulary, so that unseen ids have a finite loss); the loss is taken
-over exactly the held-out targets that a run with this configuration evaluates on. A run in stages
-has such a bar for each: training and held-out data, objective and batches are then a stage's own.
-V is the vocabulary.
+one count for every id of the vocabulary, so that unseen ids have a finite loss). The loss is taken
+over exactly the held-out targets that a run with this configuration evaluates on. A run with phases
+has a baseline for each, since each has its own data, objective and batches.
+V is the size of the vocabulary.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.config import RunConfig
-from megatron_moe.config.phases import place_of, read_phases
+from megatron_moe.config.phases import errors_of_phase, place_of, read_phases
 from megatron_moe.data.blend import Blend, blends_of
 from megatron_moe.data.indexed.check import Source, inspect_source
 from megatron_moe.data.indexed.format import paths_of
 from megatron_moe.data.pipeline import build_data
 from megatron_moe.errors import UsageError
 from megatron_moe.tokenizer.build import build_tokenizer, unpadded_vocab_size
-from megatron_moe.training.phases import named
 
 Counts = npt.NDArray[np.float64]
 
@@ -32,7 +31,7 @@ _CHUNK = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class UnigramLoss:
-    """A baseline and what it was taken from."""
+    """A baseline, and the number of tokens that it is based on."""
 
     loss: float
     """Cross entropy in nats per held-out target."""
@@ -40,46 +39,47 @@ class UnigramLoss:
     """Held-out targets."""
     training_tokens: int
     """Tokens counted."""
-    stage: str = ""
-    """The name of the stage that it is of; empty for a run without stages."""
+    phase: str = ""
+    """Name of the phase; empty for a run without phases."""
 
 
-def unigram_loss(config: RunConfig, stage: str | None = None) -> UnigramLoss:
+def unigram_loss(config: RunConfig, phase: str | None = None) -> UnigramLoss:
     """The held-out loss of the unigram model.
 
     Args:
         config: data, batch sizes and `--eval-iters` of the run to compare with.
-        stage: name or number (from 1) of a stage of the run; `None` takes the last one.
+        phase: name or number (from 1) of a phase of the run; `None` selects the last one.
 
     Raises:
-        UsageError: the data cannot be used, or nothing is held out; there is no such stage.
+        UsageError: the data cannot be used, nothing is held out, or there is no such phase.
     """
     if config.train.stages is None:
-        if stage is not None:
-            raise UsageError("--stage", stage, "no value: the run has no --stages")
+        if phase is not None:
+            raise UsageError("--stage", phase, "unset for a run without phases")
         return _of_one(config)
     specs = read_phases(config.train.stages)
-    spec = specs[-1] if stage is None else specs[place_of(stage, [s.name for s in specs])]
-    # Held-out samples do not depend on how long the stage is.
+    spec = specs[-1] if phase is None else specs[place_of(phase, [s.name for s in specs])]
+    # Held-out samples do not depend on the length of the phase.
     train = replace(config.train, stages=None, train_iters=1, train_samples=None)
-    with named(spec.label):
-        return replace(_of_one(spec.applied(replace(config, train=train))), stage=spec.name)
+    with errors_of_phase(spec.label):
+        return replace(_of_one(spec.applied(replace(config, train=train))), phase=spec.name)
 
 
 def _of_one(config: RunConfig) -> UnigramLoss:
-    """Of a configuration that is the same from beginning to end."""
+    """The baseline of a configuration without phases."""
     if config.objective.objective == "sft":
-        expected = "an objective over indexed data, of which tokens can be counted"
-        raise UsageError("--objective", "sft", expected, "--stage chooses a stage of a run")
+        expected = "an objective over indexed data, whose tokens can be counted"
+        raise UsageError("--objective", "sft", expected, "--stage selects another phase")
     vocab_size = unpadded_vocab_size(config.data, build_tokenizer(config.data))
     blend = blends_of(config.data)["train"]
     if blend is None:
-        raise UsageError("--data-path", (), "training data")
+        raise UsageError("--data-path", None, "the prefixes of training data")
     held_out = held_out_counts(config, vocab_size)
     frequencies, tokens = training_frequencies(blend, vocab_size)
     targets = held_out.sum()
     if targets == 0:
-        raise UsageError("--eval-iters", config.train.eval_iters, "an evaluation with targets")
+        expected = "> 0, with validation data that has targets"
+        raise UsageError("--eval-iters", config.train.eval_iters, expected)
     loss = -(held_out * np.log(frequencies)).sum() / targets
     return UnigramLoss(loss=float(loss), targets=int(targets), training_tokens=tokens)
 

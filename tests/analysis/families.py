@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from megatron_moe.analysis import deepseek_moe
+from megatron_moe.analysis import families
 
 VOCAB = 50
 _BASE: dict[str, Any] = {
@@ -84,8 +84,8 @@ def make(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random model of a family, its routers decided enough for choices to be clear."""
     settings = {**SETTINGS[kind], **changes}
     if kind == "deepseek":
-        config = deepseek_moe.configuration(transformers, settings, "the test")
-        model = deepseek_moe.model_class(transformers)(config).eval()
+        config = families._deepseek_configuration(transformers, settings, "the test")
+        model = families._deepseek_model_class(transformers)(config).eval()
     else:
         begin = CLASSES[kind]
         config = getattr(transformers, f"{begin}Config")(**settings)

@@ -66,7 +66,7 @@ def test_logits_are_those_of_the_published_description(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"norm_topk_prob": True}, "norm_topk_prob .* is True, expected False"),
+        ({"norm_topk_prob": True}, r"norm_topk_prob .* must be False \(got True\)"),
         ({"scoring_func": "sigmoid"}, "scoring_func"),
         ({"moe_layer_freq": 2}, "moe_layer_freq"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),

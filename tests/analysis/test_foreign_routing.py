@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moe.analysis.families import FAMILIES, Rule
+from megatron_moe.analysis.families import FAMILIES, RoutingRule
 from megatron_moe.analysis.foreign import ExpertWeights, LayerWeights, open_foreign
 from megatron_moe.analysis.foreign_routing import LayerRouting, load_foreign
 from megatron_moe.errors import UsageError
@@ -23,7 +23,7 @@ from tests.analysis.families import VOCAB, make, save
 TOKENS = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(4))
 
 
-def chosen(rule: Rule, logits: list[float], bias: list[float]) -> dict[int, float]:
+def chosen(rule: RoutingRule, logits: list[float], bias: list[float]) -> dict[int, float]:
     """Expert and weight for one token, worked out from what we say of the family's rule."""
     values = torch.tensor(logits, dtype=torch.float64)
     scores = (values.softmax(0) if rule.score == "softmax" else values.sigmoid()).tolist()
@@ -112,10 +112,12 @@ def test_every_part_of_a_rule_matters_in_these_cases() -> None:
     rows = torch.randn(200, 8, generator=generator).tolist()
     bias = torch.randn(8, generator=generator).mul(0.2).tolist()
     none = [0.0] * 8
-    v2 = Rule(topk=3, scale=2.5, groups=4, kept_groups=2)
+    v2 = RoutingRule(topk=3, scale=2.5, groups=4, kept_groups=2)
     v3 = replace(v2, score="sigmoid", normalised=True, group_score="best two", biased=True)
 
-    def differ(first: Rule, its: list[float], second: Rule, others: list[float]) -> bool:
+    def differ(
+        first: RoutingRule, its: list[float], second: RoutingRule, others: list[float]
+    ) -> bool:
         return any(set(chosen(first, r, its)) != set(chosen(second, r, others)) for r in rows)
 
     assert differ(v2, none, replace(v2, groups=1), none)
@@ -193,5 +195,5 @@ def test_nothing_is_drawn_at_random_in_place_of_what_is_missing(
 def test_a_token_outside_the_vocabulary_is_named(tmp_path: Path) -> None:
     runner = load_foreign(open_foreign(save(make("olmoe"), tmp_path)))
     for wrong in (-1, VOCAB):
-        with pytest.raises(UsageError, match=f"a token id is {wrong}, expected from 0 to 49"):
+        with pytest.raises(UsageError, match=rf"token id must be from 0 to 49 \(got {wrong}\)"):
             runner.run(torch.tensor([[1, wrong]]))

@@ -16,10 +16,10 @@ from megatron_moe.model.sharding.shards import ParamShard, model_shards
 from megatron_moe.parallel.context import ParallelContext, initialize_parallel
 from megatron_moe.parallel.layout import resolve_layout
 from megatron_moe.platform import activate
-from megatron_moe.training.optim.optimizer import build_optimizer, wrap_chunks
+from megatron_moe.training.optim.build import build_optimizer, wrap_chunks
 from tests.parity.cases import VOCAB, run_config
 
-METADATA = RunIdentity(padded_vocab_size=VOCAB, tokenizer_hash="t", data_fingerprint="d")
+IDENTITY = RunIdentity(padded_vocab_size=VOCAB, tokenizer_hash="t", data_fingerprint="d")
 STATE = TrainState(iteration=2, consumed_train_samples=16)
 DIST = {"use_distributed_optimizer": True}
 
@@ -56,7 +56,7 @@ class Run:
             "ctx": self.ctx,
             "chunks": self.wrapped,
             "optimizer": self.optimizer,
-            "metadata": METADATA,
+            "identity": IDENTITY,
         }
 
 

@@ -8,16 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_moe.checkpoint.files import (
+from megatron_moe.checkpoint.disk import (
     CHUNK,
     FileRecord,
     check_file,
     read_json,
     replace_text,
     write_json,
-    write_tensors,
 )
-from megatron_moe.checkpoint.mapped import TensorFiles
+from megatron_moe.checkpoint.tensor_files import TensorFiles, TensorSource, write_tensors
 from megatron_moe.errors import CheckpointError, Corrupt
 
 
@@ -31,7 +30,9 @@ def test_the_safetensors_package_reads_what_we_write(tmp_path):
         "larger than a chunk": torch.randn(CHUNK // 4 + 5),
     }
     path = tmp_path / "a.safetensors"
-    record = write_tensors(path, list(tensors.items()), {"format": "pt"})
+    record = write_tensors(
+        path, [TensorSource.of(*item) for item in tensors.items()], {"format": "pt"}
+    )
     data = path.read_bytes()
     assert record == FileRecord(hashlib.sha256(data).hexdigest(), len(data))
     loaded = load_file(path)
@@ -50,13 +51,13 @@ def test_we_read_what_the_safetensors_package_writes(tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "shape"), [("BF16", (4, 3)), ("F32", (3, 4))])
-def test_a_tensor_of_another_dtype_or_shape_is_refused(tmp_path, dtype, shape):
-    write_tensors(tmp_path / "a.safetensors", [("x", torch.zeros(4, 3))], {})
+def test_a_tensor_of_another_dtype_or_shape_is_rejected(tmp_path, dtype, shape):
+    write_tensors(tmp_path / "a.safetensors", [TensorSource.of("x", torch.zeros(4, 3))], {})
     with pytest.raises(Corrupt, match="F32"):
         TensorFiles(tmp_path).tensor("a.safetensors", "x", dtype, shape)
 
 
-def test_a_file_that_is_no_safetensors_file_is_refused_by_name(tmp_path):
+def test_a_file_that_is_no_safetensors_file_is_rejected_by_name(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 64)
     with pytest.raises(Corrupt, match=r"bad\.safetensors"):
         TensorFiles(tmp_path).tensor("bad.safetensors", "x", "F32", (1,))
@@ -64,7 +65,7 @@ def test_a_file_that_is_no_safetensors_file_is_refused_by_name(tmp_path):
 
 def test_damage_is_named(tmp_path):
     path = tmp_path / "a.safetensors"
-    record = write_tensors(path, [("x", torch.zeros(100))], {})
+    record = write_tensors(path, [TensorSource.of("x", torch.zeros(100))], {})
     good = path.read_bytes()
     assert check_file(path, record) is None
     flipped = bytearray(good)
@@ -79,7 +80,7 @@ def test_damage_is_named(tmp_path):
     assert "a.safetensors is missing" in (check_file(path, record) or "")
 
 
-def test_json_that_would_not_come_back_is_refused(tmp_path):
+def test_json_that_would_not_come_back_is_rejected(tmp_path):
     with pytest.raises(CheckpointError, match="JSON"):
         write_json(tmp_path / "nan.json", {"loss": float("nan")})
     with pytest.raises(CheckpointError, match="JSON"):
@@ -87,7 +88,7 @@ def test_json_that_would_not_come_back_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", [b"", b"[1]", b"{", b"\xff\xfe", b"[" * 100000])
-def test_what_is_no_json_object_is_refused_by_name(tmp_path, text):
+def test_what_is_no_json_object_is_rejected_by_name(tmp_path, text):
     (tmp_path / "state.json").write_bytes(text)
     with pytest.raises(Corrupt, match=r"state\.json"):
         read_json(tmp_path / "state.json")

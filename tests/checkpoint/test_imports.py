@@ -1,4 +1,4 @@
-"""Tools that only read a checkpoint do not wait for Megatron-Core's import."""
+"""Tools that only read a checkpoint do not import Megatron-Core."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 
-def test_reading_needs_no_engine() -> None:
+def test_reading_needs_no_megatron_core() -> None:
     program = (
         "import sys, megatron_moe.checkpoint as c;"
         "c.load_logical, c.read_config, c.verify;"

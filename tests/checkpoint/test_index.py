@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from megatron_moe.checkpoint import index
-from megatron_moe.checkpoint.files import write_tensors
-from megatron_moe.checkpoint.index import LogicalTensor, TensorReader, block_key
+from megatron_moe.checkpoint.index import LogicalTensor, block_key
+from megatron_moe.checkpoint.reading import TensorReader
+from megatron_moe.checkpoint.tensor_files import TensorSource, write_tensors
 from megatron_moe.errors import CheckpointError, Corrupt
 from megatron_moe.model.sharding.blocks import Block
 
@@ -76,21 +77,21 @@ GOOD = index.to_json([tensor(TOP, BOTTOM)])["model"]["w"]
         {"blocks": [["f", [True, 0], [4, 6]]]},
     ],
 )
-def test_what_is_no_index_is_refused(change):
+def test_what_is_no_index_is_rejected(change):
     with pytest.raises(Corrupt, match=r"index\.json"):
         list(index.from_json({"model": {"w": {**GOOD, **change}}}, "index.json"))
 
 
 @pytest.mark.parametrize("content", [{"model": []}, {"model": {"w": 3}}, {"model": {"w": {}}}])
-def test_another_structure_is_refused(content):
+def test_another_structure_is_rejected(content):
     with pytest.raises(Corrupt, match=r"index\.json"):
         list(index.from_json(content, "index.json"))
 
 
-def test_a_block_that_no_file_holds_is_refused_rather_than_left_as_it_was(tmp_path):
+def test_a_block_that_no_file_holds_is_rejected_rather_than_left_as_it_was(tmp_path):
     values = torch.randn(2, 6)
     key = block_key("model", "w", (0, 0))
-    write_tensors(tmp_path / "f", [(key, values)], {})
+    write_tensors(tmp_path / "f", [TensorSource.of(key, values)], {})
     reader = TensorReader(tmp_path, {("model", "w"): tensor(TOP)})  # the lower half is nowhere
     out = torch.zeros(4, 6)
     with pytest.raises(Corrupt, match="12 elements"):

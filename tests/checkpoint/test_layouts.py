@@ -82,7 +82,7 @@ def test_the_state_under_test_is_not_trivial(origin):
 
 @pytest.mark.parametrize("name", ["DP4 distributed", "DP2xEP2 distributed"])
 def test_the_distributed_optimizer_does_cut_parameters(pool, name):
-    """Otherwise the tests of these layouts would show less than they say."""
+    """Otherwise the tests of these layouts would show less than intended."""
     assert sum(pool.run(cut_parameters, 4, case=CASES[name])) > 0
 
 

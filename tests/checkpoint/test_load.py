@@ -1,4 +1,4 @@
-"""What a load refuses, in words; what it leaves alone; what it restores beside tensors."""
+"""What a load rejects, and how; what it leaves unchanged; what it restores besides tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_moe.checkpoint import RunIdentity, TrainState, rng, save_checkpoin
 from megatron_moe.checkpoint.compare import tensor_differences
 from megatron_moe.checkpoint.index import LogicalTensor
 from megatron_moe.errors import UsageError
-from tests.checkpoint.layouts import DIST, METADATA, STATE, Case, build, gathered, load, save, step
+from tests.checkpoint.layouts import DIST, IDENTITY, STATE, Case, build, gathered, load, save, step
 
 ONE, EP2 = Case(1, {}), Case(2, {"expert_model_parallel_size": 2})
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -32,7 +32,7 @@ def _changed(config: Any, section: str, **values: Any) -> Any:
     return replace(config, **{section: replace(getattr(config, section), **values)})
 
 
-def _refused(rank, world_size, *, case, directory, sections=(), **options):
+def _rejected(rank, world_size, *, case, directory, sections=(), **options):
     config = case.config()
     for section, values in sections:
         config = _changed(config, section, **values)
@@ -61,7 +61,7 @@ def test_all_differences_are_listed_at_once_on_every_rank(pool, saved):
         ("optimizer", {"optimizer": "sgd"}),
     ]
     other = RunIdentity(padded_vocab_size=128, tokenizer_hash="u", data_fingerprint="e")
-    results = pool.run(_refused, 2, case=EP2, directory=saved, sections=sections, metadata=other)
+    results = pool.run(_rejected, 2, case=EP2, directory=saved, sections=sections, identity=other)
     assert results[0] == results[1]
     text, unchanged = results[0]
     assert unchanged
@@ -80,7 +80,9 @@ def test_all_differences_are_listed_at_once_on_every_rank(pool, saved):
         "final_norm.weight: F32 [32] in the checkpoint, F32 [40] in this run",
     ):
         assert line in text.splitlines(), line
-    assert text.splitlines()[-1].startswith(f"checkpoint {saved / 'iter_0000002'} is ")
+    assert text.splitlines()[-1].startswith(
+        f"checkpoint {saved / 'iter_0000002'} must be compatible with this model and this run (got "
+    )
 
 
 def test_tensors_that_do_not_fit_are_told_apart():
@@ -112,39 +114,39 @@ def test_tensors_that_do_not_fit_are_told_apart():
 
 
 def test_no_silent_cast(pool, saved):
-    ((text, unchanged),) = pool.run(_refused, 1, case=HALF, directory=saved)
+    ((text, unchanged),) = pool.run(_rejected, 1, case=HALF, directory=saved)
     assert unchanged
     assert "--bf16: False in the checkpoint, True in this run" in text
     assert "embedding.weight: F32 [96, 32] in the checkpoint, BF16 [96, 32] in this run" in text
 
 
-def test_a_flipped_bit_is_refused_on_every_rank_before_anything_changes(pool, tmp_path):
+def test_a_flipped_bit_is_rejected_on_every_rank_before_anything_changes(pool, tmp_path):
     pool.run(_save, 2, case=EP2, directory=tmp_path)
     path = tmp_path / "iter_0000002/rank-00001.safetensors"
     data = bytearray(path.read_bytes())
     data[-9] ^= 16
     path.write_bytes(data)
-    results = pool.run(_refused, 2, case=EP2, directory=tmp_path)
+    results = pool.run(_rejected, 2, case=EP2, directory=tmp_path)
     for text, unchanged in results:
         assert unchanged
         assert "rank-00001.safetensors has SHA-256" in text
         assert text.splitlines()[-1].startswith(str(tmp_path / "iter_0000002"))
 
 
-def test_a_missing_directory_is_refused_on_every_rank(pool, tmp_path):
-    results = pool.run(_refused, 2, case=EP2, directory=tmp_path / "absent")
+def test_a_missing_directory_is_rejected_on_every_rank(pool, tmp_path):
+    results = pool.run(_rejected, 2, case=EP2, directory=tmp_path / "absent")
     assert results[0] == results[1]
     assert "absent" in results[0][0] and "--allow-missing-load" in results[0][0]
 
 
 def test_what_was_not_saved_is_not_loaded_silently(pool, tmp_path):
     pool.run(_save, 1, case=ONE, directory=tmp_path, with_optimizer=False, with_rng=False)
-    ((text, _),) = pool.run(_refused, 1, case=ONE, directory=tmp_path)
+    ((text, _),) = pool.run(_rejected, 1, case=ONE, directory=tmp_path)
     assert "no optimizer state in the checkpoint; --no-load-optim leaves it out" in text
     assert "no random states in the checkpoint; --no-load-rng leaves them out" in text
     assert "2 differences" in text
     without = {"with_optimizer": False, "with_rng": False}
-    ((text, _),) = pool.run(_refused, 1, case=ONE, directory=tmp_path, **without)
+    ((text, _),) = pool.run(_rejected, 1, case=ONE, directory=tmp_path, **without)
     assert text == ""
 
 
@@ -187,16 +189,16 @@ def test_finetuning_may_change_what_keeps_shapes(pool, saved):
         ("data", {"seq_length": 8}),
         ("checkpoint", {"finetune": True}),
     ]
-    other = replace(METADATA, data_fingerprint="other corpus")
+    other = replace(IDENTITY, data_fingerprint="other corpus")
     ((state, _),) = pool.run(
-        _weights, 1, case=ONE, directory=saved, sections=sections, metadata=other
+        _weights, 1, case=ONE, directory=saved, sections=sections, identity=other
     )
     assert state == TrainState(
         iteration=2, consumed_train_samples=16, scheduler={"x": 0.1}, extra={"y": [1]}
     )
-    other = replace(METADATA, tokenizer_hash="other tokenizer")
+    other = replace(IDENTITY, tokenizer_hash="other tokenizer")
     ((text, _),) = pool.run(
-        _refused, 1, case=ONE, directory=saved, sections=sections, metadata=other
+        _rejected, 1, case=ONE, directory=saved, sections=sections, identity=other
     )
     assert "tokenizer: t in the checkpoint, other tokenizer in this run" in text
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from megatron_moe.checkpoint import CheckpointError, TrainState, load_logical, verify
-from megatron_moe.checkpoint.manifest import MANIFEST, write_manifest
-from megatron_moe.checkpoint.reading import open_checkpoint
-from megatron_moe.checkpoint.stream import FileRecord, hash_of
+from megatron_moe.checkpoint.directory import MANIFEST, write_manifest
+from megatron_moe.checkpoint.disk import FileRecord, hash_of
+from megatron_moe.checkpoint.metadata import open_checkpoint
 from megatron_moe.errors import UsageError
 from tests.checkpoint import toy
 
@@ -45,7 +45,7 @@ def test_tampered_values_give_typed_errors(tmp_path, name):
     path = toy.save(tmp_path, 10)
     original = (path / name).read_text()
     generator = random.Random(name)
-    refused = 0
+    rejected = 0
     for _ in range(150):
         content = json.loads(original)
         container, key = generator.choice(_places(content))
@@ -57,8 +57,8 @@ def test_tampered_values_give_typed_errors(tmp_path, name):
             verify(tmp_path)
             dict(load_logical(tmp_path))
         except UsageError:
-            refused += 1
-    assert refused > 5  # the reader was reached, and did read
+            rejected += 1
+    assert rejected > 5  # the reader was reached, and did read
 
 
 @pytest.mark.parametrize("name", [*JSON_FILES, "rank-00000.safetensors"])
@@ -88,7 +88,7 @@ def test_progress_is_read_back_exactly(tmp_path):
 
 
 @pytest.mark.parametrize("optimizer", [{"step": "7"}, {"step": -1}, {"step": 10**40}, 3, [1]])
-def test_a_step_count_that_is_none_is_refused(tmp_path, optimizer):
+def test_a_step_count_that_is_none_is_rejected(tmp_path, optimizer):
     path = toy.save(tmp_path, 10)
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps({**state, "optimizer": optimizer}))
@@ -108,5 +108,7 @@ def test_only_tensors_that_are_there_are_read(tmp_path):
 
 def test_a_step_that_is_not_there_is_an_error_that_lists_the_steps(tmp_path):
     toy.save(tmp_path, 10)
-    with pytest.raises(CheckpointError, match=r"--ckpt-step is 11, expected a step of .*: 10"):
+    with pytest.raises(
+        CheckpointError, match=r"--ckpt-step must be a complete step of .*: 10 \(got 11\)"
+    ):
         list(load_logical(tmp_path, 11))

@@ -1,4 +1,4 @@
-"""A model of two tensors in three layouts, without the engine: what unit tests save and load."""
+"""A model of two tensors in three layouts, without Megatron-Core: what unit tests save and load."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moe.checkpoint.background import BackgroundSaves
-from megatron_moe.checkpoint.index import TensorReader
-from megatron_moe.checkpoint.reading import CONFIG, STATE, open_checkpoint
-from megatron_moe.checkpoint.state import RunIdentity, TrainState, as_json
-from megatron_moe.checkpoint.writer import Contents, write_checkpoint
+from megatron_moe.checkpoint.contents import SaveContents
+from megatron_moe.checkpoint.metadata import (
+    CONFIG,
+    STATE,
+    RunIdentity,
+    TrainState,
+    open_checkpoint,
+    state_json,
+)
+from megatron_moe.checkpoint.reading import TensorReader
+from megatron_moe.checkpoint.save import start_save
+from megatron_moe.checkpoint.tensor_files import HostMemory
 from megatron_moe.config import RunConfig
 from megatron_moe.model.sharding.optimizer_state import OptimizerShard
-from megatron_moe.model.sharding.parts import Part, Replicas, held, owned
+from megatron_moe.model.sharding.parts import Part, Replicas, load_plan, save_plan
 from megatron_moe.model.sharding.shards import ParamShard, Piece
 from megatron_moe.parallel.collectives import RankGroup
 from tests.checkpoint.gate import hold_writers
@@ -73,37 +80,33 @@ def adam_state(local: list[ParamShard], start: int = 0, stop: int | None = None)
     return states
 
 
-def contents(step: int, ranks: RankGroup | None = None) -> Contents:
+def contents(step: int, ranks: RankGroup | None = None) -> SaveContents:
     """What a rank saves of `logical(step)`: a part of the tensors."""
     ranks = ranks or RankGroup()
     local = shards(logical(step), ranks.rank, ranks.size)
-    parts: list[Part] = list(owned(local, adam_state(local), Replicas()))
-    state = {
-        "train": as_json(TrainState(iteration=step, consumed_train_samples=8 * step)),
-        "metadata": as_json(RunIdentity(padded_vocab_size=128)),
-        "optimizer": {"step": step},
-        "random": None,
-    }
-    documents = {CONFIG: RunConfig().to_dict(), STATE: state}
-    return Contents(parts=parts, documents=documents, header={"format": "pt"})
+    parts: list[Part] = list(save_plan(local, adam_state(local), Replicas()))
+    train = TrainState(iteration=step, consumed_train_samples=8 * step)
+    state = state_json(train, RunIdentity(padded_vocab_size=128), optimizer={"step": step})
+    json_files = {CONFIG: RunConfig().to_dict(), STATE: state}
+    return SaveContents(parts=parts, json_files=json_files, header={"format": "pt"})
 
 
 def save(directory: Path, step: int, ranks: RankGroup | None = None) -> Path:
     """Save `logical(step)` from all ranks."""
     ranks = ranks or RankGroup()
-    return write_checkpoint(directory, step, ranks=ranks, **vars(contents(step, ranks)))
+    return start_save(directory, step, contents(step, ranks), ranks).finish()
 
 
-def save_behind(directory: Path, step: int, ranks: RankGroup | None = None) -> Path | None:
+def save_async(directory: Path, step: int, ranks: RankGroup | None = None) -> Path:
     """`save`, asynchronously, with tensors that change as soon as they may."""
     ranks = ranks or RankGroup()
-    saves, what = BackgroundSaves(ranks), contents(step, ranks)
+    what = contents(step, ranks)
     gate = hold_writers(directory)
-    saves.start(directory, step, what)
+    pending = start_save(directory, step, what, ranks, memory=HostMemory(pinned=False))
     for part in what.parts:
         part.values.fill_(float("nan"))
     gate.set()
-    return saves.finish()
+    return pending.finish()
 
 
 def load(path: Path, part: int = 0, parts: int = 1) -> tuple[list[ParamShard], dict[Any, Any]]:
@@ -112,6 +115,6 @@ def load(path: Path, part: int = 0, parts: int = 1) -> tuple[list[ParamShard], d
     local = shards({name: torch.zeros_like(t) for name, t in logical().items()}, part, parts)
     states = adam_state(local)
     reader = TensorReader(opened.path, opened.tensors)
-    for item in held(local, states):
+    for item in load_plan(local, states):
         reader.fill(item.kind, item.name, item.block, item.values)
     return local, states

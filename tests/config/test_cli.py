@@ -1,4 +1,4 @@
-"""The command line: where values come from, and what a mistake looks like."""
+"""The command line: where values come from, and what a usage error looks like."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_moe.config import RunConfig
 from megatron_moe.config.cli import all_flags, parse_args, parse_or_exit
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.errors import UsageError
-from tests.support.mistakes import refused
+from tests.support.usage_errors import usage_error
 
 
 def test_no_arguments_give_the_dataclass_defaults():
@@ -79,7 +79,7 @@ def test_describe_with_and_without_a_value(args, described):
     assert parse_args(args).describe == described
 
 
-MISTAKES = {
+USAGE_ERRORS = {
     "--hidden-sizes 12": ("--hidden-sizes", "--hidden-size"),
     "--expert-parallel-size 2": ("--expert-parallel-size", "--expert-model-parallel-size"),
     "--micro_batchsize=2": ("--micro-batchsize", "--micro-batch-size"),
@@ -90,18 +90,23 @@ MISTAKES = {
     "--optimizer foo": ("--optimizer", "foo", "adam, sgd"),
     "--recompute-modules mlp foo": ("--recompute-modules", "foo", "core_attn, mlp, moe"),
     "--moe-min-capacity": ("--moe-min-capacity", "an integer"),
-    "--hidden-size 3 4": ("'4'", "a flag before every value"),
+    "--hidden-size 3 4": ("argument must be preceded by a flag", "'4'"),
     "--describe xml": ("--describe", "xml", "text, json"),
     "--preset openmoe-9b": ("--preset", "openmoe-9b", "openmoe-8b-32e"),
-    "--preset openmoe-tiny --config c.json": ("--preset", "--config", "give one of the two"),
+    "--preset openmoe-tiny --config c.json": (
+        "--preset",
+        "used without --config",
+        "give one of the two",
+    ),
+    "--world-size 3": ("--world-size must be used with --describe (got 3)",),
     "--config /nowhere.json": ("--config", "/nowhere.json", "a readable file"),
 }
 
 
-@pytest.mark.parametrize("line", list(MISTAKES))
-def test_a_mistake_is_one_line_that_names_it_and_exits_with_2(line, capsys):
-    error = refused(parse_or_exit, line.split(), capsys)
-    for expected in MISTAKES[line]:
+@pytest.mark.parametrize("line", list(USAGE_ERRORS))
+def test_a_usage_error_is_one_line_that_names_it_and_exits_with_2(line, capsys):
+    error = usage_error(parse_or_exit, line.split(), capsys)
+    for expected in USAGE_ERRORS[line]:
         assert expected in error
 
 
@@ -115,14 +120,14 @@ def test_the_line_does_not_depend_on_the_terminal(width, monkeypatch):
     assert error.value.expected == "an integer or None"
 
 
-def test_a_saved_configuration_with_an_unknown_setting_is_refused(tmp_path: Path):
+def test_a_saved_configuration_with_an_unknown_setting_is_rejected(tmp_path: Path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model": {"hiden_size": 3}}))
     with pytest.raises(UsageError, match="hiden_size"):
         parse_args(["--config", str(file)])
 
 
-def test_help_names_every_flag_and_imports_no_engine():
+def test_help_names_every_flag_and_imports_neither_torch_nor_megatron_core():
     program = (
         "import sys\n"
         "from megatron_moe.config.cli import parse_args\n"

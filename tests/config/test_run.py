@@ -1,4 +1,4 @@
-"""A saved configuration comes back as it was, or is refused by the setting that is wrong."""
+"""A saved configuration comes back as it was, or is rejected by the setting that is wrong."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_presets_survive_json(name: str, tmp_path: Path) -> None:
         ({"checkpoint": {"save": 3}}, "save in checkpoint", "text or null"),
     ],
 )
-def test_wrong_settings_are_refused(
+def test_wrong_settings_are_rejected(
     content: dict[str, Any], where: str, expected: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "config.json"
@@ -54,7 +54,7 @@ def test_numbers_may_be_written_without_a_point(tmp_path: Path) -> None:
     assert RunConfig.load(path).optimizer.lr == 1
 
 
-def test_what_is_no_configuration_is_refused(tmp_path: Path) -> None:
+def test_other_files_are_rejected(tmp_path: Path) -> None:
     for text in (b"", b"[]", b"{", b"\xff", b"[" * 100_000):
         (tmp_path / "config.json").write_bytes(text)
         with pytest.raises(UsageError, match="--config"):

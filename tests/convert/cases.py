@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_moe.config import ModelConfig, MoEConfig, RunConfig
-from megatron_moe.convert.lazy import of_tensor
-from megatron_moe.convert.model import Model
+from megatron_moe.convert.model import LogicalModel, of_tensor
 from megatron_moe.model.logical import initial_tensors, logical_parameters
 
 VOCAB = 96
@@ -33,7 +32,7 @@ CONFIG = RunConfig(
 
 def model_of(
     config: RunConfig = CONFIG, dtype: torch.dtype = torch.float32, seed: int = 3, step: int = 5
-) -> Model:
+) -> LogicalModel:
     """A model of this configuration with random weights, norm scales included."""
     parameters = logical_parameters(config.model, config.moe, VOCAB)
     generator = torch.Generator().manual_seed(seed)
@@ -41,4 +40,6 @@ def model_of(
     for name, tensor in initial_tensors(parameters, seed):
         values = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
         tensors[name] = of_tensor(values.to(dtype))
-    return Model(source="the case", config=config, vocab_size=VOCAB, tensors=tensors, step=step)
+    return LogicalModel(
+        source="the case", config=config, vocab_size=VOCAB, tensors=tensors, step=step
+    )

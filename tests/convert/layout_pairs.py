@@ -43,7 +43,7 @@ def load_all(
     for source in (*whole, *weights):
         spoil(run)
         bare = source in weights
-        options = {"metadata": None, "with_optimizer": False, "with_rng": False} if bare else {}
+        options = {"identity": None, "with_optimizer": False, "with_rng": False} if bare else {}
         load(finetuning if bare else run, source, **options)
         held = gathered(run)
         if first is None:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_moe.analysis.foreign import open_foreign
-from megatron_moe.convert.formats import Target, read, write
+from megatron_moe.convert.formats import ConversionTarget, read, write
 from megatron_moe.errors import UsageError
 from tests.analysis import families
 from tests.convert.cases import CONFIG, model_of
@@ -109,7 +109,9 @@ def contents(format_name: str, path: Path, config: Any = None) -> None:
 
 @pytest.fixture(params=["stacked", "unstacked"])
 def openmoe(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    target = Target(format="hf", path=tmp_path / "hf", layout=request.param, max_shard=20_000)
+    target = ConversionTarget(
+        format="hf", path=tmp_path / "hf", layout=request.param, max_shard=20_000
+    )
     write(model_of(), target, lambda _: None)
     return tmp_path / "hf"
 
@@ -130,7 +132,7 @@ def test_safetensors(openmoe: Path) -> None:
 
 
 def test_pytorch_s_own(tmp_path: Path) -> None:
-    write(model_of(), Target(format="hf", path=tmp_path / "hf"), lambda _: None)
+    write(model_of(), ConversionTarget(format="hf", path=tmp_path / "hf"), lambda _: None)
     file = tmp_path / "hf/model.safetensors"
     torch.save(load_file(file), tmp_path / "hf/pytorch_model.bin")
     file.unlink()
@@ -139,7 +141,7 @@ def test_pytorch_s_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["checkpoint", "target.decoder.decoder_norm.scale/.zarray"])
 def test_t5x(tmp_path: Path, name: str) -> None:
-    write(model_of(), Target(format="t5x", path=tmp_path / "t5x"), lambda _: None)
+    write(model_of(), ConversionTarget(format="t5x", path=tmp_path / "t5x"), lambda _: None)
     survive(tmp_path / "t5x" / name, lambda: contents("t5x", tmp_path / "t5x", CONFIG))
 
 

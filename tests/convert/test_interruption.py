@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe.convert.formats import Target, read, write
+from megatron_moe.convert.formats import ConversionTarget, read, write
 from megatron_moe.errors import UsageError
 from tests.convert.cases import model_of
 from tests.convert.test_formats import same
@@ -20,13 +20,13 @@ def interrupt(_: int) -> None:
 
 @pytest.mark.parametrize("format_name", ["native", "hf", "t5x"])
 def test_an_interrupted_one_leaves_nothing(tmp_path: Path, format_name: str) -> None:
-    target = Target(format=format_name, path=tmp_path / "x", max_shard=20_000)
+    target = ConversionTarget(format=format_name, path=tmp_path / "x", max_shard=20_000)
     with pytest.raises(KeyboardInterrupt):
         write(model_of(), target, interrupt)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def killed(target: Target, after: int) -> None:
+def killed(target: ConversionTarget, after: int) -> None:
     """Convert in another process, which is killed when it has written a number of parts."""
     left = after
 
@@ -47,11 +47,11 @@ def killed(target: Target, after: int) -> None:
 
 @pytest.mark.parametrize("after", [1, 20, 49])
 def test_a_killed_one_is_as_if_it_had_not_begun(tmp_path: Path, after: int) -> None:
-    native = Target(format="native", path=tmp_path / "native", max_shard=20_000)
+    native = ConversionTarget(format="native", path=tmp_path / "native", max_shard=20_000)
     write(model_of(seed=3, step=5), native, lambda _: None)
     killed(native, after)
     same(read("native", native.path), model_of(seed=3))
-    hf = Target(format="hf", path=tmp_path / "hf", max_shard=20_000)
+    hf = ConversionTarget(format="hf", path=tmp_path / "hf", max_shard=20_000)
     killed(hf, after)
     with pytest.raises(UsageError, match=r"config\.json"):
         read("hf", hf.path)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_moe.convert.formats import Target, read, write
+from megatron_moe.convert.formats import ConversionTarget, read, write
 from tests.checkpoint.layouts import DIST, move, start
 from tests.checkpoint.test_layouts import assembled, same
 from tests.convert.layout_pairs import OneWidth, load_all
@@ -27,10 +27,10 @@ SLOW = [layout.name for layout in SLOW_LAYOUTS]
 def through(source: Path, format_name: str, scratch: Path) -> Path:
     """A native checkpoint after another format, which holds weights alone."""
     model = read("native", source)
-    there = Target(format=format_name, path=scratch / "there", layout="unstacked")
+    there = ConversionTarget(format=format_name, path=scratch / "there", layout="unstacked")
     write(model, there, lambda _: None)
     found = read(format_name, there.path, config=model.config)
-    write(found, Target(format="native", path=scratch / "back"), lambda _: None)
+    write(found, ConversionTarget(format="native", path=scratch / "back"), lambda _: None)
     return scratch / "back"
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_moe.convert.formats import read
-from megatron_moe.convert.model import Model
+from megatron_moe.convert.model import LogicalModel
 from megatron_moe.convert.upcycle import Upcycling, upcycle
 from megatron_moe.errors import UsageError
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 from tests.convert.test_formats import rms, turned
 
 CONFIG: dict[str, Any] = {
@@ -96,7 +96,7 @@ def by_hand(config: dict[str, Any], values: dict[str, Tensor], ids: Tensor) -> T
     return rms(x, w["model.norm.weight"]) @ last.T
 
 
-def ours(model: Model) -> Tensor:
+def ours(model: LogicalModel) -> Tensor:
     reference = ReferenceOpenMoE(model.config.model, model.config.moe, 50, seed=None)
     reference.load_logical((name, tensor.whole()) for name, tensor in model.tensors.items())
     with torch.no_grad():
@@ -133,11 +133,14 @@ def test_the_newer_place_of_the_rotary_base(tmp_path: Path) -> None:
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"attention_bias": True}, "attention_bias"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type .* is 'yarn'"),
-        ({"num_key_value_heads": 3}, "num_key_value_heads .* is 3, expected a divisor"),
-        ({"hidden_size": None}, "hidden_size .* is None"),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            r"rope_type .* must be 'default' \(got 'yarn'\)",
+        ),
+        ({"num_key_value_heads": 3}, r"num_key_value_heads .* must be a divisor of .* \(got 3\)"),
+        ({"hidden_size": None}, r"hidden_size .* must be an integer from 1 .* \(got None\)"),
         ({"num_hidden_layers": 4}, "without model.layers.3.input_layernorm.weight"),
-        ({"num_hidden_layers": 2}, "with model.layers.2"),
+        ({"num_hidden_layers": 2}, "the model alone .*also has model.layers.2"),
         ({"intermediate_size": 41}, "3 of|tensors of"),
     ],
 )

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_moe.convert.formats import read
-from megatron_moe.convert.model import Model
+from megatron_moe.convert.model import LogicalModel
 from megatron_moe.convert.upcycle import Upcycling, upcycle
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 from tools.convert_checkpoint import main
 
 VOCAB = 60
@@ -47,7 +47,7 @@ def llama(directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -
     return transformers.LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
 
-def outcome(model: Model, training: bool = False) -> tuple[Tensor, Tensor]:
+def outcome(model: LogicalModel, training: bool = False) -> tuple[Tensor, Tensor]:
     """Logits, and the mean loss over all next tokens."""
     reference = ReferenceOpenMoE(model.config.model, model.config.moe, VOCAB, seed=None)
     reference.load_logical((name, tensor.whole().float()) for name, tensor in model.tensors.items())
@@ -63,7 +63,7 @@ def theirs(module: Any) -> tuple[Tensor, Tensor]:
     return out.logits[:, :-1], out.loss
 
 
-def same(model: Model, module: Any) -> None:
+def same(model: LogicalModel, module: Any) -> None:
     for ours, expected in zip(outcome(model), theirs(module), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=2e-5)
     # In training too, where the capacity is smaller: what drops would have added nothing.

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_moe.convert import lazy, t5x
-from megatron_moe.convert.formats import Target, read, write
+from megatron_moe.convert import model as convert_model
+from megatron_moe.convert import t5x
+from megatron_moe.convert.formats import ConversionTarget, read, write
 from megatron_moe.convert.t5x_tree import write_tree
 from megatron_moe.errors import UsageError
 from tests.convert.cases import CONFIG, model_of
@@ -26,7 +27,7 @@ from tools.convert_checkpoint import main
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many parts of every tensor, and many chunks of every array."""
-    monkeypatch.setattr(lazy, "PART_BYTES", 700)
+    monkeypatch.setattr(convert_model, "PART_BYTES", 700)
     monkeypatch.setattr(t5x, "CHUNK_BYTES", 500)
 
 
@@ -34,10 +35,10 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_there_and_back_is_bit_exact(tmp_path: Path, dtype: torch.dtype) -> None:
     model = model_of(dtype=dtype)
-    write(model, Target(format="t5x", path=tmp_path / "t5x"), Silent)
+    write(model, ConversionTarget(format="t5x", path=tmp_path / "t5x"), Silent)
     found = read("t5x", tmp_path / "t5x", config=CONFIG)
     assert found.step == 5
-    write(found, Target(format="native", path=tmp_path / "native"), Silent)
+    write(found, ConversionTarget(format="native", path=tmp_path / "native"), Silent)
     same(read("native", tmp_path / "native"), model)
 
 
@@ -61,7 +62,7 @@ def by_hand(folder: Path) -> Any:
 @pytest.mark.usefixtures("small_parts")
 def test_the_files_are_what_t5x_writes(tmp_path: Path) -> None:
     model = model_of()
-    write(model, Target(format="t5x", path=tmp_path / "t5x"), Silent)
+    write(model, ConversionTarget(format="t5x", path=tmp_path / "t5x"), Silent)
     ours = {name: tensor.whole() for name, tensor in model.tensors.items()}
     layers = tmp_path / "t5x/target.decoder.layers_"
     gate = by_hand(Path(f"{layers}1.mlp.expert.wi_0.kernel"))
@@ -109,7 +110,7 @@ def _rewrite(path: Path, name: str, leaf: Any) -> None:
 
 def test_small_arrays_may_be_in_the_tree_itself(tmp_path: Path) -> None:
     model = model_of()
-    write(model, Target(format="t5x", path=tmp_path / "t5x"), Silent)
+    write(model, ConversionTarget(format="t5x", path=tmp_path / "t5x"), Silent)
     scale = model.tensors["final_norm.weight"].whole().numpy()
     packed = msgpack.packb((scale.shape, "float32", scale.tobytes()))
     shutil.rmtree(tmp_path / "t5x/target.decoder.decoder_norm.scale")
@@ -132,12 +133,12 @@ ELSEWHERE = {"driver": "zarr", "kvstore": {"driver": "gcs", "bucket": "b"}, "pat
     ("leaf", "said"),
     [
         (None, "without decoder/decoder_norm/scale"),
-        (OUTSIDE, "'../secret/', expected a folder beside it"),
+        (OUTSIDE, r"must be a folder next to that file \(got '../secret/'\)"),
         (ELSEWHERE, "target.absent"),
     ],
 )
 def test_a_wrong_tree_is_refused(tmp_path: Path, leaf: Any, said: str) -> None:
-    write(model_of(), Target(format="t5x", path=tmp_path / "t5x"), Silent)
+    write(model_of(), ConversionTarget(format="t5x", path=tmp_path / "t5x"), Silent)
     _rewrite(tmp_path / "t5x/checkpoint", "decoder/decoder_norm/scale", leaf)
     with pytest.raises(UsageError, match=said):
         read("t5x", tmp_path / "t5x", config=CONFIG)
@@ -145,29 +146,29 @@ def test_a_wrong_tree_is_refused(tmp_path: Path, leaf: Any, said: str) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"\xc1", msgpack.packb({"version": 3}), None])
 def test_a_broken_file_is_refused(tmp_path: Path, content: bytes | None) -> None:
-    write(model_of(), Target(format="t5x", path=tmp_path / "t5x"), Silent)
+    write(model_of(), ConversionTarget(format="t5x", path=tmp_path / "t5x"), Silent)
     file = tmp_path / "t5x/checkpoint"
     if content is None:
         file.unlink()
     else:
         file.write_bytes(content)
-    with pytest.raises(UsageError, match="t5x/checkpoint is"):
+    with pytest.raises(UsageError, match=r"t5x/checkpoint must be .* \(got "):
         read("t5x", tmp_path / "t5x", config=CONFIG)
 
 
 def test_the_command_line_needs_to_know_the_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(model_of(), Target(format="native", path=tmp_path / "native"), Silent)
+    write(model_of(), ConversionTarget(format="native", path=tmp_path / "native"), Silent)
     CONFIG.save(tmp_path / "config.json")
     to_t5x = ["--from", "native", "--load", str(tmp_path / "native"), "--to", "t5x"]
     assert main([*to_t5x, "--save", str(tmp_path / "t5x"), "--verify"]) == 0
     back = ["--from", "t5x", "--load", str(tmp_path / "t5x"), "--to", "hf"]
     save = ["--save", str(tmp_path / "hf")]
     assert main([*back, *save]) == 2
-    assert "--preset is None" in capsys.readouterr().err
+    assert "--preset must be given, or --config (got None)" in capsys.readouterr().err
     assert main([*back, *save, "--preset", "openmoe-tiny-released"]) == 2
-    assert "embedding.weight has shape [96, 16], expected [96, 256]" in capsys.readouterr().err
+    assert "embedding.weight must have shape [96, 256] (got [96, 16])" in capsys.readouterr().err
     assert main([*back, *save, "--config", str(tmp_path / "config.json"), "--verify"]) == 0
     same(read("hf", tmp_path / "hf"), model_of())
     assert main([*to_t5x, "--save", str(tmp_path / "x"), "--preset", "openmoe-tiny"]) == 2

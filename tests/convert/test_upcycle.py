@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config import RunConfig
-from megatron_moe.convert.formats import Target, write
-from megatron_moe.convert.model import Model
+from megatron_moe.convert.formats import ConversionTarget, write
+from megatron_moe.convert.model import LogicalModel
 from megatron_moe.convert.upcycle import Upcycling, upcycle
 from megatron_moe.errors import UsageError
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 from tests.convert.cases import CONFIG, VOCAB, model_of
 from tools.convert_checkpoint import main
 
@@ -23,11 +23,11 @@ DENSE = replace(CONFIG, moe=replace(CONFIG.moe, moe_layer_freq="[0]*4"))
 HOW = Upcycling(mode="shared", num_experts=4, topk=2, layer_freq="[0,1,0,1]")
 
 
-def dense_model(config: RunConfig = DENSE, dtype: torch.dtype = torch.float32) -> Model:
+def dense_model(config: RunConfig = DENSE, dtype: torch.dtype = torch.float32) -> LogicalModel:
     return model_of(config, dtype)
 
 
-def logits(model: Model, router: float | None = None) -> Tensor:
+def logits(model: LogicalModel, router: float | None = None) -> Tensor:
     """Of a prompt, nothing dropping; with the router's weights scaled."""
     moe = replace(model.config.moe, moe_eval_capacity_factor=None)
     reference = ReferenceOpenMoE(model.config.model, moe, VOCAB, seed=None)
@@ -106,11 +106,11 @@ def test_fresh_units_are_the_same_in_all_matrices_of_an_expert() -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"topk": 5}, "--moe-router-topk is 5"),
+        ({"topk": 5}, r"--moe-router-topk must be between 1 and --num-experts \(4\) \(got 5\)"),
         ({"layer_freq": "[0]*4"}, "--moe-layer-freq"),
         ({"layer_freq": "[0,1]"}, "--moe-layer-freq"),
-        ({"noise": -1.0}, "--upcycle-noise is -1.0"),
-        ({"fresh": 1.5}, "--upcycle-fresh is 1.5"),
+        ({"noise": -1.0}, r"--upcycle-noise must be a finite number >= 0 \(got -1.0\)"),
+        ({"fresh": 1.5}, r"--upcycle-fresh must be from 0 to 1 \(got 1.5\)"),
     ],
 )
 def test_impossible_values_are_named(change: dict[str, Any], named: str) -> None:
@@ -119,18 +119,20 @@ def test_impossible_values_are_named(change: dict[str, Any], named: str) -> None
 
 
 def test_a_model_with_experts_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"MoE layers of the case is \[1, 3\], expected none"):
+    with pytest.raises(
+        UsageError, match=r"MoE layers of the case must be none for --upcycle \(got \[1, 3\]\)"
+    ):
         upcycle(model_of(), HOW)
 
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write(dense_model(), Target(format="native", path=tmp_path / "dense"), lambda _: None)
+    write(dense_model(), ConversionTarget(format="native", path=tmp_path / "dense"), lambda _: None)
     flags = ["--from", "native", "--load", str(tmp_path / "dense"), "--to", "native"]
     flags += ["--save", str(tmp_path / "moe"), "--verify"]
     upcycling = ["--upcycle", "shared", "--num-experts", "4", "--moe-layer-freq", "[0,1,0,1]"]
     assert main([*flags, *upcycling, "--upcycle-noise", "0.01"]) == 0
     capsys.readouterr()
     assert main([*flags, "--num-experts", "4"]) == 2
-    assert "--num-experts is 4, expected absent without --upcycle" in capsys.readouterr().err
+    assert "--num-experts must be absent without --upcycle (got 4)" in capsys.readouterr().err
     assert main([*flags, "--upcycle", "copy"]) == 2
-    assert "--num-experts is None" in capsys.readouterr().err
+    assert "--num-experts must be given with --upcycle (got None)" in capsys.readouterr().err

@@ -95,30 +95,6 @@ def test_blends_of_flags() -> None:
         (DataConfig(), r"--data-path must be .*\(got ''\)"),
         (DataConfig(valid_data_path=("a",)), r"--data-path must be .*\(got ''\)"),
         (
-            DataConfig(data_path=("a",), valid_data_path=("b",)),
-            r"--valid-data-path must be unset with --data-path \(got 'b'\)",
-        ),
-        (
-            DataConfig(data_path=("a",), mixture="v1"),
-            r"--mixture must be unset with --data-path \(got 'v1'\)",
-        ),
-        (
-            DataConfig(data_path=("a",), data_args_path="f"),
-            r"--data-args-path must be unset with --data-path \(got 'f'\)",
-        ),
-        (
-            DataConfig(data_args_path="f", mixture="v1"),
-            r"--mixture must be unset with --data-args-path \(got 'v1'\)",
-        ),
-        (
-            DataConfig(mixture="v1", train_data_path=("a",)),
-            r"--train-data-path must be unset with --mixture \(got 'a'\)",
-        ),
-        (
-            DataConfig(data_path=("a",), data_root="d"),
-            r"--data-root must be unset without --mixture \(got 'd'\)",
-        ),
-        (
             DataConfig(data_args_path="/no/such"),
             r"--data-args-path must be .*got '/no/such'\); .*No such file",
         ),

@@ -14,7 +14,6 @@ from megatron.core.datasets.utils import Split
 
 from megatron_moe.config import ObjectiveConfig
 from megatron_moe.data.batch import Batch, document_planes, extra_planes
-from megatron_moe.errors import UsageError
 from megatron_moe.tokenizer.simple import NullTokenizer
 from tests.data.corpus import VOCAB, random_documents, write
 from tests.data.objectives.runs import data_of
@@ -126,18 +125,6 @@ def test_a_conversation_that_fills_its_row(tmp_path: Path) -> None:
     settings = {"objective": "sft", "tokenizer_type": "ByteTokenizer", "vocab_size": None}
     batch = next(data_of(str(path), seq_length=32, **settings, **BOTH).train)  # type: ignore[arg-type]
     assert planes(batch) == ([list(range(32))] * 2, [[0] * 32] * 2)
-
-
-@pytest.mark.parametrize(
-    ("flag", "field"),
-    [("position-ids", "reset_position_ids"), ("attention-mask", "reset_attention_mask")],
-)
-def test_denoisers_take_rows_as_one(tmp_path: Path, flag: str, field: str) -> None:
-    prefix = write(tmp_path / "x", random_documents(30))
-    with pytest.raises(
-        UsageError, match=rf"--reset-{flag} must be unset with --objective ul2 \(got True\)"
-    ):
-        data_of(prefix, objective="ul2", vocab_extra_ids=20, **{field: True})
 
 
 def test_a_run_does_not_go_on_with_other_flags(tmp_path: Path) -> None:

@@ -77,10 +77,11 @@ def test_a_loss_that_did_not_fall_fails(tuned: str, quickstart: Path) -> None:
     assert run(quickstart, tuned=tuned).returncode == 1
 
 
-def test_without_a_quickstart_it_says_so(tmp_path: Path) -> None:
+def test_without_a_quickstart_it_is_an_error(tmp_path: Path) -> None:
     done = run(tmp_path)
     assert done.returncode == 2
-    assert "expected that of make quickstart" in done.stderr
+    expected = "QUICKSTART_DIR must be a folder with the checkpoint of make quickstart"
+    assert f"{expected} (got '{tmp_path}'); try: make quickstart" in done.stderr
 
 
 def test_held_out_answers_become_likelier(

@@ -1,4 +1,4 @@
-"""Children that are killed at a chosen point, and what must be found after that."""
+"""Children that are killed at a chosen point, and checks of what they leave."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_moe.parallel.collectives import RankGroup
 from tests.checkpoint import toy
 
 Save = Callable[..., object]
-"""`toy.save` or `toy.save_behind`."""
+"""`toy.save` or `toy.save_async`."""
 POINTS = 200
 """More than a save has; loops end when a save survives."""
 

@@ -22,7 +22,7 @@ _UL2 = (
     "--tokenizer-type ByteTokenizer --vocab-extra-ids 60 --vocab-size 384"
 )
 KILLS = (" iteration 4/", " iteration 7/", " saved iteration 9 ")
-"""What the log says when the first, second and third start are killed."""
+"""Lines of the log at which the first, second and third start are killed."""
 
 
 def _corpus(prefix: Path) -> str:
@@ -56,7 +56,7 @@ def _kill_at(process: subprocess.Popen[str], mark: str) -> None:
             process.kill()
             break
     process.stdout.close()
-    assert process.wait() == -9, f"the run ended before it said {mark!r}"
+    assert process.wait() == -9, f"the run ended before it logged {mark!r}"
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -65,16 +65,16 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [[], ["--async-save"]], ids=["now", "behind"])
+@pytest.mark.parametrize("flags", [[], ["--async-save"]], ids=["sync", "async"])
 def test_a_run_killed_three_times_is_one_that_was_not(tmp_path, flags):
     """Every loss to the bit, so every sample and every draw of noise once; the same last state."""
     corpus = _corpus(tmp_path / "corpus")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     _end(_start(corpus, whole, *flags))
-    going_on = ["--load", str(killed), "--allow-missing-load"]
+    resume = ["--load", str(killed), "--allow-missing-load"]
     for mark in KILLS:
-        _kill_at(_start(corpus, killed, *flags, *going_on), mark)
-    _end(_start(corpus, killed, *flags, *going_on))
+        _kill_at(_start(corpus, killed, *flags, *resume), mark)
+    _end(_start(corpus, killed, *flags, *resume))
     steps = (killed / "metrics.jsonl").read_text()
     assert [json.loads(line)["iteration"] for line in steps.splitlines()] == list(range(1, 15))
     assert steps == (whole / "metrics.jsonl").read_text()

@@ -19,21 +19,21 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe.checkpoint import CheckpointError, latest_step, rank_files, verify
+from megatron_moe.checkpoint import CheckpointError, contents, latest_step, verify
 from megatron_moe.checkpoint.directory import remove, revisions
 from megatron_moe.parallel.collectives import RankGroup
 from tests.checkpoint import toy
 from tests.faults.killing import POINTS, Save, check_whole, fork, fork_ranks, kill_at
 
-both_ways = pytest.mark.parametrize("save", [toy.save, toy.save_behind])
-"""Synchronously and behind the back of a training that has overwritten everything already."""
+both_ways = pytest.mark.parametrize("save", [toy.save, toy.save_async])
+"""Synchronously, and asynchronously while training overwrites every tensor."""
 
 
 @pytest.fixture(params=[1, 3], ids=["one file", "three files"], autouse=True)
 def files(request, monkeypatch):
     """Files of a rank."""
     if request.param > 1:
-        monkeypatch.setattr(rank_files, "FILE_BYTES", 200)
+        monkeypatch.setattr(contents, "FILE_BYTES", 200)
     return request.param
 
 
@@ -127,7 +127,7 @@ def _limited_save(save: Save, directory: Path, step: int, limit: int, message: P
 
 @both_ways
 @pytest.mark.parametrize("limit", [0, 100, 1500])
-def test_a_write_that_fails_says_step_and_bytes_and_leaves_nothing(tmp_path, save, limit):
+def test_a_write_that_fails_reports_step_and_bytes_and_leaves_nothing(tmp_path, save, limit):
     directory, message = tmp_path / "run", tmp_path / "message"
     toy.save(directory, 10)
     before = sorted(p.name for p in directory.iterdir())
@@ -144,7 +144,7 @@ def test_a_write_that_fails_says_step_and_bytes_and_leaves_nothing(tmp_path, sav
 def test_a_full_disk_is_an_error_and_the_old_checkpoint_stays(scarce, save):
     directory, room = scarce
     toy.save(directory, 10)
-    message = f"save of step 20 to {directory} is .* room for 648 bytes .* intact"
+    message = f"save of step 20 to {directory} must be enough for 648 bytes .* intact"
     for free in (0, 1, 4, 8, 12):  # KiB: from nothing at all to all files but the last
         with room(free), pytest.raises(CheckpointError, match=message) as error:
             save(directory, 20)
@@ -174,7 +174,7 @@ def test_a_rank_that_cannot_write_stops_the_save_on_all(tmp_path, save):
     assert fork_ranks(body, tmp_path / "store") == [3, 3]
     messages = [(tmp_path / f"message-{rank}").read_text() for rank in range(2)]
     assert messages[0] == messages[1]
-    assert f"save of step 20 to {directory} is" in messages[0]
+    assert f"save of step 20 to {directory} must be" in messages[0]
     assert list(revisions(directory)) == [10]
     assert check_whole(directory, 10, 20) == 10
 

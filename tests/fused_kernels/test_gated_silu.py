@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused_kernels import select
+from fused_kernels import row_blocks, select
 from fused_kernels.autograd import gated_silu
-from fused_kernels.reference import _blocks
 
 
 @pytest.fixture
@@ -37,7 +36,9 @@ def formula_and_gradient(z: Tensor, grad_h: Tensor, blocks: int) -> tuple[Tensor
 @pytest.mark.parametrize("blocks", [2, 3])
 @pytest.mark.parametrize("rows", [0, 1, 5, 41])
 def test_value_and_gradient(monkeypatch, kernel: ModuleType, blocks: int, rows: int) -> None:
-    monkeypatch.setattr(_blocks, "CACHED_ELEMENTS", 70)  # Blocks of 10 rows, the last one shorter.
+    monkeypatch.setattr(
+        row_blocks, "CACHED_ELEMENTS", 70
+    )  # Blocks of 10 rows, the last one shorter.
     torch.manual_seed(0)
     z, grad_h = (torch.randn(rows, width, dtype=torch.float64) for width in (blocks * 7, 7))
     expected, expected_grad = formula_and_gradient(z, grad_h, blocks)
@@ -96,7 +97,7 @@ def test_gates_beyond_the_exponential(kernel: ModuleType) -> None:
     torch.testing.assert_close(grad_z[:, :8], slope, atol=1e-30, rtol=1e-6, equal_nan=True)
 
 
-def test_steps_do_nothing_until_they_are_called_and_write_where_they_are_told(
+def test_steps_write_into_their_outputs_when_they_are_called(
     kernel: ModuleType,
 ) -> None:
     z, grad = torch.randn(6, 8), torch.randn(6, 4)

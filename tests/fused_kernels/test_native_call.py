@@ -1,4 +1,4 @@
-"""What native kernels are handed is looked at; what they make does not depend on threads."""
+"""Native kernels check their arguments; their results do not depend on threads."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_fake_tensors_get_the_shapes_of_the_results() -> None:
         assert [t.shape for t in ranked] == [(2, 5), (2, 3)]
 
 
-def test_what_the_compiled_code_does_not_know_is_refused() -> None:
+def test_dtypes_and_layouts_without_compiled_code_are_rejected() -> None:
     z = torch.zeros(4, 6)
     with pytest.raises(TypeError, match=r"of torch\.float16, expected float32, float64, bfloat16"):
         operation("gated_silu_forward", torch.float16, [(z.half(), (4, 6), torch.float16)])
@@ -74,7 +74,7 @@ class _Kind(Tensor):
     """A tensor of a class of its own."""
 
 
-def test_tensors_of_other_classes_are_refused() -> None:
+def test_tensors_of_other_classes_are_rejected() -> None:
     gate = select("gated_silu", "native").module
     with pytest.raises(TypeError, match="native kernels take plain tensors, found _Kind"):
         gate.forward(torch.zeros(4, 6).as_subclass(_Kind), 2)
@@ -91,7 +91,7 @@ GATE = {
 
 
 @pytest.mark.parametrize("changes", GATE.values(), ids=GATE.keys())
-def test_gates_that_do_not_fit_are_refused(changes: dict[str, Any]) -> None:
+def test_gates_that_do_not_fit_are_rejected(changes: dict[str, Any]) -> None:
     """Memory of others is neither read nor written."""
     gate = select("gated_silu", "native").module
     given = {"grad": torch.zeros(5, 4), "z": torch.zeros(5, 8), "blocks": 2}
@@ -115,7 +115,7 @@ COMBINATION = {
 
 
 @pytest.mark.parametrize("changes", COMBINATION.values(), ids=COMBINATION.keys())
-def test_combinations_that_do_not_fit_are_refused(changes: dict[str, Tensor]) -> None:
+def test_combinations_that_do_not_fit_are_rejected(changes: dict[str, Tensor]) -> None:
     combine, dispatch = (select(n, "native").module for n in ("combine_tokens", "dispatch_tokens"))
     given = {
         "grad_TH": torch.zeros(5, 4),
@@ -146,8 +146,8 @@ def test_halves_are_rounded_to_even() -> None:
     assert torch.equal(found, weights.bfloat16().expand(-1, 40))
 
 
-def test_a_second_derivative_is_refused() -> None:
-    """It would be zero without a word: the compiled code leaves no graph."""
+def test_a_second_derivative_is_rejected() -> None:
+    """It would silently be zero: the compiled code leaves no graph."""
     z = torch.randn(4, 6, requires_grad=True)
     h = gated_silu(z, 2, select("gated_silu", "native").module)
     (grad,) = torch.autograd.grad(h.square().sum(), z, create_graph=True)

@@ -1,4 +1,4 @@
-"""How the native kernels are compiled, kept, refused and called, with real compilers."""
+"""How the native kernels are compiled, cached, rejected and called, with real compilers."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cache(compiled: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> It
 
 
 def asked_again() -> str | None:
-    """What a new process would be told."""
+    """The answer in a new process."""
     library._library_or_reason.cache_clear()
     return unavailable()
 
@@ -132,7 +132,7 @@ def test_a_compiler_that_fails_says_why_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("said", "cause"),
+    ("output", "cause"),
     [
         ("a.cpp: In function\n a.cpp:3: error: expected ;", "a.cpp:3: error: expected ;"),
         (
@@ -144,8 +144,8 @@ def test_a_compiler_that_fails_says_why_and_leaves_nothing(
         ("", "no message"),
     ],
 )
-def test_the_cause_is_found_in_what_a_compiler_says(said: str, cause: str) -> None:
-    assert library._cause(said) == cause
+def test_the_cause_is_found_in_the_output_of_a_compiler(output: str, cause: str) -> None:
+    assert library._cause(output) == cause
 
 
 def test_a_compiler_that_hangs_is_a_reason(
@@ -200,7 +200,7 @@ def test_where_the_cache_is(cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert library._cache_place() == Path.home() / ".cache" / "megatron_moe"
 
 
-def test_nobody_without_a_home_is_troubled(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def test_a_user_without_a_home_needs_no_error(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
@@ -214,12 +214,12 @@ def test_nobody_without_a_home_is_troubled(monkeypatch: pytest.MonkeyPatch, cach
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_who_asks_for_the_reference_needs_no_compiler(
+def test_the_reference_needs_no_compiler(
     cache: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    """Nor waits for one that hangs."""
+    """Nor does it wait for one that hangs."""
     monkeypatch.setenv("CXX", "no-such")
-    assert select("gated_silu", "reference", device).reason == "as asked"
+    assert select("gated_silu", "reference", device).reason == "as requested"
     assert select("gated_silu", "auto", "cuda").reason == "auto: first of reference on cuda"
     assert library._library_or_reason.cache_info().currsize == 0
 

@@ -46,6 +46,6 @@ def test_counting_one_by_one(way: Way, groups: int, choices: int, experts: int) 
 
 
 @pytest.mark.parametrize("bad", [-1, 4])
-def test_an_expert_that_there_is_not_is_refused(way: Way, bad: int) -> None:
+def test_an_expert_that_there_is_not_is_rejected(way: Way, bad: int) -> None:
     with pytest.raises((IndexError, RuntimeError)):
         way(torch.tensor([[0, 3, bad]]), 4)

@@ -1,4 +1,4 @@
-"""The registry takes a name literally, refuses what is not there, and says what it chose."""
+"""The registry takes a name literally, rejects unavailable ones, and gives its reasons."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fused_kernels import KernelUnavailable, native, registry, select, select_all
+from fused_kernels import KernelUnavailable, load_kernels, native, registry, select
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("operation", registry.OPERATIONS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_auto_says_what_it_took_and_why(operation: str, device: str, compiled: None) -> None:
+def test_auto_gives_its_selection_and_reason(operation: str, device: str, compiled: None) -> None:
     kernel = select(operation, device_type=device)
     names = ["native", "reference"] if device == "cpu" else ["reference"]
     assert kernel.implementation == names[0]
@@ -26,7 +26,7 @@ def test_auto_says_what_it_took_and_why(operation: str, device: str, compiled: N
     assert kernel.module.__name__ == f"fused_kernels.{names[0]}.{operation}"
 
 
-def test_auto_says_what_it_could_not_take(without_native: None) -> None:
+def test_auto_gives_the_reason_of_what_it_passed_over(without_native: None) -> None:
     kernel = select("gated_silu")
     assert kernel.implementation == "reference"
     why_not = "no native: no C++ compiler (set CXX)"
@@ -40,17 +40,17 @@ def test_auto_says_what_it_could_not_take(without_native: None) -> None:
 def test_an_implementation_is_taken_by_name(compiled: None) -> None:
     for name in ("native", "reference"):
         chosen = select("gated_silu", name)
-        assert (chosen.implementation, chosen.reason) == (name, "as asked")
+        assert (chosen.implementation, chosen.reason) == (name, "as requested")
 
 
-def test_an_unknown_implementation_is_refused_by_name_with_what_there_is() -> None:
+def test_an_unknown_implementation_is_rejected_with_valid_names() -> None:
     with pytest.raises(KernelUnavailable, match="'triton' is not available: use auto or reference"):
         select("gated_silu", "triton", "cuda")
 
 
-def test_an_implementation_for_other_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_implementation_for_other_devices_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.IMPLEMENTATIONS, "reference", frozenset({"cuda"}))
-    assert select("gated_silu", "reference", "cuda").reason == "as asked"
+    assert select("gated_silu", "reference", "cuda").reason == "as requested"
     with pytest.raises(KernelUnavailable):
         select("gated_silu", "reference", "cpu")
 
@@ -69,10 +69,16 @@ def test_a_folder_that_lacks_an_operation_is_passed_over(
     assert select("gated_silu").implementation == "reference"
 
 
-def test_an_unknown_operation_is_a_mistake_of_the_caller() -> None:
+def test_an_unknown_operation_is_an_error_of_the_caller() -> None:
     with pytest.raises(ValueError, match="expected one of combine_tokens"):
         select("transpose")
 
 
 def test_all_operations_come_together() -> None:
-    assert set(select_all("reference")) == set(registry.OPERATIONS)
+    """Each attribute has the module of its operation, and the log all four."""
+    kernels = load_kernels("reference")
+    for operation in registry.OPERATIONS:
+        module = getattr(kernels, operation)
+        assert module.__name__ == f"fused_kernels.reference.{operation}"
+    assert tuple(kernel.operation for kernel in kernels.selected) == registry.OPERATIONS
+    assert {kernel.reason for kernel in kernels.selected} == {"as requested"}

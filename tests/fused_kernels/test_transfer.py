@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_kernels import select
-from fused_kernels.reference import _blocks
+from fused_kernels import row_blocks, select
 
 
 @pytest.fixture
@@ -117,7 +116,7 @@ def test_combine_sums_the_gradient_of_its_weights_in_their_dtype(
     combine: ModuleType, case: dict[str, Tensor], block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1001 products of ones: bfloat16, which has 8 bits, cannot hold their sum."""
-    monkeypatch.setattr(_blocks, "CACHED_ELEMENTS", block)
+    monkeypatch.setattr(row_blocks, "CACHED_ELEMENTS", block)
     out, grad = torch.ones(7, 1001, dtype=torch.bfloat16), torch.ones(4, 1001, dtype=torch.bfloat16)
     out[3] = 2.0
     weights, rows, kept = case["weights"].float(), case["rows"], case["kept"]
@@ -141,7 +140,7 @@ def test_what_is_no_number_stays_none(combine: ModuleType, case: dict[str, Tenso
 
 
 @pytest.mark.parametrize("bad", [7, -1])
-def test_an_index_outside_of_the_buffer_is_refused(
+def test_an_index_outside_of_the_buffer_is_rejected(
     dispatch: ModuleType, combine: ModuleType, case: dict[str, Tensor], bad: int
 ) -> None:
     """Memory of others is neither read nor written."""

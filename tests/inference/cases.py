@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from megatron_moe.config import DataConfig, ModelConfig, MoEConfig, RunConfig
-from megatron_moe.convert.formats import Target, write
-from megatron_moe.convert.lazy import of_tensor
-from megatron_moe.convert.model import Model
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.convert.formats import ConversionTarget, write
+from megatron_moe.convert.model import LogicalModel, of_tensor
+from megatron_moe.model.reference import ReferenceOpenMoE
 from megatron_moe.tokenizer.build import build_tokenizer
 from megatron_moe.tokenizer.simple import ByteTokenizer
 
@@ -53,7 +52,7 @@ def save(
     directory: Path, config: RunConfig = CONFIG, layout: str = "native", step: int = 7
 ) -> Path:
     """A checkpoint of `model()`, which was trained with the tokenizer of ``config``."""
-    source = Model(
+    source = LogicalModel(
         source="the case",
         config=config,
         vocab_size=PADDED,
@@ -61,7 +60,7 @@ def save(
         step=step,
         tokenizer_hash=build_tokenizer(config.data).identity,
     )
-    write(source, Target(format=layout, path=directory), lambda _: None)
+    write(source, ConversionTarget(format=layout, path=directory), lambda _: None)
     return directory
 
 

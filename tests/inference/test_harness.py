@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_moe.errors import UsageError
-from megatron_moe.inference.loading import Wanted, load
+from megatron_moe.inference.loading import LoadOptions, load
 from tests.inference.cases import TOKENIZER, greedy, model, save
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -114,6 +114,8 @@ def test_whole_texts(results: Any) -> None:
 def test_a_task_that_is_not_there_is_refused(checkpoint: Path) -> None:
     from megatron_moe.inference.harness import evaluate_tasks
 
-    loaded, tasks = load(Wanted(path=checkpoint)), ROOT / "examples" / "lm_eval"
-    with pytest.raises(UsageError, match=r"--tasks is 'abacus'.* openmoe_demo_choice"):
+    loaded, tasks = load(LoadOptions(path=checkpoint)), ROOT / "examples" / "lm_eval"
+    with pytest.raises(
+        UsageError, match=r"--tasks must be .* openmoe_demo_choice.*\(got 'abacus'\)"
+    ):
         evaluate_tasks(loaded, ["abacus"], batch_size=1, include_path=tasks)

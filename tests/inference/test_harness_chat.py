@@ -15,8 +15,8 @@ from lm_eval.tasks import TaskManager
 
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.harness import HarnessModel
-from megatron_moe.inference.loading import Loaded, Wanted, load
-from megatron_moe.inference.text import Text
+from megatron_moe.inference.loading import LoadedModel, LoadOptions, load
+from megatron_moe.inference.text import TextTokenizer
 from megatron_moe.tokenizer.simple import NullTokenizer
 from tests.inference.cases import CONFIG, model, save
 from tools.evaluate import main
@@ -92,11 +92,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(checkpoint: Path) -> Loaded:
-    return load(Wanted(path=checkpoint))
+def loaded(checkpoint: Path) -> LoadedModel:
+    return load(LoadOptions(path=checkpoint))
 
 
-def _read(loaded: Loaded, tasks: Path, name: str, **settings: Any) -> list[list[int]]:
+def _read(loaded: LoadedModel, tasks: Path, name: str, **settings: Any) -> list[list[int]]:
     """The rows that the model reads during a task with one example, one by one."""
     seen: list[list[int]] = []
     hook = loaded.model.embedding.register_forward_pre_hook(
@@ -118,14 +118,14 @@ def _read(loaded: Loaded, tasks: Path, name: str, **settings: Any) -> list[list[
 
 @pytest.mark.parametrize(("as_turns", "prompt"), [(True, TURNS), (False, ONE_TURN)])
 def test_choices_are_read_as_answers_in_a_conversation(
-    loaded: Loaded, tasks: Path, as_turns: bool, prompt: list[int]
+    loaded: LoadedModel, tasks: Path, as_turns: bool, prompt: list[int]
 ) -> None:
     found = _read(loaded, tasks, "choice", apply_chat_template=True, fewshot_as_multiturn=as_turns)
     # The longest first; the last id of each is predicted and not read.
     assert found == [prompt + _ids(choice)[:-1] for choice in ("a lot", "four")]
 
 
-def test_an_answer_that_the_task_begins_goes_on(loaded: Loaded, tasks: Path) -> None:
+def test_an_answer_that_the_task_begins_goes_on(loaded: LoadedModel, tasks: Path) -> None:
     found = _read(loaded, tasks, "begun", apply_chat_template=True, fewshot_as_multiturn=True)
     # lm-eval lets the answers of examples begin in the same way.
     talk = "<<SYS>>\nBe brief.\n<</SYS>>\n\n<s>[INST] 1 + 1? [/INST]So: two"
@@ -135,13 +135,13 @@ def test_an_answer_that_the_task_begins_goes_on(loaded: Loaded, tasks: Path) -> 
 
 @pytest.mark.parametrize(("as_turns", "prompt"), [(True, TURNS), (False, ONE_TURN)])
 def test_answers_are_written_after_a_conversation(
-    loaded: Loaded, tasks: Path, as_turns: bool, prompt: list[int]
+    loaded: LoadedModel, tasks: Path, as_turns: bool, prompt: list[int]
 ) -> None:
     found = _read(loaded, tasks, "text", apply_chat_template=True, fewshot_as_multiturn=as_turns)
     assert found[0] == prompt
 
 
-def test_without_the_template_there_is_none(loaded: Loaded, tasks: Path) -> None:
+def test_without_the_template_there_is_none(loaded: LoadedModel, tasks: Path) -> None:
     plain = _ids("Be brief.1 + 1? two\n\n2 + 2?")
     assert _read(loaded, tasks, "text")[0] == plain
 
@@ -173,12 +173,14 @@ def test_flags_of_the_command(
     assert math.log(found) == pytest.approx(-likely, rel=1e-5)
 
 
-def test_what_lm_eval_keeps_of_the_template(loaded: Loaded) -> None:
+def test_what_lm_eval_keeps_of_the_template(loaded: LoadedModel) -> None:
     harness = HarnessModel(loaded, batch_size=1)
     template = "<<SYS>>\n{system}\n<</SYS>>\n\n<s>[INST] {question} [/INST]"
     assert harness.chat_template(True) == template
     assert harness.chat_template(False) is None
-    with pytest.raises(UsageError, match="'llama', expected none: there is one"):
+    with pytest.raises(
+        UsageError, match=r"must be absent, as there is a single template \(got 'llama'\)"
+    ):
         harness.chat_template("llama")
-    other = replace(loaded, text=Text(NullTokenizer(300), CONFIG.data))
+    other = replace(loaded, tokenizer=TextTokenizer(NullTokenizer(300), CONFIG.data))
     assert harness.tokenizer_name != HarnessModel(other, batch_size=1).tokenizer_name

@@ -17,9 +17,9 @@ from megatron_moe.data.indexed.manifest import write_manifest
 from megatron_moe.data.indexed.writer import IndexedWriter
 from megatron_moe.errors import UsageError
 from megatron_moe.inference import scoring
-from megatron_moe.inference.loading import Loaded
+from megatron_moe.inference.loading import LoadedModel
 from megatron_moe.inference.perplexity import Perplexity, evaluate_data
-from megatron_moe.inference.text import Text
+from megatron_moe.inference.text import TextTokenizer
 from megatron_moe.tokenizer.simple import ByteTokenizer
 from tests.data.corpus import MANIFEST
 from tests.inference.cases import CONFIG, DROPLESS, model
@@ -28,11 +28,11 @@ LENGTHS = [5, 1, 17, 30, 2, 11, 8]
 """74 tokens: four rows of 16 and one of 10."""
 
 
-def _loaded(objective: ObjectiveConfig | None = None, factor: float | None = None) -> Loaded:
+def _loaded(objective: ObjectiveConfig | None = None, factor: float | None = None) -> LoadedModel:
     moe = replace(DROPLESS, moe_eval_capacity_factor=factor)
     config = replace(CONFIG, moe=moe, objective=objective or ObjectiveConfig())
-    text = Text(ByteTokenizer(), CONFIG.data)
-    return Loaded(model=model(moe), config=config, text=text, source="the case", step=7)
+    text = TextTokenizer(ByteTokenizer(), CONFIG.data)
+    return LoadedModel(model=model(moe), config=config, tokenizer=text, source="the case", step=7)
 
 
 def _write(prefix: Path, lengths: Sequence[int] = LENGTHS, seed: int = 0) -> str:
@@ -66,7 +66,7 @@ def _expected(ids: Sequence[int], length: int, factor: float | None = None) -> f
     return total
 
 
-def _one(loaded: Loaded, prefix: str, **more: int) -> Perplexity:
+def _one(loaded: LoadedModel, prefix: str, **more: int) -> Perplexity:
     settings = {"seq_length": 16, "batch_size": 3, **more}
     (found,) = evaluate_data(loaded, [prefix], **settings)
     return found
@@ -160,9 +160,7 @@ def test_wrong_data_is_refused(tmp_path: Path) -> None:
     prefix = str(tmp_path / "other")
     with IndexedWriter(prefix, 500) as writer:
         writer.add_document([5, 6, 259, 1])
-    with pytest.raises(
-        UsageError, match=r"token 2 of .*other is 259, expected an id from 0 to 258"
-    ):
+    with pytest.raises(UsageError, match=r"token 2 of .*other must be from 0 to 258.* \(got 259\)"):
         _one(_loaded(), prefix)
     fine = _write(tmp_path / "fine")
     _manifest(fine, 74, 67)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from megatron_moe.inference.routing_log import RoutingLog, routing_json, routing_table
-from megatron_moe.inference.text import Text
+from megatron_moe.inference.text import TextTokenizer
 from megatron_moe.model.reference.routing import Routing
 from megatron_moe.tokenizer.simple import ByteTokenizer
 from tests.inference.cases import CONFIG
 
-TEXT = Text(ByteTokenizer(), CONFIG.data)
+TEXT = TextTokenizer(ByteTokenizer(), CONFIG.data)
 
 
 def _routing(layer: int, ids: list[list[int]], kept: list[list[bool]]) -> Routing:
@@ -64,7 +64,7 @@ def test_json() -> None:
 
 def test_a_text_that_is_read_again_begins_anew() -> None:
     log = _log()
-    log.forget(1)
+    log.clear(1)
     assert routing_json(log.layers(1)) == []
     log.add([1], [1], [_routing(3, [[1, 2]], [[True, True]])])
     assert [layer.experts_TK for layer in log.layers(1)] == [[[1, 2]]]
@@ -74,4 +74,4 @@ def test_a_text_that_is_read_again_begins_anew() -> None:
 def test_a_dense_model_has_no_decisions() -> None:
     log = RoutingLog(1)
     log.add([0], [3], [])
-    assert routing_table(log.layers(0), [5, 6], TEXT) == "no layer has experts"
+    assert routing_table(log.layers(0), [5, 6], TEXT) == "the model has no MoE layer"

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from megatron_moe.errors import UsageError
-from megatron_moe.inference.sampling import Sampling, next_token
+from megatron_moe.inference.generation import SamplingParams, next_token
 
 LOGITS = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
 
 
-def _frequencies(sampling: Sampling, draws: int = 1000) -> list[float]:
+def _frequencies(sampling: SamplingParams, draws: int = 1000) -> list[float]:
     generator = torch.Generator().manual_seed(0)
     counts = Counter(next_token(LOGITS, sampling, generator) for _ in range(draws))
     return [counts[token] / draws for token in range(4)]
@@ -22,19 +22,19 @@ def _frequencies(sampling: Sampling, draws: int = 1000) -> list[float]:
 @pytest.mark.parametrize(
     ("sampling", "expected"),
     [
-        (Sampling(), [0.5, 0.1, 0.3, 0.1]),
-        (Sampling(temperature=0), [1, 0, 0, 0]),
-        (Sampling(temperature=0.5), [25 / 36, 1 / 36, 9 / 36, 1 / 36]),
-        (Sampling(top_k=2), [0.625, 0, 0.375, 0]),
-        (Sampling(top_k=9), [0.5, 0.1, 0.3, 0.1]),
-        (Sampling(top_p=0.45), [1, 0, 0, 0]),
-        (Sampling(top_p=0.6), [0.625, 0, 0.375, 0]),
-        (Sampling(top_p=0.85), [5 / 9, 1 / 9, 3 / 9, 0]),  # of equals, the first
-        (Sampling(top_k=2, top_p=0.62), [1, 0, 0, 0]),  # p is of what top-k left
-        (Sampling(top_p=0.7, temperature=0.5), [25 / 34, 0, 9 / 34, 0]),
+        (SamplingParams(), [0.5, 0.1, 0.3, 0.1]),
+        (SamplingParams(temperature=0), [1, 0, 0, 0]),
+        (SamplingParams(temperature=0.5), [25 / 36, 1 / 36, 9 / 36, 1 / 36]),
+        (SamplingParams(top_k=2), [0.625, 0, 0.375, 0]),
+        (SamplingParams(top_k=9), [0.5, 0.1, 0.3, 0.1]),
+        (SamplingParams(top_p=0.45), [1, 0, 0, 0]),
+        (SamplingParams(top_p=0.6), [0.625, 0, 0.375, 0]),
+        (SamplingParams(top_p=0.85), [5 / 9, 1 / 9, 3 / 9, 0]),  # of equals, the first
+        (SamplingParams(top_k=2, top_p=0.62), [1, 0, 0, 0]),  # p is of what top-k left
+        (SamplingParams(top_p=0.7, temperature=0.5), [25 / 34, 0, 9 / 34, 0]),
     ],
 )
-def test_rules_worked_by_hand(sampling: Sampling, expected: list[float]) -> None:
+def test_rules_worked_by_hand(sampling: SamplingParams, expected: list[float]) -> None:
     found = _frequencies(sampling)
     # Four standard deviations of a frequency over 1000 draws.
     assert found == pytest.approx(expected, abs=0.063)
@@ -44,13 +44,13 @@ def test_rules_worked_by_hand(sampling: Sampling, expected: list[float]) -> None
 @pytest.mark.parametrize(
     ("sampling", "named"),
     [
-        (Sampling(temperature=-1), "--temperature"),
-        (Sampling(temperature=float("nan")), "--temperature"),
-        (Sampling(top_k=-1), "--top-k"),
-        (Sampling(top_p=0), "--top-p"),
-        (Sampling(top_p=1.5), "--top-p"),
+        (SamplingParams(temperature=-1), "--temperature"),
+        (SamplingParams(temperature=float("nan")), "--temperature"),
+        (SamplingParams(top_k=-1), "--top-k"),
+        (SamplingParams(top_p=0), "--top-p"),
+        (SamplingParams(top_p=1.5), "--top-p"),
     ],
 )
-def test_what_is_no_distribution_is_refused(sampling: Sampling, named: str) -> None:
+def test_what_is_no_distribution_is_refused(sampling: SamplingParams, named: str) -> None:
     with pytest.raises(UsageError, match=named):
         sampling.check()

@@ -11,9 +11,9 @@ import sentencepiece
 
 from megatron_moe.config import DataConfig
 from megatron_moe.errors import UsageError
-from megatron_moe.inference.generation import Drawn
-from megatron_moe.inference.output import Output, Style
-from megatron_moe.inference.text import Text, TextStream
+from megatron_moe.inference.generation import GeneratedToken
+from megatron_moe.inference.output import ContinuationPrinter, OutputStyle
+from megatron_moe.inference.text import DecodeStream, TextTokenizer
 from megatron_moe.tokenizer.build import build_tokenizer
 from megatron_moe.tokenizer.simple import ByteTokenizer, NullTokenizer
 from tests.data.pieces import train
@@ -40,15 +40,15 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         tokenizer_model=str(make(folder, ["<pad>", "</s>", "<unk>"])),
     )
     configs = {"bytes": BYTES, "pieces": pieces, "sentinels": added, "byte level": byte_level}
-    made = {name: Text(build_tokenizer(data), data) for name, data in configs.items()}
+    made = {name: TextTokenizer(build_tokenizer(data), data) for name, data in configs.items()}
     return {"model": folder / "pieces.model", **made}
 
 
 KINDS = ("bytes", "pieces", "sentinels", "byte level")
 
 
-def _streamed(text: Text, ids: list[int], prompt: list[int]) -> list[str]:
-    stream = TextStream(text, prompt)
+def _streamed(text: TextTokenizer, ids: list[int], prompt: list[int]) -> list[str]:
+    stream = DecodeStream(text, prompt)
     return [*(stream.push(token) for token in ids), stream.finish()]
 
 
@@ -82,7 +82,7 @@ def test_parts_of_any_ids_are_their_text(texts: dict[str, Any], kind: str) -> No
 
 
 def test_bytes_that_are_no_text_are_not_held_for_ever() -> None:
-    stream = TextStream(Text(ByteTokenizer(), BYTES))
+    stream = DecodeStream(TextTokenizer(ByteTokenizer(), BYTES))
     assert len("".join(stream.push(0x80 + 3) for _ in range(20))) == 17
     assert stream.finish() == "\ufffd" * 3
 
@@ -94,20 +94,20 @@ def test_sentinels_are_written_and_read(texts: dict[str, Any]) -> None:
     assert text.size == 385
     assert [i for i in ids if i >= 380] == [384, 380]
     assert text.decode(ids).split() == ["the", "<extra_id_0>", "words<extra_id_4>"]
-    with pytest.raises(UsageError, match=r"<extra_id_5>.*up to <extra_id_4>"):
+    with pytest.raises(UsageError, match=r"must be <= <extra_id_4> \(got .<extra_id_5>"):
         text.encode("<extra_id_5>")
 
 
 def test_a_blank_after_a_sentinel_stays(texts: dict[str, Any]) -> None:
     text = texts["sentinels"]
-    ids = text.tokenizer.tokenize("the words")
+    ids = text.base.tokenize("the words")
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(texts["model"])).id_to_piece(ids)
     cut = max(i for i, piece in enumerate(pieces) if piece.startswith("▁"))
     assert text.decode([*ids[:cut], 384, *ids[cut:]]) == "the<extra_id_0> words"
 
 
 def test_without_sentinels_their_names_are_text() -> None:
-    text = Text(ByteTokenizer(), BYTES)
+    text = TextTokenizer(ByteTokenizer(), BYTES)
     assert text.decode(text.encode("<extra_id_0>")) == "<extra_id_0>"
     assert len(text.encode("<extra_id_0>")) == 12
 
@@ -118,25 +118,27 @@ def test_an_answer_is_a_text_of_its_own_and_a_continuation_is_not(
 ) -> None:
     text, to = texts["pieces"], io.StringIO()
     prompt, answer = text.encode("word1 and"), text.encode("the other")
-    drawn = [Drawn(0, token, None) for token in answer[:-1]] + [Drawn(0, answer[-1], "length")]
-    output = Output(["word1 and"], [prompt], text, Style(echo=echo), to=to)
+    drawn = [GeneratedToken(0, token, None) for token in answer[:-1]] + [
+        GeneratedToken(0, answer[-1], "length")
+    ]
+    output = ContinuationPrinter(["word1 and"], [prompt], text, OutputStyle(echo=echo), to=to)
     output.print(drawn)
     assert to.getvalue() == ("word1 and the other\n" if echo else "the other\n")
-    assert output.answers[0].text == (" the other" if echo else "the other")
+    assert output.continuations[0].text == (" the other" if echo else "the other")
 
 
 def test_pieces_for_tables(texts: dict[str, Any]) -> None:
     text = texts["sentinels"]
-    blank, the, *_ = text.tokenizer.tokenize("the words")
+    blank, the, *_ = text.base.tokenize("the words")
     assert (text.piece(blank), text.piece(the)) == ("' '", "'the'")
     assert text.piece(384) == "'<extra_id_0>'"
     assert text.piece(text.eod) == "<1>"
-    assert Text(ByteTokenizer(), BYTES).piece(0xC3 + 3) == "<198>"
+    assert TextTokenizer(ByteTokenizer(), BYTES).piece(0xC3 + 3) == "<198>"
 
 
 def test_ids_beyond_the_vocabulary_are_refused() -> None:
-    text = Text(NullTokenizer(50), DataConfig(vocab_size=50))
+    text = TextTokenizer(NullTokenizer(50), DataConfig(vocab_size=50))
     assert text.decode(text.encode("7 8")) == "7 8"
     for wrong in ("7 50", "-1"):
-        with pytest.raises(UsageError, match="ids from 0 to 49"):
+        with pytest.raises(UsageError, match="token id in a prompt must be from 0 to 49"):
             text.encode(wrong)

@@ -128,7 +128,7 @@ def test_layers_share_one_mask() -> None:
     assert mask[0, 0].tolist() == [[0, -inf, -inf], [0, 0, -inf], [-inf, -inf, 0]]
 
 
-def test_refuses_what_it_would_ignore() -> None:
+def test_rejects_what_it_would_ignore() -> None:
     x = torch.randn(3, 1, 1, 6)
     with pytest.raises(ValueError, match="causal"):
         core(1.0)(x, x, x, attention_mask=torch.ones(3, 3))
@@ -137,5 +137,5 @@ def test_refuses_what_it_would_ignore() -> None:
 def test_gradient_of_the_rotation_turns_back() -> None:
     cos, sin = rotary_table(5, 6, 1e4, torch.device("cpu"), torch.float64)
     x = torch.randn(5, 2, 3, 18, dtype=torch.float64, requires_grad=True)
-    # A part of a wider tensor, as the engine hands over queries and keys.
+    # A part of a wider tensor, as Megatron-Core passes queries and keys.
     assert torch.autograd.gradcheck(lambda y: rotate(y[..., 6:12], cos, sin), (x,))

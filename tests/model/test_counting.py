@@ -18,7 +18,7 @@ from megatron_moe.model.counting import (
     flops_per_token,
     parameters_per_rank,
 )
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 
 SMALL = ModelConfig(
     num_layers=4, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4, kv_channels=16
@@ -177,7 +177,7 @@ def test_one_rank_holds_everything() -> None:
         ({"etp": 3}, "width of an expert"),
     ],
 )
-def test_degrees_that_do_not_divide_are_refused(degrees: dict[str, int], named: str) -> None:
+def test_degrees_that_do_not_divide_are_rejected(degrees: dict[str, int], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         parameters_per_rank(SMALL, SMALL_MOE, 64, **degrees)
 

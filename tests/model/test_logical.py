@@ -181,7 +181,7 @@ def test_all_tensors_differ_from_one_another() -> None:
         (MODEL, MOE, 0, "--vocab-size"),
     ],
 )
-def test_impossible_sizes_are_refused_by_flag(
+def test_impossible_sizes_are_rejected_by_flag(
     model: ModelConfig, moe: MoEConfig, vocab: int, flag: str
 ) -> None:
     with pytest.raises(UsageError, match=flag):

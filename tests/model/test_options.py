@@ -52,7 +52,7 @@ def passes(rank: int, world_size: int, flags: dict[str, Any]) -> dict[str, int]:
         ({**SELECTIVE, "recompute_modules": ("moe",)}, [1, 1, 1, 1], 4, 4, 4),
     ],
 )
-def test_recomputation_repeats_what_it_says(
+def test_recomputation_repeats_the_selected_modules(
     pool: Pool, flags: dict[str, Any], layers: list[int], attention: int, ffn: int, moe: int
 ) -> None:
     (found,) = pool.run(passes, 1, flags=flags)
@@ -88,7 +88,7 @@ def test_dropout_is_drawn_anew_in_training_only(pool: Pool, field: str) -> None:
 
 
 def wrapper_settings(rank: int, world_size: int, flags: dict[str, Any]) -> tuple[bool, ...]:
-    """What the engine's data-parallel wrapper was told."""
+    """Settings that reached Megatron-Core's data-parallel wrapper."""
     from tests.parity.harness import prepare
 
     settings = prepare("released", flags, world_size).wrapped[0].ddp_config
@@ -100,7 +100,7 @@ def wrapper_settings(rank: int, world_size: int, flags: dict[str, Any]) -> tuple
 
 
 @pytest.mark.parametrize("on", [False, True])
-def test_overlap_reaches_the_engine(pool: Pool, on: bool) -> None:
+def test_overlap_reaches_megatron_core(pool: Pool, on: bool) -> None:
     names = ("overlap_grad_reduce", "overlap_param_gather", "use_distributed_optimizer")
     flags = dict.fromkeys(names, on)
     assert pool.run(wrapper_settings, 2, flags=flags) == [(on, on, on)] * 2

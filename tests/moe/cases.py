@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config import ModelConfig, MoEConfig
-from megatron_moe.model.reference.model import MoE as ReferenceMoE
-from megatron_moe.moe import MoELayer, Routing
+from megatron_moe.model.reference.ffn import MoE as ReferenceMoE
+from megatron_moe.moe import MoELayer, RoutingDecision
 
 HIDDEN = 10
 SEQUENCE, BATCH = 12, 2
@@ -41,7 +41,7 @@ def layer_of(
     )
     layer.reset_parameters(seed)
     with torch.no_grad():
-        layer.router_weight.mul_(20)
+        layer.router.weight.mul_(20)
     return layer
 
 
@@ -50,15 +50,15 @@ def tokens(seed: int, sequence: int = SEQUENCE, batch: int = BATCH) -> Tensor:
     return torch.randn(sequence, batch, HIDDEN, generator=generator, dtype=DTYPE)
 
 
-def watched(layer: MoELayer) -> list[Routing]:
+def watched(layer: MoELayer) -> list[RoutingDecision]:
     """A list that every later forward pass adds its decisions to."""
-    seen: list[Routing] = []
+    seen: list[RoutingDecision] = []
     layer.on_routing = seen.append
     return seen
 
 
 def set_loss_scale(scale: float) -> None:
-    """What the engine's schedule does before a backward pass."""
+    """What Megatron-Core's schedule does before a backward pass."""
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     MoEAuxLossAutoScaler.main_loss_backward_scale = torch.full((1,), scale)
@@ -69,7 +69,7 @@ def reference_of(layer: MoELayer) -> ReferenceMoE:
     reference = ReferenceMoE(layer.model, layer.moe, 0).to(DTYPE)
     width = layer.model.ffn_hidden_size
     with torch.no_grad():
-        reference.router.weight.copy_(layer.router_weight)
+        reference.router.weight.copy_(layer.router.weight)
         reference.experts.gate.copy_(layer.experts.weight_in[..., :-width])
         reference.experts.up.copy_(layer.experts.weight_in[..., -width:])
         reference.experts.down.copy_(layer.experts.weight_out)

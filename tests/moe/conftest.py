@@ -1,4 +1,4 @@
-"""The engine keeps the scale of router losses in a class attribute: each test starts without."""
+"""Megatron-Core keeps the scale of router losses in a class attribute: each test starts without."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def run_whole(settings: dict[str, Any], replicas: int) -> Whole:
 
 def copy_experts(layer: MoELayer, whole: MoELayer, ctx: ParallelContext) -> None:
     with torch.no_grad():
-        layer.router_weight.copy_(whole.router_weight)
+        layer.router.weight.copy_(whole.router.weight)
         for name in ("weight_in", "weight_out"):
             full = getattr(whole.experts, name)
             getattr(layer.experts, name).copy_(own_part(name, full, ctx))
@@ -79,10 +79,10 @@ def copy_experts(layer: MoELayer, whole: MoELayer, ctx: ParallelContext) -> None
 
 def own_part(name: str, full: Tensor, ctx: ParallelContext) -> Tensor:
     """This rank's experts, and its part of their width in each block of the first matrix."""
-    mine = full.chunk(ctx.ep_size)[ctx.ep_rank]
+    mine = full.chunk(ctx.layout.ep)[ctx.ep_rank]
     if name == "weight_out":
-        return mine.chunk(ctx.etp_size, dim=1)[ctx.etp_rank]
-    parts = [block.chunk(ctx.etp_size, dim=2)[ctx.etp_rank] for block in mine.chunk(3, dim=2)]
+        return mine.chunk(ctx.layout.etp, dim=1)[ctx.etp_rank]
+    parts = [block.chunk(ctx.layout.etp, dim=2)[ctx.etp_rank] for block in mine.chunk(3, dim=2)]
     return torch.cat(parts, dim=2)
 
 
@@ -92,7 +92,7 @@ def check_layout(
     """The body of one rank; the number of choices dropped on it."""
     ctx = context_of(world_size, tp, ep, etp)
     set_loss_scale(0.5)
-    whole = run_whole(settings, ctx.dp_size)
+    whole = run_whole(settings, ctx.layout.dp)
     layer = layer_of(moe_config(**settings), pgs=ctx.pgs, sequence_parallel=tp > 1)
     copy_experts(layer, whole.layer, ctx)
     seen = watched(layer)
@@ -109,11 +109,11 @@ def check_layout(
 
 
 def check_weight_gradients(layer: MoELayer, whole: MoELayer, ctx: ParallelContext) -> None:
-    """Reduced as the engine reduces them, without its division by the data-parallel size."""
-    router = layer.router_weight.grad
+    """Reduced as Megatron-Core reduces them, without its division by the data-parallel size."""
+    router = layer.router.weight.grad
     for group in (ctx.pgs.tp, ctx.pgs.dp):
         dist.all_reduce(router, group=group)
-    torch.testing.assert_close(router, whole.router_weight.grad)
+    torch.testing.assert_close(router, whole.router.weight.grad)
     dense = ctx.pgs.dp
     for name in ("weight_in", "weight_out"):
         weight = getattr(layer.experts, name)
@@ -129,14 +129,14 @@ def check_statistics(layer: MoELayer, whole: MoELayer, ctx: ParallelContext) -> 
         torch.testing.assert_close(torch.tensor(getattr(ours, field)), torch.tensor(value))
 
 
-def check_engine_wrapper(rank: int, world_size: int) -> None:
-    """Through the engine's data-parallel wrapper, EP 2: the mean over ranks, counted once."""
+def check_megatron_wrapper(rank: int, world_size: int) -> None:
+    """Through Megatron-Core's data-parallel wrapper, EP 2: the mean over ranks, counted once."""
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.transformer import TransformerConfig
 
     ctx = context_of(world_size, tp=1, ep=2, etp=1)
     set_loss_scale(1.0)
-    whole = run_whole({}, ctx.dp_size)
+    whole = run_whole({}, ctx.layout.dp)
     layer = layer_of(moe_config(), pgs=ctx.pgs)
     copy_experts(layer, whole.layer, ctx)
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)
@@ -147,15 +147,15 @@ def check_engine_wrapper(rank: int, world_size: int) -> None:
     for _ in range(2):
         wrapped(tokens(ctx.dp_rank)).backward(tokens(100 + ctx.dp_rank))
     wrapped.finish_grad_sync()
-    expected = 2 * whole.layer.router_weight.grad / world_size
-    torch.testing.assert_close(layer.router_weight.main_grad, expected)
+    expected = 2 * whole.layer.router.weight.grad / world_size
+    torch.testing.assert_close(layer.router.weight.main_grad, expected)
     for name in ("weight_in", "weight_out"):
         expected = 2 * own_part(name, getattr(whole.layer.experts, name).grad, ctx) / world_size
         torch.testing.assert_close(getattr(layer.experts, name).main_grad, expected)
 
 
 def needs_sequence_parallel(rank: int, world_size: int) -> str:
-    """What a layer says to tensor parallelism without sequence parallelism."""
+    """The error of a layer with tensor parallelism and without sequence parallelism."""
     from megatron_moe.errors import UsageError
 
     ctx = context_of(world_size, tp=2, ep=1, etp=1)

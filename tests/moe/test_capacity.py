@@ -8,7 +8,7 @@ import pytest
 
 from megatron_moe.config import MoEConfig
 from megatron_moe.errors import UsageError
-from megatron_moe.moe.capacity import Capacity, capacity_of, slots_per_expert
+from megatron_moe.moe.plan import Capacity, capacity_of, slots_per_expert
 
 
 def moe(**settings: Any) -> MoEConfig:
@@ -65,6 +65,10 @@ def test_groups(rule: str, size: int | None, expected: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [0, -4, 48, 96, 192, 512])
-def test_a_group_that_is_no_part_and_no_multiple_of_a_row_is_refused(size: int) -> None:
-    with pytest.raises(UsageError, match="--moe-capacity-group-size"):
+def test_a_group_that_is_no_part_and_no_multiple_of_a_row_is_rejected(size: int) -> None:
+    expected = (
+        r"--moe-capacity-group-size must be a divisor of the row \(64 tokens\) or whole rows that "
+        rf"divide 4 rows \(got {size}\)"
+    )
+    with pytest.raises(UsageError, match=expected):
         capacity_of(moe(moe_capacity_group_size=size), rows=4, row_tokens=64, training=True)

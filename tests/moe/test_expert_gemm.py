@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fused_kernels.reference import gated_silu
 from megatron_moe.moe import expert_gemm
-from megatron_moe.moe.expert_gemm import Portion, Segment, portions_of
+from megatron_moe.moe.expert_gemm import ExpertBucket, ExpertRows, make_buckets
 
 HIDDEN, FFN = 5, 3
 
@@ -44,16 +44,16 @@ def test_loop(counts: list[list[int]], blocks: int) -> None:
     w_in, w_out = weights(4, blocks)
     rows = block_rows * len(counts)
     x = torch.randn(rows, HIDDEN, dtype=torch.float64, requires_grad=True)
-    segments = expert_gemm.segments_of(counts, block_rows)
-    y = expert_gemm.loop(x, w_in, w_out, segments, gated_silu)
+    filled = expert_gemm.filled_rows(counts, block_rows)
+    y = expert_gemm.loop(x, w_in, w_out, filled, gated_silu)
     expected = torch.zeros_like(x)
-    for s in segments:
+    for s in filled:
         mine = slice(s.start, s.start + s.rows)
         expected[mine] = plain(x[mine], w_in[s.expert], w_out[s.expert])
     torch.testing.assert_close(y, expected)
     grad = torch.randn_like(x)
     leaves = (x, w_in, w_out)
-    if not segments:
+    if not filled:
         assert all(g.abs().max() == 0 for g in torch.autograd.grad(y, leaves, grad))
         return
     torch.testing.assert_close(
@@ -61,22 +61,26 @@ def test_loop(counts: list[list[int]], blocks: int) -> None:
     )
 
 
-def test_segments_are_the_filled_rows() -> None:
-    assert expert_gemm.segments_of([[2, 0, 1], [0, 3, 0]], 5) == [
-        Segment(0, 0, 2), Segment(2, 2, 1), Segment(1, 5, 3)
+def test_filled_rows_of_two_sources() -> None:
+    assert expert_gemm.filled_rows([[2, 0, 1], [0, 3, 0]], 5) == [
+        ExpertRows(0, 0, 2), ExpertRows(2, 2, 1), ExpertRows(1, 5, 3)
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "portions",
-    [[Portion(4, 6)], [Portion(2, 5), Portion(2, 3)], [Portion(3, 4), Portion(1, 0)]],
+    "buckets",
+    [
+        [ExpertBucket(4, 6)],
+        [ExpertBucket(2, 5), ExpertBucket(2, 3)],
+        [ExpertBucket(3, 4), ExpertBucket(1, 0)],
+    ],
 )
 @pytest.mark.parametrize("blocks", [2, 3])
-def test_batched(blocks: int, portions: list[Portion]) -> None:
+def test_batched(blocks: int, buckets: list[ExpertBucket]) -> None:
     w_in, w_out = weights(4, blocks)
-    sizes = [p.rows for p in portions for _ in range(p.experts)]
+    sizes = [p.rows for p in buckets for _ in range(p.experts)]
     x = torch.randn(sum(sizes), HIDDEN, dtype=torch.float64, requires_grad=True)
-    y = expert_gemm.batched(x, w_in, w_out, portions, gated_silu)
+    y = expert_gemm.batched(x, w_in, w_out, buckets, gated_silu)
     expected = torch.cat([plain(*each) for each in zip(x.split(sizes), w_in, w_out, strict=True)])
     torch.testing.assert_close(y, expected)
     grad = torch.randn_like(x)
@@ -86,42 +90,42 @@ def test_batched(blocks: int, portions: list[Portion]) -> None:
     )
 
 
-def test_portions_pad_to_the_fullest_of_a_few() -> None:
+def test_buckets_pad_to_the_fullest_of_a_few() -> None:
     many = 2 * expert_gemm.LEAST_GATE_ELEMENTS
-    assert portions_of([3, 5, 2, 0, 7], many, threads=2) == [
-        Portion(2, 5), Portion(2, 2), Portion(1, 7)
+    assert make_buckets([3, 5, 2, 0, 7], many, threads=2) == [
+        ExpertBucket(2, 5), ExpertBucket(2, 2), ExpertBucket(1, 7)
     ]  # fmt: skip
-    assert portions_of([3, 5, 2], 1, threads=2) == [Portion(3, 5)]
-    assert portions_of([3, 5, 2], many) == [Portion(3, 5)]
-    assert portions_of([0, 0], many, threads=2) == [Portion(2, 0)]
+    assert make_buckets([3, 5, 2], 1, threads=2) == [ExpertBucket(3, 5)]
+    assert make_buckets([3, 5, 2], many) == [ExpertBucket(3, 5)]
+    assert make_buckets([0, 0], many, threads=2) == [ExpertBucket(2, 0)]
 
 
 @pytest.mark.parametrize("way", ["loop", "batched"])
 def test_gradcheck(way: str) -> None:
     w_in, w_out = weights(2, 3)
     x = torch.randn(6, HIDDEN, dtype=torch.float64, requires_grad=True)
-    segments = expert_gemm.segments_of([[4, 2]], 6)
+    filled = expert_gemm.filled_rows([[4, 2]], 6)
 
     def run(x: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
         if way == "loop":
-            return expert_gemm.loop(x, w_in, w_out, segments, gated_silu)
-        return expert_gemm.batched(x, w_in, w_out, [Portion(2, 3)], gated_silu)
+            return expert_gemm.loop(x, w_in, w_out, filled, gated_silu)
+        return expert_gemm.batched(x, w_in, w_out, [ExpertBucket(2, 3)], gated_silu)
 
     assert torch.autograd.gradcheck(run, (x, w_in, w_out))
 
 
 @pytest.mark.parametrize("way", ["loop", "batched"])
-def test_with_the_engines_wrapper_gradients_are_added_to_main_grad_once(way: str) -> None:
+def test_with_megatrons_wrapper_gradients_are_added_to_main_grad_once(way: str) -> None:
     """Two micro-batches: main_grad holds the sum, the flag is set, `.grad` is not to be read."""
     w_in, w_out = (nn.Parameter(w.detach()) for w in weights(2, 2))
     x = torch.randn(2, 4, HIDDEN, dtype=torch.float64)
-    segments = expert_gemm.segments_of([[4, 4]], 8)
+    filled = expert_gemm.filled_rows([[4, 4]], 8)
 
     def run() -> Tensor:
         if way == "loop":
-            return expert_gemm.loop(x.flatten(0, 1), w_in, w_out, segments, gated_silu).sum()
-        portions = [Portion(1, 4), Portion(1, 4)]
-        return expert_gemm.batched(x.flatten(0, 1), w_in, w_out, portions, gated_silu).sum()
+            return expert_gemm.loop(x.flatten(0, 1), w_in, w_out, filled, gated_silu).sum()
+        buckets = [ExpertBucket(1, 4), ExpertBucket(1, 4)]
+        return expert_gemm.batched(x.flatten(0, 1), w_in, w_out, buckets, gated_silu).sum()
 
     expected = torch.autograd.grad(run(), (w_in, w_out))
     for weight in (w_in, w_out):
@@ -134,12 +138,12 @@ def test_with_the_engines_wrapper_gradients_are_added_to_main_grad_once(way: str
         torch.testing.assert_close(weight.main_grad, 1 + 2 * grad)
 
 
-def test_a_main_grad_of_another_dtype_is_left_to_the_engine() -> None:
+def test_a_main_grad_of_another_dtype_is_left_to_megatron_core() -> None:
     w_in, w_out = (nn.Parameter(w.detach()) for w in weights(1, 2))
     w_in.main_grad = torch.zeros_like(w_in, dtype=torch.float32)
     w_in.grad_added_to_main_grad = False
     x = torch.randn(4, HIDDEN, dtype=torch.float64)
-    expert_gemm.batched(x, w_in, w_out, [Portion(1, 4)], gated_silu).sum().backward()
+    expert_gemm.batched(x, w_in, w_out, [ExpertBucket(1, 4)], gated_silu).sum().backward()
     assert w_in.grad is not None
     assert not w_in.grad_added_to_main_grad
     assert w_in.main_grad.abs().max() == 0

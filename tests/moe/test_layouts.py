@@ -56,10 +56,13 @@ def test_dropless(pool: Pool) -> None:
     assert pool.run(ranks.check_layout, 4, tp=2, ep=2, etp=2, settings=settings) == [0] * 4
 
 
-def test_the_engines_gradient_buffers(pool: Pool) -> None:
-    pool.run(ranks.check_engine_wrapper, 2)
+def test_gradient_buffers_of_megatron_core(pool: Pool) -> None:
+    pool.run(ranks.check_megatron_wrapper, 2)
 
 
 def test_tensor_parallelism_needs_sequence_parallelism(pool: Pool) -> None:
     for answer in pool.run(ranks.needs_sequence_parallel, 2):
-        assert answer.startswith("--sequence-parallel is 'off with --tensor-model-parallel-size 2'")
+        assert answer == (
+            "--sequence-parallel must be on with --tensor-model-parallel-size 2 (got 'off'); "
+            "expert layers shard the sequence"
+        )

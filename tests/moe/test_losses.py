@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_moe.moe import losses
 from megatron_moe.moe.losses import LossRule
 from megatron_moe.moe.router import Scores
+from tests.moe.cases import BATCH, DTYPE, HIDDEN, SEQUENCE, layer_of, moe_config, tokens
 
 
 def scores_of(probs: Tensor, log_z: Tensor) -> Scores:
@@ -107,3 +108,27 @@ def test_attached_losses_add_their_scaled_gradient_and_no_value(
     total = value + (scale or 1.0) * (0.3 * balance + 0.7 * z)
     (expected,) = torch.autograd.grad(total, logits, retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(weights.square().sum(), logits)[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["seq_aux_loss", "aux_loss", "none"])
+@pytest.mark.parametrize("group", [None, 4])
+def test_the_losses_of_a_layer(kind: str, group: int | None) -> None:
+    """Loads come from the slots where rows are groups, else from the choices: before drops both."""
+    layer = layer_of(moe_config(moe_router_load_balancing_type=kind, moe_capacity_group_size=group))
+    scores, _ = layer.router(tokens(3).view(-1, HIDDEN))
+    plan = layer.dispatcher.plan(scores, BATCH, True, layer.experts)
+    weights, (balance, z) = layer.losses.attach(scores, plan)
+    assert torch.equal(weights, plan.weights_TK)
+    rows = 1 if kind == "aux_loss" else BATCH
+    chosen, probs = (
+        x.view(SEQUENCE, BATCH, 4).transpose(0, 1).reshape(rows, -1, 4).mean(1)
+        for x in (
+            torch.nn.functional.one_hot(scores.choices_TK, 4).sum(1).to(DTYPE),
+            scores.probs_TE.detach(),
+        )
+    )
+    expected = 4 * (chosen * probs).sum(1).mean() * (kind != "none")
+    torch.testing.assert_close(balance, expected)
+    torch.testing.assert_close(z, scores.log_z_T.detach().square().mean())
+    # Coefficients of the configuration, divided by the model's two expert layers.
+    assert (layer.losses.balance_weight, layer.losses.z_weight) == (0.15, 0.1)

@@ -10,16 +10,26 @@ import torch
 from torch import Tensor
 
 from fused_kernels.reference import rank_in_expert
-from megatron_moe.moe.capacity import Capacity
-from megatron_moe.moe.plan import BufferLayout, Plan, make_plan
-from megatron_moe.moe.slots import SlotRule, Slots, assign_slots
+from megatron_moe.moe import plan as plan_module
+from megatron_moe.moe.plan import (
+    DROP_POLICIES,
+    BufferLayout,
+    Capacity,
+    Placement,
+    SlotRule,
+    Slots,
+    assign_slots,
+    by_priority,
+    by_token,
+    place,
+)
 
 
 @dataclass
 class Planned:
     """A plan and the slots it was made from."""
 
-    plan: Plan
+    plan: Placement
     slots: Slots
     layout: BufferLayout
 
@@ -41,14 +51,14 @@ def plan_of(
     values = torch.ones(ids.shape) if weights is None else torch.as_tensor(weights)
     slots = assign_slots(ids, values, batch, capacity, rule, rank_in_expert)
     if kind == "packed":
-        layout = BufferLayout.packed(rule, capacity, blocks, ids.numel())
+        layout = BufferLayout.packed(slots, blocks)
     elif kind == "aligned":
         filled = slots.filled_GE.sum(0).tolist()
         # As for GEMMs over two experts each.
         layout = BufferLayout.aligned([max(filled[e // 2 * 2 :][:2]) for e in range(len(filled))])
     else:
-        layout = BufferLayout.fixed(rule, capacity, blocks)
-    return Planned(make_plan(slots, batch, capacity, layout), slots, layout)
+        layout = BufferLayout.fixed(slots, blocks)
+    return Planned(place(slots, batch, capacity, layout), slots, layout)
 
 
 ONE_ROW = [[0, 1], [0, 1], [0, 1], [1, 0]]
@@ -107,7 +117,7 @@ def test_groups_smaller_than_a_row() -> None:
 
 def test_policy_probs_keeps_the_most_probable_and_breaks_ties_by_position() -> None:
     weights = [[0.5, 0.3], [0.9, 0.05], [0.6, 0.3], [0.8, 0.7]]
-    layout = SlotRule(num_experts=2, policy="probs")
+    layout = SlotRule(num_experts=2, policy=DROP_POLICIES["probs"])
     plan = plan_of(ONE_ROW, 1, Capacity(group_size=4, groups=1, slots=2), layout, weights).plan
     # Expert 0: token 1 (.9), token 3's second choice (.7); out: token 2 (.6), token 0 (.5).
     # Expert 1: token 3 (.8), then tokens 0 and 2 tie at .3: token 0 is earlier.
@@ -174,7 +184,7 @@ def test_every_kept_choice_has_one_row_of_its_own(
     batch, tokens, topk = 3, 90, 3
     capacity = Capacity(group_size=30, groups=3, slots=slots)
     weights, choices = torch.rand(tokens, experts).topk(topk)
-    rule = SlotRule(num_experts=experts, policy=policy, shares=shares)  # type: ignore[arg-type]
+    rule = SlotRule(num_experts=experts, policy=DROP_POLICIES[policy], shares=shares)
     results = [
         plan_of(choices, batch, capacity, replace(rule, share=i), weights, kind, blocks)
         for i in range(shares)
@@ -206,8 +216,37 @@ def test_slots_are_full_before_anything_drops(policy: str) -> None:
     torch.manual_seed(3)
     weights, choices = torch.rand(64, 8).topk(2)
     capacity = Capacity(group_size=16, groups=4, slots=3)
-    rule = SlotRule(num_experts=8, policy=policy)  # type: ignore[arg-type]
+    rule = SlotRule(num_experts=8, policy=DROP_POLICIES[policy])
     kept_TK = plan_of(choices, 4, capacity, rule, weights).plan.kept_TK
     for row, expert in itertools.product(range(4), range(8)):
         mine = choices[row::4] == expert
         assert (kept_TK[row::4] & mine).sum() == min(int(mine.sum()), 3)
+
+
+def test_priority_order_by_hand() -> None:
+    """The example of `by_priority`: two rows of two tokens, two choices; tk is 10 t + k."""
+    value = torch.tensor([[0, 1], [10, 11], [20, 21], [30, 31]])
+    cases = {
+        2: [[0, 20, 1, 21], [10, 30, 11, 31]],
+        1: [[0, 20, 10, 30, 1, 21, 11, 31]],
+        4: [[0, 1], [20, 21], [10, 11], [30, 31]],
+    }
+    for groups, expected in cases.items():
+        capacity = Capacity(group_size=4 // groups, groups=groups, slots=1)
+        order = by_priority(value, 2, capacity)
+        assert order.tolist() == expected
+        assert torch.equal(by_token(order, 2, capacity), value)
+
+
+def test_first_rows_by_hand() -> None:
+    """The example of `_first_rows`: fills of [[2, 1], [1, 2]]."""
+    filled = torch.tensor([[2, 1], [1, 2]])
+    layouts = {
+        (0, 4, 2, 6): BufferLayout(kind="fixed", blocks=1, block_rows=8, expert_rows=4),
+        (0, 3, 2, 4): BufferLayout(kind="packed", blocks=1, block_rows=6),
+        (0, 4, 2, 5): BufferLayout(kind="packed", blocks=2, block_rows=4),
+    }
+    for expected, layout in layouts.items():
+        assert tuple(plan_module._first_rows(filled, layout).flatten().tolist()) == expected
+    aligned = BufferLayout.aligned([4, 4])
+    assert plan_module._first_rows(filled, aligned).tolist() == [[0, 4], [2, 5]]

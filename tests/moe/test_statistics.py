@@ -53,7 +53,7 @@ def test_what_waits_is_added_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None
     whole = RoutingCounter(0, 4, None)
     for _ in range(5):
         one_pass(whole)
-    monkeypatch.setattr(statistics, "MOST_WAITING", 2)
+    monkeypatch.setattr(statistics, "MOST_PENDING", 2)
     parts = RoutingCounter(0, 4, None)
     for number in range(5):
         one_pass(parts)
@@ -88,4 +88,4 @@ def test_training_without_gradients_is_not_counted_and_evaluation_is() -> None:
 
 def test_counters_are_no_part_of_a_checkpoint() -> None:
     names = set(layer_of(moe_config()).state_dict())
-    assert names == {"router_weight", "experts.weight_in", "experts.weight_out"}
+    assert names == {"router.weight", "experts.weight_in", "experts.weight_out"}

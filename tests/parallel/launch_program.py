@@ -1,4 +1,4 @@
-"""A program for `test_launch.py` to start under torchrun; its argument says what goes wrong."""
+"""A program for `test_launch.py` to start under torchrun; its argument chooses what goes wrong."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def main() -> None:
     # One write each: lines of ranks that share a pipe stay lines.
     os.write(1, f"sum {int(total)}\n".encode())
     if what == "late":
-        raise UsageError("--planted", 3, "nothing after the groups exist")
+        raise UsageError("--planted", 3, "unset once groups exist")
 
 
 class SlowStore:
-    """Says everything a second late, and tells if nobody serves the store by then."""
+    """A store whose requests are a second late; prints a line if it is not served any more."""
 
     def __init__(self, store: dist.Store) -> None:
         self.store = store
@@ -66,14 +66,14 @@ class SlowStore:
 
 
 def linger() -> None:
-    """Be slow to leave after the meeting."""
-    leave = launch._leave
+    """Be slow to exit after the startup barrier."""
+    exit_now = launch.exit_together
 
     def later(store: dist.Store, here: launch.Launched, timeout: timedelta) -> NoReturn:
         time.sleep(1)
-        leave(cast("dist.Store", SlowStore(store)), here, timeout)
+        exit_now(cast("dist.Store", SlowStore(store)), here, timeout)
 
-    launch._leave = later
+    launch.exit_together = later
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 
 
 def coordinates(rank: int, world_size: int, *, layouts: list[dict[str, Any]]) -> list[Any]:
-    """For each layout in turn: this rank's place, and who is in its groups."""
+    """For each layout in turn: this rank's coordinates, and the ranks of its groups."""
     found = []
     for parallel in layouts:
         ctx = toy.context(world_size, **parallel)
@@ -42,8 +42,10 @@ def coordinates(rank: int, world_size: int, *, layouts: list[dict[str, Any]]) ->
             name: dist.get_process_group_ranks(getattr(ctx.pgs, name))
             for name in ("tp", "pp", "dp", "ep", "expt_tp", "expt_dp")
         }
-        places = (ctx.tp_rank, ctx.pp_rank, ctx.dp_rank, ctx.ep_rank, ctx.etp_rank, ctx.edp_rank)
-        sizes = (ctx.tp_size, ctx.pp_size, ctx.dp_size, ctx.ep_size, ctx.etp_size, ctx.edp_size)
+        own = (ctx.tp_rank, ctx.pp_rank, ctx.dp_rank, ctx.ep_rank, ctx.etp_rank)
+        places = (*own, ctx.pgs.expt_dp.rank())
+        layout = ctx.layout
+        sizes = (layout.tp, layout.pp, layout.dp, layout.ep, layout.etp, layout.edp)
         ends = (ctx.is_first_stage, ctx.is_last_stage, ctx.needs_data, ctx.reads_data)
         found.append((ctx.rank, places, sizes, ends, ranks))
         destroy_parallel()
@@ -82,7 +84,7 @@ def test_many_layouts_in_the_same_processes(pool: Pool, world_size: int) -> None
 
 
 def left_behind(rank: int, world_size: int) -> tuple[dict[str, str], int, list[Any]]:
-    """State of the engine after a layout was destroyed that differs from before it was made."""
+    """State of Megatron-Core that a layout, created and destroyed, leaves changed."""
     import megatron.core.tensor_parallel.random as random
     from megatron.core import parallel_state
     from megatron.core.num_microbatches_calculator import (
@@ -125,7 +127,7 @@ def test_nothing_of_a_layout_is_left_behind(pool: Pool) -> None:
 
 
 def in_embedding_group_after(rank: int, world_size: int) -> list[bool]:
-    """Whether the engine takes this rank for a holder of the embedding, two layouts in a row."""
+    """Whether Megatron-Core has this rank in the embedding group, in two layouts in turn."""
     from megatron.core import parallel_state
 
     toy.context(world_size)
@@ -156,12 +158,12 @@ def another_world(rank: int, world_size: int) -> str:
     return "accepted"
 
 
-def test_a_layout_for_another_world_is_refused(pool: Pool) -> None:
-    assert pool.run(another_world, 2) == ["world size is 2, expected 4, as laid out"] * 2
+def test_a_layout_for_another_world_is_rejected(pool: Pool) -> None:
+    assert pool.run(another_world, 2) == ["world size must be 4, that of the layout (got 2)"] * 2
 
 
 def draws(rank: int, world_size: int, *, parallel: dict[str, Any]) -> dict[str, float]:
-    """A number from each of the engine's random streams, and from the default one."""
+    """A number from each of Megatron-Core's random streams, and from the default one."""
     from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
     toy.context(world_size, **parallel)

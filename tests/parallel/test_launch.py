@@ -1,4 +1,4 @@
-"""Mistakes under real torchrun: said once, and exit code 2 on every rank."""
+"""Usage errors under real torchrun: printed once, and exit code 2 on every rank."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Ended:
 
     codes: dict[int, int]
     """Exit code of each rank; 143 for one that the launcher terminated."""
-    said: list[str]
-    """What the program wrote on standard error."""
+    errors: list[str]
+    """Lines of the program on standard error."""
     printed: str
 
 
@@ -36,10 +36,10 @@ def torchrun(tmp_path: Path, what: str, ranks: int = 2) -> Ended:
     """Start the program; each rank leaves its exit code."""
     environment = {k: v for k, v in os.environ.items() if k not in NAMES}
     environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OUT": str(tmp_path)}
-    run = f'"{sys.executable}" -m tests.parallel.launch_program "{what}" 2> "$OUT/said-$RANK"'
+    run = f'"{sys.executable}" -m tests.parallel.launch_program "{what}" 2> "$OUT/errors-$RANK"'
     # Rank 0 is slow to start, so that the others have to wait for it.
     leave = 'code=$?; echo $code > "$OUT/code-$RANK"; exit $code'
-    # The shell outlives the signal that ends a rank, to write down what became of the rank.
+    # The shell survives the signal that ends a rank, to write down the exit code of the rank.
     script = f'trap : TERM; [ "$RANK" = 0 ] && sleep 1; {run}; {leave}'
     done = subprocess.run(
         [
@@ -61,40 +61,41 @@ def torchrun(tmp_path: Path, what: str, ranks: int = 2) -> Ended:
         check=False,
     )
     codes = {int(p.name[5:]): int(p.read_text()) for p in tmp_path.glob("code-*")}
-    said = [line for p in sorted(tmp_path.glob("said-*")) for line in p.read_text().splitlines()]
-    return Ended(codes, said, done.stdout)
+    files = sorted(tmp_path.glob("errors-*"))
+    errors = [line for p in files for line in p.read_text().splitlines()]
+    return Ended(codes, errors, done.stdout)
 
 
-def test_a_mistake_that_every_rank_finds_is_said_once(tmp_path: Path) -> None:
+def test_an_error_that_every_rank_finds_is_printed_once(tmp_path: Path) -> None:
     ended = torchrun(tmp_path, "everywhere", ranks=3)
     assert ended.codes == {0: 2, 1: 2, 2: 2}
-    assert ended.said == ["program: error: --planted is 3, expected 1 or 2"]
+    assert ended.errors == ["program: error: --planted must be 1 or 2 (got 3)"]
 
 
-def test_a_mistake_that_one_rank_finds_ends_all(tmp_path: Path) -> None:
-    """The rank without a mistake must not be terminated for being a second behind the other."""
+def test_an_error_that_one_rank_finds_ends_all(tmp_path: Path) -> None:
+    """The rank without an error must not be terminated for being a second behind the other."""
     ended = torchrun(tmp_path, "once, rank 0 lingers")
     assert ended.codes == {0: 2, 1: 2}
-    assert ended.said == ["program: error: --planted is 3, expected 1 or 2"]
+    assert ended.errors == ["program: error: --planted must be 1 or 2 (got 3)"]
 
 
-def test_different_mistakes_are_all_said(tmp_path: Path) -> None:
+def test_different_errors_are_all_printed(tmp_path: Path) -> None:
     ended = torchrun(tmp_path, "each its own")
     assert ended.codes == {0: 2, 1: 2}
-    assert ended.said == [
-        f"program: error: --planted is {rank}, expected something else" for rank in range(2)
+    assert ended.errors == [
+        f"program: error: --planted must be something else (got {rank})" for rank in range(2)
     ]
 
 
-def test_a_mistake_found_after_groups_exist_is_said_once_too(tmp_path: Path) -> None:
+def test_an_error_found_after_groups_exist_is_printed_once_too(tmp_path: Path) -> None:
     ended = torchrun(tmp_path, "late")
     assert ended.printed.splitlines() == ["sum 2", "sum 2"]
     assert ended.codes == {0: 2, 1: 2}
-    assert ended.said == ["program: error: --planted is 3, expected nothing after the groups exist"]
+    assert ended.errors == ["program: error: --planted must be unset once groups exist (got 3)"]
 
 
 def test_ranks_started_without_torchrun_wait_for_each_other() -> None:
-    """As `srun` starts them: rank 0 serves the store they meet in, and must be the last to go."""
+    """As `srun` starts them: rank 0 serves their store, and must be the last to exit."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -110,33 +111,33 @@ def test_ranks_started_without_torchrun_wait_for_each_other() -> None:
         )
         for rank in range(2)
     ]
-    said = [rank.communicate(timeout=180)[1] for rank in ranks]
+    errors = [rank.communicate(timeout=180)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2]
-    assert said == ["", "program: error: --planted is 3, expected 1 or 2\n"]
+    assert errors == ["", "program: error: --planted must be 1 or 2 (got 3)\n"]
 
 
-def test_the_meeting_asks_as_little_of_a_thousand_ranks_as_of_two() -> None:
-    """What a rank asks does not grow with their number; all leave only when all came."""
+def test_a_barrier_makes_as_few_requests_for_a_thousand_ranks_as_for_two() -> None:
+    """Two requests for each rank, whatever their number; all leave only when all have arrived."""
     import torch.distributed as dist
 
     class Counted(dist.HashStore):
-        asked = 0
+        requests = 0
 
         def add(self, key: str, amount: int) -> int:
-            Counted.asked += 1
+            Counted.requests += 1
             return super().add(key, amount)
 
         def wait(self, keys: list[str], timeout: timedelta) -> None:
-            Counted.asked += len(keys)
+            Counted.requests += len(keys)
             super().wait(keys, timeout)
 
-    world, store, came, early = 256, Counted(), [], []
+    world, store, arrived, early = 256, Counted(), [], []
 
     def rank(number: int) -> None:
-        came.append(number)
+        arrived.append(number)
         here = Launched(rank=number, world_size=world, alone=False)
-        launch._arrive(store, "start", here, timedelta(seconds=60))
-        if len(came) < world:
+        launch.barrier(store, "start", here, timedelta(seconds=60))
+        if len(arrived) < world:
             early.append(number)
 
     threads = [threading.Thread(target=rank, args=(number,)) for number in range(world)]
@@ -144,9 +145,9 @@ def test_the_meeting_asks_as_little_of_a_thousand_ranks_as_of_two() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(came) == world
+    assert len(arrived) == world
     assert not early
-    assert Counted.asked == 2 * world
+    assert Counted.requests == 2 * world
 
 
 def test_without_a_launcher_a_program_is_a_world_of_one() -> None:
@@ -180,22 +181,22 @@ def test_the_launcher_s_variables(environment: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"RANK": "0"}, "environment variable WORLD_SIZE is None, expected a number"),
+        ({"RANK": "0"}, "environment variable WORLD_SIZE must be a number (got None)"),
         (
             {"RANK": "x", "WORLD_SIZE": "2"},
-            "environment variable RANK is 'x', expected a number",
+            "environment variable RANK must be a number (got 'x')",
         ),
         (
             {"RANK": "0", "WORLD_SIZE": "2"},
-            "environment variable MASTER_ADDR is None, expected set beside RANK",
+            "environment variable MASTER_ADDR must be set, as RANK is (got None)",
         ),
         (
             {"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
-            "environment variable RANK is 2, expected 0 to 1",
+            "environment variable RANK must be >= 0 and < WORLD_SIZE (2) (got 2)",
         ),
     ],
 )
-def test_a_half_set_environment_is_refused(
+def test_a_half_set_environment_is_rejected(
     variables: dict[str, str], message: str, environment: pytest.MonkeyPatch
 ) -> None:
     for name, value in variables.items():

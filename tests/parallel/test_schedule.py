@@ -1,4 +1,4 @@
-"""Gradients of a step on many layouts against a twin in plain torch; and the engine's defect.
+"""Gradients of a step on many layouts against a twin in plain torch; a defect of Megatron-Core.
 
 All layouts run one after another in the same processes, so they also show that `destroy_parallel`
 leaves nothing behind.
@@ -103,22 +103,24 @@ def changing(rank: int, world_size: int, *, parallel: dict[str, Any]) -> Any:
 def test_overlapped_reduction_waits_for_the_last_micro_batch(
     pool: Pool, parallel: dict[str, Any]
 ) -> None:
-    """The engine counts gradients in its first step; it must not count on their number later."""
+    """Megatron-Core counts gradients in its first step; their number may change in later ones."""
     assert largest_error(pool.run(changing, 2, parallel=parallel)) < 1e-4
 
 
 def defective(rank: int, world_size: int) -> Any:
-    """Interleaving as the engine does it when nobody tells it to overlap transfers."""
-    ours = schedule._obey_transfer_laws
-    schedule._obey_transfer_laws = lambda config, *, interleaved: None  # type: ignore[assignment]
+    """Interleaving as Megatron-Core does it without overlapped transfers."""
+    ours = schedule._set_p2p_overlap
+    schedule._set_p2p_overlap = lambda config, *, interleaved: None  # type: ignore[assignment]
     try:
         return step(rank, world_size, parallel={PP: 2, VPP: 1}, ddp={})
     finally:
-        schedule._obey_transfer_laws = ours
+        schedule._set_p2p_overlap = ours
 
 
-def test_interleaving_without_overlapped_transfers_is_still_wrong_in_the_engine(pool: Pool) -> None:
-    """If this fails the engine has been mended, and `_obey_transfer_laws` may be reconsidered."""
+def test_interleaving_without_overlapped_transfers_is_still_wrong(
+    pool: Pool,
+) -> None:
+    """If this fails, Megatron-Core has fixed it, and `_set_p2p_overlap` can be reconsidered."""
     assert largest_error(pool.run(defective, 2)) > 0.1
 
 
@@ -132,8 +134,10 @@ def odd_number(rank: int, world_size: int) -> str:
     return "accepted"
 
 
-def test_interleaving_refuses_micro_batches_that_do_not_fill_groups(pool: Pool) -> None:
-    message = "micro-batches is 3, expected a multiple of the pipeline size (2)"
+def test_interleaving_rejects_micro_batches_that_do_not_fill_groups(pool: Pool) -> None:
+    message = (
+        "number of micro-batches must be a multiple of --pipeline-model-parallel-size (2) (got 3)"
+    )
     assert pool.run(odd_number, 2) == [message] * 2
 
 

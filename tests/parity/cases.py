@@ -73,7 +73,7 @@ _MODEL = ModelConfig(
     kv_channels=12,
     max_position_embeddings=SEQ,
     logit_z_loss_coeff=1e-2,
-    # Unlike the defaults of ours and of the engine, so that a setting that is ignored shows.
+    # Other values than our defaults and Megatron-Core's, so that an ignored setting shows.
     norm_epsilon=1e-2,
     rotary_base=100.0,
     init_variance_scale=0.2,

@@ -1,4 +1,4 @@
-"""What the single-device reference model says of a step; runs in the test's own process."""
+"""A step of the single-device reference model; runs in the process of the test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.model.logical import initial_tensors, logical_parameters
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 from tests.parity.cases import (
     GLOBAL_ROWS,
     ROWS,

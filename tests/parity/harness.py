@@ -19,9 +19,9 @@ from megatron_moe.parallel.context import ParallelContext, initialize_parallel
 from megatron_moe.parallel.layout import resolve_layout
 from megatron_moe.parallel.schedule import forward_backward
 from megatron_moe.platform import activate
-from megatron_moe.training.losses import count_targets, forward_function, total_sums
 from megatron_moe.training.plan import resolve_plan
 from megatron_moe.training.run import TrainingRun, prepare_run
+from megatron_moe.training.step import count_targets, forward_function, total_sums
 from tests.parity.cases import ROWS, VOCAB, document_planes, global_batch, run_config
 from tests.parity.compare import Block
 
@@ -68,7 +68,7 @@ def own_batches(
     count = ctx.layout.num_microbatches
     if not ctx.needs_data and not extra:
         return [None] * count
-    return [micro_batch(index * ctx.dp_size + ctx.dp_rank, seed, extra) for index in range(count)]
+    return [micro_batch(index * ctx.layout.dp + ctx.dp_rank, seed, extra) for index in range(count)]
 
 
 def micro_batch(index: int, seed: int = 3, extra: tuple[str, ...] = ()) -> Batch:

@@ -14,7 +14,7 @@ from tests.parity.harness import build, one_step
 from tests.parity.test_layouts import RECOMPUTE, check
 from tests.support.pool import Pool
 
-# Two stages have an embedding or a loss; of four, two have neither.
+# Of two pipeline stages each has an embedding or a loss; of four, two have neither.
 LAYOUT = {layout.name: layout for layout in LAYOUTS} | {
     "PP4": Layout("PP4", 4, {"pipeline_model_parallel_size": 4})
 }
@@ -41,7 +41,7 @@ def test_each_flag_by_itself(pool: Pool, name: str, extra: tuple[str, ...]) -> N
 @pytest.mark.parametrize("kind", RECOMPUTE)
 @pytest.mark.parametrize("name", ["1", "TP2xEP2", "PP2"])
 def test_recomputation_takes_the_same_documents(pool: Pool, name: str, kind: str) -> None:
-    """Of its own micro-batch, when several are under way."""
+    """Of its own micro-batch, when several are in progress."""
     check(run(pool, name, PLANES, **RECOMPUTE[kind]), "released", PLANES)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from megatron_moe.config import DataConfig, ParallelConfig, RunConfig
 from megatron_moe.config.presets import OPENMOE_VOCAB, PRESETS
+from megatron_moe.config.run import flag_of
 from megatron_moe.errors import UsageError
 from megatron_moe.planning.describe import ASSUMED_VOCAB, describe, describe_layout
 
@@ -27,7 +28,7 @@ LAYOUT = ParallelConfig(
 LARGE = replace(PRESETS["openmoe-34b-32e-released"], parallel=LAYOUT)
 
 
-def test_text_tells_sizes_parameters_flops_layout_and_every_setting() -> None:
+def test_text_has_sizes_parameters_flops_layout_and_every_setting() -> None:
     text = describe(LARGE)
     for shown in (
         "MoE layers (from 0): 3, 7, 11, 15, 19, 23, 27, 31",
@@ -42,10 +43,9 @@ def test_text_tells_sizes_parameters_flops_layout_and_every_setting() -> None:
     ):
         assert shown in text
     settings = [line.split()[0] for line in text.splitlines() if line.startswith("    --")]
-    expected = [
-        "--" + name.replace("_", "-") for section in LARGE.to_dict().values() for name in section
-    ]
+    expected = [flag_of(name) for section in LARGE.to_dict().values() for name in section]
     assert settings == expected
+    assert {"--phases", "--kernel-impl"} <= set(settings)
 
 
 def test_json_holds_the_same_and_gives_the_configuration_back() -> None:
@@ -101,7 +101,7 @@ def test_world_size_of_a_launcher_is_taken(monkeypatch: pytest.MonkeyPatch) -> N
     assert describe_layout(config, None, OPENMOE_VOCAB).layout.world_size == 4
 
 
-def test_an_unknown_vocabulary_is_assumed_and_said() -> None:
+def test_an_unknown_vocabulary_is_assumed_and_marked() -> None:
     text = describe(PRESETS["openmoe-tiny"])
     assert f"{ASSUMED_VOCAB} padded, tied (assumed" in text
     given = replace(PRESETS["openmoe-tiny"], data=DataConfig(vocab_size=1000))
@@ -117,14 +117,14 @@ def test_an_unknown_vocabulary_is_assumed_and_said() -> None:
         (ParallelConfig(tensor_model_parallel_size=2), 3, "--tensor-model-parallel-size"),
     ],
 )
-def test_impossible_layouts_are_refused(
+def test_impossible_layouts_are_rejected(
     parallel: ParallelConfig, world_size: int | None, flag: str
 ) -> None:
     with pytest.raises(UsageError, match=flag):
         describe(replace(PRESETS["openmoe-base-16e"], parallel=parallel), "text", world_size)
 
 
-def test_a_missing_tokenizer_is_refused() -> None:
+def test_a_missing_tokenizer_is_rejected() -> None:
     data = DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model="/nowhere.model")
     with pytest.raises(UsageError, match="--tokenizer-model"):
         describe(replace(PRESETS["openmoe-base-16e"], data=data))

@@ -1,4 +1,4 @@
-"""`--describe` shows the stage table as it would be run."""
+"""`--describe` shows the phases as they will run."""
 
 from __future__ import annotations
 
@@ -15,39 +15,41 @@ from tests.training.tiny import MODEL
 
 @pytest.fixture
 def flags(tmp_path) -> list[str]:
-    path = tmp_path / "stages.toml"
+    path = tmp_path / "phases.toml"
     path.write_text(TABLE + 'data-path = [3, "a", 1, "b"]')
-    return [*MODEL, "--train-iters", "20", "--data-path", "corpus", "--stages", str(path)]
+    return [*MODEL, "--train-iters", "20", "--data-path", "corpus", "--phases", str(path)]
 
 
-def test_the_text_says_when_each_stage_runs_and_what_it_changes(flags):
+def test_the_text_shows_when_each_phase_runs_and_what_it_changes(flags):
     lines = describe(parse_args(flags).config, "text", 2).splitlines()
-    start = lines.index("Stages")
+    start = lines.index("Phases")
     section = lines[start : lines.index("", start)]
-    assert [line for line in section if line.startswith("  stage")] == [
-        "  stage 1/3 first: steps 1 to 8, prefix-lm, 8 sequences of 32, 0 to 2048 tokens,"
+    assert [line for line in section if line.startswith("  phase")] == [
+        "  phase 1/3 first: steps 1 to 8, prefix-lm, 8 sequences of 32, 0 to 2048 tokens,"
         " lr 0.003 cosine by the run's steps",
-        "  stage 2/3 second: steps 9 to 14, causal, 4 sequences of 64, 2048 to 3584 tokens,"
-        " lr 0.002 linear by the stage's steps, dropout 0.2 hidden 0 attention",
-        "  stage 3/3 third: steps 15 to 20, prefix-lm, 12 sequences of 32, 3584 to 5888 tokens,"
+        "  phase 2/3 second: steps 9 to 14, causal, 4 sequences of 64, 2048 to 3584 tokens,"
+        " lr 0.002 linear by the phase's steps, dropout 0.2 hidden 0 attention",
+        "  phase 3/3 third: steps 15 to 20, prefix-lm, 12 sequences of 32, 3584 to 5888 tokens,"
         " lr 0.003 cosine by the run's steps",
     ]
     assert "    --seq-length was 32, is 64" in section
     assert any("75.00%" in line and line.rstrip().endswith("a") for line in section)
 
 
-def test_the_json_has_every_stage(flags):
+def test_the_json_has_every_phase(flags):
     found = json.loads(describe(parse_args(flags).config, "json", 2))
-    stages = found["stages"]
-    assert [stage["name"] for stage in stages] == ["first", "second", "third"]
-    assert [stage["last_iteration"] for stage in stages] == [8, 14, 20]
-    assert [stage["layout"]["num_microbatches"] for stage in stages] == [2, 2, 3]
-    assert [stage["config"]["data"]["seq_length"] for stage in stages] == [32, 64, 32]
-    assert found["layout"] == stages[0]["layout"]
+    phases = found["stages"]
+    assert [phase["name"] for phase in phases] == ["first", "second", "third"]
+    assert [phase["last_iteration"] for phase in phases] == [8, 14, 20]
+    assert [phase["layout"]["num_microbatches"] for phase in phases] == [2, 2, 3]
+    assert [phase["config"]["data"]["seq_length"] for phase in phases] == [32, 64, 32]
+    assert found["layout"] == phases[0]["layout"]
     assert found["config"]["train"]["stages"] == flags[-1]
     assert "stages" not in json.loads(describe(parse_args(flags[:-2]).config, "json", 2))
 
 
-def test_a_stage_that_cannot_be_is_refused(flags):
-    with pytest.raises(UsageError, match=r"stage 'third' of .*: --global-batch-size is 12"):
+def test_an_impossible_phase_is_rejected(flags):
+    with pytest.raises(
+        UsageError, match=r"phase 'third' of .*: --global-batch-size must be a multiple"
+    ):
         describe(parse_args(flags).config, "text", 4)

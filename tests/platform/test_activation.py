@@ -12,7 +12,7 @@ import torch
 
 from megatron_moe.errors import UsageError
 from megatron_moe.platform import activate, activation, deactivate
-from megatron_moe.platform.patches import CPU_PATCHES, EngineMismatchError
+from megatron_moe.platform.patches import CPU_PATCHES, PatchMismatchError
 from megatron_moe.platform.patches.base import AttributePatch, ConstantPatch, find_function
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ def test_importing_the_platform_changes_nothing() -> None:
     assert shown == "True False\n"
 
 
-def test_activation_before_the_engine_is_imported_is_quiet_and_compiles_nothing() -> None:
+def test_activation_before_megatron_core_is_imported_is_quiet_and_compiles_nothing() -> None:
     shown = python(
         "from megatron_moe.platform import activate\n"
         "activate()\n"
@@ -50,7 +50,7 @@ def test_activation_before_the_engine_is_imported_is_quiet_and_compiles_nothing(
     assert shown == "False False\n2.0\n"
 
 
-def test_activation_after_the_engine_was_imported_uncovers_its_compiled_functions() -> None:
+def test_activation_after_megatron_core_is_imported_replaces_its_compiled_functions() -> None:
     shown = python(
         "import warnings; warnings.simplefilter('ignore')\n"
         "import megatron.core\n"
@@ -103,7 +103,7 @@ class Planted(ConstantPatch):
 def test_a_patch_that_does_not_fit_leaves_nothing_applied(monkeypatch: pytest.MonkeyPatch) -> None:
     deactivate()
     monkeypatch.setattr(activation, "CPU_PATCHES", (*CPU_PATCHES, Planted))
-    with pytest.raises(EngineMismatchError, match=r"no function megatron\.core\.utils:gone"):
+    with pytest.raises(PatchMismatchError, match=r"no function megatron\.core\.utils:gone"):
         activate()
     assert activation._applied == []
     with pytest.raises(AssertionError, match="not compiled with CUDA"):
@@ -112,7 +112,7 @@ def test_a_patch_that_does_not_fit_leaves_nothing_applied(monkeypatch: pytest.Mo
     activate()
 
 
-def test_a_cpu_is_named_and_refuses_nccl() -> None:
+def test_a_cpu_is_named_and_rejects_nccl() -> None:
     platform = activate("gloo")
     assert (platform.kind, platform.device, platform.backend) == (
         "cpu",
@@ -121,7 +121,7 @@ def test_a_cpu_is_named_and_refuses_nccl() -> None:
     )
     with pytest.raises(UsageError) as caught:
         activate("nccl")
-    message = "--distributed-backend is 'nccl', expected gloo or auto; this machine has no GPU"
+    message = "--distributed-backend must be gloo or auto (got 'nccl'); this machine has no GPU"
     assert str(caught.value) == message
 
 
@@ -142,9 +142,13 @@ def test_a_gpu_is_taken_as_it_is(asked: Any, taken: str, monkeypatch: pytest.Mon
     )
     assert chosen == [torch.device("cuda", 3)]
     monkeypatch.setenv("LOCAL_RANK", "4")
-    with pytest.raises(UsageError, match="--distributed-backend is 'gloo', expected nccl"):
+    with pytest.raises(
+        UsageError, match=r"--distributed-backend must be nccl or auto on a GPU \(got 'gloo'\)"
+    ):
         activate("gloo")
-    with pytest.raises(UsageError, match="LOCAL_RANK is 4, expected less than the 4 GPUs here"):
+    with pytest.raises(
+        UsageError, match=r"LOCAL_RANK must be < 4, the GPUs of this node \(got 4\)"
+    ):
         activate(asked)
     monkeypatch.undo()
     activate()

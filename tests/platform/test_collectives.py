@@ -1,4 +1,4 @@
-"""Every collective that the engine and we use, on gloo, in every type that travels.
+"""Every collective that Megatron-Core and this project use, on gloo, in every type they use.
 
 Integers small enough that bfloat16 holds every sum exactly.
 """

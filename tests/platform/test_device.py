@@ -1,13 +1,15 @@
-"""Facts for metrics: arithmetic peaks and memory."""
+"""Facts for metrics (arithmetic peaks, memory), and freed memory that stays with the process."""
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_moe.platform import activate
+from megatron_moe.platform import activate, deactivate, device
 from megatron_moe.platform.device import memory_stats, peak_tflops
 
 
@@ -31,8 +33,6 @@ def test_gpu_peaks_are_looked_up_by_name(
 
 def test_the_cpu_s_peak_is_that_of_a_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that ticks 2 ms per look, 2 x 1024^3 operations in a tick are 1.07 TFLOP/s."""
-    import megatron_moe.platform.device as device
-
     ticks = iter(range(100))
     monkeypatch.setattr(device.time, "perf_counter", lambda: next(ticks) * 2e-3)
     peak = activate().peak_tflops()
@@ -47,3 +47,50 @@ def test_memory_grows_by_what_is_allocated() -> None:
     assert after["allocated"] - before["allocated"] > 0.9 * size
     assert after["max_allocated"] >= after["allocated"]
     assert held.sum() == size % 256 + size - size % 256
+
+
+ELEMENTS = 250_000_000
+"""1 GB that is never written: larger than any free block of the heap."""
+
+
+class _Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo`; the fourth field counts blocks with a mapping of their own."""
+
+    _fields_ = [("before", ctypes.c_int * 3), ("hblks", ctypes.c_int), ("after", ctypes.c_int * 6)]
+
+
+def own_mappings_of_a_large_tensor() -> int:
+    """How many mappings of its own the C library makes for it: such a block is never kept."""
+    mallinfo = ctypes.CDLL(None).mallinfo
+    mallinfo.restype = _Mallinfo
+    before = mallinfo().hblks
+    tensor = torch.empty(ELEMENTS)
+    found = mallinfo().hblks - before
+    del tensor
+    return found
+
+
+def watched_changes() -> None:
+    """Exit code 0 if activation keeps memory and deactivation lets it go."""
+    activate()
+    assert own_mappings_of_a_large_tensor() == 0
+    deactivate()
+    assert own_mappings_of_a_large_tensor() == 1
+    activate()
+    assert own_mappings_of_a_large_tensor() == 0
+
+
+def test_activation_keeps_memory_and_deactivation_lets_it_go() -> None:
+    """In a process of its own: after an allocation that failed, as other tests provoke, the C
+    library serves a thread from an arena in which it maps every large block.
+    """
+    process = multiprocessing.get_context("spawn").Process(target=watched_changes)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "_glibc", lambda: None)
+    assert not device.keep_freed_memory()
+    assert not device.release_freed_memory()

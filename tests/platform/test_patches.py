@@ -1,4 +1,4 @@
-"""For every patch: what the engine does without it, so that one no longer needed is noticed."""
+"""For every patch: what fails without it, so that a patch that is no longer needed is noticed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 from megatron_moe.platform import activate
-from megatron_moe.platform.patches import CPU_PATCHES, EngineMismatchError
+from megatron_moe.platform.patches import CPU_PATCHES, PatchMismatchError
 from megatron_moe.platform.patches.base import AttributePatch, ConstantPatch
-from megatron_moe.platform.patches.fusion import engine_modules
+from megatron_moe.platform.patches.megatron_core import loaded_megatron_modules
 from tests.support.patches import without
 from tests.support.pool import Pool
 
@@ -76,7 +76,7 @@ def same_seed(seed: Callable[[int], None]) -> bool:
     return torch.equal(first, torch.rand(3))
 
 
-def restore_engine_state() -> bool:
+def restore_tracked_state() -> bool:
     from megatron.core.tensor_parallel import random
 
     state = random._get_cuda_rng_state()
@@ -114,12 +114,12 @@ PROBES: dict[tuple[str, str], Callable[[], bool]] = {
     ("random-state", "set_rng_state"): restore_state,
     ("random-state", "manual_seed"): lambda: same_seed(torch.cuda.manual_seed),
     ("random-state", "manual_seed_all"): lambda: same_seed(torch.cuda.manual_seed_all),
-    ("random-state", "_get_cuda_rng_state"): restore_engine_state,
-    ("random-state", "_set_cuda_rng_state"): restore_engine_state,
+    ("random-state", "_get_cuda_rng_state"): restore_tracked_state,
+    ("random-state", "_set_cuda_rng_state"): restore_tracked_state,
     ("router-gemm", "te_general_gemm"): route,
     ("host-splits", "maybe_move_tensor_to_cpu"): split_sizes,
 }
-"""(patch, attribute) -> something the engine does with it, and whether it came out right."""
+"""(patch, attribute) -> a use of the attribute, and whether its result is right."""
 
 
 def label(owner: Any, attribute: str) -> str:
@@ -152,7 +152,7 @@ def test_there_is_a_probe_for_every_attribute_that_is_replaced() -> None:
 
 
 @pytest.mark.parametrize(("patch", "attribute"), sorted(PROBES))
-def test_the_engine_needs_each_replaced_attribute(
+def test_each_replaced_attribute_is_needed(
     patch: str, attribute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With all patches the probe works; with this one attribute as it was, it does not."""
@@ -195,7 +195,7 @@ class NoSuchConstant(ConstantPatch):
 @pytest.mark.parametrize("kind", [NoSuchFunction, NoSuchConstant])
 def test_a_literal_that_is_no_longer_there_is_an_error(kind: type[ConstantPatch]) -> None:
     """So each function listed in the patches is known to have its literal, by `activate` alone."""
-    with pytest.raises(EngineMismatchError, match=r"gone|none of"):
+    with pytest.raises(PatchMismatchError, match=r"gone|none of"):
         kind().apply()
 
 
@@ -207,14 +207,14 @@ ELSEWHERE = {
     "pipeline_parallel.combined_1f1b:combined_forward_backward_step": "overlap of two passes",
     "pipeline_parallel.hybrid_cp_schedule:hybrid_context_parallel_forward_backward": "context",
     "pipeline_parallel.utils:set_streams": "overlap of two passes",
-    "tensor_parallel.data:_build_key_size_numel_dictionaries": "its broadcast; we have our own",
+    "tensor_parallel.data:_build_key_size_numel_dictionaries": "its broadcast; ours is used",
     "transformer.fsdp_dtensor_checkpoint:validate_loaded_state_dict": "FSDP",
     "transformer.moe.token_dispatcher:MoEAlltoAllTokenDispatcher.__init__": "permute fusion",
     "transformer.utils:get_sliding_window_causal_mask": "sliding window",
     "utils:GlobalSymmetricMemoryBuffer.__init__": "inference",
     "utils:get_batch_on_this_hybrid_cp_rank": "context parallelism",
 }
-"""Functions with such literals, and the feature of the engine, not used here, that they are for."""
+"""Functions with such literals, and the feature of Megatron-Core, unused here, that they serve."""
 
 ROOTS = ("distributed", "optimizer", "pipeline_parallel", "tensor_parallel", "transformer")
 FILES = ("parallel_state", "process_groups_config", "timers", "utils")
@@ -246,10 +246,10 @@ def functions_of(module: Any) -> Iterator[tuple[str, FunctionType]]:
 
 
 def literal_functions() -> set[str]:
-    """Functions of our path through the engine whose code holds "cuda" or a CUDA tensor type."""
+    """Functions that training may run through whose code has "cuda" or a CUDA tensor type."""
     literals = {"cuda", "cuda:0"} | {f"torch.cuda.{t}Tensor" for t in ("Float", "Half", "BFloat16")}
     found = set()
-    for module in engine_modules():
+    for module in loaded_megatron_modules():
         short = module.__name__.removeprefix("megatron.core.")
         if short.startswith(SKIPPED) or (short.split(".")[0] not in ROOTS and short not in FILES):
             continue
@@ -259,7 +259,7 @@ def literal_functions() -> set[str]:
     return found
 
 
-def test_no_literal_of_our_path_through_the_engine_is_overlooked() -> None:
+def test_no_literal_that_training_runs_through_is_overlooked() -> None:
     activate()
     import megatron.core.models.gpt
     import megatron.core.transformer.moe.moe_layer  # noqa: F401
@@ -289,7 +289,9 @@ def test_known_warnings_are_silent(pool: Pool) -> None:
     assert pool.run(reduce_scatter_warnings, 1) == [(0, 1)]
 
 
-def test_the_tracker_does_not_warn_of_its_one_generator(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_tracker_does_not_warn_of_one_generator(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 
     def messages() -> int:

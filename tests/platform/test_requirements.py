@@ -1,4 +1,4 @@
-"""Packages that must be there, and one that must not, told apart without running its code."""
+"""Packages that must be installed, and one that must not, recognised without running its code."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_moe.errors import UsageError
-from megatron_moe.platform.requirements import ENGINE_VERSION, check_requirements
+from megatron_moe.platform.activation import MEGATRON_CORE_VERSION, check_requirements
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,22 +33,22 @@ def activate_with(path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_package_index_s_apex_is_refused_by_name_and_not_run(tmp_path: Path) -> None:
+def test_the_package_index_s_apex_is_rejected_by_name_and_not_run(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     package = tmp_path / "apex"
     package.mkdir()
     (package / "__init__.py").write_text(f"open({str(marker)!r}, 'w')\n")
     shown = activate_with(tmp_path).stdout
     assert shown.strip() == (
-        f"package apex is '{package}', expected NVIDIA's Apex built from its source, or none; "
+        f"package apex must be NVIDIA's Apex built from source, or none (got '{package}'); "
         "the apex on the package index is another project: pip uninstall apex"
     )
     assert not marker.exists()
 
 
-def test_a_module_called_apex_is_refused_too(tmp_path: Path) -> None:
+def test_a_module_called_apex_is_rejected_too(tmp_path: Path) -> None:
     (tmp_path / "apex.py").write_text("raise SystemExit('ran')\n")
-    assert activate_with(tmp_path).stdout.startswith("package apex is ")
+    assert activate_with(tmp_path).stdout.startswith("package apex must be NVIDIA's Apex")
 
 
 def test_nvidia_s_apex_is_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_a_missing_psutil_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError) as caught:
         check_requirements()
     assert str(caught.value) == (
-        "package psutil is 'missing', expected any version; pip install psutil"
+        "package psutil must be installed (got 'missing'); pip install psutil"
     )
 
 
@@ -85,7 +85,7 @@ bucket = (sys.argv[1], sys.argv[1], ([], []))
 FileSystemWriterAsync.write_preloaded_data_multiproc([], False, 0, [bucket], results)
 print("saved", flush=True)
 """
-"""The engine's own writer with one file to write and nothing to put into it."""
+"""Megatron-Core's own writer with one file to write and nothing to put into it."""
 
 
 def _save(path: Path, hide: str) -> subprocess.Popen[str]:
@@ -95,10 +95,10 @@ def _save(path: Path, hide: str) -> subprocess.Popen[str]:
     )
 
 
-def test_without_psutil_the_engine_s_writer_waits_forever(tmp_path: Path) -> None:
-    """Why it is required: its writing process dies of it, and nobody tells the waiting one.
+def test_without_psutil_megatron_core_s_writer_waits_forever(tmp_path: Path) -> None:
+    """Why it is required: the writing process fails, and the waiting one is not notified.
 
-    If this fails, see whether `psutil` is still needed.
+    If this test fails, `psutil` may no longer be needed.
     """
     healthy = _save(tmp_path / "healthy", "")
     stuck = _save(tmp_path / "stuck", "sys.modules['psutil'] = None")
@@ -114,7 +114,7 @@ def test_without_psutil_the_engine_s_writer_waits_forever(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("found", ["0.17.0", None])
-def test_another_engine_is_refused(found: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_is_rejected(found: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
         if found is None:
             raise importlib.metadata.PackageNotFoundError(name)
@@ -124,15 +124,15 @@ def test_another_engine_is_refused(found: str | None, monkeypatch: pytest.Monkey
     with pytest.raises(UsageError) as caught:
         check_requirements()
     assert str(caught.value) == (
-        f"package megatron-core is {found or 'missing'!r}, expected {ENGINE_VERSION}; "
-        f"pip install megatron-core=={ENGINE_VERSION}"
+        f"package megatron-core must be {MEGATRON_CORE_VERSION} (got {found or 'missing'!r}); "
+        f"pip install megatron-core=={MEGATRON_CORE_VERSION}"
     )
 
 
 def test_what_the_package_declares_is_what_is_checked() -> None:
     """The pins of the installation agree with the version that the patches are for."""
     pins = (ROOT / "constraints.txt").read_text().split()
-    assert f"megatron-core=={ENGINE_VERSION}" in pins
+    assert f"megatron-core=={MEGATRON_CORE_VERSION}" in pins
     assert any(pin.startswith("psutil==") for pin in pins)
     assert "psutil" in (ROOT / "setup.py").read_text()
     assert "apex" not in [pin.partition("==")[0].lower() for pin in pins]

@@ -1,4 +1,4 @@
-"""Random states are saved and put back completely; dropout on the engine's streams repeats."""
+"""Random states are saved and restored completely; dropout on the tracker's streams repeats."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def draw() -> list[Tensor]:
 
 
 def round_trip(rank: int, world_size: int) -> tuple[list[str], bool, bool, str]:
-    """Names; whether draws repeat after the states are put back; whether they go on otherwise."""
+    """Names; whether draws repeat once the states are restored; whether they differ otherwise."""
     toy.context(world_size)
     draw()
     saved = rng_states()
-    first, going_on = draw(), draw()
+    first, following = draw(), draw()
     set_rng_states(saved)
     again = draw()
     try:
@@ -40,7 +40,7 @@ def round_trip(rank: int, world_size: int) -> tuple[list[str], bool, bool, str]:
     except UsageError as error:
         message = str(error)
     same = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    moved = all(not torch.equal(a, b) for a, b in zip(first, going_on, strict=True))
+    moved = all(not torch.equal(a, b) for a, b in zip(first, following, strict=True))
     return sorted(saved), same, moved, message
 
 
@@ -48,7 +48,9 @@ def test_states_go_round(pool: Pool) -> None:
     ((names, same, moved, message),) = pool.run(round_trip, 1)
     assert names == ["cpu", *(f"tracker.{name}" for name in STREAMS)]
     assert same and moved
-    assert message.startswith("random states is ['cpu'], expected ['cpu', 'tracker.data-parallel")
+    assert message.startswith(
+        "names of random states must be ['cpu', 'tracker.data-parallel-rng', "
+    )
 
 
 def with_dropout(

@@ -1,4 +1,4 @@
-"""The platform with one of its patches left out, to see what it is for."""
+"""The platform without one of its patches, to show what the patch is for."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from megatron_moe.platform.patches import CPU_PATCHES
 
 @contextmanager
 def without(name: str) -> Iterator[None]:
-    """All patches but one; afterwards all of them."""
+    """All patches but one; on exit all of them."""
     assert name in [kind.name for kind in CPU_PATCHES], name
     deactivate()
     try:
         for kind in CPU_PATCHES:
             if kind.name != name:
                 patch = kind()
-                # As `activate` does, which then takes them for all there is to do.
+                # In the list of `activate`, which then has nothing left to do.
                 activation._applied.append(patch)
                 patch.apply()
         yield

@@ -1,4 +1,4 @@
-"""A pool of ranks: processes that import torch and the engine once and then serve many tests.
+"""A pool of ranks: processes that import torch and Megatron-Core once and then serve many tests.
 
     def body(rank, world_size, *, tp):          # a top-level function of a module under tests/
         return tensor_on_this_rank
@@ -6,7 +6,7 @@
     def test_something(pool):
         results = pool.run(body, 4, tp=2)       # one result per rank
 
-Each call gets a new default gloo group; afterwards groups and the engine's state are taken down.
+Each call gets a new default gloo group; at its end, groups and Megatron-Core's state are destroyed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A small model on the engine's parallel layers, and the same model in plain torch.
+"""A small model on Megatron-Core's parallel layers, and the same model in plain torch.
 
 It has what layouts can get wrong: a vocabulary-parallel embedding and loss, tensor-parallel layers,
 norms whose gradients are sums over the sequence, weights that each expert-parallel rank has alone,
@@ -132,15 +132,21 @@ def build_chunks(
     dtype: torch.dtype = torch.float32,
 ) -> list[Any]:
     """The chunks of this rank, without gradient buffers."""
-    from tests.support.toy_chunk import ToyChunk, engine_settings
+    from tests.support.toy_chunk import ToyChunk, megatron_settings
 
-    config = engine_settings(ctx, dtype)
+    config = megatron_settings(ctx, dtype)
     chunks = []
     for index in range(ctx.layout.num_chunks):
-        layers = ctx.layout.layers_of(ctx.pp_rank, index)
+        layers = _layers_of(ctx.layout, ctx.pp_rank, index)
         vp_stage = index if ctx.layout.vp else None
         chunks.append(ToyChunk(config, ctx, layers, vp_stage, dropout, recompute))
     return chunks
+
+
+def _layers_of(layout: Layout, pp_rank: int, chunk: int) -> range:
+    """The layers (from 0) of one chunk: chunk c of stage r follows chunk c of stage r - 1."""
+    first = (chunk * layout.pp + pp_rank) * layout.layers_per_chunk
+    return range(first, first + layout.layers_per_chunk)
 
 
 def wrap(ctx: ParallelContext, chunks: list[Any], **ddp: Any) -> list[Any]:

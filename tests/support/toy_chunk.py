@@ -1,4 +1,4 @@
-"""The parallel side of `tests.support.toy`: one model chunk. Needs the engine to be importable."""
+"""The parallel side of `tests.support.toy`: one model chunk. Needs `activate` first."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from megatron_moe.parallel.context import ParallelContext
 from tests.support.toy import INNER, NUM_LAYERS, E, H, Shard, V, expert_of, weight
 
 
-def engine_settings(ctx: ParallelContext, dtype: torch.dtype = torch.float32) -> TransformerConfig:
+def megatron_settings(
+    ctx: ParallelContext, dtype: torch.dtype = torch.float32
+) -> TransformerConfig:
     layout = ctx.layout
     return TransformerConfig(
         num_layers=NUM_LAYERS,
@@ -94,7 +96,7 @@ class ToyChunk(MegatronModule):
         param = self.get_parameter(local)
         size = param.shape[shard.dim or 0]
         param.data.copy_(shard.of(weight(shard.name, *shape), size))
-        # Or the engine's gradient norm takes shards for copies and counts only the first one.
+        # Otherwise Megatron-Core's gradient norm takes shards for copies and counts only the first.
         param.tensor_model_parallel = True  # type: ignore[attr-defined]
 
     def set_input_tensor(self, input_tensor: Any) -> None:

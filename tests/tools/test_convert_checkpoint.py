@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_moe.checkpoint import load_logical, verify
-from megatron_moe.convert import logits
-from megatron_moe.convert.formats import Target, read, write
+from megatron_moe.convert import inspection
+from megatron_moe.convert.formats import ConversionTarget, read, write
 from tests.checkpoint.test_load import _save
 from tests.convert.cases import model_of
 from tests.convert.layout_pairs import OneWidth
@@ -26,7 +26,7 @@ def convert(source: str, load: Path, target: str, save: Path, *more: str) -> int
 
 @pytest.fixture
 def native(tmp_path: Path) -> Path:
-    write(model_of(), Target(format="native", path=tmp_path / "native"), lambda _: None)
+    write(model_of(), ConversionTarget(format="native", path=tmp_path / "native"), lambda _: None)
     return tmp_path / "native"
 
 
@@ -83,10 +83,10 @@ def test_verification_fails_on_a_changed_value(
     values = load_file(file)
     values["lm_head.weight"][2, 1] += 1
     save_file(values, file)
-    model, target = read("native", native), Target(format="hf", path=tmp_path / "hf")
+    model, target = read("native", native), ConversionTarget(format="hf", path=tmp_path / "hf")
     with pytest.raises(Exception, match=r"output\.weight in .* other values"):
         convert_checkpoint.verify(model, target)
-    assert logits.logits_difference(model, read("hf", tmp_path / "hf")) > 0
+    assert inspection.logits_difference(model, read("hf", tmp_path / "hf")) > 0
 
 
 def test_mistakes_are_one_line_and_exit_2(
@@ -95,10 +95,13 @@ def test_mistakes_are_one_line_and_exit_2(
     (tmp_path / "there").mkdir()
     cases = [
         (("native", tmp_path / "absent", "hf", tmp_path / "x"), "checkpoint directory"),
-        (("native", native, "hf", tmp_path / "there"), "--save is"),
+        (
+            ("native", native, "hf", tmp_path / "there"),
+            "--save must be a directory that does not exist (got ",
+        ),
         (("hf", native, "native", tmp_path / "x"), "config.json"),
         (("native", native, "hf", tmp_path / "x", "--max-shard-size", "0"), "--max-shard-size"),
-        (("native", native, "hf", tmp_path / "x", "--ckpt-step", "77"), "--ckpt-step is 77"),
+        (("native", native, "hf", tmp_path / "x", "--ckpt-step", "77"), "--ckpt-step must be "),
         (("native", native, "hf", tmp_path / "x", "--tokenizer-model", "no"), "--tokenizer-model"),
     ]
     for arguments, said in cases:
@@ -118,16 +121,18 @@ def test_logits_need_memory(
 ) -> None:
     """A machine with too little: the rest is verified, or nothing is written if logits must be."""
     size = sum(t.bytes for t in model_of().tensors.values())
-    assert size < logits.memory_needed(model_of()) < 2 * size
-    assert logits.memory_needed(model_of(dtype=torch.bfloat16)) == logits.memory_needed(model_of())
-    assert 0 < logits.free_memory() <= psutil.virtual_memory().total
+    assert size < inspection.memory_needed(model_of()) < 2 * size
+    assert inspection.memory_needed(model_of(dtype=torch.bfloat16)) == inspection.memory_needed(
+        model_of()
+    )
+    assert 0 < inspection.free_memory() <= psutil.virtual_memory().total
     monkeypatch.setattr("tools.convert_checkpoint.free_memory", lambda: size)
     assert convert("native", native, "hf", tmp_path / "a", "--verify") == 0
     said = capsys.readouterr().out
     assert "verified: 49 tensors" in said
-    assert "logits are not compared: the model takes" in said
+    assert "logits are not compared: the model needs" in said
     assert convert("native", native, "hf", tmp_path / "b", "--verify-logits") == 2
-    assert f"at most the {size} bytes that are free" in capsys.readouterr().err
+    assert f"must be <= {size} bytes, the available memory (got " in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 
@@ -141,7 +146,9 @@ def test_the_bar_ends_at_all_bytes(
         assert any(line.startswith(f"{name}: 100%") for line in bars)
     for target in ("native", "hf", "t5x"):
         seen: list[int] = []
-        write(model_of(), Target(format=target, path=tmp_path / f"{target}-2"), seen.append)
+        write(
+            model_of(), ConversionTarget(format=target, path=tmp_path / f"{target}-2"), seen.append
+        )
         assert sum(seen) == size
 
 
@@ -154,7 +161,9 @@ def test_a_dry_run_of_every_format_writes_nothing(
     assert convert("native", native, target, tmp_path / "x", "--dry-run", *more) == 0
     *lines, last = capsys.readouterr().out.splitlines()
     write(
-        model_of(), Target(format=target, path=tmp_path / "y", layout="unstacked"), lambda _: None
+        model_of(),
+        ConversionTarget(format=target, path=tmp_path / "y", layout="unstacked"),
+        lambda _: None,
     )
     assert last.startswith(f"{len(lines)} tensors, {sum(int(x.split()[-2]) for x in lines)} bytes")
     written = {"native": 49, "hf": 49 + 2 * 3 * 3, "t5x": 49}  # 4 experts for a stack
@@ -167,7 +176,7 @@ def test_a_dry_run_of_every_format_writes_nothing(
 def test_several_are_averaged_and_cast(tmp_path: Path) -> None:
     models = [model_of(seed=seed) for seed in (1, 2, 3)]
     for number, model in enumerate(models):
-        write(model, Target(format="native", path=tmp_path / str(number)), lambda _: None)
+        write(model, ConversionTarget(format="native", path=tmp_path / str(number)), lambda _: None)
     flags = ["--from", "native", "--load", *(str(tmp_path / str(i)) for i in range(3))]
     flags += ["--to", "hf", "--save", str(tmp_path / "mean"), "--dtype", "bf16", "--verify"]
     assert main(flags) == 0

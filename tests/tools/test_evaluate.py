@@ -13,8 +13,8 @@ import pytest
 from megatron_moe.config import DataConfig
 from megatron_moe.data.indexed.writer import IndexedWriter
 from tests.inference.cases import CONFIG, save
-from tests.support.mistakes import refused
 from tests.support.pool import Pool
+from tests.support.usage_errors import usage_error
 from tests.training.tiny import MODEL, pretrain_rank, write_domains
 from tools.evaluate import main
 
@@ -126,18 +126,21 @@ def test_a_native_checkpoint_is_read_in_the_rows_of_its_run(
     ("flags", "named"),
     [
         ([], "--data-path, --held-out, --tasks"),
-        (["--data-path", "x", "--tasks", "y"], "what to evaluate is '--data-path --tasks'"),
-        (["--data-path", "x", "--limit", "3"], "--limit is 3, expected absent without --tasks"),
+        (["--data-path", "x", "--tasks", "y"], "--tasks (got '--data-path --tasks')"),
+        (["--data-path", "x", "--limit", "3"], "--limit must be absent without --tasks (got 3)"),
         (["--held-out", "test", "--max-tokens", "3"], "absent without --data-path"),
         (
             ["--data-path", "x", "--stage", "2"],
-            "--stage is '2', expected absent without --held-out",
+            "--phase must be absent without --held-out (got '2')",
         ),
-        (["--held-out", "test", "--stage", "2"], "--stage is '2', expected no value: the run has"),
-        (["--held-out", "test", "--batch-size", "3"], "--micro-batch-size holds"),
+        (
+            ["--held-out", "test", "--stage", "2"],
+            "--phase must be absent for a run without --phases (got '2')",
+        ),
+        (["--held-out", "test", "--batch-size", "3"], "--micro-batch-size applies"),
         (["--data-path", "x", "--batch-size", "0"], "--batch-size"),
         (["--tasks", "x", "--num-fewshot", "-1"], "--num-fewshot"),
-        (["--data-path", "x", "--seq-length", "41"], "at most --max-position-embeddings (40)"),
+        (["--data-path", "x", "--seq-length", "41"], "<= --max-position-embeddings (40)"),
         (["--data-path", "/none/x"], "/none/x"),
         (["--held-out", "valid"], "--global-batch-size"),
         (["--held-out", "valid", "--global-batch-size", "6"], "a multiple of the run's"),
@@ -151,7 +154,7 @@ def test_a_native_checkpoint_is_read_in_the_rows_of_its_run(
 def test_mistakes_are_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], native: Path, flags: list[str], named: str
 ) -> None:
-    assert named in refused(main, ["--load", str(native), *flags], capsys)
+    assert named in usage_error(main, ["--load", str(native), *flags], capsys)
 
 
 def test_held_out_samples_of_weights_are_refused(
@@ -159,7 +162,9 @@ def test_held_out_samples_of_weights_are_refused(
 ) -> None:
     weights = save(tmp_path / "weights", layout="hf")
     flags = ["--tokenizer-type", "ByteTokenizer", "--held-out", "valid"]
-    assert "a native checkpoint" in refused(main, ["--load", str(weights), *flags], capsys)
+    assert "--held-out must be absent for Hugging Face weights" in usage_error(
+        main, ["--load", str(weights), *flags], capsys
+    )
 
 
 def test_without_lm_eval_a_line_says_how_to_install_it(
@@ -172,5 +177,5 @@ def test_without_lm_eval_a_line_says_how_to_install_it(
         lambda name, *more: None if name == "lm_eval" else find(name, *more),
     )
     # Said before the checkpoint is looked for: a large one takes minutes.
-    error = refused(main, ["--load", str(tmp_path / "none"), "--tasks", "arc_easy"], capsys)
+    error = usage_error(main, ["--load", str(tmp_path / "none"), "--tasks", "arc_easy"], capsys)
     assert "pip install 'megatron-moe[eval]'" in error

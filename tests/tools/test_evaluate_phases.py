@@ -1,4 +1,4 @@
-"""Held-out losses of a run in stages: each as the run itself measured it."""
+"""Held-out losses of a run with phases: each as the run itself measured it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.support.pool import Pool
 from tests.training.tiny import MODEL, VOCAB, pretrain_rank
 from tools.evaluate import main
 
-# Every stage has other data, rows, batches and objective; the data is of several domains, as the
-# metrics file has evaluations for these alone. The second stage learns nothing, so what it measures
+# Every phase has other data, rows, batches and objective; the data is of several domains, as the
+# metrics file has evaluations for these alone. The second phase learns nothing, so what it measures
 # is also the loss of the weights that the first one ends with.
 TABLE = """
 [[stage]]
@@ -87,7 +87,7 @@ def _same(found: dict[str, Any], measured: list[tuple[int, float]]) -> bool:
 @pytest.mark.parametrize(
     ("step", "name"), [(1, "low"), (2, "low"), (3, "high"), (4, "high"), (5, "last")]
 )
-def test_of_the_stage_that_took_the_last_step(
+def test_of_the_phase_that_took_the_last_step(
     capsys: pytest.CaptureFixture[str], folder: Path, step: int, name: str
 ) -> None:
     found = _found(capsys, folder, "--held-out", "valid", "--ckpt-step", str(step))
@@ -99,17 +99,18 @@ def test_of_the_test_split_at_the_end(capsys: pytest.CaptureFixture[str], folder
     assert _same(_found(capsys, folder, "--held-out", "test"), _measured(folder, 5, "test"))
 
 
-@pytest.mark.parametrize("stage", ["low", "1"])
-def test_of_a_stage_that_is_over(
-    capsys: pytest.CaptureFixture[str], folder: Path, stage: str
+@pytest.mark.parametrize("flag", ["--phase", "--stage"])
+@pytest.mark.parametrize("phase", ["low", "1"])
+def test_of_a_phase_that_is_over(
+    capsys: pytest.CaptureFixture[str], folder: Path, phase: str, flag: str
 ) -> None:
-    flags = ("--held-out", "valid", "--ckpt-step", "4", "--stage", stage)
+    flags = ("--held-out", "valid", "--ckpt-step", "4", flag, phase)
     assert _same(_found(capsys, folder, *flags), _measured(folder, 2))
 
 
-@pytest.mark.parametrize("stage", ["high", "2"])
-def test_of_a_stage_to_come(capsys: pytest.CaptureFixture[str], folder: Path, stage: str) -> None:
-    flags = ("--held-out", "valid", "--ckpt-step", "2", "--stage", stage)
+@pytest.mark.parametrize("phase", ["high", "2"])
+def test_of_a_phase_to_come(capsys: pytest.CaptureFixture[str], folder: Path, phase: str) -> None:
+    flags = ("--held-out", "valid", "--ckpt-step", "2", "--phase", phase)
     (folder / "moved.toml").rename(folder / "stages.toml")
     try:
         found = _found(capsys, folder, *flags)
@@ -118,11 +119,11 @@ def test_of_a_stage_to_come(capsys: pytest.CaptureFixture[str], folder: Path, st
     assert _same(found, _measured(folder, 3))
 
 
-def test_a_line_says_which_stage(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+def test_a_line_names_the_phase(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     main(["--load", str(folder), "--held-out", "valid", "--ckpt-step", "2"])
     first, head, *_ = capsys.readouterr().out.splitlines()
-    assert first == "held-out data of stage 1, 'low': it took step 2"
+    assert first == "held-out data of phase 1, 'low': it took step 2"
     assert head.split()[:2] == ["domain", "tokens"]
-    main(["--load", str(folder), "--held-out", "valid", "--stage", "1"])
+    main(["--load", str(folder), "--held-out", "valid", "--phase", "1"])
     first = capsys.readouterr().out.splitlines()[0]
-    assert first == "held-out data of stage 1, 'low': --stage says so"
+    assert first == "held-out data of phase 1, 'low': selected by --phase"

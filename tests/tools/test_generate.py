@@ -14,7 +14,7 @@ import torch
 
 from megatron_moe.config import DataConfig
 from tests.inference.cases import CONFIG, TOKENIZER, greedy, model, save
-from tests.support.mistakes import refused
+from tests.support.usage_errors import usage_error
 from tools.generate import main
 
 GREEDY = ("--temperature", "0", "--max-new-tokens")
@@ -202,7 +202,7 @@ def test_a_conversation_goes_on_until_it_is_reset_or_full(
     expected = [TOKENIZER.detokenize(ids) for ids in (first, second, anew, last)]
     assert printed.out.removesuffix("\n") == "\n".join(expected)
     assert expected[1] != expected[2], "the case cannot tell a conversation from its end"
-    assert "--max-new-tokens is 14" in printed.err
+    assert "--max-new-tokens must be <= " in printed.err
 
 
 class _Closed(io.StringIO):
@@ -227,30 +227,30 @@ def test_a_reader_that_has_seen_enough_is_no_error(
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--temperature", "-1"], "--temperature is -1.0"),
+        (["--temperature", "-1"], "--temperature must be a finite number >= 0 (got -1.0)"),
         (["--top-p", "0"], "--top-p"),
         (["--top-k", "-1"], "--top-k"),
         (["--max-new-tokens", "0"], "--max-new-tokens"),
         (["--batch-size", "0"], "--batch-size"),
         (["--seed", "-1"], "--seed"),
-        (["--prompt", "x" * 30, "--max-new-tokens", "11"], "at most 10: the prompt has 30"),
+        (["--prompt", "x" * 30, "--max-new-tokens", "11"], "<= 10 (got 11); the prompt has 30"),
         (["--prompt", "a", "--prompt", "x" * 30, "--max-new-tokens", "11"], "prompt 2 has 30"),
         (["--ckpt-step", "8"], "8"),
         (["--device", "abacus"], "--device"),
-        (["--moe-capacity", "eval"], "--no-kv-cache with it"),
+        (["--moe-capacity", "eval"], "dropless without --no-kv-cache"),
         (["--prompts-file", "/none/x"], "--prompts-file"),
         (["--prompts-file", "/dev/null"], "it is empty"),
-        (["--prompt", "a", "--prompts-file", "-"], "absent beside --prompt"),
-        (["--interactive", "--prompt", "a"], "absent beside --interactive"),
+        (["--prompt", "a", "--prompts-file", "-"], "absent with --prompt"),
+        (["--interactive", "--prompt", "a"], "absent with --interactive"),
         (["--interactive", "--json"], "--json"),
         (["--system", "x"], "absent without --chat"),
-        (["--chat", "--append-eod"], "absent beside --chat"),
+        (["--chat", "--append-eod"], "absent with --chat"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(
     capsys: pytest.CaptureFixture[str], checkpoint: Path, flags: list[str], named: str
 ) -> None:
-    assert named in refused(main, ["--load", str(checkpoint), *flags], capsys)
+    assert named in usage_error(main, ["--load", str(checkpoint), *flags], capsys)
 
 
 def test_a_prompts_file_with_a_line_that_is_no_prompt(
@@ -259,14 +259,14 @@ def test_a_prompts_file_with_a_line_that_is_no_prompt(
     path = tmp_path / "p.jsonl"
     path.write_text('{"prompt": "a"}\n["b"]\n')
     words = ["--load", str(checkpoint), "--prompts-file", str(path)]
-    assert f"line 2 of {path}" in refused(main, words, capsys)
+    assert f"line 2 of {path}" in usage_error(main, words, capsys)
 
 
 def test_a_missing_checkpoint_is_refused(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     absent = str(tmp_path / "none")
-    assert absent in refused(main, ["--load", absent], capsys)
+    assert absent in usage_error(main, ["--load", absent], capsys)
 
 
 def test_another_tokenizer_than_the_trained_one_is_refused(
@@ -274,4 +274,4 @@ def test_another_tokenizer_than_the_trained_one_is_refused(
 ) -> None:
     save(tmp_path, replace(CONFIG, data=DataConfig(vocab_size=300)))
     words = ["--load", str(tmp_path), "--tokenizer-type", "ByteTokenizer", "--prompt", "1 2"]
-    assert "tokenizer of the checkpoint" in refused(main, words, capsys)
+    assert "tokenizer of the checkpoint" in usage_error(main, words, capsys)

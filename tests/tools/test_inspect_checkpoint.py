@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_moe.convert import inspection, lazy
-from megatron_moe.convert.formats import Target, write
-from megatron_moe.convert.lazy import of_tensor
-from megatron_moe.convert.model import Model
+from megatron_moe.convert import inspection
+from megatron_moe.convert import model as convert_model
+from megatron_moe.convert.formats import ConversionTarget, write
+from megatron_moe.convert.model import LogicalModel, of_tensor
 from tests.analysis import families
 from tests.convert.cases import CONFIG, VOCAB, model_of
 from tools.inspect_checkpoint import main
 
 
-def save(model: Model, directory: Path) -> Path:
-    write(model, Target(format="native", path=directory), lambda _: None)
+def save(model: LogicalModel, directory: Path) -> Path:
+    write(model, ConversionTarget(format="native", path=directory), lambda _: None)
     return directory
 
 
-def changed(model: Model, name: str, tensor: torch.Tensor) -> Model:
+def changed(model: LogicalModel, name: str, tensor: torch.Tensor) -> LogicalModel:
     return replace(model, tensors={**model.tensors, name: of_tensor(tensor)})
 
 
@@ -45,7 +45,7 @@ def test_overview(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_facts_of_tensors(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lazy, "PART_BYTES", 100)  # joined from many parts
+    monkeypatch.setattr(convert_model, "PART_BYTES", 100)  # joined from many parts
     router = torch.randn(4, 16) + 100.0
     odd = torch.ones(16)
     odd[3] = float("nan")
@@ -196,7 +196,7 @@ def test_two_of_another_program_s(tmp_path: Path, capsys: pytest.CaptureFixture[
     ]
     for flags in (["--verify"], ["--ckpt-step", "3"]):
         assert main([str(first), *flags]) == 2
-        assert "absent: " in capsys.readouterr().err
+        assert "must be absent for " in capsys.readouterr().err
     (second / "config.json").write_text('{"model_type": "grok"}')
     assert main([str(second)]) == 2
-    assert "expected one of mixtral, olmoe" in capsys.readouterr().err
+    assert "must be one of mixtral, olmoe" in capsys.readouterr().err

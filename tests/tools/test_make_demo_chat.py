@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 from megatron_moe.data.objectives.chat import read_line
-from tests.support.mistakes import refused
+from tests.support.usage_errors import usage_error
 from tools.make_demo_chat import (
     SYSTEM,
     choose,
@@ -91,6 +91,6 @@ def test_the_file_is_what_the_objective_reads_and_the_same_each_time(tmp_path: P
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys):
-    error = refused(main, ["--output", str(tmp_path / "x"), "--conversations", "0"], capsys)
+    error = usage_error(main, ["--output", str(tmp_path / "x"), "--conversations", "0"], capsys)
     assert "--conversations must be >= 1 (got 0)" in error
     assert list(tmp_path.iterdir()) == []

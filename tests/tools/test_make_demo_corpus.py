@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.mistakes import refused
+from tests.support.usage_errors import usage_error
 from tools import make_demo_corpus
 from tools.make_demo_corpus import Document, choose, documents_of_library, library_files, main
 
@@ -124,4 +124,4 @@ def test_no_docstring_of_the_library_is_in_its_code() -> None:
 def test_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     for words in (["--megabytes", "0"], []):
-        refused(main, ["--output-dir", str(tmp_path / "file" / "x"), *words], capsys)
+        usage_error(main, ["--output-dir", str(tmp_path / "file" / "x"), *words], capsys)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.corpus import read_with_megatron_core, write
-from tests.support.mistakes import refused
+from tests.support.usage_errors import usage_error
 from tools import preprocess_data
 from tools.merge_datasets import main
 
@@ -22,7 +22,7 @@ def partitions(folder: Path, count: int = 3) -> None:
 
 
 def not_merged(words: str, capsys: pytest.CaptureFixture[str]) -> str:
-    error = refused(main, words.split(), capsys)
+    error = usage_error(main, words.split(), capsys)
     assert error.startswith("merge_datasets.py: error: ")
     return error
 

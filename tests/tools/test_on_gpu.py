@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from megatron_moe.data.indexed.writer import IndexedWriter
-from megatron_moe.inference.loading import Wanted, load
-from megatron_moe.inference.scoring import Row, score
+from megatron_moe.inference.loading import LoadOptions, load
+from megatron_moe.inference.scoring import ScoringRequest, score
 from tests.inference.cases import save
 from tests.support.emulated_gpu import emulated_gpu
 from tools import evaluate, generate
@@ -106,8 +106,12 @@ def test_probabilities_of_answers_are_those_of_the_cpu(
     checkpoints: dict[str, Path], device: str
 ) -> None:
     """What lm-eval asks for."""
-    wanted = Wanted(path=checkpoints["native"])
-    rows = [Row([70, 71, 72, 73], 2), Row([90, 80], 1), Row([33, 34, 35, 36, 37], 4)]
+    wanted = LoadOptions(path=checkpoints["native"])
+    rows = [
+        ScoringRequest([70, 71, 72, 73], 2),
+        ScoringRequest([90, 80], 1),
+        ScoringRequest([33, 34, 35, 36, 37], 4),
+    ]
     expected = score(load(wanted), rows, batch_size=2)
     with on(device):
         found = score(load(replace(wanted, device="cuda")), rows, batch_size=2)

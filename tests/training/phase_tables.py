@@ -1,4 +1,4 @@
-"""A stage table for tests, and what it becomes."""
+"""A file of phases for tests, and the schedule that it gives."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.config.cli import parse_args
+from megatron_moe.config.validate import validate
 from megatron_moe.training.phases import RunSchedule, resolve_run_schedule
 from tests.training.tiny import MODEL
 
@@ -41,15 +42,17 @@ _SECOND = (
     "--lr-decay-style linear --lr-warmup-iters 2 --lr-warmup-init 0"
 )
 SECOND = _SECOND.split()
-"""The first two stages as flags."""
+"""The first two phases as flags."""
 
 
 def schedule_of(text: str, line: str, directory: Path, world_size: int = 1) -> RunSchedule:
-    """What a table becomes with the tiny model and the flags of ``line``."""
-    path = directory / "stages.toml"
+    """The schedule of a file with the tiny model and the flags of ``line``, once validated."""
+    path = directory / "phases.toml"
     path.write_text(text)
-    argv = [*MODEL, "--data-path", "corpus", "--stages", str(path), *line.split()]
-    return resolve_run_schedule(parse_args(argv).config, world_size)
+    argv = [*MODEL, "--data-path", "corpus", "--phases", str(path), *line.split()]
+    config = parse_args(argv).config
+    validate(config)
+    return resolve_run_schedule(config, world_size)
 
 
 def steps_of(directory: Path) -> list[dict[str, Any]]:

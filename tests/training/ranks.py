@@ -15,10 +15,9 @@ from megatron_moe.parallel.context import initialize_parallel
 from megatron_moe.parallel.layout import resolve_layout
 from megatron_moe.platform import activate
 from megatron_moe.training.evaluation import evaluate
-from megatron_moe.training.finite import NonFiniteError
 from megatron_moe.training.plan import resolve_plan
 from megatron_moe.training.run import TrainingRun, prepare_run
-from megatron_moe.training.step import train_step
+from megatron_moe.training.step import NonFiniteError, train_step
 from tests.training.tiny import MODEL
 
 PADDED_VOCAB = 128

@@ -38,7 +38,7 @@ def test_a_run_is_the_same_with_and_without(pool, corpus, tmp_path, world, flags
         assert [code for code, *_ in results] == [0] * world, results[0][2]
         steps = [3, 6, 9, 12, 15, 16]
         said = [text for text in results[0][1].splitlines() if text.startswith(" saved")]
-        ending = ", while training went on" if extra else ""
+        ending = " asynchronously" if extra else ""
         expected = [f" saved iteration {n} to {directory / f'iter_{n:07d}'}{ending}" for n in steps]
         assert said == expected
     files = _files(now)
@@ -53,28 +53,28 @@ def test_it_needs_a_directory(pool, corpus):
     argv = [*MODEL, "--data-path", corpus, "--train-iters", "9", "--async-save"]
     ((code, _, mistake),) = pool.run(pretrain_rank, 1, argv=argv)
     assert code == 2
-    assert mistake == "--async-save is True, expected --save with it"
+    assert mistake == "--async-save must be --save with it (got True)"
 
 
 def _full_later(rank: int, world_size: int, *, argv: list[str], save: Path) -> Any:
     """A run of which rank 1 may write no large file any more once step 3 has been saved."""
-    from megatron_moe.training import loop
+    from megatron_moe.training.trainer import Trainer
 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    one_step, taken = loop._one_step, []
+    train_step, taken = Trainer.train_step, []
 
-    def counted(session: Any) -> None:
-        one_step(session)
-        taken.append(session.progress.iteration)
+    def counted(trainer: Trainer) -> None:
+        train_step(trainer)
+        taken.append(trainer.state.iteration)
         if len(taken) == 5 and rank == 1:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
 
-    loop._one_step = counted
+    Trainer.train_step = counted
     try:
         return (*pretrain_rank(rank, world_size, argv=argv), taken)
     finally:
-        loop._one_step = one_step
+        Trainer.train_step = train_step
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
@@ -86,7 +86,8 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step_on_every_rank(pool, cor
     assert 6 < taken[-1] < 9, "told at a step soon after, not at the next save"
     for code, _, mistake, _ in results:
         assert code == 2
-        assert mistake.startswith(f"save of step 6 to {tmp_path} is 'File too large")
+        assert mistake.startswith(f"space for the save of step 6 to {tmp_path} must be enough for ")
+        assert "(got 'File too large, " in mistake
         assert "\n" not in mistake
     assert latest_step(tmp_path) == 3
     verify(tmp_path)

@@ -24,16 +24,14 @@ class Runs:
         self.steps, self.log = first
 
     def go(self, line: str, *more: str, code: int = 0) -> tuple[list[dict], str]:
-        """Steps and log of a run; its log is the mistake if it is to end with one."""
+        """Steps and log of a run; the text of the usage error if it must end with one."""
         self.count += 1
         metrics = self.directory / f"metrics-{self.count}.jsonl"
         argv = [*MODEL, *FLAGS, "--data-path", self.corpus, "--metrics-file", str(metrics)]
-        ((found, out, mistake),) = self.pool.run(
-            pretrain_rank, 1, argv=[*argv, *line.split(), *more]
-        )
-        assert found == code, mistake
+        ((found, out, error),) = self.pool.run(pretrain_rank, 1, argv=[*argv, *line.split(), *more])
+        assert found == code, error
         lines = metrics.read_text().splitlines() if metrics.exists() else []
-        return [json.loads(text) for text in lines], mistake or out
+        return [json.loads(text) for text in lines], error or out
 
     def load(self, line: str, **expected: int) -> tuple[list[dict], str]:
         return self.go(line, "--load", self.saved, **expected)
@@ -62,11 +60,11 @@ def test_keep_last_and_keep_every(runs, tmp_path):
     names = sorted(path.name for path in tmp_path.iterdir())
     kept = ["iter_0000003", "iter_0000005", "iter_0000006"]
     assert names == [*kept, "latest_checkpointed_iteration.txt"]
-    _, said = runs.go("--train-iters 6 --keep-every 3", "--save", str(tmp_path), code=2)
-    assert said.strip() == "--keep-every is 3, expected --keep-last with it"
+    _, found = runs.go("--train-iters 6 --keep-every 3", "--save", str(tmp_path), code=2)
+    assert found.strip() == "--keep-every must be used with --keep-last (got 3)"
 
 
-def test_ckpt_step_goes_on_from_an_older_step(runs):
+def test_ckpt_step_resumes_from_an_older_step(runs):
     assert runs.load("--ckpt-step 4 --train-iters 6")[0] == runs.steps[4:]
     assert "--ckpt-step" in runs.load("--ckpt-step 5 --train-iters 6", code=2)[1]
 
@@ -88,14 +86,14 @@ def test_no_save_optim_and_no_save_rng_leave_them_out(runs, tmp_path):
     assert [step["iteration"] for step in steps] == [3]
 
 
-def test_finetune_takes_the_weights_alone(runs):
+def test_finetune_loads_only_the_weights(runs):
     line = "--finetune --train-iters 1 --lr 0"
     steps, log = runs.load(line)
     assert steps[0]["iteration"] == 1
     assert steps[0]["consumed_samples"] == 8
     assert steps[0]["lm_loss"] < runs.steps[0]["lm_loss"]
     assert _validation(log) == _validation(runs.log)
-    assert "--finetune" in runs.go("--finetune --train-iters 1", code=2)[1]
+    assert "--finetune must be used with --load" in runs.go("--finetune --train-iters 1", code=2)[1]
 
 
 def test_a_finished_run_has_nothing_left_but_its_evaluation(runs):
@@ -110,7 +108,7 @@ def test_a_finished_run_has_nothing_left_but_its_evaluation(runs):
     assert len(list(Path(runs.saved).glob("iter_*"))) == 3
 
 
-def test_a_missing_checkpoint_is_step_0_only_if_asked_for(runs, tmp_path):
+def test_a_missing_checkpoint_is_step_0_only_with_its_flag(runs, tmp_path):
     missing = ("--train-iters 1", "--load", str(tmp_path / "none"))
     assert "--allow-missing-load" in runs.go(*missing, code=2)[1]
     steps, _ = runs.go(*missing, "--allow-missing-load")
@@ -123,7 +121,7 @@ def test_train_samples_is_rounded_down_to_steps(runs):
     assert [step["consumed_samples"] for step in steps] == [8, 16, 24]
 
 
-def test_checkpoint_fallback_takes_the_newest_whole_step_and_says_so(runs, tmp_path):
+def test_checkpoint_fallback_loads_the_newest_intact_step_with_a_warning(runs, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(runs.saved, copy)
     damaged = copy / "iter_0000006" / "rank-00000.safetensors"
@@ -131,20 +129,23 @@ def test_checkpoint_fallback_takes_the_newest_whole_step_and_says_so(runs, tmp_p
     data[-5] ^= 1
     damaged.write_bytes(data)
     line = "--train-iters 6 --save-interval 2"
-    _, said = runs.go(line, "--load", str(copy), "--save", str(copy), code=2)
-    assert f"{damaged} has SHA-256" in said
-    last = said.splitlines()[-1]
+    _, found = runs.go(line, "--load", str(copy), "--save", str(copy), code=2)
+    assert f"{damaged} has SHA-256" in found
+    last = found.splitlines()[-1]
     assert "rank-00000.safetensors" in last and "--checkpoint-fallback" in last
     both = (line, "--checkpoint-fallback", "--load", str(copy), "--save", str(copy))
     steps, log = runs.go(*both)
     assert steps == runs.steps[4:]
     warning = next(text for text in log.splitlines() if text.startswith(" WARNING: "))
-    assert "iter_0000006 is damaged and was not taken" in warning and str(damaged) in warning
+    assert "iter_0000006 is damaged and was skipped" in warning and str(damaged) in warning
     assert (copy / "latest_checkpointed_iteration.txt").read_text() == "6\n"
     assert "WARNING" not in runs.go(*both)[1]
 
 
 def test_checkpoint_fallback_chooses_alone(runs):
     line = "--train-iters 6 --checkpoint-fallback"
-    assert "--load with it" in runs.go(line, code=2)[1]
-    assert "no --ckpt-step with it" in runs.load(f"{line} --ckpt-step 4", code=2)[1]
+    assert "--checkpoint-fallback must be used with --load" in runs.go(line, code=2)[1]
+    assert (
+        "--checkpoint-fallback must be used without --ckpt-step"
+        in runs.load(f"{line} --ckpt-step 4", code=2)[1]
+    )

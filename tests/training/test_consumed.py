@@ -1,4 +1,4 @@
-"""What was consumed is not contradicted: stage tables that begin, change or end in mid-run."""
+"""Resuming checks what was consumed: phase tables that begin, change or end during a run."""
 
 from __future__ import annotations
 
@@ -6,29 +6,30 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moe.config.phases import FLAG, read_phases
 from tests.support.pool import Pool
 from tests.training.phase_tables import FIRST, SECOND, TABLE, steps_of
 from tests.training.tiny import MODEL, pretrain_rank, write_corpus
 
 
 class Runs:
-    """Runs of one rank in one directory, with a table beside it."""
+    """Runs of one rank in one directory, which also has the table."""
 
     def __init__(self, pool: Pool, corpus: str, directory: Path) -> None:
         self.pool, self.corpus, self.directory = pool, corpus, directory
         self.table = directory / "stages.toml"
 
     def go(self, flags: list[str], table: str | None = None) -> str:
-        """Train, or be refused; returns the log or the mistake."""
+        """Train; returns the log, or the text of the usage error."""
         argv = [*MODEL, "--data-path", self.corpus, "--split", "80,20,0"]
         argv += ["--save", str(self.directory)]
         argv += ["--metrics-file", str(self.directory / "metrics.jsonl"), *flags]
         if table is not None:
             self.table.write_text(table)
             argv += ["--stages", str(self.table)]
-        ((code, out, mistake),) = self.pool.run(pretrain_rank, 1, argv=argv)
-        assert (code == 2) == bool(mistake)
-        return mistake or out
+        ((code, out, error),) = self.pool.run(pretrain_rank, 1, argv=argv)
+        assert (code == 2) == bool(error)
+        return error or out
 
     def steps(self) -> list[dict[str, object]]:
         """All steps so far."""
@@ -36,7 +37,7 @@ class Runs:
 
     @property
     def load(self) -> list[str]:
-        """Flags to go on."""
+        """Flags to resume."""
         return ["--load", str(self.directory)]
 
 
@@ -51,80 +52,93 @@ def runs(pool, corpus, tmp_path) -> Runs:
 
 @pytest.fixture(scope="module")
 def at_ten(pool, corpus, tmp_path_factory) -> Runs:
-    """A run in stages that has done 10 of 20 steps: the first stage and 2 steps of the second."""
+    """A run with phases after 10 of 20 steps: the first phase and 2 steps of the second."""
     found = Runs(pool, corpus, tmp_path_factory.mktemp("ten"))
     found.go([*TWENTY, "--exit-interval", "10"], TABLE)
     return found
 
 
 @pytest.mark.parametrize("stop", ["4", "8"])
-def test_a_plain_run_goes_on_in_stages_as_if_it_had_begun_so(stop, runs, pool, corpus, tmp_path):
+def test_a_plain_run_resumes_with_phases_as_if_it_had_begun_with_them(
+    stop, runs, pool, corpus, tmp_path
+):
     whole = Runs(pool, corpus, tmp_path / "whole")
     whole.directory.mkdir()
     whole.go(TWENTY, TABLE)
     runs.go([*TWENTY, *FIRST, "--exit-interval", stop])
     log = runs.go([*TWENTY, *runs.load], TABLE)
     assert runs.steps() == whole.steps()
-    assert f"going on from iteration {stop}" in log
+    assert f" resuming from iteration {stop} of {runs.directory}, phase " in log
 
 
-def test_the_first_stage_goes_on_without_a_table(runs, tmp_path):
+def test_the_first_phase_resumes_without_a_table(runs, tmp_path):
     runs.go([*TWENTY, "--exit-interval", "4"], TABLE)
     log = runs.go([*TWENTY, *FIRST, *runs.load, "--exit-interval", "12"])
-    assert "leaving at iteration 12" in log
+    assert " exiting at iteration 12: --exit-interval 12" in log
     other = Runs(runs.pool, runs.corpus, tmp_path / "plain")
     other.directory.mkdir()
     other.go([*TWENTY, *FIRST, "--exit-interval", "12"])
     assert runs.steps() == other.steps()
 
 
-REFUSED = {
-    "no table": (None, [*SECOND], "--stages is None, expected the table of the run"),
+REJECTED = {
+    "no table": (
+        None,
+        [*SECOND],
+        "{flag} must be the phase table of the run to resume: first, second (got None)",
+    ),
     "another objective": (
         TABLE.replace('objective = "prefix-lm"', 'objective = "causal"', 1),
         [],
-        "stage 'first' of {table}: --objective is 'causal', expected prefix-lm, as for the steps",
+        "{first}: --objective must be prefix-lm, as recorded in the checkpoint (got 'causal')",
     ),
-    "a later end of what is over": (
+    "a later end of a completed phase": (
         TABLE.replace("until-iteration = 8", "until-iteration = 9"),
         [],
-        "stage 'first' of {table} is 'steps 1 to 9', expected steps 1 to 8, which the checkpoint",
+        "{first}: iterations must be 1 to 8, as recorded in the checkpoint (got '1 to 9')",
     ),
-    "an earlier end of what is under way": (
+    "an earlier end of the phase in progress": (
         TABLE.replace("until-iteration = 14", "until-iteration = 9").replace(
             "iters = 2", "iters = 0"
         ),
         [],
-        "stage 'second' of {table} is 'steps 9 to 9', expected steps 9 to 10 within it",
+        "{second}: iterations must be 9 to 10 or later, as recorded in the"
+        " checkpoint (got '9 to 9')",
     ),
     "another batch": (
         TABLE.replace("global-batch-size = 4", "global-batch-size = 2"),
         [],
-        "stage 'second' of {table}: samples is 68, expected 72 after 10 steps, as in the checkpoint"
-        "; another batch size needs a stage of its own",
+        "{second}: samples after 10 iterations must be 72, as recorded in the"
+        " checkpoint (got 68); use another phase for another batch size",
     ),
     "another order": (
         TABLE.replace("seq-length = 64", "seq-length = 64\nseed = 6"),
         [],
-        "stage 'second' of {table}: --seed is 6, expected 1234, as for the steps",
+        "{second}: --seed must be 1234, as recorded in the checkpoint (got 6)",
     ),
-    "fewer stages": (
+    "fewer phases": (
         TABLE.split('[[stage]]\nname = "second"')[0].replace("until-iteration = 8", ""),
         [],
-        "expected steps 1 to 8, which the checkpoint has done",
+        "iterations must be 1 to 8, as recorded in the checkpoint (got ",
     ),
 }
 
 
-@pytest.mark.parametrize("name", list(REFUSED))
-def test_what_was_done_is_not_contradicted(name, at_ten):
-    table, flags, expected = REFUSED[name]
-    mistake = at_ten.go([*TWENTY, *flags, *at_ten.load], table)
-    assert expected.format(table=at_ten.table) in mistake
-    assert "\n" not in mistake
+def _labels(table: Path) -> dict[str, str]:
+    """How error texts name the phases of a table, by name."""
+    return {spec.name: spec.label for spec in read_phases(str(table))}
 
 
-def test_the_data_of_the_stage_under_way_must_be_the_same(at_ten, tmp_path):
+@pytest.mark.parametrize("name", list(REJECTED))
+def test_a_table_that_contradicts_completed_steps_is_rejected(name, at_ten):
+    table, flags, expected = REJECTED[name]
+    error = at_ten.go([*TWENTY, *flags, *at_ten.load], table)
+    labels = _labels(at_ten.table) if table is not None else {}
+    assert expected.format(flag=FLAG, **labels) in error
+    assert "\n" not in error
+
+
+def test_the_data_of_the_phase_in_progress_must_be_the_same(at_ten, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     moved = write_corpus(other / "counting")
@@ -133,24 +147,24 @@ def test_the_data_of_the_stage_under_way_must_be_the_same(at_ten, tmp_path):
     log = at_ten.go(["--train-iters", "15", *at_ten.load, *kept], same)
     assert "done at iteration 15" in log, "another place, the same data"
     weighted = same.replace(f'"{moved}"', f'0.5, "{moved}", 0.5, "{at_ten.corpus}"')
-    mistake = at_ten.go([*TWENTY, *at_ten.load], weighted)
-    assert f"stage 'second' of {at_ten.table}: training data is" in mistake
-    assert "as for the steps that the checkpoint has done" in mistake
+    error = at_ten.go([*TWENTY, *at_ten.load], weighted)
+    assert f"{_labels(at_ten.table)['second']}: training data must be " in error
+    assert ", as recorded in the checkpoint (got " in error
 
 
-def test_what_is_to_come_may_change_and_is_told(at_ten, tmp_path):
+def test_later_steps_may_change_and_the_log_shows_it(at_ten, tmp_path):
     table = TABLE.replace("until-iteration = 14", "until-iteration = 12")
     table = table.replace("lr = 2e-3", "lr = 3e-3").replace("seed = 5", "seed = 6")
     kept = ["--save", str(tmp_path), "--metrics-file", str(tmp_path / "metrics.jsonl")]
     log = at_ten.go([*TWENTY, *at_ten.load, *kept], table)
     assert " since the checkpoint: --lr was 0.002, is 0.003" in log
-    assert " going on from iteration 10" in log
-    assert " stage 3 third begins after iteration 12, 80 samples" in log
+    assert " resuming from iteration 10 of " in log
+    assert " phase 3 third begins after iteration 12 (80 samples, " in log
     batches = [step["batch_size"] for step in steps_of(tmp_path)]
     assert batches == [4] * 2 + [12] * 8
 
 
-def test_data_of_stages_that_are_over_need_not_exist(runs, tmp_path):
+def test_the_data_of_completed_phases_need_not_exist(runs, tmp_path):
     gone = tmp_path / "gone"
     gone.mkdir()
     path = write_corpus(gone / "counting")
@@ -160,10 +174,12 @@ def test_data_of_stages_that_are_over_need_not_exist(runs, tmp_path):
         file.unlink()
     assert "done at iteration 20" in runs.go([*TWENTY, *runs.load], table)
     early = [*TWENTY, *runs.load, "--ckpt-step", "8", "--finetune"]
-    assert "stage 'first' of" in runs.go(early, table), "from the start it is needed"
+    assert f"{_labels(runs.table)['first']}: data path" in runs.go(early, table), (
+        "from the start it is needed"
+    )
 
 
-def test_weights_alone_begin_any_table(at_ten, tmp_path):
+def test_finetune_starts_any_table(at_ten, tmp_path):
     kept = ["--save", str(tmp_path), "--metrics-file", str(tmp_path / "metrics.jsonl")]
     table = TABLE.replace("until-iteration = 8", "until-iteration = 2")
     at_ten.go(["--train-iters", "15", *at_ten.load, "--finetune", *kept], table)

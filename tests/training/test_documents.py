@@ -1,4 +1,4 @@
-"""Runs with documents told apart: from flags to losses, with pipeline stages that have no data."""
+"""Runs with document boundaries: from flags to losses, with pipeline stages that have no data."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def losses(
     metrics.unlink(missing_ok=True)
     argv = [*MODEL, *FLAGS.split(), *flags.split(), "--data-path", corpus]
     results = pool.run(pretrain_rank, ranks, argv=[*argv, "--metrics-file", str(metrics)])
-    assert [(code, mistake) for code, _, mistake in results] == [(0, "")] * ranks
+    assert [(code, error) for code, _, error in results] == [(0, "")] * ranks
     steps = [json.loads(line)["lm_loss"] for line in metrics.read_text().splitlines()]
     (valid,) = (line for line in results[0][1].splitlines() if " validation loss: " in line)
     return [*steps, float(valid.split()[2])], results[0][1]
@@ -48,7 +48,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_stage_knows_the_documents(
+def test_every_pipeline_stage_has_the_document_boundaries(
     pool: Pool, ended: str, tmp_path: Path, layout: str
 ) -> None:
     ranks, flags = LAYOUTS[layout]

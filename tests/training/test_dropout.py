@@ -1,4 +1,4 @@
-"""Dropout by its flags and by stage: everywhere it should be, the same where ranks hold the same.
+"""Dropout by flags and by phase: in all its places, and equal where ranks hold equal tensors.
 
 S positions, B rows, H hidden; tensor-parallel ranks hold a share of S under sequence parallelism.
 """
@@ -25,8 +25,8 @@ def _first_loss(pool: Pool, world: int, corpus: str, path: Path, flags: list[str
     argv += ["--lr", "0", "--lr-decay-style", "constant", "--lr-warmup-iters", "0"]
     argv += ["--eval-iters", "2", "--metrics-file", str(path), *flags]
     results = pool.run(pretrain_rank, world, argv=argv)
-    for code, _, mistake in results:
-        assert code == 0, mistake
+    for code, _, error in results:
+        assert code == 0, error
     (held_out,) = [line for line in results[0][1].splitlines() if line.startswith(" validation at")]
     return json.loads(path.read_text().splitlines()[0])["lm_loss_hex"], held_out
 
@@ -108,7 +108,7 @@ def attended(rank: int, world_size: int, *, flags: list[str]) -> Tensor:
     query, key, value = torch.randn((3, 16, 2, 2, 8), generator=generator)
     if not run.ctx.layout.sequence_parallel:
         return core(query, key, value)
-    with get_cuda_rng_tracker().fork():  # as the engine's block does
+    with get_cuda_rng_tracker().fork():  # as Megatron-Core's block does
         return core(query, key, value)
 
 
@@ -122,7 +122,7 @@ def test_heads_of_different_ranks_drop_differently(sequence, pool):
 
 def changed(rank: int, world_size: int, *, before: list[str], after: list[str]) -> list[Tensor]:
     """Logits in training of a model whose dropout was changed, and of one built so."""
-    from megatron_moe.training.dropout import set_dropout
+    from megatron_moe.training.run import set_dropout
     from tests.training.ranks import tiny_config
 
     outputs = []

@@ -1,4 +1,4 @@
-"""A run that goes on in other layouts takes the same samples and has the same losses."""
+"""A run that resumes in other layouts takes the same samples and has the same losses."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ CHAINS: dict[str, list[tuple[int, list[str]]]] = {
     "EP with and without the distributed optimizer, one": [(2, [*EP2, *DIST]), (2, EP2), (1, [])],
 }
 STEPS = 5
-"""Of each start."""
+"""Steps of each start."""
 
 
 def _run(pool: Any, world: int, corpus: str, directory: Path, flags: list[str]) -> None:
     # Capacity is by micro-batch, so all layouts have micro-batches of one size; no dropout.
     argv = [*MODEL, "--data-path", corpus, "--train-iters", "15", "--micro-batch-size", "1"]
     argv += ["--metrics-file", str(directory / "metrics.jsonl"), "--save", str(directory)]
-    for code, _, mistake in pool.run(pretrain_rank, world, argv=[*argv, *flags]):
-        assert code == 0, mistake
+    for code, _, error in pool.run(pretrain_rank, world, argv=[*argv, *flags]):
+        assert code == 0, error
 
 
 def _steps(directory: Path) -> list[dict[str, Any]]:
@@ -47,9 +47,9 @@ def whole(pool, corpus, tmp_path_factory) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", CHAINS)
 def test_samples_and_losses_do_not_depend_on_the_layouts(pool, corpus, tmp_path, whole, name):
     for number, (world, flags) in enumerate(CHAINS[name]):
-        going_on = ["--load", str(tmp_path)] if number else []
+        resumes = ["--load", str(tmp_path)] if number else []
         ends = ["--exit-interval", str(STEPS)]
-        _run(pool, world, corpus, tmp_path, [*flags, *ends, *going_on])
+        _run(pool, world, corpus, tmp_path, [*flags, *ends, *resumes])
     found = _steps(tmp_path)
     assert [step["iteration"] for step in found] == list(range(1, 16))
     for step, expected in zip(found, whole, strict=True):

@@ -41,7 +41,7 @@ def evaluations(
     metrics.unlink(missing_ok=True)
     argv = [*MODEL, *FLAGS.split(), "--metrics-file", str(metrics), *flags.split()]
     results = pool.run(pretrain_rank, ranks, argv=[*argv, "--data-path", *paths])
-    assert [(code, mistake) for code, _, mistake in results] == [(0, "")] * ranks
+    assert [(code, error) for code, _, error in results] == [(0, "")] * ranks
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [line for line in lines if "evaluation" in line], results[0][1]
 
@@ -107,9 +107,9 @@ def test_log_and_tensorboard_say_the_same(blended: Any) -> None:
         ]
         assert len(board.Scalars(f"test/lm loss of {name}")) == 1
     line = next(line for line in log.splitlines() if line.startswith(" validation at iteration 1"))
-    said = re.fullmatch(r".* \| low (\S+) \| high (\S+)", line)
-    assert said is not None
-    assert float(said[1]) == pytest.approx(records[0]["domains"]["low"]["lm_loss"], rel=1e-6)
+    found = re.fullmatch(r".* \| low (\S+) \| high (\S+)", line)
+    assert found is not None
+    assert float(found[1]) == pytest.approx(records[0]["domains"]["low"]["lm_loss"], rel=1e-6)
     assert re.search(r"high +70\.00% +\d.* \d", log)
 
 

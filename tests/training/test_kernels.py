@@ -9,28 +9,29 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe.training.kernels import _few
+from megatron_moe.training.run import _abbreviated
 from tests.support.kernels import need
 from tests.training.test_pretrain import ROOT, torchrun
 from tests.training.tiny import MODEL
 
 
-def test_native_without_a_compiler_is_refused_once_for_all_ranks(
+def test_native_without_a_compiler_is_one_error_for_all_ranks(
     corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    argv = [*MODEL, "--data-path", corpus, "--train-iters", "9", "--moe-dispatch-impl", "native"]
+    argv = [*MODEL, "--data-path", corpus, "--train-iters", "9", "--kernel-impl", "native"]
     done = torchrun(2, [*argv, "--save", str(tmp_path / "save")])
     assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if "--moe-dispatch-impl is" in line]
+    lines = [line for line in done.stderr.splitlines() if "--kernel-impl must be" in line]
     assert len(lines) == 1
-    assert "is 'native', expected auto or reference on cpu" in lines[0]
+    assert "must be auto or reference on cpu" in lines[0]
+    assert "(got 'native')" in lines[0]
     assert "no native: CXX is 'no-such-compiler', which is no command" in lines[0]
     assert not (tmp_path / "save").exists()
 
 
 def test_a_rank_without_a_compiler_is_named(corpus: str, tmp_path: Path) -> None:
-    """Two of three ranks find none; the run goes on, and the log says so."""
+    """Two of three ranks find none; the run continues with a warning."""
     need("native")
     program = tmp_path / "program.py"
     program.write_text(
@@ -58,5 +59,5 @@ def test_a_rank_without_a_compiler_is_named(corpus: str, tmp_path: Path) -> None
 
 
 def test_of_many_hosts_a_few_are_named_and_each_once() -> None:
-    assert _few(["a", "a", "b"]) == "a, b"
-    assert _few([f"n{i // 2}" for i in range(14)]) == "n0, n1, n2, n3, 3 more"
+    assert _abbreviated(["a", "a", "b"]) == "a, b"
+    assert _abbreviated([f"n{i // 2}" for i in range(14)]) == "n0, n1, n2, n3, 3 more"

@@ -1,4 +1,4 @@
-"""Outputs that cannot be written end a run before it starts; a restart contradicts nothing."""
+"""Outputs that cannot be written end a run before it starts; a resumed run stays consistent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_moe.config import CheckpointConfig, LoggingConfig, RunConfig
 from megatron_moe.errors import UsageError
-from megatron_moe.training.outputs import check_outputs, forget_later_steps
+from megatron_moe.training.outputs import check_outputs, drop_later_steps
 from tests.support.pool import Pool
 from tests.training.tiny import MODEL, pretrain_rank
 
@@ -24,7 +24,7 @@ def _run(flag: str, path: str) -> RunConfig:
 
 
 @pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir", "--metrics-file"])
-def test_a_path_through_a_file_is_refused(flag: str, tmp_path: Path) -> None:
+def test_a_path_through_a_file_is_rejected(flag: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError) as error:
         check_outputs(_run(flag, str(tmp_path / "file" / "new" / "x")))
@@ -32,30 +32,30 @@ def test_a_path_through_a_file_is_refused(flag: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir", "--metrics-file"])
-def test_a_place_without_write_access_is_refused(flag: str) -> None:
+def test_a_directory_without_write_access_is_rejected(flag: str) -> None:
     with pytest.raises(UsageError) as error:
         check_outputs(_run(flag, "/proc/none/x"))
     assert error.value.what == flag
 
 
-def test_a_directory_is_no_metrics_file(tmp_path: Path) -> None:
+def test_a_directory_is_not_a_metrics_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a directory"):
         check_outputs(_run("--metrics-file", str(tmp_path)))
 
 
 @pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir", "--metrics-file"])
-def test_checking_makes_nothing(flag: str, tmp_path: Path) -> None:
+def test_checking_creates_nothing(flag: str, tmp_path: Path) -> None:
     check_outputs(_run(flag, str(tmp_path / "a" / "b")))
     assert not list(tmp_path.iterdir())
 
 
-def test_later_steps_and_a_torn_line_are_forgotten(tmp_path: Path) -> None:
+def test_records_of_later_steps_and_a_torn_line_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"iteration": i}) for i in (1, 2, 3)]
     path.write_text("\n".join(lines) + '\n{"iterat')
-    forget_later_steps(path, 2)
+    drop_later_steps(path, 2)
     assert path.read_text().splitlines() == lines[:2]
-    forget_later_steps(tmp_path / "none", 2)
+    drop_later_steps(tmp_path / "none", 2)
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
@@ -66,10 +66,10 @@ def test_going_back_leaves_each_step_once(pool: Pool, corpus: str, tmp_path: Pat
     argv += ["constant", "--metrics-file", str(tmp_path / "m.jsonl"), "--log-interval", "2"]
     argv += ["--tensorboard-dir", str(tmp_path / "board")]
     again = ["--load", str(tmp_path / "save"), "--ckpt-step", "4", "--lr", "1e-4"]
-    ((code, _, mistake),) = pool.run(pretrain_rank, 1, argv=argv)
-    assert code == 0, mistake
-    ((code, log, mistake),) = pool.run(pretrain_rank, 1, argv=[*argv, *again])
-    assert code == 0, mistake
+    ((code, _, error),) = pool.run(pretrain_rank, 1, argv=argv)
+    assert code == 0, error
+    ((code, log, error),) = pool.run(pretrain_rank, 1, argv=[*argv, *again])
+    assert code == 0, error
     assert "since the checkpoint: --lr was 0.003, is 0.0001" in log
     records = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert [record["iteration"] for record in records] == [1, 2, 3, 4, 5, 6]

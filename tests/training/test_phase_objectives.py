@@ -1,4 +1,4 @@
-"""UL2, then a causal language model, then chat tuning: OpenMoE's life in one small run."""
+"""UL2, then a causal language model, then chat tuning: OpenMoE's curriculum in a small run."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with (folder / "chat.jsonl").open("w") as file:
         for number in range(60):
             asked = {"role": "user", "content": f"What is {number} + 1?"}
-            told = {"role": "assistant", "content": f"{number + 1}."}
-            file.write(json.dumps([asked, told]) + "\n")
+            answer = {"role": "assistant", "content": f"{number + 1}."}
+            file.write(json.dumps([asked, answer]) + "\n")
     (folder / "stages.toml").write_text(TABLE.format(chat=folder / "chat.jsonl"))
     return folder
 
@@ -71,8 +71,8 @@ def _run(pool: Pool, world: int, written: Path, directory: Path, flags: list[str
     argv += ["--stages", str(written / "stages.toml")]
     argv += ["--metrics-file", str(directory / "metrics.jsonl")]
     results = pool.run(pretrain_rank, world, argv=argv)
-    for code, _, mistake in results:
-        assert code == 0, mistake
+    for code, _, error in results:
+        assert code == 0, error
     return results[0][1]
 
 
@@ -100,6 +100,6 @@ def test_each_switch_is_bitwise_resumable(world, layout, written, pool, tmp_path
     assert all(0 < count < 128 for count in per_row[:4])
     assert all(118 < count < 128 for count in per_row[4:8])
     assert all(0 < count < 20 for count in per_row[8:])
-    assert " stage chat: --objective was causal, is sft" in log
+    assert " phase chat: --objective was causal, is sft" in log
     held_out = [line for line in log.splitlines() if line.startswith(" validation at")]
     assert [int(line.split()[3]) for line in held_out] == [4, 8, 12]

@@ -1,6 +1,6 @@
-"""Runs in stages: switched at their step, each like a run of its own, going on bit by bit.
+"""Runs in phases: each phase starts at its step, equals a run of its own, and resumes bit for bit.
 
-Runs are looked at from outside, through the metrics file and the last checkpoint's bytes.
+Runs are observed from outside, through the metrics file and the bytes of the last checkpoint.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def _run(pool: Pool, world: int, directory: Path, corpus: str, flags: list[str])
     argv = [*MODEL, "--data-path", corpus, "--split", "80,20,0", "--save", str(directory), *flags]
     argv += ["--metrics-file", str(directory / "metrics.jsonl")]
     results = pool.run(pretrain_rank, world, argv=argv)
-    for code, _, mistake in results:
-        assert code == 0, mistake
+    for code, _, error in results:
+        assert code == 0, error
     return results[0][1]
 
 
@@ -48,17 +48,17 @@ def _weights(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", list(LAYOUTS))
-def test_a_run_that_stops_before_at_in_and_after_a_switch_goes_on_bitwise(
+def test_a_run_that_stops_before_at_in_and_after_a_switch_resumes_bitwise(
     name, pool, corpus, tmp_path
 ):
     world, layout = LAYOUTS[name]
-    table = tmp_path / "stages.toml"
+    table = tmp_path / "phases.toml"
     table.write_text(TABLE)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    flags = [*layout, *_DROPOUT, "--stages", str(table), "--train-iters", "20"]
+    flags = [*layout, *_DROPOUT, "--phases", str(table), "--train-iters", "20"]
     _run(pool, world, whole, corpus, flags)
-    # 4 is before the first switch, 8 is where it happens, 12 is inside the second stage and 16 is
-    # inside the third; other layouts stop at 10 alone.
+    # 4 is before the first switch, 8 is where it happens, 12 is inside the second phase and 16 is
+    # inside the third; other layouts stop at 10 only.
     stops = "4" if world == 1 else "10"
     for start in range(20 // int(stops)):
         load = ["--load", str(parts)] if start else []
@@ -69,14 +69,14 @@ def test_a_run_that_stops_before_at_in_and_after_a_switch_goes_on_bitwise(
     assert _weights(parts) == _weights(whole)
 
 
-def test_each_stage_is_a_run_of_its_own_from_the_weights_of_the_one_before(pool, corpus, tmp_path):
-    """Without optimizer state a stage can be had as a plain run, which knows nothing of stages."""
-    table = tmp_path / "stages.toml"
+def test_each_phase_is_a_run_of_its_own_from_the_weights_of_the_one_before(pool, corpus, tmp_path):
+    """Without optimizer state, a run without `--phases` can take the steps of one phase."""
+    table = tmp_path / "phases.toml"
     table.write_text(TABLE.replace("hidden-dropout = 0.2", ""))
     plain = ["--optimizer", "sgd", "--sgd-momentum", "0", "--weight-decay", "0"]
     plain += ["--lr-warmup-iters", "0"]
     whole, first, second = (tmp_path / name for name in ("whole", "first", "second"))
-    _run(pool, 1, whole, corpus, [*plain, "--stages", str(table), "--train-iters", "20"])
+    _run(pool, 1, whole, corpus, [*plain, "--phases", str(table), "--train-iters", "20"])
     decay = ["--lr-decay-iters", "20"]
     _run(pool, 1, first, corpus, [*plain, *FIRST, *decay, "--train-iters", "8"])
     begins = ["--load", str(first), "--finetune", "--train-iters", "6"]
@@ -86,7 +86,7 @@ def test_each_stage_is_a_run_of_its_own_from_the_weights_of_the_one_before(pool,
     assert exact[:14] == alone
 
 
-def test_rates_count_the_stages_steps_where_it_sets_them_and_else_the_runs(tmp_path):
+def test_rates_count_the_phases_steps_where_it_sets_them_and_else_the_runs(tmp_path):
     schedule = schedule_of(TABLE, "--train-iters 20 --lr 0.01 --lr-warmup-iters 2", tmp_path)
     first, second, third = schedule.phases
     rates = [schedule.at(step).rate(step) for step in range(20)]
@@ -111,7 +111,7 @@ def test_ends_in_samples_and_tokens_are_counted_from_the_start_of_the_run(tmp_pa
     assert first.samples_at(8) == second.samples_at(8) == 64
 
 
-def test_a_stage_may_ramp_its_batch_up(tmp_path):
+def test_a_phase_may_ramp_its_batch_up(tmp_path):
     text = TABLE.replace("global-batch-size = 12", "rampup-batch-size = [4, 4, 8]")
     third = schedule_of(text, "--train-iters 20", tmp_path).phases[2]
     consumed, sizes = third.first_sample, []
@@ -122,111 +122,119 @@ def test_a_stage_may_ramp_its_batch_up(tmp_path):
     assert third.samples_at(18) == consumed == 88 + 24
 
 
-REFUSED = {
-    "no length": (TABLE, "", "stage 'third' of {file}: --train-iters is None, expected a number"),
-    "two lengths": (TABLE, "--train-iters 20 --train-samples 99", "--train-iters is 20, expected"),
-    "a length beside an end": (
+REJECTED = {
+    "no length": (
+        TABLE,
+        "",
+        "phase 'third' of {file}: --train-iters must be a number of steps, as the phase has no end",
+    ),
+    "two lengths": (
+        TABLE,
+        "--train-iters 20 --train-samples 99",
+        "--train-iters must be used without --train-samples (got 20)",
+    ),
+    "a length and an end": (
         TABLE + "until-iteration = 18",
         "--train-iters 20",
-        "--train-iters is 20, expected no value: stage 'third' of {file}, the last one, has an end",
+        "--train-iters must be unset: phase 'third' of {file}, the last one, has an end (got 20)",
     ),
     "too short a run": (
         TABLE,
         "--train-iters 14",
-        "stage 'third' of {file}: --train-iters is 14, expected at least 15, a step of this stage",
+        "phase 'third' of {file}: --train-iters must be >= 15, one step after the phases before",
     ),
     "an end before its beginning": (
         TABLE.replace("until-iteration = 14", "until-samples = 67"),
         "--train-iters 20",
-        "stage 'second' of {file}: until-samples is 67, expected at least 68, a step of this",
+        "phase 'second' of {file}: until-samples must be >= 68, one step after the phases before",
     ),
     "too few tokens": (
         TABLE.replace("until-iteration = 14", "until-tokens = 2303"),
         "--train-iters 20",
-        "stage 'second' of {file}: until-tokens is 2303, expected at least 2304, a step of this",
+        "phase 'second' of {file}: until-tokens must be >= 2304, one step after the phases before",
     ),
     "a number out of range": (
         TABLE.replace("seq-length = 64", "seq-length = 0"),
         "--train-iters 20",
-        "stage 'second' of {file}: --seq-length is 0, expected at least 1",
+        "phase 'second' of {file}: --seq-length must be >= 1 (got 0)",
     ),
     "rows longer than the model": (
         TABLE.replace("seq-length = 64", "seq-length = 4096"),
         "--train-iters 20",
-        "stage 'second' of {file}: --seq-length is 4096, expected at most",
+        "phase 'second' of {file}: --seq-length must be <= --max-position-embeddings (2048) (got 4",
     ),
     "a batch that does not divide": (
         TABLE.replace("global-batch-size = 12", "global-batch-size = 7"),
         "--train-iters 20",
-        "stage 'third' of {file}: --global-batch-size is 7, expected a multiple of",
+        "phase 'third' of {file}: --global-batch-size must be a multiple of",
     ),
     "a warm-up that is too long": (
         TABLE.replace("lr-warmup-iters = 2", "lr-warmup-iters = 6"),
         "--train-iters 20",
-        "stage 'second' of {file}: --lr-warmup-iters is 6, expected below the steps of the decay",
+        "phase 'second' of {file}: --lr-warmup-iters must be < 6, the steps of the linear decay",
     ),
-    "a floor above the peak": (
+    "a minimum above the peak": (
         TABLE.replace("min-lr = 1e-3", "min-lr = 1e-1"),
         "--train-iters 20",
-        "stage 'second' of {file}: --min-lr is 0.1, expected at most --lr",
+        "phase 'second' of {file}: --min-lr must be <= --lr (0.002) (got 0.1)",
     ),
     "a ramp of the whole run": (
         TABLE,
         "--train-iters 20 --rampup-batch-size 4 4 16",
-        "--rampup-batch-size is '4 4 16', expected no value beside --stages; give it to the stage",
+        "--rampup-batch-size must be used without --phases (got '4 4 16'); set it in the phase",
     ),
 }
 
 
-@pytest.mark.parametrize("name", list(REFUSED))
-def test_what_no_run_can_be_is_refused_by_stage_and_flag(name, tmp_path):
-    text, line, expected = REFUSED[name]
+@pytest.mark.parametrize("name", list(REJECTED))
+def test_invalid_phases_are_rejected_by_phase_and_flag(name, tmp_path):
+    text, line, expected = REJECTED[name]
     with pytest.raises(UsageError) as error:
         schedule_of(text, line, tmp_path)
-    assert expected.format(file=tmp_path / "stages.toml") in str(error.value)
+    assert expected.format(file=tmp_path / "phases.toml") in str(error.value)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
-        ("seed = 5", 'data-path = ["/nowhere"]', "stage 'third' of {file}: "),
+        ("seed = 5", 'data-path = ["/nowhere"]', "phase 'third' of {file}: "),
         ("seq-length = 64", "seq-lenght = 64", "the closest is seq-length"),
-        ("seq-length = 64", "seq-length = 33", "stage 'second' of {file}: --tensor-model-parallel"),
+        ("seq-length = 64", "seq-length = 33", "phase 'second' of {file}: --tensor-model-parallel"),
     ],
 )
-def test_every_rank_refuses_a_bad_stage_before_the_first_step(
+def test_every_rank_rejects_a_bad_phase_before_the_first_step(
     old, new, named, pool, corpus, tmp_path
 ):
-    table = tmp_path / "stages.toml"
+    table = tmp_path / "phases.toml"
     table.write_text(TABLE.replace(old, new))
     argv = [*MODEL, *_TP2, "--data-path", corpus, "--split", "80,20,0", "--train-iters", "20"]
-    (code, out, mistake), other = pool.run(pretrain_rank, 2, argv=[*argv, "--stages", str(table)])
-    assert other == (code, out, mistake)
+    (code, out, error), other = pool.run(pretrain_rank, 2, argv=[*argv, "--phases", str(table)])
+    assert other == (code, out, error)
     assert (code, out) == (2, "")
-    assert named.format(file=table) in mistake
-    assert "\n" not in mistake
+    assert named.format(file=table) in error
+    assert "\n" not in error
 
 
 def test_the_log_and_tensorboard_show_the_switch(pool, corpus, tmp_path):
-    table = tmp_path / "stages.toml"
+    table = tmp_path / "phases.toml"
     table.write_text(TABLE)
-    flags = ["--stages", str(table), "--train-iters", "20", "--eval-iters", "1"]
+    flags = ["--phases", str(table), "--train-iters", "20", "--eval-iters", "1"]
     flags += ["--tensorboard-dir", str(tmp_path / "board"), "--log-interval", "5"]
     log = _run(pool, 1, tmp_path / "run", corpus, flags).splitlines()
     expected = [
-        " stage 1/3 first: steps 1 to 8, prefix-lm, 8 sequences of 32, 0 to 2048 tokens,",
-        " stage 2 second begins after iteration 8, 64 samples, 2048 tokens; before it first",
-        " stage second: --objective was prefix-lm, is causal",
-        " stage second: --seq-length was 32, is 64",
-        " stage second: --hidden-dropout was 0.0, is 0.2",
-        " stage 3 third begins after iteration 14, 88 samples, 3584 tokens; before it second",
+        " phase 1/3 first: steps 1 to 8, prefix-lm, 8 sequences of 32, 0 to 2048 tokens,",
+        " phase 2 second begins after iteration 8 (64 samples, 2048 tokens); previous phase first",
+        " phase second: --objective was prefix-lm, is causal",
+        " phase second: --seq-length was 32, is 64",
+        " phase second: --hidden-dropout was 0.0, is 0.2",
+        " phase 3 third begins after iteration 14 (88 samples, 3584 tokens); previous phase second",
     ]
     for line in expected:
         assert any(text.startswith(line) for text in log), line
     intervals = [line.split(" | ")[:2] for line in log if line.startswith(" iteration ")]
     at = [(int(n.split()[1].split("/")[0]), stage) for n, stage in intervals]
-    first, second, third = "stage first", "stage second", "stage third"
+    first, second, third = "phase first", "phase second", "phase third"
     assert at == [(5, first), (8, first), (10, second), (14, second), (15, third), (20, third)]
     # An evaluation where a stage ends, on its own data.
     held_out = [line.split(" | ")[0] for line in log if line.startswith(" validation at")]
@@ -240,20 +248,20 @@ def test_the_log_and_tensorboard_show_the_switch(pool, corpus, tmp_path):
     assert b"--objective was prefix-lm, is causal" in texts[0].tensor_proto.string_val[0]
 
 
-def test_a_switch_says_what_the_next_stages_data_is_made_of(pool, corpus, tmp_path):
+def test_a_switch_shows_the_sources_of_the_next_phases_data(pool, corpus, tmp_path):
     other = write_corpus(tmp_path / "other")
     sources = [3, corpus, 1, other]
-    table = tmp_path / "stages.toml"
+    table = tmp_path / "phases.toml"
     table.write_text(TABLE.replace("seq-length = 64", f"data-path = {json.dumps(sources)}"))
-    flags = ["--stages", str(table), "--train-iters", "20", "--tensorboard-dir", str(tmp_path)]
+    flags = ["--phases", str(table), "--train-iters", "20", "--tensorboard-dir", str(tmp_path)]
     log = _run(pool, 1, tmp_path / "run", corpus, flags).splitlines()
-    begins = next(i for i, line in enumerate(log) if line.startswith(" stage 2 second begins"))
-    ends = next(i for i, line in enumerate(log) if line.startswith(" stage 3 third begins"))
+    begins = next(i for i, line in enumerate(log) if line.startswith(" phase 2 second begins"))
+    ends = next(i for i, line in enumerate(log) if line.startswith(" phase 3 third begins"))
     table_rows = [line.split() for line in log[begins:ends] if "%" in line]
-    told = {row[-1]: row for row in table_rows if row[-1] in (corpus, other)}
-    assert {prefix: row[1] for prefix, row in told.items()} == {corpus: "75.00%", other: "25.00%"}
+    shown = {row[-1]: row for row in table_rows if row[-1] in (corpus, other)}
+    assert {prefix: row[1] for prefix, row in shown.items()} == {corpus: "75.00%", other: "25.00%"}
     # 6 steps of 4 rows of 32: the epochs of this stage, not those of the run.
-    tokens, epochs = int(told[other][2].replace(",", "")), float(told[other][3])
+    tokens, epochs = int(shown[other][2].replace(",", "")), float(shown[other][3])
     assert epochs == pytest.approx(6 * 4 * 32 * 0.25 / tokens, rel=5e-3)
     board = EventAccumulator(str(tmp_path), {"tensors": 0})
     board.Reload()
@@ -261,10 +269,10 @@ def test_a_switch_says_what_the_next_stages_data_is_made_of(pool, corpus, tmp_pa
     assert "75.00%" in text and other in text
 
 
-def test_the_checkpoint_says_how_much_of_each_stage_was_consumed(pool, corpus, tmp_path):
-    table, run = tmp_path / "stages.toml", tmp_path / "run"
+def test_the_checkpoint_records_how_much_of_each_phase_was_consumed(pool, corpus, tmp_path):
+    table, run = tmp_path / "phases.toml", tmp_path / "run"
     table.write_text(TABLE)
-    flags = ["--stages", str(table), "--train-iters", "20", "--exit-interval", "10"]
+    flags = ["--phases", str(table), "--train-iters", "20", "--exit-interval", "10"]
     _run(pool, 1, run, corpus, flags)
     state = json.loads((run / "iter_0000010" / "state.json").read_text())["train"]
     assert state["consumed_train_samples"] == 72
@@ -276,10 +284,10 @@ def test_the_documented_table_is_one(tmp_path):
     manual = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text()
     example = manual.split("as a causal language model on another mixture")[1]
     lines = example.split("    pretrain_openmoe.py")[0].splitlines()
-    path = tmp_path / "stages.toml"
+    path = tmp_path / "phases.toml"
     path.write_text("\n".join(line[4:] for line in lines if line.startswith("    ")))
     argv = ["--preset", "openmoe-8b-32e-released", "--train-iters", "526000"]
-    schedule = resolve_run_schedule(parse_args([*argv, "--stages", str(path)]).config, 1)
+    schedule = resolve_run_schedule(parse_args([*argv, "--phases", str(path)]).config, 1)
     assert [s.name for s in schedule.phases] == ["ul2", "causal", "chat"]
     assert schedule.phases[0].last_iteration == 390000
     # 1.1e12 tokens are 524520 whole steps of 1024 x 2048.

@@ -1,16 +1,19 @@
-"""The length of a run, and what is refused before it starts."""
+"""The length of a run, and the settings that are rejected before it starts."""
 
 from __future__ import annotations
 
 import pytest
 
 from megatron_moe.config.cli import parse_args
+from megatron_moe.config.validate import validate
 from megatron_moe.errors import UsageError
 from megatron_moe.training.plan import resolve_plan
 
 
 def _plan(line: str, global_batch_size: int = 8):
-    return resolve_plan(parse_args(line.split()).config, global_batch_size)
+    config = parse_args(line.split()).config
+    validate(config)
+    return resolve_plan(config, global_batch_size)
 
 
 def test_lengths():
@@ -45,7 +48,7 @@ def test_lengths():
         ),
     ],
 )
-def test_what_cannot_be_meant_is_refused_by_flag(line, flag):
+def test_invalid_settings_are_rejected_by_flag(line, flag):
     with pytest.raises(UsageError) as error:
         _plan(line)
     assert error.value.what == flag

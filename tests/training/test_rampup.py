@@ -1,4 +1,4 @@
-"""The batch-size ramp-up against Megatron-Core's and by hand, and runs that ramp and go on."""
+"""The batch-size ramp-up against Megatron-Core's and by hand, and runs that ramp and resume."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
 
-from megatron_moe.config import TrainConfig
+from megatron_moe.config import RunConfig, TrainConfig
 from megatron_moe.config.cli import parse_args
 from megatron_moe.config.rampup import FLAG, BatchSizes
+from megatron_moe.config.validate import validate
 from megatron_moe.errors import UsageError
 from megatron_moe.parallel.layout import resolve_layout
 from megatron_moe.training.plan import resolve_plan
@@ -33,13 +34,13 @@ def _sizes(full: int, *ramp: int) -> BatchSizes:
 )
 def test_every_batch_is_megatron_cores(ramp):
     full, start, increment, samples = ramp
-    engine = RampupBatchsizeNumMicroBatchesCalculator(
+    calculator = RampupBatchsizeNumMicroBatchesCalculator(
         full, 1, 1, False, 1, start, increment, samples
     )
     ours, consumed, seen = _sizes(*ramp), 0, set()
     while consumed < samples + 3 * full:
-        engine.update(consumed, consistency_check=True)
-        assert ours.at(consumed) == engine.get_current_running_global_batch_size(), consumed
+        calculator.update(consumed, consistency_check=True)
+        assert ours.at(consumed) == calculator.get_current_running_global_batch_size(), consumed
         seen.add(ours.at(consumed))
         consumed += ours.at(consumed)
     assert seen == set(range(start, full + 1, increment))
@@ -61,8 +62,8 @@ def _pretrain(pool, world: int, directory: Path, corpus: str, flags: list[str]) 
     argv += ["--eval-iters", "1", "--eval-interval", "3", "--save", str(directory), *flags]
     argv += ["--metrics-file", str(directory / "metrics.jsonl")]
     results = pool.run(pretrain_rank, world, argv=argv)
-    for code, _, mistake in results:
-        assert code == 0, mistake
+    for code, _, error in results:
+        assert code == 0, error
     return results[0][1]
 
 
@@ -71,7 +72,9 @@ def _steps(directory: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_run_that_stops_on_the_ramp_goes_on_as_if_it_had_not(workers, pool, corpus, tmp_path):
+def test_a_run_that_resumes_during_the_ramp_is_bitwise_one_that_never_stopped(
+    workers, pool, corpus, tmp_path
+):
     flags = [*RAMP, "--train-iters", "8", "--num-workers", workers]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     out = _pretrain(pool, 1, whole, corpus, flags)
@@ -85,7 +88,7 @@ def test_a_run_that_stops_on_the_ramp_goes_on_as_if_it_had_not(workers, pool, co
     assert _steps(parts) == steps
     for file in sorted((whole / "iter_0000008").glob("*.safetensors")):
         assert (parts / "iter_0000008" / file.name).read_bytes() == file.read_bytes()
-    assert "ramp-up: from 4 sequences by 4 at a time to 12 over the first 16 samples" in out
+    assert "ramp-up: from 4 to 12 sequences in increments of 4 over the first 16 samples" in out
     assert " | batch 12 | " in out
 
 
@@ -117,6 +120,11 @@ def test_the_ramp_reads_the_samples_of_a_run_without_one(pool, corpus, tmp_path)
     assert first[2]["lm_loss"] != pytest.approx(second[2]["lm_loss"], rel=1e-6)
 
 
+def _resolve(config: RunConfig, world: int) -> None:
+    validate(config)
+    resolve_layout(config, world, 128)
+
+
 @pytest.mark.parametrize(
     ("line", "world"),
     [
@@ -134,15 +142,15 @@ def test_the_ramp_reads_the_samples_of_a_run_without_one(pool, corpus, tmp_path)
         ),
     ],
 )
-def test_what_cannot_be_meant_is_refused_by_flag(line, world):
+def test_invalid_values_are_rejected_by_flag(line, world):
     flags = ["--global-batch-size", "12", "--train-iters", "3", FLAG, *line.split()]
     config = parse_args([*MODEL, *flags]).config
     with pytest.raises(UsageError) as error:
-        resolve_layout(config, world, 128)
+        _resolve(config, world)
     assert error.value.what == FLAG
 
 
-def test_a_run_shorter_than_its_first_batch_is_refused():
+def test_a_run_shorter_than_its_first_batch_is_rejected():
     config = parse_args([*MODEL, *RAMP, "--train-samples", "3"]).config
     with pytest.raises(UsageError) as error:
         resolve_plan(config, 12)

@@ -1,4 +1,4 @@
-"""What a run tells, read back: TensorBoard, metrics file, log, unigram baseline."""
+"""What a run reports, read back: TensorBoard, metrics file, log, unigram baseline."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LAYER = (
 )
 
 
-class Told:
+class Reported:
     """One run on two ranks, and everything it left."""
 
     def __init__(self, pool, corpus: str, directory: Path) -> None:
@@ -48,19 +48,19 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def told(pool, corpus, tmp_path_factory) -> Told:
-    return Told(pool, corpus, tmp_path_factory.mktemp("told"))
+def reported(pool, corpus, tmp_path_factory) -> Reported:
+    return Reported(pool, corpus, tmp_path_factory.mktemp("reported"))
 
 
-def test_tensorboard_has_what_the_documentation_promises(told):
-    tags = set(told.board.Tags()["scalars"])
+def test_tensorboard_has_what_the_documentation_promises(reported):
+    tags = set(reported.board.Tags()["scalars"])
     expected = {f"train/{name}" for name in (*TRAIN, "consumed samples", "batch size")}
     expected |= {f"speed/{name}" for name in ("tokens per second", "seconds per step", "MFU")}
     expected |= {"speed/model TFLOPs per device", "memory/max allocated MiB"}
     expected |= {f"{s}/{n}" for s in ("validation", "test") for n in ("lm loss", "perplexity")}
     expected |= {f"moe/layer {layer}/{name}" for layer in ("01", "03") for name in LAYER}
     assert tags == expected
-    assert set(told.board.Tags()["histograms"]) == {
+    assert set(reported.board.Tags()["histograms"]) == {
         f"moe/layer {layer}/load per expert" for layer in ("01", "03")
     }
     manual = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
@@ -68,82 +68,82 @@ def test_tensorboard_has_what_the_documentation_promises(told):
         assert re.sub(r"layer \d\d", "layer NN", tag) in manual, tag
 
 
-def test_tensorboard_and_metrics_file_say_the_same(told):
+def test_tensorboard_and_metrics_file_agree(reported):
     for name in TRAIN:
         key = {"learning rate": "learning_rate", "grad norm": "grad_norm"}.get(
             name, name.replace(" ", "_")
         )
-        points = told.scalars(f"train/{name}")
-        assert points == pytest.approx({s["iteration"]: s[key] for s in told.steps}, rel=1e-6)
-    assert told.scalars("train/consumed samples") == {4: 32.0, 8: 64.0}
-    assert told.scalars("train/batch size") == {4: 8.0, 8: 8.0}
+        points = reported.scalars(f"train/{name}")
+        assert points == pytest.approx({s["iteration"]: s[key] for s in reported.steps}, rel=1e-6)
+    assert reported.scalars("train/consumed samples") == {4: 32.0, 8: 64.0}
+    assert reported.scalars("train/batch size") == {4: 8.0, 8: 8.0}
 
 
-def test_steps_are_counted_and_their_hexadecimal_floats_are_exact(told):
-    assert [step["iteration"] for step in told.steps] == list(range(1, 9))
-    assert [step["consumed_samples"] for step in told.steps] == list(range(8, 65, 8))
-    for step in told.steps:
+def test_steps_are_counted_and_their_hexadecimal_floats_are_exact(reported):
+    assert [step["iteration"] for step in reported.steps] == list(range(1, 9))
+    assert [step["consumed_samples"] for step in reported.steps] == list(range(8, 65, 8))
+    for step in reported.steps:
         assert float.fromhex(step["lm_loss_hex"]) == step["lm_loss"]
         assert float.fromhex(step["grad_norm_hex"]) == step["grad_norm"]
-        rate = learning_rate(told.config.optimizer, step["iteration"] - 1, 8)
+        rate = learning_rate(reported.config.optimizer, step["iteration"] - 1, 8)
         assert step["learning_rate"] == rate
         assert step["targets"] == 8 * 32
-    assert told.steps[-1]["lm_loss"] < told.steps[0]["lm_loss"]
+    assert reported.steps[-1]["lm_loss"] < reported.steps[0]["lm_loss"]
 
 
-def test_every_choice_of_every_token_is_in_the_load_histogram(told):
+def test_every_choice_of_every_token_is_in_the_load_histogram(reported):
     # Steps of an interval x sequences x positions x choices of a token.
     choices = 4 * 8 * 32 * 2
     for layer in ("01", "03"):
-        events = told.board.Histograms(f"moe/layer {layer}/load per expert")
+        events = reported.board.Histograms(f"moe/layer {layer}/load per expert")
         assert [event.step for event in events] == [4, 8]
         for event in events:
             bars = event.histogram_value
             assert sum(bars.bucket) == choices
             assert list(bars.bucket_limit) == [0.5, 1.5, 2.5, 3.5]
             busiest = max(bars.bucket) * 4 / choices
-            assert told.scalars(f"moe/layer {layer}/max over mean load")[event.step] == (
+            assert reported.scalars(f"moe/layer {layer}/max over mean load")[event.step] == (
                 pytest.approx(busiest)
             )
         assert all(
-            0 < v < 1.3863 for v in told.scalars(f"moe/layer {layer}/router entropy").values()
+            0 < v < 1.3863 for v in reported.scalars(f"moe/layer {layer}/router entropy").values()
         )
-        assert all(0 < v < 1 for v in told.scalars(f"moe/layer {layer}/drop rate").values())
+        assert all(0 < v < 1 for v in reported.scalars(f"moe/layer {layer}/drop rate").values())
 
 
-def test_throughput_is_consistent(told):
-    speed = told.scalars("speed/tokens per second")
-    seconds = told.scalars("speed/seconds per step")
-    tflops = told.scalars("speed/model TFLOPs per device")
+def test_throughput_is_consistent(reported):
+    speed = reported.scalars("speed/tokens per second")
+    seconds = reported.scalars("speed/seconds per step")
+    tflops = reported.scalars("speed/model TFLOPs per device")
     for step, rate in speed.items():
         assert rate == pytest.approx(8 * 32 / seconds[step], rel=1e-5)
         # --device-peak-tflops is 1.
-        assert told.scalars("speed/MFU")[step] == pytest.approx(tflops[step], rel=1e-5)
+        assert reported.scalars("speed/MFU")[step] == pytest.approx(tflops[step], rel=1e-5)
 
 
-def test_the_log_is_rank_zeros_and_ends_with_losses_and_speed(told):
-    (code, out, _), (other_code, other_out, _) = told.results
+def test_the_log_is_rank_zeros_and_ends_with_losses_and_speed(reported):
+    (code, out, _), (other_code, other_out, _) = reported.results
     assert (code, other_code, other_out) == (0, 0, "")
     lines = out.splitlines()
     assert sum(line.startswith(" iteration ") for line in lines) == 2
-    valid = told.scalars("validation/lm loss")
+    valid = reported.scalars("validation/lm loss")
     assert list(valid) == [4, 8]
     assert lines[-4] == " done at iteration 8, 64 samples consumed"
-    first, last = told.steps[0]["lm_loss"], told.steps[-1]["lm_loss"]
+    first, last = reported.steps[0]["lm_loss"], reported.steps[-1]["lm_loss"]
     assert f"first {first:.6f} (iteration 1), last {last:.6f} (iteration 8) | " in lines[-3]
     assert re.search(r"\d+ tokens/s$", lines[-3])
-    said = re.fullmatch(r" validation loss: (\d+\.\d+) over 512 targets", lines[-2])
-    assert said is not None
-    assert float(said[1]) == pytest.approx(valid[8], rel=1e-5)
-    assert lines[-1].endswith(f"tensorboard --logdir {told.config.logging.tensorboard_dir}")
+    printed = re.fullmatch(r" validation loss: (\d+\.\d+) over 512 targets", lines[-2])
+    assert printed is not None
+    assert float(printed[1]) == pytest.approx(valid[8], rel=1e-5)
+    assert lines[-1].endswith(f"tensorboard --logdir {reported.config.logging.tensorboard_dir}")
 
 
-def test_the_unigram_loss_is_that_of_counting_by_hand(told):
-    dataset = IndexedDataset(told.config.data.data_path[0])
+def test_the_unigram_loss_is_that_of_counting_by_hand(reported):
+    dataset = IndexedDataset(reported.config.data.data_path[0])
     training = round(0.8 * len(dataset))
     counts = Counter(int(i) for number in range(training) for i in dataset[number])
     data = build_data(
-        told.config,
+        reported.config,
         dp_rank=0,
         dp_size=1,
         num_microbatches=4,
@@ -158,6 +158,6 @@ def test_the_unigram_loss_is_that_of_counting_by_hand(told):
             if counted:
                 total -= log((counts[label] + 1) / (counts.total() + VOCAB))
                 targets += 1
-    found = unigram_loss(told.config)
+    found = unigram_loss(reported.config)
     assert found.loss == pytest.approx(total / targets, rel=1e-9)
     assert (found.targets, found.training_tokens) == (targets, counts.total())

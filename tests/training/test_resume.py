@@ -1,8 +1,7 @@
-"""Runs are repeatable bit by bit, and a run that stopped goes on as if it had not.
+"""Runs are repeatable bit for bit, and a run that resumes equals one that never stopped.
 
-Everything is looked at from outside: the metrics file's hexadecimal floats, and the tensors of the
-last checkpoint (weights, moments, and each rank's random states), which two runs must share byte by
-byte.
+Runs are compared by what they write: the hexadecimal floats of the metrics file, and every byte of
+the tensors in the last checkpoint (weights, moments, and the random states of each rank).
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ def _run(pool: Pool, world: int, corpus: str, directory: Path, flags: list[str])
     argv = [*MODEL, *DROPOUT, "--data-path", corpus, "--split", "80,20,0", "--train-iters", "20"]
     argv += ["--metrics-file", str(directory / "metrics.jsonl"), "--save", str(directory), *flags]
     results = pool.run(pretrain_rank, world, argv=argv)
-    for code, _, mistake in results:
-        assert code == 0, mistake
+    for code, _, error in results:
+        assert code == 0, error
     return results[0][1].splitlines()
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM with `--exit-signal-handler`: all ranks save the same step, once, and can go on."""
+"""SIGTERM with `--exit-signal-handler`: all ranks save the same step, once, and can resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from megatron_moe.checkpoint import latest_step, verify
 from megatron_moe.parallel.collectives import RankGroup
-from megatron_moe.training.signals import ExitSignal
+from megatron_moe.training.trainer import ExitSignal, Trainer
 from tests.faults.killing import fork
 from tests.training.tiny import MODEL, pretrain_rank
 
@@ -26,26 +26,24 @@ def _argv(corpus: str, directory: Path, *flags: str) -> list[str]:
 
 def _signalled(rank: int, world_size: int, *, argv: list[str], step: int, where: str) -> Any:
     """A run in which rank 1 gets SIGTERM at some place of a step."""
-    from megatron_moe.training import loop
+    whole, sent = getattr(Trainer, where), []
 
-    whole, sent = getattr(loop, where), []
-
-    def counted(session: Any, *rest: Any) -> None:
-        whole(session, *rest)
-        if rank == 1 and session.progress.iteration == step and not sent:
+    def counted(trainer: Trainer, *rest: Any) -> None:
+        whole(trainer, *rest)
+        if rank == 1 and trainer.state.iteration == step and not sent:
             sent.append(step)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    setattr(loop, where, counted)
+    setattr(Trainer, where, counted)
     try:
         return pretrain_rank(rank, world_size, argv=argv), signal.getsignal(signal.SIGTERM)
     finally:
-        setattr(loop, where, whole)
+        setattr(Trainer, where, whole)
 
 
-@pytest.mark.parametrize("where", ["_one_step", "_evaluate", "_save"])
+@pytest.mark.parametrize("where", ["train_step", "evaluate", "save"])
 @pytest.mark.parametrize("extra", [[], ["--async-save"]])
-def test_all_ranks_save_the_same_step_and_go_on_from_it(pool, corpus, tmp_path, where, extra):
+def test_all_ranks_save_the_same_step_and_resume_from_it(pool, corpus, tmp_path, where, extra):
     often = ["--save-interval", "2", "--eval-interval", "2", "--eval-iters", "1"]
     often += ["--split", "80,20,0", *extra]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -55,7 +53,7 @@ def test_all_ranks_save_the_same_step_and_go_on_from_it(pool, corpus, tmp_path, 
     assert [code for (code, *_), _ in results] == [0, 0]
     assert [handler for _, handler in results] == [signal.SIG_DFL] * 2
     log = results[0][0][1].splitlines()
-    assert " leaving at iteration 6: SIGTERM" in log
+    assert " exiting at iteration 6: SIGTERM" in log
     assert sum(text.startswith(" saved iteration 6 to") for text in log) == 1
     assert sorted(p.name for p in parts.glob("iter_*")) == [f"iter_000000{n}" for n in (2, 4, 6)]
     assert latest_step(parts) == 6

@@ -13,7 +13,7 @@ from functools import cache
 import pytest
 import torch
 
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 from tests.training.ranks import (
     PADDED_VOCAB,
     global_batch,
@@ -52,7 +52,7 @@ LAYOUTS = {
 
 @cache
 def expected(tied: bool) -> dict[str, float]:
-    """What the reference model says of the global batch."""
+    """Losses and gradient norm of the reference model on the global batch."""
     torch.set_num_threads(1)
     config = tiny_config(_TIED if tied else [])
     model = ReferenceOpenMoE(config.model, config.moe, PADDED_VOCAB, seed=config.train.seed)
@@ -90,7 +90,7 @@ def test_loss_and_gradient_norm_are_the_reference_models(name, pool):
 
 
 def test_the_reference_is_sensitive_to_normalisation_and_capacity():
-    """Per-row means, what uneven targets would be averaged to by mistake, are far away."""
+    """A mean of per-row means, the obvious wrong normalization, is far away."""
     assert abs(expected(False)["held_out"] / expected(False)["lm_loss"] - 1) > 1e-4
     config = tiny_config([])
     model = ReferenceOpenMoE(config.model, config.moe, PADDED_VOCAB, seed=config.train.seed)
@@ -111,5 +111,5 @@ def test_a_nan_stops_every_rank_before_anything_changes(name, poisoned, named, p
     for values in found:
         assert values["message"] is not None
         assert "nan at iteration 3" in values["message"]
-        assert f"of their own: {named};" in values["message"]
+        assert f"non-finite local gradients: {named};" in values["message"]
         assert values["unchanged"]

@@ -49,9 +49,9 @@ def write_domains(folder: Path) -> dict[str, str]:
 
 
 def pretrain_rank(rank: int, world_size: int, *, argv: list[str]) -> tuple[int, str, str]:
-    """`pretrain_openmoe.py` on a rank of the pool: exit code, standard output, the mistake if any.
+    """`pretrain_openmoe.py` on a rank of the pool: exit code, standard output, usage error if any.
 
-    What the program does with a mistake ends the process; here its text is returned.
+    The program exits on a usage error; here its text is returned.
     """
     import pretrain_openmoe
 
@@ -59,15 +59,15 @@ def pretrain_rank(rank: int, world_size: int, *, argv: list[str]) -> tuple[int, 
     before = dict(os.environ)
     os.environ.update({name: str(value) for name, value in launcher.items()})
     os.environ["MASTER_ADDR"] = "localhost"
-    out, mistake, code = io.StringIO(), "", 0
+    out, message, code = io.StringIO(), "", 0
     try:
         with contextlib.redirect_stdout(out):
             pretrain_openmoe.execute(parse_args(argv))
     except UsageError as error:
-        mistake, code = str(error), USAGE_EXIT_CODE
+        message, code = str(error), USAGE_EXIT_CODE
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else 1
     finally:
         os.environ.clear()
         os.environ.update(before)
-    return code, out.getvalue(), mistake
+    return code, out.getvalue(), message

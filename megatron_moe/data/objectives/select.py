@@ -14,7 +14,6 @@ from megatron_moe.data.causal import CausalDataset
 from megatron_moe.data.objectives.prefix_lm import PrefixLmDataset
 from megatron_moe.data.objectives.sft import SftDataset, SftPlan
 from megatron_moe.data.objectives.ul2 import Ul2Dataset, plan_ul2
-from megatron_moe.errors import UsageError
 from megatron_moe.tokenizer.base import Tokenizer
 from megatron_moe.tokenizer.build import unpadded_vocab_size
 
@@ -35,14 +34,16 @@ class ObjectivePlan:
 
 
 def plan_objective(config: RunConfig, tokenizer: Tokenizer) -> ObjectivePlan:
-    """Check the flags of the objective. The same on every rank; communicates nothing.
+    """Fit the objective to the tokenizer and the rows. The same on every rank; no communication.
+
+    Conflicts between flags are errors of `config.validate` before this is called.
 
     Raises:
-        UsageError: flags conflict with the objective, the tokenizer or the row length.
+        UsageError: the objective does not fit the tokenizer or the row length.
     """
     objective = config.objective
-    name, eod, resets = objective.objective, objective.eod_mask_loss, extra_planes(objective)
-    _check_flags(name, eod, resets)
+    name, eod = objective.objective, objective.eod_mask_loss
+    resets = extra_planes(objective)
     if name == "ul2":
         plan = plan_ul2(config, tokenizer)
         return ObjectivePlan(
@@ -65,25 +66,6 @@ def plan_objective(config: RunConfig, tokenizer: Tokenizer) -> ObjectivePlan:
     identity |= _reset_identity(resets)
     dataset = PrefixLmDataset if name == "prefix-lm" else CausalDataset
     return ObjectivePlan(dataset=dataset, token_limit=limit, identity=identity)
-
-
-def _check_flags(name: str, eod: bool, resets: tuple[str, ...]) -> None:
-    """Reject flags that have no meaning for an objective."""
-    if eod and name in ("ul2", "sft"):
-        raise UsageError(
-            "--eod-mask-loss",
-            eod,
-            f"unset with --objective {name}",
-            "it applies to causal and prefix-lm; rows of several parts define their own loss mask",
-        )
-    if resets and name == "ul2":
-        flag = "--reset-position-ids" if "positions" in resets else "--reset-attention-mask"
-        raise UsageError(
-            flag,
-            True,
-            "unset with --objective ul2",
-            "as in the paper, inputs and targets are one row with positions from its start",
-        )
 
 
 def _reset_identity(resets: tuple[str, ...]) -> dict[str, Any]:

@@ -89,10 +89,6 @@ def plan_ul2(config: RunConfig, tokenizer: Tokenizer) -> Ul2Plan:
         UsageError: a bad mixture, no or too few sentinels, or rows too short for a denoiser.
     """
     row, inputs = config.data.seq_length, config.objective.ul2_inputs_length
-    if inputs is not None and config.objective.ul2_fill_rows:
-        raise UsageError("--ul2-inputs-length", inputs, "unset with --ul2-fill-rows")
-    if inputs is not None and not 2 <= inputs <= row - 2:
-        raise UsageError("--ul2-inputs-length", inputs, f">= 2 and <= --seq-length - 2 ({row - 2})")
     part = None if config.objective.ul2_fill_rows else inputs or row // 2
     sentinels = sentinel_ids(config.data, tokenizer)
     fitted = []

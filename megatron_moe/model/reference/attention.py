@@ -1,10 +1,13 @@
-"""The attention of the reference model: rotary positions, causal, by document, or with a cache.
+"""Attention of the reference model: rotary positions; causal, per document, or with a KV cache.
 
-Plain PyTorch, written to be read (see `megatron_moe.model.reference.model`). Sources: Xue et al.,
-OpenMoE (arXiv 2402.01739), and its released training code; `docs/model.md` says where the two
-differ.
+    q, k, v = x W_q, x W_k, x W_v          read head-major as [B, N, S, D]
+    y = softmax(s rot(q) rot(k)^T + causal mask) v,   output = concat(heads) W_o
 
-Shapes: B batch, S sequence, H hidden, N heads, D head width, U tokens that can be attended to.
+The scale s is 1 in the released model, whose query initialisation contains the 1/sqrt(D). Sources:
+Xue et al., OpenMoE (arXiv 2402.01739), and its released training code; `docs/model.md` lists where
+the two differ.
+
+Shapes: B batch rows, S sequence, H hidden, N heads, D head width, U tokens that can be attended to.
 """
 
 from __future__ import annotations
@@ -15,16 +18,18 @@ from torch import Tensor, nn
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.model.logical import softmax_scale
-from megatron_moe.model.reference.cache import LayerMemory
+from megatron_moe.model.reference.cache import LayerCache
 from megatron_moe.model.reference.routing import full_precision
 
 
 def rotate(x_BNSD: Tensor, base: float, positions_BS: Tensor | None = None) -> Tensor:
     """Rotary position embedding, half-split: channel i is paired with channel i + D/2.
 
-    Position p turns pair i by the angle p * base^(-2i/D). Angles, sine and cosine are fp32.
-    Without positions they count from the start of the row.
+    The pair (x_i, x_{i + D/2}) at position p is rotated by the angle p * base^(-2i/D). Without
+    `positions_BS`, positions count from 0 at the start of the row.
     """
+    # bf16 represents integers exactly only up to 256: angles computed in it would be off by whole
+    # radians at later positions, so angles, sine, cosine and the rotation are fp32.
     x = full_precision(x_BNSD)
     length, width = x.shape[-2:]
     exponents = torch.arange(0, width, 2, device=x.device, dtype=x.dtype) / width
@@ -34,12 +39,16 @@ def rotate(x_BNSD: Tensor, base: float, positions_BS: Tensor | None = None) -> T
     angles = positions[..., None] * (1.0 / base**exponents)  # [S, D/2] or [B, 1, S, D/2]
     cos, sin = angles.cos(), angles.sin()
     first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return turned.to(x_BNSD.dtype)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return rotated.to(x_BNSD.dtype)
 
 
 class Attention(nn.Module):
-    """Causal attention with RoPE on queries and keys; heads are head-major in the N*D rows."""
+    """Causal multi-head attention with RoPE on queries and keys.
+
+    The N * D outputs of each projection are head-major: head n is rows [n D, (n + 1) D) of its
+    weight. N * D need not equal H (8B: 24 * 128 = 3072 with H = 2048).
+    """
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -55,46 +64,59 @@ class Attention(nn.Module):
         x_BSH: Tensor,
         positions_BS: Tensor | None = None,
         documents_BS: Tensor | None = None,
-        memory: LayerMemory | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
-        """[B, S, H] -> [B, S, H]; with a memory, of the tokens that follow those in it."""
+        """[B, S, H] -> [B, S, H]; with a cache, for tokens that follow the cached ones.
+
+        Args:
+            x_BSH: normalised residual stream.
+            positions_BS: rotary positions; `None` counts from the start of each row.
+            documents_BS: attention is restricted to equal numbers; `None` means the whole row.
+            cache: this layer's keys and values of earlier tokens.
+        """
         heads, base = (self.model.num_attention_heads, -1), self.model.rotary_base
         query = self.query(x_BSH).unflatten(-1, heads).transpose(1, 2)
         key = self.key(x_BSH).unflatten(-1, heads).transpose(1, 2)
         value = self.value(x_BSH).unflatten(-1, heads).transpose(1, 2)
         query, key = rotate(query, base, positions_BS), rotate(key, base, positions_BS)
-        if memory is not None:
-            y_BNSD = self._attend(query, *memory.extend(key, value))
+        if cache is not None:
+            y_BNSD = self._attend(query, *cache.extend(key, value))
         elif documents_BS is None:
             y_BNSD = self._attend(query, key, value)
         else:
             y_BNSD = torch.cat(
                 [
-                    self._by_document(query[b], key[b], value[b], ids)
+                    self._attend_by_document(query[b], key[b], value[b], ids)
                     for b, ids in enumerate(documents_BS)
                 ]
             )
         return self.output(y_BNSD.transpose(1, 2).flatten(2))
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, seen_B1SU: Tensor | None = None
+        self, query: Tensor, key: Tensor, value: Tensor, mask_B1SU: Tensor | None = None
     ) -> Tensor:
-        """Every query [B, N, S, D] attends to what it sees of the keys and values [B, N, U, D].
+        """Attention of queries [B, N, S, D] to keys and values [B, N, U, D].
 
-        Without a mask S = U, and every position sees those up to itself.
+        Without a mask S = U and attention is causal.
         """
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
-            attn_mask=seen_B1SU,
-            is_causal=seen_B1SU is None,
+            attn_mask=mask_B1SU,
+            is_causal=mask_B1SU is None,
             scale=softmax_scale(self.model),
             dropout_p=self.model.attention_dropout if self.training else 0.0,
         )
 
-    def _by_document(self, query: Tensor, key: Tensor, value: Tensor, ids_S: Tensor) -> Tensor:
-        """[N, S, D] each: a row, document by document as if each were alone; [1, N, S, D]."""
+    def _attend_by_document(
+        self, query: Tensor, key: Tensor, value: Tensor, ids_S: Tensor
+    ) -> Tensor:
+        """Attention within each document of one row: [N, S, D] each -> [1, N, S, D].
+
+        Documents are contiguous, so a row is split at document boundaries and each piece is
+        attended to on its own. This is the definition; a mask would be an implementation of it.
+        """
         lengths = torch.unique_consecutive(ids_S, return_counts=True)[1].tolist()
-        parts = [tensor[None].split(lengths, dim=2) for tensor in (query, key, value)]
-        return torch.cat([self._attend(*part) for part in zip(*parts, strict=True)], dim=2)
+        pieces = [tensor[None].split(lengths, dim=2) for tensor in (query, key, value)]
+        return torch.cat([self._attend(*piece) for piece in zip(*pieces, strict=True)], dim=2)

@@ -1,14 +1,18 @@
-"""The feed-forward layers of the reference model: dense, shared expert, routed experts.
+"""Feed-forward layers of the reference model: dense, shared expert, and the MoE layer.
 
-Plain PyTorch, written to be read (see `megatron_moe.model.reference.model`). Sources: Xue et al.,
-OpenMoE (arXiv 2402.01739), and its released training code; `docs/model.md` says where the two
-differ.
+    dense, shared:   FFN(x) = inner(x W_gate, x W_up) W_down
+    MoE layer:       MoE(x)_t = sum over kept choices (e, p) of token t of  p * FFN_e(x_t)
 
-Shapes: B batch, S sequence, T tokens row by row, H hidden, F feed-forward width, E experts, K
-choices per token.
+`routing.py` decides which choices are kept. Sources: Xue et al., OpenMoE (arXiv 2402.01739), and
+its released training code; `docs/model.md` lists where the two differ.
+
+Shapes: B batch rows, S sequence, T = B S tokens row by row, H hidden, F feed-forward width,
+E experts, K choices per token.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +20,15 @@ from torch import Tensor, nn
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
-from megatron_moe.model.logical import expert_width, gate_blocks
+from megatron_moe.model.logical import expert_width
+from megatron_moe.model.reference.routing import Routing, full_precision, route
 
 
 def gated(gate: Tensor, up: Tensor, model: ModelConfig) -> Tensor:
-    """The inside of a feed-forward layer: [.., F] from the gate and up projections.
+    """The gated activation of a feed-forward layer: [.., F] from the gate and up projections.
 
-    `swiglu`: silu(gate) * up (paper). `gated-swiglu`, gate = [a|b]: a * silu(b) * up (released).
+    `swiglu` (paper): silu(gate) * up. `gated-swiglu` (released): the gate projection has 2F
+    outputs [a | b], and the result is a * silu(b) * up.
     """
     if model.ffn_variant == "swiglu":
         return F.silu(gate) * up
@@ -31,12 +37,12 @@ def gated(gate: Tensor, up: Tensor, model: ModelConfig) -> Tensor:
 
 
 class FeedForward(nn.Module):
-    """A dense feed-forward layer of width F, also the shared expert."""
+    """A feed-forward layer of width F: the dense layer, or the shared expert."""
 
     def __init__(self, model: ModelConfig, width: int) -> None:
         super().__init__()
         self.model = model
-        self.gate = nn.Linear(model.hidden_size, gate_blocks(model) * width, bias=False)
+        self.gate = nn.Linear(model.hidden_size, model.gate_blocks * width, bias=False)
         self.up = nn.Linear(model.hidden_size, width, bias=False)
         self.down = nn.Linear(width, model.hidden_size, bias=False)
 
@@ -46,24 +52,57 @@ class FeedForward(nn.Module):
 
 
 class Experts(nn.Module):
-    """The E routed experts of a layer, each a feed-forward layer, stored [E, in, out]."""
+    """The E routed experts of a layer, each a feed-forward layer; weights are [E, in, out]."""
 
     def __init__(self, model: ModelConfig, moe: MoEConfig) -> None:
         super().__init__()
         self.model = model
         experts, hidden, width = moe.num_experts, model.hidden_size, expert_width(model, moe)
-        self.gate = nn.Parameter(torch.empty(experts, hidden, gate_blocks(model) * width))
+        self.gate = nn.Parameter(torch.empty(experts, hidden, model.gate_blocks * width))
         self.up = nn.Parameter(torch.empty(experts, hidden, width))
         self.down = nn.Parameter(torch.empty(experts, width, hidden))
 
     def forward(self, x_TH: Tensor, ids_TK: Tensor, probs_TK: Tensor, kept_TK: Tensor) -> Tensor:
         """Sum over a token's kept choices of probability times expert output, [T, H]."""
+        # The sum has the dtype of the probabilities (fp32): in bf16 it would be rounded once per
+        # choice instead of once.
         y_TH = torch.zeros(x_TH.shape, dtype=probs_TK.dtype, device=x_TH.device)
-        # Experts without tokens run on no rows, so that their gradients are zeros, not None.
-        chosen = range(self.gate.shape[0])
-        for expert in chosen if torch.is_grad_enabled() else ids_TK[kept_TK].unique().tolist():
+        # With gradients every expert runs, if need be on no rows: its gradients are then zeros, as
+        # in the parallel model, rather than None. Without, unused experts are skipped.
+        experts = range(self.gate.shape[0])
+        for expert in experts if torch.is_grad_enabled() else ids_TK[kept_TK].unique().tolist():
             token, choice = (kept_TK & (ids_TK == expert)).nonzero(as_tuple=True)
             x = x_TH[token]
             inner = gated(x @ self.gate[expert], x @ self.up[expert], self.model)
             y_TH.index_add_(0, token, inner @ self.down[expert] * probs_TK[token, choice, None])
         return y_TH.to(x_TH.dtype)
+
+
+class MoE(nn.Module):
+    """Router, capacity and routed experts. The shared expert is part of the decoder block."""
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig, layer: int) -> None:
+        super().__init__()
+        self.moe = moe
+        self.layer = layer
+        self.router = nn.Linear(model.hidden_size, moe.num_experts, bias=False)
+        self.experts = Experts(model, moe)
+
+    def forward(
+        self, x_BSH: Tensor, training_capacity: bool, valid_BS: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """[B, S, H] -> [B, S, H] and the routing decisions. A dropped choice contributes zero.
+
+        Args:
+            x_BSH: normalised residual stream.
+            training_capacity: the capacity factor of training rather than evaluation.
+            valid_BS: false for padding, which no expert processes; `None` if there is none.
+        """
+        x_TH = x_BSH.flatten(0, 1)
+        logits_TE = F.linear(full_precision(x_TH), full_precision(self.router.weight))
+        rows = x_BSH.shape[0]
+        routing = route(logits_TE, rows, self.moe, self.layer, training_capacity=training_capacity)
+        if valid_BS is not None:
+            routing = replace(routing, kept_TK=routing.kept_TK & valid_BS.flatten()[:, None])
+        y_TH = self.experts(x_TH, routing.ids_TK, routing.probs_TK, routing.kept_TK)
+        return y_TH.view_as(x_BSH), routing

@@ -1,11 +1,16 @@
-"""OpenMoE on one device, written to be read: the oracle for every parallel layout.
+"""The network: from token ids to logits and losses.
 
-Plain PyTorch with nothing of the engine and nothing of the fast MoE layer, so that agreement with
-it means something. Generation, evaluation and analysis run on it too. Sources: Xue et al., OpenMoE
-(arXiv 2402.01739), and its released training code; `docs/model.md` says where the two differ.
+    x = dropout(embedding[tokens])
+    each block:             x = x + dropout(Attention(norm(x)))
+        dense:              x = x + dropout(FFN(norm(x)))
+        MoE, released:      x = x + dropout(MoE(norm(x)));  x = x + dropout(shared(norm(x)))
+        MoE, paper (eq. 4): x = x + dropout(MoE(h) + shared(h)),  h = norm(x)
+    logits = norm(x) W_out
 
-Shapes: B batch, S sequence, T = B S tokens row by row, H hidden, N heads, D head width, F
-feed-forward width, V vocabulary, E experts, K choices per token.
+Sources: Xue et al., OpenMoE (arXiv 2402.01739), and its released training code; `docs/model.md`
+lists where the two differ.
+
+Shapes: B batch rows, S sequence, T = B S tokens row by row, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,21 +28,21 @@ from megatron_moe.config.moe import MoEConfig, moe_layer_pattern
 from megatron_moe.errors import UsageError
 from megatron_moe.model.logical import initial_tensors, logical_parameters
 from megatron_moe.model.reference.attention import Attention
-from megatron_moe.model.reference.cache import Cache, LayerMemory
-from megatron_moe.model.reference.ffn import Experts, FeedForward
-from megatron_moe.model.reference.routing import Routing, capacity_factor, full_precision, route
+from megatron_moe.model.reference.cache import KVCache, LayerCache
+from megatron_moe.model.reference.ffn import FeedForward, MoE
+from megatron_moe.model.reference.routing import Routing, capacity_factor, full_precision
 
 
 @dataclass(frozen=True)
 class ReferenceOutput:
-    """The result of one forward pass over one micro-batch."""
+    """Result of one forward pass over one micro-batch."""
 
     logits: Tensor
     """[B, S, V], fp32."""
     cross_entropy_BS: Tensor | None
     """-log p(label) per position; `None` without labels."""
     logit_z_BS: Tensor | None
-    """log(Z)^2 per position, Z the normaliser of the softmax; `None` without labels."""
+    """log(Z)^2 per position, Z = sum of exp(logits); `None` without labels."""
     aux_loss: Tensor
     """Load-balancing loss, mean over MoE layers, without its coefficient."""
     router_z_loss: Tensor
@@ -45,11 +50,11 @@ class ReferenceOutput:
     routing: list[Routing]
     """One record per MoE layer, in order."""
     loss: Tensor | None
-    """`total_loss` with this micro-batch's own number of targets; `None` without labels."""
+    """`total_loss` divided by the targets of this micro-batch; `None` without labels."""
 
 
 class RMSNorm(nn.Module):
-    """T5's norm: x / sqrt(mean(x^2) + eps) in fp32, cast back, times a learned scale."""
+    """T5's norm: x / sqrt(mean(x^2) + eps) in fp32, cast back, times a learned scale [H]."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -63,35 +68,12 @@ class RMSNorm(nn.Module):
         return x.to(x_BSH.dtype) * self.weight
 
 
-class MoE(nn.Module):
-    """Router, capacity and routed experts; the shared expert belongs to the block."""
+class DecoderBlock(nn.Module):
+    """One transformer layer: attention, then a dense feed-forward layer or experts.
 
-    def __init__(self, model: ModelConfig, moe: MoEConfig, layer: int) -> None:
-        super().__init__()
-        self.moe = moe
-        self.layer = layer
-        self.router = nn.Linear(model.hidden_size, moe.num_experts, bias=False)
-        self.experts = Experts(model, moe)
-
-    def forward(
-        self, x_BSH: Tensor, training_capacity: bool, real_BS: Tensor | None = None
-    ) -> tuple[Tensor, Routing]:
-        """[B, S, H] -> [B, S, H] and what was decided. Dropped choices contribute zero.
-
-        Padding, where ``real_BS`` is false, goes to no expert.
-        """
-        x_TH = x_BSH.flatten(0, 1)
-        logits_TE = F.linear(full_precision(x_TH), full_precision(self.router.weight))
-        rows = x_BSH.shape[0]
-        routing = route(logits_TE, rows, self.moe, self.layer, training_capacity=training_capacity)
-        if real_BS is not None:
-            routing = replace(routing, kept_TK=routing.kept_TK & real_BS.flatten()[:, None])
-        y_TH = self.experts(x_TH, routing.ids_TK, routing.probs_TK, routing.kept_TK)
-        return y_TH.view_as(x_BSH), routing
-
-
-class Block(nn.Module):
-    """One transformer layer: attention, then a dense feed-forward layer or experts."""
+    `moe` and `ffn` exclude each other. `shared` is the shared expert of an MoE layer; it has a
+    norm of its own (`shared_norm`) in the sequential placement only.
+    """
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, layer: int, is_moe: bool) -> None:
         super().__init__()
@@ -110,18 +92,20 @@ class Block(nn.Module):
         self,
         x_BSH: Tensor,
         training_capacity: bool,
-        *places_BS: Tensor | None,
-        memory: LayerMemory | None = None,
+        positions_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """[B, S, H] -> [B, S, H] and, for an MoE layer, what its router decided."""
-        mixed = self.attention(self.attention_norm(x_BSH), *places_BS, memory=memory)
-        x = x_BSH + self.dropout(mixed)
+        """[B, S, H] -> [B, S, H] and, for an MoE layer, its routing decisions."""
+        normed = self.attention_norm(x_BSH)
+        x = x_BSH + self.dropout(self.attention(normed, positions_BS, documents_BS, cache))
         normed = self.ffn_norm(x)
         if self.ffn is not None:
             return x + self.dropout(self.ffn(normed)), None
         assert self.moe is not None
-        real_BS = None if memory is None else memory.step.real_BS
-        branch, routing = self.moe(normed, training_capacity, real_BS)
+        valid_BS = None if cache is None else cache.step.valid_BS
+        branch, routing = self.moe(normed, training_capacity, valid_BS)
+        # Parallel placement: one branch, one dropout over the sum.
         if self.shared is not None and self.shared_norm is None:
             branch = branch + self.shared(normed)
         x = x + self.dropout(branch)
@@ -134,12 +118,12 @@ class ReferenceOpenMoE(nn.Module):
     """The whole network. `state_dict()` has the logical names of `megatron_moe.model.logical`.
 
     Args:
-        model: the dense part.
-        moe: the expert part.
+        model: configuration of the dense part.
+        moe: configuration of the MoE layers.
         vocab_size: V, padded.
-        seed: of the initial values; `None` leaves the memory as it is, to be loaded.
-        device: where; on `meta` there are no values.
-        dtype: of parameters and activations: fp32, bf16 or fp64.
+        seed: seed of the initial values; `None` leaves parameters uninitialised, to be loaded.
+        device: device of the parameters; `meta` allocates none.
+        dtype: dtype of parameters and activations: fp32, bf16 or fp64.
     """
 
     def __init__(
@@ -158,10 +142,11 @@ class ReferenceOpenMoE(nn.Module):
         self.vocab_size = vocab_size
         parameters = logical_parameters(model, moe, vocab_size)
         pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
-        with torch.device("meta"):  # PyTorch's own initialisation would be thrown away
+        with torch.device("meta"):  # skips PyTorch's own initialisation, which is not used
             self.embedding = nn.Embedding(vocab_size, model.hidden_size)
+            self.embedding_dropout = nn.Dropout(model.hidden_dropout)
             self.layers = nn.ModuleList(
-                Block(model, moe, layer, is_moe) for layer, is_moe in enumerate(pattern)
+                DecoderBlock(model, moe, layer, is_moe) for layer, is_moe in enumerate(pattern)
             )
             self.final_norm = RMSNorm(model)
             self.output: nn.Linear | None = None
@@ -173,7 +158,7 @@ class ReferenceOpenMoE(nn.Module):
 
     @torch.no_grad()
     def load_logical(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy every logical tensor in, one at a time, cast to this model's dtype.
+        """Copy every logical tensor into the model, one at a time, cast to the model's dtype.
 
         Raises:
             UsageError: a name is unknown, missing or given twice, or a shape differs.
@@ -181,15 +166,16 @@ class ReferenceOpenMoE(nn.Module):
         missing = dict(self.named_parameters())
         for name, tensor in tensors:
             if name not in missing:
-                raise UsageError("tensor", name, "a name of this model, once")
+                expected = "a tensor of this model, each given once"
+                raise UsageError("name of a tensor", name, expected)
             parameter = missing.pop(name)
             if parameter.shape != tensor.shape:
-                expected = f"shape {tuple(parameter.shape)}"
-                raise UsageError(f"tensor {name}", tuple(tensor.shape), expected)
+                expected = str(tuple(parameter.shape))
+                raise UsageError(f"shape of {name}", tuple(tensor.shape), expected)
             parameter.copy_(tensor)
         if missing:
-            expected = f"all tensors of the model; missing {next(iter(missing))}"
-            raise UsageError("number of tensors missing", len(missing), expected)
+            fix = f"the first one missing is {next(iter(missing))}"
+            raise UsageError("number of missing tensors", len(missing), "0", fix)
 
     def hidden_states(
         self,
@@ -200,53 +186,58 @@ class ReferenceOpenMoE(nn.Module):
         documents_BS: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """Everything before the logits: [B, S, H] after the final norm, and the routing."""
-        x_BSH = self.embedding(tokens_BS)
+        x_BSH = self.embedding_dropout(self.embedding(tokens_BS))
         routing = []
-        for layer in self.layers:
-            x_BSH, decided = layer(x_BSH, training_capacity, positions_BS, documents_BS)
-            if decided is not None:
-                routing.append(decided)
+        for block in self.layers:
+            x_BSH, decisions = block(x_BSH, training_capacity, positions_BS, documents_BS)
+            if decisions is not None:
+                routing.append(decisions)
         return self.final_norm(x_BSH), routing
 
-    def new_cache(self, rows: int, slots: int | None = None) -> Cache:
-        """For ``rows`` rows of up to ``slots`` tokens, by default all that the model allows."""
-        where = self.embedding.weight
+    def new_cache(self, rows: int, slots: int | None = None) -> KVCache:
+        """A KV cache for rows of up to ``slots`` tokens each, by default the model's maximum."""
+        weight = self.embedding.weight
         slots = self.model.max_position_embeddings if slots is None else slots
-        return Cache(self.model, rows, slots, device=where.device, dtype=where.dtype)
+        return KVCache(self.model, rows, slots, device=weight.device, dtype=weight.dtype)
 
-    def continued(
-        self, tokens_BS: Tensor, cache: Cache, counts: Sequence[int] | None = None
+    def hidden_states_with_cache(
+        self, tokens_BS: Tensor, cache: KVCache, counts: Sequence[int] | None = None
     ) -> tuple[Tensor, list[Routing]]:
-        """`hidden_states` of tokens that follow those in the cache, which then holds them as well.
+        """`hidden_states` of tokens that follow the cached ones; adds them to the cache.
 
         Args:
-            tokens_BS: int64 ids; a row with fewer than S is filled up with any id, at its end.
-            cache: of this model.
-            counts: tokens of each row that are no padding; `None` means S. Values for padding mean
-                nothing, and it is kept by no expert.
+            tokens_BS: int64 ids; a row with fewer than S tokens is padded at its end with any id.
+            cache: from `new_cache` of this model.
+            counts: tokens of each row that are not padding; `None` means S. Values at padding are
+                meaningless, and no expert processes it.
 
         Raises:
-            UsageError: a row becomes longer than the cache, or the model drops tokens, which would
-                make the result depend on what comes later.
+            UsageError: a row becomes longer than the cache, or the model has a capacity factor,
+                under which the result would depend on later tokens.
         """
         factor = capacity_factor(self.moe, training_capacity=False)
         if factor is not None:
-            expected = "None (dropless) with a cache: a later token may displace an earlier one"
-            raise UsageError("--moe-eval-capacity-factor", factor, expected)
+            expected = "None (dropless) with a KV cache"
+            reason = "under a capacity a later token may displace an earlier one"
+            raise UsageError("--moe-eval-capacity-factor", factor, expected, reason)
         rows, length = tokens_BS.shape
         step = cache.begin(rows, length, counts)
-        x_BSH = self.embedding(tokens_BS)
+        x_BSH = self.embedding_dropout(self.embedding(tokens_BS))
         routing = []
-        for number, layer in enumerate(self.layers):
-            memory = cache.layer(number, step)
-            x_BSH, decided = layer(x_BSH, False, step.positions_BS, memory=memory)
-            if decided is not None:
-                routing.append(decided)
+        for number, block in enumerate(self.layers):
+            layer_cache = cache.layer(number, step)
+            x_BSH, decisions = block(x_BSH, False, step.positions_BS, cache=layer_cache)
+            if decisions is not None:
+                routing.append(decisions)
         cache.finish(step)
         return self.final_norm(x_BSH), routing
 
     def logits(self, x_BSH: Tensor) -> Tensor:
-        """[.., H] -> [.., V] in fp32. Tied embeddings start as N(0, 1), hence their 1/sqrt(H)."""
+        """[.., H] -> [.., V] in fp32.
+
+        Tied embeddings are initialised as N(0, 1), which would give logits a standard deviation of
+        sqrt(H); the factor 1/sqrt(H) brings it to 1, as in T5.
+        """
         x = full_precision(x_BSH)
         if self.output is not None:
             return F.linear(x, full_precision(self.output.weight))
@@ -262,16 +253,17 @@ class ReferenceOpenMoE(nn.Module):
         positions_BS: Tensor | None = None,
         documents_BS: Tensor | None = None,
     ) -> ReferenceOutput:
-        """One micro-batch.
+        """Forward pass over one micro-batch.
 
         Args:
             tokens_BS: int64 ids.
             labels_BS: int64 ids to predict at each position.
-            loss_mask_BS: weight of each position; `None` counts all.
+            loss_mask_BS: weight of each position; `None` weighs all alike.
             training_capacity: the capacity factor of training rather than evaluation.
-            positions_BS: of the rotary embedding; `None` counts from the start of each row.
-            documents_BS: attention stays among equal numbers, which never fall along a row; `None`
-                lets it see the row. Capacity groups are the same with and without.
+            positions_BS: rotary positions; `None` counts from the start of each row.
+            documents_BS: document number of each token, non-decreasing along a row; attention is
+                restricted to equal numbers. `None` means the whole row. Capacity groups do not
+                depend on it.
         """
         x_BSH, routing = self.hidden_states(
             tokens_BS,
@@ -305,14 +297,14 @@ class ReferenceOpenMoE(nn.Module):
         loss_mask_BS: Tensor | None = None,
         num_targets: Tensor | float | None = None,
     ) -> Tensor:
-        """Sum of mask (CE + c_z log(Z)^2) / targets + c_aux aux + c_router router_z, for training.
+        """The training loss: sum(mask (CE + c_z log(Z)^2)) / targets + c_aux aux + c_rz router_z.
 
         Args:
             output: of a forward pass with labels.
-            loss_mask_BS: weight of each position; `None` counts all.
-            num_targets: what the sum is divided by; `None` means the sum of the mask. With several
-                micro-batches, the mean of the targets of all of them makes their losses' mean the
-                loss of the global batch.
+            loss_mask_BS: weight of each position; `None` weighs all alike.
+            num_targets: divisor of the sum; `None` means the sum of the mask. With several
+                micro-batches, pass the mean number of targets per micro-batch: the mean of the
+                losses is then the loss of the global batch.
         """
         assert output.cross_entropy_BS is not None
         assert output.logit_z_BS is not None

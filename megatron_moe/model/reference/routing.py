@@ -1,11 +1,15 @@
-"""Who goes to which expert and who finds a slot, written from the definition.
+"""Routing: which experts a token chooses, and which of its choices find a slot.
 
-The routing half of the reference model (`megatron_moe.model.reference.model`), independent of
+    z = x W_r,  p = softmax(z)              over all E experts, fp32
+    choices = the K largest p, best first   combine weight = p, not renormalised
+    kept    = choice is among the first C of its expert in its group's queue (`kept_choices`)
+
+The routing half of the reference model, written from the definition and independent of
 `megatron_moe.moe`, which is tested against it. Sources: Xue et al., OpenMoE (arXiv 2402.01739), and
 its released training code; `docs/model.md` has the formulas.
 
-Shapes: T tokens row by row, E experts, K choices per token, G capacity groups, A = K T_g
-assignments of a group, R rows over which a balance loss is taken.
+Shapes: T tokens row by row, E experts, K choices per token, G capacity groups of T_g tokens,
+A = K T_g choices of a group, R rows over which a balance loss is taken.
 """
 
 from __future__ import annotations
@@ -23,16 +27,16 @@ from megatron_moe.errors import UsageError
 
 @dataclass(frozen=True)
 class Routing:
-    """What the router of one MoE layer decided about the T tokens of a micro-batch."""
+    """Routing decisions of one MoE layer for the T tokens of a micro-batch."""
 
     layer: int
     """Index of the layer in the network, from 0."""
     router_probs_TE: Tensor
     """Softmax over all experts, fp32."""
     ids_TK: Tensor
-    """SelectedCheckpoint experts, best first; equal probabilities in the order of the experts."""
+    """Chosen experts, best first; equal probabilities in the order of the experts."""
     probs_TK: Tensor
-    """Probability of each choice, which is also its combine weight (no renormalisation)."""
+    """Probability of each choice, which is also its combine weight (not renormalised)."""
     kept_TK: Tensor
     """Whether the choice found a slot."""
     counts_E: Tensor
@@ -46,16 +50,27 @@ class Routing:
 def route(
     logits_TE: Tensor, rows: int, moe: MoEConfig, layer: int, *, training_capacity: bool
 ) -> Routing:
-    """Softmax over all experts, then the best K without renormalising, then who finds a slot.
+    """Route the tokens of a micro-batch: softmax, top-k without renormalisation, capacity.
 
     Args:
         logits_TE: router logits of a micro-batch of `rows` rows of equal length.
         rows: B.
         moe: the expert part of the configuration.
-        layer: what `Routing.layer` shall say.
+        layer: index of the layer, recorded in `Routing.layer`.
         training_capacity: the capacity factor of training rather than evaluation.
+
+    Raises:
+        UsageError: a router or drop policy that only the parallel model has.
     """
+    fix = "the reference model has no other"
+    if moe.moe_router_type != "softmax":
+        raise UsageError("--moe-router-type", moe.moe_router_type, "softmax", fix)
+    if moe.moe_token_drop_policy not in ("position", "probs"):
+        policy = moe.moe_token_drop_policy
+        raise UsageError("--moe-token-drop-policy", policy, "position or probs", fix)
     probs_TE = logits_TE.softmax(dim=-1)
+    # A stable sort rather than `topk`, whose order of equal values is not defined: ties go to the
+    # expert with the lower index on every device.
     best_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
     probs_TK = best_TE.values[:, : moe.moe_router_topk]
     ids_TK = best_TE.indices[:, : moe.moe_router_topk]
@@ -77,15 +92,20 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 def capacity(moe: MoEConfig, group_tokens: int, *, training_capacity: bool) -> int:
-    """Slots C of one expert for a group of tokens.
+    """Slots C of one expert for a group of T_g tokens.
 
-    `t5x`: max(round(cf T / E), min), where round takes halves to even, as Python's does. `port`:
-    floor(K cf T / E), made even upwards, then at least min. No factor: a slot for every token.
+    - `t5x` (released): max(round(cf T_g / E), C_min); halves round to even. Without a factor K.
+    - `port`: floor(K cf T_g / E), rounded up to an even number, at least C_min.
+    - Without a capacity factor, T_g: a slot for every token.
+
+    Example: T_g = 2048, E = 32, K = 2, cf = 1.25. `t5x` gives 80 slots, `port` 160. The group makes
+    4096 choices, 128 per expert if balanced, so under `t5x` at least 37.5% of them are dropped.
     """
     factor = capacity_factor(moe, training_capacity)
     if factor is None:
         return group_tokens
     if moe.moe_capacity_rule == "t5x":
+        # Python's round() rounds halves to even, as jnp.round does in the released code.
         slots = round(factor * group_tokens / moe.num_experts)
     else:
         slots = math.floor(moe.moe_router_topk * factor * group_tokens / moe.num_experts)
@@ -97,7 +117,7 @@ def capacity_group(moe: MoEConfig, batch: int, sequence: int) -> int:
     """Tokens T_g of one capacity group of a micro-batch of `batch` rows of `sequence` tokens.
 
     Raises:
-        UsageError: the configured size is neither a part of a row, a row, nor whole rows.
+        UsageError: the configured size neither divides a row nor consists of whole rows.
     """
     size = moe.moe_capacity_group_size
     if size is None:
@@ -112,19 +132,34 @@ def capacity_group(moe: MoEConfig, batch: int, sequence: int) -> int:
 def kept_choices(
     ids_GTK: Tensor, probs_GTK: Tensor, num_experts: int, slots: int, policy: str
 ) -> Tensor:
-    """Which choices find one of their expert's slots, [G, T, K].
+    """Which choices get one of their expert's slots, [G, T, K].
 
-    Choices stand in a queue: all first choices in token order, then all second choices (policy
-    `position`), or by falling probability with ties in that order (`probs`). A choice is kept iff
-    fewer than `slots` choices of the same expert stand before it, kept or not.
+    The choices of a group form a queue: all first choices in token order, then all second choices
+    (policy `position`), or by decreasing probability with ties in that order (`probs`). A choice is
+    kept if and only if fewer than `slots` choices of the same expert precede it, kept or dropped.
+
+    Example, 4 tokens, K = 2, 2 slots, policy `position`:
+
+        token    choices (probability)      queue: first choices    second choices
+        0        e0 (.50)  e1 (.30)         0: e0  kept             4: e1  kept
+        1        e0 (.40)  e2 (.35)         1: e0  kept             5: e2  kept
+        2        e0 (.60)  e1 (.20)         2: e0  dropped          6: e1  dropped
+        3        e1 (.45)  e0 (.25)         3: e1  kept             7: e0  dropped
+
+    Token 2 loses both choices, so its MoE output is zero. Token 3 precedes token 0's second choice
+    although it is the later token: with a capacity, routing is not causal. Under `probs` token 2
+    (.60) and token 0 (.50) get the slots of e0, and token 1 loses its first choice.
     """
     groups, tokens, choices = ids_GTK.shape
+    # [G, T, K] -> [G, K T]: choice-major order is the queue of policy `position`.
     ids_GA = ids_GTK.transpose(1, 2).reshape(groups, -1)
     probs_GA = probs_GTK.transpose(1, 2).reshape(groups, -1)
     queue_GA = torch.arange(choices * tokens, device=ids_GA.device).expand_as(ids_GA)
     if policy == "probs":
         queue_GA = probs_GA.argsort(dim=1, descending=True, stable=True)
     queued_GA = ids_GA.gather(1, queue_GA)
+    # The running count of each expert up to and including a place, at the expert of that place,
+    # minus the choice itself: how many of the same expert precede it.
     so_far_GAE = F.one_hot(queued_GA, num_experts).cumsum(dim=1)
     before_GA = so_far_GAE.gather(2, queued_GA.unsqueeze(2)).squeeze(2) - 1
     kept_GA = torch.zeros_like(ids_GA, dtype=torch.bool).scatter(1, queue_GA, before_GA < slots)
@@ -132,14 +167,18 @@ def kept_choices(
 
 
 def balance_loss(probs_RTE: Tensor, ids_RTK: Tensor) -> Tensor:
-    """E sum_e f_e P_e, averaged over R: f_e choices of e per token, P_e its mean probability."""
+    """E sum_e f_e P_e, averaged over R: f_e choices of e per token, P_e its mean probability.
+
+    f_e counts all K choices before dropping, so sum_e f_e = K and the loss is K when balanced. It
+    is an integer count per token without a gradient; gradients flow through P_e alone.
+    """
     experts = probs_RTE.shape[-1]
     f_RE = F.one_hot(ids_RTK, experts).sum(dim=2).to(probs_RTE.dtype).mean(dim=1)
     return experts * (f_RE * probs_RTE.mean(dim=1)).sum(dim=1).mean()
 
 
 def capacity_factor(moe: MoEConfig, training_capacity: bool) -> float | None:
-    """The factor of training or of evaluation; `None` drops nothing."""
+    """The capacity factor of training or evaluation; `None` means dropless."""
     return moe.moe_expert_capacity_factor if training_capacity else moe.moe_eval_capacity_factor
 
 
@@ -162,5 +201,6 @@ def _kept(
 def _balance(probs_TE: Tensor, ids_TK: Tensor, rows: int, moe: MoEConfig) -> Tensor:
     if moe.moe_router_load_balancing_type == "none":
         return probs_TE.new_zeros(())
+    # Per row (`seq_aux_loss`), or over the whole micro-batch (`aux_loss`).
     over = rows if moe.moe_router_load_balancing_type == "seq_aux_loss" else 1
     return balance_loss(probs_TE.unflatten(0, (over, -1)), ids_TK.unflatten(0, (over, -1)))

@@ -1,9 +1,15 @@
-"""What Megatron-Core's optimizers hold for each parameter, whatever their kind.
+"""The state that Megatron-Core's optimizers hold for each parameter, in one form.
 
-Three kinds of optimizer, possibly chained (dense and expert parameters): fp32, half precision with
-fp32 masters, and the distributed one, in which each data-parallel rank holds a flat range of each
-parameter. All are seen here as flat tensors that start at some element of the local parameter. What
-is not shaped like parameters, as Adafactor keeps it, comes from its optimizer in logical form.
+Megatron-Core has three optimizers, chained if dense and expert parameters differ: fp32, half
+precision with fp32 masters, and the distributed optimizer, in which each data-parallel rank holds a
+flat range of each parameter. Here the state of all three is flat tensors that start at some element
+of the flattened local parameter: at 0, or at the start of the range.
+
+    parameter [3, 4], distributed over two ranks     rank 0: elements 0..5, start 0
+                                                     rank 1: elements 6..11, start 6
+
+State of other shapes, such as Adafactor's row and column means, is returned by its optimizer as
+blocks of logical tensors (`LogicalState`).
 """
 
 from __future__ import annotations
@@ -29,11 +35,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 class LogicalState(Protocol):
     """An inner optimizer whose state is not shaped like the parameters.
 
-    It counts its steps in its groups, as `step`, and creates all of its state at the start.
+    It counts steps in its parameter groups, as `step`, and creates all of its state when built.
     """
 
     def logical_state(self, main: Tensor) -> Iterable[Part]:
-        """The state of what it updates as ``main``, sharing memory with it."""
+        """State of the tensor ``main`` that it updates; shares memory with the optimizer."""
         ...
 
 
@@ -42,10 +48,10 @@ class OptimizerShard:
     """State of one parameter on this rank.
 
     Args:
-        tensors: kind -> flat tensor, sharing memory with the optimizer.
-        start: the element of the flattened local parameter that the tensors start at.
-        sharded: whether each data-parallel rank holds another range; otherwise all hold the same.
-        parts: state of other shapes than the parameter's.
+        tensors: kind -> flat tensor that shares memory with the optimizer.
+        start: element of the flattened local parameter at which the tensors start.
+        sharded: whether data-parallel ranks hold disjoint ranges, rather than equal copies.
+        parts: state that is not shaped like the parameter.
     """
 
     tensors: dict[str, Tensor]
@@ -55,7 +61,7 @@ class OptimizerShard:
 
 
 def optimizer_shards(optimizer: Any) -> dict[Tensor, OptimizerShard]:
-    """State by model parameter; state that the first step would create is created now.
+    """State by model parameter; state that the first step would create is created here.
 
     Args:
         optimizer: from `megatron.core.optimizer.get_megatron_optimizer`.
@@ -71,7 +77,7 @@ def optimizer_shards(optimizer: Any) -> dict[Tensor, OptimizerShard]:
 
 
 def _state(inner: Any, main: Tensor) -> tuple[dict[str, Tensor], tuple[Part, ...]]:
-    """What is shaped like the parameter, and what is not."""
+    """State shaped like the parameter, and state that is not."""
     if isinstance(inner, LogicalState):
         return {}, tuple(inner.logical_state(main))
     state = inner.state[main]
@@ -81,21 +87,28 @@ def _state(inner: Any, main: Tensor) -> tuple[dict[str, Tensor], tuple[Part, ...
 
 
 def leaves(optimizer: Any) -> Iterator[Any]:
-    """The optimizers of a chain that have parameters."""
+    """The optimizers of a chain that hold parameters; Megatron-Core's stubs are left out."""
     for leaf in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not leaf.is_stub_optimizer:
             yield leaf
 
 
 def parameters(leaf: Any) -> Iterator[tuple[Tensor, Tensor, int, bool]]:
-    """Model parameter, what the inner optimizer updates, first element of it, whether sharded.
+    """Pairs of model parameter and the tensor that the inner optimizer updates in its place.
 
-    Pairs are taken from the lists the engine copies gradients by. Its own index from parameters to
-    groups is wrong for groups of mixed precision, where it forgets that fp32 shards come first.
+    Yields:
+        The parameter; the updated tensor (itself, its fp32 master, or this rank's range of one of
+        them); the range's first element; whether the range is this rank's alone.
+
+    Raises:
+        CheckpointError: the optimizer is none of Megatron-Core's three.
     """
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, FP32Optimizer
 
+    # The pairs come from the lists by which Megatron-Core copies gradients. Its index from
+    # parameters to groups is wrong for groups of mixed precision: it ignores that fp32 shards
+    # come first in them.
     if isinstance(leaf, DistributedOptimizer):
         half = zip(leaf.model_float16_groups, leaf.shard_fp32_from_float16_groups, strict=True)
         full = zip(leaf.model_fp32_groups, leaf.shard_fp32_groups, strict=True)
@@ -110,11 +123,12 @@ def parameters(leaf: Any) -> Iterator[tuple[Tensor, Tensor, int, bool]]:
     elif isinstance(leaf, FP32Optimizer):
         yield from ((param, param, 0, False) for param in leaf.get_parameters())
     else:
-        raise CheckpointError("optimizer", type(leaf).__name__, "one of Megatron-Core's three")
+        kinds = "DistributedOptimizer, Float16OptimizerWithFloat16Params or FP32Optimizer"
+        raise CheckpointError("class of the optimizer", type(leaf).__name__, kinds)
 
 
 def _create_state(inner: torch.optim.Optimizer, main: Tensor, state: dict[str, Tensor]) -> None:
-    """What the first step would create: zeros. A step from them equals a first step."""
+    """Zeros, as the first step would create: a load needs memory to fill, a save a full index."""
     group = next(g for g in inner.param_groups if any(p is main for p in g["params"]))
     if isinstance(inner, torch.optim.SGD):
         if group["momentum"]:
@@ -133,10 +147,10 @@ def _create_state(inner: torch.optim.Optimizer, main: Tensor, state: dict[str, T
 
 
 def optimizer_step(optimizer: Any) -> int | None:
-    """How many steps were taken, as Adam's bias correction counts them; None for SGD.
+    """Number of steps that Adam's bias correction counts; None for SGD and for no parameters.
 
     Raises:
-        CheckpointError: parameters disagree.
+        CheckpointError: parameters have different counts.
     """
     steps = set()
     for leaf in leaves(optimizer):
@@ -148,7 +162,13 @@ def optimizer_step(optimizer: Any) -> int | None:
 
 
 def set_optimizer_step(optimizer: Any, step: int | None) -> None:
-    """The inverse of `optimizer_step`, after `optimizer_shards` has created state."""
+    """The inverse of `optimizer_step`; `optimizer_shards` must have created the state.
+
+    Args:
+        optimizer: from `megatron.core.optimizer.get_megatron_optimizer`.
+        step: the count to set.
+    """
+    # torch's Adam counts for each parameter; fused optimizers and Adafactor count in the group.
     for leaf in leaves(optimizer):
         counted = [s for s in leaf.optimizer.state.values() if "step" in s]
         for state in counted:

@@ -1,9 +1,14 @@
-"""Which part of the logical model each local parameter is: the bridge between layouts.
+"""The table of shards: which blocks of which logical tensors each local parameter consists of.
 
-The logical model (`logical.py`) has unfused weights that know nothing of ranks. A local parameter
-is one block, or a few interleaved ones, of logical tensors: heads of q, k and v; halves of a gate
-and an up projection; some experts. Everything that must not depend on the layout - initial values,
-checkpoints, parity with the reference model - goes through this table.
+The logical model (`megatron_moe/model/logical.py`) has unfused weights without any notion of ranks.
+A local parameter is one block, or a few interleaved ones, of logical tensors: heads of q, k and v;
+blocks of a gate and the up projection; some experts. The table is a list of `ParamShard`, one for
+each parameter, and each has a `Piece` for each logical tensor in it.
+
+    tp=2, N=4 heads, D=8, H=32, rank 1: linear_qkv.weight [2 * 3 * 8, 32] is
+        query  heads 2..3 of [4, 8, 32]   select: view(2, 3, 8, 32)[:, 0]
+        key    heads 2..3 of [4, 8, 32]   select: view(2, 3, 8, 32)[:, 1]
+        value  heads 2..3 of [4, 8, 32]   select: view(2, 3, 8, 32)[:, 2]
 
 Shapes: V vocabulary, H hidden, N heads, D head dimension, F feed-forward width, E experts, M input
 blocks of a feed-forward (2 or 3); a suffix _l means this rank's share.
@@ -11,32 +16,31 @@ blocks of a feed-forward (2 or 3); a suffix _l means this rank's share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from math import prod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_moe.config import ModelConfig, MoEConfig, RunConfig
-from megatron_moe.model.ffn import input_blocks
 from megatron_moe.model.logical import initial_expert, initial_tensor, logical_parameters
 from megatron_moe.model.openmoe import OpenMoEModel
-
-Shape = tuple[int, ...]
+from megatron_moe.model.sharding.blocks import Shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """One block of one logical tensor.
+    """One block of one logical tensor, and where it is in a local parameter.
 
     Args:
         name: the logical tensor.
         logical_shape: its shape.
-        view_shape: a shape of as many elements in which this rank's part is a rectangular block.
-        offsets: where that block starts in the view.
-        sizes: how large it is.
-        select: takes a tensor shaped like the local parameter to the view of it that is this block.
+        view_shape: a shape with as many elements, in which this rank's part is a rectangle.
+        offsets: first index of the rectangle in each dimension of the view.
+        sizes: its length in each dimension of the view.
+        select: maps a tensor shaped like the local parameter to the view of it that is this block,
+            shaped ``sizes``.
     """
 
     name: str
@@ -48,21 +52,25 @@ class Piece:
 
     def block_of(self, logical: Tensor) -> Tensor:
         """This block, as a view of the whole logical tensor."""
-        index = tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
-        return logical.reshape(self.view_shape)[index]
+        return logical.reshape(self.view_shape)[self.index]
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """The block as an index into the view."""
+        return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ParamShard:
-    """A local parameter and what it is.
+    """A local parameter and its blocks.
 
     Args:
         param: the parameter.
-        local_name: its name in the chunk, with the chunk's number in front.
+        local_name: its name in the chunk, prefixed with the chunk's number.
         pieces: its blocks, which together cover it.
-        writer: whether this rank writes it among those that hold the same block because of tensor
-            parallelism or tied embeddings; data-parallel replicas are not counted here.
-        expert: whether its replicas are `pgs.expt_dp` rather than `pgs.dp_cp`.
+        writer: whether this rank saves it, of the ranks with the same block because of tensor
+            parallelism or tied embeddings. Data-parallel replicas are not considered here.
+        expert: whether its data-parallel group is `pgs.expt_dp` rather than `pgs.dp_cp`.
     """
 
     param: Tensor
@@ -74,7 +82,7 @@ class ParamShard:
 
 @dataclass(frozen=True)
 class _Rank:
-    """This rank's coordinates and the sizes that the table needs."""
+    """This rank's coordinates in the layout, and sizes of the model."""
 
     tp: int
     tp_rank: int
@@ -88,13 +96,11 @@ class _Rank:
     blocks: int
 
 
-def model_shards(
-    chunks: Sequence[OpenMoEModel], model: ModelConfig, moe: MoEConfig
-) -> list[ParamShard]:
-    """The table of all parameters of this rank, in a fixed order.
+def model_shards(chunks: Sequence[Any], model: ModelConfig, moe: MoEConfig) -> list[ParamShard]:
+    """The table of all parameters of this rank, in the order of the chunks and their parameters.
 
     Args:
-        chunks: the model chunks of this rank, without wrappers.
+        chunks: the model chunks of this rank, in Megatron-Core's wrappers or bare.
         model: the dense part of the configuration they were built from.
         moe: the expert part.
 
@@ -102,12 +108,20 @@ def model_shards(
         KeyError: a parameter is not in the table.
     """
     shards = []
-    for number, chunk in enumerate(chunks):
+    for number, wrapped in enumerate(chunks):
+        chunk = _unwrap(wrapped)
         rank = _coordinates(chunk, model)
         layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         for name, param in chunk.named_parameters():
             shards.append(_shard(f"{number}.{name}", name, param, layers, rank, moe, chunk))
     return shards
+
+
+def _unwrap(chunk: Any) -> OpenMoEModel:
+    while hasattr(chunk, "module"):
+        chunk = chunk.module
+    found: OpenMoEModel = chunk
+    return found
 
 
 def _coordinates(chunk: OpenMoEModel, model: ModelConfig) -> _Rank:
@@ -122,7 +136,7 @@ def _coordinates(chunk: OpenMoEModel, model: ModelConfig) -> _Rank:
         model.num_attention_heads,
         model.kv_channels,
         model.hidden_size,
-        input_blocks(model.ffn_variant),
+        model.input_blocks,
     )
 
 
@@ -144,14 +158,11 @@ def _shard(
     writer = rank.tp_rank == 0 if replicated else True
     if name == "output_layer.weight" and chunk.share_embeddings_and_output_weights:
         writer = False
-        pieces = tuple(_renamed(piece, "embedding.weight") for piece in pieces)
+        # The last pipeline stage's copy of a tied embedding: loaded, but saved by the first stage.
+        pieces = tuple(replace(piece, name="embedding.weight") for piece in pieces)
     return ParamShard(
         param=param, local_name=local_name, pieces=pieces, writer=writer, expert=expert
     )
-
-
-def _renamed(piece: Piece, name: str) -> Piece:
-    return Piece(**{**vars(piece), "name": name})
 
 
 _REPLICATED = {
@@ -159,14 +170,14 @@ _REPLICATED = {
     "pre_mlp_layernorm.weight": "ffn_norm.weight",
     "shared_norm.weight": "shared_norm.weight",
     "decoder.final_layernorm.weight": "final_norm.weight",
-    "moe.router_weight": "moe.router.weight",
+    "moe.router.weight": "moe.router.weight",
 }
 
 
 def _pieces(
     prefix: str, suffix: str, param: Tensor, rank: _Rank, moe: MoEConfig
 ) -> tuple[bool, tuple[Piece, ...]]:
-    """Whether all tensor-parallel ranks hold the same, and the blocks."""
+    """Whether all tensor-parallel ranks hold the same values, and the parameter's blocks."""
     if suffix in _REPLICATED:
         return True, (_whole(prefix + _REPLICATED[suffix], param),)
     if suffix in ("embedding.word_embeddings.weight", "output_layer.weight"):
@@ -189,6 +200,7 @@ def _pieces(
 
 
 def _whole(name: str, param: Tensor) -> Piece:
+    """A parameter that is a whole logical tensor."""
     shape = tuple(param.shape)
     zeros = (0,) * len(shape)
     return Piece(
@@ -202,6 +214,7 @@ def _whole(name: str, param: Tensor) -> Piece:
 
 
 def _split(name: str, param: Tensor, dim: int, parts: int, part: int) -> Piece:
+    """A parameter that is part ``part`` of ``parts`` equal ones of a logical tensor, along dim."""
     sizes = tuple(param.shape)
     logical = tuple(s * parts if i == dim else s for i, s in enumerate(sizes))
     offsets = tuple(part * s if i == dim else 0 for i, s in enumerate(sizes))
@@ -216,7 +229,7 @@ def _split(name: str, param: Tensor, dim: int, parts: int, part: int) -> Piece:
 
 
 def _qkv(prefix: str, param: Tensor, rank: _Rank) -> tuple[Piece, ...]:
-    """The engine interleaves q, k, v head by head: [N_l, 3, D, H]."""
+    """[N_l * 3 * D, H]: Megatron-Core interleaves q, k and v head by head."""
     heads, dim, hidden = rank.heads // rank.tp, rank.head_dim, rank.hidden
     return tuple(
         Piece(
@@ -232,7 +245,10 @@ def _qkv(prefix: str, param: Tensor, rank: _Rank) -> tuple[Piece, ...]:
 
 
 def _dense_input(prefix: str, param: Tensor, rank: _Rank) -> tuple[Piece, ...]:
-    """[M * F_l, H]: the gate's blocks, then the up block."""
+    """[M * F_l, H]: the gate's M - 1 blocks, then the up block."""
+    # Each block is split over tensor-parallel ranks by itself. M = 3, F = 4, tp = 2: rank 1 holds
+    # rows 2..3 of each block, so the logical gate [8, H] is a rectangle only in the view [2, 4, H],
+    # with offsets (0, 2, 0) and sizes (2, 2, H).
     blocks, hidden = rank.blocks, rank.hidden
     width_l = param.shape[0] // blocks
     width, start = width_l * rank.tp, width_l * rank.tp_rank
@@ -258,7 +274,8 @@ def _dense_input(prefix: str, param: Tensor, rank: _Rank) -> tuple[Piece, ...]:
 
 
 def _expert_input(prefix: str, param: Tensor, rank: _Rank, moe: MoEConfig) -> tuple[Piece, ...]:
-    """[E_l, H, M * F_l]: per expert the gate's blocks, then the up block, along the columns."""
+    """[E_l, H, M * F_l]: along each expert's columns the gate's M - 1 blocks, then the up block."""
+    # As for dense layers, but transposed: the gate's view splits its columns, [E, H, M - 1, F].
     blocks, hidden, gates = rank.blocks, rank.hidden, rank.blocks - 1
     experts_l, width_l = param.shape[0], param.shape[2] // blocks
     width = width_l * rank.etp
@@ -284,6 +301,7 @@ def _expert_input(prefix: str, param: Tensor, rank: _Rank, moe: MoEConfig) -> tu
 
 
 def _expert_output(prefix: str, param: Tensor, rank: _Rank, moe: MoEConfig) -> Piece:
+    """[E_l, F_l, H]."""
     experts_l, width_l, hidden = param.shape
     shape = (moe.num_experts, width_l * rank.etp, hidden)
     return Piece(
@@ -297,7 +315,7 @@ def _expert_output(prefix: str, param: Tensor, rank: _Rank, moe: MoEConfig) -> P
 
 
 def fill(shards: Iterable[ParamShard], read: Callable[[Piece], Tensor]) -> None:
-    """Overwrite every local parameter with what ``read`` gives for each of its pieces."""
+    """Overwrite each piece of each parameter with ``read(piece)``, shaped ``piece.sizes``."""
     with torch.no_grad():
         for shard in shards:
             for piece in shard.pieces:
@@ -305,31 +323,27 @@ def fill(shards: Iterable[ParamShard], read: Callable[[Piece], Tensor]) -> None:
 
 
 def initialise(chunks: Sequence[OpenMoEModel], config: RunConfig, vocab_size: int) -> None:
-    """Initial weights, a function of the seed and the logical name alone."""
+    """Set the initial weights, a function of the seed and the logical name alone.
+
+    Args:
+        chunks: the model chunks of this rank, without wrappers.
+        config: of the run.
+        vocab_size: V, padded.
+    """
     seed = config.train.seed
     table = logical_parameters(config.model, config.moe, vocab_size)
 
     def read(piece: Piece) -> Tensor:
         parameter = table[piece.name]
         if parameter.kind == "expert":
+            # Each expert has its own seed, so that a rank draws only the experts it holds.
             first, count = piece.offsets[0], piece.sizes[0]
             experts = [
                 initial_expert(piece.name, parameter, seed, e) for e in range(first, first + count)
             ]
             block = torch.stack(experts).reshape(count, *piece.view_shape[1:])
-            index = (slice(None), *_slices(piece)[1:])
+            index = (slice(None), *piece.index[1:])
             return block[index]
         return piece.block_of(initial_tensor(piece.name, parameter, seed))
 
     fill(model_shards(chunks, config.model, config.moe), read)
-
-
-def _slices(piece: Piece) -> tuple[slice, ...]:
-    return tuple(slice(o, o + s) for o, s in zip(piece.offsets, piece.sizes, strict=True))
-
-
-def uncovered(shards: Iterable[ParamShard]) -> Iterator[str]:
-    """Names of parameters whose pieces do not cover them exactly; for tests."""
-    for shard in shards:
-        if sum(prod(piece.sizes) for piece in shard.pieces) != shard.param.numel():
-            yield shard.local_name

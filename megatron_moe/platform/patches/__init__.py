@@ -1,22 +1,26 @@
-"""What it takes to run Megatron-Core without a GPU: small patches, one family a file.
+"""The patches with which Megatron-Core runs without a GPU, of `torch.cuda` and of its own code.
 
-Nothing happens when these modules are imported; `megatron_moe.platform.activate` applies them.
+Importing these modules changes nothing; `megatron_moe.platform.activate` applies the patches.
 """
 
 from __future__ import annotations
 
-from megatron_moe.platform.patches.base import EngineMismatchError, Patch
-from megatron_moe.platform.patches.devices import (
-    CurrentDevice,
+from megatron_moe.platform.patches.base import Patch, PatchMismatchError
+from megatron_moe.platform.patches.megatron_core import (
     DeviceLiterals,
-    MoveToDevice,
+    HostSplits,
+    KnownWarnings,
+    NoFusion,
+    RouterGemm,
     TensorTypeNames,
 )
-from megatron_moe.platform.patches.fusion import NoFusion
-from megatron_moe.platform.patches.missing import HostSplits, RouterGemm
-from megatron_moe.platform.patches.noise import KnownWarnings
-from megatron_moe.platform.patches.random import RandomState, RandomStateWarning
-from megatron_moe.platform.patches.streams import Streams
+from megatron_moe.platform.patches.torch_cuda import (
+    CurrentDevice,
+    MoveToDevice,
+    RandomState,
+    RandomStateWarning,
+    Streams,
+)
 
 CPU_PATCHES: tuple[type[Patch], ...] = (
     KnownWarnings,
@@ -31,7 +35,7 @@ CPU_PATCHES: tuple[type[Patch], ...] = (
     RouterGemm,
     HostSplits,
 )
-"""In the order in which they are applied; the first four touch only torch and come before the
-engine is imported, in case it isn't yet."""
+"""In the order in which they are applied. The first four change only torch; `NoFusion` imports
+Megatron-Core, with those in effect, unless it is imported already."""
 
-__all__ = ["CPU_PATCHES", "EngineMismatchError", "Patch"]
+__all__ = ["CPU_PATCHES", "Patch", "PatchMismatchError"]

@@ -1,4 +1,4 @@
-"""What a patch is: a named, reversible change of somebody else's code, with a reason."""
+"""What a patch is: a named, reversible change of code that is not ours, with its reason."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from types import CodeType, FunctionType
 from typing import Any, ClassVar
 
 
-class EngineMismatchError(RuntimeError):
-    """A patch no longer fits the installed Megatron-Core or torch."""
+class PatchMismatchError(RuntimeError):
+    """A patch does not fit the installed Megatron-Core or torch."""
 
 
 class Patch(ABC):
-    """One reversible change. `apply` and `undo` come in pairs; a patch is applied at most once."""
+    """One reversible change. `apply` and `undo` are called in pairs, `apply` at most once."""
 
     name: str
-    """Short name, as `Platform.patches` lists it."""
+    """Short name, as in `Platform.patches`."""
 
     @abstractmethod
     def apply(self) -> None:
         """Make the change.
 
         Raises:
-            EngineMismatchError: what should be changed is not there.
+            PatchMismatchError: the code to change is not there.
         """
 
     @abstractmethod
     def undo(self) -> None:
-        """Put back exactly what `apply` replaced."""
+        """Restore exactly what `apply` replaced."""
 
 
 class AttributePatch(Patch):
@@ -61,13 +61,14 @@ class AttributePatch(Patch):
 class ConstantPatch(Patch):
     """Replaces constants in the compiled code of named functions.
 
-    This is how a literal `device="cuda"` deep in a function is changed without any cost when the
-    function runs, and for every module that already imported it: the function object stays the
-    same.
+    This changes a literal `device="cuda"` inside a function at no cost when the function runs, and
+    for every module that has imported it: the function object stays the same. The literal is an
+    entry of `function.__code__.co_consts`; the code object is replaced by a copy in which that
+    entry is "cpu".
     """
 
     constants: ClassVar[dict[str, str]]
-    """Old value -> new value. Only whole constants are replaced, never parts of strings."""
+    """Old value -> new value. Only whole constants are replaced, not parts of strings."""
     functions: ClassVar[tuple[str, ...]]
     """`module:qualified.name` of each function or method."""
 
@@ -80,7 +81,7 @@ class ConstantPatch(Patch):
             original = function.__code__
             code = _replace_constants(original, self.constants)
             if code is original:
-                raise EngineMismatchError(
+                raise PatchMismatchError(
                     f"patch {self.name}: {name} has none of {sorted(map(repr, self.constants))}"
                 )
             self._saved.append((function, original))
@@ -96,7 +97,7 @@ def find_function(name: str) -> FunctionType:
     """The plain function called `module:qualified.name`, without its decorators.
 
     Raises:
-        EngineMismatchError: there is no such function.
+        PatchMismatchError: there is no such function.
     """
     module_name, _, path = name.partition(":")
     found: Any = importlib.import_module(module_name)
@@ -106,11 +107,12 @@ def find_function(name: str) -> FunctionType:
         found = found.__func__
     found = inspect.unwrap(found) if callable(found) else found
     if not isinstance(found, FunctionType):
-        raise EngineMismatchError(f"there is no function {name} in this Megatron-Core")
+        raise PatchMismatchError(f"there is no function {name} in this Megatron-Core")
     return found
 
 
 def _replace_constants(code: CodeType, constants: dict[str, str]) -> CodeType:
+    """The code with other constants; the same object if it has none of them."""
     replaced = tuple(_replace(value, constants) for value in code.co_consts)
     if all(new is old for new, old in zip(replaced, code.co_consts, strict=True)):
         return code
@@ -118,7 +120,7 @@ def _replace_constants(code: CodeType, constants: dict[str, str]) -> CodeType:
 
 
 def _replace(value: Any, constants: dict[str, str]) -> Any:
-    if isinstance(value, CodeType):
+    if isinstance(value, CodeType):  # a function defined inside this one
         return _replace_constants(value, constants)
     if isinstance(value, tuple):
         items = tuple(_replace(item, constants) for item in value)

@@ -1,7 +1,7 @@
-"""Adafactor as OpenMoE was trained with it, for logical tensors that are spread over ranks.
+"""Adafactor as OpenMoE was trained with it, for logical tensors that are sharded over ranks.
 
 Shazeer and Stern, arXiv 1804.04235, in the form of the released training code: no momentum, no
-weight decay, relative step sizes on. For a matrix G [R, C], its gradient, at step t = 1, 2, ...
+weight decay, relative step sizes. For a matrix G [R, C], its gradient, at step t = 1, 2, ...
 
     b = 1 - t^-0.8
     row [R] <- b row + (1 - b) (mean over columns of G^2 + 1e-30)          likewise column [C]
@@ -10,9 +10,13 @@ weight decay, relative step sizes on. For a matrix G [R, C], its gradient, at st
 
 Vectors, and matrices with a size below 128, keep all second moments V: U = G / sqrt(V). R, C and
 both RMS are those of the *logical* tensor: of q alone although q, k and v are one local parameter;
-of one expert although a rank has several; of the whole matrix although tensor-parallel ranks hold
-parts of it, who add up their sums, all tensors' in one message: one for the statistics and one for
-RMS(U). Nothing is read back by the host.
+of one expert although a rank has several; of the whole matrix although each tensor-parallel rank
+holds a part of it. So ranks all-reduce their sums of squares, those of all tensors in one message:
+one message for the statistics and one for RMS(U). Nothing is read back by the host.
+
+Example: a [4, 6] matrix split by columns over two ranks, each with [4, 3]. A rank's column sums are
+complete, since all rows are there; its row sums [4] cover half of the columns and are all-reduced;
+RMS(U) is sqrt of the all-reduced sum of squares over 24.
 """
 
 from __future__ import annotations
@@ -33,14 +37,14 @@ from megatron_moe.model.sharding.shards import ParamShard
 from megatron_moe.training.optim.factoring import Factoring
 
 ROW, COLUMN, FULL = "variance_row", "variance_column", "variance"
-"""Kinds of state: means of squares along each row, along each column, or all squares."""
+"""Kinds of state: mean squares of each row, of each column, or of every element."""
 SQUARE_FLOOR = 1e-30
 """Added to squared gradients."""
 SCALE_FLOOR = 1e-3
-"""Least RMS of a tensor, so that one that starts at zero can move."""
+"""Lower bound of RMS(W): a tensor that is initialized to zero could not move otherwise."""
 
 Pending = dict[ProcessGroup, list[Tensor]]
-"""Sums to be added over each group."""
+"""Local sums that must be all-reduced over each group."""
 
 
 @dataclass
@@ -54,7 +58,7 @@ class _LogicalTensor:
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add_sum(self, name: str, block: Tensor, over: tuple[int, ...], pending: Pending) -> None:
-        """Note a sum of squares over logical dimensions, and that ranks must add theirs."""
+        """Compute a local sum of squares, and queue it for the all-reduce if it is split."""
         self.sums[name] = self.factoring.squares(block, over)
         if self.factoring.is_split(over):
             pending.setdefault(self.group, []).append(self.sums[name])
@@ -64,8 +68,8 @@ class Adafactor(torch.optim.Optimizer):
     """Adafactor over this rank's parameters.
 
     Args:
-        param_groups: what the engine's wrapper updates: parameters, or their fp32 masters.
-        shards: of each of these, which logical tensors it is made of.
+        param_groups: what Megatron-Core's wrapper updates: parameters, or their fp32 masters.
+        shards: the logical tensors that each of these consists of.
         settings: decay, clipping, and which matrices are factored.
         pgs: `tp` splits dense matrices, `expt_tp` splits experts.
     """
@@ -98,7 +102,7 @@ class Adafactor(torch.optim.Optimizer):
             }
 
     def logical_state(self, main: Tensor) -> Iterator[Part]:
-        """What the checkpoint saves and loads of one parameter; shares memory with the state."""
+        """The state of one parameter as checkpoints hold it; shares memory with the optimizer."""
         for tensor in self._tensors[main]:
             for kind, value in tensor.state.items():
                 yield tensor.factoring.part(kind, _kept(tensor.factoring, kind), value)
@@ -131,10 +135,10 @@ def install_adafactor(
     settings: OptimizerConfig,
     pgs: ProcessGroupCollection,
 ) -> None:
-    """Put Adafactor into the engine's wrappers, in the place of what they were built around.
+    """Replace the optimizer inside Megatron-Core's wrappers by Adafactor.
 
     Args:
-        optimizer: the engine's, without sharding over data-parallel ranks.
+        optimizer: Megatron-Core's, without sharding over data-parallel ranks.
         shards: the table of this rank's parameters.
         settings: of Adafactor.
         pgs: this rank's groups.
@@ -171,7 +175,7 @@ def _measure(tensor: _LogicalTensor, pending: Pending) -> None:
 
 
 def _precondition(tensor: _LogicalTensor, decay: float, pending: Pending) -> None:
-    """Second moments of this step; the gradient becomes U in its own memory."""
+    """Update the second moments; the gradient is overwritten with U, before clipping."""
     factoring, state = tensor.factoring, tensor.state
     assert tensor.main.grad is not None
     update = factoring.piece.select(tensor.main.grad)
@@ -179,7 +183,9 @@ def _precondition(tensor: _LogicalTensor, decay: float, pending: Pending) -> Non
         for kind, over in ((ROW, factoring.column), (COLUMN, factoring.row)):
             mean = tensor.sums[kind] / factoring.extent((over,)) + SQUARE_FLOOR
             state[kind].lerp_(mean, 1.0 - decay)
-        # Rows and columns have the same mean, and tensor parallelism splits at most one of them.
+        # mean(row) and mean(column) are both the mean over the whole matrix, and tensor parallelism
+        # splits at most one dimension: take the mean of the statistic that is whole on this rank,
+        # which saves an all-reduce.
         whole, along = (ROW, factoring.row)
         if factoring.is_split((factoring.row,)):
             whole, along = (COLUMN, factoring.column)
@@ -192,7 +198,7 @@ def _precondition(tensor: _LogicalTensor, decay: float, pending: Pending) -> Non
 
 
 def _apply(tensor: _LogicalTensor, rate: float, threshold: float) -> None:
-    """Move the parameter by the clipped update, in proportion to its own size."""
+    """Apply the clipped update, scaled by the RMS of the parameter."""
     factoring = tensor.factoring
     assert tensor.main.grad is not None
     count = factoring.extent(factoring.matrix)
@@ -204,7 +210,7 @@ def _apply(tensor: _LogicalTensor, rate: float, threshold: float) -> None:
 
 
 def _reduce(pending: Pending) -> None:
-    """Add sums over the ranks that hold the other parts, in one message for each group."""
+    """All-reduce the queued sums, in one message for each group."""
     for group, sums in pending.items():
         flat = torch.cat([value.view(-1) for value in sums])
         torch.distributed.all_reduce(flat, group=group)

@@ -1,10 +1,11 @@
-"""How Adafactor sees this rank's block of a logical tensor: rows, columns, and experts apart.
+"""The rows and columns of this rank's block of a logical tensor, as Adafactor needs them.
 
 A logical tensor is a vector [N], a matrix [R, C], or a stack of experts' matrices [E, R, C]. The
 block of it that a rank holds is shaped by the table of `model/sharding/shards.py`, in a view that
 may split each of these dimensions (a gate's rows into two halves, a query's into heads). Here each
-logical dimension becomes the dimensions of the view that make it up; then sums over "the columns"
-are sums over those, and are complete once added over the ranks that split them.
+logical dimension is mapped to the dimensions of the view that it consists of. A sum over the
+columns is then a sum over those, and complete once it is all-reduced over the ranks that split
+them. Example: a gate [2F, H], viewed as [2, F, H], has rows (0, 1) and columns (2,).
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ Dims = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Factoring:
-    """The matrix, or the matrices, that a piece is a block of.
+    """How the matrices of a logical tensor lie in the view of a piece.
 
     Args:
         piece: the block.
-        groups: for each logical dimension the dimensions of the view that make it up.
-        expert: whether the first logical dimension numbers experts, each a matrix of its own.
+        groups: for each logical dimension, the dimensions of the view that it consists of.
+        expert: whether the first logical dimension is the expert, each with a separate matrix.
         min_dim: a matrix is factored if neither R nor C is below this.
     """
 
@@ -40,12 +41,12 @@ class Factoring:
 
     @classmethod
     def of(cls, piece: Piece, *, expert: bool, min_dim: int) -> Factoring:
-        """Find the groups."""
+        """Derive the groups from the shapes of a piece."""
         return cls(piece, split_dims(piece.logical_shape, piece.view_shape), expert, min_dim)
 
     @property
     def batch(self) -> Dims:
-        """Logical dimensions that number matrices."""
+        """Logical dimensions that enumerate matrices."""
         return (0,) if self.expert else ()
 
     @property
@@ -55,7 +56,7 @@ class Factoring:
 
     @property
     def factored(self) -> bool:
-        """Whether row and column means stand for the whole second moment."""
+        """Whether row and column means replace the full second moment."""
         sizes = [self.piece.logical_shape[dim] for dim in self.matrix]
         return len(sizes) == 2 and min(sizes) >= self.min_dim
 
@@ -99,7 +100,7 @@ class Factoring:
             tuple(values[dim] for dim in kept)
             for values in (piece.view_shape, piece.offsets, piece.sizes)
         )
-        # Of the ranks that split what was averaged over, all hold the same; the first writes it.
+        # Ranks that split the averaged dimensions all hold the same statistic; the first writes it.
         first = all(offset == 0 for dim, offset in enumerate(piece.offsets) if dim not in kept)
         return Part(
             kind=kind,
@@ -115,7 +116,7 @@ class Factoring:
 
 
 def split_dims(shape: Sequence[int], view: Sequence[int]) -> tuple[Dims, ...]:
-    """For each dimension of a shape, the dimensions of a finer view that make it up.
+    """For each dimension of a shape, the dimensions of a finer view that it consists of.
 
     [6, 5] seen as [2, 3, 5] gives (0, 1), (2,).
     """

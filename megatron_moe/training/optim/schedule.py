@@ -1,7 +1,7 @@
 """The learning rate as a function of the step.
 
-The values are those of Megatron-Core's `OptimizerParamScheduler` after as many steps, from a pure
-function: resuming needs no scheduler state, the step says it all.
+A pure function with the values of Megatron-Core's `OptimizerParamScheduler`: resuming needs no
+scheduler state, and a changed schedule takes effect at the next step.
 """
 
 from __future__ import annotations

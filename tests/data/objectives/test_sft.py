@@ -259,6 +259,3 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\n")
     with pytest.raises(UsageError, match=r"line 1 of .* must be UTF-8"):
         sft(str(path))
-    write_lines(path, [chat("Hi", "Yo")])
-    with pytest.raises(UsageError, match="--eod-mask-loss"):
-        sft(str(path), eod_mask_loss=True)

@@ -247,14 +247,6 @@ REFUSED = {
     r"--vocab-extra-ids must be >= 10, .*got 5": {"vocab_extra_ids": 5},
     r"--vocab-extra-ids must be >= 0 .*got -1": {"vocab_extra_ids": -1},
     r"--seq-length must be large enough for .*got 6": {"seq_length": 6},
-    r"--ul2-inputs-length must be >= 2 and <= --seq-length - 2 \(\d+\) \(got 63": {
-        "ul2_inputs_length": 63
-    },
-    r"--ul2-inputs-length must be unset with --ul2-fill-rows \(got 32\)": {
-        "ul2_inputs_length": 32,
-        "ul2_fill_rows": True,
-    },
-    r"--eod-mask-loss must be unset with --objective ul2 \(got True\)": {"eod_mask_loss": True},
     r"text for NullTokenizer must be .*got '\[NLU\] '": {"ul2_mixture": None},
     r"must be >= the tokenizer's 259 ids plus 50 extra ids": {
         "tokenizer_type": "ByteTokenizer",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.errors import UsageError
-from megatron_moe.model.reference.model import ReferenceOpenMoE
+from megatron_moe.model.reference import ReferenceOpenMoE
 
 RELEASED = ModelConfig(
     num_layers=3,
@@ -65,7 +65,7 @@ def _read(model: ReferenceOpenMoE, tokens: Tensor, cuts: list[int]) -> tuple[Ten
     cache = model.new_cache(tokens.shape[0])
     logits, ids = [], []
     for piece in tokens.split(cuts, dim=1):
-        x, routing = model.continued(piece, cache)
+        x, routing = model.hidden_states_with_cache(piece, cache)
         logits.append(model.logits(x))
         ids.append([r.ids_TK.unflatten(0, piece.shape) for r in routing])
     assert cache.lengths == [tokens.shape[1]] * tokens.shape[0]
@@ -96,7 +96,7 @@ def test_rows_of_different_lengths_are_as_each_alone() -> None:
         padded = torch.full((3, max(counts)), 29)
         for row, count in enumerate(counts):
             padded[row, :count] = torch.tensor(rows[row][read[row] : read[row] + count])
-        x, routing = model.continued(padded, cache, counts)
+        x, routing = model.hidden_states_with_cache(padded, cache, counts)
         logits = model.logits(x)
         kept = [r.kept_TK.unflatten(0, padded.shape) for r in routing]
         for row, count in enumerate(counts):
@@ -114,11 +114,11 @@ def test_rows_of_different_lengths_are_as_each_alone() -> None:
 def test_rows_that_are_kept_go_on() -> None:
     model, tokens = _model(), _tokens(3, 10)
     cache = model.new_cache(3, slots=10)
-    model.continued(tokens[:, :7], cache, [7, 1, 6])
-    cache.keep([2, 0])
+    model.hidden_states_with_cache(tokens[:, :7], cache, [7, 1, 6])
+    cache.select_rows([2, 0])
     assert cache.lengths == [6, 7]
     rest = torch.stack([tokens[2, 6:9], tokens[0, 7:10]])
-    x, _ = model.continued(rest, cache)
+    x, _ = model.hidden_states_with_cache(rest, cache)
     for place, (row, start) in enumerate(((2, 6), (0, 7))):
         expected, _ = _full(model, tokens[row, : start + 3])
         torch.testing.assert_close(model.logits(x)[place], expected[start:], rtol=1e-9, atol=1e-9)
@@ -128,25 +128,25 @@ def test_rows_that_are_kept_go_on() -> None:
 def test_a_full_cache_ends_exactly_at_its_last_slot() -> None:
     model, tokens = _model(), _tokens(1, 8)
     cache = model.new_cache(1, slots=8)
-    model.continued(tokens, cache)
-    with pytest.raises(UsageError, match="tokens of a row is 9, expected at most the cache's 8"):
-        model.continued(tokens[:, :1], cache)
+    model.hidden_states_with_cache(tokens, cache)
+    with pytest.raises(UsageError, match=r"tokens of a row must be <= .* cache \(8\) \(got 9\)"):
+        model.hidden_states_with_cache(tokens[:, :1], cache)
     assert cache.lengths == [8]
 
 
 def test_what_a_cache_cannot_do_is_refused() -> None:
     model = _model()
-    with pytest.raises(UsageError, match=r"slots of the cache is 25.*\(24\)"):
+    with pytest.raises(UsageError, match=r"slots of the KV cache must be .*\(24\) \(got 25\)"):
         model.new_cache(1, slots=25)
     cache = model.new_cache(2)
     for counts in ([1], [1, 4], [1, -1]):
         with pytest.raises(UsageError, match="new tokens"):
-            model.continued(_tokens(2, 3), cache, counts)
+            model.hidden_states_with_cache(_tokens(2, 3), cache, counts)
     with pytest.raises(UsageError, match="new tokens"):
-        model.continued(_tokens(3, 3), cache)
+        model.hidden_states_with_cache(_tokens(3, 3), cache)
     model.moe = replace(MOE, moe_eval_capacity_factor=2.0)
-    with pytest.raises(UsageError, match=r"--moe-eval-capacity-factor is 2\.0.*dropless"):
-        model.continued(_tokens(2, 3), cache)
+    with pytest.raises(UsageError, match=r"--moe-eval-capacity-factor must be None .*got 2\.0"):
+        model.hidden_states_with_cache(_tokens(2, 3), cache)
 
 
 def test_memory_is_taken_once() -> None:
@@ -156,5 +156,5 @@ def test_memory_is_taken_once() -> None:
     assert cache.keys[0].shape == (2, 2, 16, 6)
     with torch.no_grad():
         for token in _tokens(2, 16).split(1, dim=1):
-            model.continued(token, cache)
+            model.hidden_states_with_cache(token, cache)
     assert [tensor.data_ptr() for tensor in (*cache.keys, *cache.values)] == before

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.model.logical import initial_tensors, logical_parameters
+from megatron_moe.model.reference import ReferenceOpenMoE
 from megatron_moe.model.reference.attention import Attention, rotate
-from megatron_moe.model.reference.ffn import Experts, FeedForward
-from megatron_moe.model.reference.model import Block, MoE, ReferenceOpenMoE, RMSNorm
+from megatron_moe.model.reference.ffn import Experts, FeedForward, MoE
+from megatron_moe.model.reference.model import DecoderBlock, RMSNorm
 
 MODEL = ModelConfig(
     num_layers=2, hidden_size=8, ffn_hidden_size=12, num_attention_heads=2, kv_channels=6
@@ -193,7 +194,7 @@ def test_block_places_the_shared_expert(placement: str | None) -> None:
     moe = replace(MOE, moe_shared_expert_placement=placement or "sequential")
     if placement is None:
         moe = replace(moe, moe_shared_expert_intermediate_size=None)
-    block = _filled(Block(MODEL, moe, layer=1, is_moe=True))
+    block = _filled(DecoderBlock(MODEL, moe, layer=1, is_moe=True))
     x = _values(2, 12, 8)
     found, _ = block(x, True)
     h = x + block.attention(block.attention_norm(x))
@@ -208,7 +209,7 @@ def test_block_places_the_shared_expert(placement: str | None) -> None:
 
 
 def test_dense_block_is_two_residual_branches() -> None:
-    block = _filled(Block(MODEL, MOE, layer=0, is_moe=False))
+    block = _filled(DecoderBlock(MODEL, MOE, layer=0, is_moe=False))
     x = _values(2, 5, 8)
     found, routing = block(x, True)
     h = x + block.attention(block.attention_norm(x))
@@ -320,13 +321,13 @@ def test_loading_refuses_what_does_not_fit() -> None:
     reference = ReferenceOpenMoE(MODEL, MOE, VOCAB)
     tensors = dict(reference.state_dict())
     reference.load_logical(tensors.items())
-    with pytest.raises(UsageError, match=r"missing output\.weight"):
+    with pytest.raises(UsageError, match=r"must be 0 \(got 1\); .* missing is output\.weight"):
         reference.load_logical((n, t) for n, t in tensors.items() if n != "output.weight")
-    with pytest.raises(UsageError, match="once"):
+    with pytest.raises(UsageError, match="must be a tensor of this model, each given once"):
         reference.load_logical([*tensors.items(), ("final_norm.weight", torch.ones(8))])
     with pytest.raises(UsageError, match=r"layers\.9"):
         reference.load_logical([("layers.9.ffn_norm.weight", torch.ones(8))])
-    with pytest.raises(UsageError, match=r"shape \(8,\)"):
+    with pytest.raises(UsageError, match=r"final_norm\.weight must be \(8,\) \(got \(9,\)\)"):
         reference.load_logical([("final_norm.weight", torch.ones(9))])
 
 
@@ -364,6 +365,33 @@ def test_dropout_acts_in_training_alone(field: str) -> None:
 @pytest.mark.parametrize("is_moe", [True, False])
 def test_dropout_is_on_every_residual_branch(placement: str, is_moe: bool) -> None:
     moe = replace(MOE, moe_shared_expert_placement=placement)
-    block = _filled(Block(replace(MODEL, hidden_dropout=1.0), moe, layer=0, is_moe=is_moe))
+    block = _filled(DecoderBlock(replace(MODEL, hidden_dropout=1.0), moe, layer=0, is_moe=is_moe))
     x = _values(1, 6, 8)
     assert torch.equal(block(x, True)[0], x)
+
+
+def test_hidden_dropout_is_on_the_embedding() -> None:
+    # At p = 1 nothing of the embedding remains, and every residual branch is dropped too.
+    reference = _model(replace(MODEL, hidden_dropout=1.0)).train()
+    x, _ = reference.hidden_states(_tokens(), training_capacity=True)
+    assert not x.any()
+    x, _ = reference.eval().hidden_states(_tokens(), training_capacity=True)
+    assert x.all()
+
+
+def test_dropout_acts_on_the_embedding_in_training_alone() -> None:
+    """As in Megatron-Core and T5: half of the elements are zero, the others doubled."""
+    seen: list[Tensor] = []
+    model = ReferenceOpenMoE(ModelConfig(hidden_dropout=0.5), MoEConfig(), 64)
+    model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    tokens = torch.arange(64).view(2, 32)
+    embedded = model.embedding.weight[tokens]
+    for training in (True, False):
+        model.train(training)
+        with torch.no_grad():
+            model(tokens, training_capacity=False)
+    dropped, whole = seen
+    assert torch.equal(whole, embedded)
+    kept = dropped != 0
+    assert 0.45 < kept.float().mean() < 0.55
+    torch.testing.assert_close(dropped[kept], 2 * embedded[kept])

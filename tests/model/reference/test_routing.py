@@ -176,6 +176,20 @@ def test_counts_are_of_choices_before_dropping() -> None:
     assert not routing.kept_TK.all()
 
 
+@pytest.mark.parametrize(
+    ("policy", "kept"),
+    [
+        ("position", [[True, True], [True, True], [False, False], [True, False]]),
+        ("probs", [[True, True], [False, True], [True, False], [True, False]]),
+    ],
+)
+def test_the_example_of_the_docstring(policy: str, kept: list[list[bool]]) -> None:
+    ids = torch.tensor([[[0, 1], [0, 2], [0, 1], [1, 0]]])
+    probs = torch.tensor([[[0.50, 0.30], [0.40, 0.35], [0.60, 0.20], [0.45, 0.25]]])
+    found = kept_choices(ids, probs, num_experts=3, slots=2, policy=policy)
+    assert found[0].tolist() == kept
+
+
 def test_balance_loss_is_k_when_balanced() -> None:
     # Four tokens over four experts, each the first choice once and the second choice once.
     ids = torch.tensor([[[0, 1], [1, 2], [2, 3], [3, 0]]])

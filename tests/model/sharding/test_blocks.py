@@ -14,7 +14,7 @@ from megatron_moe.model.sharding.blocks import (
     copy_overlap,
     split_range,
 )
-from megatron_moe.model.sharding.ranges import piece_blocks
+from megatron_moe.model.sharding.parts import piece_blocks
 from megatron_moe.model.sharding.shards import Piece
 
 
@@ -45,7 +45,7 @@ def test_views_meet_in_the_coarsest_that_refines_both(first, second, expected):
 
 
 @pytest.mark.parametrize(("first", "second"), [((4, 6), (6, 4)), ((4,), (5,)), ((4, 2), (4,))])
-def test_views_that_cannot_meet_are_refused(first, second):
+def test_views_that_cannot_meet_are_rejected(first, second):
     with pytest.raises(ValueError, match="shapes"):
         common_view(first, second)
 
@@ -124,7 +124,7 @@ def test_blocks_are_views_so_that_a_load_can_write_through_them():
     assert local.sum() == gate.select(local).numel()
 
 
-def test_a_part_with_interleaved_dimensions_is_refused():
+def test_a_part_with_interleaved_dimensions_is_rejected():
     piece = Piece(
         name="twisted",
         logical_shape=(2, 3),

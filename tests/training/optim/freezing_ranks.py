@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_moe.checkpoint.save import shards_of
 from megatron_moe.model.sharding.optimizer_state import optimizer_shards
-from megatron_moe.model.sharding.parts import held
+from megatron_moe.model.sharding.parts import load_plan
+from megatron_moe.model.sharding.shards import model_shards
 from megatron_moe.training.run import TrainingRun
 from megatron_moe.training.step import train_step
 from tests.training.ranks import rank_batches, tiny_run
@@ -23,7 +23,7 @@ def snapshot(run: TrainingRun, *, with_state: bool) -> Snapshot:
     states = optimizer_shards(run.optimizer) if with_state else None
     return {
         (part.kind, part.name, part.block.offsets, part.block.sizes): part.values.detach().clone()
-        for part in held(shards_of(run.chunks, run.config), states)
+        for part in load_plan(model_shards(run.chunks, run.config.model, run.config.moe), states)
     }
 
 

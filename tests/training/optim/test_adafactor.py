@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron_moe.config import OptimizerConfig
 from megatron_moe.config.cli import parse_args
+from megatron_moe.config.validate import validate
 from megatron_moe.errors import UsageError
 from megatron_moe.model.logical import initial_tensor, logical_parameters
 from megatron_moe.model.sharding.shards import ParamShard, Piece
@@ -244,7 +245,7 @@ def test_state_saved_by_one_layout_loads_in_another(saved, loaded, pool, tmp_pat
         ("--adafactor-min-dim 0", "--adafactor-min-dim"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_by_flag(line, flag):
+def test_invalid_values_are_rejected_by_flag(line, flag):
     with pytest.raises(UsageError) as error:
         _planned(f"--train-iters 3 --optimizer adafactor {line}")
     assert error.value.what == flag
@@ -252,6 +253,7 @@ def test_what_cannot_be_meant_is_refused_by_flag(line, flag):
 
 def _planned(line: str) -> OptimizerConfig:
     config = parse_args(line.split()).config
+    validate(config)
     resolve_plan(config, 8)
     return config.optimizer
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_moe.checkpoint import load_logical
-from megatron_moe.checkpoint.index import TensorReader
-from megatron_moe.checkpoint.reading import open_checkpoint
+from megatron_moe.checkpoint.metadata import open_checkpoint
+from megatron_moe.checkpoint.reading import TensorReader
 from megatron_moe.config import OptimizerConfig
 from megatron_moe.config.cli import parse_args
 from megatron_moe.errors import UsageError
@@ -146,7 +146,7 @@ def test_what_is_frozen_is_a_function_of_the_step():
         ("--freeze-router-after 5 --moe-layer-freq [0]*4", "--freeze-router-after"),
     ],
 )
-def test_what_cannot_be_meant_is_refused_by_flag(line, flag):
+def test_invalid_values_are_rejected_by_flag(line, flag):
     with pytest.raises(UsageError) as error:
         resolve_plan(parse_args([*MODEL, "--train-iters", "3", *line.split()]).config, 8)
     assert error.value.what == flag

@@ -8,15 +8,16 @@ from types import SimpleNamespace
 import pytest
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_moe.config import OptimizerConfig
+from megatron_moe.config import OptimizerConfig, RunConfig
 from megatron_moe.config.cli import parse_args
 from megatron_moe.config.presets import PRESETS
+from megatron_moe.config.validate import validate
 from megatron_moe.errors import UsageError
 from megatron_moe.training.optim.schedule import learning_rate
 from megatron_moe.training.plan import resolve_plan
 
 
-def _engine_rates(config: OptimizerConfig, decay: int, steps: int) -> list[float]:
+def _megatron_rates(config: OptimizerConfig, decay: int, steps: int) -> list[float]:
     group: dict[str, float] = {}
     scheduler = OptimizerParamScheduler(
         SimpleNamespace(param_groups=[group]),
@@ -48,7 +49,7 @@ def test_every_style_is_megatron_cores_at_every_step(style, warmup, floor):
         lr=0.01, min_lr=floor, lr_decay_style=style, lr_warmup_iters=warmup, lr_warmup_init=1e-4
     )
     ours = [learning_rate(config, step, 40) for step in range(51)]
-    assert ours == pytest.approx(_engine_rates(config, 40, 50), rel=1e-12, abs=0)
+    assert ours == pytest.approx(_megatron_rates(config, 40, 50), rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("shape", ["exponential", "linear", "cosine", "minus_sqrt"])
@@ -64,7 +65,7 @@ def test_every_end_of_wsd_is_megatron_cores_at_every_step(shape, warmup, last):
         lr_warmup_iters=warmup,
     )
     ours = [learning_rate(config, step, 40) for step in range(51)]
-    assert ours == pytest.approx(_engine_rates(config, 40, 50), rel=1e-12, abs=0)
+    assert ours == pytest.approx(_megatron_rates(config, 40, 50), rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if "tiny" not in name])
@@ -109,6 +110,11 @@ def test_wsd_by_hand(shape, end):
     assert found == pytest.approx(expected, abs=1e-12)
 
 
+def _resolve(config: RunConfig) -> None:
+    validate(config)
+    resolve_plan(config, 8)
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -118,7 +124,8 @@ def test_wsd_by_hand(shape, end):
         "--lr-wsd-decay-iters 4",
     ],
 )
-def test_what_cannot_be_meant_is_refused_by_flag(line):
+def test_invalid_values_are_rejected_by_flag(line):
+    config = parse_args(["--train-iters", "10", *line.split()]).config
     with pytest.raises(UsageError) as error:
-        resolve_plan(parse_args(["--train-iters", "10", *line.split()]).config, 8)
+        _resolve(config)
     assert error.value.what == "--lr-wsd-decay-iters"

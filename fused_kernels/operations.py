@@ -1,0 +1,136 @@
+"""The signature of each operation, and the set of implementations that one device uses.
+
+Every implementation module (`reference/<operation>.py`, `native/<operation>.py`) satisfies the
+protocol of its operation. The reference's docstrings describe arguments and results in full.
+
+Shapes: T tokens, H hidden, K choices of a token, R buffer rows, G groups, A choices of a group,
+E experts, F width of a feed-forward layer, M = blocks * F.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor
+
+
+class RankInExpert(Protocol):
+    """How many earlier choices of the same group chose the same expert."""
+
+    def forward(self, experts_GA: Tensor, num_experts: int, /) -> tuple[Tensor, Tensor]:
+        """rank_GA and load_GE, both int64."""
+
+
+class DispatchTokens(Protocol):
+    """Tokens to buffer rows."""
+
+    def forward(self, x_TH: Tensor, source_R: Tensor, /) -> Tensor:
+        """The buffer, [R, H]."""
+
+    def backward(self, grad_RH: Tensor, rows_TK: Tensor, kept_TK: Tensor, /) -> Tensor:
+        """Gradient of the tokens, [T, H]."""
+
+
+class CombineTokens(Protocol):
+    """Buffer rows to tokens, weighted by router probabilities."""
+
+    def forward(
+        self, out_RH: Tensor, weights_TK: Tensor, rows_TK: Tensor, kept_TK: Tensor, /
+    ) -> Tensor:
+        """The weighted sums, [T, H]."""
+
+    def backward(
+        self,
+        grad_TH: Tensor,
+        out_RH: Tensor,
+        weights_TK: Tensor,
+        rows_TK: Tensor,
+        kept_TK: Tensor,
+        source_R: Tensor,
+        /,
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of the expert outputs [R, H] and of the weights [T, K]."""
+
+
+class GatedSilu(Protocol):
+    """silu(gate) * up, or linear * silu(gate) * up.
+
+    The `_step` forms check their arguments and make their views at once, and return the call that
+    computes: expert GEMMs prepare a whole pass first and then run it.
+    """
+
+    OVERWRITES_GRADIENT: bool
+    """Whether `backward` writes into its first argument."""
+
+    def forward(self, z_RM: Tensor, blocks: int, /) -> Tensor:
+        """h_RF."""
+
+    def forward_step(self, z_RM: Tensor, blocks: int, h_RF: Tensor, /) -> Callable[[], None]:
+        """`forward` into ``h_RF`` when called."""
+
+    def backward(self, grad_RF: Tensor, z_RM: Tensor, blocks: int, /) -> tuple[Tensor, Tensor]:
+        """grad_RM, and h_RF computed again."""
+
+    def backward_step(
+        self, grad_RF: Tensor, z_RM: Tensor, blocks: int, grad_RM: Tensor, h_RF: Tensor, /
+    ) -> Callable[[], None]:
+        """`backward` into ``grad_RM`` and ``h_RF`` when called."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One operation as selected.
+
+    Args:
+        operation: its name, an attribute of `Kernels`.
+        implementation: the folder it came from.
+        reason: why that one, for the log.
+        module: satisfies the protocol of the operation.
+    """
+
+    operation: str
+    implementation: str
+    reason: str
+    module: ModuleType
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """The implementation of every operation on one device; see `registry.load_kernels`.
+
+    Args:
+        rank_in_expert: ranks of choices within their experts.
+        dispatch_tokens: the gather into the expert buffer.
+        combine_tokens: the weighted sum out of it.
+        gated_silu: the gate of feed-forward layers, dense ones included.
+        selected: where each came from and why, for the log.
+    """
+
+    rank_in_expert: RankInExpert
+    dispatch_tokens: DispatchTokens
+    combine_tokens: CombineTokens
+    gated_silu: GatedSilu
+    selected: tuple[Kernel, ...]
+
+
+if TYPE_CHECKING:
+    # Implementations are imported by name, which a type checker cannot follow. These assignments
+    # let it compare every module with its protocol.
+    from fused_kernels.native import (
+        combine_tokens,
+        dispatch_tokens,
+        gated_silu,
+        rank_in_expert,
+    )
+    from fused_kernels.reference import combine_tokens as reference_combine
+    from fused_kernels.reference import dispatch_tokens as reference_dispatch
+    from fused_kernels.reference import gated_silu as reference_gate
+    from fused_kernels.reference import rank_in_expert as reference_rank
+
+    _ranks: tuple[RankInExpert, ...] = (rank_in_expert, reference_rank)
+    _dispatches: tuple[DispatchTokens, ...] = (dispatch_tokens, reference_dispatch)
+    _combines: tuple[CombineTokens, ...] = (combine_tokens, reference_combine)
+    _gates: tuple[GatedSilu, ...] = (gated_silu, reference_gate)

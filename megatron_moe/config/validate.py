@@ -1,0 +1,172 @@
+"""Every rule that needs the configuration alone, checked in one pass before anything is built.
+
+`validate` runs once, right after the command line is read, for `--describe` and for training. It
+checks the range of each number, then the rules between flags: first those of the whole run, then
+those of each phase (a run without `--phases` is one phase).
+
+Not here is what depends on more than the configuration: how the layout divides the model and the
+batch (`parallel/layout_rules.py`), how many steps the run takes (`training/plan.py`), whether the
+model's sizes are possible (`model/logical.py`), and what is found in files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_moe.config.fields import fields_of
+from megatron_moe.config.phases import PhaseSpec, errors_of_phase, read_phases
+from megatron_moe.config.run import RunConfig, flag_of
+from megatron_moe.config.training import CheckpointConfig, OptimizerConfig
+from megatron_moe.errors import UsageError
+
+
+def validate(config: RunConfig) -> None:
+    """Check a configuration. Reads the table of `--phases`, if there is one.
+
+    Raises:
+        UsageError: the first rule that does not hold, by flag; for a setting of a phase, the name
+            of the phase comes first.
+    """
+    check_ranges(config)
+    _check_checkpoints(config.checkpoint)
+    _check_length(config)
+    if config.train.stages is None:
+        _check_phase(config)
+        return
+    specs = read_phases(config.train.stages)
+    _check_table(config, specs)
+    for spec in specs:
+        with errors_of_phase(spec.label):
+            applied = spec.applied(config)
+            check_ranges(applied)
+            _check_phase(applied)
+
+
+def check_ranges(config: RunConfig) -> None:
+    """Check every number against the range of its field.
+
+    Raises:
+        UsageError: the first number outside its range.
+    """
+    for section in config.sections.values():
+        for field in fields_of(type(section)).values():
+            field.check(getattr(section, field.name))
+
+
+def _check_phase(config: RunConfig) -> None:
+    """Rules between settings that each phase may have for itself."""
+    _check_data(config)
+    _check_objective(config)
+    _check_learning_rate(config.optimizer)
+    _check_optimizer(config)
+
+
+def _requires(name: str, value: object, other: str, given: bool) -> None:
+    """A flag that is used must come with another one."""
+    if value not in (None, False) and not given:
+        raise UsageError(flag_of(name), value, f"used with {other}")
+
+
+def _check_checkpoints(settings: CheckpointConfig) -> None:
+    saves, loads = settings.save is not None, settings.load is not None
+    _requires("save_interval", settings.save_interval, "--save", saves)
+    _requires("async_save", settings.async_save, "--save", saves)
+    _requires("keep_every", settings.keep_every, "--keep-last", settings.keep_last is not None)
+    _requires("finetune", settings.finetune, "--load", loads)
+    _requires("checkpoint_fallback", settings.checkpoint_fallback, "--load", loads)
+    if settings.checkpoint_fallback and settings.ckpt_step is not None:
+        fix = "it selects the step itself"
+        raise UsageError("--checkpoint-fallback", True, "used without --ckpt-step", fix)
+
+
+def _check_length(config: RunConfig) -> None:
+    iterations, samples = config.train.train_iters, config.train.train_samples
+    if iterations is not None and samples is not None:
+        expected = "used without --train-samples"
+        raise UsageError("--train-iters", iterations, expected, "give one of the two")
+
+
+def _check_table(config: RunConfig, specs: Sequence[PhaseSpec]) -> None:
+    """What the command line must leave to the table of phases."""
+    phases = flag_of("stages")
+    if config.train.rampup_batch_size is not None:
+        found = " ".join(map(str, config.train.rampup_batch_size))
+        expected = f"used without {phases}"
+        raise UsageError("--rampup-batch-size", found, expected, "set it in the phase that ramps")
+    # The run ends with its last phase, or else where the command line says.
+    for name in ("train_iters", "train_samples"):
+        value, last = getattr(config.train, name), specs[-1]
+        if value is not None and last.unit is not None:
+            expected = f"unset: {last.label}, the last one, has an end"
+            raise UsageError(flag_of(name), value, expected)
+
+
+def _check_data(config: RunConfig) -> None:
+    data = config.data
+    # Each of these feeds training, validation and test; the flags after them feed one split each.
+    shared = [name for name in ("data_path", "data_args_path", "mixture") if getattr(data, name)]
+    own = ("train_data_path", "valid_data_path", "test_data_path")
+    others = [*shared[1:], *(name for name in own if shared and getattr(data, name))]
+    if others:
+        value = getattr(data, others[0])
+        found = " ".join(value) if isinstance(value, tuple) else value
+        raise UsageError(flag_of(others[0]), found, f"used without {flag_of(shared[0])}")
+    _requires("data_root", data.data_root, "--mixture", bool(data.mixture))
+    length, longest = config.data.seq_length, config.model.max_position_embeddings
+    if length > longest:
+        raise UsageError("--seq-length", length, f"<= --max-position-embeddings ({longest})")
+
+
+def _check_objective(config: RunConfig) -> None:
+    settings = config.objective
+    name = settings.objective
+    if settings.eod_mask_loss and name in ("ul2", "sft"):
+        raise UsageError(
+            "--eod-mask-loss",
+            True,
+            f"unset with --objective {name}",
+            "rows of several parts have ends of their own and define their loss mask themselves",
+        )
+    if name != "ul2":
+        return
+    for reset in ("reset_position_ids", "reset_attention_mask"):
+        if getattr(settings, reset):
+            raise UsageError(
+                flag_of(reset),
+                True,
+                "unset with --objective ul2",
+                "as in the paper, inputs and targets are one row with positions from its start",
+            )
+    row, inputs = config.data.seq_length, settings.ul2_inputs_length
+    if inputs is not None and settings.ul2_fill_rows:
+        raise UsageError("--ul2-inputs-length", inputs, "used without --ul2-fill-rows")
+    if inputs is not None and not 2 <= inputs <= row - 2:
+        expected = f">= 2 and <= --seq-length - 2 ({row - 2})"
+        raise UsageError("--ul2-inputs-length", inputs, expected)
+
+
+def _check_learning_rate(settings: OptimizerConfig) -> None:
+    for name in ("min_lr", "lr_warmup_init"):
+        value = getattr(settings, name)
+        if value > settings.lr:
+            raise UsageError(flag_of(name), value, f"<= --lr ({settings.lr})")
+    decays, steps = settings.lr_decay_style == "WSD", settings.lr_wsd_decay_iters
+    _requires("lr_wsd_decay_iters", steps, "--lr-decay-style WSD", decays)
+    if decays and steps is None:
+        expected = "a number of steps with --lr-decay-style WSD"
+        raise UsageError("--lr-wsd-decay-iters", steps, expected)
+
+
+def _check_optimizer(config: RunConfig) -> None:
+    settings = config.optimizer
+    reasons = {
+        "sgd": "Megatron-Core shards the state of Adam only",
+        "adafactor": "it cuts parameters at any element; Adafactor needs whole rows and columns",
+    }
+    reason = reasons.get(settings.optimizer)
+    if config.parallel.use_distributed_optimizer and reason is not None:
+        expected = f"unset with --optimizer {settings.optimizer}"
+        raise UsageError("--use-distributed-optimizer", True, expected, reason)
+    if settings.optimizer == "adafactor" and settings.used_weight_decay > 0:
+        expected = "0 with --optimizer adafactor, which has no weight decay"
+        raise UsageError("--weight-decay", settings.used_weight_decay, expected)

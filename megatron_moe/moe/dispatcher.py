@@ -1,0 +1,152 @@
+"""Moves tokens to the rows of their experts and back.
+
+`TokenDispatcher.plan` decides everything beforehand: capacity, slots, buffer rows. `dispatch` then
+gathers sequence shards, copies tokens into buffer rows and sends rows to the ranks of their
+experts; `combine` is the way back. `exchange.py` describes what travels between ranks.
+
+Shapes: T tokens of this rank's sequences, H hidden, K choices of a token, E experts, R buffer rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fused_kernels.operations import CombineTokens, DispatchTokens
+from megatron_moe.config import MoEConfig
+from megatron_moe.moe.exchange import ExpertGroups, all_gather, rank_of, reduce_scatter, size_of
+from megatron_moe.moe.experts import Experts
+from megatron_moe.moe.plan import (
+    DROP_POLICIES,
+    Placement,
+    Plan,
+    SlotRule,
+    assign_slots,
+    capacity_of,
+    place,
+)
+from megatron_moe.moe.registry import Registry, kernels_for
+from megatron_moe.moe.router import Scores
+
+
+class TokenDispatcher:
+    """The dispatcher of one MoE layer: all-to-all over expert-parallel ranks.
+
+    Other dispatchers derive from it, override how tokens travel and register in `DISPATCHERS`.
+
+    Args:
+        moe: capacity, drop policy, kernels.
+        groups: process groups of the layer.
+    """
+
+    def __init__(self, moe: MoEConfig, groups: ExpertGroups) -> None:
+        self.moe, self.groups = moe, groups
+        shares = groups.slot_shares
+        self.slot_rule = SlotRule(
+            num_experts=moe.num_experts,
+            policy=DROP_POLICIES[moe.moe_token_drop_policy],
+            shares=shares,
+            share=rank_of(groups.tp) if shares > 1 else 0,
+        )
+
+    def plan(self, scores: Scores, batch: int, training: bool, experts: Experts) -> Plan:
+        """Decide what goes where, on every rank of the sequences alike.
+
+        Args:
+            scores: of this rank's tokens.
+            batch: sequences B of the micro-batch.
+            training: whether the training or the evaluation capacity applies.
+            experts: choose the buffer layout, by the rows that they get.
+        """
+        kernels = kernels_for(self.moe, scores.choices_TK.device.type)
+        choices_TK = self._gather_choices(scores.choices_TK)
+        row_tokens = choices_TK.shape[0] // batch
+        capacity = capacity_of(self.moe, rows=batch, row_tokens=row_tokens, training=training)
+        weights_TK = all_gather(scores.weights_TK, self.groups.tp)
+        rank_in_expert = kernels.rank_in_expert
+        slots = assign_slots(
+            choices_TK, weights_TK, batch, capacity, self.slot_rule, rank_in_expert
+        )
+        schedule = experts.schedule(slots)
+        return Plan(
+            batch=batch,
+            capacity=capacity,
+            choices_TK=choices_TK,
+            weights_TK=weights_TK,
+            slots=slots,
+            schedule=schedule,
+            placement=place(slots, batch, capacity, schedule.layout),
+            kernels=kernels,
+        )
+
+    def _gather_choices(self, choices_TK: Tensor) -> Tensor:
+        """Choices of all tokens of the sequences, without gradient."""
+        if size_of(self.groups.tp) == 1:
+            return choices_TK
+        # int32 holds any expert id and is half of what would travel.
+        return all_gather(choices_TK.int(), self.groups.tp).long()
+
+    def dispatch(self, x_TH: Tensor, plan: Plan) -> Tensor:
+        """This rank's tokens -> rows of this rank's experts, from all ranks that send any."""
+        x_TH = all_gather(x_TH, self.groups.tp)
+        rows_RH = copy_to_rows(x_TH, plan.placement, plan.kernels.dispatch_tokens)
+        return self.groups.to_experts(rows_RH)
+
+    def combine(self, rows_RH: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
+        """Outputs of this rank's experts -> the weighted sums of this rank's tokens, [T, H].
+
+        A token whose choices all dropped gets exactly zero.
+        """
+        rows_RH = self.groups.from_experts(rows_RH)
+        kernel = plan.kernels.combine_tokens
+        y_TH = sum_rows(rows_RH, weights_TK, plan.placement, kernel)
+        # Ranks that divide the slots or the width of experts among them hold partial sums.
+        return reduce_scatter(y_TH, self.groups.tp)
+
+
+DISPATCHERS: Registry[type[TokenDispatcher]] = Registry("dispatchers", alltoall=TokenDispatcher)
+"""By the value of `--moe-token-dispatcher-type`."""
+
+
+class _CopyToRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, placement: Placement, kernel: DispatchTokens) -> Tensor:
+        ctx.save_for_backward(placement.rows_TK, placement.owned_TK)
+        ctx.kernel = kernel
+        return kernel.forward(x_TH, placement.source_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.kernel.backward(grads[0], *ctx.saved_tensors), None, None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, out_RH: Tensor, weights_TK: Tensor, placement: Placement, kernel: CombineTokens
+    ) -> Tensor:
+        choices = (out_RH, weights_TK, placement.rows_TK, placement.owned_TK)
+        ctx.save_for_backward(*choices, placement.source_R)
+        ctx.kernel = kernel
+        return kernel.forward(*choices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        return *ctx.kernel.backward(grads[0], *ctx.saved_tensors), None, None
+
+
+def copy_to_rows(x_TH: Tensor, placement: Placement, kernel: DispatchTokens) -> Tensor:
+    """Copy tokens into their rows, [R, H]. The gradient sums over a token's rows."""
+    return _CopyToRows.apply(x_TH, placement, kernel)
+
+
+def sum_rows(
+    out_RH: Tensor, weights_TK: Tensor, placement: Placement, kernel: CombineTokens
+) -> Tensor:
+    """Sum a token's rows with their weights, [T, H]; dropped choices add nothing."""
+    return _SumRows.apply(out_RH, weights_TK, placement, kernel)

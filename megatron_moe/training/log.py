@@ -1,0 +1,199 @@
+"""The log on standard output: its lines, as functions of what they report, and the sink.
+
+Programs read some of them (`examples/`): fields are separated by ` | `, and the lines of steps and
+evaluations begin with ` iteration N/` and ` validation at iteration N`.
+"""
+
+from __future__ import annotations
+
+from statistics import mean
+
+from megatron_moe.checkpoint import TrainState
+from megatron_moe.config import LoggingConfig
+from megatron_moe.config.rampup import BatchSizes
+from megatron_moe.data.composition import share_lines
+from megatron_moe.data.pipeline import Data
+from megatron_moe.model.counting import count_parameters
+from megatron_moe.moe.layer import MoELayer
+from megatron_moe.training.metrics import Evaluation, Interval, Summary
+from megatron_moe.training.phases import Phase, RunSchedule, differences, phase_lines
+from megatron_moe.training.run import TrainingRun
+
+
+class LogSink:
+    """Prints the log.
+
+    Args:
+        logging: destinations, of which the last lines name TensorBoard's.
+        iterations: steps of the whole run, for `12/100`.
+    """
+
+    def __init__(self, logging: LoggingConfig, iterations: int) -> None:
+        self._logging, self._iterations = logging, iterations
+
+    def start(self, run: TrainingRun, schedule: RunSchedule, data: Data, state: TrainState) -> None:
+        """What is trained, where, and from which step."""
+        _print(starting_lines(run, schedule, data, state))
+
+    def phase(self, before: Phase, after: Phase, data: Data, state: TrainState) -> None:
+        """What the phase changes, and what its data is made of."""
+        _print(phase_change_lines(before, after, data, state))
+
+    def interval(self, interval: Interval) -> None:
+        """One line for the interval."""
+        print_line(progress_line(interval, self._iterations))
+
+    def evaluation(self, name: str, iteration: int, result: Evaluation) -> None:
+        """One line for the evaluation."""
+        print_line(evaluation_line(name, iteration, result))
+
+    def end(self, summary: Summary) -> None:
+        """Losses, speed, and where to look."""
+        _print(final_lines(summary, self._logging))
+
+
+def print_line(line: str) -> None:
+    """Print at once: a log that is buffered in a pipe is empty when a run is killed."""
+    print(line, flush=True)
+
+
+def _print(lines: list[str]) -> None:
+    for line in lines:
+        print_line(line)
+
+
+def starting_lines(
+    run: TrainingRun, schedule: RunSchedule, data: Data, state: TrainState
+) -> list[str]:
+    """Platform, layout, model, batch, data, and the implementations that were selected."""
+    config, layout, platform = run.config, run.ctx.layout, run.ctx.platform
+    counts = count_parameters(config.model, config.moe, run.vocab_size)
+    return [
+        f" platform: {platform.kind}, {platform.backend}, {len(platform.patches)} Megatron-Core"
+        f" patches, {'bf16' if config.train.bf16 else 'fp32'}",
+        f" layout: world {layout.world_size} = TP {layout.tp} x PP {layout.pp} x DP {layout.dp};"
+        f" experts ETP {layout.etp} x EP {layout.ep} x EDP {layout.edp};"
+        f" model chunks per rank {layout.num_chunks}",
+        f" model: {counts.total:,} parameters, {counts.activated:,} activated per token,"
+        f" vocabulary {run.vocab_size}",
+        f" step: {layout.global_batch_size} sequences of {config.data.seq_length}"
+        f" = {layout.num_microbatches} micro-batches of {layout.micro_batch_size} on {layout.dp}"
+        f" data-parallel ranks; {schedule.iterations} iterations",
+        *(f" {line}" for line in phase_lines(schedule)),
+        *_rampup_line(run.plan.batch_sizes),
+        *_data_lines(data),
+        *_kernel_line(run),
+        *_resume_line(run, schedule, state),
+    ]
+
+
+def _kernel_line(run: TrainingRun) -> list[str]:
+    layer = next((m for c in run.chunks for m in c.modules() if isinstance(m, MoELayer)), None)
+    if layer is None:
+        return []
+    return [f" {layer.describe(run.ctx.layout.micro_batch_size, run.config.data.seq_length)}"]
+
+
+def _resume_line(run: TrainingRun, schedule: RunSchedule, state: TrainState) -> list[str]:
+    if not state.iteration:
+        return []
+    phase = f", phase {schedule.at(state.iteration).name}" if schedule.has_phases else ""
+    return [
+        f" resuming from iteration {state.iteration} of {run.config.checkpoint.load}{phase}",
+    ]
+
+
+def phase_change_lines(before: Phase, after: Phase, data: Data, state: TrainState) -> list[str]:
+    """Where a phase begins, the settings that change, and the composition of its data."""
+    return [
+        f" phase {after.number} {after.name} begins after iteration {state.iteration}"
+        f" ({state.consumed_train_samples} samples, {after.first_token} tokens); previous phase"
+        f" {before.name}",
+        *(f" phase {after.name}: {line}" for line in differences(before.config, after.config)),
+        *_data_lines(data),
+    ]
+
+
+def _data_lines(data: Data) -> list[str]:
+    """Fingerprint of the training data, and its sources with their shares."""
+    return [
+        f" training data {data.fingerprint}; validation data: {'yes' if data.has_valid else 'no'}",
+        *(f"   {line}" for line in share_lines(data.shares)),
+    ]
+
+
+def _rampup_line(sizes: BatchSizes) -> list[str]:
+    if sizes.constant:
+        return []
+    return [
+        f" batch-size ramp-up: from {sizes.start} to {sizes.full} sequences in increments of"
+        f" {sizes.increment} over the first {sizes.samples} samples"
+    ]
+
+
+def progress_line(interval: Interval, iterations: int) -> str:
+    """One interval in one line: means over the interval for losses, the last step for the rest."""
+    last, speed, layers = interval.records[-1], interval.speed, interval.layers.values()
+    parts = [
+        f" iteration {last.iteration}/{iterations}",
+        *([f"phase {interval.phase.name}"] if interval.phase is not None else []),
+        f"samples {last.consumed_samples}",
+        f"batch {last.batch_size}",
+        f"lr {last.learning_rate:.4E}",
+        f"lm loss {interval.lm_loss:.6E}",
+    ]
+    if layers:
+        parts += [
+            f"aux {mean(layer.aux_loss for layer in layers):.4f}",
+            f"router z {mean(layer.z_loss for layer in layers):.4f}",
+            f"dropped {mean(layer.drop_rate for layer in layers):.2%}",
+        ]
+    parts += [
+        f"grad norm {last.grad_norm:.4f}",
+        f"{speed.tokens_per_second:.0f} tokens/s",
+        f"{speed.tflops_per_device:.4g} TFLOP/s/device",
+    ]
+    if speed.mfu is not None:
+        parts.append(f"MFU {speed.mfu:.1%}")
+    parts += [
+        f"{speed.memory_bytes / 2**20:.0f} MiB",
+        f"{speed.seconds_per_step * 1e3:.1f} ms/iter",
+    ]
+    return " | ".join(parts)
+
+
+def evaluation_line(name: str, iteration: int, result: Evaluation) -> str:
+    """A held-out loss, and those of its domains."""
+    parts = [
+        f" {name} at iteration {iteration}",
+        f"lm loss {result.lm_loss:.6E}",
+        f"perplexity {result.perplexity:.4E}",
+        f"targets {result.targets}",
+        *(f"{domain} {part.lm_loss:.6E}" for domain, part in result.domains.items()),
+    ]
+    return " | ".join(parts)
+
+
+def final_lines(summary: Summary, logging: LoggingConfig) -> list[str]:
+    """First and last training loss, held-out loss, speed, and how to open TensorBoard."""
+    state = summary.state
+    outcome = "done" if summary.failure is None else "stopped"
+    lines = [
+        f" {outcome} at iteration {state.iteration}, {state.consumed_train_samples} samples"
+        " consumed"
+    ]
+    if summary.first is not None and summary.last is not None:
+        lines.append(
+            f" training loss: first {summary.first.lm_loss:.6f} (iteration"
+            f" {summary.first.iteration}), last {summary.last.lm_loss:.6f} (iteration"
+            f" {summary.last.iteration}) | {summary.tokens_per_second:.0f} tokens/s"
+        )
+    if summary.valid is not None:
+        lines.append(
+            f" validation loss: {summary.valid.lm_loss:.6f} over {summary.valid.targets} targets"
+        )
+    if logging.tensorboard_dir is not None:
+        lines.append(f" logs: tensorboard --logdir {logging.tensorboard_dir}")
+    if summary.failure is not None:
+        lines.append(f" error: {summary.failure}")
+    return lines

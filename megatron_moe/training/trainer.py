@@ -1,0 +1,282 @@
+"""The training loop: step, report, evaluate, save, until the run ends or this start of it does.
+
+`Trainer` holds the progress of a run and decides what happens when; everything that it uses is
+passed in. One step of it is in `training/step.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from datetime import timedelta
+from types import FrameType
+from typing import Any, Literal
+
+from megatron_moe.checkpoint.manager import CheckpointManager, host_rank_group
+from megatron_moe.moe.statistics import collect_statistics, reset_statistics
+from megatron_moe.parallel.collectives import RankGroup
+from megatron_moe.parallel.context import ParallelContext
+from megatron_moe.training.consumed import record_of, to_extra
+from megatron_moe.training.dataloaders import PhaseDataLoaders
+from megatron_moe.training.evaluation import evaluate_split
+from megatron_moe.training.metrics import Evaluation, Interval, Meter, Summary
+from megatron_moe.training.phases import Phase, RunSchedule
+from megatron_moe.training.reporting import Reporter
+from megatron_moe.training.resume import ResumePoint, identity_of
+from megatron_moe.training.run import TrainingRun
+from megatron_moe.training.step import NonFiniteError, fetch_batches, train_step
+
+
+class Trainer:
+    """Trains from a resume point to the end of the run, or of this start of it.
+
+    All ranks call the same methods in the same order: each of them may communicate.
+
+    Args:
+        run: model and optimizer with the settings of the phase of the next step, loaded.
+        schedule: the phases of the whole run.
+        dataloaders: the data of the current phase and of later ones.
+        resume: step and sample to start from, and the phases before it.
+        meter: collects steps for the reports.
+        checkpoints: saves the run.
+        reporter: log, metrics file and TensorBoard.
+        exit_signal: asks for an early exit; ``None`` without `--exit-signal-handler`.
+    """
+
+    def __init__(
+        self,
+        *,
+        run: TrainingRun,
+        schedule: RunSchedule,
+        dataloaders: PhaseDataLoaders,
+        resume: ResumePoint,
+        meter: Meter,
+        checkpoints: CheckpointManager,
+        reporter: Reporter,
+        exit_signal: ExitSignal | None = None,
+    ) -> None:
+        self.run, self.schedule, self.dataloaders = run, schedule, dataloaders
+        self.meter, self.checkpoints, self.reporter = meter, checkpoints, reporter
+        self.exit_signal = exit_signal
+        self.state = resume.state
+        """Completed steps and consumed samples of the run."""
+        self.phase = schedule.at(self.state.iteration)
+        """The phase of the last step, or of the first one to come."""
+        self.completed = [
+            record
+            for record in resume.records
+            if record.first_iteration < self.phase.first_iteration
+        ]
+        """Records of the phases before it."""
+        settings = schedule.config.checkpoint
+        self.saved_iteration = self.state.iteration if settings.load == settings.save else None
+        """The step of the newest checkpoint in `--save`, if it is one of this run."""
+        self.validation: Evaluation | None = None
+
+    def train(self) -> Summary:
+        """Train until the end of the run, `--exit-interval`, SIGTERM or a non-finite gradient.
+
+        After a non-finite gradient the summary has a `failure`, and nothing is saved: the newest
+        checkpoint is from before the steps that led to it.
+        """
+        for chunk in self.run.wrapped:
+            chunk.train()
+        self.meter.resume()
+        failure = None
+        try:
+            self._train_until_exit()
+            self._finish()
+        except NonFiniteError as error:
+            self.report()
+            self.checkpoints.finish()
+            failure = str(error)
+        except BaseException:
+            # Other ranks may have failed as well, so nothing that waits for them can be called.
+            self.checkpoints.abandon()
+            raise
+        finally:
+            if self.exit_signal is not None:
+                self.exit_signal.close()
+        summary = Summary(
+            state=self.state,
+            first=self.meter.first,
+            last=self.meter.last,
+            valid=self.validation,
+            tokens_per_second=self.meter.tokens_per_second,
+            failure=failure,
+        )
+        self.reporter.end(summary)
+        return summary
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps of the run are completed."""
+        return self.state.iteration == self.schedule.iterations
+
+    def _train_until_exit(self) -> None:
+        config = self.schedule.config
+        save_interval = config.checkpoint.save_interval
+        while self.state.iteration < self.schedule.iterations:
+            if self.state.iteration == self.phase.last_iteration:
+                self.enter_phase(self.schedule.at(self.state.iteration))
+            self.train_step()
+            self.checkpoints.poll()
+            iteration = self.state.iteration
+            phase_ends = iteration == self.phase.last_iteration
+            # The last step of a phase is reported with it: the next phase has another sequence
+            # length, by which the meter counts tokens, and other held-out data.
+            if phase_ends or iteration % config.logging.log_interval == 0:
+                self.report()
+            evaluates = phase_ends or iteration % self.run.config.train.eval_interval == 0
+            if evaluates and not self.finished:  # after the last step, `_finish` evaluates
+                self.evaluate("validation")
+            if save_interval and iteration % save_interval == 0:
+                self.save()
+            if not self.finished and (reason := self._exit_reason()):
+                self.reporter.log(f" exiting at iteration {iteration}: {reason}")
+                return
+
+    def _exit_reason(self) -> str:
+        """Why to exit before the next step, the same on every rank; empty to continue."""
+        interval = self.schedule.config.train.exit_interval
+        if interval and self.state.iteration % interval == 0:
+            return f"--exit-interval {interval}"
+        # The ranks are only asked where the answer matters: it is an all-reduce on the host.
+        if self.exit_signal is not None and self.exit_signal.agreed():
+            return "SIGTERM"
+        return ""
+
+    def _finish(self) -> None:
+        """Report, evaluate and save at the end, whatever the intervals are."""
+        self.report()
+        if self.finished:
+            self.evaluate("validation")
+            self.evaluate("test")
+        self.save()
+        self.checkpoints.finish()
+
+    def enter_phase(self, phase: Phase) -> None:
+        """Switch data, settings and learning-rate schedule to those of the next phase.
+
+        Parameters, optimizer state and random states stay as they are.
+        """
+        self.meter.pause()
+        before, data = self.phase, self.dataloaders.current
+        self.completed.append(record_of(before, self.state, data.fingerprint))
+        self.phase = phase
+        data = self.dataloaders.enter_phase(phase)
+        self.run = self.run.in_phase(phase)
+        self.meter.enter_phase(self.run.config)
+        self.reporter.phase(before, phase, data, self.state)
+        self.meter.resume()
+
+    def train_step(self) -> None:
+        """Take one optimizer step.
+
+        Raises:
+            NonFiniteError: on every rank; the step does not count, parameters are unchanged.
+        """
+        state = self.state
+        batch_size = self.phase.batch_size(state.consumed_train_samples)
+        batches = fetch_batches(self.run, self.dataloaders.current.train, batch_size)
+        rate = self.phase.rate(state.iteration)
+        result = train_step(self.run, batches, rate, state.iteration + 1)
+        self.state = replace(
+            state,
+            iteration=state.iteration + 1,
+            consumed_train_samples=state.consumed_train_samples + batch_size,
+        )
+        self.meter.add(
+            self.state.iteration,
+            self.state.consumed_train_samples,
+            batch_size,
+            rate,
+            result.grad_norm,
+            result.sums,
+        )
+
+    def report(self) -> None:
+        """Report the steps since the last report; nothing if there are none."""
+        records, speed = self.meter.collect()
+        if speed is None:
+            return
+        layers = collect_statistics(self.run.chunks, self.run.ctx.pgs)
+        reset_statistics(self.run.chunks)
+        phase = self.phase if self.schedule.has_phases else None
+        self.reporter.interval(Interval(records=records, speed=speed, layers=layers, phase=phase))
+
+    def evaluate(self, name: Literal["validation", "test"]) -> None:
+        """Evaluate held-out data of the current phase; nothing if there is none."""
+        run, data = self.run, self.dataloaders.current
+        exists = data.has_test if name == "test" else data.has_valid
+        if run.config.train.eval_iters == 0 or not exists:
+            return
+        self.meter.pause()
+        result = evaluate_split(run, data, "test" if name == "test" else "valid")
+        self.reporter.evaluation(name, self.state.iteration, result)
+        if name == "validation":
+            self.validation = result
+        self.meter.resume()
+
+    def save(self) -> None:
+        """Save to `--save`, unless this step is there already."""
+        iteration = self.state.iteration
+        if self.schedule.config.checkpoint.save is None or self.saved_iteration == iteration:
+            return
+        self.meter.pause()
+        data, records = self.dataloaders.current, list(self.completed)
+        # A phase without a completed step has nothing to resume from.
+        if iteration > self.phase.first_iteration:
+            records.append(record_of(self.phase, self.state, data.fingerprint))
+        self.checkpoints.save(
+            replace(self.state, extra=to_extra(records) if self.schedule.has_phases else {}),
+            chunks=self.run.wrapped,
+            optimizer=self.run.optimizer,
+            identity=identity_of(self.run, data),
+        )
+        self.saved_iteration = iteration
+        self.meter.resume()
+
+
+class ExitSignal:
+    """SIGTERM as a request to save and exit, answered by all ranks after the same step.
+
+    A scheduler that reclaims its nodes, and torchrun when it is stopped, send SIGTERM to every
+    rank, but not at the same moment: one rank may be in step 7 when another already takes step 8,
+    and a rank that left at once would leave the others waiting in a collective. So a rank only
+    notes the signal, and after every step all ranks ask whether any of them has.
+
+    The handler is installed from construction to `close`. A second SIGTERM ends the process.
+
+    Args:
+        ranks: the ranks that exit together; over a host group, so that asking does not wait for the
+            device.
+    """
+
+    def __init__(self, ranks: RankGroup) -> None:
+        self._ranks, self._noted = ranks, False
+        self._owner = os.getpid()
+        self._before: Any = signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if os.getpid() != self._owner:  # a data-loader worker, which inherited the handler
+            os.kill(os.getpid(), number)
+        self._noted = True
+
+    def agreed(self) -> bool:
+        """Whether any rank has received SIGTERM; the same on all ranks, which call it together."""
+        return self._ranks.all_reduce_sum(self._noted)[0] > 0
+
+    def close(self) -> None:
+        """Restore the handler from before."""
+        signal.signal(signal.SIGTERM, self._before)
+
+
+def build_exit_signal(schedule: RunSchedule, ctx: ParallelContext) -> ExitSignal | None:
+    """Install the handler if `--exit-signal-handler` asks for it; called by all ranks together."""
+    if not schedule.config.train.exit_signal_handler:
+        return None
+    timeout = timedelta(minutes=schedule.config.parallel.distributed_timeout_minutes)
+    return ExitSignal(host_rank_group(ctx, timeout))

@@ -1,0 +1,17 @@
+"""A drop policy that keeps what comes last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from megatron_moe.moe.plan import DROP_POLICIES
+
+
+@DROP_POLICIES.register("toy")
+def last_first(experts_GA: Tensor, weights_GA: Callable[[], Tensor]) -> Tensor:
+    """Position order, backwards."""
+    choices = experts_GA.shape[1]
+    return torch.arange(choices - 1, -1, -1, device=experts_GA.device).expand_as(experts_GA)
