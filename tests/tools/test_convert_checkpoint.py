@@ -84,7 +84,9 @@ def test_verification_fails_on_a_changed_value(
     values["lm_head.weight"][2, 1] += 1
     save_file(values, file)
     model, target = read("native", native), ConversionTarget(format="hf", path=tmp_path / "hf")
-    with pytest.raises(Exception, match=r"values of output\.weight in .* must be those of .*native"):
+    with pytest.raises(
+        Exception, match=r"values of output\.weight in .* must be those of .*native"
+    ):
         convert_checkpoint.verify(model, target)
     assert inspection.logits_difference(model, read("hf", tmp_path / "hf")) > 0
 
