@@ -193,7 +193,7 @@ def test_scan_is_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_fuzzed_index(files: tuple[Path, Path, Path]) -> None:
-    """Whatever is in the index: a typed error, or data that Megatron-Core reads as its documents."""
+    """Any index is a typed error, or data that Megatron-Core reads as its documents."""
     bin_path, idx_path, _ = files
     good, rng = idx_path.read_bytes(), random.Random(0)
     refused = 0
