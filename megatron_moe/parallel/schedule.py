@@ -69,7 +69,6 @@ def forward_backward(
 
     config.finalize_model_grads_func = finalize
     run = get_forward_backward_func(pp_size=layout.pp, vp_size=layout.vp)
-    pipelined = layout.pp > 1
     return run(
         forward_step_func=forward_step,
         data_iterator=[iter(batches) for _ in chunks],
@@ -78,7 +77,7 @@ def forward_backward(
         seq_length=layout.seq_length,
         micro_batch_size=layout.micro_batch_size,
         forward_only=forward_only,
-        p2p_communicator=P2PCommunicator(ctx.pgs.pp, config) if pipelined else None,
+        p2p_communicator=P2PCommunicator(ctx.pgs.pp, config) if layout.pp > 1 else None,
         pg_collection=ctx.pgs,
     )
 
