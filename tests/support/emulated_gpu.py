@@ -50,7 +50,7 @@ class OnGpu(Tensor):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        """`cuda:0`; inside an operation the CPU, where the operation creates tensors (see `_Own`)."""
+        """`cuda:0`; inside an operation the CPU, where it creates tensors: see `_Own`."""
         return torch.device("cpu") if _Own.running else GPU
 
     is_cuda = property(lambda self: True)  # type: ignore[assignment]

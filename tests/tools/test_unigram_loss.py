@@ -106,7 +106,7 @@ def test_a_saved_configuration_contains_its_phases(table, capsys, tmp_path):
         ),
         (
             ["--stages", "{chat}"],
-            r"phase 'chat' of {chat}: --objective must be an objective over indexed data.*\(got 'sft'\)",
+            r"phase 'chat' of {chat}: --objective must be an objective over ind.*\(got 'sft'\)",
         ),
         (
             ["--stages", "{low}.none"],
