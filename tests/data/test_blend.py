@@ -1,4 +1,4 @@
-"""Blends and splits: what is asked for, against the engine, and what is refused."""
+"""Blends and splits: what is asked for, against Megatron-Core, and what is refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.data.corpus import VOCAB, random_documents, run_config, write
         ("30", "a", "1e2", "b"),
     ],
 )
-def test_parse_like_the_engine(values: tuple[str, ...]) -> None:
+def test_parse_like_megatron_core(values: tuple[str, ...]) -> None:
     prefixes, weights = get_blend_from_list(list(values))
     assert parse_blend("--data-path", values) == (
         tuple(prefixes),
@@ -68,7 +68,7 @@ def test_bad_weights(values: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("split", ["969,30,1", "1,0,0", "99,1", "1", "0.8, 0.1, 0.1", "5,0,5"])
-def test_splits_like_the_engine(split: str) -> None:
+def test_splits_like_megatron_core(split: str) -> None:
     engine = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
     assert parse_split(split) == engine
 
@@ -164,7 +164,7 @@ def pair(tmp_path: Path) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("samples", [1, 20, 150])
-def test_blend_equals_the_engines(pair: tuple[str, str], samples: int) -> None:
+def test_blend_equals_megatron_core(pair: tuple[str, str], samples: int) -> None:
     reference = engine_splits((list(pair), [0.3, 0.7]), "8,1,1", [samples, 7, 3])
     for name, engine, count in zip(SPLITS, reference, (samples, 7, 3), strict=True):
         dataset = our_split(name, count, "0.3", pair[0], "0.7", pair[1], split="8,1,1")
@@ -172,7 +172,7 @@ def test_blend_equals_the_engines(pair: tuple[str, str], samples: int) -> None:
         assert rows(dataset, count) == rows(engine, count)
 
 
-def test_without_weights_equals_the_engines_until_it_runs_dry(pair: tuple[str, str]) -> None:
+def test_without_weights_equals_megatron_core_until_it_runs_dry(pair: tuple[str, str]) -> None:
     engine = engine_splits((list(pair), None), "1,0,0", [10_000, 0, 0])[0]
     epoch = len(engine)
     few = engine_splits((list(pair), None), "1,0,0", [epoch - 9, 0, 0])[0]
@@ -201,7 +201,7 @@ def test_one_weighted_source_is_the_source(pair: tuple[str, str]) -> None:
 
 
 def test_blends_never_draw_more_than_was_built(tmp_path: Path) -> None:
-    """Over random weights and sizes: the engine's surplus always covers its own rounding."""
+    """Over random weights and sizes: Megatron-Core's surplus always covers its own rounding."""
     rng = np.random.default_rng(0)
     prefixes = [write(tmp_path / str(i), random_documents(5, seed=i)) for i in range(5)]
     for _ in range(12):

@@ -1,4 +1,4 @@
-"""Packing against a plain re-statement of it and against the engine; the engine's defects."""
+"""Packing against a plain re-statement of it and against Megatron-Core; Megatron-Core's defects."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_one_epoch(tmp_path: Path, seed: int, mmap: bool) -> None:
 
 
 @pytest.mark.parametrize(("samples", "documents"), [(30, 60), (200, 60), (173, 7), (9, 1)])
-def test_equals_the_engine_over_epochs(tmp_path: Path, samples: int, documents: int) -> None:
+def test_equals_megatron_core_over_epochs(tmp_path: Path, samples: int, documents: int) -> None:
     prefix = write(tmp_path / "x", random_documents(documents, seed=documents))
     dataset, reference = ours(prefix, samples), engines(prefix, samples)
     assert len(dataset) == len(reference) >= samples
@@ -144,7 +144,7 @@ def test_each_sample_has_its_own_loss_mask(tmp_path: Path) -> None:
     assert 0 < sum(not dataset[i]["loss_mask"].all() for i in range(18)) < 18
 
 
-def test_the_engine_applies_the_first_mask_to_all(tmp_path: Path) -> None:
+def test_megatron_core_applies_the_first_mask_to_all(tmp_path: Path) -> None:
     """The defect that the mask of our own avoids."""
     prefix = write(tmp_path / "x", [[0, 1, 2, 0] * 5, list(range(1, 300))])
     reference = engines(prefix, 18, Padded())
@@ -161,7 +161,7 @@ def test_a_split_without_tokens_is_refused(tmp_path: Path) -> None:
         ours(prefix, 4, bounds=(0.1, 0.2))
 
 
-def test_the_engine_counts_epochs_of_nothing_for_ever(tmp_path: Path) -> None:
+def test_megatron_core_counts_epochs_of_nothing_for_ever(tmp_path: Path) -> None:
     prefix = write(tmp_path / "x", [[1, 2, 3]])
 
     def stop(*_: object) -> None:
@@ -184,7 +184,7 @@ def test_replaced_corpus_gets_new_indices(tmp_path: Path) -> None:
     stale = engines(prefix, 9, cache=str(tmp_path / "engine"))[0]["tokens"].tolist()
     write(tmp_path / "x", second)
     assert text_of(ours(prefix, 9)[0]) == packed(second, 1234, 16)[0]
-    # the engine keeps the old indices: what it reads is in neither order
+    # Megatron-Core keeps the old indices: what it reads is in neither order
     kept = engines(prefix, 9, cache=str(tmp_path / "engine"))[0]["tokens"].tolist()
     assert kept not in (stale, packed(second, 1234, 16)[0][:-1])
 
@@ -217,7 +217,7 @@ def test_an_id_that_came_later_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("vocab_size", [65499, 65500, 65510, 65536, 65537])
 def test_token_type_comes_from_the_index(tmp_path: Path, vocab_size: int) -> None:
-    """Between 65500 and 65536 the engine's fast path reads i32 files as u16."""
+    """Between 65500 and 65536 Megatron-Core's fast path reads i32 files as u16."""
     documents = [[vocab_size - 1 - i for i in range(40)]]
     prefix = write(tmp_path / "x", documents, vocab_size)
     dataset = ours(prefix, 2, vocab_size=vocab_size)
@@ -236,7 +236,7 @@ def test_short_reads(tmp_path: Path) -> None:
         UsageError, match=r"tokens at byte 0 of .*x\.bin must be 200 bytes \(got 150\)"
     ):
         checked.get(0)
-    assert len(IndexedDataset(prefix, mmap=False)[0]) == 100  # the engine makes up the rest
+    assert len(IndexedDataset(prefix, mmap=False)[0]) == 100  # Megatron-Core makes up the rest
 
 
 def test_beyond_two_to_the_31_tokens(tmp_path: Path) -> None:

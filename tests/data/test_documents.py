@@ -40,8 +40,8 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.parametrize("objective", ["causal", "prefix-lm"])
-def test_as_the_engine_cuts_rows(tmp_path: Path, objective: str) -> None:
-    """Positions and mask of the same samples, made by the engine for every sample of its own."""
+def test_as_megatron_core_cuts_rows(tmp_path: Path, objective: str) -> None:
+    """Positions and mask of the same samples, made by Megatron-Core for every sample of its own."""
     documents = random_documents(300, longest=12)
     prefix = write(tmp_path / "x", documents)
     batches = list(data_of(prefix, objective=objective, **BOTH).train or ())

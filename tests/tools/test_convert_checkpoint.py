@@ -36,7 +36,7 @@ def test_there_and_back_verified(
     more = ("--verify-logits", "--max-shard-size", "0.00001", "--expert-layout", "unstacked")
     assert convert("native", native, "hf", tmp_path / "hf", *more) == 0
     said = capsys.readouterr().out
-    assert "verified: 49 tensors have the same shape, type and SHA-256" in said
+    assert "verified: 49 tensors have the same shape, dtype and SHA-256" in said
     assert "verified: logits of 8 tokens are the same" in said
     assert convert("hf", tmp_path / "hf", "native", tmp_path / "back", "--verify") == 0
     assert "verified: logits of 8 tokens are the same" in capsys.readouterr().out
@@ -84,7 +84,9 @@ def test_verification_fails_on_a_changed_value(
     values["lm_head.weight"][2, 1] += 1
     save_file(values, file)
     model, target = read("native", native), ConversionTarget(format="hf", path=tmp_path / "hf")
-    with pytest.raises(Exception, match=r"output\.weight in .* other values"):
+    with pytest.raises(
+        Exception, match=r"values of output\.weight in .* must be those of .*native"
+    ):
         convert_checkpoint.verify(model, target)
     assert inspection.logits_difference(model, read("hf", tmp_path / "hf")) > 0
 

@@ -34,10 +34,12 @@ class ObjectivePlan:
 
 
 def plan_objective(config: RunConfig, tokenizer: Tokenizer) -> ObjectivePlan:
-    """Check the flags of the objective. The same on every rank; communicates nothing.
+    """Fit the objective to the tokenizer and the rows. The same on every rank; no communication.
+
+    Conflicts between flags are errors of `config.validate` before this is called.
 
     Raises:
-        UsageError: flags conflict with the objective, the tokenizer or the row length.
+        UsageError: the objective does not fit the tokenizer or the row length.
     """
     objective = config.objective
     name, eod = objective.objective, objective.eod_mask_loss

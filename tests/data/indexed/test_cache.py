@@ -151,7 +151,7 @@ def test_partial_entries_of_the_dead_are_swept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"\x93NUMPY garbage", b"\x80\x04K\x01."])
 def test_files_that_are_no_arrays_are_refused(tmp_path: Path, content: bytes) -> None:
-    """The second is a pickle, which the engine's own cache would run."""
+    """The second is a pickle, which Megatron-Core's own cache would run."""
     cache = IndexCache(str(tmp_path))
     cache.arrays("e", {}, lambda: VALUES)
     (tmp_path / "e" / "0.npy").write_bytes(content)

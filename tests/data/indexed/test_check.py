@@ -119,7 +119,7 @@ def test_refused_by_the_scan(
     assert "\n" not in str(caught.value)
 
 
-def test_the_engine_takes_a_swapped_pair(files: tuple[Path, Path, Path]) -> None:
+def test_megatron_core_takes_a_swapped_pair(files: tuple[Path, Path, Path]) -> None:
     """The defect that the check guards against."""
     swap(files[0], files[2])
     assert read_with_megatron_core(files[0].with_suffix(""))[0] == [1, 1, 1]
@@ -193,7 +193,7 @@ def test_scan_is_kept_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_fuzzed_index(files: tuple[Path, Path, Path]) -> None:
-    """Whatever is in the index: a typed error, or data that the engine reads as its documents."""
+    """Any bytes in the index: a typed error, or data that Megatron-Core reads as its documents."""
     bin_path, idx_path, _ = files
     good, rng = idx_path.read_bytes(), random.Random(0)
     refused = 0

@@ -43,7 +43,7 @@ def test_places_in_a_source(tmp_path: Path) -> None:
 def test_chunks_are_the_array(tmp_path: Path) -> None:
     path = str(tmp_path / "x")
     values = np.arange(10, dtype="<i8")
-    Path(path).write_bytes(b"head" + values.tobytes() + b"tail")
+    Path(path).write_bytes(b"head" + values.tobytes() + b"tail" * 200)
     for chunk in (1, 3, 10, 99):
         found = list(read_chunks(path, "<i8", 4, 10, chunk))
         assert [first for first, _ in found] == list(range(0, 10, chunk))

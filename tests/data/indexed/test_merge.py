@@ -1,4 +1,4 @@
-"""Merging against the engine's own builder; what must not be mixed; memory and atomicity."""
+"""Merging against Megatron-Core's own builder; what must not be mixed; memory and atomicity."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def parts(folder: Path, vocab_size: int) -> list[str]:
 
 @pytest.mark.parametrize("chunk", [3, 1 << 20])
 @pytest.mark.parametrize("vocab_size", [1000, 70000])
-def test_bytes_equal_the_engines(
+def test_bytes_equal_megatron_core(
     tmp_path: Path, chunk: int, vocab_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_CHUNK", chunk)
@@ -55,7 +55,7 @@ def test_bytes_equal_the_engines(
     merge(prefixes, str(tmp_path / "new" / "ours"))
     builder = IndexedDatasetBuilder(f"{tmp_path}/engine.bin", dtype=DType.optimal_dtype(vocab_size))
     for prefix in prefixes:
-        if os.stat(f"{prefix}.bin").st_size:  # the engine cannot map an empty file
+        if os.stat(f"{prefix}.bin").st_size:  # Megatron-Core cannot map an empty file
             builder.add_index(prefix)
         else:
             for _ in range((os.stat(f"{prefix}.idx").st_size - 34) // 8 - 1):

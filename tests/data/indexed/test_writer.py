@@ -30,7 +30,7 @@ def engine_writes(prefix: Path, vocab_size: int) -> tuple[bytes, bytes]:
 
 @pytest.mark.parametrize("vocab_size", [100, 65499, 65500, 65536, 70000])
 @pytest.mark.parametrize("chunk", [2, 1 << 20])
-def test_bytes_equal_the_engines(
+def test_bytes_equal_megatron_core(
     tmp_path: Path, vocab_size: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(indexed_writer, "_CHUNK", chunk)
@@ -65,7 +65,7 @@ def test_id_beyond_the_vocabulary(tmp_path: Path, bad: int, found: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_engine_writes_such_an_id_as_another(tmp_path: Path) -> None:
+def test_megatron_core_writes_such_an_id_as_another(tmp_path: Path) -> None:
     """The defect that the writer guards against; if this fails, the guard has lost its reason."""
     builder = IndexedDatasetBuilder(str(tmp_path / "e.bin"), dtype=np.uint16)
     builder.add_item(torch.tensor([70000]))
