@@ -103,14 +103,12 @@ def by_position(experts_GA: Tensor, weights_GA: Callable[[], Tensor]) -> None:
     """All first choices in token order, then all second choices, ... (OpenMoE)."""
 
 
-def by_probs(experts_GA: Tensor, weights_GA: Callable[[], Tensor]) -> Tensor:
+def by_prob(experts_GA: Tensor, weights_GA: Callable[[], Tensor]) -> Tensor:
     """The most probable first; equal ones in position order."""
     return weights_GA().argsort(dim=1, descending=True, stable=True)
 
 
-DROP_POLICIES: Registry[DropPolicy] = Registry(
-    "drop_policies", position=by_position, probs=by_probs
-)
+DROP_POLICIES: Registry[DropPolicy] = Registry("drop_policies", position=by_position, probs=by_prob)
 """By the value of `--moe-token-drop-policy`."""
 
 
@@ -229,9 +227,8 @@ class BufferLayout:
     """Where the rows of each expert lie in the buffer.
 
     Args:
-        kind: `fixed`: a row for every slot, filled or not. `packed`: per expert-parallel rank a
-            block of fixed size, in it the filled rows by expert, then the empty ones. `aligned`:
-            the filled rows of each expert from a given row on.
+        kind: `fixed`: a row for every slot, filled or not. `packed`: in each block the filled rows
+            by expert, then the empty ones. `aligned`: those of each expert from a given row on.
         blocks: expert-parallel ranks; block i holds the experts of rank i.
         block_rows: rows of one block.
         expert_rows: rows of one expert in `fixed`.
@@ -314,8 +311,7 @@ def _first_rows(filled_GE: Tensor, layout: BufferLayout) -> Tensor:
     - `packed`, two blocks of 4 rows: each rank's experts start with its block: [[0, 4], [2, 5]].
     - `aligned` to 4 rows each: as the last, and row 3 and 7 are padding of a batched GEMM.
     """
-    groups, experts = filled_GE.shape
-    device = filled_GE.device
+    (groups, experts), device = filled_GE.shape, filled_GE.device
     if layout.kind == "packed":
         filled_NE = filled_GE.sum(0).view(layout.blocks, -1)
         block_N = torch.arange(layout.blocks, device=device) * layout.block_rows

@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_moe.moe.dispatcher import TokenDispatcher
 from megatron_moe.moe.exchange import ExpertGroups
 from megatron_moe.moe.experts import Experts
-from megatron_moe.moe.plan import Plan, by_position, by_probs
+from megatron_moe.moe.plan import Plan, by_position, by_prob
 from megatron_moe.moe.router import Scores, route
 from tests.moe.cases import BATCH, DTYPE, HIDDEN, SEQUENCE, model_config, moe_config, tokens
 from tests.support.kernels import IMPLEMENTATIONS, need
@@ -41,7 +41,7 @@ def test_capacity_and_policy_follow_the_configuration() -> None:
         training=False, moe_eval_capacity_factor=2.0, moe_token_drop_policy="probs"
     )
     assert plan.capacity.slots == 6
-    assert dispatcher.slot_rule.policy is by_probs
+    assert dispatcher.slot_rule.policy is by_prob
 
 
 @pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
