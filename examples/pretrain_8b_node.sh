@@ -4,9 +4,9 @@
 #   DATA_PATH=/data/corpus_document TOKENIZER=/data/tokenizer.model SAVE=/ckpt \
 #     examples/pretrain_8b_node.sh [more flags of pretrain_openmoe.py]
 #
-# Layout: experts over all 8 ranks (EP 8), everything else data parallel. A rank holds
-# 1.07e9 expert parameters at 18 bytes (bf16 weight, fp32 gradient, master weight, two moments) and
-# 3.27e9 others at 7.5 bytes (optimizer state shared by 8): 44 GB, the rest is for activations.
+# Layout: experts over all 8 ranks (EP 8), everything else data parallel. A rank holds 1.07e9
+# expert parameters at 18 bytes (bf16 weight, fp32 gradient, main weight, two moments) and 3.27e9
+# others at 7.5 bytes (optimizer state sharded over 8): 44 GB; the rest is for activations.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$PATH"

@@ -55,13 +55,6 @@ KERNEL_LIBRARIES = {"torch", "triton", "fused_kernels"}
 """What `fused_kernels` may import besides the standard library."""
 LIGHT = {"torch", "megatron", "numpy", "megatron_moe.platform"}
 """What `config` must not import, so that `--help` and usage errors appear without delay."""
-PENDING: set[str] = {
-    "megatron_moe.parallel.meeting",
-    "megatron_moe.model.loss",
-    "megatron_moe.tokenizer.build",
-}
-"""Modules whose private-name and cycle findings are warnings for now. Remove the entries with the
-last of them."""
 
 FORBIDDEN_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "shelve", "marshal"}
 FORBIDDEN_CALLS = {
@@ -219,7 +212,7 @@ def _is_private(name: str) -> bool:
 
 def _private(module: Module, line: int, name: str) -> Finding:
     message = f"{name} is private to its module; make it public or move it"
-    return Finding(module.path, line, "private", message, module.name not in PENDING)
+    return Finding(module.path, line, "private", message)
 
 
 def check_sizes(module: Module) -> Iterator[Finding]:
@@ -314,8 +307,7 @@ def check_cycles(modules: Iterable[Module]) -> Iterator[Finding]:
         importer, imported = cycle[0], cycle[1]
         line = graph[importer].pop(imported)
         message = f"import cycle: {' -> '.join(cycle)}"
-        error = PENDING.isdisjoint(cycle)
-        yield Finding(by_name[importer].path, line, "cycle", message, error)
+        yield Finding(by_name[importer].path, line, "cycle", message)
 
 
 def _type_checking_lines(tree: ast.Module) -> set[int]:

@@ -79,6 +79,7 @@ class Case:
     flags: list[str]
 
 
+# Flags have the names that older revisions know: --stages, not --phases.
 CASES = [
     Case("single", 1, BLEND),
     Case("TP2", 2, [*TP2, *BLEND]),

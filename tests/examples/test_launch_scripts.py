@@ -49,7 +49,7 @@ RECIPES = {
         1024,
     ),
 }
-"""As published: objective, last step and mixture of each stage, and sequences of a step."""
+"""As published: objective, last step and mixture of each phase, and sequences of a step."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def test_slurm(script: str) -> None:
 
 @pytest.mark.parametrize("script", list(RECIPES))
 def test_the_published_recipes(script: str) -> None:
-    stages, batch = RECIPES[script]
+    phases, batch = RECIPES[script]
     found = slurm(script)
     config = parse_args(found.arguments).config
     schedule = resolve_run_schedule(config, found.world_size)
@@ -152,14 +152,14 @@ def test_the_published_recipes(script: str) -> None:
         (s.config.objective.objective, s.last_iteration, s.config.data.mixture)
         for s in schedule.phases
     ]
-    assert got == stages
-    for stage in schedule.phases:
-        assert stage.layout.global_batch_size == batch
-        assert stage.config.optimizer.optimizer == "adafactor"
-        assert stage.config.data.data_root == "/data"
-        # 1 / sqrt(max(step, 10000)), of the run's steps in every stage.
-        for step in (stage.first_iteration, stage.last_iteration - 1):
-            assert stage.rate(step) == pytest.approx(max(step, 10000) ** -0.5)
+    assert got == phases
+    for phase in schedule.phases:
+        assert phase.layout.global_batch_size == batch
+        assert phase.config.optimizer.optimizer == "adafactor"
+        assert phase.config.data.data_root == "/data"
+        # 1 / sqrt(max(step, 10000)), of the run's steps in every phase.
+        for step in (phase.first_iteration, phase.last_iteration - 1):
+            assert phase.rate(step) == pytest.approx(max(step, 10000) ** -0.5)
 
 
 @pytest.fixture(scope="module")
@@ -182,14 +182,14 @@ def test_every_script_can_be_described(script: str, tokenizer: str) -> None:
     command = parse_args([*found.arguments, *words])
     text = describe(command.config, "text", command.world_size)
     assert "vocabulary    256384 padded, untied" in text
-    stages = RECIPES.get(script, ([], 0))[0]
-    for number, (objective, last, _) in enumerate(stages, 1):
-        line = f"stage {number}/{len(stages)} {objective}: steps "
+    phases = RECIPES.get(script, ([], 0))[0]
+    for number, (objective, last, _) in enumerate(phases, 1):
+        line = f"phase {number}/{len(phases)} {objective}: steps "
         assert any(line in row and f"to {last}, {objective}" in row for row in text.splitlines())
         assert "/data/c4_text_document" in text, "the sources of its mixture"
 
 
-def test_another_stage_table_may_be_named() -> None:
+def test_another_phase_table_may_be_named() -> None:
     found = slurm("pretrain_8b_slurm.sbatch", STAGES="mine.toml")
     assert parse_args(found.arguments).config.train.stages == "mine.toml"
 

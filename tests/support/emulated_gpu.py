@@ -1,7 +1,7 @@
-"""A second device for machines without one: tensors that say `cuda:0` and obey its rules.
+"""A second device for machines without one: tensors whose device is `cuda:0`, with its rules.
 
 A tensor on it wraps one in ordinary memory, where every operation really runs, so that values can
-be compared. What a CUDA device refuses is refused here: operands on two devices, except scalars,
+be compared. What is an error on a CUDA device is one here: operands on two devices, except scalars,
 indices and copies, and a NumPy view of its memory. What is not emulated: autograd, streams, speed,
 sums in another order. It shows that code leaves nothing behind on the host, not that it runs on a
 GPU.
@@ -50,7 +50,7 @@ class OnGpu(Tensor):
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        """Where it says it is. An operation that asks makes something there: see `_Own`."""
+        """`cuda:0`; in an operation the CPU, where the operation creates tensors (see `_Own`)."""
         return torch.device("cpu") if _Own.running else GPU
 
     is_cuda = property(lambda self: True)  # type: ignore[assignment]
@@ -75,7 +75,7 @@ class OnGpu(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        _refuse_two_devices(func, args, kwargs)
+        _reject_two_devices(func, args, kwargs)
         inner_args, inner_kwargs = pytree.tree_map_only(OnGpu, lambda t: t.inner, (args, kwargs))
         out = func(*inner_args, **inner_kwargs)
         if func is torch.ops.aten.copy_.default:
@@ -86,8 +86,8 @@ class OnGpu(Tensor):
         )
 
 
-def _refuse_two_devices(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """As CUDA does: a CPU tensor beside one of the device must be a scalar, an index or copied."""
+def _reject_two_devices(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """As CUDA does: with a tensor of the device, one of the CPU is a scalar, an index or copied."""
     if func is torch.ops.aten.copy_.default:
         return
     checked = (args[0], args[2:], kwargs) if func in _INDEXED else (args, kwargs)

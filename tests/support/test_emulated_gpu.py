@@ -1,4 +1,4 @@
-"""The emulated device has the values of the CPU and the refusals of a GPU."""
+"""The emulated device has the values of the CPU and the errors of a GPU."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_module_moves_and_copies_cross() -> None:
         lambda gpu, cpu: cpu[gpu.long()] + gpu,
     ],
 )
-def test_operands_on_two_devices_are_refused(mixed: Callable[[Tensor, Tensor], Tensor]) -> None:
+def test_operands_on_two_devices_are_rejected(mixed: Callable[[Tensor, Tensor], Tensor]) -> None:
     with emulated_gpu(), pytest.raises(RuntimeError, match="same device"):
         mixed(torch.ones(2, 2, device="cuda"), torch.ones(2, 2))
 

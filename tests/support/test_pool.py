@@ -78,6 +78,6 @@ def test_a_dead_rank_is_replaced(pool: Pool) -> None:
     assert [float(total) for _, total in pool.run(summed, 2, scale=1.0)] == [3.0, 3.0]
 
 
-def test_functions_that_no_other_process_can_import_are_refused(pool: Pool) -> None:
+def test_functions_that_no_other_process_can_import_are_rejected(pool: Pool) -> None:
     with pytest.raises(ValueError, match="top-level"):
         pool.run(lambda rank, world_size: None, 1)

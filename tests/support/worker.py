@@ -1,4 +1,4 @@
-"""A process of the pool: imports everything once, then runs what it is sent, until told to end.
+"""A process of the pool: imports everything once, then runs the tasks that it receives.
 
 Started by `tests.support.pool` with two arguments: one end of a socket pair, and a file for the
 traceback of a process that hangs.

@@ -32,7 +32,7 @@ def test_partitions_of_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[s
     partitions(tmp_path)
     main(f"--input {tmp_path}/parts/x_part*_text_document --output-prefix {tmp_path}/all".split())
     report = capsys.readouterr().out
-    assert "merging 3 data sets ..." in report
+    assert "merging 3 datasets ..." in report
     assert "6 documents, 0.0 MB of ids" in report
     words = f"--input {tmp_path}/x.jsonl --output-prefix {tmp_path}/one"
     preprocess_data.main([*words.split(), "--tokenizer-type", "ByteTokenizer"])

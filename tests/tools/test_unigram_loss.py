@@ -94,23 +94,24 @@ def test_a_saved_configuration_contains_its_phases(table, capsys, tmp_path):
     [
         (
             ["--stages", "{stages}", "--stage", "3"],
-            r"--(stage|phase) must be one of low, high, or a number .*\(got '3'\)",
+            r"--stage must be one of low, high, or a number from 1 to 2 \(got '3'\)",
         ),
         (
             ["--stages", "{stages}", "--stage", "hi"],
-            r"--(stage|phase) must be one of low, high, or a number .*\(got 'hi'\)",
+            r"--stage must be one of low, high, or a number from 1 to 2 \(got 'hi'\)",
         ),
         (
             ["--data-path", "{low}", "--stage", "1"],
-            r"--(stage|phase) must be .*the run has no --(stages|phases).*\(got '1'\)",
+            r"--phase must be unset for a run without phases \(got '1'\)",
         ),
         (
             ["--stages", "{chat}"],
-            r"(stage|phase) 'chat' of {chat}: --objective must be an .*\(got 'sft'\)",
+            r"phase 'chat' of {chat}: --objective must be an objective over indexed data"
+            r".*\(got 'sft'\)",
         ),
         (
             ["--stages", "{low}.none"],
-            r"--(stages|phases) must be a readable TOML file \(got '{low}.none'\)",
+            r"--phases must be a readable TOML file \(got '{low}.none'\)",
         ),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 from megatron_moe.checkpoint import TrainState
 from megatron_moe.config.cli import parse_args
 from megatron_moe.training import trainer as module
+from megatron_moe.training.consumed import KEY
 from megatron_moe.training.phases import resolve_run_schedule
 from megatron_moe.training.resume import ResumePoint
 from megatron_moe.training.step import NonFiniteError, StepResult
@@ -31,6 +32,7 @@ class Collaborators:
         self.run = SimpleNamespace(
             wrapped=[SimpleNamespace(train=lambda: self.note("train mode"))],
             chunks=[],
+            optimizer=None,
             ctx=SimpleNamespace(pgs=None),
             in_phase=self.in_phase,
         )
@@ -66,9 +68,11 @@ class Collaborators:
         return [None] * unread, object() if unread else None
 
     # The checkpoint manager
-    def save(self, run: Any, data: Any, state: TrainState, records: list[Any]) -> None:
+    def save(self, state: TrainState, *, chunks: Any, optimizer: Any, identity: Any) -> None:
         self.note(f"save {state.iteration}")
-        self.saved.append((state.iteration, [(r.name, r.iterations) for r in records]))
+        assert identity == "identity of " + self.current.fingerprint
+        records = state.extra.get(KEY, [])
+        self.saved.append((state.iteration, [(r["name"], r["iterations"]) for r in records]))
 
     def poll(self) -> None:
         self.note("poll")
@@ -143,6 +147,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Collaborators:
     monkeypatch.setattr(module, "train_step", step)
     monkeypatch.setattr(module, "fetch_batches", lambda run, data, size: [None] * size)
     monkeypatch.setattr(module, "evaluate_split", lambda run, data, split: data.fingerprint)
+    monkeypatch.setattr(module, "identity_of", lambda run, data: "identity of " + data.fingerprint)
     monkeypatch.setattr(module, "collect_statistics", lambda chunks, pgs: {})
     monkeypatch.setattr(module, "reset_statistics", lambda chunks: None)
     return found
@@ -278,9 +283,10 @@ def test_a_step_that_was_loaded_from_the_same_directory_is_not_saved_again(parts
     assert [e for e in parts.events if e.startswith("step ")] == []
 
 
-def test_a_run_without_phases_reports_none(parts, tmp_path):
-    trainer = trainer_of(parts, tmp_path, "--train-iters 5 --eval-iters 0", table=None)
-    trainer.train()
+def test_a_run_without_phases_reports_and_records_none(parts, tmp_path):
+    flags = f"--train-iters 5 --eval-iters 0 --save {tmp_path}"
+    trainer_of(parts, tmp_path, flags, table=None).train()
     reports = [event for event in parts.events if event.startswith("report")]
     assert reports == ["report 4 -", "report 1 -"]
-    assert not any(event.startswith(("validation", "save")) for event in parts.events)
+    assert not any(event.startswith("validation") for event in parts.events)
+    assert parts.saved == [(5, [])]
