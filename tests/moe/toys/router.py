@@ -1,4 +1,4 @@
-"""A router with sigmoid scores: each expert is scored alone, then scores are divided by their sum."""
+"""A router with sigmoid scores: each expert is scored alone, scores are divided by their sum."""
 
 from __future__ import annotations
 
