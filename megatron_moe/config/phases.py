@@ -185,7 +185,7 @@ def place_of(phase: str, names: Sequence[str]) -> int:
     places |= {name: place for place, name in enumerate(names)}
     if phase not in places:
         expected = f"one of {', '.join(names)}, or a number from 1 to {len(names)}"
-        raise UsageError("--stage", phase, expected)
+        raise UsageError("--phase", phase, expected)
     return places[phase]
 
 

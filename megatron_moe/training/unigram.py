@@ -55,7 +55,7 @@ def unigram_loss(config: RunConfig, phase: str | None = None) -> UnigramLoss:
     """
     if config.train.stages is None:
         if phase is not None:
-            raise UsageError("--stage", phase, "unset for a run without phases")
+            raise UsageError("--phase", phase, "unset for a run without phases")
         return _of_one(config)
     specs = read_phases(config.train.stages)
     spec = specs[-1] if phase is None else specs[place_of(phase, [s.name for s in specs])]
@@ -69,7 +69,7 @@ def _of_one(config: RunConfig) -> UnigramLoss:
     """The baseline of a configuration without phases."""
     if config.objective.objective == "sft":
         expected = "an objective over indexed data, whose tokens can be counted"
-        raise UsageError("--objective", "sft", expected, "--stage selects another phase")
+        raise UsageError("--objective", "sft", expected, "--phase selects another phase")
     vocab_size = unpadded_vocab_size(config.data, build_tokenizer(config.data))
     blend = blends_of(config.data)["train"]
     if blend is None:

@@ -172,4 +172,4 @@ def test_the_command_line_needs_to_know_the_model(
     assert main([*back, *save, "--config", str(tmp_path / "config.json"), "--verify"]) == 0
     same(read("hf", tmp_path / "hf"), model_of())
     assert main([*to_t5x, "--save", str(tmp_path / "x"), "--preset", "openmoe-tiny"]) == 2
-    assert "--preset is 'openmoe-tiny', expected absent" in capsys.readouterr().err
+    assert "--preset must be absent with --from native" in capsys.readouterr().err

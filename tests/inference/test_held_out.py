@@ -57,7 +57,7 @@ def test_without_a_record_the_phase_has_to_be_given(silent: Path, phase: str) ->
 
 def test_a_phase_that_does_not_exist(silent: Path) -> None:
     with pytest.raises(
-        UsageError, match=r"must be one of ul2, causal, or .* 1 to 2 \(got 'chat'\)"
+        UsageError, match=r"--phase must be one of ul2, causal, or .* 1 to 2 \(got 'chat'\)"
     ):
         select_phase(silent, None, "chat")
     (silent.parent / "stages.toml").unlink()

@@ -102,7 +102,7 @@ def test_a_saved_configuration_contains_its_phases(table, capsys, tmp_path):
         ),
         (
             ["--data-path", "{low}", "--stage", "1"],
-            r"--stage must be unset for a run without phases \(got '1'\)",
+            r"--phase must be unset for a run without phases \(got '1'\)",
         ),
         (
             ["--stages", "{chat}"],

@@ -53,7 +53,7 @@ def test_it_needs_a_directory(pool, corpus):
     argv = [*MODEL, "--data-path", corpus, "--train-iters", "9", "--async-save"]
     ((code, _, mistake),) = pool.run(pretrain_rank, 1, argv=argv)
     assert code == 2
-    assert mistake == "--async-save must be --save with it (got True)"
+    assert mistake == "--async-save must be used with --save (got True)"
 
 
 def _full_later(rank: int, world_size: int, *, argv: list[str], save: Path) -> Any:
