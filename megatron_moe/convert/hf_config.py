@@ -45,7 +45,6 @@ def to_hf(config: RunConfig, vocab_size: int, dtype: str) -> dict[str, Any]:
     interval = _interval(config)
     _check_expressible(config)
     acts = {variant: act for act, variant in _GATES.items()}
-    ours = config.to_dict()
     return {
         "architectures": [_ARCHITECTURE],
         "model_type": "llama",
@@ -87,7 +86,7 @@ def to_hf(config: RunConfig, vocab_size: int, dtype: str) -> dict[str, Any]:
         "enable_kernel": False,
         "enable_comm_overlap": False,
         "enable_hierarchical_alltoall": False,
-        OURS: {section: ours[section] for section in ("model", "moe")},
+        OURS: {section: config.to_dict()[section] for section in ("model", "moe")},
     }
 
 
