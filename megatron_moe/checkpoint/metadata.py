@@ -27,18 +27,23 @@ JsonFiles = dict[str, dict[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """A run's progress."""
+    """A run's progress.
+
+    A new field would make checkpoints of earlier versions unreadable, since their `state.json` must
+    have exactly these keys. New state is a key of `extra`.
+    """
 
     iteration: int = 0
     """Optimizer steps done."""
     consumed_train_samples: int = 0
     """Sequences consumed by training: the sampler's position."""
     consumed_valid_samples: int = 0
-    """Sequences consumed by evaluation."""
+    """Sequences consumed by evaluation. Part of the format; training leaves it at 0."""
     scheduler: dict[str, Any] = field(default_factory=dict)
-    """State of the learning-rate schedule, as JSON values."""
+    """State of the learning-rate schedule, as JSON values. Part of the format; training leaves it
+    empty, because the learning rate is a function of the step."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """Other state of the run, as JSON values."""
+    """Other state of the run, as JSON values: see `training/consumed.py`, `saved_extra`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -112,7 +112,7 @@ class PhaseSpec:
         """The command line's configuration with this phase's settings; its length is not set.
 
         A phase that names data uses none of the command line's: two ways of naming data exclude
-        each other. A phase whose learning rate counts from its own start uses no warm-up or decay
+        each other. A phase whose learning rate counts from its own start uses no warmup or decay
         of the command line: those count steps of the run.
         """
         sections: dict[str, dict[str, Any]] = {"data": {}, "optimizer": {}}

@@ -1,12 +1,12 @@
-"""Every rule that needs the configuration alone, checked in one pass before anything is built.
+"""Ranges of numbers, and rules between flags, checked in one pass before anything is built.
 
 `validate` runs once, right after the command line is read, for `--describe` and for training. It
 checks the range of each number, then the rules between flags: first those of the whole run, then
 those of each phase (a run without `--phases` is one phase).
 
-Not here is what depends on more than the configuration: how the layout divides the model and the
-batch (`parallel/layout_rules.py`), how many steps the run takes (`training/plan.py`), whether the
-model's sizes are possible (`model/logical.py`), and what is found in files.
+Not here: all rules of parallelism, pipelining and recomputation, most of which depend on the number
+of ranks (`parallel/layout_rules.py`); how many steps the run takes (`training/plan.py`); whether
+the model's sizes are possible (`model/logical.py`); what is found in files.
 """
 
 from __future__ import annotations

@@ -70,9 +70,18 @@ def record_of(phase: Phase, state: TrainState, fingerprint: str) -> PhaseRecord:
     )
 
 
-def to_extra(records: Sequence[PhaseRecord]) -> dict[str, Any]:
-    """The records as `TrainState.extra` holds them."""
-    return {KEY: [asdict(record) for record in records]}
+def saved_extra(records: Sequence[PhaseRecord], *, has_phases: bool) -> dict[str, Any]:
+    """All of `TrainState.extra` of a checkpoint; `Trainer.save` writes nothing else there.
+
+    State that a run has to save besides steps and samples is one more key here. Unlike a new field
+    of `TrainState`, it leaves checkpoints of earlier versions readable; `resolve_resume_point`
+    reads it, with a default for those.
+
+    Args:
+        records: the phases up to the step of the checkpoint.
+        has_phases: whether the run has a phase table; the records are saved only then.
+    """
+    return {KEY: [asdict(record) for record in records]} if has_phases else {}
 
 
 def has_records(state: TrainState) -> bool:

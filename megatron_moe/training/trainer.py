@@ -17,7 +17,7 @@ from megatron_moe.checkpoint.manager import CheckpointManager, host_rank_group
 from megatron_moe.moe.statistics import collect_statistics, reset_statistics
 from megatron_moe.parallel.collectives import RankGroup
 from megatron_moe.parallel.context import ParallelContext
-from megatron_moe.training.consumed import record_of, to_extra
+from megatron_moe.training.consumed import record_of, saved_extra
 from megatron_moe.training.dataloaders import PhaseDataLoaders
 from megatron_moe.training.evaluation import evaluate_split
 from megatron_moe.training.metrics import Evaluation, Interval, Meter, Summary
@@ -230,7 +230,7 @@ class Trainer:
         if iteration > self.phase.first_iteration:
             records.append(record_of(self.phase, self.state, data.fingerprint))
         self.checkpoints.save(
-            replace(self.state, extra=to_extra(records) if self.schedule.has_phases else {}),
+            replace(self.state, extra=saved_extra(records, has_phases=self.schedule.has_phases)),
             chunks=self.run.wrapped,
             optimizer=self.run.optimizer,
             identity=identity_of(self.run, data),

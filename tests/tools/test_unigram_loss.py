@@ -94,11 +94,11 @@ def test_a_saved_configuration_contains_its_phases(table, capsys, tmp_path):
     [
         (
             ["--stages", "{stages}", "--stage", "3"],
-            r"--stage must be one of low, high, or a number from 1 to 2 \(got '3'\)",
+            r"--phase must be one of low, high, or a number from 1 to 2 \(got '3'\)",
         ),
         (
             ["--stages", "{stages}", "--stage", "hi"],
-            r"--stage must be one of low, high, or a number from 1 to 2 \(got 'hi'\)",
+            r"--phase must be one of low, high, or a number from 1 to 2 \(got 'hi'\)",
         ),
         (
             ["--data-path", "{low}", "--stage", "1"],

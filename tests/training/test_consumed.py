@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from megatron_moe.checkpoint import TrainState
 from megatron_moe.config.phases import FLAG, read_phases
+from megatron_moe.training.consumed import PhaseRecord, has_records, saved_extra
 from tests.support.pool import Pool
 from tests.training.phase_tables import FIRST, SECOND, TABLE, steps_of
 from tests.training.tiny import MODEL, pretrain_rank, write_corpus
@@ -184,3 +187,23 @@ def test_finetune_starts_any_table(at_ten, tmp_path):
     table = TABLE.replace("until-iteration = 8", "until-iteration = 2")
     at_ten.go(["--train-iters", "15", *at_ten.load, "--finetune", *kept], table)
     assert [step["batch_size"] for step in steps_of(tmp_path)] == [8] * 2 + [4] * 12 + [12]
+
+
+def test_what_a_checkpoint_holds_besides_steps_and_samples() -> None:
+    """`stages` with a phase table, and nothing without one: the keys are part of the format."""
+    record = PhaseRecord(
+        name="ul2",
+        first_iteration=0,
+        iterations=8,
+        first_sample=0,
+        samples=32,
+        fingerprint="f",
+        config={"train": {"seed": 1}},
+    )
+    assert saved_extra([record], has_phases=False) == {}
+    extra = saved_extra([record], has_phases=True)
+    assert list(extra) == ["stages"]
+    assert extra["stages"] == [asdict(record)]
+    # Keys of other state do not matter to the records.
+    state = TrainState(iteration=8, consumed_train_samples=32, extra=extra | {"other": 1})
+    assert has_records(state)

@@ -23,6 +23,9 @@ else:
 OPENMOE = Path(__file__).parent / "denoisers" / "openmoe.toml"
 """The six denoisers of the paper."""
 _FLAG = "--ul2-mixture"
+Kind = Literal["span", "prefix-lm"]
+_KEYS: dict[Kind, set[str]] = {"span": {"mean_span", "rate"}, "prefix-lm": set()}
+"""Keys of a `[[denoiser]]` table by kind, besides `prefix`, `weight` and `kind`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class Denoiser:
 
     prefix: str
     """Plain text before the inputs."""
-    kind: Literal["span", "prefix-lm"]
+    kind: Kind
     """`span`: random spans are hidden. `prefix-lm`: the text is split at a uniformly random place
     into inputs and targets."""
     mean_span: float
@@ -52,15 +55,22 @@ class Denoiser:
         """
         if self.kind == "prefix-lm":
             return prefix + text, text
-        hidden, spans = span_counts(text, self.rate, self.mean_span)
-        return prefix + text - hidden + spans + 1, hidden + spans + 1
+        if self.kind == "span":
+            hidden, spans = span_counts(text, self.rate, self.mean_span)
+            return prefix + text - hidden + spans + 1, hidden + spans + 1
+        raise not_implemented(self.kind)
 
     def total(self, text: int, prefix: int) -> int:
         """Return the tokens of a row without pads: P + L + 2 ends + 2 sentinels per span."""
-        spans = 0
+        return prefix + text + 2 * self.spans(text) + 2
+
+    def spans(self, text: int) -> int:
+        """Return the number of hidden spans, each of which has a sentinel, for L = ``text``."""
+        if self.kind == "prefix-lm":
+            return 0
         if self.kind == "span":
-            spans = span_counts(text, self.rate, self.mean_span)[1]
-        return prefix + text + 2 * spans + 2
+            return span_counts(text, self.rate, self.mean_span)[1]
+        raise not_implemented(self.kind)
 
     def fit(self, prefix: int, row: int, inputs: int | None) -> int:
         """Return the largest L whose inputs and targets fit, 0 if there is none.
@@ -77,6 +87,11 @@ class Denoiser:
             if apart and self.total(text, prefix) <= row:
                 return text
         return 0
+
+
+def not_implemented(kind: str) -> NotImplementedError:
+    """The error of a method that has no branch for a kind of denoiser."""
+    return NotImplementedError(f"denoisers of kind {kind!r} are not implemented here")
 
 
 def read_denoisers(path: str | None) -> tuple[Denoiser, ...]:
@@ -107,9 +122,9 @@ def _denoiser(entry: Any, number: int) -> Denoiser:
     if not isinstance(entry, dict):
         raise UsageError(where, entry, "a table")
     kind = entry.get("kind", "span")
-    if kind not in ("span", "prefix-lm"):
-        raise UsageError(f"kind of {where}", kind, "span or prefix-lm")
-    wanted = {"prefix", "weight"} | ({"mean_span", "rate"} if kind == "span" else set())
+    if kind not in list(_KEYS):  # a list, because a value of TOML may be unhashable
+        raise UsageError(f"kind of {where}", kind, " or ".join(_KEYS))
+    wanted = {"prefix", "weight"} | _KEYS[kind]
     if set(entry) - {"kind"} != wanted:
         raise UsageError(f"keys of {where}", sorted(entry), ", ".join(sorted(wanted)))
     if not isinstance(entry["prefix"], str):

@@ -22,9 +22,9 @@ import numpy.typing as npt
 from megatron_moe.config import RunConfig
 from megatron_moe.data.causal import CausalDataset, Sample
 from megatron_moe.data.indexed.cache import Array
-from megatron_moe.data.objectives.denoiser import Denoiser, read_denoisers
+from megatron_moe.data.objectives.denoiser import Denoiser, not_implemented, read_denoisers
 from megatron_moe.data.objectives.rng import SampleRng, sample_rng
-from megatron_moe.data.objectives.spans import Ids, corrupt, random_spans, random_split, span_counts
+from megatron_moe.data.objectives.spans import Ids, corrupt, random_spans, random_split
 from megatron_moe.data.objectives.windows import Windows, cut_windows
 from megatron_moe.errors import UsageError
 from megatron_moe.tokenizer.base import Tokenizer
@@ -46,9 +46,7 @@ class FittedDenoiser:
 
     def spans(self) -> int:
         """Return the number of sentinels in a row."""
-        if self.denoiser.kind == "prefix-lm":
-            return 0
-        return span_counts(self.text, self.denoiser.rate, self.denoiser.mean_span)[1]
+        return self.denoiser.spans(self.text)
 
     def hide(self, rng: SampleRng, index: int, text: Ids, sentinels: Sequence[int]) -> list[Ids]:
         """Return inputs with their prefix, and targets, both without their ends."""
@@ -58,9 +56,11 @@ class FittedDenoiser:
                 words, self.text, self.denoiser.rate, self.denoiser.mean_span
             )
             inputs, targets = corrupt(text, kept, hidden, sentinels)
-        else:
+        elif self.denoiser.kind == "prefix-lm":
             split = random_split(int(words[0]), self.text)
             inputs, targets = text[:split], text[split:]
+        else:
+            raise not_implemented(self.denoiser.kind)
         return [np.concatenate([np.asarray(self.prefix_ids, dtype=np.int64), inputs]), targets]
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_moe.data.objectives.denoiser import Denoiser, read_denoisers
+from megatron_moe.data.objectives.rng import sample_rng
 from megatron_moe.data.objectives.spans import span_counts
+from megatron_moe.data.objectives.ul2 import FittedDenoiser
 from megatron_moe.errors import UsageError
 
 
@@ -122,3 +125,18 @@ def test_a_denoiser_of_weight_0_is_left_out(tmp_path: Path) -> None:
     entry = "[[denoiser]]\nprefix = '{}'\nkind = 'prefix-lm'\nweight = {}\n"
     path.write_text(entry.format("a", 0) + entry.format("b", 2))
     assert [denoiser.prefix for denoiser in read_denoisers(str(path))] == ["b"]
+
+
+def test_a_kind_without_a_branch_is_an_error() -> None:
+    """A new kind is never computed as one of the others."""
+    new = Denoiser(prefix="", kind="new", mean_span=3.0, rate=0.15, weight=1.0)  # type: ignore[arg-type]
+    fitted = FittedDenoiser(denoiser=new, prefix_ids=(), text=4)
+    calls = {
+        "lengths": lambda: new.lengths(4, 0),
+        "total": lambda: new.total(4, 0),
+        "spans": fitted.spans,
+        "hide": lambda: fitted.hide(sample_rng(1, "ul2"), 0, np.arange(4), range(9, 8, -1)),
+    }
+    for call in calls.values():
+        with pytest.raises(NotImplementedError, match="denoisers of kind 'new'"):
+            call()
