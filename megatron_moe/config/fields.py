@@ -1,9 +1,10 @@
-"""What a field of the configuration carries besides its type: the range of its numbers, its flag.
+"""What a field carries besides its type: its range, its flag, whether files omit it at its default.
 
-Both are metadata of the field's annotation, so that a field is declared in one place:
+All are metadata of the field's annotation, so that a field is declared in one place:
 
     lr: Annotated[float, NonNegative] = 3e-4
     stages: Annotated[str | None, Flag("--phases")] = None
+    moe_router_type: Annotated[RouterType, OmittedAtDefault] = "softmax"
 
 The command line, `config.json` and `validate` read them with `fields_of`.
 """
@@ -67,6 +68,14 @@ class Flag:
     """With its dashes, e.g. `--phases`."""
 
 
+class OmittedAtDefault:
+    """Marks a field that `RunConfig.to_dict` leaves out while it has the default of its section.
+
+    For fields that are added after a release: files of runs that do not use them stay equal to
+    those of older releases, which can read them.
+    """
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConfigField:
     """A field of a section of the configuration."""
@@ -79,6 +88,8 @@ class ConfigField:
     """The documented flag: help, errors and logs name it."""
     range: Range | None
     """Of its numbers; `None` for a field that has none."""
+    omitted_at_default: bool = False
+    """Whether it is marked with `OmittedAtDefault`."""
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -132,6 +143,7 @@ def _field(name: str, plain: Any, annotated: Any) -> ConfigField:
         type=plain,
         flag=flags[0] if flags else _flag_named(name),
         range=ranges[0] if ranges else None,
+        omitted_at_default=OmittedAtDefault in metadata,
     )
 
 

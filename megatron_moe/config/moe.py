@@ -6,9 +6,9 @@ import ast
 import pkgutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from megatron_moe.config.fields import AtLeastOne, Flag, NonNegative, Positive
+from megatron_moe.config.fields import AtLeastOne, Flag, NonNegative, OmittedAtDefault, Positive
 from megatron_moe.errors import UsageError
 
 CapacityRule = Literal["t5x", "port"]
@@ -25,7 +25,7 @@ def added(folder: Path) -> tuple[str, ...]:
 if TYPE_CHECKING:
     RouterType = str
     DispatcherType = str
-    DropPolicy = str
+    DropPolicyName = str
 else:
     _MOE = Path(__file__).parents[1] / "moe"
     _ROUTERS = ("softmax", *added(_MOE / "routers"))
@@ -33,7 +33,7 @@ else:
     _DROP_POLICIES = ("position", "probs", *added(_MOE / "drop_policies"))
     RouterType = Literal[_ROUTERS]
     DispatcherType = Literal[_DISPATCHERS]
-    DropPolicy = Literal[_DROP_POLICIES]
+    DropPolicyName = Literal[_DROP_POLICIES]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class MoEConfig:
     x += MoE(norm2 x) + shared(norm2 x)."""
     moe_capacity_rule: CapacityRule = "t5x"
     """Slots C of one expert for a group of T tokens. `t5x`: round(cf T / E), one group per row.
-    `port`: floor(k cf T / E) made even, one group per micro-batch."""
+    `port`: floor(k cf T / E) rounded up to an even number, one group per micro-batch."""
     moe_expert_capacity_factor: Annotated[float | None, Positive] = 1.25
     """Capacity factor cf in training; `None` drops nothing: C = group size, so on a GPU the buffers
     have E / k times the rows that are needed."""
@@ -68,7 +68,7 @@ class MoEConfig:
     moe_capacity_group_size: Annotated[int | None, AtLeastOne] = None
     """Tokens that compete for one set of slots; `None` takes the rule's own group. Tokens are taken
     row by row, so a group is part of a row, a row, or whole rows."""
-    moe_token_drop_policy: DropPolicy = "position"
+    moe_token_drop_policy: DropPolicyName = "position"
     """Which choices keep a slot when an expert is full. `position` (OpenMoE): all first choices in
     token order, then all second choices. `probs`: the highest router probability, ties by
     position."""
@@ -89,18 +89,12 @@ class MoEConfig:
     moe_expert_impl: Literal["auto", "loop", "batched"] = "auto"
     """Expert GEMMs: one per expert over its filled rows (`loop`), or one batched GEMM over the
     whole fixed-shape buffer (`batched`, without host reads, for GPUs and dry runs)."""
-    # A flag without a choice is noise: these two become fields, so flags and entries of
-    # `config.json`, with the first file that adds a second value.
-    if len(get_args(RouterType)) > 1:
-        moe_router_type: RouterType = "softmax"
-        """Router. `softmax` (OpenMoE): probabilities over all experts, then the k largest."""
-    else:
-        moe_router_type = "softmax"
-    if len(get_args(DispatcherType)) > 1:
-        moe_token_dispatcher_type: DispatcherType = "alltoall"
-        """How tokens reach their experts. `alltoall`: over expert-parallel ranks."""
-    else:
-        moe_token_dispatcher_type = "alltoall"
+    moe_router_type: Annotated[RouterType, OmittedAtDefault] = "softmax"
+    """Router. `softmax` (OpenMoE): probabilities over all experts, then the k largest. Other values
+    are the files of `moe/routers/`."""
+    moe_token_dispatcher_type: Annotated[DispatcherType, OmittedAtDefault] = "alltoall"
+    """How tokens reach their experts. `alltoall`: over expert-parallel ranks. Other values are the
+    files of `moe/dispatchers/`."""
 
 
 MAX_ENTRIES = 65536

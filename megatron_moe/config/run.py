@@ -44,8 +44,18 @@ class RunConfig:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dictionaries, ready for JSON."""
-        return dataclasses.asdict(self)
+        """Plain nested dictionaries, ready for JSON.
+
+        A field marked with `OmittedAtDefault` is left out while it has its default. The default is
+        the section's, not a preset's: `from_dict` has no other value for an absent key.
+        """
+        values = dataclasses.asdict(self)
+        for name, section in self.sections.items():
+            default = type(section)()
+            for key, known in fields_of(type(section)).items():
+                if known.omitted_at_default and getattr(section, key) == getattr(default, key):
+                    del values[name][key]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> RunConfig:

@@ -8,7 +8,6 @@ fields: the released `config.json` files and the PyTorch port that reads them.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import replace
 from typing import Any
 
@@ -87,7 +86,7 @@ def to_hf(config: RunConfig, vocab_size: int, dtype: str) -> dict[str, Any]:
         "enable_kernel": False,
         "enable_comm_overlap": False,
         "enable_hierarchical_alltoall": False,
-        OURS: {"model": dataclasses.asdict(model), "moe": dataclasses.asdict(moe)},
+        OURS: {section: config.to_dict()[section] for section in ("model", "moe")},
     }
 
 
@@ -109,6 +108,7 @@ def _check_expressible(config: RunConfig) -> None:
         "--untie-embeddings-and-output-weights": (model.untie_embeddings_and_output_weights, True),
         "--moe-shared-expert-placement": (moe.moe_shared_expert_placement, "sequential"),
         "--moe-shared-expert-intermediate-size": (moe.moe_shared_expert_intermediate_size, width),
+        "--moe-router-type": (moe.moe_router_type, "softmax"),
         "--moe-ffn-hidden-size": (moe.moe_ffn_hidden_size or width, width),
     }
     faults = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
@@ -136,7 +136,8 @@ def differences(first: Path, second: Path, steps: tuple[int | None, int | None])
         UsageError: one of them is missing or damaged.
     """
     a, b = read_native(first, steps[0]), read_native(second, steps[1])
-    yield from setting_differences(_flat(a.config.to_dict()), _flat(b.config.to_dict()))
+    # `asdict` has every setting; `to_dict` omits some at their defaults, which differ as well.
+    yield from setting_differences(_flat(asdict(a.config)), _flat(asdict(b.config)))
     yield from tensor_differences(a.tensors, b.tensors)
 
 

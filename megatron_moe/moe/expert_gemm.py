@@ -161,7 +161,7 @@ def _groups(filled: list[ExpertRows], width: int) -> list[GemmGroup]:
 class _WeightGradient:
     """The gradient of a stacked weight: a new tensor, or Megatron-Core's `main_grad`.
 
-    A new tensor is uninitialised. The first product of an expert overwrites its slice, later ones
+    A new tensor is uninitialized. The first product of an expert overwrites its slice, later ones
     (its rows from other source ranks) add to it, and `finish` zeroes the slices of experts without
     rows: one pass over memory less than starting from zeros. `main_grad` holds the sum of earlier
     micro-batches, so every product adds to it.
@@ -202,7 +202,7 @@ class _WeightGradient:
 
 
 def _zero_gaps(buffer_RX: Tensor, groups: list[GemmGroup]) -> Tensor:
-    """Zero the rows outside all groups, so that no uninitialised value leaves the function."""
+    """Zero the rows outside all groups, so that no uninitialized value leaves the function."""
     end = 0
     for group in groups:
         if group.start > end:

@@ -116,7 +116,7 @@ class Experts(nn.Module):
         moe: number, width and implementation of experts.
         groups: expert parallelism divides the experts, expert tensor parallelism their width.
         params_dtype: dtype of the weights.
-        device: where they are; `meta` for counting. They are uninitialised.
+        device: where they are; `meta` for counting. They are uninitialized.
 
     Attributes:
         weight_in: [E, H, M], blocks gate (or linear, gate) and up side by side, each divided over

@@ -53,7 +53,7 @@ class MoELayer(nn.Module):
         pgs: `ProcessGroupCollection` with `tp`, `ep` and `expt_tp`; `None` for one process.
         sequence_parallel: whether the input is this rank's shard of the sequence.
         params_dtype: dtype of the parameters; the router computes in at least fp32.
-        device: where the parameters are. They are uninitialised; see `reset_parameters`.
+        device: where the parameters are. They are uninitialized; see `reset_parameters`.
 
     Attributes:
         router: scores tokens and chooses their experts.

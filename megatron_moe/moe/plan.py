@@ -78,7 +78,7 @@ def slots_per_expert(moe: MoEConfig, tokens: int, factor: float | None) -> int:
     """Slots C of one expert for a group of ``tokens`` tokens.
 
     `t5x` (released training code): round(cf T / E), without k. `port` (PyTorch port): floor(k cf T
-    / E) made even. No factor: nothing drops. At most ``tokens``: a token chooses an expert once.
+    / E) rounded up to even. No factor: nothing drops. At most ``tokens``: choices are distinct.
     """
     if factor is None:
         return tokens

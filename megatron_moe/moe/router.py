@@ -1,7 +1,7 @@
 """Which experts a token chooses, and with what weight.
 
 Logits and softmax in fp32 over all experts, **then** the k largest, whose raw probabilities are the
-combine weights: no renormalisation, no noise, no bias (released training code of OpenMoE).
+combine weights: no renormalization, no noise, no bias (released training code of OpenMoE).
 
 The table of tokens and experts is stored with the tokens contiguous, [E, T], and its gradient is
 written by hand: a softmax over the first of two dimensions then works on whole vectors of tokens,
@@ -34,7 +34,7 @@ class Scores:
     Args:
         logits_TE: fp32, without gradient.
         log_probs_TE: fp32 log-softmax, without gradient.
-        log_z_T: fp32, logarithm of the softmax normaliser, differentiable.
+        log_z_T: fp32, logarithm of the softmax normalizer, differentiable.
         probs_TE: fp32, each row sums to 1, differentiable.
         choices_TK: int64 expert ids, best first; among equals the lower id first.
         weights_TK: fp32 probabilities of the choices, differentiable.
@@ -59,7 +59,7 @@ class Router(nn.Module):
         moe: number of experts and of choices.
         sequence_parallel: whether ranks hold shards of the sequence.
         params_dtype: dtype of the weight; scores are computed in at least fp32.
-        device: where the weight is. It is uninitialised.
+        device: where the weight is. It is uninitialized.
 
     Attributes:
         weight: [E, H], the same on every rank.

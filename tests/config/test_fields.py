@@ -6,7 +6,7 @@ import json
 import math
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +20,7 @@ from megatron_moe.config.fields import (
     ConfigField,
     Flag,
     NonNegative,
+    OmittedAtDefault,
     Positive,
     Range,
     fields_of,
@@ -238,3 +239,50 @@ def test_a_flag_is_named_after_its_field_unless_the_field_says_otherwise() -> No
     assert fields["other"].flags == ("--named", "--other")
     assert fields["other"].keys == ("named", "other")
     assert fields["other"].type == (str | None)
+
+
+OMITTED = {"moe_router_type": "no file", "moe_token_dispatcher_type": "no file"}
+"""Fields that files leave out at their defaults, with a value that no file can
+add, as it is not the name of a module."""
+
+
+def test_files_omit_only_these_fields_and_only_at_their_defaults() -> None:
+    """Files of runs that do not use them are those of releases that did not have them."""
+    config = RunConfig()
+    written = {name for section in config.to_dict().values() for name in section}
+    assert all_fields().keys() - written == OMITTED.keys()
+    for name, value in OMITTED.items():
+        section = getattr(config, SECTION[name])
+        changed = replace(config, **{SECTION[name]: replace(section, **{name: value})})
+        assert changed.to_dict()[SECTION[name]][name] == value
+        del (rest := changed.to_dict())[SECTION[name]][name]
+        assert rest == config.to_dict()
+
+
+@pytest.mark.parametrize("name", OMITTED)
+def test_files_with_and_without_an_omitted_field_are_read(name: str, tmp_path: Path) -> None:
+    path, default = tmp_path / "config.json", getattr(RunConfig().moe, name)
+    values = RunConfig().to_dict()
+    path.write_text(json.dumps(values))
+    assert RunConfig.load(path) == RunConfig()
+    values["moe"][name] = default
+    path.write_text(json.dumps(values))
+    assert RunConfig.load(path) == RunConfig()
+    values["moe"][name] = OMITTED[name]
+    path.write_text(json.dumps(values))
+    with pytest.raises(UsageError) as error:
+        RunConfig.load(path)
+    assert error.value.what == f"{name} in moe of {path}"
+    assert repr(default) in error.value.expected
+
+
+def test_a_marked_field_keeps_its_type_range_and_flag() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Section:
+        size: Annotated[int, AtLeastOne, OmittedAtDefault] = 1
+        other: int = 1
+
+    fields = fields_of(Section)
+    assert (fields["size"].type, fields["size"].range) == (int, AtLeastOne)
+    assert fields["size"].flag == "--size"
+    assert [field.omitted_at_default for field in fields.values()] == [True, False]

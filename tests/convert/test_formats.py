@@ -193,6 +193,7 @@ def test_a_source_keeps_its_older_steps(tmp_path: Path) -> None:
         ("model", {"softmax_scale": None}, "--softmax-scale"),
         ("model", {"untie_embeddings_and_output_weights": False}, "--untie-embeddings"),
         ("moe", {"moe_shared_expert_placement": "parallel"}, "--moe-shared-expert-placement"),
+        ("moe", {"moe_router_type": "toy"}, "--moe-router-type must be 'softmax'"),
         ("moe", {"moe_shared_expert_intermediate_size": 16}, "--moe-shared-expert-intermediate"),
         ("moe", {"moe_ffn_hidden_size": 8}, "--moe-ffn-hidden-size"),
         ("moe", {"moe_layer_freq": "[1,0,0,1]"}, "--moe-layer-freq"),

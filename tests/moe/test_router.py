@@ -1,4 +1,4 @@
-"""Scores: fp32 softmax over all experts, then the best, without renormalising."""
+"""Scores: fp32 softmax over all experts, then the best, without renormalizing."""
 
 from __future__ import annotations
 

@@ -90,6 +90,17 @@ def test_differences(
     assert "torch.float32 and torch.bfloat16" in capsys.readouterr().out
 
 
+def test_a_setting_that_files_omit_at_its_default_is_compared_with_its_default(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not with nothing, which would print None for the one that has the default."""
+    other = replace(CONFIG, moe=replace(CONFIG.moe, moe_router_type="other"))
+    models = {Path("first"): model_of(), Path("second"): model_of(other)}
+    monkeypatch.setattr(inspection, "read_native", lambda path, step: models[path])
+    found = list(inspection.differences(Path("first"), Path("second"), (None, None)))
+    assert found == ["moe.moe_router_type: 'softmax' and 'other'"]
+
+
 def test_differences_of_shape_and_of_what_is_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moe.config import MoEConfig, RunConfig
+from megatron_moe.training.resume import _changes
 from tests.support.pool import Pool
 from tests.training.tiny import MODEL, pretrain_rank
 
@@ -110,3 +112,15 @@ def test_another_seed_is_another_run(pool, corpus, tmp_path):
     _run(pool, 1, corpus, other, ["--seed", "4321"])
     assert _steps(one) != _steps(other)
     assert _tensors(one) != _tensors(other)
+
+
+def test_another_router_dispatcher_or_drop_policy_is_logged() -> None:
+    """Files omit the first two at their defaults; the comparison has them nevertheless."""
+    other = MoEConfig(
+        moe_router_type="a", moe_token_dispatcher_type="b", moe_token_drop_policy="probs"
+    )
+    assert _changes(RunConfig(), RunConfig(moe=other)) == [
+        "--moe-token-drop-policy was position, is probs",
+        "--moe-router-type was softmax, is a",
+        "--moe-token-dispatcher-type was alltoall, is b",
+    ]

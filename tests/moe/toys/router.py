@@ -1,27 +1,37 @@
-"""A router by position: token t chooses experts t, t + 1, ... modulo E."""
+"""A router with sigmoid scores: each expert is scored alone, scores are divided by their sum."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from megatron_moe.moe.router import ROUTERS, Router, Scores
 
 
 @ROUTERS.register("toy")
-class RoundRobin(Router):
-    """Scores are those of `Router`; choices do not depend on them."""
+class SigmoidRouter(Router):
+    """p_e = sigmoid(logit_e) / sum over all experts, then the k largest."""
 
     def forward(self, x_TH: Tensor) -> tuple[Scores, Tensor]:
-        """As `Router.forward`, with gradients by automatic differentiation."""
-        logits_TE = x_TH @ self.weight.t()
-        probs_TE = logits_TE.softmax(-1)
-        first_T = torch.arange(x_TH.shape[0], device=x_TH.device)
-        step_K = torch.arange(self.topk, device=x_TH.device)
-        choices_TK = (first_T.unsqueeze(1) + step_K) % self.weight.shape[0]
+        """As `Router.forward`, with gradients by automatic differentiation.
+
+        Every token is scored by its content alone. A rank holds a shard of the sequence under
+        sequence parallelism, so a token's index on its rank depends on the layout.
+        """
+        # At least fp32: in bf16 many experts would be equal, and the softmax would lose digits.
+        dtype = torch.promote_types(x_TH.dtype, torch.float32)
+        logits_TE = x_TH.to(dtype) @ self.weight.to(dtype).t()
+        # The softmax of log sigmoid(l) is sigmoid(l) divided by the sum, without dividing 0 by 0
+        # where all logits are far below 0.
+        log_probs_TE = logsigmoid(logits_TE).log_softmax(-1)
+        probs_TE = log_probs_TE.exp()
+        # A stable sort puts the lower expert first among equals, as `Scores` requires.
+        ranked_TE = probs_TE.detach().sort(dim=-1, descending=True, stable=True).indices
+        choices_TK = ranked_TE[:, : self.topk]
         scores = Scores(
             logits_TE=logits_TE.detach(),
-            log_probs_TE=logits_TE.detach().log_softmax(-1),
+            log_probs_TE=log_probs_TE.detach(),
             log_z_T=logits_TE.logsumexp(-1),
             probs_TE=probs_TE,
             choices_TK=choices_TK,
