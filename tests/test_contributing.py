@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 import megatron_moe
-from tests.test_packaging import PYTHONS
+from tests.test_packaging import PYTHONS, make
 
 ROOT = Path(__file__).resolve().parent.parent
 GITHUB = ROOT / ".github"
@@ -25,8 +25,8 @@ def read(path: Path) -> Any:
 
 def recipe(target: str) -> list[str]:
     """The commands of a target of the Makefile."""
-    command = ["make", "--dry-run", "--always-make", "-o", ".venv/bin/python", target]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    done = make(ROOT, "--dry-run", "--always-make", "-o", ".venv/bin/python", target)
+    assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
@@ -101,18 +101,13 @@ def test_every_paper_that_is_implemented_is_cited() -> None:
 def test_make_lists_every_target_that_is_meant_for_people() -> None:
     text = (ROOT / "Makefile").read_text()
     (phony,) = re.findall(r"^\.PHONY: (.*)$", text, re.M)
-    command = ["make", "help"]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    done = make(ROOT, "help")
     assert [line.split()[1] for line in done.stdout.splitlines()] == phony.split()
     assert {"docs", "compare"} <= set(phony.split())
 
 
 def test_compare_needs_a_revision() -> None:
-    command = ["make", "-o", ".venv/bin/python", "compare", "BASE="]
     (stamp,) = re.findall(r"touch (\S+)", "\n".join(recipe("setup")))
-    command[1:1] = ["-o", stamp]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
-    )
+    done = make(ROOT, "-o", stamp, "-o", ".venv/bin/python", "compare", "BASE=")
     assert done.returncode == 2
     assert "BASE must be a revision or the folder of a checkout (got '')" in done.stderr
