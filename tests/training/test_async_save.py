@@ -51,9 +51,9 @@ def test_a_run_is_the_same_with_and_without(pool, corpus, tmp_path, world, flags
 
 def test_it_needs_a_directory(pool, corpus):
     argv = [*MODEL, "--data-path", corpus, "--train-iters", "9", "--async-save"]
-    ((code, _, mistake),) = pool.run(pretrain_rank, 1, argv=argv)
+    ((code, _, message),) = pool.run(pretrain_rank, 1, argv=argv)
     assert code == 2
-    assert mistake == "--async-save must be used with --save (got True)"
+    assert message == "--async-save must be used with --save (got True)"
 
 
 def _full_later(rank: int, world_size: int, *, argv: list[str], save: Path) -> Any:
@@ -84,11 +84,11 @@ def test_a_save_that_fails_ends_the_run_at_the_next_step_on_every_rank(pool, cor
     assert results[0][3] == results[1][3]
     taken = results[0][3]
     assert 6 < taken[-1] < 9, "told at a step soon after, not at the next save"
-    for code, _, mistake, _ in results:
+    for code, _, message, _ in results:
         assert code == 2
-        assert mistake.startswith(f"space for the save of step 6 to {tmp_path} must be enough for ")
-        assert "(got 'File too large, " in mistake
-        assert "\n" not in mistake
+        assert message.startswith(f"space for the save of step 6 to {tmp_path} must be enough for ")
+        assert "(got 'File too large, " in message
+        assert "\n" not in message
     assert latest_step(tmp_path) == 3
     verify(tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
