@@ -1,0 +1,62 @@
+"""What a file is, by its first bytes: for messages about a file that is not what it should be.
+
+Git LFS pointers are the usual case: a clone without `git lfs` has, in place of each large file, a
+text of three lines.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+SHOWN_BYTES = 24
+"""First bytes of an unknown file that a message shows."""
+_READ = 512
+_LFS = b"version https://git-lfs.github.com/spec/"
+_BEGINNINGS = (
+    (re.compile(rb"\x1f\x8b"), "it is compressed with gzip"),
+    (re.compile(rb"\x28\xb5\x2f\xfd"), "it is compressed with zstd"),
+    (re.compile(rb"PK\x03\x04"), "it is a zip archive, as PyTorch's files are"),
+    (re.compile(rb"\x80[\x02-\x05]"), "it is a pickle"),
+    (re.compile(rb"PAR1"), "it is a Parquet file"),
+    (re.compile(rb"GGUF"), "it is a GGUF file"),
+    (re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE), "it is an HTML page"),
+    (re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n"), "it is a vocabulary of tiktoken"),
+)
+
+
+def first_bytes(path: str | Path, count: int = _READ) -> bytes:
+    """The first bytes of a file, fewer if it is shorter.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with Path(path).open("rb") as file:
+        return file.read(count)
+
+
+def is_lfs_pointer(start: bytes) -> bool:
+    """Whether a file that begins with ``start`` is a Git LFS pointer."""
+    return start.startswith(_LFS)
+
+
+def describe_start(start: bytes) -> str:
+    """What a file is that begins with ``start``, as part of a message: `it is empty`.
+
+    Args:
+        start: from `first_bytes`.
+    """
+    if not start:
+        return "it is empty"
+    if is_lfs_pointer(start):
+        return "it is a Git LFS pointer, not the file itself; get the file with git lfs pull"
+    known = (what for pattern, what in _BEGINNINGS if pattern.match(start))
+    return next(known, f"it begins with {start[:SHOWN_BYTES]!r}")
+
+
+def describe_file_start(path: str | Path) -> str:
+    """`describe_start` of a file, or why it cannot be read."""
+    try:
+        return describe_start(first_bytes(path))
+    except OSError as error:
+        return f"it cannot be read: {error.strerror or error}"
