@@ -15,7 +15,6 @@ memory was needed than the target.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -29,6 +28,7 @@ from pathlib import Path
 import torch
 
 from bench.convert import MEMORY, synthetic_model
+from megatron_moe.command_line import Parser
 from megatron_moe.config import RunConfig
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.convert.formats import ConversionTarget, write
@@ -76,7 +76,7 @@ def hashes(directory: Path) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Make, convert, convert back, compare."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser("_whole_conversion.py", (__doc__ or "").split("\n")[0])
     parser.add_argument("directory", type=Path, help="empty, with room for three checkpoints")
     parser.add_argument("--layers", type=int, help="a multiple of 4, by default all 32")
     parser.add_argument("--layout", choices=("stacked", "unstacked"), default="stacked")

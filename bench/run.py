@@ -8,7 +8,6 @@ its own. If one fails, its error is printed, the others run, and the exit code i
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib
 import json
@@ -21,6 +20,7 @@ from pathlib import Path
 import bench
 from bench._own_process import in_own_process
 from bench.record import Record
+from megatron_moe.command_line import Parser
 
 HELPERS = {"record", "run"}
 """Modules of this package that are not benchmarks."""
@@ -70,7 +70,7 @@ def _records(name: str, folders: list[str]) -> list[Record]:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmarks; 1 if one failed, or with `--strict` if a target was missed."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = Parser("run.py", (__doc__ or "").split("\n")[0])
     parser.add_argument("--only", nargs="+", choices=names(), default=names(), metavar="NAME")
     parser.add_argument("--output", type=Path, default=Path("bench.json"))
     parser.add_argument("--strict", action="store_true", help="exit 1 if a target was missed")

@@ -29,6 +29,8 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 """Files of the root that are pages of the site."""
+MODULES = ("errors", "files", "command_line")
+"""Modules of `megatron_moe` that belong to no package, first in the API reference."""
 PACKAGES = (
     "config",
     "platform",
@@ -78,8 +80,8 @@ def _has_public_names(tree: ast.Module) -> bool:
 
 def api_pages() -> dict[str, str]:
     """Path and Markdown source of each page of the API reference, the index first."""
-    titles = {"api/errors.md": "megatron_moe.errors"}
-    sources = {"api/errors.md": ["megatron_moe.errors"]}
+    top = {f"api/{name}.md": f"megatron_moe.{name}" for name in MODULES}
+    titles, sources = dict(top), {page: [module] for page, module in top.items()}
     for package in (*PACKAGES, "fused_kernels"):
         folder = ROOT / package if package == "fused_kernels" else ROOT / "megatron_moe" / package
         page = f"api/{package}.md"
@@ -90,7 +92,7 @@ def api_pages() -> dict[str, str]:
     for page, modules in sources.items():
         head = [f"# {titles[page]}", _docstring(titles[page])]
         entries = [f"::: {module}" for module in modules]
-        pages[page] = "\n\n".join((head if page != "api/errors.md" else head[:1]) + entries) + "\n"
+        pages[page] = "\n\n".join((head[:1] if page in top else head) + entries) + "\n"
     return pages
 
 

@@ -48,9 +48,11 @@ ALLOWED: dict[str, set[str]] = {
     "convert": _ENGINE,
     "inference": _ENGINE | {"convert"},
 }
-"""What each package of `megatron_moe` may import from the others. All may import `errors` and
-`files`. The last four are leaves: only tools and `pretrain_openmoe` import them, except that
-`analysis` and `inference` read checkpoints of other formats with `convert`."""
+"""What each package of `megatron_moe` may import from the others. All may import `EVERYWHERE`. The
+last four are leaves: only tools and `pretrain_openmoe` import them, except that `analysis` and
+`inference` read checkpoints of other formats with `convert`."""
+EVERYWHERE = {"errors", "files", "command_line", "megatron_moe", "__version__"}
+"""What all of them may import, and which imports none of them."""
 KERNEL_LIBRARIES = {"torch", "triton", "fused_kernels"}
 """What `fused_kernels` may import besides the standard library."""
 LIGHT = {"torch", "megatron", "numpy", "megatron_moe.platform"}
@@ -174,9 +176,9 @@ def _import_fault(importer: str, imported: str) -> str | None:
         return "tools are installed under another name; shared code belongs in a package"
     if not importer.startswith("megatron_moe") or top not in OWN:
         return None
-    if target in (part, "errors", "files", "megatron_moe", "__version__"):
+    if target in (part, *EVERYWHERE):
         return None
-    if part not in ("errors", "files") and part not in ALLOWED:
+    if part not in ALLOWED and part not in EVERYWHERE:
         return f"{part} is not in ALLOWED; add it in tools/check_architecture.py"
     allowed = ALLOWED.get(part, set())
     return None if target in allowed else f"{part} may import {sorted(allowed) or 'nothing'}"

@@ -33,6 +33,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_moe.command_line import Parser
+
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 20
 """Steps of every run; the checkpoint of the last is the one that is resumed."""
@@ -293,9 +295,7 @@ def select_cases(names: str | None) -> list[Case]:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("compare_revisions.py", __doc__)
     parser.add_argument("--base", required=True, help="git revision, or the folder of a checkout")
     parser.add_argument(
         "--head", type=Path, default=ROOT, help="folder of the other checkout (default: this one)"

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_moe.command_line import Parser
 from megatron_moe.config import RunConfig
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.convert.formats import FORMATS, ConversionTarget, planned_tensors, read, write
@@ -42,12 +43,7 @@ _SHARD_GIB = 5.0
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     summary, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="convert_checkpoint.py",
-        description=summary,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("convert_checkpoint.py", summary, examples)
     add = parser.add_argument
     add("--from", dest="source", required=True, choices=FORMATS)
     add("--to", dest="target", required=True, choices=FORMATS)

@@ -25,6 +25,7 @@ from typing import Any
 from megatron_moe.analysis.foreign import foreign_differences, foreign_overview, open_foreign
 from megatron_moe.analysis.foreign_config import is_foreign
 from megatron_moe.checkpoint.reading import verify
+from megatron_moe.command_line import Parser
 from megatron_moe.convert.inspection import (
     TensorFacts,
     differences,
@@ -39,11 +40,7 @@ FAULT_EXIT_CODE = 1
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="inspect_checkpoint.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("inspect_checkpoint.py", __doc__)
     add = parser.add_argument
     add("load", type=Path, help="checkpoints of a run, or a Hugging Face MoE model")
     add("--ckpt-step", type=int, help="step to inspect, by default the tracker's")

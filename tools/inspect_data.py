@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 from typing import get_args, get_type_hints
 
+from megatron_moe.command_line import Parser
 from megatron_moe.config import DataConfig
 from megatron_moe.data.indexed.check import Source, inspect_source
 from megatron_moe.data.indexed.format import paths_of
@@ -42,11 +43,9 @@ TOKENIZERS = get_args(get_type_hints(DataConfig)["tokenizer_type"])
 FAULT_EXIT_CODE = 1
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the parser of the flags."""
-    made = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = Parser("inspect_data.py", __doc__)
     add = made.add_argument
     add("prefix", help="path without suffix")
     add("--document", type=int, metavar="N", help="print document N, counted from 0")

@@ -13,7 +13,6 @@ pseudo-random, so that `--split` holds out a representative sample.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import json
@@ -25,6 +24,7 @@ from pathlib import Path
 
 from megatron_moe_tools.make_demo_corpus import library_files, topics, with_progress
 
+from megatron_moe.command_line import Parser
 from megatron_moe.errors import UsageError, exit_on_usage_error
 
 SYSTEM = "You explain Python and its standard library."
@@ -112,9 +112,7 @@ def choose(found: Iterable[Conversation], most: int) -> list[Conversation]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("make_demo_chat.py", __doc__)
     parser.add_argument("--output", required=True, type=Path, help="JSON Lines file")
     parser.add_argument("--conversations", type=int, default=4000, help="maximum number (4000)")
     options = parser.parse_args(argv)

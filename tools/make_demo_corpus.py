@@ -14,7 +14,6 @@ out a representative sample.
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
 import json
@@ -25,6 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_moe.command_line import Parser
 from megatron_moe.data.progress import progress_bar
 from megatron_moe.errors import UsageError, exit_on_usage_error
 
@@ -166,9 +166,7 @@ def write(documents: Sequence[Document], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("make_demo_corpus.py", __doc__)
     parser.add_argument("--output-dir", required=True, type=Path, help="folder to write")
     parser.add_argument(
         "--megabytes", type=float, default=16.0, help="maximum size of each domain (16)"

@@ -13,13 +13,13 @@ and, according to their manifests, the same tokenizer; partitions must be comple
 
 from __future__ import annotations
 
-import argparse
 import glob
 import os
 import re
 import time
 from collections.abc import Iterable, Sequence
 
+from megatron_moe.command_line import Parser
 from megatron_moe.data.indexed.format import paths_of
 from megatron_moe.data.indexed.manifest import manifest_path
 from megatron_moe.data.indexed.merge import merge
@@ -85,9 +85,7 @@ def check_partitions(prefixes: Iterable[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("merge_datasets.py", __doc__)
     parser.add_argument(
         "--input", nargs="+", required=True, metavar="DIR", help="folders, prefixes or globs"
     )

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import sentencepiece
 
+from megatron_moe.command_line import Parser
 from megatron_moe.data.preprocess.inputs import cut, find_inputs
 from megatron_moe.data.preprocess.reading import read_batches
 from megatron_moe.data.progress import progress_bar
@@ -100,9 +101,7 @@ def train(options: argparse.Namespace) -> bytes:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser("train_tokenizer.py", __doc__)
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="text files")
     parser.add_argument("--output", required=True, type=Path, help="model file to write")
     parser.add_argument("--vocab-size", type=int, default=8192, help="pieces (8192)")

@@ -17,10 +17,10 @@ Examples:
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
+from megatron_moe.command_line import Parser
 from megatron_moe.config.cli import parse_or_exit
 from megatron_moe.config.validate import validate
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
@@ -28,7 +28,7 @@ from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return the exit code."""
-    own = argparse.ArgumentParser(prog="unigram_loss.py", add_help=False, allow_abbrev=False)
+    own = Parser("unigram_loss.py", add_help=False)
     own.add_argument("--phase", "--stage")
     chosen, others = own.parse_known_args(argv)
     command = parse_or_exit(others, prog="unigram_loss.py", examples=__doc__ or "")

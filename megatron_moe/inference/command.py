@@ -10,6 +10,7 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_moe.command_line import Parser
 from megatron_moe.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def require_harness() -> None:
         raise UsageError("package lm-eval", "missing", "installed for --tasks", fix)
 
 
-def model_parser(prog: str, description: str | None, capacity: str) -> argparse.ArgumentParser:
+def model_parser(prog: str, description: str | None, capacity: str) -> Parser:
     """A parser with the flags of the model; the command adds its own.
 
     Args:
@@ -35,12 +36,7 @@ def model_parser(prog: str, description: str | None, capacity: str) -> argparse.
         description: docstring of the command's module.
         capacity: help of `--moe-capacity`.
     """
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog, description)
     add = parser.add_argument_group("the model").add_argument
     add(
         "--load",

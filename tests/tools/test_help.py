@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import pretrain_openmoe
+from megatron_moe.command_line import Parser
 from megatron_moe.config import RunConfig, cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,18 +76,21 @@ def examples(path: str, text: str) -> list[list[str]]:
 
 def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every parser raises `Parsed` where it would return; partial ones go on."""
-    parse = argparse.ArgumentParser.parse_args
 
-    def parse_args(self: Any, args: Any = None, namespace: Any = None) -> Any:
-        parse(self, args, namespace)
-        raise Parsed
+    def stopping(parse: Any) -> Any:
+        def parse_args(self: Any, args: Any = None, namespace: Any = None) -> Any:
+            parse(self, args, namespace)
+            raise Parsed
+
+        return parse_args
 
     def parse_run(argv: Sequence[str] | None = None, *_: Any, **__: Any) -> Any:
         read(argv)
         raise Parsed
 
     read = cli.parse_args
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
+    for parser in (argparse.ArgumentParser, Parser):
+        monkeypatch.setattr(parser, "parse_args", stopping(parser.parse_args))
     monkeypatch.setattr("tools.unigram_loss.parse_or_exit", parse_run)
     monkeypatch.setattr("pretrain_openmoe.parse_args", parse_run)
 
