@@ -1,7 +1,7 @@
 """What to run: configuration dataclasses, presets and the command line generated from them."""
 
 from megatron_moe.config.model import ModelConfig
-from megatron_moe.config.moe import MoEConfig, moe_layer_pattern
+from megatron_moe.config.moe import MoEConfig, capacity_group_tokens, moe_layer_pattern
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.training import (
@@ -24,5 +24,6 @@ __all__ = [
     "ParallelConfig",
     "RunConfig",
     "TrainConfig",
+    "capacity_group_tokens",
     "moe_layer_pattern",
 ]

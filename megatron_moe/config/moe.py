@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from megatron_moe.config.fields import AtLeastOne, Flag, NonNegative, OmittedAtDefault, Positive
 from megatron_moe.errors import UsageError
 
-CapacityRule = Literal["t5x", "port"]
-LoadBalancing = Literal["seq_aux_loss", "aux_loss", "none"]
+CapacityRule = Literal["t5x", "port", "megatron"]
+LoadBalancing = Literal["seq_aux_loss", "aux_loss", "group_aux_loss", "none"]
+LossConvention = Literal["openmoe", "megatron"]
 
 
 def added(folder: Path) -> tuple[str, ...]:
@@ -57,7 +58,8 @@ class MoEConfig:
     x += MoE(norm2 x) + shared(norm2 x)."""
     moe_capacity_rule: CapacityRule = "t5x"
     """Slots C of one expert for a group of T tokens. `t5x`: round(cf T / E), one group per row.
-    `port`: floor(k cf T / E) rounded up to an even number, one group per micro-batch."""
+    `port`: floor(k cf T / E) rounded up to an even number, one group per micro-batch. `megatron`:
+    ceil(k T / E cf) without a minimum, one group per micro-batch (Megatron-LM)."""
     moe_expert_capacity_factor: Annotated[float | None, Positive] = 1.25
     """Capacity factor cf in training; `None` drops nothing: C = group size, so on a GPU the buffers
     have E / k times the rows that are needed."""
@@ -73,13 +75,17 @@ class MoEConfig:
     token order, then all second choices. `probs`: the highest router probability, ties by
     position."""
     moe_router_load_balancing_type: LoadBalancing = "seq_aux_loss"
-    """Over which tokens E * sum_e f_e P_e is taken: each row (`seq_aux_loss`, OpenMoE), the
-    micro-batch (`aux_loss`), or no such loss (`none`)."""
+    """Over which tokens E * sum_e f_e P_e is taken: each row (`seq_aux_loss`), each capacity group
+    (`group_aux_loss`, as released), the micro-batch (`aux_loss`), or no such loss (`none`)."""
     moe_aux_loss_coeff: Annotated[float, NonNegative] = 0.01
-    """Weight of the load-balancing loss, which is k when balanced and averaged over MoE layers.
-    Megatron-LM's loss is 1 when balanced and summed: there it would be coeff * k / L_moe."""
+    """Weight of the load-balancing loss, in the units of `--moe-loss-convention`."""
     moe_z_loss_coeff: Annotated[float, NonNegative] = 1e-4
-    """Weight of mean(logsumexp(router logits)^2), averaged over MoE layers (not summed)."""
+    """Weight of the router z-loss mean(logsumexp(logits)^2), in the units of
+    `--moe-loss-convention`."""
+    moe_loss_convention: Annotated[LossConvention, OmittedAtDefault] = "openmoe"
+    """Units of both coefficients. `openmoe`: the load-balancing loss is k when balanced, and both
+    losses are averaged over MoE layers. `megatron`: it is 1 when balanced, and both are summed over
+    MoE layers, as in Megatron-LM."""
     moe_dispatch_impl: Annotated[Literal["auto", "native", "reference"], Flag("--kernel-impl")] = (
         "auto"
     )
@@ -95,6 +101,47 @@ class MoEConfig:
     moe_token_dispatcher_type: Annotated[DispatcherType, OmittedAtDefault] = "alltoall"
     """How tokens reach their experts. `alltoall`: over expert-parallel ranks. Other values are the
     files of `moe/dispatchers/`."""
+
+    def openmoe_coefficients(self, num_moe_layers: int) -> tuple[float, float]:
+        """Both coefficients in units of `openmoe`, whatever `--moe-loss-convention` is.
+
+        Example: k = 2 and 4 MoE layers; 0.005 and 2.5e-5 in units of `megatron` are 0.01 and 1e-4.
+
+        Args:
+            num_moe_layers: MoE layers of the whole model.
+
+        Returns:
+            Weights of the load-balancing loss and of the router z-loss.
+        """
+        balance, z = self.moe_aux_loss_coeff, self.moe_z_loss_coeff
+        if self.moe_loss_convention == "openmoe":
+            return balance, z
+        return balance * num_moe_layers / self.moe_router_topk, z * num_moe_layers
+
+
+def capacity_group_tokens(moe: MoEConfig, *, rows: int, row_tokens: int) -> int:
+    """Tokens of one capacity group of a micro-batch.
+
+    Args:
+        moe: rule and group size.
+        rows: sequences B of the micro-batch.
+        row_tokens: tokens S of a sequence, over all ranks that share it.
+
+    Raises:
+        UsageError: the group size is neither a part of a row, a row, nor a number of whole rows
+            that divides those of the micro-batch.
+    """
+    tokens, size = rows * row_tokens, moe.moe_capacity_group_size
+    if size is None:
+        return row_tokens if moe.moe_capacity_rule == "t5x" else tokens
+    if size > 0 and (row_tokens % size == 0 or (size % row_tokens == 0 and tokens % size == 0)):
+        return size
+    expected = f"a divisor of the row ({row_tokens} tokens) or whole rows that divide {rows} rows"
+    fix = ""
+    if size > 0 and size % row_tokens == 0:
+        least = size // row_tokens
+        fix = f"a group lies in one micro-batch: set --micro-batch-size {least} or a multiple of it"
+    raise UsageError("--moe-capacity-group-size", size, expected, fix)
 
 
 MAX_ENTRIES = 65536

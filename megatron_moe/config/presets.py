@@ -3,6 +3,9 @@
 Sizes: OpenMoE paper, table of model configurations, and the released `config.json` files. The paper
 variant has three-matrix FFNs, the shared expert parallel to the others and one embedding matrix;
 the released one four-matrix FFNs, the shared expert after the others and untied embeddings.
+
+The published released sizes assume groups of one row for capacity and balance loss. The groups of
+the released runs, of up to 4096 tokens by the number of TPUs, are in `docs/routing.md`.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ _RELEASED_FFN = {"base-16e": 2048}
 """Base was released with a narrower FFN than the paper's table says."""
 
 
-def _run(size: _Size, released: bool) -> RunConfig:
+def _run(size: _Size, released: bool, published: bool = True) -> RunConfig:
     model = ModelConfig(
         num_layers=size.layers,
         hidden_size=size.hidden,
@@ -57,6 +60,9 @@ def _run(size: _Size, released: bool) -> RunConfig:
         moe_shared_expert_placement="sequential" if released else "parallel",
         moe_z_loss_coeff=size.z_loss,
     )
+    if released and published:
+        # Equal to the default while a group is a row; follows --moe-capacity-group-size.
+        moe = replace(moe, moe_router_load_balancing_type="group_aux_loss")
     # 1 / sqrt(max(step, 10000)): flat at 0.01 for 10000 steps.
     optimizer = OptimizerConfig(
         optimizer="adafactor",
@@ -77,7 +83,7 @@ def _run(size: _Size, released: bool) -> RunConfig:
 def _tiny(released: bool) -> RunConfig:
     # As in the published sizes, FFNs are four times as wide as the model.
     size = _Size(4, 2, 256, 1024, 4, 64, 8, 8)
-    run = _run(size, released)
+    run = _run(size, released, published=False)
     return replace(
         run,
         data=DataConfig(seq_length=256),

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_moe.config.fields import fields_of
+from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.phases import PhaseSpec, errors_of_phase, read_phases
 from megatron_moe.config.run import RunConfig, flag_of
 from megatron_moe.config.training import CheckpointConfig, OptimizerConfig
@@ -56,6 +57,7 @@ def check_ranges(config: RunConfig) -> None:
 def _check_phase(config: RunConfig) -> None:
     """Rules between settings that each phase may have for itself."""
     _check_data(config)
+    _check_routing(config.moe)
     _check_objective(config)
     _check_learning_rate(config.optimizer)
     _check_optimizer(config)
@@ -115,6 +117,13 @@ def _check_data(config: RunConfig) -> None:
     length, longest = config.data.seq_length, config.model.max_position_embeddings
     if length > longest:
         raise UsageError("--seq-length", length, f"<= --max-position-embeddings ({longest})")
+
+
+def _check_routing(moe: MoEConfig) -> None:
+    least, default = moe.moe_min_capacity, MoEConfig().moe_min_capacity
+    if moe.moe_capacity_rule == "megatron" and least != default:
+        expected = "unset with --moe-capacity-rule megatron, which has no minimum"
+        raise UsageError("--moe-min-capacity", least, expected)
 
 
 def _check_objective(config: RunConfig) -> None:

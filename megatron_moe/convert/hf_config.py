@@ -44,6 +44,9 @@ def to_hf(config: RunConfig, vocab_size: int, dtype: str) -> dict[str, Any]:
     model, moe = config.model, config.moe
     interval = _interval(config)
     _check_expressible(config)
+    balance, z = moe.openmoe_coefficients(
+        sum(moe_layer_pattern(moe.moe_layer_freq, model.num_layers))
+    )
     acts = {variant: act for act, variant in _GATES.items()}
     return {
         "architectures": [_ARCHITECTURE],
@@ -78,8 +81,8 @@ def to_hf(config: RunConfig, vocab_size: int, dtype: str) -> dict[str, Any]:
         "router_min_capacity": moe.moe_min_capacity,
         "router_noisy_policy": None,
         "router_drop_tks": moe.moe_eval_capacity_factor is not None,
-        "router_aux_loss_factor": moe.moe_aux_loss_coeff,
-        "router_z_loss_factor": moe.moe_z_loss_coeff,
+        "router_aux_loss_factor": balance,
+        "router_z_loss_factor": z,
         "z_loss_factor": model.logit_z_loss_coeff,
         "label_smoothing": 0.0,
         "enable_load_balance": False,

@@ -49,7 +49,7 @@ class MoELayer(nn.Module):
         model: sizes and feed-forward variant.
         moe: routing, capacity, losses, implementations.
         layer_number: 0-based index of the transformer layer.
-        num_moe_layers: MoE layers of the whole model, over which losses are averaged.
+        num_moe_layers: MoE layers of the whole model, for the weight of the losses.
         pgs: `ProcessGroupCollection` with `tp`, `ep` and `expt_tp`; `None` for one process.
         sequence_parallel: whether the input is this rank's shard of the sequence.
         params_dtype: dtype of the parameters; the router computes in at least fp32.
@@ -97,7 +97,7 @@ class MoELayer(nn.Module):
         )
         self.dispatcher = DISPATCHERS[moe.moe_token_dispatcher_type](moe, groups)
         self.experts = Experts(model, moe, groups, params_dtype, device)
-        self.losses = RouterLosses(moe, num_moe_layers)
+        self.losses = RouterLosses(moe, num_moe_layers, groups.tp)
         self.statistics = RoutingCounter(layer_number, moe.num_experts, device)
         self.on_routing: Callable[[RoutingDecision], None] | None = None
         # Raises now, not in the first step, if the requested kernels are not available.

@@ -1,8 +1,8 @@
 """The two losses of a router, and how they enter the backward pass.
 
-Load balance: E * sum_e f_e P_e over a row (or the micro-batch), f_e the choices of expert e per
-token, before drops, and P_e its mean probability: k when balanced (Switch Transformer, eq. 4, with
-k choices). Router z-loss: mean of logsumexp(logits)^2 (ST-MoE, eq. 5).
+Load balance: E * sum_e f_e P_e over a row, a capacity group or the micro-batch, f_e the choices of
+expert e per token, before drops, and P_e its mean probability: k when balanced (Switch Transformer,
+eq. 4, with k choices). Router z-loss: mean of logsumexp(logits)^2 (ST-MoE, eq. 5).
 
 The losses are not added to the model's loss: a layer inside a pipeline stage has no access to it.
 They are attached to the combine weights by an autograd function that returns the weights as they
@@ -11,7 +11,8 @@ are, and whose backward pass adds the gradients of the losses.
 With sequence parallelism each rank has a shard of every row. f comes from the gathered choices; the
 loss is linear in P, so a rank's share of it is its own tokens' share, and shares add up.
 
-Shapes: T tokens of this rank, E experts, B rows, K choices, A = K * (tokens of a row).
+Shapes: T tokens of this rank, E experts, B rows, G capacity groups, K choices, A = K * (tokens of a
+row), Q consecutive tokens with a slope each.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config import MoEConfig
-from megatron_moe.moe.plan import Plan
+from megatron_moe.moe.exchange import Group, rank_of
+from megatron_moe.moe.plan import Capacity, Plan
 from megatron_moe.moe.router import Scores
 
 
@@ -32,14 +34,20 @@ class RouterLosses:
 
     Args:
         moe: which balance loss, and the coefficients.
-        num_moe_layers: MoE layers of the whole model, over which losses are averaged.
+        num_moe_layers: MoE layers of the whole model.
+        tp_group: ranks that share the rows; `None` for one.
+
+    Attributes:
+        balance_weight: factor of this layer's balance loss, which is k when balanced.
+        z_weight: factor of this layer's z-loss.
     """
 
-    def __init__(self, moe: MoEConfig, num_moe_layers: int) -> None:
+    def __init__(self, moe: MoEConfig, num_moe_layers: int, tp_group: Group = None) -> None:
         self.num_experts = moe.num_experts
         self.load_balancing = moe.moe_router_load_balancing_type
-        self.balance_weight = moe.moe_aux_loss_coeff / num_moe_layers
-        self.z_weight = moe.moe_z_loss_coeff / num_moe_layers
+        balance, z = moe.openmoe_coefficients(num_moe_layers)
+        self.balance_weight, self.z_weight = balance / num_moe_layers, z / num_moe_layers
+        self.tp_group = tp_group
 
     def attach(self, scores: Scores, plan: Plan) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Let the losses take part in the backward pass of what is made from the result.
@@ -52,23 +60,35 @@ class RouterLosses:
             The combine weights of the plan, and this rank's shares of the balance and the z-loss,
             without coefficients and gradient, for the statistics.
         """
+        load_QE, parts = self._loads(plan, scores.choices_TK.shape[0])
         rule = LossRule(
             tokens=plan.choices_TK.shape[0],
-            per_row=self.load_balancing == "seq_aux_loss",
+            parts=parts,
             balance_weight=self.balance_weight,
             z_weight=self.z_weight,
         )
-        load_BE = self._load_per_row(plan)
-        weights_TK, balance, z = attach_losses(plan.weights_TK, scores, load_BE, rule)
+        weights_TK, balance, z = attach_losses(plan.weights_TK, scores, load_QE, rule)
         return weights_TK, (balance, z)
 
-    def _load_per_row(self, plan: Plan) -> Tensor:
-        """Choices [B, E] that the balance loss is made of; zeros without one."""
+    def _loads(self, plan: Plan, local_tokens: int) -> tuple[Tensor, int]:
+        """Choices of the part of the micro-batch that each token belongs to, and how many parts.
+
+        Returns:
+            [Q, E], token t of this rank having entry t % Q; zeros without a balance loss.
+        """
+        rows, groups = plan.batch, plan.capacity.groups
         if self.load_balancing == "none":
-            return plan.choices_TK.new_zeros(plan.batch, self.num_experts)
-        if plan.capacity.groups == plan.batch:
-            return plan.slots.load_GE  # Every row is a group: counted already.
-        return load_per_row(plan.choices_TK, plan.batch, self.num_experts)
+            return plan.choices_TK.new_zeros(rows, self.num_experts), 1
+        if self.load_balancing == "group_aux_loss" and groups != rows:
+            first = rank_of(self.tp_group) * (local_tokens // rows)
+            return load_per_group(plan.slots.load_GE, rows, plan.capacity, first, local_tokens)
+        if groups == rows:
+            load_BE = plan.slots.load_GE  # Every row is a group: counted already.
+        else:
+            load_BE = load_per_row(plan.choices_TK, rows, self.num_experts)
+        if self.load_balancing == "aux_loss":
+            return load_BE.sum(0, keepdim=True).expand(rows, -1), 1
+        return load_BE, rows
 
 
 def load_per_row(choices_TK: Tensor, batch: int, num_experts: int) -> Tensor:
@@ -79,38 +99,65 @@ def load_per_row(choices_TK: Tensor, batch: int, num_experts: int) -> Tensor:
     return load_BE.scatter_add_(1, choices_BA, torch.ones_like(choices_BA))
 
 
+def load_per_group(
+    load_GE: Tensor, batch: int, capacity: Capacity, first: int, local_tokens: int
+) -> tuple[Tensor, int]:
+    """The load of each token's capacity group, [Q, E], and the number of groups.
+
+    Example, B = 2 rows of 4 tokens. One group of both rows: Q = 2, each with the load of the group.
+    Groups of 2 tokens, 0 and 1 in row 0, 2 and 3 in row 1: this rank's tokens, position by
+    position, are of the groups 0 2 0 2 1 3 1 3, Q = 8; of two ranks the second has 1 3 1 3.
+
+    Args:
+        load_GE: choices of each group over all ranks that share it, groups in row order.
+        batch: rows B.
+        capacity: size and number of the groups.
+        first: position in its row of this rank's first token.
+        local_tokens: T, tokens of this rank in (sequence, batch) order.
+    """
+    device = load_GE.device
+    row_B = torch.arange(batch, device=device)
+    if capacity.groups < batch:  # Groups are whole rows.
+        return load_GE[row_B // (batch // capacity.groups)], capacity.groups
+    part_S = torch.arange(first, first + local_tokens // batch, device=device)
+    part_S = part_S // capacity.group_size
+    group_T = (row_B * (capacity.groups // batch) + part_S.unsqueeze(1)).view(-1)
+    return load_GE[group_T], capacity.groups
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossRule:
     """How the two losses are computed and weighted.
 
     Args:
         tokens: tokens of the micro-batch over the ranks that share its rows.
-        per_row: mean over rows of the balance loss of each, or one loss over the micro-batch.
+        parts: equal parts of the micro-batch over whose balance losses the mean is taken.
         balance_weight: factor of the balance loss.
         z_weight: factor of the z-loss.
     """
 
     tokens: int
-    per_row: bool
+    parts: int
     balance_weight: float = 1.0
     z_weight: float = 1.0
 
 
 def attach_losses(
-    weights_TK: Tensor, scores: Scores, load_BE: Tensor, rule: LossRule
+    weights_TK: Tensor, scores: Scores, load_QE: Tensor, rule: LossRule
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`RouterLosses.attach` as a function.
 
     Args:
         weights_TK: combine weights, of this rank's tokens or of more.
         scores: of this rank's tokens.
-        load_BE: int64 choices over all ranks that share the rows; zeros: no balance loss.
+        load_QE: int64 choices of a part of the micro-batch, over all ranks that share it: entry
+            t % Q is that of the part of token t. Zeros: no balance loss.
         rule: formula and weights.
 
     Returns:
         The combine weights, and this rank's shares of the balance and the z-loss.
     """
-    return _AttachLosses.apply(weights_TK, scores.probs_TE, scores.log_z_T, load_BE, rule)
+    return _AttachLosses.apply(weights_TK, scores.probs_TE, scores.log_z_T, load_QE, rule)
 
 
 class _AttachLosses(torch.autograd.Function):
@@ -120,21 +167,19 @@ class _AttachLosses(torch.autograd.Function):
         weights_TK: Tensor,
         probs_TE: Tensor,
         log_z_T: Tensor,
-        load_BE: Tensor,
+        load_QE: Tensor,
         rule: LossRule,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rows, experts = load_BE.shape
-        # With mass_e the summed probability of expert e: the mean over B rows of
-        # E * sum_e (load_e / S) (mass_e / S), S = tokens / B, is the dot product of the tables of
-        # load and mass times E * B / tokens^2. Over the micro-batch as one row, each row has the
-        # total load as its slope and the factor is E / tokens^2.
-        slope_BE = load_BE if rule.per_row else load_BE.sum(0, keepdim=True).expand(rows, -1)
-        slope_BE = slope_BE.to(probs_TE.dtype)
-        mass_BE = probs_TE.view(-1, rows, experts).sum(0)
-        factor = experts * (rows if rule.per_row else 1) / rule.tokens**2
-        balance = torch.vdot(mass_BE.reshape(-1), slope_BE.reshape(-1)) * factor
+        # With mass_e the summed probability of expert e: the mean over P parts of
+        # E * sum_e (load_e / T_p) (mass_e / T_p), T_p = tokens / P, is the sum over tokens of
+        # p_e load_e, with the load of the token's part, times E * P / tokens^2.
+        slopes, experts = load_QE.shape
+        slope_QE = load_QE.to(probs_TE.dtype)
+        mass_QE = probs_TE.view(-1, slopes, experts).sum(0)
+        factor = experts * rule.parts / rule.tokens**2
+        balance = torch.vdot(mass_QE.reshape(-1), slope_QE.reshape(-1)) * factor
         z = torch.vdot(log_z_T, log_z_T) / rule.tokens
-        ctx.save_for_backward(log_z_T, slope_BE)
+        ctx.save_for_backward(log_z_T, slope_QE)
         ctx.tokens = probs_TE.shape[0]
         ctx.weights = rule.balance_weight * factor, 2 * rule.z_weight / rule.tokens
         ctx.mark_non_differentiable(balance, z)
@@ -145,14 +190,14 @@ class _AttachLosses(torch.autograd.Function):
     def backward(
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
-        log_z_T, slope_BE = ctx.saved_tensors
-        rows, experts = slope_BE.shape
+        log_z_T, slope_QE = ctx.saved_tensors
+        slopes, experts = slope_QE.shape
         scale = _main_loss_scale()
-        slope_BE, log_z_T = (
+        slope_QE, log_z_T = (
             x * (weight * scale if scale is not None else weight)
-            for x, weight in zip((slope_BE, log_z_T), ctx.weights, strict=True)
+            for x, weight in zip((slope_QE, log_z_T), ctx.weights, strict=True)
         )
-        probs_TE = slope_BE.expand(ctx.tokens // rows, rows, experts).reshape(-1, experts)
+        probs_TE = slope_QE.expand(ctx.tokens // slopes, slopes, experts).reshape(-1, experts)
         return grads[0], probs_TE, log_z_T, None, None
 
 

@@ -22,8 +22,7 @@ import torch
 from torch import Tensor
 
 from fused_kernels.operations import Kernels, RankInExpert
-from megatron_moe.config import MoEConfig
-from megatron_moe.errors import UsageError
+from megatron_moe.config import MoEConfig, capacity_group_tokens
 from megatron_moe.moe.registry import Registry
 
 if TYPE_CHECKING:
@@ -57,31 +56,24 @@ def capacity_of(moe: MoEConfig, *, rows: int, row_tokens: int, training: bool) -
     Raises:
         UsageError: the group size is neither a part of a row, a row, nor a number of whole rows.
     """
-    size = group_size(moe, rows=rows, row_tokens=row_tokens)
+    size = capacity_group_tokens(moe, rows=rows, row_tokens=row_tokens)
     factor = moe.moe_expert_capacity_factor if training else moe.moe_eval_capacity_factor
     slots = slots_per_expert(moe, size, factor)
     return Capacity(group_size=size, groups=rows * row_tokens // size, slots=slots)
-
-
-def group_size(moe: MoEConfig, *, rows: int, row_tokens: int) -> int:
-    """Tokens of one group; see `capacity_of`."""
-    tokens, size = rows * row_tokens, moe.moe_capacity_group_size
-    if size is None:
-        return row_tokens if moe.moe_capacity_rule == "t5x" else tokens
-    if size > 0 and (row_tokens % size == 0 or (size % row_tokens == 0 and tokens % size == 0)):
-        return size
-    expected = f"a divisor of the row ({row_tokens} tokens) or whole rows that divide {rows} rows"
-    raise UsageError("--moe-capacity-group-size", size, expected)
 
 
 def slots_per_expert(moe: MoEConfig, tokens: int, factor: float | None) -> int:
     """Slots C of one expert for a group of ``tokens`` tokens.
 
     `t5x` (released training code): round(cf T / E), without k. `port` (PyTorch port): floor(k cf T
-    / E) rounded up to even. No factor: nothing drops. At most ``tokens``: choices are distinct.
+    / E) rounded up to even. `megatron` (`moe_utils.get_capacity`): ceil(k T / E cf), without a
+    minimum. No factor: nothing drops. At most ``tokens``: choices are distinct.
     """
     if factor is None:
         return tokens
+    if moe.moe_capacity_rule == "megatron":
+        # In the order of Megatron-Core's operations: another one can round over an integer.
+        return min(math.ceil(tokens * moe.moe_router_topk / moe.num_experts * factor), tokens)
     if moe.moe_capacity_rule == "t5x":
         slots = round(factor * tokens / moe.num_experts)
     else:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_moe.config.moe import moe_layer_pattern
+from megatron_moe.config.moe import capacity_group_tokens, moe_layer_pattern
 from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.config.run import RunConfig
 from megatron_moe.model.logical import check_sizes
@@ -124,10 +124,6 @@ def _check_rampup(config: RunConfig, global_batch: int, step: int, stages: int) 
 def _check_model(config: RunConfig, has_moe: bool) -> None:
     """What no layout can make possible: sizes of the model, groups of tokens that share slots."""
     check_sizes(config.model, config.moe, config.data.vocab_size or 1)
-    if has_moe and config.moe.moe_capacity_group_size is not None:
-        # Imported here: its package needs torch, which --describe and --help do not.
-        from megatron_moe.moe.plan import group_size
-
-        group_size(
-            config.moe, rows=config.train.micro_batch_size, row_tokens=config.data.seq_length
-        )
+    if has_moe:
+        rows, row = config.train.micro_batch_size, config.data.seq_length
+        capacity_group_tokens(config.moe, rows=rows, row_tokens=row)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_moe.config import RunConfig, moe_layer_pattern
+from megatron_moe.config import RunConfig, capacity_group_tokens, moe_layer_pattern
 from megatron_moe.config.phases import errors_of_phase
 from megatron_moe.config.run import flag_of
 from megatron_moe.data.composition import Share, described_shares, share_lines
@@ -120,8 +120,19 @@ class Description:
             f"  experts       {moe.num_experts} x {expert_width(model, moe)}, "
             f"{moe.moe_router_topk} a token, "
             + (f"shared {shared}, {moe.moe_shared_expert_placement}" if shared else "none shared"),
+            *([self._routing_line()] if True in pattern else []),
             f"  vocabulary    {self.vocab_size} padded, {tied}{assumed * self.vocab_assumed}",
         ]
+
+    def _routing_line(self) -> str:
+        """The tokens that compete for slots, which depend on the micro-batch."""
+        moe, rows, row = self.config.moe, self.layout.micro_batch_size, self.layout.seq_length
+        size = capacity_group_tokens(moe, rows=rows, row_tokens=row)
+        part = f"1/{row // size} row" if size < row else f"{size // row} row" + "s" * (size > row)
+        return (
+            f"  capacity      {moe.moe_capacity_rule}, in groups of {size} tokens ({part});"
+            f" {moe.moe_router_load_balancing_type}"
+        )
 
     def _parameter_lines(self) -> list[str]:
         counts = self.parameters

@@ -241,9 +241,12 @@ def test_a_flag_is_named_after_its_field_unless_the_field_says_otherwise() -> No
     assert fields["other"].type == (str | None)
 
 
-OMITTED = {"moe_router_type": "no file", "moe_token_dispatcher_type": "no file"}
-"""Fields that files leave out at their defaults, with a value that no file can
-add, as it is not the name of a module."""
+OMITTED = {
+    "moe_router_type": "no file",
+    "moe_token_dispatcher_type": "no file",
+    "moe_loss_convention": "no convention",
+}
+"""Fields that files leave out at their defaults, with an invalid value of each."""
 
 
 def test_files_omit_only_these_fields_and_only_at_their_defaults() -> None:

@@ -70,6 +70,10 @@ INVALID = {
     "--objective ul2 --seq-length 64 --ul2-inputs-length 63": (
         "--ul2-inputs-length must be >= 2 and <= --seq-length - 2 (62) (got 63)"
     ),
+    "--moe-capacity-rule megatron --moe-min-capacity 2": (
+        "--moe-min-capacity must be unset with --moe-capacity-rule megatron, which has no minimum"
+        " (got 2)"
+    ),
     "--min-lr 1 --lr 0.1": "--min-lr must be <= --lr (0.1) (got 1.0)",
     "--lr-warmup-init 1 --lr 0.1": "--lr-warmup-init must be <= --lr (0.1) (got 1.0)",
     "--lr-wsd-decay-iters 4": (

@@ -35,6 +35,9 @@ def test_the_published_capacities() -> None:
         ("port", 512, 1.25, 40),
         ("t5x", 3, 1.25, 3),  # never more than tokens
         ("port", 512, 100.0, 512),
+        ("megatron", 160, 1.25, 13),  # ceil(12.5), odd
+        ("megatron", 32, 1.0, 2),  # no minimum
+        ("megatron", 512, 100.0, 512),
     ],
 )
 def test_slots_by_hand(rule: str, tokens: int, factor: float, slots: int) -> None:
@@ -52,6 +55,7 @@ def test_without_a_factor_every_token_fits() -> None:
     [
         ("t5x", None, (64, 4)),
         ("port", None, (256, 1)),
+        ("megatron", None, (256, 1)),
         ("port", 64, (64, 4)),
         ("t5x", 16, (16, 16)),
         ("t5x", 128, (128, 2)),

@@ -41,8 +41,8 @@ def test_layout(pool: Pool, layout: tuple[int, int, int, int], settings: dict[st
     [
         {"moe_token_drop_policy": "probs"},
         {"moe_capacity_rule": "port", "moe_router_load_balancing_type": "aux_loss"},
-        {"moe_capacity_group_size": 4},
         {"moe_capacity_group_size": 3, "moe_router_topk": 3},
+        {"moe_capacity_group_size": 4, "moe_router_load_balancing_type": "group_aux_loss"},
     ],
     ids=["probs", "one group", "groups of a shard", "groups across shards"],
 )

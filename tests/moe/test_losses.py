@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_moe.moe import losses
 from megatron_moe.moe.losses import LossRule
+from megatron_moe.moe.plan import Capacity
 from megatron_moe.moe.router import Scores
 from tests.moe.cases import BATCH, DTYPE, HIDDEN, SEQUENCE, layer_of, moe_config, tokens
 
@@ -20,11 +21,19 @@ def scores_of(probs: Tensor, log_z: Tensor) -> Scores:
     return Scores(probs.log(), probs.log(), log_z, probs, choices, probs[:, :1])
 
 
+def attach(
+    scores: Scores, load: Tensor, tokens: int, per_row: bool, **weights: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """With the load of each row, or that of all rows together."""
+    parts = load.shape[0] if per_row else 1
+    if not per_row:
+        load = load.sum(0, keepdim=True)
+    rule = LossRule(tokens=tokens, parts=parts, **weights)
+    return losses.attach_losses(scores.weights_TK, scores, load, rule)
+
+
 def balance_of(probs: Tensor, load: Tensor, tokens: int, per_row: bool) -> Tensor:
-    scores = scores_of(probs, torch.zeros(probs.shape[0]))
-    return losses.attach_losses(
-        scores.weights_TK, scores, load, LossRule(tokens=tokens, per_row=per_row)
-    )[1]
+    return attach(scores_of(probs, torch.zeros(probs.shape[0])), load, tokens, per_row)[1]
 
 
 @pytest.mark.parametrize("per_row", [True, False])
@@ -71,9 +80,7 @@ def test_router_z_by_hand() -> None:
     """Logits (0, 0) give log 2, (3, 3) give 3 + log 2."""
     log_z = torch.tensor([math.log(2), 3 + math.log(2)])
     scores, load = scores_of(torch.full((2, 2), 0.5), log_z), torch.zeros(1, 2, dtype=torch.int64)
-    _, _, z = losses.attach_losses(
-        scores.weights_TK, scores, load, LossRule(tokens=2, per_row=True)
-    )
+    _, _, z = attach(scores, load, tokens=2, per_row=True)
     assert z.item() == pytest.approx((math.log(2) ** 2 + (3 + math.log(2)) ** 2) / 2)
 
 
@@ -92,10 +99,9 @@ def test_attached_losses_add_their_scaled_gradient_and_no_value(
     tokens, rows, experts = 12, 3, 5
     logits = torch.randn(tokens, experts, dtype=torch.float64, requires_grad=True)
     choices = torch.randint(0, experts, (tokens, 2))
-    rule = LossRule(tokens=tokens, per_row=per_row, balance_weight=0.3, z_weight=0.7)
     load = losses.load_per_row(choices, rows, experts)
     scores = scores_of(logits.softmax(-1), logits.logsumexp(-1))
-    weights, *found = losses.attach_losses(scores.weights_TK, scores, load, rule)
+    weights, *found = attach(scores, load, tokens, per_row, balance_weight=0.3, z_weight=0.7)
     assert torch.equal(weights, scores.weights_TK)
 
     chosen = torch.nn.functional.one_hot(choices, experts).sum(1).double()
@@ -110,8 +116,8 @@ def test_attached_losses_add_their_scaled_gradient_and_no_value(
     torch.testing.assert_close(torch.autograd.grad(weights.square().sum(), logits)[0], expected)
 
 
-@pytest.mark.parametrize("kind", ["seq_aux_loss", "aux_loss", "none"])
-@pytest.mark.parametrize("group", [None, 4])
+@pytest.mark.parametrize("kind", ["seq_aux_loss", "aux_loss", "group_aux_loss", "none"])
+@pytest.mark.parametrize("group", [None, 4, BATCH * SEQUENCE])
 def test_the_losses_of_a_layer(kind: str, group: int | None) -> None:
     """Loads come from the slots where rows are groups, else from the choices: before drops both."""
     layer = layer_of(moe_config(moe_router_load_balancing_type=kind, moe_capacity_group_size=group))
@@ -119,7 +125,8 @@ def test_the_losses_of_a_layer(kind: str, group: int | None) -> None:
     plan = layer.dispatcher.plan(scores, BATCH, True, layer.experts)
     weights, (balance, z) = layer.losses.attach(scores, plan)
     assert torch.equal(weights, plan.weights_TK)
-    rows = 1 if kind == "aux_loss" else BATCH
+    groups = BATCH * SEQUENCE // (group or SEQUENCE)
+    rows = {"aux_loss": 1, "group_aux_loss": groups}.get(kind, BATCH)
     chosen, probs = (
         x.view(SEQUENCE, BATCH, 4).transpose(0, 1).reshape(rows, -1, 4).mean(1)
         for x in (
@@ -132,3 +139,40 @@ def test_the_losses_of_a_layer(kind: str, group: int | None) -> None:
     torch.testing.assert_close(z, scores.log_z_T.detach().square().mean())
     # Coefficients of the configuration, divided by the model's two expert layers.
     assert (layer.losses.balance_weight, layer.losses.z_weight) == (0.15, 0.1)
+
+
+def test_the_loads_of_groups_by_hand() -> None:
+    """Two rows of 4 tokens in (position, row) order; groups of 2 tokens, of a row, of both rows."""
+    halves = torch.tensor([[0], [1], [2], [3]])
+    size = {"groups": 4, "slots": 1}
+    found, parts = losses.load_per_group(halves, 2, Capacity(group_size=2, **size), 0, 8)
+    assert (found[:, 0].tolist(), parts) == ([0, 2, 0, 2, 1, 3, 1, 3], 4)
+    found, _ = losses.load_per_group(halves, 2, Capacity(group_size=2, **size), 2, 4)
+    assert found[:, 0].tolist() == [1, 3, 1, 3], "the second of two ranks"
+    # A shard of 3 positions cuts groups: positions 3 to 5 of rows of 6, in groups of 2.
+    thirds = torch.tensor([[0], [1], [2], [3], [4], [5]])
+    cut = Capacity(group_size=2, groups=6, slots=1)
+    found, _ = losses.load_per_group(thirds, 2, cut, 3, 6)
+    assert found[:, 0].tolist() == [1, 4, 2, 5, 2, 5]
+    pairs, both = torch.tensor([[7], [8]]), Capacity(group_size=8, groups=2, slots=1)
+    found, parts = losses.load_per_group(pairs, 4, both, 0, 16)
+    assert (found[:, 0].tolist(), parts) == ([7, 7, 8, 8], 2)
+
+
+def test_a_group_of_rows_is_balanced_by_its_rows_together() -> None:
+    """Four rows of 2 tokens, E = 2, k = 1: rows 0, 1 go to experts 0, 1; rows 2, 3 both to 0.
+
+    Each row alone has loss 2. As groups of two rows: 1 and 2, so 1.5 in the mean; all together:
+    2 * (3/4 * 3/4 + 1/4 * 1/4) = 1.25.
+    """
+    choices = torch.tensor([[0], [1], [0], [0]] * 2)
+    probs = torch.nn.functional.one_hot(choices[:, 0], 2).float()
+    scores = scores_of(probs, torch.zeros(8))
+    load_BE = losses.load_per_row(choices, 4, 2)
+    load_GE = load_BE.view(2, 2, 2).sum(1)
+    pairs = Capacity(group_size=4, groups=2, slots=1)
+    load, parts = losses.load_per_group(load_GE, 4, pairs, 0, 8)
+    rule = LossRule(tokens=8, parts=parts)
+    assert losses.attach_losses(scores.weights_TK, scores, load, rule)[1].item() == 1.5
+    assert attach(scores, load_BE, 8, per_row=True)[1].item() == 2.0
+    assert attach(scores, load_BE, 8, per_row=False)[1].item() == 1.25

@@ -105,7 +105,30 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
     ),
     "probs-half-row": (
         replace(_MODEL, softmax_scale=None),
-        replace(_MOE, moe_token_drop_policy="probs", moe_capacity_group_size=SEQ // 2),
+        replace(
+            _MOE,
+            moe_token_drop_policy="probs",
+            moe_capacity_group_size=SEQ // 2,
+            moe_router_load_balancing_type="group_aux_loss",
+        ),
+    ),
+    "two-row-groups": (
+        _MODEL,
+        replace(
+            _MOE,
+            moe_capacity_group_size=2 * SEQ,
+            moe_router_load_balancing_type="group_aux_loss",
+        ),
+    ),
+    "megatron": (
+        _MODEL,
+        replace(
+            _MOE,
+            moe_capacity_rule="megatron",
+            moe_expert_capacity_factor=0.7,
+            moe_router_load_balancing_type="aux_loss",
+            moe_loss_convention="megatron",
+        ),
     ),
     "dropless": (_MODEL, replace(_MOE, moe_expert_capacity_factor=None)),
     "top-1": (_MODEL, replace(_MOE, moe_router_topk=1, moe_shared_expert_intermediate_size=None)),

@@ -61,9 +61,12 @@ def step_loss(
         log_z = (out.logit_z_BS * mask[rows]).sum()
         sums = sums + torch.stack((ce.detach(), log_z.detach(), mask[rows].sum().double()))
         total = total + (ce + coefficients[0].logit_z_loss_coeff * log_z) / mask.sum()
-        moe = coefficients[1]
-        total = total + moe.moe_aux_loss_coeff * out.aux_loss / count
-        total = total + moe.moe_z_loss_coeff * out.router_z_loss / count
+        moe, layers = coefficients[1], len(out.routing)
+        megatron = moe.moe_loss_convention == "megatron"
+        # From means over layers of a loss that is k when balanced to sums of one that is 1.
+        balance, z = (layers / moe.moe_router_topk, layers) if megatron else (1, 1)
+        total = total + balance * moe.moe_aux_loss_coeff * out.aux_loss / count
+        total = total + z * moe.moe_z_loss_coeff * out.router_z_loss / count
         routing.append(out.routing)
     return total, sums, routing
 

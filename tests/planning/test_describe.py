@@ -33,6 +33,7 @@ def test_text_has_sizes_parameters_flops_layout_and_every_setting() -> None:
     for shown in (
         "MoE layers (from 0): 3, 7, 11, 15, 19, 23, 27, 31",
         "24 heads x 128",
+        "capacity      t5x, in groups of 2048 tokens (1 row); group_aux_loss",
         "46,270,737,408",  # all parameters
         "8,456,727,552",  # activated without embeddings
         "FLOPs per token at 2048 tokens",
@@ -46,6 +47,26 @@ def test_text_has_sizes_parameters_flops_layout_and_every_setting() -> None:
     expected = [flag_of(name) for section in LARGE.to_dict().values() for name in section]
     assert settings == expected
     assert {"--phases", "--kernel-impl"} <= set(settings)
+
+
+@pytest.mark.parametrize(
+    ("group", "shown"),
+    [
+        (4096, "4096 tokens (2 rows)"),
+        (1024, "1024 tokens (1/2 row)"),
+        (None, "2048 tokens (1 row)"),
+    ],
+)
+def test_the_capacity_group_is_shown(group: int | None, shown: str) -> None:
+    config = PRESETS["openmoe-8b-32e-released"]
+    moe = replace(config.moe, moe_capacity_group_size=group)
+    config = replace(config, moe=moe, train=replace(config.train, micro_batch_size=2))
+    assert f"in groups of {shown}; group_aux_loss" in describe(config)
+    if group == 4096:
+        config = replace(config, train=replace(config.train, micro_batch_size=1))
+        expected = r"\(got 4096\); a group lies in one micro-batch: set --micro-batch-size 2 or"
+        with pytest.raises(UsageError, match=expected):
+            describe(config)
 
 
 def test_json_holds_the_same_and_gives_the_configuration_back() -> None:

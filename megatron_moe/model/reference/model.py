@@ -299,6 +299,9 @@ class ReferenceOpenMoE(nn.Module):
     ) -> Tensor:
         """The training loss: sum(mask (CE + c_z log(Z)^2)) / targets + c_aux aux + c_rz router_z.
 
+        With `--moe-loss-convention megatron` the load-balancing loss is divided by K, to be 1 when
+        balanced, and both router losses are sums over MoE layers instead of means.
+
         Args:
             output: of a forward pass with labels.
             loss_mask_BS: weight of each position; `None` weighs all alike.
@@ -312,8 +315,13 @@ class ReferenceOpenMoE(nn.Module):
         if loss_mask_BS is None:
             loss_mask_BS = torch.ones_like(per_token_BS)
         targets = loss_mask_BS.sum() if num_targets is None else num_targets
+        aux_loss, router_z_loss = output.aux_loss, output.router_z_loss
+        if self.moe.moe_loss_convention == "megatron":
+            layers = len(output.routing)
+            aux_loss = aux_loss / self.moe.moe_router_topk * layers
+            router_z_loss = router_z_loss * layers
         return (
             (loss_mask_BS * per_token_BS).sum() / targets
-            + self.moe.moe_aux_loss_coeff * output.aux_loss
-            + self.moe.moe_z_loss_coeff * output.router_z_loss
+            + self.moe.moe_aux_loss_coeff * aux_loss
+            + self.moe.moe_z_loss_coeff * router_z_loss
         )

@@ -42,7 +42,8 @@ class Routing:
     counts_E: Tensor
     """Choices per expert before dropping."""
     balance_loss: Tensor
-    """E sum_e f_e P_e, which is K when balanced; 0 with `--moe-router-load-balancing-type none`."""
+    """E sum_e f_e P_e, which is K when balanced; 0 with `--moe-router-load-balancing-type none`. In
+    evaluation `group_aux_loss` is taken per row."""
     z_loss: Tensor
     """Mean over tokens of logsumexp(router logits)^2."""
 
@@ -81,7 +82,7 @@ def route(
         probs_TK=probs_TK,
         kept_TK=_kept(ids_TK, probs_TK, rows, moe, training_capacity),
         counts_E=ids_TK.flatten().bincount(minlength=moe.num_experts),
-        balance_loss=_balance(probs_TE, ids_TK, rows, moe),
+        balance_loss=_balance(probs_TE, ids_TK, rows, moe, training_capacity),
         z_loss=logits_TE.logsumexp(dim=-1).square().mean(),
     )
 
@@ -96,6 +97,7 @@ def capacity(moe: MoEConfig, group_tokens: int, *, training_capacity: bool) -> i
 
     - `t5x` (released): max(round(cf T_g / E), C_min); halves round to even. Without a factor K.
     - `port`: floor(K cf T_g / E), rounded up to an even number, at least C_min.
+    - `megatron` (Megatron-Core): ceil((K T_g / E) cf), without a minimum.
     - Without a capacity factor, T_g: a slot for every token.
 
     Example: T_g = 2048, E = 32, K = 2, cf = 1.25. `t5x` gives 80 slots, `port` 160. The group makes
@@ -104,6 +106,9 @@ def capacity(moe: MoEConfig, group_tokens: int, *, training_capacity: bool) -> i
     factor = capacity_factor(moe, training_capacity)
     if factor is None:
         return group_tokens
+    if moe.moe_capacity_rule == "megatron":
+        # The order of the operations is Megatron-Core's, since ceil depends on the last bit.
+        return math.ceil((moe.moe_router_topk * group_tokens / moe.num_experts) * factor)
     if moe.moe_capacity_rule == "t5x":
         # Python's round() rounds halves to even, as jnp.round does in the released code.
         slots = round(factor * group_tokens / moe.num_experts)
@@ -198,9 +203,14 @@ def _kept(
     return kept_GTK.flatten(0, 1)
 
 
-def _balance(probs_TE: Tensor, ids_TK: Tensor, rows: int, moe: MoEConfig) -> Tensor:
+def _balance(
+    probs_TE: Tensor, ids_TK: Tensor, rows: int, moe: MoEConfig, training_capacity: bool
+) -> Tensor:
     if moe.moe_router_load_balancing_type == "none":
         return probs_TE.new_zeros(())
-    # Per row (`seq_aux_loss`), or over the whole micro-batch (`aux_loss`).
-    over = rows if moe.moe_router_load_balancing_type == "seq_aux_loss" else 1
+    over = 1 if moe.moe_router_load_balancing_type == "aux_loss" else rows
+    # Texts that are evaluated have any length, which groups need not divide.
+    if moe.moe_router_load_balancing_type == "group_aux_loss" and training_capacity:
+        tokens = probs_TE.shape[0]
+        over = tokens // capacity_group(moe, rows, tokens // rows)
     return balance_loss(probs_TE.unflatten(0, (over, -1)), ids_TK.unflatten(0, (over, -1)))

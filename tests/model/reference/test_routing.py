@@ -36,6 +36,10 @@ from megatron_moe.model.reference.routing import (
         ("port", 8, 16, True, 6),  # 5 -> 6
         ("port", 8, 22, True, 6),  # 6.875 -> 6
         ("port", 8, 4, True, 4),  # 1 -> 2 -> min 4
+        # ceil(2 T / E * 1.25), without a minimum.
+        ("megatron", 32, 2048, True, 160),
+        ("megatron", 8, 9, True, 3),  # 2.8125 -> 3
+        ("megatron", 32, 8, True, 1),  # 0.625 -> 1
     ],
 )
 def test_capacity_worked_by_hand(
@@ -59,6 +63,7 @@ def test_minimum_capacity_is_configurable() -> None:
 def test_groups_are_a_row_or_the_micro_batch_or_what_is_asked_for() -> None:
     assert capacity_group(MoEConfig(moe_capacity_rule="t5x"), 4, 32) == 32
     assert capacity_group(MoEConfig(moe_capacity_rule="port"), 4, 32) == 128
+    assert capacity_group(MoEConfig(moe_capacity_rule="megatron"), 4, 32) == 128
     for size in (8, 32, 64, 128):
         assert capacity_group(MoEConfig(moe_capacity_group_size=size), 4, 32) == size
     for size in (0, 12, 48, 96, 256):
@@ -208,16 +213,22 @@ def test_balance_is_taken_per_row_or_over_the_micro_batch_or_not_at_all() -> Non
     # Row 0 wants experts 0 and 1, row 1 wants 2 and 3: balanced together, not alone.
     wants = torch.tensor([[8.0, 8.0, 0.0, 0.0], [0.0, 0.0, 8.0, 8.0]])
     logits = wants.repeat_interleave(8, dim=0)
-    moe = MoEConfig(num_experts=4, moe_eval_capacity_factor=None)
+    moe = MoEConfig(num_experts=4, moe_expert_capacity_factor=None)
 
-    def loss(kind: str) -> float:
+    def loss(kind: str, training: bool = True) -> float:
         config = replace(moe, moe_router_load_balancing_type=kind)
-        return route(logits, 2, config, 0, training_capacity=False).balance_loss.item()
+        return route(logits, 2, config, 0, training_capacity=training).balance_loss.item()
 
     assert loss("aux_loss") == pytest.approx(2.0, abs=1e-3)
     # f = (1, 1, 0, 0), P = (1/2, 1/2, 0, 0) up to e^-8: 4 * (1/2 + 1/2) = 4 in each row.
     assert loss("seq_aux_loss") == pytest.approx(4.0, abs=1e-2)
     assert loss("none") == 0.0
+    # Groups of both rows, of a row (as without a size), and of half a row.
+    for size, expected in ((16, 2.0), (8, 4.0), (None, 4.0), (4, 4.0)):
+        moe = replace(moe, moe_capacity_group_size=size)
+        assert loss("group_aux_loss") == pytest.approx(expected, abs=1e-2)
+    moe = replace(moe, moe_capacity_group_size=5, moe_eval_capacity_factor=None)
+    assert loss("group_aux_loss", training=False) == pytest.approx(4.0, abs=1e-2)
 
 
 def test_balance_gradient_is_through_the_mean_probability_alone() -> None:
