@@ -47,19 +47,20 @@ def pretrain(config: RunConfig) -> None:
     from megatron_moe.model.build import build_model
     from megatron_moe.parallel.collectives import launch_rank_group
     from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
-    from megatron_moe.parallel.launch import launched
+    from megatron_moe.parallel.launch import launched_to_train
     from megatron_moe.tokenizer.build import build_tokenizer, padded_vocab_size
     from megatron_moe.training.dataloaders import build_dataloaders, check_coordinates
+    from megatron_moe.training.exit_request import build_exit_request
     from megatron_moe.training.metrics import Meter
     from megatron_moe.training.outputs import check_outputs
     from megatron_moe.training.phases import resolve_run_schedule
     from megatron_moe.training.reporting import build_reporter
     from megatron_moe.training.resume import load_run, resolve_resume_point, resume_lines
     from megatron_moe.training.run import compare_kernels, prepare_run
-    from megatron_moe.training.trainer import Trainer, build_exit_signal
+    from megatron_moe.training.trainer import Trainer
 
     # Everything that can be wrong with flags, files and data is found before process groups exist.
-    here = launched()
+    here = launched_to_train()
     vocab_size = padded_vocab_size(config.data, build_tokenizer(config.data))
     schedule = resolve_run_schedule(config, here.world_size, vocab_size)
     check_outputs(config)
@@ -81,15 +82,16 @@ def pretrain(config: RunConfig) -> None:
     for line in [*warnings, *resume_lines(schedule, resume)]:
         reporter.log(line)
     load_run(run, dataloaders.current, schedule, resume)
+    checkpoints = CheckpointManager(config, ctx, reporter.log)
     summary = Trainer(
         run=run,
         schedule=schedule,
         dataloaders=dataloaders,
         resume=resume,
         meter=Meter(run),
-        checkpoints=CheckpointManager(config, ctx, reporter.log),
+        checkpoints=checkpoints,
         reporter=reporter,
-        exit_signal=build_exit_signal(schedule, ctx),
+        exit_request=build_exit_request(schedule, ctx, lambda: checkpoints.saving),
     ).train()
     destroy_parallel(default_group=True)
     if summary.failure is not None:

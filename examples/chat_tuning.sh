@@ -51,7 +51,8 @@ TUNING=(
   --metrics-file "$OUT/metrics.jsonl"
 )
 export OMP_NUM_THREADS=1 # two ranks on two cores
-TORCHRUN=(torchrun --standalone --nproc-per-node 2)
+# The address, because a machine's own host name may not resolve.
+TORCHRUN=(torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2)
 
 say "2/4 Held-out loss before tuning: one step at rate 0"
 "${TORCHRUN[@]}" pretrain_openmoe.py "${RUN[@]}" --train-iters 1 --lr 0 --lr-decay-style constant \

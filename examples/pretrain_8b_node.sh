@@ -38,6 +38,7 @@ RUN=(
   --eval-interval 500 --eval-iters 20 --log-interval 10 --tensorboard-dir "$SAVE/tensorboard"
 )
 
-torchrun --standalone --nproc-per-node 8 pretrain_openmoe.py \
+# The address, because a machine's own host name may not resolve.
+torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 8 pretrain_openmoe.py \
   --preset openmoe-8b-32e-released \
   "${LAYOUT[@]}" "${DATA[@]}" "${OPTIMIZER[@]}" "${RUN[@]}" "$@"

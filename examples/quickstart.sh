@@ -61,7 +61,8 @@ RUN=(
   --metrics-file "$OUT/logs/metrics.jsonl"
 )
 export OMP_NUM_THREADS=1 # two ranks on two cores
-TORCHRUN=(torchrun --standalone --nproc-per-node 2)
+# The address, because a machine's own host name may not resolve.
+TORCHRUN=(torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2)
 
 say "4/6 Pretraining: $ITERS steps on 2 ranks, expert parallel 2"
 "${TORCHRUN[@]}" pretrain_openmoe.py "${RUN[@]}" --train-iters "$ITERS" 2>&1 |

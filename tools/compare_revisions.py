@@ -141,7 +141,8 @@ def run(tree: Path, directory: Path, script: str, *flags: str, world_size: int =
     Raises:
         CommandError: the command failed.
     """
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    launcher.append(f"--nproc-per-node={world_size}")
     command = [sys.executable, *(launcher if world_size else []), str(tree / script), *flags]
     environment = {**os.environ, "PYTHONPATH": str(tree), "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}

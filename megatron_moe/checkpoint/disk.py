@@ -6,6 +6,7 @@ read at a time, and a file that is written is hashed by a second thread.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ Stream = Callable[[], Iterator[memoryview]]
 """Starts an iteration over the bytes of a file, in parts of any size."""
 _FILES = 4
 """Files written at a time, if there are as many cores."""
+_NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 _AHEAD = 2
 """Chunks that writing may be ahead of hashing."""
 
@@ -164,10 +166,18 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Make creations, renames and removals in a directory survive a power failure."""
+    """Make creations, renames and removals in a directory survive a power failure.
+
+    File systems that cannot sync a directory answer EINVAL (CIFS, some FUSE file systems and shared
+    folders of virtual machines) or that it is not supported. They order these changes themselves or
+    not at all; either way there is nothing more to do, and nothing has failed.
+    """
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_SYNC:
+            raise
     finally:
         os.close(handle)
 

@@ -85,6 +85,8 @@ class CheckpointManager:
         self._pending: PendingSave | None = None
         self._memory: HostMemory | None = None
         self._ranks = all_ranks(ctx)
+        self.saving = False
+        """Whether a save is in progress: from its first copy until the tracker names it."""
         if config.checkpoint.async_save:
             # A group of its own, so that no poll waits for a device or for training's messages.
             minutes = config.parallel.distributed_timeout_minutes
@@ -108,6 +110,7 @@ class CheckpointManager:
         settings, step = self._config.checkpoint, state.iteration
         assert settings.save is not None
         self.finish()
+        self.saving = True
         contents = collect_contents(
             state,
             config=self._config,
@@ -145,7 +148,7 @@ class CheckpointManager:
         """Do not wait for the save in progress, because the run ends by an error."""
         if self._pending is not None:
             self._pending.abandon()
-            self._pending = None
+            self._pending, self.saving = None, False
 
     def _advance(self, wait: bool) -> None:
         pending = self._pending
@@ -155,7 +158,7 @@ class CheckpointManager:
             path = pending.finish() if wait else pending.poll()
         finally:
             if pending.done:
-                self._pending = None
+                self._pending, self.saving = None, False
         if path is not None:
             how = "" if self._memory is None else " asynchronously"
             self._log(f" saved iteration {pending.step} to {path}{how}")

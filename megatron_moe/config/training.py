@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from megatron_moe.config.fields import AtLeastOne, BelowOne, Flag, NonNegative, Positive
+from megatron_moe.config.fields import (
+    AtLeastOne,
+    BelowOne,
+    Flag,
+    NonNegative,
+    OmittedAtDefault,
+    Positive,
+)
 
 Objective = Literal["causal", "prefix-lm", "ul2", "sft"]
 
@@ -108,8 +115,14 @@ class TrainConfig:
     of the whole."""
     exit_interval: Annotated[int | None, AtLeastOne] = None
     """Save and end once the iteration is a multiple of this."""
+    exit_duration_in_mins: Annotated[float | None, Positive, OmittedAtDefault] = None
+    """Save and exit after the step in which a process has run for this long, with code 0."""
     exit_signal_handler: bool = False
-    """On SIGTERM to any rank, save after the current step and exit on all ranks with code 0."""
+    """On `--exit-signal` to any rank, save after the current step and exit on all ranks with code
+    0. Signals within 10 seconds, or while a save is in progress, are the same request; a later one
+    ends the rank at once."""
+    exit_signal: Annotated[Literal["TERM", "USR1", "INT"], OmittedAtDefault] = "TERM"
+    """The signal of `--exit-signal-handler`."""
     seed: Annotated[int, NonNegative] = 1234
     """Seed of initialisation, data order and dropout."""
     bf16: bool = False

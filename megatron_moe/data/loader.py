@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_moe.data.batch import PLANES, Batch
 from megatron_moe.data.causal import Sample
+from megatron_moe.platform.signals import exit_signals_blocked
 
 Packed = npt.NDArray[np.int32]
 """A micro-batch [P, B, S]: tokens, labels, a mask of 0 and 1, then the extra planes."""
@@ -75,7 +76,7 @@ def build_loader(
     evaluation would change the dropout of later steps.
     """
     ahead = -(-2 * sampler.shard.num_microbatches // workers) if workers else None
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
@@ -86,6 +87,14 @@ def build_loader(
         # Forked workers share the mapped files and do not import torch again, which takes seconds.
         multiprocessing_context="fork" if workers else None,
     )
+
+
+class _Loader(DataLoader[Packed]):
+    """A loader whose workers do not receive the signals that ask the run to exit."""
+
+    def __iter__(self) -> Any:
+        with exit_signals_blocked():  # starts the workers
+            return super().__iter__()
 
 
 def collate(samples: Sequence[Sample]) -> Packed:

@@ -41,6 +41,17 @@ _POLL_INTERVAL = timedelta(seconds=2)
 _ERROR_COUNT = "errors"
 """Key of the number of ranks that found a usage error."""
 _FIX = "start the program with torchrun"
+_TASK_COUNTS = (
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_NTASKS",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "JSM_NAMESPACE_SIZE",
+    "FLUX_JOB_SIZE",
+)
+"""Processes that were started together: by Slurm, Open MPI, MPICH and Intel MPI, MVAPICH2, LSF and
+Flux."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +84,32 @@ def launched() -> Launched:
         raise UsageError("environment variable RANK", rank, expected, _FIX)
     local_rank = _number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else 0
     return Launched(rank=rank, world_size=world_size, local_rank=local_rank, alone=False)
+
+
+def launched_to_train() -> Launched:
+    """`launched`, where every process that a launcher started must be a rank.
+
+    `srun -n 8 python pretrain_openmoe.py` starts eight processes, of which each would be a world of
+    one rank: eight trainings that write into one directory.
+
+    Raises:
+        UsageError: as `launched`; or another launcher than torchrun has started several processes.
+    """
+    here = launched()
+    if not here.alone:
+        return here
+    for name in _TASK_COUNTS:
+        count = os.environ.get(name, "")
+        if count.isdigit() and int(count) > 1:
+            expected = "1 without RANK and WORLD_SIZE: each process would train on its own"
+            fix = "let each node run one torchrun, which starts its ranks (examples/*_slurm.sbatch)"
+            raise UsageError(
+                f"environment variable {name}",
+                int(count),
+                expected,
+                f"{fix}; to train on one process all the same, unset {name}",
+            )
+    return here
 
 
 def _number(name: str) -> int:

@@ -6,20 +6,15 @@ passed in. One step of it is in `training/step.py`.
 
 from __future__ import annotations
 
-import os
-import signal
 from dataclasses import replace
-from datetime import timedelta
-from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
-from megatron_moe.checkpoint.manager import CheckpointManager, host_rank_group
+from megatron_moe.checkpoint.manager import CheckpointManager
 from megatron_moe.moe.statistics import collect_statistics, reset_statistics
-from megatron_moe.parallel.collectives import RankGroup
-from megatron_moe.parallel.context import ParallelContext
 from megatron_moe.training.consumed import record_of, saved_extra
 from megatron_moe.training.dataloaders import PhaseDataLoaders
 from megatron_moe.training.evaluation import evaluate_split
+from megatron_moe.training.exit_request import ExitRequest
 from megatron_moe.training.metrics import Evaluation, Interval, Meter, Summary
 from megatron_moe.training.phases import Phase, RunSchedule
 from megatron_moe.training.reporting import Reporter
@@ -41,7 +36,7 @@ class Trainer:
         meter: collects steps for the reports.
         checkpoints: saves the run.
         reporter: log, metrics file and TensorBoard.
-        exit_signal: asks for an early exit; ``None`` without `--exit-signal-handler`.
+        exit_request: asks for an early exit; ``None`` if no flag allows one.
     """
 
     def __init__(
@@ -54,11 +49,11 @@ class Trainer:
         meter: Meter,
         checkpoints: CheckpointManager,
         reporter: Reporter,
-        exit_signal: ExitSignal | None = None,
+        exit_request: ExitRequest | None = None,
     ) -> None:
         self.run, self.schedule, self.dataloaders = run, schedule, dataloaders
         self.meter, self.checkpoints, self.reporter = meter, checkpoints, reporter
-        self.exit_signal = exit_signal
+        self.exit_request = exit_request
         self.state = resume.state
         """Completed steps and consumed samples of the run."""
         self.phase = schedule.at(self.state.iteration)
@@ -75,7 +70,7 @@ class Trainer:
         self.validation: Evaluation | None = None
 
     def train(self) -> Summary:
-        """Train until the end of the run, `--exit-interval`, SIGTERM or a non-finite gradient.
+        """Train until the end of the run, a request to exit or a non-finite gradient.
 
         After a non-finite gradient the summary has a `failure`, and nothing is saved: the newest
         checkpoint is from before the steps that led to it.
@@ -96,8 +91,8 @@ class Trainer:
             self.checkpoints.abandon()
             raise
         finally:
-            if self.exit_signal is not None:
-                self.exit_signal.close()
+            if self.exit_request is not None:
+                self.exit_request.close()
         summary = Summary(
             state=self.state,
             first=self.meter.first,
@@ -143,9 +138,7 @@ class Trainer:
         if interval and self.state.iteration % interval == 0:
             return f"--exit-interval {interval}"
         # The ranks are only asked where the answer matters: it is an all-reduce on the host.
-        if self.exit_signal is not None and self.exit_signal.agreed():
-            return "SIGTERM"
-        return ""
+        return self.exit_request.agreed() if self.exit_request is not None else ""
 
     def _finish(self) -> None:
         """Report, evaluate and save at the end, whatever the intervals are."""
@@ -237,46 +230,3 @@ class Trainer:
         )
         self.saved_iteration = iteration
         self.meter.resume()
-
-
-class ExitSignal:
-    """SIGTERM as a request to save and exit, answered by all ranks after the same step.
-
-    A scheduler that reclaims its nodes, and torchrun when it is stopped, send SIGTERM to every
-    rank, but not at the same moment: one rank may be in step 7 when another already takes step 8,
-    and a rank that left at once would leave the others waiting in a collective. So a rank only
-    notes the signal, and after every step all ranks ask whether any of them has.
-
-    The handler is installed from construction to `close`. A second SIGTERM ends the process.
-
-    Args:
-        ranks: the ranks that exit together; over a host group, so that asking does not wait for the
-            device.
-    """
-
-    def __init__(self, ranks: RankGroup) -> None:
-        self._ranks, self._noted = ranks, False
-        self._owner = os.getpid()
-        self._before: Any = signal.signal(signal.SIGTERM, self._note)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if os.getpid() != self._owner:  # a data-loader worker, which inherited the handler
-            os.kill(os.getpid(), number)
-        self._noted = True
-
-    def agreed(self) -> bool:
-        """Whether any rank has received SIGTERM; the same on all ranks, which call it together."""
-        return self._ranks.all_reduce_sum(self._noted)[0] > 0
-
-    def close(self) -> None:
-        """Restore the handler from before."""
-        signal.signal(signal.SIGTERM, self._before)
-
-
-def build_exit_signal(schedule: RunSchedule, ctx: ParallelContext) -> ExitSignal | None:
-    """Install the handler if `--exit-signal-handler` asks for it; called by all ranks together."""
-    if not schedule.config.train.exit_signal_handler:
-        return None
-    timeout = timedelta(minutes=schedule.config.parallel.distributed_timeout_minutes)
-    return ExitSignal(host_rank_group(ctx, timeout))

@@ -10,12 +10,14 @@ import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import pretrain_openmoe
 from megatron_moe.errors import UsageError
 from megatron_moe.parallel import launch
-from megatron_moe.parallel.launch import Launched, launched
+from megatron_moe.parallel.launch import Launched, launched, launched_to_train
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -204,3 +206,40 @@ def test_a_half_set_environment_is_rejected(
     with pytest.raises(UsageError) as caught:
         launched()
     assert str(caught.value) == f"{message}; start the program with torchrun"
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
+        {"SLURM_STEP_NUM_TASKS": "2"},
+        {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"},
+        {"PMI_SIZE": "2"},
+    ],
+)
+def test_several_processes_without_torchrun_do_not_train(
+    variables: dict[str, str], environment: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Each would be a world of one rank, and all would write into one directory."""
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        pretrain_openmoe.main(["--preset", "openmoe-tiny", "--vocab-size", "100"])
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"environment variable {next(iter(variables))} must be 1 without RANK" in line
+
+
+def test_a_launcher_that_starts_one_process_is_no_error(environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("SLURM_NTASKS", "1")
+    assert launched_to_train() == Launched()
+    for name, value in zip(NAMES, ("1", "2", "1", "localhost", "29500"), strict=True):
+        environment.setenv(name, value)
+    environment.setenv("SLURM_NTASKS", "2")  # srun started two torchruns, which started the ranks
+    assert launched_to_train().rank == 1
+
+
+def test_describe_works_anywhere(environment: pytest.MonkeyPatch, capsys: Any) -> None:
+    environment.setenv("SLURM_NTASKS", "8")
+    pretrain_openmoe.main(["--preset", "openmoe-8b-32e", "--describe"])
+    assert "24 heads x 128" in capsys.readouterr().out

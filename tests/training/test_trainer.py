@@ -101,9 +101,9 @@ class Collaborators:
         self.note("end")
 
     # The exit signal
-    def agreed(self) -> bool:
+    def agreed(self) -> str:
         self.asked += 1
-        return self.asked == self.signalled_at
+        return "SIGTERM" if self.asked == self.signalled_at else ""
 
     def close(self) -> None:
         self.note("close")
@@ -132,7 +132,7 @@ def trainer_of(
         meter=everything,
         checkpoints=everything,
         reporter=everything,
-        exit_signal=everything,
+        exit_request=everything,
     )
 
 

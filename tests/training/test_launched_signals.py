@@ -1,0 +1,78 @@
+"""Signals to a run under real torchrun: to ranks, their data-loader workers and torchrun at once.
+
+A scheduler signals every process of a job step, and torchrun then signals its ranks once more.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_moe.checkpoint import latest_step, verify
+from tests.training.tiny import MODEL
+
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 240
+
+
+def start(corpus: str, directory: Path, *flags: str) -> subprocess.Popen[bytes]:
+    """A run of two ranks that would take hours."""
+    argv = [*MODEL, "--expert-model-parallel-size", "2", "--data-path", corpus]
+    argv += ["--train-iters", "1000000", "--save", str(directory / "ckpt"), "--exit-signal-handler"]
+    argv += ["--metrics-file", str(directory / "metrics.jsonl"), "--log-interval", "1", *flags]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    launcher += ["--nproc-per-node", "2", str(ROOT / "pretrain_openmoe.py")]
+    return subprocess.Popen(
+        [sys.executable, *launcher, *argv],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=(directory / "log").open("wb"),
+        stderr=subprocess.STDOUT,
+    )
+
+
+def wait_for_steps(run: subprocess.Popen[bytes], metrics: Path, steps: int) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < steps:
+        assert run.poll() is None and time.monotonic() < deadline, "the run never took a step"
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize(
+    ("workers", "flags"),
+    [
+        (2, ["--async-save", "--save-interval", "3"]),
+        pytest.param(0, [], marks=pytest.mark.slow),
+        pytest.param(1, ["--exit-signal", "INT"], marks=pytest.mark.slow),
+        pytest.param(2, [], marks=pytest.mark.slow),
+        pytest.param(1, ["--async-save", "--save-interval", "3"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_to_every_process_saves_once(corpus, tmp_path, workers, flags):
+    run = start(corpus, tmp_path, "--num-workers", str(workers), *flags)
+    try:
+        wait_for_steps(run, tmp_path / "metrics.jsonl", 5)
+        launcher = psutil.Process(run.pid)
+        processes = launcher.children(recursive=True)
+        assert len(processes) >= 2 + 2 * workers
+        number = signal.SIGINT if "INT" in flags else signal.SIGTERM
+        for process in [launcher, *processes]:
+            process.send_signal(number)
+        run.wait(SECONDS)
+    finally:
+        run.kill()
+    log = (tmp_path / "log").read_text()
+    (exiting,) = [line for line in log.splitlines() if line.startswith(" exiting at iteration ")]
+    step = int(exiting.split()[3].rstrip(":"))
+    assert exiting.endswith(number.name)
+    assert log.count(f" saved iteration {step} to ") == 1
+    assert latest_step(tmp_path / "ckpt") == step
+    verify(tmp_path / "ckpt")
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    assert not alive
