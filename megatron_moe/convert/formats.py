@@ -68,7 +68,8 @@ def read(
         raise UsageError("--preset", None, "given, or --config", reason)
     else:
         model = read_t5x(path, config)
-    check_tensors(model)
+    given = "give the --preset or --config of this checkpoint" if config is not None else ""
+    check_tensors(model, given)
     return model
 
 

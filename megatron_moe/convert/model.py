@@ -139,8 +139,12 @@ class LogicalModel:
         return sum(tensor.bytes for tensor in self.tensors.values())
 
 
-def check_tensors(model: LogicalModel) -> None:
+def check_tensors(model: LogicalModel, fix: str = "") -> None:
     """Compare names and shapes with those that the configuration implies.
+
+    Args:
+        model: what was read.
+        fix: for the error, where the configuration is not part of the checkpoint.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or of another shape; each is listed.
@@ -155,7 +159,7 @@ def check_tensors(model: LogicalModel) -> None:
     if faults:
         what = f"tensors of {model.source}"
         found_text = f"{len(faults)} different"
-        raise CheckpointError(what, found_text, "those of its configuration", "", sorted(faults))
+        raise CheckpointError(what, found_text, "those of its configuration", fix, sorted(faults))
 
 
 def cast(model: LogicalModel, dtype: str | None) -> LogicalModel:

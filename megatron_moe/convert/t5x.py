@@ -1,36 +1,26 @@
-"""t5x (flaxformer) checkpoints of OpenMoE: parameter names, and a zarr array per parameter.
+"""t5x (flaxformer) checkpoints of OpenMoE: the names and orientation of its parameters.
 
 Kernels are stored [in, out], the transpose of the logical model; experts [E, in, out] and the
 embedding [V, H] are not transposed. Source: the released checkpoints, and the script that converted
-them to Hugging Face ones. `t5x_tree.py` reads and writes the `checkpoint` file beside the arrays.
+them to Hugging Face ones. `t5x_arrays.py` reads and writes the arrays, `t5x_tree.py` the file
+`checkpoint` beside them.
 """
 
 from __future__ import annotations
 
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from megatron_moe.config import RunConfig
-from megatron_moe.convert.hf_files import check_no_extra
 from megatron_moe.convert.model import LazyTensor, LogicalModel, of_tensor
-from megatron_moe.convert.t5x_tree import FILE, leaves, library, read_tree, step_of, write_tree
+from megatron_moe.convert.t5x_arrays import as_torch, open_array, write_array
+from megatron_moe.convert.t5x_tree import FILE, leaves, read_tree, step_of, write_tree
 from megatron_moe.convert.writing import Progress, new_directory, write_error
-from megatron_moe.errors import Corrupt
+from megatron_moe.errors import CheckpointError
 from megatron_moe.model.logical import logical_parameters
 
-CHUNK_BYTES = 64 << 20
-"""Approximate bytes of one chunk file of an array, as in t5x."""
-_DTYPES = {
-    "float32": torch.float32,
-    "float64": torch.float64,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 _WHOLE = {
     "embedding.weight": ("token_embedder/embedding", False),
     "final_norm.weight": ("decoder/decoder_norm/scale", False),
@@ -82,6 +72,7 @@ def read_t5x(directory: Path, config: RunConfig) -> LogicalModel:
     """
     tree = read_tree(directory)
     found = dict(leaves(tree["target"]))
+    _check_one_array_per_layer(directory, found)
     embedding = _array(directory, "token_embedder/embedding", found, False)
     vocab_size = embedding.shape[0]
     tensors, used = {}, set()
@@ -89,7 +80,8 @@ def read_t5x(directory: Path, config: RunConfig) -> LogicalModel:
         path, transposed = t5x_name(name)
         used.add(path)
         tensors[name] = _array(directory, path, found, transposed)
-    check_no_extra(directory, found.keys() - used)
+    if extra := sorted(found.keys() - used):
+        raise _another_model(directory, found, f"one with {extra[0]}")
     return LogicalModel(
         source=str(directory),
         config=config,
@@ -102,64 +94,35 @@ def read_t5x(directory: Path, config: RunConfig) -> LogicalModel:
 def _array(directory: Path, path: str, found: dict[str, Any], transposed: bool) -> LazyTensor:
     """One parameter; rows of a transposed one are read as columns of the stored array."""
     if path not in found:
-        expected = "a checkpoint with all tensors of the model"
-        raise Corrupt(str(directory), f"one without {path}", expected)
+        raise _another_model(directory, found, f"one without {path}")
     leaf = found[path]
     if not isinstance(leaf, dict):
-        values = _as_torch(np.array(leaf))
+        values = as_torch(np.array(leaf))
         return of_tensor(values.t() if transposed else values)
-    array = _open_array(directory, path, leaf)
-    dtype = array.dtype.name
-    if dtype not in _DTYPES:
-        raise Corrupt(f"dtype of {path} in {directory}", dtype, f"one of {', '.join(_DTYPES)}")
-
-    def rows(start: int, stop: int) -> Tensor:
-        if transposed:
-            return _as_torch(array[:, start:stop].read().result()).t()
-        return _as_torch(array[start:stop].read().result())
-
-    shape = tuple(array.shape)
-    return LazyTensor(shape[::-1] if transposed else shape, _DTYPES[dtype], rows)
+    return open_array(directory, path, leaf, transposed)
 
 
-def _open_array(directory: Path, path: str, spec: dict[str, Any]) -> Any:
-    """Open the array of a spec.
-
-    Only the last component of its path is used, with the local file driver, whatever store the
-    array was written to: a spec could otherwise name any file or URL.
-    """
-    store = spec.get("kvstore")
-    inner = spec.get("path") or (store.get("path") if isinstance(store, dict) else None)
-    folder = directory / str(inner)
-    if not inner or folder.resolve().parent != directory.resolve():
-        raise Corrupt(f"path of {path} in {directory / FILE}", inner, "a folder next to that file")
-    local: dict[str, Any] = {
-        "driver": "zarr",
-        "kvstore": {"driver": "file", "path": str(folder)},
-    }
-    try:
-        return library("tensorstore").open(local, open=True, read=True).result()
-    except (ValueError, OSError) as error:
-        reason = str(error).split("\n", maxsplit=1)[0]
-        raise Corrupt(str(folder), reason, "a zarr array") from None
+def _check_one_array_per_layer(directory: Path, found: dict[str, Any]) -> None:
+    """Reject scanned layers (`scalable_t5`), whose parameters are one array for all layers."""
+    scanned = [path for path in found if path.startswith(("decoder/decoder/", "decoder/layers/"))]
+    if scanned and not any(path.startswith("decoder/layers_") for path in found):
+        fix = "split the arrays along their layer axis in JAX, and save them as layers_0, ..."
+        expected = "an array for each layer, decoder/layers_0/..."
+        what = f"parameters of {directory}"
+        raise CheckpointError(what, f"scanned layers: {scanned[0]}", expected, fix)
 
 
-def _as_torch(values: Any) -> Tensor:
-    values = np.ascontiguousarray(values)
-    if values.dtype.name == "bfloat16":
-        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(values)
-
-
-def _as_numpy(tensor: Tensor) -> Any:
-    tensor = tensor.contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(library("ml_dtypes").bfloat16)
-    return tensor.numpy()
+def _another_model(directory: Path, found: dict[str, Any], what: str) -> CheckpointError:
+    """The error for other parameters than those of the configuration."""
+    layers = {path.split("/")[1] for path in found if path.startswith("decoder/layers_")}
+    moe = {path.split("/")[1] for path in found if path.endswith("mlp/expert/wi_0/kernel")}
+    has = f"it has {len(layers)} layers, {len(moe)} of them with experts"
+    expected = "a checkpoint of the model that --preset or --config names"
+    return CheckpointError(str(directory), what, expected, has)
 
 
 def write_t5x(model: LogicalModel, directory: Path, progress: Progress) -> Path:
-    """Write a new checkpoint directory, complete or not at all. Optimizer state is empty.
+    """Write a new checkpoint directory, complete or not at all, without optimizer state.
 
     Raises:
         CheckpointError: the directory exists, or the disk is full.
@@ -169,47 +132,8 @@ def write_t5x(model: LogicalModel, directory: Path, progress: Progress) -> Path:
             specs = {}
             for name, tensor in model.tensors.items():
                 path, transposed = t5x_name(name)
-                specs[path] = _write_array(temporary, path, tensor, transposed, progress)
+                specs[path] = write_array(temporary, path, tensor, transposed, progress)
             write_tree(temporary / FILE, specs, model.step)
     except ValueError as error:  # how TensorStore reports that it cannot write
         raise write_error(directory, model.bytes, error) from error
     return directory
-
-
-def _write_array(
-    directory: Path, path: str, tensor: LazyTensor, transposed: bool, progress: Progress
-) -> dict[str, Any]:
-    """Write one array; returns its spec for the tree."""
-    shape = tensor.shape[::-1] if transposed else tensor.shape
-    dtype = {kind: name for name, kind in _DTYPES.items()}[tensor.dtype]
-    folder = "target." + path.replace("/", ".")
-    metadata = {
-        "compressor": {"id": "gzip", "level": 1},
-        "shape": list(shape),
-        "chunks": _chunks(shape, tensor.dtype.itemsize),
-    }
-    spec = {
-        "driver": "zarr",
-        "dtype": dtype,
-        "kvstore": {"driver": "file", "path": f"{folder}/"},
-        "metadata": metadata,
-    }
-    here = {**spec, "kvstore": {"driver": "file", "path": str(directory / folder)}}
-    array = library("tensorstore").open(here, create=True).result()
-    start = 0
-    for part in tensor.parts():
-        stop = start + part.shape[0]
-        place = array[:, start:stop] if transposed else array[start:stop]
-        place.write(_as_numpy(part.t() if transposed else part)).result()
-        progress(part.numel() * part.element_size())
-        start = stop
-    return spec
-
-
-def _chunks(shape: tuple[int, ...], width: int) -> list[int]:
-    """Halve the longest side until a chunk is small enough."""
-    chunks = list(shape)
-    while prod(chunks) * width > CHUNK_BYTES:
-        longest = chunks.index(max(chunks))
-        chunks[longest] = -(-chunks[longest] // 2)
-    return chunks

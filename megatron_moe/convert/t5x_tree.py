@@ -2,6 +2,9 @@
 
     {version, optimizer: {target: nested dicts of specs and arrays, state: {step, param_states}}}
 
+Without optimizer state there is no `param_states`, as t5x's `InferenceState` writes it: t5x reads
+every leaf of the tree as an array or a spec, and an empty dictionary is neither.
+
 Arrays inside the file are msgpack extension types of flax: 1 an array, 3 a scalar, each a packed
 (shape, dtype, bytes). Every other extension type is an error: no other object is built.
 """
@@ -14,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_moe.errors import Corrupt, UsageError
+from megatron_moe.errors import CheckpointError, Corrupt, UsageError
 
 FILE = "checkpoint"
 VERSION = 3
@@ -48,13 +51,31 @@ def read_tree(directory: Path) -> dict[str, Any]:
     try:
         tree = msgpack.unpackb(path.read_bytes(), ext_hook=_extension, raw=False)
     except FileNotFoundError:
-        raise Corrupt(str(path), "missing", "the msgpack file of a t5x checkpoint") from None
+        raise _no_tree(directory) from None
     except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:
         raise Corrupt(str(path), str(error), "the msgpack file of a t5x checkpoint") from None
     found = tree.get("optimizer") if isinstance(tree, dict) else None
     if not isinstance(found, dict) or not isinstance(found.get("target"), dict):
         raise Corrupt(str(path), "another tree", "a tree with optimizer/target")
     return found
+
+
+_ORBAX = ("_METADATA", "_CHECKPOINT_METADATA", "manifest.ocdbt", "_sharding")
+"""Files of Orbax, which newer t5x writes with `use_orbax=True`."""
+
+
+def _no_tree(directory: Path) -> CheckpointError:
+    """The error for a directory without the file `checkpoint`."""
+    orbax = [name for name in _ORBAX if (directory / name).exists()]
+    below = sorted(directory.glob("checkpoint_*/" + FILE))
+    if orbax:
+        fix = "load it in t5x and save it with Checkpointer (use_orbax=False)"
+        found = f"an Orbax checkpoint, with {orbax[0]}"
+    elif below:
+        found, fix = "a folder of checkpoints", f"for example --load {below[-1].parent}"
+    else:
+        found, fix = "missing" if not directory.is_dir() else f"without a file {FILE}", ""
+    return CheckpointError(str(directory), found, "the folder of one t5x checkpoint", fix)
 
 
 def _extension(code: int, data: bytes) -> Any:
@@ -84,7 +105,7 @@ def write_tree(path: Path, target: dict[str, Any], step: int) -> None:
             place = place.setdefault(folder, {})
         place[leaf] = spec
     count = msgpack.packb(((), "int32", np.int32(step).tobytes()))
-    state = {"step": msgpack.ExtType(_SCALAR, count), "param_states": {}}
+    state = {"step": msgpack.ExtType(_ARRAY, count)}
     tree = {"version": VERSION, "optimizer": {"target": nested, "state": state}}
     path.write_bytes(msgpack.packb(tree))
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from megatron_moe.convert import model as convert_model
-from megatron_moe.convert import t5x
+from megatron_moe.convert import t5x_arrays
 from megatron_moe.convert.formats import ConversionTarget, read, write
 from megatron_moe.convert.t5x_tree import write_tree
 from megatron_moe.errors import UsageError
@@ -28,7 +28,7 @@ from tools.convert_checkpoint import main
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many parts of every tensor, and many chunks of every array."""
     monkeypatch.setattr(convert_model, "PART_BYTES", 700)
-    monkeypatch.setattr(t5x, "CHUNK_BYTES", 500)
+    monkeypatch.setattr(t5x_arrays, "CHUNK_BYTES", 500)
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -85,7 +85,7 @@ def test_the_files_are_what_t5x_writes(tmp_path: Path) -> None:
     assert spec["metadata"]["shape"] == [16, 24]
     step = tree["optimizer"]["state"]["step"]
     shape, kind, data = msgpack.unpackb(step.data, raw=False)
-    assert (step.code, shape, kind, data) == (3, [], "int32", b"\x05\x00\x00\x00")
+    assert (step.code, shape, kind, data) == (1, [], "int32", b"\x05\x00\x00\x00")
 
 
 def _tree(path: Path) -> dict[str, Any]:
@@ -133,7 +133,8 @@ ELSEWHERE = {"driver": "zarr", "kvstore": {"driver": "gcs", "bucket": "b"}, "pat
     ("leaf", "said"),
     [
         (None, "without decoder/decoder_norm/scale"),
-        (OUTSIDE, r"must be a folder next to that file \(got '../secret/'\)"),
+        (OUTSIDE, r"t5x/secret must be a zarr array \(got 'missing'\)"),
+        (OUTSIDE | {"path": ".."}, r"checkpoint must be the name of a folder \(got '..'\)"),
         (ELSEWHERE, "target.absent"),
     ],
 )
@@ -152,7 +153,7 @@ def test_a_broken_file_is_refused(tmp_path: Path, content: bytes | None) -> None
         file.unlink()
     else:
         file.write_bytes(content)
-    with pytest.raises(UsageError, match=r"t5x/checkpoint must be .* \(got "):
+    with pytest.raises(UsageError, match=r"t5x(/checkpoint)? must be (the|a) .* \(got "):
         read("t5x", tmp_path / "t5x", config=CONFIG)
 
 
