@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from megatron_moe.console import escape_unprintable
+
 USAGE_EXIT_CODE = 2
 
 
@@ -40,6 +42,8 @@ class UsageError(Exception):
 def exit_on_usage_error(prog: str, *others: type[Exception]) -> Iterator[None]:
     """Run a command; a usage error ends the process with one line and exit code 2.
 
+    The command can print any text, see `escape_unprintable`.
+
     Args:
         prog: name of the program, with which the line on standard error begins.
         others: further exceptions that the user can fix here, e.g. ``OSError`` of an output.
@@ -48,6 +52,7 @@ def exit_on_usage_error(prog: str, *others: type[Exception]) -> Iterator[None]:
         SystemExit: code 2, after a `UsageError` or one of ``others``.
     """
     usage_errors: tuple[type[Exception], ...] = (UsageError, *others)
+    escape_unprintable()
     try:
         yield
     except usage_errors as error:

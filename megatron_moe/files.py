@@ -7,7 +7,10 @@ text of three lines.
 from __future__ import annotations
 
 import re
+import stat
 from pathlib import Path
+
+from megatron_moe.errors import UsageError
 
 SHOWN_BYTES = 24
 """First bytes of an unknown file that a message shows."""
@@ -23,6 +26,12 @@ _BEGINNINGS = (
     (re.compile(rb"\s*<(!doctype html|html)", re.IGNORECASE), "it is an HTML page"),
     (re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]+\r?\n"), "it is a vocabulary of tiktoken"),
 )
+_SPECIAL = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 
 
 def first_bytes(path: str | Path, count: int = _READ) -> bytes:
@@ -60,3 +69,28 @@ def describe_file_start(path: str | Path) -> str:
         return describe_start(first_bytes(path))
     except OSError as error:
         return f"it cannot be read: {error.strerror or error}"
+
+
+def check_data_file(path: str | Path, what: str) -> None:
+    """Check that a file is a regular one, and not a Git LFS pointer in its place.
+
+    Data is read several times: to be hashed, tokenized and checked again. A named pipe would be
+    empty the second time, and a pointer would be read as text.
+
+    Args:
+        path: the file; nothing is checked if it does not exist or is a directory.
+        what: the flag that names it, for errors.
+
+    Raises:
+        UsageError: names the file and what it is.
+    """
+    try:
+        mode = Path(path).stat().st_mode
+        start = first_bytes(path) if stat.S_ISREG(mode) else b""
+    except OSError:  # the reader says so
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        fix = f"it is {_SPECIAL.get(stat.S_IFMT(mode), 'a special file')}, and is read repeatedly"
+        raise UsageError(what, str(path), "a regular file", fix)
+    if is_lfs_pointer(start):
+        raise UsageError(what, str(path), "the data itself", describe_start(start))

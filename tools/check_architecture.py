@@ -51,7 +51,10 @@ ALLOWED: dict[str, set[str]] = {
 """What each package of `megatron_moe` may import from the others. All may import `EVERYWHERE`. The
 last four are leaves: only tools and `pretrain_openmoe` import them, except that `analysis` and
 `inference` read checkpoints of other formats with `convert`."""
-EVERYWHERE = {"errors", "files", "command_line", "megatron_moe", "__version__"}
+EVERYWHERE = {
+    *("errors", "files", "text", "console", "command_line"),
+    *("megatron_moe", "__version__"),
+}
 """What all of them may import, and which imports none of them."""
 KERNEL_LIBRARIES = {"torch", "triton", "fused_kernels"}
 """What `fused_kernels` may import besides the standard library."""

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from megatron_moe.command_line import Parser
 from megatron_moe.config import RunConfig
 from megatron_moe.config.presets import PRESETS
+from megatron_moe.console import escape_unprintable
 from megatron_moe.convert.formats import FORMATS, ConversionTarget, planned_tensors, read, write
 from megatron_moe.convert.inspection import (
     PROMPT,
@@ -218,6 +219,7 @@ def verify(model: LogicalModel, target: ConversionTarget) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    escape_unprintable()
     try:
         run(parse(argv))
     except UsageError as error:

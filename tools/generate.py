@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from megatron_moe.errors import UsageError, exit_on_usage_error
 from megatron_moe.inference.command import load_options, model_parser
 from megatron_moe.parallel.launch import ended_reader_is_fine
+from megatron_moe.text import accept_undecodable_input, argument_text
 
 if TYPE_CHECKING:
     from megatron_moe.inference.generation import GenerationConfig
@@ -104,7 +105,9 @@ def run(options: argparse.Namespace) -> None:
         temperature=options.temperature, top_k=options.top_k, top_p=options.top_p
     )
     sampling.check()
-    prompts = read_prompts(options.prompts_file) if options.prompts_file else options.prompt
+    options.system = argument_text("--system", options.system)
+    given = [argument_text("--prompt", prompt) for prompt in options.prompt or ()]
+    prompts = read_prompts(options.prompts_file) if options.prompts_file else given
     loaded = load(load_options(options))
     config = GenerationConfig(
         max_new_tokens=options.max_new_tokens,
@@ -196,13 +199,15 @@ def run_interactive(
     chat_hint, text_hint = f"{RESET} starts a new conversation", "An empty line starts a document"
     hint = chat_hint if options.chat else text_hint
     print(f"{loaded.source}. {hint}; Ctrl-D ends.", file=sys.stderr)
+    accept_undecodable_input()
     conversation = Conversation(loaded.tokenizer, options.system)
     for number in range(sys.maxsize):
         try:
-            prompt = input("> " if sys.stdin.isatty() else "")
+            typed = input("> " if sys.stdin.isatty() else "")
         except (EOFError, KeyboardInterrupt):
             return
         try:
+            prompt = argument_text("prompt", typed)
             if options.chat and prompt.strip() == RESET:
                 conversation = Conversation(loaded.tokenizer, options.system)
                 continue

@@ -26,6 +26,7 @@ from megatron_moe.analysis.foreign import foreign_differences, foreign_overview,
 from megatron_moe.analysis.foreign_config import is_foreign
 from megatron_moe.checkpoint.reading import verify
 from megatron_moe.command_line import Parser
+from megatron_moe.console import escape_unprintable
 from megatron_moe.convert.inspection import (
     TensorFacts,
     differences,
@@ -163,6 +164,7 @@ def print_overview(options: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
+    escape_unprintable()
     try:
         return run(parse(argv))
     except Corrupt as error:

@@ -24,6 +24,7 @@ from typing import get_args, get_type_hints
 
 from megatron_moe.command_line import Parser
 from megatron_moe.config import DataConfig
+from megatron_moe.console import escape_unprintable
 from megatron_moe.data.indexed.check import Source, inspect_source
 from megatron_moe.data.indexed.format import paths_of
 from megatron_moe.data.indexed.inspection import (
@@ -136,6 +137,7 @@ def fault_of(options: argparse.Namespace, opened: bool) -> int:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
+    escape_unprintable()
     options = parser().parse_args(argv)
     opened = False
     try:

@@ -25,12 +25,12 @@ import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 from megatron_moe.config.run import RunConfig, all_fields
 from megatron_moe.config.training import DataConfig, ObjectiveConfig
 from megatron_moe.errors import UsageError
+from megatron_moe.text import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -143,9 +143,7 @@ def read_phases(path: str) -> tuple[PhaseSpec, ...]:
             or has no end and is not the last.
     """
     try:
-        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(FLAG, path, "a readable TOML file", str(error)) from None
+        content = tomllib.loads(read_text(path, FLAG, "a readable TOML file"))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(FLAG, path, "a TOML file", str(error)) from None
     tables = content.get("stage")

@@ -22,6 +22,7 @@ from megatron_moe.config.training import (
     TrainConfig,
 )
 from megatron_moe.errors import UsageError
+from megatron_moe.text import read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +81,8 @@ class RunConfig:
     def load(cls, path: str | Path) -> RunConfig:
         """Read a configuration file: a run's `config.json`, or some of its sections."""
         try:
-            values = json.loads(Path(path).read_text())
-        except OSError as error:
-            raise UsageError("--config", str(path), "a readable file", str(error)) from None
-        except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deep
+            values = json.loads(read_text(path, "--config", "a readable file"))
+        except (ValueError, RecursionError) as error:  # not JSON, or nested too deep
             raise UsageError("--config", str(path), "a JSON file", str(error)) from None
         if not isinstance(values, dict):
             raise UsageError("--config", str(path), "a JSON object of sections")

@@ -19,13 +19,13 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from megatron_moe.config import DataConfig
 from megatron_moe.data.indexed.check import Source
 from megatron_moe.data.indexed.manifest import read_manifest
 from megatron_moe.data.named_mixture import read_named_mixture
 from megatron_moe.errors import UsageError
+from megatron_moe.text import read_text
 
 SPLITS = ("train", "valid", "test")
 _ALL = (0.0, 1.0)
@@ -106,11 +106,8 @@ def _shared_blend(data: DataConfig) -> Blend | None:
 
 def _words_of(path: str) -> list[str]:
     """Return the words of a file, as Megatron-LM reads it."""
-    try:
-        words = Path(path).read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        expected = "a readable file with the words of --data-path"
-        raise UsageError("--data-args-path", path, expected, str(error)) from None
+    expected = "a readable file with the words of --data-path"
+    words = read_text(path, "--data-args-path", expected).split()
     if not words:
         raise UsageError("--data-args-path", path, "a file with words", "the file is empty")
     return words

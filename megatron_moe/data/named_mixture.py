@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.errors import UsageError
+from megatron_moe.text import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -80,11 +81,9 @@ def read_named_mixture(name: str, root: str | None) -> NamedMixture:
 
 
 def _content(name: str, path: Path) -> dict[str, Any]:
+    expected = f"one of {', '.join(shipped_mixtures())}, or a readable file"
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        expected = f"one of {', '.join(shipped_mixtures())}, or a readable file"
-        raise UsageError(_FLAG, name, expected, str(error)) from None
+        return tomllib.loads(read_text(path, _FLAG, expected))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(_FLAG, name, "a TOML file", str(error)) from None
 

@@ -6,14 +6,22 @@ is tokenized separately, and an end of document follows each answer.
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_moe.data.objectives.chat import SYSTEM, USER, in_template
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.text import TextTokenizer
+from megatron_moe.text import (
+    check_unicode,
+    decode,
+    full_lines,
+    json_of_line,
+    keys_of,
+    other_encoding,
+    read_standard_input,
+    shown,
+)
 
 RESET = "/reset"
 """Input that starts a new conversation."""
@@ -32,25 +40,31 @@ def read_prompts(path: str) -> list[str]:
         UsageError: the file is not readable or has no prompts, or a line is not such an object.
     """
     try:
-        content = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = read_standard_input() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
         raise UsageError("--prompts-file", path, "a readable text file", str(error)) from None
-    lines = [(n, line) for n, line in enumerate(content.splitlines(), 1) if line.strip()]
+    if name := other_encoding(content):
+        fix = f"iconv -f {name} -t UTF-8 converts it"
+        raise UsageError(f"encoding of {path}", name, "UTF-8", fix)
+    lines = [(f"line {number} of {path}", line) for number, line in full_lines(content)]
     if not lines:
         raise UsageError("--prompts-file", path, "a file with prompts", "it is empty")
-    if path.endswith(".jsonl"):
-        return [_prompt_of(line, f"line {number} of {path}") for number, line in lines]
-    return [line for _, line in lines]
+    read = _prompt_of if path.endswith(".jsonl") else _plain_prompt
+    return [read(line, where) for where, line in lines]
 
 
-def _prompt_of(line: str, where: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, KeyError, TypeError):
-        prompt = None
+def _plain_prompt(line: bytes, where: str) -> str:
+    return decode(line, where)
+
+
+def _prompt_of(line: bytes, where: str) -> str:
+    record = json_of_line(line, where, 'a JSON object with a string "prompt"')
+    prompt = record.get("prompt") if isinstance(record, dict) else None
     if not isinstance(prompt, str):
-        raise UsageError(where, line.strip()[:40], 'a JSON object with a string "prompt"')
-    return prompt
+        found = shown(prompt) if isinstance(record, dict) else shown(record)
+        expected = 'a JSON object with a string "prompt"'
+        raise UsageError(where, found, expected, keys_of(record))
+    return check_unicode(prompt, f"prompt in {where}")
 
 
 def encode_prompts(

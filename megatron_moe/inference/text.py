@@ -8,6 +8,7 @@ from itertools import groupby
 
 from megatron_moe.config import DataConfig
 from megatron_moe.errors import UsageError
+from megatron_moe.text import check_unicode
 from megatron_moe.tokenizer.base import Tokenizer
 from megatron_moe.tokenizer.build import sentinel_ids
 
@@ -47,8 +48,10 @@ class TextTokenizer:
         """Ids of a text, without an end of document.
 
         Raises:
-            UsageError: a sentinel that the model does not have, or an id beyond its vocabulary.
+            UsageError: a sentinel that the model does not have, an id beyond its vocabulary, or a
+                text that UTF-8 cannot encode.
         """
+        check_unicode(text, "text of a prompt")
         ids: list[int] = []
         for number, part in enumerate(_SENTINEL.split(text) if self.sentinels else [text]):
             if number % 2 == 0:

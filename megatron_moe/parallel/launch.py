@@ -27,7 +27,9 @@ from datetime import timedelta
 from itertools import count
 from typing import TYPE_CHECKING, NoReturn
 
+from megatron_moe.console import escape_unprintable
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
+from megatron_moe.text import printable
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -126,6 +128,7 @@ def run_or_exit(main: Callable[[], None], prog: str = "pretrain_openmoe.py") -> 
     wait in `startup_barrier` or a `Rendezvous` and exit with code 2 as well; later they are in the
     middle of their work, and the launcher terminates them.
     """
+    escape_unprintable()
     try:
         main()
     except UsageError as error:
@@ -152,7 +155,7 @@ def _exit(line: str) -> NoReturn:
     running = dist.is_initialized()
     timeout = _RUNNING_TIMEOUT if running else STARTUP_TIMEOUT
     store = launcher_store("running" if running else "startup", timeout)
-    text = hashlib.sha256(line.encode()).hexdigest()
+    text = hashlib.sha256(printable(line).encode()).hexdigest()
     if store.add(f"printed/{text}", 1) == 1:
         print(line, file=sys.stderr, flush=True)
     store.add(_ERROR_COUNT, 1)

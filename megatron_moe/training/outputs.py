@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_moe.config import RunConfig
 from megatron_moe.errors import UsageError
+from megatron_moe.text import printable
 
 
 def check_outputs(config: RunConfig) -> None:
@@ -19,8 +20,14 @@ def check_outputs(config: RunConfig) -> None:
     Raises:
         UsageError: a directory or file that cannot be created or written.
     """
-    _directory("--save", config.checkpoint.save)
-    _directory("--tensorboard-dir", config.logging.tensorboard_dir)
+    for flag, directory in (
+        ("--save", config.checkpoint.save),
+        ("--tensorboard-dir", config.logging.tensorboard_dir),
+    ):
+        if directory is not None and printable(directory) != directory:
+            fix = "the libraries that open its files support no other name"
+            raise UsageError(flag, directory, "a path in UTF-8", fix)
+        _directory(flag, directory)
     metrics = config.logging.metrics_file
     if metrics is None:
         return

@@ -9,6 +9,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_moe.checkpoint import TrainState
 from megatron_moe.data.pipeline import Data
 from megatron_moe.moe.statistics import LayerStatistics
+from megatron_moe.text import printable
 from megatron_moe.training.log import phase_change_lines
 from megatron_moe.training.metrics import Evaluation, Interval, StepRecord, Summary
 from megatron_moe.training.phases import Phase, RunSchedule
@@ -33,7 +34,7 @@ class TensorBoardSink:
         """The changes as a text, and the number of the phase, at its first step."""
         lines = phase_change_lines(before, after, data, state)
         text = "\n".join(f"- {line.strip()}" for line in lines)
-        self._board.add_text("stage", text, state.iteration + 1)
+        self._board.add_text("stage", printable(text), state.iteration + 1)
         self._board.add_scalar("train/stage", after.number, state.iteration + 1)
 
     def interval(self, interval: Interval) -> None:
@@ -51,7 +52,8 @@ class TensorBoardSink:
         self._board.add_scalar(f"{name}/lm loss", result.lm_loss, iteration)
         self._board.add_scalar(f"{name}/perplexity", result.perplexity, iteration)
         for domain, part in result.domains.items():
-            self._board.add_scalar(f"{name}/lm loss of {domain}", part.lm_loss, iteration)
+            tag = f"{name}/lm loss of {printable(domain)}"
+            self._board.add_scalar(tag, part.lm_loss, iteration)
 
     def end(self, summary: Summary) -> None:
         """Flush and close the event file."""

@@ -40,7 +40,7 @@ TURNS = [
 
 def _tuned(turns: list[tuple[str, str]], tokenizer: Tokenizer = TOKENIZER) -> list[list[int]]:
     """Prompts and answers in turn, as the data of `--objective sft` has them."""
-    line = json.dumps([{"role": role, "content": content} for role, content in turns])
+    line = json.dumps([{"role": role, "content": content} for role, content in turns]).encode()
     return [ids for ids, _ in encode_exchanges(read_line(line, "messages", "the case"), tokenizer)]
 
 

@@ -84,7 +84,7 @@ def test_the_file_is_what_the_objective_reads_and_the_same_each_time(tmp_path: P
     assert paths[0].read_bytes() == paths[1].read_bytes()
     lines = paths[0].read_text().splitlines()
     assert len(lines) == 300
-    exchanges = [e for line in lines for e in read_line(line, "messages", "line")]
+    exchanges = [e for line in lines for e in read_line(line.encode(), "messages", "line")]
     assert len({e.answer for e in exchanges}) == len(exchanges) > 300
     assert exchanges[0].prompt.startswith(f"<<SYS>>\n{SYSTEM}\n<</SYS>>\n\n<s>[INST] What ")
     assert f"300 conversations, {len(exchanges)} answers" in capsys.readouterr().out

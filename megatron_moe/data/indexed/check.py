@@ -27,6 +27,7 @@ from megatron_moe.data.indexed.format import (
     paths_of,
 )
 from megatron_moe.errors import UsageError
+from megatron_moe.files import check_data_file
 
 _HASHED_WHOLE = 16 << 20
 """Bytes up to which a file is hashed completely."""
@@ -89,6 +90,8 @@ def inspect_source(prefix: str) -> Source:
             not belong together.
     """
     bin_path, idx_path = paths_of(prefix)
+    for path in (idx_path, bin_path):
+        check_data_file(path, "data path")
     try:
         with open(idx_path, "rb") as index, open(bin_path, "rb") as tokens:
             return _inspect(prefix, index, tokens)

@@ -6,12 +6,12 @@ instruction tuning) and the prompt of its released chat model, which is LLaMA-2'
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_moe.errors import UsageError
+from megatron_moe.text import check_unicode, json_of_line, keys_of, shown
 
 SYSTEM = "<<SYS>>\n{}\n<</SYS>>\n\n"
 USER = "<s>[INST] {} [/INST]"
@@ -26,7 +26,7 @@ class Exchange:
     answer: str
 
 
-def read_line(line: str, key: str, where: str) -> list[Exchange]:
+def read_line(line: bytes, key: str, where: str) -> list[Exchange]:
     """Return the exchanges of a conversation.
 
     A line is a list of turns, or an object that contains it as ``key``. A turn has a `role` and a
@@ -34,12 +34,12 @@ def read_line(line: str, key: str, where: str) -> list[Exchange]:
     without an answer is left out.
 
     Args:
-        line: JSON.
+        line: JSON in UTF-8.
         key: of an object.
         where: names the line in errors.
 
     Raises:
-        UsageError: the line has another form, or contains no answer.
+        UsageError: the line has another form, contains no answer, or text that UTF-8 cannot encode.
     """
     prompts, answers = in_template(_turns(line, key, where), where)
     if not answers:
@@ -71,23 +71,26 @@ def in_template(turns: Sequence[tuple[str, str]], where: str) -> tuple[list[str]
     return prompts, [content for _, content in turns[1::2]]
 
 
-def _turns(line: str, key: str, where: str) -> Sequence[tuple[str, str]]:
+def _turns(line: bytes, key: str, where: str) -> Sequence[tuple[str, str]]:
     """Return roles and contents of at least one turn."""
-    try:
-        value: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(where, line.strip()[:40], "JSON", str(error)) from None
+    value: Any = json_of_line(line, where, "JSON")
     if isinstance(value, dict):
         if key not in value:
             expected = f"a list of turns, or an object with the key {key!r}"
             raise UsageError(where, sorted(value), expected, "or set --sft-key")
         value = value[key]
     if not isinstance(value, list) or not value:
-        raise UsageError(f"turns in {where}", str(value)[:40], "a non-empty list")
-    for number, turn in enumerate(value, 1):
-        if not isinstance(turn, dict) or not all(
-            isinstance(turn.get(name), str) for name in ("role", "content")
-        ):
-            expected = "an object with the strings role and content"
-            raise UsageError(f"turn {number} in {where}", str(turn)[:40], expected)
-    return [(turn["role"], turn["content"]) for turn in value]
+        raise UsageError(f"turns in {where}", shown(value), "a non-empty list")
+    return [_turn(turn, f"turn {number} in {where}") for number, turn in enumerate(value, 1)]
+
+
+def _turn(turn: object, where: str) -> tuple[str, str]:
+    """Return role and content."""
+    expected = "an object with the strings role and content"
+    if not isinstance(turn, dict):
+        raise UsageError(where, shown(turn), expected)
+    for name in ("role", "content"):
+        if not isinstance(turn.get(name), str):
+            found = shown(turn[name]) if name in turn else None
+            raise UsageError(f"{name} of {where}", found, "a string", keys_of(turn))
+    return turn["role"], check_unicode(turn["content"], f"content of {where}")

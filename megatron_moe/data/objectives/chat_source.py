@@ -20,6 +20,8 @@ from megatron_moe.data.indexed.cache import Array, IndexCache
 from megatron_moe.data.indexed.check import Source
 from megatron_moe.data.objectives.chat import SYSTEM, USER, Exchange, read_line
 from megatron_moe.errors import UsageError
+from megatron_moe.files import check_data_file
+from megatron_moe.text import is_blank
 from megatron_moe.tokenizer.base import Tokenizer
 
 _BLOCK = 1 << 22
@@ -66,6 +68,7 @@ def open_conversations(path: str, key: str, tokenizer: Tokenizer, cache: IndexCa
     Raises:
         UsageError: the file cannot be read, a line is not a conversation, or there are none.
     """
+    check_data_file(path, "data path")
     content = _hash(path)
     description = {
         "content": content,
@@ -100,17 +103,11 @@ def _hash(path: str) -> str:
     return found.hexdigest()
 
 
-def _lines(path: str) -> Iterator[tuple[int, str]]:
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
     """Yield the lines that are not blank, with their numbers from 1."""
     with open(path, "rb") as stream:
-        for number, raw in enumerate(stream, 1):
-            try:
-                line = raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UsageError(
-                    f"line {number} of {path}", raw[:20], "UTF-8", str(error)
-                ) from None
-            if line.strip():
+        for number, line in enumerate(stream, 1):
+            if not is_blank(line):
                 yield number, line
 
 

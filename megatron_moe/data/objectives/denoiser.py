@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from megatron_moe.data.objectives.spans import span_counts
 from megatron_moe.errors import UsageError
+from megatron_moe.text import read_text
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -102,9 +103,7 @@ def read_denoisers(path: str | None) -> tuple[Denoiser, ...]:
     """
     where = path or str(OPENMOE)
     try:
-        content = tomllib.loads(Path(where).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(_FLAG, where, "a readable file", str(error)) from None
+        content = tomllib.loads(read_text(where, _FLAG, "a readable file"))
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise UsageError(_FLAG, where, "a TOML file", str(error)) from None
     entries = content.get("denoiser")

@@ -19,6 +19,7 @@ from typing import Literal
 import numpy as np
 
 from megatron_moe.errors import UsageError
+from megatron_moe.files import check_data_file
 
 FileFormat = Literal["lines", "gzip", "zstd", "parquet", "text"]
 TextDocuments = Literal["file", "block"]
@@ -31,8 +32,11 @@ SUFFIXES: dict[str, FileFormat] = {
     ".json.zst": "zstd",
     ".parquet": "parquet",
     ".txt": "text",
+    ".ndjson": "lines",
+    ".ndjson.gz": "gzip",
+    ".ndjson.zst": "zstd",
 }
-"""Format by the end of the file name."""
+"""Format by the end of the file name, in upper or lower case."""
 _HASHED_WHOLE = 16 << 20
 """Bytes up to which a file is hashed completely."""
 _SAMPLES, _SAMPLE = 256, 64 << 10
@@ -63,8 +67,8 @@ def find_inputs(patterns: Sequence[str]) -> list[InputFile]:
     """Return the files of names and globs, in the order given; those of a glob are sorted.
 
     Raises:
-        UsageError: a glob matches nothing, or a file is unreadable, given twice, or has an unknown
-            suffix.
+        UsageError: a glob matches nothing, or a file is unreadable, given twice, has an unknown
+            suffix, or is a named pipe or a Git LFS pointer.
     """
     paths: list[str] = []
     for pattern in patterns:
@@ -80,9 +84,11 @@ def find_inputs(patterns: Sequence[str]) -> list[InputFile]:
 
 
 def _describe(path: str) -> InputFile:
-    suffix = next((s for s in sorted(SUFFIXES, key=len, reverse=True) if path.endswith(s)), None)
+    longest_first = sorted(SUFFIXES, key=len, reverse=True)
+    suffix = next((s for s in longest_first if path.lower().endswith(s)), None)
     if suffix is None:
         raise UsageError("--input", path, f"a name that ends in one of {' '.join(SUFFIXES)}")
+    check_data_file(path, "--input")
     try:
         return InputFile(
             path=path, format=SUFFIXES[suffix], size=os.stat(path).st_size, hash=content_hash(path)

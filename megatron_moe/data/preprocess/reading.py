@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,15 @@ from typing import Any
 
 from megatron_moe.data.preprocess.inputs import FileSlice, TextDocuments, lines_before
 from megatron_moe.errors import UsageError
+from megatron_moe.text import (
+    check_unicode,
+    decode,
+    is_blank,
+    json_of_line,
+    keys_of,
+    shown,
+    without_bom,
+)
 
 BATCH = 1 << 19
 """Bytes of text in a batch; the document that exceeds it is included completely."""
@@ -63,12 +71,12 @@ class LineBatch(DocumentBatch):
     def documents(self, keys: Sequence[str]) -> Iterator[list[list[bytes]]]:
         """Yield the texts of each line that is not blank."""
         for line in self.content:
-            if not line.isspace():
+            if not is_blank(line):
                 yield texts_of(line, keys)
 
     def place(self, index: int) -> str:
         """Return the line number."""
-        full = [number for number, line in enumerate(self.content) if not line.isspace()]
+        full = [number for number, line in enumerate(self.content) if not is_blank(line)]
         return f"line {self.first + full[index]} of {self.path}"
 
 
@@ -109,11 +117,8 @@ class TextBatch(DocumentBatch):
     def documents(self, keys: Sequence[str]) -> Iterator[list[list[bytes]]]:
         """Yield the single text of each document; text files have one key."""
         for text in self.content:
-            try:
-                text.decode()
-            except UnicodeDecodeError as error:
-                raise UsageError("text", text[error.start :][:8], "UTF-8", str(error)) from None
-            yield [[text]]
+            decode(text, "text")
+            yield [[without_bom(text)]]
 
     def place(self, index: int) -> str:
         """Return the block of lines, or the file."""
@@ -134,7 +139,7 @@ class RowBatch(DocumentBatch):
     def documents(self, keys: Sequence[str]) -> Iterator[list[list[bytes]]]:
         """Yield the texts of each row."""
         for row in zip(*self.columns, strict=True):
-            yield [as_texts(value, key, row) for value, key in zip(row, keys, strict=True)]
+            yield [as_texts(value, key) for value, key in zip(row, keys, strict=True)]
 
     def place(self, index: int) -> str:
         """Return the row number, counted from 0."""
@@ -149,27 +154,29 @@ def texts_of(line: bytes, keys: Sequence[str]) -> list[list[bytes]]:
     Raises:
         UsageError: the line is not JSON, not an object, or a key has no text.
     """
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # malformed JSON, or not UTF-8
-        start = line[:60].decode("utf-8", errors="replace")
-        raise UsageError("content", start, "a JSON object", str(error)) from None
-    values = record if isinstance(record, dict) else {}
-    return [as_texts(values.get(key), key, line) for key in keys]
+    record = json_of_line(line, "content")
+    if not isinstance(record, dict):
+        raise UsageError("content", shown(record), "a JSON object")
+    for key in keys:
+        if key not in record:
+            raise UsageError(f"--json-keys {key}", None, "a key of the record", keys_of(record))
+    return [as_texts(record[key], key, keys_of(record)) for key in keys]
 
 
-def as_texts(value: object, key: str, record: object) -> list[bytes]:
-    """Return a text, or a list of texts, as a list in UTF-8."""
+def as_texts(value: object, key: str, about: str = "") -> list[bytes]:
+    """Return a text, or a list of texts, as a list in UTF-8.
+
+    Args:
+        value: of the key.
+        key: its name.
+        about: describes the record, for errors.
+    """
     texts = value if isinstance(value, list) else [value]
-    if not all(isinstance(text, str) for text in texts):
-        shown = record[:60].decode("utf-8", "replace") if isinstance(record, bytes) else value
-        expected = "the key of a text or a list of texts"
-        raise UsageError(f"--json-keys {key}", shown, expected)
-    try:
-        return [str(text).encode() for text in texts]
-    except UnicodeEncodeError as error:
-        expected = "text that UTF-8 can encode"
-        raise UsageError(f"--json-keys {key}", ascii(error.object[error.start]), expected) from None
+    for text in texts:
+        if not isinstance(text, str):
+            expected = "the key of a text or a list of texts"
+            raise UsageError(f"--json-keys {key}", shown(text), expected, about)
+    return [check_unicode(text, f"--json-keys {key}").encode() for text in texts]
 
 
 def read_batches(
@@ -277,8 +284,11 @@ def _rows(piece: FileSlice, keys: Sequence[str]) -> Iterator[DocumentBatch]:
                 if key not in names:
                     expected = f"columns of {path}, which has {', '.join(names)}"
                     raise UsageError("--json-keys", key, expected)
+                if names.count(key) > 1:
+                    expected = f"columns of different names in {path}"
+                    raise UsageError("--json-keys", key, expected, f"{names.count(key)} have it")
             for batch in file.iter_batches(_PARQUET_ROWS, columns=list(dict.fromkeys(keys))):
-                columns = tuple(tuple(batch.column(key).to_pylist()) for key in keys)
+                columns = tuple(_values(batch.column(key), key, path, first) for key in keys)
                 # The bytes of a row are unknown, so progress assumes rows of equal size.
                 rows = first + batch.num_rows
                 bounds = [piece.file.size * i // file.metadata.num_rows for i in (first, rows)]
@@ -287,3 +297,22 @@ def _rows(piece: FileSlice, keys: Sequence[str]) -> Iterator[DocumentBatch]:
     except pyarrow.ArrowException as error:
         reason = " ".join(str(error).split())
         raise UsageError("--input", path, "a readable Parquet file", reason) from None
+
+
+def _values(column: Any, key: str, path: str, first: int) -> tuple[Any, ...]:
+    """Return the values of a column of some rows, the first of which has the number ``first``.
+
+    Raises:
+        UsageError: a string is not UTF-8, which some writers do not check; names the row.
+    """
+    try:
+        return tuple(column.to_pylist())
+    except UnicodeDecodeError:
+        for row, value in enumerate(column, first):
+            try:
+                value.as_py()
+            except UnicodeDecodeError as error:
+                found = error.object[error.start :][:8]
+                what = f"--json-keys {key} in row {row} of {path}"
+                raise UsageError(what, found, "UTF-8", str(error)) from None
+        raise

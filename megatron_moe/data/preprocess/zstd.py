@@ -13,6 +13,9 @@ from megatron_moe.errors import UsageError
 
 _CHUNK = 1 << 17
 """Compressed bytes that are read at a time."""
+_LARGEST_WINDOW = 1 << 31
+"""Bytes of the largest window, that of `zstd --long=31`, as in some large dumps. The library's own
+limit is 128 MiB. A frame takes as much memory as its window, or as its content if that is less."""
 
 
 class ZstdReader(io.RawIOBase):
@@ -55,7 +58,8 @@ class ZstdReader(io.RawIOBase):
 
     def _decompress(self) -> bytes:
         if self._frame is None:
-            self._frame = self._library.ZstdDecompressor().decompressobj()
+            library = self._library.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
+            self._frame = library.decompressobj()
         try:
             ready: bytes = self._frame.decompress(self._compressed)
         except self._library.ZstdError as error:

@@ -49,12 +49,12 @@ def trained_text(row: Row) -> str:
 
 def test_template_by_hand() -> None:
     line = json.dumps(chat("Hi", "Yo", "Bye", "Ok", "More?", system="Be brief."))
-    assert read_line(line, "messages", "x") == [
+    assert read_line(line.encode(), "messages", "x") == [
         Exchange("<<SYS>>\nBe brief.\n<</SYS>>\n\n<s>[INST] Hi [/INST]", "Yo"),
         Exchange("<s>[INST] Bye [/INST]", "Ok"),
     ]
     line = json.dumps({"id": 3, "talk": chat("Hi", "Yo")})
-    assert read_line(line, "talk", "x") == [Exchange("<s>[INST] Hi [/INST]", "Yo")]
+    assert read_line(line.encode(), "talk", "x") == [Exchange("<s>[INST] Hi [/INST]", "Yo")]
 
 
 def test_two_turns_by_hand(tmp_path: Path) -> None:
@@ -172,6 +172,16 @@ def test_a_changed_file_is_tokenized_again(tmp_path: Path) -> None:
     assert trained_text(sft(path)[0]).startswith("No")
 
 
+def test_marks_and_separators_of_other_programs(tmp_path: Path) -> None:
+    """A BOM begins each of two joined files, lines end in CR LF, and U+2028 ends none."""
+    lines = [json.dumps(chat("Hi", f"{n}\u2028{n}"), ensure_ascii=False) for n in "ab"]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b"".join(b"\xef\xbb\xbf" + line.encode() + b"\r\n" for line in lines))
+    answers = {trained_text(row) for row in sft(str(path), sft_pack=False)}
+    bytes_of = "".join(map(chr, "\u2028".encode()))
+    assert answers == {f"{n}{bytes_of}{n}{EOS}" for n in "ab"}
+
+
 def test_rows_by_hand() -> None:
     lengths = np.array([6, 6, 4])
     conversations, starts = plan_rows(sample_rng(1), np.array([7, 8, 9]), lengths, 10, 3)
@@ -226,8 +236,14 @@ BAD = {
     '"text"': "turns in line 2",
     '{"talk": []}': "must be a list of turns, or an object with the key 'messages' (got ['talk'])",
     "[3]": "turn 1 in line 2",
-    '[{"role": "user"}]': "turn 1 in line 2",
-    '[{"role": "user", "content": 3}]': "turn 1 in line 2",
+    '[{"role": "user"}]': "content of turn 1 in line 2",
+    '[{"role": "user", "content": 3}]': "must be a string (got 3); its keys are role, content",
+    '[{"role": "user", "content": "hi \\udcb2"}, {"role": "assistant", "content": "x"}]': (
+        "content of turn 1 in line 2"
+    ),
+    '[{"role": "user", "content": "x"}, {"role": "assistant", "content": "\\ud83d"}]': (
+        "U+D83D is half of a surrogate pair"
+    ),
     json.dumps(chat("Hi")): "answers in line 2",
     json.dumps(chat(system="x")): "answers in line 2",
     json.dumps(chat("Hi", "Yo")[::-1]): "role of turn 1 in line 2",
@@ -255,6 +271,12 @@ def test_bad_files_are_refused(tmp_path: Path) -> None:
         sft(str(path))
     path.write_text("\n\n")
     with pytest.raises(UsageError, match=r"number of conversations in .* must be >= 1 \(got 0\)"):
+        sft(str(path))
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(UsageError, match=r"data path must be the data itself .*Git LFS pointer"):
+        sft(str(path))
+    path.write_text(json.dumps(chat("Hi", "Yo")) + "\n", encoding="utf-16")
+    with pytest.raises(UsageError, match=r"line 1 of .* must be UTF-8 \(got 'UTF-16'\)"):
         sft(str(path))
     path.write_bytes(b"\xff\n")
     with pytest.raises(UsageError, match=r"line 1 of .* must be UTF-8"):

@@ -112,11 +112,14 @@ def test_equals_megatron_cores_files(
     ("line", "says"),
     [
         (b"{oops\n", r"content in line 3 of .* must be a JSON object"),
-        (b'{"other": "x"}\n', r"--json-keys text in line 3 of .* must be the key of a text"),
+        (
+            b'{"other": "x"}\n',
+            r"--json-keys text in line 3 of .* must be a key of the record .* its keys are other$",
+        ),
         (b'{"text": 7}\n', r"--json-keys text in line 3 of .* must be the key of a text"),
         (b'{"text": ["a", null]}\n', r"--json-keys text in line 3 of .* must be the key of a text"),
-        (b'["text"]\n', r"--json-keys text in line 3 of .* must be the key of a text"),
-        (b'{"text": "\xff"}\n', r"content in line 3 of .* must be a JSON object"),
+        (b'["text"]\n', r"content in line 3 of .* must be a JSON object \(got \['text'\]\)"),
+        (b'{"text": "\xff"}\n', r"content in line 3 of .* must be UTF-8 .*got b'\\xff"),
         (
             b'{"text": "\\ud800"}\n',
             r"--json-keys text in line 3 of .* must be text that UTF-8 can encode .*ud800",

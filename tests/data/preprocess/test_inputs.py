@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,18 @@ def test_refusals(
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(UsageError, match=says):
         find_inputs(patterns)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_git_lfs_pointers_and_pipes_are_no_data(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4309802\n")
+    with pytest.raises(UsageError, match=r"--input must be the data itself .*git lfs pull"):
+        find_inputs([str(path)])
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(UsageError, match=r"--input must be a regular file .*it is a named pipe"):
+        find_inputs([str(path)])
 
 
 def test_a_change_is_noticed(tmp_path: Path) -> None:

@@ -172,3 +172,94 @@ def test_without_the_library(
         UsageError, match=rf"{library} installed .*pip install 'megatron-moe\[data\]'"
     ):
         batches_of(tmp_path / name)
+
+
+MARK = b"\xef\xbb\xbf"
+
+
+def test_marks_and_separators_of_other_programs(tmp_path: Path) -> None:
+    """A BOM begins each of two joined files, and lines end in CR LF; no other character does."""
+    texts = ["one", "a\u2028b\x85c\x0cd", "two"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in texts]
+    joined = MARK + b"\r\n".join([lines[0], MARK + lines[1], b"", MARK, lines[2], b""])
+    for name, content in {"a.jsonl": joined, "b.ndjson.GZ": gzip.compress(joined)}.items():
+        (tmp_path / name).write_bytes(content)
+        (batch,) = batches_of(tmp_path / name)
+        assert texts_in([batch]) == texts
+        assert batch.place(2) == f"line 5 of {tmp_path / name}"
+    (tmp_path / "a.txt").write_bytes(MARK + b"Hello\r\n\r\n" + MARK + b"World\r\n")
+    assert texts_in(batches_of(tmp_path / "a.txt", "block")) == ["Hello\r\n", "World\r\n"]
+    (tmp_path / "b.txt").write_bytes(MARK + b"Hello")
+    assert texts_in(batches_of(tmp_path / "b.txt")) == ["Hello"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_other_encodings_are_named(tmp_path: Path, name: str, encoding: str) -> None:
+    content = '{"text": "one"}\n{"text": "two"}\n'.encode(encoding)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    with pytest.raises(UsageError, match=r"must be UTF-8 \(got 'UTF-(16|32)(LE|BE)?'\).*iconv"):
+        texts_in(batches_of(path))
+
+
+@pytest.mark.parametrize("log", [27, 28, 31])
+def test_zstd_windows_up_to_two_gib(tmp_path: Path, log: int) -> None:
+    """The window that `zstd --long` writes into the header of a frame of unknown size."""
+    params = zstandard.ZstdCompressionParameters.from_level(3, window_log=log, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=params).compressobj()
+    content = packer.compress(b'{"text": "abc"}\n' * 5) + packer.flush()
+    assert zstandard.get_frame_parameters(content).window_size == 1 << log
+    (tmp_path / "a.jsonl.zst").write_bytes(content)
+    assert texts_in(batches_of(tmp_path / "a.jsonl.zst")) == ["abc"] * 5
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    fields = [("text", pyarrow.string()), ("n", pyarrow.int64()), ("n", pyarrow.int64())]
+    rows = [pyarrow.array(["a"]), pyarrow.array([1]), pyarrow.array([2])]
+    table = pyarrow.Table.from_arrays(rows, schema=pyarrow.schema(fields))
+    parquet.write_table(table, tmp_path / "a.parquet")
+    assert texts_in(batches_of(tmp_path / "a.parquet")) == ["a"], "the others do not matter"
+    twice = table.rename_columns(["text", "text", "n"])
+    parquet.write_table(twice, tmp_path / "b.parquet")
+    with pytest.raises(UsageError, match=r"columns of different names .*got 'text'\); 2 have it"):
+        batches_of(tmp_path / "b.parquet")
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_parquet_strings_that_are_not_utf8(tmp_path: Path, nested: bool) -> None:
+    """Some writers do not check. Row 70 is in the second batch of rows."""
+    texts = [b"fine"] * 70 + [b"caf\xe9", b"fine"]
+    column = pyarrow.array(texts).view(pyarrow.string())
+    if nested:
+        bounds = pyarrow.array(range(len(texts) + 1), pyarrow.int32())
+        column = pyarrow.ListArray.from_arrays(bounds, column)
+    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    says = r"--json-keys text in row 70 of .*a\.parquet must be UTF-8 \(got b'\\xe9'\)"
+    with pytest.raises(UsageError, match=says):
+        batches_of(tmp_path / "a.parquet")
+
+
+LONG = f'{{"id": "{"0f3c9a52-" * 8}", "source": "web", '
+
+
+@pytest.mark.parametrize(
+    ("rest", "says"),
+    [
+        ('"text": null}', r"\(got None\); its keys are id, source, text$"),
+        ('"text": ["a", 3]}', r"\(got 3\); its keys are id, source, text$"),
+        (
+            '"raw_content": "x"}',
+            r"a key of the record .*; its keys are id, source, raw_content$",
+        ),
+        ('"text": tru}', r"\(got '\.\.\..*\"text\": tru\}'\); Expecting value"),
+        ('"text": "x"', r"\(got '\.\.\..*\"text\": \"x\"'\); Expecting ',' delimiter"),
+        ('"text": "caf\\udcb2"}', r"\(got 'caf\\udcb2'\); U\+DCB2 is half of a surrogate pair$"),
+    ],
+)
+def test_errors_show_what_is_wrong_and_not_the_start_of_a_line(
+    tmp_path: Path, rest: str, says: str
+) -> None:
+    (tmp_path / "a.jsonl").write_text(LONG + rest + "\n")
+    with pytest.raises(UsageError, match=says):
+        texts_in(batches_of(tmp_path / "a.jsonl"))
