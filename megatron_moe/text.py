@@ -89,7 +89,7 @@ def read_text(path: str | Path, flag: str, expected: str = "a readable text file
         raise UsageError(flag, str(path), expected, str(error)) from None
     if is_lfs_pointer(content):
         raise UsageError(flag, str(path), expected, describe_start(content))
-    return decode(content, f"encoding of {path}")
+    return decode(content, f"{flag} {path}")
 
 
 def read_standard_input() -> bytes:

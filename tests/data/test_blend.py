@@ -125,7 +125,7 @@ def test_words_of_a_file(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=f"--data-args-path must be .*{says}"):
             blends_of(DataConfig(data_args_path=str(path)))
     path.write_bytes(b"\xff")
-    with pytest.raises(UsageError, match=r"--data-args-path must be a readable file"):
+    with pytest.raises(UsageError, match=r"--data-args-path .*words must be UTF-8"):
         blends_of(DataConfig(data_args_path=str(path)))
 
 

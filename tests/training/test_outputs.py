@@ -38,6 +38,15 @@ def test_a_directory_without_write_access_is_rejected(flag: str) -> None:
     assert error.value.what == flag
 
 
+@pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir"])
+def test_a_directory_whose_files_no_library_opens_is_rejected(flag: str, tmp_path: Path) -> None:
+    """A name in Latin-1: checkpoints would be written, and could not be loaded."""
+    with pytest.raises(UsageError, match=r"must be a path in UTF-8 .*caf\\udce9") as error:
+        check_outputs(_run(flag, f"{tmp_path}/caf\udce9"))
+    assert error.value.what == flag
+    check_outputs(_run("--metrics-file", f"{tmp_path}/caf\udce9"))
+
+
 def test_a_directory_is_not_a_metrics_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not a directory"):
         check_outputs(_run("--metrics-file", str(tmp_path)))

@@ -22,6 +22,7 @@ from megatron_moe.errors import UsageError
 from tests.data.corpus import read_with_megatron_core, write
 
 DOCUMENTS = [[5, 6, 7], [], [8, 9], [900], [3, 4]]
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4309802\n"
 
 
 def cut(path: Path, size: int) -> None:
@@ -58,6 +59,15 @@ FAULTS: dict[str, tuple[Callable[[Path, Path, Path], object], str]] = {
     ),
     "truncated idx": (lambda b, i, o: cut(i, 129), r"x.idx must be 130 bytes .*got 129"),
     "bin as idx": (lambda b, i, o: shutil.copy(o, i), "start of"),
+    "pointer as idx": (
+        lambda b, i, o: i.write_bytes(POINTER),
+        "x.idx'\\); it is a Git LFS pointer",
+    ),
+    "pointer as bin": (
+        lambda b, i, o: b.write_bytes(POINTER),
+        "x.bin'\\); it is a Git LFS pointer",
+    ),
+    "pipe as bin": (lambda b, i, o: (b.unlink(), os.mkfifo(b)), "x.bin'\\); it is a named pipe"),
     "magic": (lambda b, i, o: poke(i, 0, b"PK"), "start of"),
     "version": (lambda b, i, o: poke(i, 9, b"\2"), "version of"),
     "float ids": (lambda b, i, o: poke(i, 17, b"\7"), "token type of"),
