@@ -176,7 +176,7 @@ def as_texts(value: object, key: str, about: str = "") -> list[bytes]:
         if not isinstance(text, str):
             expected = "the key of a text or a list of texts"
             raise UsageError(f"--json-keys {key}", shown(text), expected, about)
-    return [check_unicode(text, f"--json-keys {key}").encode() for text in texts]
+    return [check_unicode(str(text), f"--json-keys {key}").encode() for text in texts]
 
 
 def read_batches(
