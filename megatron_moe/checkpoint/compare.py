@@ -19,6 +19,8 @@ _MODEL_SHAPE = (
     "ffn_hidden_size",
     "num_attention_heads",
     "kv_channels",
+    "qk_layernorm",
+    "qk_layernorm_scope",
     "ffn_variant",
     "untie_embeddings_and_output_weights",
 )
@@ -45,6 +47,8 @@ def config_differences(
     """
     for name in _MODEL_SHAPE + (_MODEL_MATHS if resume else ()):
         yield from _line(name, getattr(saved.model, name), getattr(ours.model, name))
+    groups = [run.model.key_value_heads for run in (saved, ours)]
+    yield from _line("num_query_groups", *groups)
     for name in _MOE_SHAPE + (("moe_router_topk",) if resume else ()):
         yield from _line(name, getattr(saved.moe, name), getattr(ours.moe, name))
     widths = [expert_width(run.model, run.moe) for run in (saved, ours)]

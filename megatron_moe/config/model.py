@@ -10,9 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from megatron_moe.config.fields import AtLeastOne, BelowOne, NonNegative, Positive
+from megatron_moe.config.fields import (
+    AtLeastOne,
+    BelowOne,
+    NonNegative,
+    OmittedAtDefault,
+    Positive,
+)
 
 FfnVariant = Literal["swiglu", "gated-swiglu"]
+QkNormScope = Literal["head", "projection"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +33,13 @@ class ModelConfig:
     ffn_hidden_size: Annotated[int, AtLeastOne] = 512
     """Width F of a dense feed-forward layer."""
     num_attention_heads: Annotated[int, AtLeastOne] = 4
-    """Attention heads n; no grouped-query attention."""
+    """Attention heads n, of queries; also of keys and values without `--group-query-attention`."""
+    group_query_attention: Annotated[bool, OmittedAtDefault] = False
+    """Grouped-query attention (arXiv 2305.13245): `--num-query-groups` key and value heads, each
+    shared by n / g consecutive query heads."""
+    num_query_groups: Annotated[int, AtLeastOne, OmittedAtDefault] = 1
+    """Key and value heads g, a divisor of n and a multiple of the tensor-parallel size; 1 is
+    multi-query attention. As in Megatron-LM, it has no effect without `--group-query-attention`."""
     kv_channels: Annotated[int, AtLeastOne] = 64
     """Width d of one head. n * d need not equal H (8B: 24 x 128 = 3072 over H = 2048)."""
     max_position_embeddings: Annotated[int, AtLeastOne] = 2048
@@ -38,6 +51,14 @@ class ModelConfig:
     ffn_variant: FfnVariant = "gated-swiglu"
     """`swiglu`: (x W_up * silu(x W_gate)) W_down, three matrices (paper). `gated-swiglu`: four,
     [a|b] = x W_gate; (a * silu(b) * (x W_up)) W_down (released)."""
+    qk_layernorm: Annotated[bool, OmittedAtDefault] = False
+    """RMSNorm with a learned scale on queries and keys, after their projections and before the
+    rotary embedding. It undoes the 1/sqrt(d) in the query initialisation: use it with
+    `--softmax-scale None`."""
+    qk_layernorm_scope: Annotated[QkNormScope, OmittedAtDefault] = "head"
+    """Over what `--qk-layernorm` takes the mean square: `head` (Megatron-LM), the d channels of one
+    head, with a scale [d] for all heads; or `projection` (OLMoE, arXiv 2409.02060), all heads of a
+    token, with a scale for each channel of each head."""
     softmax_scale: Annotated[float | None, Positive] = 1.0
     """Attention logits are q.k times this. 1.0 in the released model, whose query initialisation
     holds the 1/sqrt(d); `None` means 1/sqrt(d)."""
@@ -57,6 +78,11 @@ class ModelConfig:
     """Weight of mean(log(Z)^2) over target tokens, Z the softmax normaliser of the logits."""
 
     @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values: g with grouped-query attention, else n."""
+        return self.num_query_groups if self.group_query_attention else self.num_attention_heads
+
+    @property
     def gate_blocks(self) -> int:
         """Blocks of F columns in W_gate: 2 ([a|b]) in `gated-swiglu`, 1 in `swiglu`."""
         return 2 if self.ffn_variant == "gated-swiglu" else 1
@@ -65,3 +91,20 @@ class ModelConfig:
     def input_blocks(self) -> int:
         """Blocks of F columns in [W_gate | W_up], which one GEMM multiplies: 3 or 2."""
         return self.gate_blocks + 1
+
+    def attention_lines(self) -> list[str]:
+        """Settings of attention that have no effect, or that hardly anyone means, for the log."""
+        lines = []
+        if self.num_query_groups != 1 and not self.group_query_attention:
+            lines.append(
+                f"--num-query-groups {self.num_query_groups} has no effect without"
+                f" --group-query-attention: all {self.num_attention_heads} heads have keys and"
+                " values of their own"
+            )
+        if self.qk_layernorm and self.softmax_scale == 1.0:
+            lines.append(
+                "--softmax-scale 1.0 with --qk-layernorm: logits of attention start with a standard"
+                f" deviation of {self.kv_channels**0.5:.3g}, the square root of --kv-channels;"
+                " --softmax-scale None gives 1"
+            )
+        return lines

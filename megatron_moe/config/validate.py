@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_moe.config.fields import fields_of
+from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.phases import PhaseSpec, errors_of_phase, read_phases
 from megatron_moe.config.run import RunConfig, flag_of
@@ -29,6 +30,7 @@ def validate(config: RunConfig) -> None:
             of the phase comes first.
     """
     check_ranges(config)
+    _check_attention(config.model)
     _check_checkpoints(config.checkpoint)
     _check_length(config)
     if config.train.stages is None:
@@ -67,6 +69,11 @@ def _requires(name: str, value: object, other: str, given: bool) -> None:
     """A flag that is used must come with another one."""
     if value not in (None, False) and not given:
         raise UsageError(flag_of(name), value, f"used with {other}")
+
+
+def _check_attention(model: ModelConfig) -> None:
+    scope = None if model.qk_layernorm_scope == "head" else model.qk_layernorm_scope
+    _requires("qk_layernorm_scope", scope, "--qk-layernorm", model.qk_layernorm)
 
 
 def _check_checkpoints(settings: CheckpointConfig) -> None:

@@ -15,7 +15,7 @@ from megatron_moe.convert.hf_config import to_hf
 from megatron_moe.convert.llama import is_llama, read_llama
 from megatron_moe.convert.model import LazyTensor, LogicalModel, check_tensors
 from megatron_moe.convert.native import read_native, write_native
-from megatron_moe.convert.t5x import read_t5x, t5x_name, write_t5x
+from megatron_moe.convert.t5x import check_expressible, read_t5x, t5x_name, write_t5x
 from megatron_moe.convert.writing import Progress, check_new
 from megatron_moe.errors import UsageError
 
@@ -85,6 +85,7 @@ def planned_tensors(model: LogicalModel, target: ConversionTarget) -> dict[str, 
         return model.tensors
     check_new(target.path)
     if target.format == "t5x":
+        check_expressible(model.config)
         return {f"target/{t5x_name(name)[0]}": tensor for name, tensor in model.tensors.items()}
     to_hf(model.config, model.vocab_size, "float32")
     return hf_tensors(model, target.layout)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_moe.config import ModelConfig, MoEConfig, RunConfig, moe_layer_pattern
-from megatron_moe.convert.hf_files import SIZE, number, whole_number
+from megatron_moe.convert.hf_files import SIZE, number, query_groups, whole_number
 from megatron_moe.errors import CheckpointError
 
 OURS = "megatron_moe"
@@ -56,7 +56,7 @@ def to_hf(config: RunConfig, vocab_size: int, dtype: str) -> dict[str, Any]:
         "intermediate_size": model.ffn_hidden_size,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.num_attention_heads,
+        "num_key_value_heads": model.key_value_heads,
         "head_dim": model.kv_channels,
         "hidden_act": acts[model.ffn_variant],
         "mlp_gated": True,
@@ -108,6 +108,7 @@ def _check_expressible(config: RunConfig) -> None:
     width = model.ffn_hidden_size
     fixed = {
         "--softmax-scale": (model.softmax_scale, 1.0),
+        "--qk-layernorm": (model.qk_layernorm, False),
         "--untie-embeddings-and-output-weights": (model.untie_embeddings_and_output_weights, True),
         "--moe-shared-expert-placement": (moe.moe_shared_expert_placement, "sequential"),
         "--moe-shared-expert-intermediate-size": (moe.moe_shared_expert_intermediate_size, width),
@@ -138,11 +139,15 @@ def from_hf(values: dict[str, Any], source: str) -> tuple[RunConfig, int]:
     run = RunConfig()
     layers = whole_number(values, "num_hidden_layers", source)
     width = whole_number(values, "intermediate_size", source, most=SIZE)
+    heads = whole_number(values, "num_attention_heads", source)
+    groups = query_groups(values, heads, source)
     model = ModelConfig(
         num_layers=layers,
         hidden_size=whole_number(values, "hidden_size", source, most=SIZE),
         ffn_hidden_size=width,
-        num_attention_heads=whole_number(values, "num_attention_heads", source),
+        num_attention_heads=heads,
+        group_query_attention=groups != heads,
+        num_query_groups=1 if groups == heads else groups,
         kv_channels=whole_number(values, "head_dim", source),
         max_position_embeddings=whole_number(values, "max_position_embeddings", source, most=SIZE),
         rotary_base=number(values, "rope_theta", source, 1e4),
@@ -187,11 +192,6 @@ def _check_known(values: dict[str, Any], source: str) -> None:
             if found not in known:
                 expected = " or ".join(map(repr, known))
                 raise CheckpointError(f"{key} in {source}", found, expected)
-    heads, shared = values.get("num_attention_heads"), values.get("num_key_value_heads")
-    if shared not in (None, heads):
-        expected = f"num_attention_heads ({heads})"
-        reason = "grouped-query attention is not implemented"
-        raise CheckpointError(f"num_key_value_heads in {source}", shared, expected, reason)
 
 
 def _with_ours(
@@ -225,6 +225,7 @@ _MODEL_FIELDS = (
     "ffn_hidden_size",
     "num_attention_heads",
     "kv_channels",
+    "key_value_heads",
     "rotary_base",
     "norm_epsilon",
     "ffn_variant",

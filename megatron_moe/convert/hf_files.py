@@ -60,6 +60,19 @@ def whole_number(
     return found
 
 
+def query_groups(values: Mapping[str, Any], heads: int, source: str) -> int:
+    """Key and value heads: `num_key_value_heads`, or ``heads`` if it is absent.
+
+    Raises:
+        CheckpointError: the field is not a divisor of ``heads``.
+    """
+    groups = whole_number(values, "num_key_value_heads", source, heads)
+    if heads % groups:
+        expected = f"a divisor of num_attention_heads ({heads})"
+        raise CheckpointError(f"num_key_value_heads in {source}", groups, expected)
+    return groups
+
+
 def number(values: Mapping[str, Any], key: str, source: str, default: float) -> float:
     """A field that is a finite number >= 0; ``default`` if it is absent.
 

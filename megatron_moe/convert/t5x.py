@@ -18,7 +18,7 @@ from megatron_moe.convert.model import LazyTensor, LogicalModel, of_tensor
 from megatron_moe.convert.t5x_arrays import as_torch, open_array, write_array
 from megatron_moe.convert.t5x_tree import FILE, leaves, read_tree, step_of, write_tree
 from megatron_moe.convert.writing import Progress, new_directory, write_error
-from megatron_moe.errors import CheckpointError
+from megatron_moe.errors import CheckpointError, UsageError
 from megatron_moe.model.logical import logical_parameters
 
 _WHOLE = {
@@ -60,6 +60,20 @@ def t5x_name(name: str) -> tuple[str, bool]:
     return f"decoder/layers_{number}/{path}", transposed
 
 
+def check_expressible(config: RunConfig) -> None:
+    """Require attention as t5x has it: flaxformer stores neither shared key heads nor their norms.
+
+    Raises:
+        UsageError: names the flag.
+    """
+    for flag, value in (
+        ("--group-query-attention", config.model.group_query_attention),
+        ("--qk-layernorm", config.model.qk_layernorm),
+    ):
+        if value:
+            raise UsageError(flag, value, "unset for t5x, whose OpenMoE has no such attention")
+
+
 def read_t5x(directory: Path, config: RunConfig) -> LogicalModel:
     """Read a checkpoint directory.
 
@@ -70,6 +84,7 @@ def read_t5x(directory: Path, config: RunConfig) -> LogicalModel:
     Raises:
         UsageError: a file is missing or damaged, or the checkpoint is of another model.
     """
+    check_expressible(config)
     tree = read_tree(directory)
     found = dict(leaves(tree["target"]))
     _check_one_array_per_layer(directory, found)

@@ -8,7 +8,8 @@ Rows of several documents may have positions and a mask of their own (`Documents
 through Megatron-Core as `packed_seq_params`, which reaches every layer and its recomputation
 unchanged.
 
-Shapes: S tokens of a row, B rows, N heads of this rank, D head dimension.
+Shapes: S tokens of a row, B rows, N heads of this rank, G key and value heads of this rank (N
+without grouped-query attention), D head dimension.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ class RotaryCoreAttention(torch.nn.Module):
 
         Args:
             query: [S, B, N, D].
-            key: likewise.
+            key: [S, B, G, D].
             value: likewise.
             attention_mask: must be ``None``: the mask is causal, within documents if there are any.
             attn_mask_type: the same as an enum; not needed.
@@ -181,6 +182,11 @@ class RotaryCoreAttention(torch.nn.Module):
             if positions_BS is not None:
                 cos, sin = cos[positions_BS.t()], sin[positions_BS.t()]
         q, k = rotate(query, cos, sin), rotate(key, cos, sin)
+        if key.shape[2] != heads:
+            # Repeated, rather than `enable_gqa`: with that, fp32 and masks have no fused kernel on
+            # GPUs. On a CPU both take the same time (8 and 32 heads, 64 to 1024 tokens).
+            repeats = heads // key.shape[2]
+            k, value = (t.repeat_interleave(repeats, dim=2) for t in (k, value))
         with self._dropout_rng():
             out = F.scaled_dot_product_attention(
                 q.permute(1, 2, 0, 3),

@@ -12,10 +12,11 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_moe.config import RunConfig, moe_layer_pattern
+from megatron_moe.config import ModelConfig, RunConfig, moe_layer_pattern
 from megatron_moe.model.attention import RotaryCoreAttention
 from megatron_moe.model.layer import OpenMoELayer, OpenMoELayerSubmodules
 from megatron_moe.model.logical import expert_width
+from megatron_moe.model.norm import RMSNorm, SplitRMSNorm
 from megatron_moe.model.openmoe import OpenMoEModel
 from megatron_moe.model.sharding.shards import initialise
 
@@ -58,7 +59,11 @@ def transformer_config(
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.key_value_heads,
         kv_channels=model.kv_channels,
+        # Makes Megatron-Core sum the gradients of the norms of queries and keys over
+        # tensor-parallel ranks: right for one weight for all heads, wrong for one that is split.
+        qk_layernorm=model.qk_layernorm and model.qk_layernorm_scope == "head",
         softmax_scale=model.softmax_scale,
         layernorm_epsilon=model.norm_epsilon,
         normalization="RMSNorm",
@@ -119,8 +124,9 @@ def _layout_settings(config: RunConfig, degrees: Degrees) -> dict[str, Any]:
     }
 
 
-def layer_spec(config: RunConfig) -> ModuleSpec:
+def layer_spec(config: RunConfig, pgs: ProcessGroupCollection) -> ModuleSpec:
     """How Megatron-Core's block builds one of our layers."""
+    model = config.model
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
@@ -128,13 +134,24 @@ def layer_spec(config: RunConfig) -> ModuleSpec:
             linear_qkv=ColumnParallelLinear,
             core_attention=RotaryCoreAttention,
             linear_proj=RowParallelLinear,
+            q_layernorm=_qk_norm(model, model.num_attention_heads, pgs),
+            k_layernorm=_qk_norm(model, model.key_value_heads, pgs),
         ),
     )
     return ModuleSpec(
         module=OpenMoELayer,
-        params={"model": config.model, "moe": config.moe},
+        params={"model": model, "moe": config.moe},
         submodules=OpenMoELayerSubmodules(self_attention=attention),
     )
+
+
+def _qk_norm(model: ModelConfig, heads: int, pgs: ProcessGroupCollection) -> ModuleSpec | None:
+    """The norm of queries or keys, of which all ranks together have ``heads`` heads."""
+    if not model.qk_layernorm:
+        return None
+    if model.qk_layernorm_scope == "head":
+        return ModuleSpec(module=RMSNorm)
+    return ModuleSpec(module=SplitRMSNorm, params={"heads": heads, "tp_group": pgs.tp})
 
 
 def build_model(
@@ -161,7 +178,7 @@ def build_model(
     if dtype is None:
         dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     core = transformer_config(config, degrees, device, dtype)
-    spec = layer_spec(config)
+    spec = layer_spec(config, pgs)
     stage, stages = pgs.pp.rank(), degrees.pp
     numbers = range(degrees.vp) if degrees.vp else [None]
     chunks = [

@@ -3,8 +3,8 @@
 All numbers are plain integers, derived from `megatron_moe.model.logical` and the sizes alone; no
 torch. `docs/model.md` has the derivation and a comparison with the numbers in the paper.
 
-Letters: L layers, H hidden, n heads, d head width, F feed-forward width, V vocabulary, E experts,
-K choices per token, S sequence.
+Letters: L layers, H hidden, n heads, g key and value heads, d head width, F feed-forward width,
+V vocabulary, E experts, K choices per token, S sequence.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class TokenFlops:
     """
 
     attention_projections: int
-    """Query, key, value and output: 2 * 4 H n d per layer."""
+    """Query and output, key and value: 2 * (2 H n d + 2 H g d) per layer."""
     attention_scores: int
     """q.k and the sum of values, causal half only: 2 * 2 n d * (S + 1) / 2 per layer."""
     ffn: int
@@ -151,10 +151,11 @@ def flops_per_token(
     pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
     moe_layers, layers = sum(pattern), len(pattern)
     inner = model.num_attention_heads * model.kv_channels
+    shared_heads = model.key_value_heads * model.kv_channels
     per_width = 2 * (model.input_blocks + 1) * model.hidden_size
     shared = moe.moe_shared_expert_intermediate_size or 0
     return TokenFlops(
-        attention_projections=layers * 2 * 4 * model.hidden_size * inner,
+        attention_projections=layers * 4 * model.hidden_size * (inner + shared_heads),
         # A token at position p attends to p + 1 keys: (S + 1) / 2 on average, hence the half.
         attention_scores=layers * 2 * inner * (seq_length + 1),
         ffn=(layers - moe_layers) * per_width * model.ffn_hidden_size,
@@ -178,9 +179,9 @@ def parameters_per_rank(
 ) -> tuple[RankParameters, ...]:
     """Parameters on each rank of every pipeline stage; all ranks of a stage hold equally many.
 
-    Tensor parallelism divides all but norms and routers, expert and expert-tensor parallelism the
-    experts. The embedding is on the first stage, the final norm and the logits matrix on the last;
-    tied, the last stage holds a copy of the embedding.
+    Tensor parallelism divides all but routers and norms (a norm over all heads, too, is divided),
+    expert and expert-tensor parallelism the experts. The embedding is on the first stage, the final
+    norm and the logits matrix on the last; tied, the last stage holds a copy of the embedding.
 
     Args:
         model: the dense part.
@@ -212,7 +213,8 @@ def _without_embeddings(by_kind: dict[str, int]) -> int:
 
 
 def _dense_share(parameter: LogicalParameter, tp: int) -> int:
-    return parameter.numel if parameter.kind in ("norm", "router") else parameter.numel // tp
+    whole = parameter.kind in ("norm", "router") and not parameter.split
+    return parameter.numel if whole else parameter.numel // tp
 
 
 def _stages(name: str, per_chunk: int, pp: int, untied: bool) -> set[int]:
@@ -232,6 +234,7 @@ def _check_divisible(
     splits = (
         ("--num-layers", model.num_layers, "pipeline chunks", chunks),
         ("--num-attention-heads", model.num_attention_heads, "--tensor-model-parallel-size", tp),
+        ("--num-query-groups", model.key_value_heads, "--tensor-model-parallel-size", tp),
         ("--ffn-hidden-size", model.ffn_hidden_size, "--tensor-model-parallel-size", tp),
         ("--moe-shared-expert-intermediate-size", shared, "--tensor-model-parallel-size", tp),
         ("padded vocabulary", vocab_size, "--tensor-model-parallel-size", tp),

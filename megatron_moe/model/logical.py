@@ -4,8 +4,9 @@ Everything that moves weights (the reference model, the parallel model's shards,
 parity tests) uses these names, and every layout starts from the same values: a tensor's initial
 value is a function of the seed and its name alone.
 
-Shapes: V vocabulary, H hidden, n heads, d head width, F feed-forward width, E experts. Matrices
-applied to the residual stream are stored [out, in]; expert matrices [E, in, out].
+Shapes: V vocabulary, H hidden, n heads, g key and value heads (n without grouped-query attention),
+d head width, F feed-forward width, E experts. Matrices applied to the residual stream are
+stored [out, in]; expert matrices [E, in, out].
 """
 
 from __future__ import annotations
@@ -38,6 +39,9 @@ class LogicalParameter:
     """Standard deviation of its normal initial values; `None` means all ones (norm scales)."""
     kind: ParameterKind
     """What it belongs to. `expert` tensors have the expert as their first dimension."""
+    split: bool = False
+    """A norm scale with a value for each channel of each head, which tensor parallelism splits; all
+    other norm scales are whole on every rank."""
 
     @property
     def numel(self) -> int:
@@ -96,7 +100,8 @@ def check_sizes(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> None:
 
     Raises:
         UsageError: a size below one, an odd head width (RoPE pairs channels), a softmax scale that
-            is not positive, or more choices per token than experts.
+            is not positive, query groups that do not divide the heads, or more choices per token
+            than experts.
     """
     sizes = {
         "--num-layers": model.num_layers,
@@ -120,6 +125,9 @@ def check_sizes(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> None:
         raise UsageError("--kv-channels", model.kv_channels, "an even number (RoPE pairs channels)")
     if model.softmax_scale is not None and not model.softmax_scale > 0:
         raise UsageError("--softmax-scale", model.softmax_scale, "> 0, or None")
+    if model.num_attention_heads % model.key_value_heads:
+        expected = f"a divisor of --num-attention-heads ({model.num_attention_heads})"
+        raise UsageError("--num-query-groups", model.key_value_heads, expected)
     if not 1 <= moe.moe_router_topk <= moe.num_experts:
         expected = f"between 1 and --num-experts ({moe.num_experts})"
         raise UsageError("--moe-router-topk", moe.moe_router_topk, expected)
@@ -168,16 +176,27 @@ def _fan_in_std(model: ModelConfig, fan_in: int) -> float:
 
 def _attention(model: ModelConfig, prefix: str) -> Iterator[tuple[str, LogicalParameter]]:
     hidden, inner = model.hidden_size, model.num_attention_heads * model.kv_channels
+    shared = model.key_value_heads * model.kv_channels
     std = _fan_in_std(model, hidden)
     # Initial attention logits have the same spread whatever the scale: with the released scale of
     # 1.0 the query weights carry the 1/sqrt(d), with a scale of 1/sqrt(d) they carry nothing.
     query_std = std / (softmax_scale(model) * math.sqrt(model.kv_channels))
     yield f"{prefix}.attention_norm.weight", LogicalParameter((hidden,), None, "norm")
-    for name, its_std in (("query", query_std), ("key", std), ("value", std)):
+    for name, rows, its_std in (
+        ("query", inner, query_std),
+        ("key", shared, std),
+        ("value", shared, std),
+    ):
         yield (
             f"{prefix}.attention.{name}.weight",
-            LogicalParameter((inner, hidden), its_std, "attention"),
+            LogicalParameter((rows, hidden), its_std, "attention"),
         )
+    if model.qk_layernorm:
+        whole = model.qk_layernorm_scope == "projection"
+        for name, rows in (("query", inner), ("key", shared)):
+            size = rows if whole else model.kv_channels
+            scale = LogicalParameter((size,), None, "norm", split=whole)
+            yield f"{prefix}.attention.{name}_norm.weight", scale
     output = LogicalParameter((hidden, inner), _fan_in_std(model, inner), "attention")
     yield f"{prefix}.attention.output.weight", output
 

@@ -62,6 +62,8 @@ def check_widths(config: RunConfig, tp: int, padded_vocab_size: int | None) -> N
     """Check that tensor parallelism divides the sizes that it splits."""
     flag, model = "--tensor-model-parallel-size", config.model
     _divides(flag, tp, "--num-attention-heads", model.num_attention_heads)
+    if model.group_query_attention:
+        _divides(flag, tp, "--num-query-groups", model.num_query_groups)
     _divides(flag, tp, "--ffn-hidden-size", model.ffn_hidden_size)
     shared = config.moe.moe_shared_expert_intermediate_size
     if shared is not None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_moe.config import RunConfig, capacity_group_tokens, moe_layer_pattern
+from megatron_moe.config import ModelConfig, RunConfig, capacity_group_tokens, moe_layer_pattern
 from megatron_moe.config.phases import errors_of_phase
 from megatron_moe.config.run import flag_of
 from megatron_moe.data.composition import Share, described_shares, share_lines
@@ -115,7 +115,8 @@ class Description:
             "Model",
             f"  layers        {model.num_layers}, MoE layers (from 0): {where}",
             f"  hidden        {model.hidden_size}",
-            f"  attention     {model.num_attention_heads} heads x {model.kv_channels}",
+            f"  attention     {_attention(model)}",
+            *(f"  note          {line}" for line in model.attention_lines()),
             f"  feed-forward  {model.ffn_hidden_size}, {model.ffn_variant}",
             f"  experts       {moe.num_experts} x {expert_width(model, moe)}, "
             f"{moe.moe_router_topk} a token, "
@@ -267,6 +268,15 @@ def _default_world_size(config: RunConfig) -> int:
     }
     # A degree below one is an error in `resolve_layout`, which names its flag.
     return fewest_ranks(**{name: max(degree, 1) for name, degree in degrees.items()})
+
+
+def _attention(model: ModelConfig) -> str:
+    parts = [f"{model.num_attention_heads} heads x {model.kv_channels}"]
+    if model.group_query_attention:
+        parts.append(f"keys and values of {model.num_query_groups} groups")
+    if model.qk_layernorm:
+        parts.append(f"queries and keys normalised over each {model.qk_layernorm_scope}")
+    return ", ".join(parts)
 
 
 def _phase_section(schedule: RunSchedule) -> list[str]:

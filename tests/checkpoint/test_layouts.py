@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.checkpoint.layouts import DIST, Case, cut_parameters, move, start
-from tests.parity.cases import LAYOUTS, SLOW_LAYOUTS
+from tests.parity.cases import GROUPED, LAYOUTS, SLOW_LAYOUTS
 
 _OVERLAP = {**DIST, "overlap_grad_reduce": True, "overlap_param_gather": True}
 _FLAGS = {layout.name: (layout.world_size, layout.flags) for layout in LAYOUTS + SLOW_LAYOUTS}
@@ -121,6 +121,22 @@ def test_tied_embeddings_are_written_once_and_read_on_both_stages(pool, tmp_path
         origin.check(pool.run(move, chosen.world_size, case=chosen, source=source, target=target))
         source = target
     origin.check(pool.run(move, 1, case=case("1"), source=source))
+
+
+@pytest.mark.parametrize("variant", GROUPED)
+def test_grouped_heads_and_their_norms_move(pool, tmp_path, variant):
+    def case(name: str, **flags: Any) -> Case:
+        return Case(_FLAGS[name][0], {**_FLAGS[name][1], **flags}, variant=variant)
+
+    origin = Origin(pool, tmp_path / "1", case("1"))
+    assert ("exp_avg", "layers.1.attention.key_norm.weight") in origin.saved
+    source = tmp_path / "1"
+    for name, flags in (("TP2", DIST), ("PP2", {}), ("TP2xEP2", {}), ("DP2xEP2", DIST)):
+        target = tmp_path / name
+        chosen = case(name, **flags)
+        origin.check(pool.run(move, chosen.world_size, case=chosen, source=source, target=target))
+        source = target
+    origin.check(pool.run(move, 1, case=case("1", **DIST), source=source))
 
 
 def test_half_precision_moves_with_its_masters(pool, tmp_path):

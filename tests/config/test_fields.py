@@ -241,12 +241,16 @@ def test_a_flag_is_named_after_its_field_unless_the_field_says_otherwise() -> No
     assert fields["other"].type == (str | None)
 
 
-OMITTED = {
+OMITTED: dict[str, Any] = {
+    "group_query_attention": True,
+    "num_query_groups": 2,
+    "qk_layernorm": True,
+    "qk_layernorm_scope": "no scope",
     "moe_router_type": "no file",
     "moe_token_dispatcher_type": "no file",
     "moe_loss_convention": "no convention",
 }
-"""Fields that files leave out at their defaults, with an invalid value of each."""
+"""Fields that files leave out at their defaults, with another value of each; "no ..." is invalid."""
 
 
 def test_files_omit_only_these_fields_and_only_at_their_defaults() -> None:
@@ -264,18 +268,22 @@ def test_files_omit_only_these_fields_and_only_at_their_defaults() -> None:
 
 @pytest.mark.parametrize("name", OMITTED)
 def test_files_with_and_without_an_omitted_field_are_read(name: str, tmp_path: Path) -> None:
-    path, default = tmp_path / "config.json", getattr(RunConfig().moe, name)
+    section = SECTION[name]
+    path, default = tmp_path / "config.json", getattr(getattr(RunConfig(), section), name)
     values = RunConfig().to_dict()
     path.write_text(json.dumps(values))
     assert RunConfig.load(path) == RunConfig()
-    values["moe"][name] = default
+    values[section][name] = default
     path.write_text(json.dumps(values))
     assert RunConfig.load(path) == RunConfig()
-    values["moe"][name] = OMITTED[name]
+    values[section][name] = OMITTED[name]
     path.write_text(json.dumps(values))
+    if not str(OMITTED[name]).startswith("no "):
+        assert getattr(getattr(RunConfig.load(path), section), name) == OMITTED[name]
+        return
     with pytest.raises(UsageError) as error:
         RunConfig.load(path)
-    assert error.value.what == f"{name} in moe of {path}"
+    assert error.value.what == f"{name} in {section} of {path}"
     assert repr(default) in error.value.expected
 
 

@@ -18,6 +18,10 @@ from megatron_moe.errors import UsageError
 ROOT = Path(__file__).resolve().parents[2]
 
 INVALID = {
+    "--qk-layernorm-scope projection": (
+        "--qk-layernorm-scope must be used with --qk-layernorm (got 'projection')"
+    ),
+    "--group-query-attention --num-query-groups 0": "--num-query-groups must be >= 1 (got 0)",
     "--train-iters 3 --train-samples 8": (
         "--train-iters must be used without --train-samples (got 3); give one of the two"
     ),

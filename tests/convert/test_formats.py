@@ -82,15 +82,16 @@ def gated(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 def by_hand(values: dict[str, Tensor], config: dict[str, Any], ids: Tensor) -> Tensor:
     """Logits from the files of the stacked layout, written out token by token; nothing drops."""
     w = {name: tensor.double() for name, tensor in values.items()}
-    heads = config["num_attention_heads"]
+    heads, shared = config["num_attention_heads"], config["num_key_value_heads"]
     x = w["model.embed_tokens.weight"][ids]
     for i in range(config["num_hidden_layers"]):
         p = f"model.layers.{i}."
         h = rms(x, w[p + "input_layernorm.weight"])
         q, k, v = (
-            (h @ w[f"{p}self_attn.{n}_proj.weight"].T).unflatten(-1, (heads, -1)).transpose(0, 1)
-            for n in "qkv"
+            (h @ w[f"{p}self_attn.{n}_proj.weight"].T).unflatten(-1, (count, -1)).transpose(0, 1)
+            for n, count in (("q", heads), ("k", shared), ("v", shared))
         )
+        k, v = (t[[head // (heads // shared) for head in range(heads)]] for t in (k, v))
         scores = turned(q, config["rope_theta"]) @ turned(k, config["rope_theta"]).mT
         scores = scores + torch.full(scores.shape[1:], -torch.inf).triu(1)
         mixed = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
@@ -111,15 +112,19 @@ def by_hand(values: dict[str, Tensor], config: dict[str, Any], ids: Tensor) -> T
     return rms(x, w["model.norm.weight"]) @ w["lm_head.weight"].T
 
 
-def test_a_forward_pass_over_the_other_format_gives_our_logits(tmp_path: Path) -> None:
-    model = model_of()
+@pytest.mark.parametrize("groups", [3, 1])
+def test_a_forward_pass_over_the_other_format_gives_our_logits(tmp_path: Path, groups: int) -> None:
+    shared = {"group_query_attention": groups < 3, "num_query_groups": 1}
+    run = replace(CONFIG, model=replace(CONFIG.model, **shared))  # type: ignore[arg-type]
+    model = model_of(run)
     write(model, ConversionTarget(format="hf", path=tmp_path / "hf"), Silent)
     values = load_file(tmp_path / "hf/model.safetensors")
     config = json.loads((tmp_path / "hf/config.json").read_text())
     ids = torch.tensor([5, 90, 3, 3, 41, 17, 8, 66])
     moe = replace(CONFIG.moe, moe_eval_capacity_factor=None)
-    ours = ReferenceOpenMoE(CONFIG.model, moe, VOCAB, seed=None)
+    ours = ReferenceOpenMoE(run.model, moe, VOCAB, seed=None)
     ours.load_logical((name, tensor.whole()) for name, tensor in model.tensors.items())
+    same(read("hf", tmp_path / "hf"), model)
     with torch.no_grad():
         logits = ours.eval()(ids[None], training_capacity=False).logits[0]
     torch.testing.assert_close(logits.double(), by_hand(values, config, ids), rtol=1e-4, atol=1e-4)
@@ -191,6 +196,7 @@ def test_a_source_keeps_its_older_steps(tmp_path: Path) -> None:
     ("section", "change", "named"),
     [
         ("model", {"softmax_scale": None}, "--softmax-scale"),
+        ("model", {"qk_layernorm": True}, "--qk-layernorm must be False"),
         ("model", {"untie_embeddings_and_output_weights": False}, "--untie-embeddings"),
         ("moe", {"moe_shared_expert_placement": "parallel"}, "--moe-shared-expert-placement"),
         ("moe", {"moe_router_type": "toy"}, "--moe-router-type must be 'softmax'"),
@@ -218,9 +224,10 @@ def _edit(path: Path, **changes: Any) -> None:
     [
         ({"hidden_act": "gelu"}, r"hidden_act in .* must be 'swiglu' or 'silu' \(got 'gelu'\)"),
         (
-            {"num_key_value_heads": 1},
-            r"num_key_value_heads .* must be num_attention_heads \(3\) \(got 1\)",
+            {"num_key_value_heads": 2},
+            r"num_key_value_heads .* must be a divisor of num_attention_heads \(3\) \(got 2\)",
         ),
+        ({"num_key_value_heads": 1}, r"key_value_heads under megatron_moe .* must be 1 .* \(got 3"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"num_experts": "4"}, r"num_experts .* must be an integer from 1 to 65536 \(got '4'\)"),
         ({"architectures": ["MixtralForCausalLM"]}, "architectures"),

@@ -68,6 +68,22 @@ def test_equals_the_definition(scale: float | None) -> None:
             torch.testing.assert_close(found[:, b, n], expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("groups", [2, 1])
+@pytest.mark.parametrize("mask", [False, True])
+def test_consecutive_queries_share_a_key_head(groups: int, mask: bool) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(5, 2, 6, 6, dtype=torch.float64)
+    k, v = (torch.randn(5, 2, groups, 6, dtype=torch.float64) for _ in range(2))
+    documents = documents_of(None, torch.zeros(2, 5, dtype=torch.int64)) if mask else None
+    found = core(None)(q, k, v, packed_seq_params=documents).view(5, 2, 6, 6)
+    for b in range(2):
+        for n in range(6):
+            shared = n * groups // 6
+            keys, values = k[:, b, shared], v[:, b, shared]
+            expected = by_hand(q[:, b, n], keys, values, 100.0, 1 / math.sqrt(6))
+            torch.testing.assert_close(found[:, b, n], expected, rtol=1e-6, atol=1e-6)
+
+
 def test_rotation_of_bf16_uses_fp32_angles() -> None:
     """bf16 sines at position 1000 would be off by more than the rounding of the result."""
     x = torch.ones(1001, 1, 1, 64, dtype=torch.bfloat16)

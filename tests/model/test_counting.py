@@ -99,8 +99,17 @@ def test_activated_of_base_is_the_printed_one_with_the_released_sizes() -> None:
 
 @pytest.mark.parametrize("variant", ["swiglu", "gated-swiglu"])
 @pytest.mark.parametrize("untied", [True, False])
-def test_forward_flops_are_those_that_pytorch_counts(variant: str, untied: bool) -> None:
-    model = replace(SMALL, ffn_variant=variant, untie_embeddings_and_output_weights=untied)
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_forward_flops_are_those_that_pytorch_counts(
+    variant: str, untied: bool, groups: int
+) -> None:
+    model = replace(
+        SMALL,
+        ffn_variant=variant,
+        untie_embeddings_and_output_weights=untied,
+        group_query_attention=groups < 4,
+        num_query_groups=groups,
+    )
     moe = replace(SMALL_MOE, moe_eval_capacity_factor=None)
     reference = ReferenceOpenMoE(model, moe, 64)
     batch, length = 2, 16
@@ -180,6 +189,27 @@ def test_one_rank_holds_everything() -> None:
 def test_degrees_that_do_not_divide_are_rejected(degrees: dict[str, int], named: str) -> None:
     with pytest.raises(UsageError, match=named):
         parameters_per_rank(SMALL, SMALL_MOE, 64, **degrees)
+
+
+def test_query_groups_that_tensor_parallelism_does_not_divide_are_rejected() -> None:
+    grouped = replace(SMALL, group_query_attention=True, num_query_groups=2)
+    with pytest.raises(UsageError, match=r"--num-query-groups must be a multiple of .*\(4\)"):
+        parameters_per_rank(grouped, SMALL_MOE, 64, tp=4)
+
+
+def test_grouped_parameters_worked_by_hand() -> None:
+    """H = 32, 4 heads and 2 groups of 16; the norm of OLMoE has a scale for each channel."""
+    grouped = replace(SMALL, group_query_attention=True, num_query_groups=2, qk_layernorm=True)
+    counts = count_parameters(grouped, SMALL_MOE, 64).by_kind
+    assert counts["attention"] == 4 * (2 * 32 * 64 + 2 * 32 * 32)
+    norms = count_parameters(SMALL, SMALL_MOE, 64).by_kind["norm"]
+    assert counts["norm"] - norms == 4 * (16 + 16)
+    whole = replace(grouped, qk_layernorm_scope="projection")
+    assert count_parameters(whole, SMALL_MOE, 64).by_kind["norm"] - norms == 4 * (64 + 32)
+    # Each of two ranks has half of the channels, but all of a scale that heads share.
+    (rank,) = parameters_per_rank(grouped, SMALL_MOE, 64, tp=2)
+    (other,) = parameters_per_rank(whole, SMALL_MOE, 64, tp=2)
+    assert other.dense - rank.dense == 4 * ((64 + 32) // 2 - 2 * 16)
 
 
 def test_the_fewest_ranks_that_tile_dense_and_expert_groups() -> None:

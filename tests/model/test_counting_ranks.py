@@ -49,6 +49,18 @@ def _held(rank: int, world_size: int, config: RunConfig) -> tuple[int, int]:
     return ctx.pp_rank, sum(p.numel() for chunk in chunks for p in chunk.parameters())
 
 
+GROUPED = {"group_query_attention": True, "num_query_groups": 2, "qk_layernorm": True}
+
+
+@pytest.mark.parametrize("scope", ["head", "projection"])
+def test_grouped_heads_and_their_norms_are_counted(pool: Pool, scope: str) -> None:
+    model = replace(CONFIG.model, **GROUPED, qk_layernorm_scope=scope)  # type: ignore[arg-type]
+    config = replace(CONFIG, model=model)
+    counted = parameters_per_rank(model, config.moe, VOCAB, tp=2, pp=2, ep=2)
+    for stage, held in pool.run(_held, 4, config=config):
+        assert held == counted[stage].total
+
+
 @pytest.mark.parametrize("untied", [True, False])
 @pytest.mark.parametrize("parallel", [CONFIG.parallel, INTERLEAVED, SPLIT_EXPERTS])
 def test_every_rank_holds_what_is_counted(

@@ -77,6 +77,33 @@ def test_the_paper_variant_has_three_matrices_no_third_norm_and_one_embedding() 
     assert "output.weight" not in parameters
 
 
+def test_grouped_heads_and_norms_of_queries_and_keys() -> None:
+    model = replace(MODEL, num_attention_heads=4, group_query_attention=True, num_query_groups=2)
+    normed = replace(model, qk_layernorm=True)
+    whole = replace(normed, qk_layernorm_scope="projection")
+    shapes = {}
+    for name, each in (("plain", model), ("head", normed), ("projection", whole)):
+        parameters = logical_parameters(each, MOE, 128)
+        found = {n.removeprefix("layers.1.attention."): p for n, p in parameters.items()}
+        shapes[name] = {n: p.shape for n, p in found.items() if n.split(".")[0] in _ATTENTION}
+    assert shapes["plain"] == {
+        "query.weight": (128, 64),
+        "key.weight": (64, 64),
+        "value.weight": (64, 64),
+        "output.weight": (64, 128),
+    }
+    head = {"query_norm.weight": (32,), "key_norm.weight": (32,)}
+    assert shapes["head"] == {**shapes["plain"], **head}
+    projection = {"query_norm.weight": (128,), "key_norm.weight": (64,)}
+    assert shapes["projection"] == {**shapes["plain"], **projection}
+    # Without --group-query-attention the number of groups has no effect, as in Megatron-LM.
+    unused = replace(MODEL, num_query_groups=7)
+    assert logical_parameters(unused, MOE, 128) == logical_parameters(MODEL, MOE, 128)
+
+
+_ATTENTION = ("query", "key", "value", "output", "query_norm", "key_norm")
+
+
 def test_no_shared_expert_leaves_neither_its_matrices_nor_its_norm() -> None:
     moe = replace(MOE, moe_shared_expert_intermediate_size=None)
     assert not [name for name in logical_parameters(MODEL, moe, 128) if "shared" in name]
@@ -174,6 +201,12 @@ def test_all_tensors_differ_from_one_another() -> None:
     [
         (replace(MODEL, kv_channels=33), MOE, 128, "--kv-channels"),
         (replace(MODEL, hidden_size=0), MOE, 128, "--hidden-size"),
+        (
+            replace(MODEL, group_query_attention=True, num_query_groups=2),
+            MOE,
+            128,
+            r"--num-query-groups must be a divisor of --num-attention-heads \(3\) \(got 2\)",
+        ),
         (replace(MODEL, softmax_scale=0.0), MOE, 128, "--softmax-scale"),
         (MODEL, replace(MOE, moe_router_topk=5), 128, "--moe-router-topk"),
         (MODEL, replace(MOE, moe_router_topk=0), 128, "--moe-router-topk"),

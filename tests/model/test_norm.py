@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from megatron_moe.config import ParallelConfig, RunConfig
+from megatron_moe.parallel.context import initialize_parallel
+from megatron_moe.parallel.layout import resolve_layout
 from megatron_moe.platform import activate
+from tests.support.pool import Pool
 
 activate()
 
-from megatron_moe.model.norm import RMSNorm  # noqa: E402
+from megatron_moe.model.norm import RMSNorm, SplitRMSNorm  # noqa: E402
 
 EPS = 1e-2
+TP2 = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
 
 
 def norm(width: int, dtype: torch.dtype) -> RMSNorm:
@@ -70,3 +76,36 @@ def test_a_row_of_zeros_has_finite_gradients() -> None:
     layer(x).sum().backward()
     assert x.grad is not None and x.grad.isfinite().all()
     torch.testing.assert_close(x.grad, (layer.weight / EPS**0.5).expand(2, 4).detach())
+
+
+def split_norm(rank: int, world_size: int, x: Tensor, weight: Tensor, upstream: Tensor) -> Any:
+    """This rank's heads of the output, and the gradients of its heads and weight."""
+    pgs = initialize_parallel(
+        resolve_layout(RunConfig(parallel=TP2), world_size, None), TP2, activate(), 1
+    ).pgs
+    _, _, heads, width = x.shape
+    config = SimpleNamespace(params_dtype=torch.float64)
+    layer = SplitRMSNorm(config, width, heads, pgs.tp, EPS)  # type: ignore[arg-type]
+    own = slice(rank * heads // 2, (rank + 1) * heads // 2)
+    layer.weight.data.copy_(weight.view(heads, width)[own].flatten())
+    mine = x[:, :, own].clone().requires_grad_()
+    found = layer(mine)
+    found.backward(upstream[:, :, own])
+    assert layer.weight.grad is not None
+    return found.detach(), mine.grad, layer.weight.grad.view(-1, width)
+
+
+def test_heads_on_several_ranks_have_one_mean_square(pool: Pool) -> None:
+    torch.manual_seed(3)
+    x, upstream = (torch.randn(3, 2, 4, 5, dtype=torch.float64) for _ in range(2))
+    x *= torch.tensor([1.0, 5.0, 0.2, 3.0])[:, None]  # heads of different sizes
+    weight = torch.randn(20, dtype=torch.float64)
+    whole, scale = x.flatten(-2).requires_grad_(), weight.clone().requires_grad_()
+    expected = by_definition(whole, scale)
+    expected.backward(upstream.flatten(-2))
+    ranks = pool.run(split_norm, 2, x=x, weight=weight, upstream=upstream)
+    found, grad, grad_weight = (torch.cat(each, -2) for each in zip(*ranks, strict=True))
+    torch.testing.assert_close(found, expected.view_as(x))
+    assert whole.grad is not None and scale.grad is not None
+    torch.testing.assert_close(grad, whole.grad.view_as(x))
+    torch.testing.assert_close(grad_weight.flatten(), scale.grad)

@@ -132,9 +132,40 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
     ),
     "dropless": (_MODEL, replace(_MOE, moe_expert_capacity_factor=None)),
     "top-1": (_MODEL, replace(_MOE, moe_router_topk=1, moe_shared_expert_intermediate_size=None)),
+    "grouped-head-norm": (
+        replace(
+            _MODEL,
+            group_query_attention=True,
+            num_query_groups=2,
+            qk_layernorm=True,
+            softmax_scale=None,
+        ),
+        _MOE,
+    ),
+    # OLMoE's shape: every layer MoE, no shared expert, norms over whole projections.
+    "grouped-projection-norm": (
+        replace(
+            _MODEL,
+            ffn_variant="swiglu",
+            group_query_attention=True,
+            num_query_groups=2,
+            qk_layernorm=True,
+            qk_layernorm_scope="projection",
+            softmax_scale=None,
+        ),
+        replace(
+            _MOE,
+            moe_layer_freq="[1]*4",
+            moe_shared_expert_intermediate_size=None,
+            moe_expert_capacity_factor=None,
+        ),
+    ),
     # What GPUs run: one batched GEMM over the fixed-shape buffer.
     "batched": (_MODEL, replace(_MOE, moe_expert_impl="batched")),
 }
+
+GROUPED = ("grouped-head-norm", "grouped-projection-norm")
+"""Grouped-query attention, with each form of the norms of queries and keys."""
 
 
 def run_config(variant: str, flags: dict[str, Any], **train: Any) -> RunConfig:

@@ -21,15 +21,22 @@ LAYOUT = {layout.name: layout for layout in LAYOUTS} | {
 NAMES = ["1", "TP2", "PP2", "PP2-interleaved", "EP2", "TP2xEP2", "PP2xEP2", "PP4"]
 
 
-def run(pool: Pool, name: str, extra: tuple[str, ...], **flags: Any) -> list[Any]:
+def run(
+    pool: Pool, name: str, extra: tuple[str, ...], variant: str = "released", **flags: Any
+) -> list[Any]:
     layout = LAYOUT[name]
     flags = {**layout.flags, **flags}
-    return pool.run(one_step, layout.world_size, variant="released", flags=flags, extra=extra)
+    return pool.run(one_step, layout.world_size, variant=variant, flags=flags, extra=extra)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_layout_equals_the_reference(pool: Pool, name: str) -> None:
     check(run(pool, name, PLANES), "released", PLANES)
+
+
+def test_documents_of_grouped_attention(pool: Pool) -> None:
+    variant = "grouped-projection-norm"
+    check(run(pool, "TP2", PLANES, variant), variant, PLANES)
 
 
 @pytest.mark.parametrize("extra", [PLANES[:1], PLANES[1:]], ids=["positions", "mask"])

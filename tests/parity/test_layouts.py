@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.cases import LAYOUTS, SLOW_LAYOUTS, VARIANTS, Layout
+from tests.parity.cases import GROUPED, LAYOUTS, SLOW_LAYOUTS, VARIANTS, Layout
 from tests.parity.compare import assemble, assert_same, relative_error
 from tests.parity.expected import expected
 from tests.parity.harness import Outcome, one_step
@@ -48,8 +48,16 @@ def test_other_rules_equal_reference(pool: Pool, name: str, variant: str) -> Non
     check(run(pool, layout, variant), variant)
 
 
+@pytest.mark.parametrize("variant", GROUPED)
+@pytest.mark.parametrize("name", ["DP2", "EP2", "TP2xETP2"])
+def test_grouped_attention_equals_reference(pool: Pool, name: str, variant: str) -> None:
+    """In the layouts that `test_other_rules_equal_reference` leaves out."""
+    layout = next(layout for layout in LAYOUTS if layout.name == name)
+    check(run(pool, layout, variant), variant)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", FIRST)
+@pytest.mark.parametrize("variant", [*FIRST, *GROUPED])
 @pytest.mark.parametrize("layout", SLOW_LAYOUTS, ids=lambda layout: layout.name)
 def test_eight_ranks_equal_reference(pool: Pool, layout: Layout, variant: str) -> None:
     check(run(pool, layout, variant), variant)
@@ -97,6 +105,13 @@ def test_recomputation_changes_nothing(pool: Pool, name: str, kind: str) -> None
     check(run(pool, layout, "released", **RECOMPUTE[kind]), "released")
 
 
+@pytest.mark.parametrize("kind", RECOMPUTE)
+@pytest.mark.parametrize("variant", GROUPED)
+def test_recomputation_of_grouped_attention(pool: Pool, variant: str, kind: str) -> None:
+    layout = next(layout for layout in LAYOUTS if layout.name == "TP2xEP2")
+    check(run(pool, layout, variant, **RECOMPUTE[kind]), variant)
+
+
 def test_tokens_are_dropped() -> None:
     """The tests above would say little if capacity were never short."""
     for variant in FIRST:
@@ -105,18 +120,19 @@ def test_tokens_are_dropped() -> None:
 
 
 BROKEN = [
-    ("TP2", "layers.0.ffn.gate.weight"),
-    ("TP2", "layers.1.attention.value.weight"),
-    ("EP2", "layers.1.moe.experts.up"),
-    ("EP2xETP2", "layers.3.moe.experts.down"),
+    ("TP2", "layers.0.ffn.gate.weight", "released"),
+    ("TP2", "layers.1.attention.value.weight", "released"),
+    ("TP2", "layers.1.attention.key.weight", "grouped-head-norm"),
+    ("EP2", "layers.1.moe.experts.up", "released"),
+    ("EP2xETP2", "layers.3.moe.experts.down", "released"),
 ]
 
 
-@pytest.mark.parametrize(("name", "tensor"), BROKEN)
-def test_a_wrong_shard_is_noticed(pool: Pool, name: str, tensor: str) -> None:
+@pytest.mark.parametrize(("name", "tensor", "variant"), BROKEN)
+def test_a_wrong_shard_is_noticed(pool: Pool, name: str, tensor: str, variant: str) -> None:
     layout = next(layout for layout in LAYOUTS if layout.name == name)
     outcomes = pool.run(
-        one_step, layout.world_size, variant="released", flags=layout.flags, swap=tensor
+        one_step, layout.world_size, variant=variant, flags=layout.flags, swap=tensor
     )
     with pytest.raises(AssertionError):
-        check(outcomes, "released")
+        check(outcomes, variant)

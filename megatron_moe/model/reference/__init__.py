@@ -7,7 +7,7 @@ parallel layout is tested against it. Generation, evaluation and analysis run on
 Reading order:
 
 1. `model.py`: the network from token ids to the loss: embedding, decoder blocks, logits, losses.
-2. `attention.py`: causal attention with rotary positions.
+2. `attention.py`: causal attention with rotary positions; `norm.py`: the norm.
 3. `ffn.py`: feed-forward layers: dense, shared expert, and the MoE layer with its experts.
 4. `routing.py`: what the router decides: top-k, capacity, which choices are dropped, router losses.
 5. `cache.py`: the key-value cache of generation; training and evaluation do not use it.

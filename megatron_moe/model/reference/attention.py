@@ -1,13 +1,16 @@
 """Attention of the reference model: rotary positions; causal, per document, or with a KV cache.
 
-    q, k, v = x W_q, x W_k, x W_v          read head-major as [B, N, S, D]
+    q, k, v = x W_q, x W_k, x W_v          read head-major as [B, N, S, D]; k and v as [B, G, S, D]
+    q, k = norm(q), norm(k)                with --qk-layernorm
     y = softmax(s rot(q) rot(k)^T + causal mask) v,   output = concat(heads) W_o
 
 The scale s is 1 in the released model, whose query initialisation contains the 1/sqrt(D). Sources:
 Xue et al., OpenMoE (arXiv 2402.01739), and its released training code; `docs/model.md` lists where
-the two differ.
+the two differ. Grouped queries: Ainslie et al. (arXiv 2305.13245). Norms of queries and keys: over
+a head as in Megatron-LM, or over all heads as in OLMoE (arXiv 2409.02060).
 
-Shapes: B batch rows, S sequence, H hidden, N heads, D head width, U tokens that can be attended to.
+Shapes: B batch rows, S sequence, H hidden, N heads, G heads of keys and values (N without
+grouped-query attention), D head width, U tokens that can be attended to.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from torch import Tensor, nn
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.model.logical import softmax_scale
 from megatron_moe.model.reference.cache import LayerCache
+from megatron_moe.model.reference.norm import RMSNorm
 from megatron_moe.model.reference.routing import full_precision
 
 
@@ -46,8 +50,9 @@ def rotate(x_BNSD: Tensor, base: float, positions_BS: Tensor | None = None) -> T
 class Attention(nn.Module):
     """Causal multi-head attention with RoPE on queries and keys.
 
-    The N * D outputs of each projection are head-major: head n is rows [n D, (n + 1) D) of its
-    weight. N * D need not equal H (8B: 24 * 128 = 3072 with H = 2048).
+    The outputs of each projection are head-major: head n is rows [n D, (n + 1) D) of its weight.
+    N * D need not equal H (8B: 24 * 128 = 3072 with H = 2048). Query head n uses key head
+    n // (N / G): with N = 4 and G = 2, heads 0 and 1 share key head 0, heads 2 and 3 key head 1.
     """
 
     def __init__(self, model: ModelConfig) -> None:
@@ -55,9 +60,16 @@ class Attention(nn.Module):
         self.model = model
         inner = model.num_attention_heads * model.kv_channels
         self.query = nn.Linear(model.hidden_size, inner, bias=False)
-        self.key = nn.Linear(model.hidden_size, inner, bias=False)
-        self.value = nn.Linear(model.hidden_size, inner, bias=False)
+        shared = model.key_value_heads * model.kv_channels
+        self.key = nn.Linear(model.hidden_size, shared, bias=False)
+        self.value = nn.Linear(model.hidden_size, shared, bias=False)
         self.output = nn.Linear(inner, model.hidden_size, bias=False)
+        self.query_norm: RMSNorm | None = None
+        self.key_norm: RMSNorm | None = None
+        if model.qk_layernorm:
+            whole = model.qk_layernorm_scope == "projection"
+            self.query_norm = RMSNorm(model, inner if whole else model.kv_channels)
+            self.key_norm = RMSNorm(model, shared if whole else model.kv_channels)
 
     def forward(
         self,
@@ -74,10 +86,10 @@ class Attention(nn.Module):
             documents_BS: attention is restricted to equal numbers; `None` means the whole row.
             cache: this layer's keys and values of earlier tokens.
         """
-        heads, base = (self.model.num_attention_heads, -1), self.model.rotary_base
-        query = self.query(x_BSH).unflatten(-1, heads).transpose(1, 2)
-        key = self.key(x_BSH).unflatten(-1, heads).transpose(1, 2)
-        value = self.value(x_BSH).unflatten(-1, heads).transpose(1, 2)
+        base = self.model.rotary_base
+        query = self._heads(self.query(x_BSH), self.query_norm)
+        key = self._heads(self.key(x_BSH), self.key_norm)
+        value = self._heads(self.value(x_BSH), None)
         query, key = rotate(query, base, positions_BS), rotate(key, base, positions_BS)
         if cache is not None:
             y_BNSD = self._attend(query, *cache.extend(key, value))
@@ -92,10 +104,18 @@ class Attention(nn.Module):
             )
         return self.output(y_BNSD.transpose(1, 2).flatten(2))
 
+    def _heads(self, x_BSI: Tensor, norm: RMSNorm | None) -> Tensor:
+        """The outputs of a projection as heads, [B, S, I] -> [B, I / D, S, D], normalised."""
+        width = self.model.kv_channels
+        if norm is not None:
+            whole = self.model.qk_layernorm_scope == "projection"
+            x_BSI = norm(x_BSI) if whole else norm(x_BSI.unflatten(-1, (-1, width))).flatten(-2)
+        return x_BSI.unflatten(-1, (-1, width)).transpose(1, 2)
+
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, mask_B1SU: Tensor | None = None
     ) -> Tensor:
-        """Attention of queries [B, N, S, D] to keys and values [B, N, U, D].
+        """Attention of queries [B, N, S, D] to keys and values [B, G, U, D].
 
         Without a mask S = U and attention is causal.
         """
@@ -107,12 +127,13 @@ class Attention(nn.Module):
             is_causal=mask_B1SU is None,
             scale=softmax_scale(self.model),
             dropout_p=self.model.attention_dropout if self.training else 0.0,
+            enable_gqa=key.shape[1] != query.shape[1],
         )
 
     def _attend_by_document(
         self, query: Tensor, key: Tensor, value: Tensor, ids_S: Tensor
     ) -> Tensor:
-        """Attention within each document of one row: [N, S, D] each -> [1, N, S, D].
+        """Attention within each document of one row: queries [N, S, D] -> [1, N, S, D].
 
         Documents are contiguous, so a row is split at document boundaries and each piece is
         attended to on its own. This is the definition; a mask would be an implementation of it.

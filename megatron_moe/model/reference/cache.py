@@ -11,8 +11,8 @@ Memory is allocated once and stored keys never move. A cache requires a dropless
 capacity a later token may take the slot of an earlier token's second choice (`routing.py`), which
 changes the earlier token's state and every key computed from it.
 
-Shapes: L layers, B rows, N heads, P slots, D head width, S new tokens of a row, A new tokens of all
-rows, U slots in use.
+Shapes: L layers, B rows, N heads of keys and values, P slots, D head width, S new tokens of a row,
+A new tokens of all rows, U slots in use.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ class KVCache:
         if not 1 <= slots <= longest:
             expected = f"from 1 to --max-position-embeddings ({longest})"
             raise UsageError("slots of the KV cache", slots, expected)
-        shape = (rows, model.num_attention_heads, slots, model.kv_channels)
+        shape = (rows, model.key_value_heads, slots, model.kv_channels)
         layers = range(model.num_layers)
         self.slots = slots
         self.lengths = [0] * rows

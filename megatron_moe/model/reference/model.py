@@ -30,6 +30,7 @@ from megatron_moe.model.logical import initial_tensors, logical_parameters
 from megatron_moe.model.reference.attention import Attention
 from megatron_moe.model.reference.cache import KVCache, LayerCache
 from megatron_moe.model.reference.ffn import FeedForward, MoE
+from megatron_moe.model.reference.norm import RMSNorm
 from megatron_moe.model.reference.routing import Routing, capacity_factor, full_precision
 
 
@@ -51,21 +52,6 @@ class ReferenceOutput:
     """One record per MoE layer, in order."""
     loss: Tensor | None
     """`total_loss` divided by the targets of this micro-batch; `None` without labels."""
-
-
-class RMSNorm(nn.Module):
-    """T5's norm: x / sqrt(mean(x^2) + eps) in fp32, cast back, times a learned scale [H]."""
-
-    def __init__(self, model: ModelConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(model.hidden_size))
-        self.epsilon = model.norm_epsilon
-
-    def forward(self, x_BSH: Tensor) -> Tensor:
-        """[B, S, H] -> [B, S, H]."""
-        x = full_precision(x_BSH)
-        x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.epsilon)
-        return x.to(x_BSH.dtype) * self.weight
 
 
 class DecoderBlock(nn.Module):

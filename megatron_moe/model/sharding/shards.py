@@ -6,12 +6,13 @@ blocks of a gate and the up projection; some experts. The table is a list of `Pa
 each parameter, and each has a `Piece` for each logical tensor in it.
 
     tp=2, N=4 heads, D=8, H=32, rank 1: linear_qkv.weight [2 * 3 * 8, 32] is
-        query  heads 2..3 of [4, 8, 32]   select: view(2, 3, 8, 32)[:, 0]
-        key    heads 2..3 of [4, 8, 32]   select: view(2, 3, 8, 32)[:, 1]
-        value  heads 2..3 of [4, 8, 32]   select: view(2, 3, 8, 32)[:, 2]
+        query  heads 2..3 of [4, 8, 32]   select: view(2, 24, 32)[:, 0:8]
+        key    heads 2..3 of [4, 8, 32]   select: view(2, 24, 32)[:, 8:16]
+        value  heads 2..3 of [4, 8, 32]   select: view(2, 24, 32)[:, 16:24]
 
-Shapes: V vocabulary, H hidden, N heads, D head dimension, F feed-forward width, E experts, M input
-blocks of a feed-forward (2 or 3); a suffix _l means this rank's share.
+Shapes: V vocabulary, H hidden, N heads, G key and value heads (N without grouped-query attention),
+D head dimension, F feed-forward width, E experts, M input blocks of a feed-forward (2 or 3); a
+suffix _l means this rank's share.
 """
 
 from __future__ import annotations
@@ -91,9 +92,11 @@ class _Rank:
     etp: int
     etp_rank: int
     heads: int
+    groups: int
     head_dim: int
     hidden: int
     blocks: int
+    splits_qk_norms: bool
 
 
 def model_shards(chunks: Sequence[Any], model: ModelConfig, moe: MoEConfig) -> list[ParamShard]:
@@ -134,9 +137,11 @@ def _coordinates(chunk: OpenMoEModel, model: ModelConfig) -> _Rank:
         pgs.expt_tp.size(),
         pgs.expt_tp.rank(),
         model.num_attention_heads,
+        model.key_value_heads,
         model.kv_channels,
         model.hidden_size,
         model.input_blocks,
+        model.qk_layernorm_scope == "projection",
     )
 
 
@@ -174,6 +179,12 @@ _REPLICATED = {
 }
 
 
+_QK_NORMS = {
+    "self_attention.q_layernorm.weight": "attention.query_norm.weight",
+    "self_attention.k_layernorm.weight": "attention.key_norm.weight",
+}
+
+
 def _pieces(
     prefix: str, suffix: str, param: Tensor, rank: _Rank, moe: MoEConfig
 ) -> tuple[bool, tuple[Piece, ...]]:
@@ -185,6 +196,11 @@ def _pieces(
         return rank.tp == 1, (_split(name, param, 0, rank.tp, rank.tp_rank),)
     if suffix == "self_attention.linear_qkv.weight":
         return False, _qkv(prefix + "attention.", param, rank)
+    if suffix in _QK_NORMS:
+        name = prefix + _QK_NORMS[suffix]
+        if rank.splits_qk_norms:
+            return False, (_split(name, param, 0, rank.tp, rank.tp_rank),)
+        return True, (_whole(name, param),)
     if suffix == "self_attention.linear_proj.weight":
         return False, (_split(f"{prefix}attention.output.weight", param, 1, rank.tp, rank.tp_rank),)
     kind, _, matrix = suffix.partition(".")
@@ -229,18 +245,23 @@ def _split(name: str, param: Tensor, dim: int, parts: int, part: int) -> Piece:
 
 
 def _qkv(prefix: str, param: Tensor, rank: _Rank) -> tuple[Piece, ...]:
-    """[N_l * 3 * D, H]: Megatron-Core interleaves q, k and v head by head."""
-    heads, dim, hidden = rank.heads // rank.tp, rank.head_dim, rank.hidden
+    """[G_l * (N / G + 2) * D, H]: for each key head its queries' rows, then its own, then v's."""
+    groups, dim, hidden = rank.groups // rank.tp, rank.head_dim, rank.hidden
+    queries = rank.heads // rank.groups * dim
+    starts = {"query": (0, queries), "key": (queries, dim), "value": (queries + dim, dim)}
+    total = queries + 2 * dim
     return tuple(
         Piece(
             name=f"{prefix}{name}.weight",
-            logical_shape=(rank.heads * dim, hidden),
-            view_shape=(rank.heads, dim, hidden),
-            offsets=(rank.tp_rank * heads, 0, 0),
-            sizes=(heads, dim, hidden),
-            select=lambda t, i=i: t.view(heads, 3, dim, hidden)[:, i],  # type: ignore[misc]
+            logical_shape=(rank.groups * rows, hidden),
+            view_shape=(rank.groups, rows, hidden),
+            offsets=(rank.tp_rank * groups, 0, 0),
+            sizes=(groups, rows, hidden),
+            select=lambda t, start=start, rows=rows: (  # type: ignore[misc]
+                t.view(groups, total, hidden)[:, start : start + rows]
+            ),
         )
-        for i, name in enumerate(("query", "key", "value"))
+        for name, (start, rows) in starts.items()
     )
 
 

@@ -26,6 +26,15 @@ PAPER = replace(
     untie_embeddings_and_output_weights=False,
     softmax_scale=None,
 )
+GROUPED = replace(
+    RELEASED,
+    num_attention_heads=6,
+    group_query_attention=True,
+    num_query_groups=3,
+    qk_layernorm=True,
+    qk_layernorm_scope="projection",
+    softmax_scale=None,
+)
 MOE = MoEConfig(
     num_experts=5,
     moe_layer_freq="[0,1,1]",
@@ -36,6 +45,9 @@ VOCAB = 30
 VARIANTS = {
     "released": (RELEASED, MOE),
     "paper": (PAPER, replace(MOE, moe_shared_expert_placement="parallel")),
+    "multi-query": (replace(RELEASED, group_query_attention=True), MOE),
+    "grouped, norm of heads": (replace(GROUPED, qk_layernorm_scope="head"), MOE),
+    "grouped, norm of projections": (GROUPED, MOE),
 }
 
 
@@ -147,6 +159,11 @@ def test_what_a_cache_cannot_do_is_refused() -> None:
     model.moe = replace(MOE, moe_eval_capacity_factor=2.0)
     with pytest.raises(UsageError, match=r"--moe-eval-capacity-factor must be None .*got 2\.0"):
         model.hidden_states_with_cache(_tokens(2, 3), cache)
+
+
+def test_the_cache_has_the_heads_of_keys() -> None:
+    cache = _model("grouped, norm of projections").new_cache(2, slots=16)
+    assert {tensor.shape for tensor in (*cache.keys, *cache.values)} == {(2, 3, 16, 6)}
 
 
 def test_memory_is_taken_once() -> None:

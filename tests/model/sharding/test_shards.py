@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_moe.model.logical import initial_tensors, logical_parameters
-from tests.parity.cases import LAYOUTS, SLOW_LAYOUTS, VOCAB, Layout, run_config
+from tests.parity.cases import GROUPED, LAYOUTS, SLOW_LAYOUTS, VOCAB, Layout, run_config
 from tests.parity.compare import Block, assemble, assert_same
 from tests.support.pool import Pool
 
@@ -25,13 +25,19 @@ def test_initial_weights_do_not_depend_on_the_layout(pool: Pool) -> None:
     _check(pool, LAYOUTS)
 
 
+def test_nor_do_those_of_grouped_heads(pool: Pool) -> None:
+    _check(pool, [layout for layout in LAYOUTS if layout.name in ("1", "TP2", "PP2")], GROUPED)
+
+
 @pytest.mark.slow
 def test_initial_weights_of_eight_ranks(pool: Pool) -> None:
     _check(pool, SLOW_LAYOUTS)
 
 
-def _check(pool: Pool, layouts: list[Layout]) -> None:
-    for variant in ("released", "paper-port"):
+def _check(
+    pool: Pool, layouts: list[Layout], variants: tuple[str, ...] = ("released", "paper-port")
+) -> None:
+    for variant in variants:
         config = run_config(variant, {})
         table = logical_parameters(config.model, config.moe, VOCAB)
         expected = dict(initial_tensors(table, config.train.seed))

@@ -132,8 +132,13 @@ def test_layouts_of_eight_ranks(name, pool):
 
 @pytest.mark.parametrize(
     ("name", "variant", "bf16"),
-    [("TP2xETP2", "released", True), ("PP2", "paper-port", False)],
-    ids=["masters of bf16", "tied and swiglu"],
+    [
+        ("TP2xETP2", "released", True),
+        ("PP2", "paper-port", False),
+        ("TP2", "grouped-head-norm", False),
+        ("TP2", "grouped-projection-norm", False),
+    ],
+    ids=["masters of bf16", "tied and swiglu", "grouped heads", "grouped, norm of all heads"],
 )
 def test_other_models(name, variant, bf16, pool):
     world, flags = _FLAGS[name]

@@ -27,6 +27,7 @@ _EP2 = ["--expert-model-parallel-size", "2"]
 _SHARDED = ["--use-distributed-optimizer"]
 _OVERLAPPED = [*_SHARDED, "--overlap-grad-reduce", "--overlap-param-gather"]
 _ADAFACTOR = ["--optimizer", "adafactor", "--adafactor-min-dim", "20"]
+_GROUPED = ["--group-query-attention", "--num-query-groups", "2", "--qk-layernorm"]
 PATTERNS = ["layers.0.*", "*.attention.key.weight", "*.experts.gate", "embedding.*", "*norm*"]
 """Whole parameters, and parts of fused ones."""
 CASES = {
@@ -35,6 +36,7 @@ CASES = {
     "Adam overlapped": (2, _OVERLAPPED),
     "Adafactor on TP2, bf16": (2, [*_TP2, *_ADAFACTOR, "--bf16"]),
     "SGD on EP2": (2, [*_EP2, "--optimizer", "sgd"]),
+    "Adam on TP2, grouped": (2, [*_TP2, *_SHARDED, *_GROUPED]),
 }
 
 
