@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_moe.config import RunConfig
 from megatron_moe.convert.hf import ExpertLayout, hf_tensors, read_hf, write_hf
 from megatron_moe.convert.hf_config import to_hf
-from megatron_moe.convert.llama import is_llama, read_llama
+from megatron_moe.convert.llama import architecture_of, read_architecture
 from megatron_moe.convert.model import LazyTensor, LogicalModel, check_tensors
 from megatron_moe.convert.native import read_native, write_native
 from megatron_moe.convert.t5x import check_expressible, read_t5x, t5x_name, write_t5x
@@ -62,7 +62,8 @@ def read(
     if format_name == "native":
         model = read_native(path, step)
     elif format_name == "hf":
-        model = read_llama(path) if is_llama(path) else read_hf(path)
+        architecture = architecture_of(path)
+        model = read_hf(path) if architecture is None else read_architecture(path, architecture)
     elif config is None:
         reason = "t5x checkpoints do not record the model's sizes"
         raise UsageError("--preset", None, "given, or --config", reason)

@@ -17,6 +17,7 @@ import torch
 
 from megatron_moe.checkpoint.disk import read_json, write_json
 from megatron_moe.checkpoint.tensor_files import FORMAT_METADATA, write_tensors
+from megatron_moe.config import RunConfig
 from megatron_moe.convert.hf_config import from_hf, to_hf
 from megatron_moe.convert.hf_files import CONFIG, check_no_extra, open_files, tokenizer_files
 from megatron_moe.convert.model import LazyTensor, LogicalModel, row_of, stacked
@@ -38,6 +39,8 @@ _LAYER = {
     "attention.query.weight": "self_attn.q_proj.weight",
     "attention.key.weight": "self_attn.k_proj.weight",
     "attention.value.weight": "self_attn.v_proj.weight",
+    "attention.query_norm.weight": "self_attn.q_norm.weight",
+    "attention.key_norm.weight": "self_attn.k_norm.weight",
     "attention.output.weight": "self_attn.o_proj.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
     "ffn.gate.weight": "mlp.gate_proj.weight",
@@ -95,6 +98,29 @@ def read_hf(directory: Path) -> LogicalModel:
     source = directory / CONFIG
     config, vocab_size = from_hf(read_json(source), str(source))
     found = open_files(directory)
+    return LogicalModel(
+        source=str(directory),
+        config=config,
+        vocab_size=vocab_size,
+        tensors=read_tensors(directory, found, config, vocab_size),
+        tokenizer_files=tokenizer_files(directory),
+    )
+
+
+def read_tensors(
+    directory: Path, found: dict[str, LazyTensor], config: RunConfig, vocab_size: int
+) -> dict[str, LazyTensor]:
+    """The tensors of a model by logical name.
+
+    Args:
+        directory: for messages.
+        found: the tensors of its files, by their Hugging Face names.
+        config: of the model.
+        vocab_size: V.
+
+    Raises:
+        Corrupt: a tensor is missing, unexpected or of another shape.
+    """
     layout = layout_of(set(found))
     tensors: dict[str, LazyTensor] = {}
     used: set[str] = set()
@@ -112,13 +138,7 @@ def read_hf(directory: Path) -> LogicalModel:
             shapes = list(tensors[name].shape), str(list(parameter.shape))
             raise Corrupt(f"shape of {names[0]} in {directory}", *shapes)
     check_no_extra(directory, set(found) - used)
-    return LogicalModel(
-        source=str(directory),
-        config=config,
-        vocab_size=vocab_size,
-        tensors=tensors,
-        tokenizer_files=tokenizer_files(directory),
-    )
+    return tensors
 
 
 def _names(name: str, layout: ExpertLayout, experts: int) -> list[str]:

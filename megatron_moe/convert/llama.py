@@ -1,24 +1,26 @@
-"""Hugging Face checkpoints of Llama, read as a dense model: a source for upcycling.
+"""Hugging Face checkpoints of Llama and OLMoE, whose networks are special cases of this one.
 
 Llama has the same block with three-matrix FFNs, attention scaled by 1/sqrt(d) and half-split rotary
-embeddings. One difference is resolved while reading: a tied output matrix is copied, which leaves
-the logits as they are.
+embeddings: a dense model here, and a source for upcycling. OLMoE (Muennighoff et al., arXiv
+2409.02060) has Llama's attention with norms over the whole projections of queries and keys, and in
+every layer experts without a shared one, whose probabilities are not normalised and never drop.
+One difference is resolved while reading: a tied output matrix is copied, which leaves the logits as
+they are. Source of the fields: the classes of `transformers`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_moe.checkpoint.disk import read_json
-from megatron_moe.config import ModelConfig, RunConfig
-from megatron_moe.convert.hf import hf_name
+from megatron_moe.config import ModelConfig, MoEConfig, RunConfig
+from megatron_moe.convert.hf import read_tensors
 from megatron_moe.convert.hf_files import (
     CONFIG,
     SIZE,
-    check_no_extra,
     number,
     open_files,
     query_groups,
@@ -26,64 +28,81 @@ from megatron_moe.convert.hf_files import (
     whole_number,
 )
 from megatron_moe.convert.model import LogicalModel
-from megatron_moe.errors import CheckpointError, Corrupt
-from megatron_moe.model.logical import logical_parameters
+from megatron_moe.errors import CheckpointError
 
-_ARCHITECTURE = "LlamaForCausalLM"
-_ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
-"""Required values of these fields, where present."""
 _IGNORED = "rotary_emb.inv_freq"
 """A constant that older files contain for every layer."""
 
 
-def is_llama(directory: Path) -> bool:
-    """Whether `config.json` of a checkpoint directory names Llama's architecture.
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture of `transformers`.
+
+    Args:
+        only: required values of these fields, where present.
+        experts: the MoE part and the changes of the dense part, from `config.json` and its path.
+    """
+
+    only: Mapping[str, Any]
+    experts: Callable[[dict[str, Any], ModelConfig, str], tuple[ModelConfig, MoEConfig]]
+
+
+def architecture_of(directory: Path) -> str | None:
+    """The key in `ARCHITECTURES` that `config.json` of a directory names, if any.
 
     Raises:
         CheckpointError: the file is missing or damaged.
     """
-    return read_json(directory / CONFIG).get("architectures") == [_ARCHITECTURE]
+    named = read_json(directory / CONFIG).get("architectures")
+    known = isinstance(named, list) and len(named) == 1 and named[0] in ARCHITECTURES
+    return named[0] if known else None
 
 
-def read_llama(directory: Path) -> LogicalModel:
+def read_architecture(directory: Path, name: str) -> LogicalModel:
     """Read a checkpoint directory with `config.json` and weights.
+
+    Args:
+        directory: the directory.
+        name: its architecture, a key in `ARCHITECTURES`.
 
     Raises:
         UsageError: a file is missing or damaged, or this project has no such model.
     """
     source = directory / CONFIG
     values = read_json(source)
-    config = _configuration(values, str(source))
+    config = configuration(values, ARCHITECTURES[name], str(source))
     found = {n: t for n, t in open_files(directory).items() if not n.endswith(_IGNORED)}
     vocab_size = whole_number(values, "vocab_size", str(source), most=SIZE)
     if values.get("tie_word_embeddings") and "model.embed_tokens.weight" in found:
         found.setdefault("lm_head.weight", found["model.embed_tokens.weight"])
-    tensors, used = {}, set()
-    for name in logical_parameters(config.model, config.moe, vocab_size):
-        theirs = hf_name(name, "stacked")
-        if theirs not in found:
-            expected = "a checkpoint with all tensors of the model"
-            raise Corrupt(str(directory), f"one without {theirs}", expected)
-        used.add(theirs)
-        tensors[name] = found[theirs]
-    check_no_extra(directory, found.keys() - used)
     return LogicalModel(
         source=str(directory),
         config=config,
         vocab_size=vocab_size,
-        tensors=tensors,
+        tensors=read_tensors(directory, found, config, vocab_size),
         tokenizer_files=tokenizer_files(directory),
     )
 
 
-def _configuration(values: dict[str, Any], source: str) -> RunConfig:
-    for key, only in _ONLY.items():
+def configuration(values: dict[str, Any], architecture: Architecture, source: str) -> RunConfig:
+    """The configuration that a `config.json` gives.
+
+    Args:
+        values: contents of ``source``.
+        architecture: the architecture that it names.
+        source: the file, for messages.
+
+    Raises:
+        UsageError: a field is missing, or has a value that this project does not implement.
+    """
+    for key, only in architecture.only.items():
         if values.get(key, only) != only:
-            raise CheckpointError(f"{key} in {source}", values[key], repr(only))
+            expected, reason = repr(only), "this project has no other such model"
+            raise CheckpointError(f"{key} in {source}", values[key], expected, reason)
     layers = whole_number(values, "num_hidden_layers", source)
     heads = whole_number(values, "num_attention_heads", source)
-    groups = query_groups(values, heads, source)
     hidden = whole_number(values, "hidden_size", source, most=SIZE)
+    groups = query_groups(values, heads, source)
     model = ModelConfig(
         num_layers=layers,
         hidden_size=hidden,
@@ -100,9 +119,8 @@ def _configuration(values: dict[str, Any], source: str) -> RunConfig:
         ffn_variant="swiglu",
         softmax_scale=None,
     )
-    run = RunConfig()
-    moe = replace(run.moe, moe_layer_freq=f"[0]*{model.num_layers}")
-    return replace(run, model=model, moe=moe)
+    model, moe = architecture.experts(values, model, source)
+    return replace(RunConfig(), model=model, moe=moe)
 
 
 def _rotary_base(values: dict[str, Any], source: str) -> float:
@@ -114,3 +132,47 @@ def _rotary_base(values: dict[str, Any], source: str) -> float:
     if kind != "default":
         raise CheckpointError(f"rope_type in {source}", kind, "'default'")
     return number(newer, "rope_theta", f"rope_parameters in {source}", 1e4)
+
+
+def _dense(
+    values: dict[str, Any], model: ModelConfig, source: str
+) -> tuple[ModelConfig, MoEConfig]:
+    return model, replace(MoEConfig(), moe_layer_freq=f"[0]*{model.num_layers}")
+
+
+def _olmoe(
+    values: dict[str, Any], model: ModelConfig, source: str
+) -> tuple[ModelConfig, MoEConfig]:
+    if model.kv_channels * model.num_attention_heads != model.hidden_size:
+        # The class has a query norm of hidden_size channels, whatever the heads.
+        expected = f"hidden_size / num_attention_heads ({model.hidden_size}"
+        expected += f" / {model.num_attention_heads})"
+        raise CheckpointError(f"head_dim in {source}", model.kv_channels, expected)
+    moe = MoEConfig(
+        num_experts=whole_number(values, "num_experts", source),
+        moe_layer_freq=f"[1]*{model.num_layers}",
+        moe_router_topk=whole_number(values, "num_experts_per_tok", source),
+        moe_shared_expert_intermediate_size=None,
+        moe_expert_capacity_factor=None,
+        moe_eval_capacity_factor=None,
+        moe_router_load_balancing_type="aux_loss",
+        # In the class, too, the loss is k when balanced; it is taken over the tokens of all layers
+        # together rather than over each layer's.
+        moe_aux_loss_coeff=number(values, "router_aux_loss_coef", source, 0.01),
+    )
+    return replace(model, qk_layernorm=True, qk_layernorm_scope="projection"), moe
+
+
+_LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
+_OLMOE = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "clip_qkv": None,
+    "norm_topk_prob": False,
+    "rope_scaling": None,
+}
+ARCHITECTURES = {
+    "LlamaForCausalLM": Architecture(_LLAMA, _dense),
+    "OlmoeForCausalLM": Architecture(_OLMOE, _olmoe),
+}
+"""By their name in `config.json`."""

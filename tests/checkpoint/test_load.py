@@ -55,7 +55,8 @@ def saved(pool, tmp_path_factory):
 
 def test_all_differences_are_listed_at_once_on_every_rank(pool, saved):
     sections = [
-        ("model", {"hidden_size": 40, "rotary_base": 500.0}),
+        ("model", {"hidden_size": 40, "rotary_base": 500.0, "qk_layernorm": True}),
+        ("model", {"group_query_attention": True, "num_query_groups": 2}),
         ("moe", {"num_experts": 8, "moe_router_topk": 3, "moe_ffn_hidden_size": 24}),
         ("data", {"seq_length": 8}),
         ("optimizer", {"optimizer": "sgd"}),
@@ -68,6 +69,9 @@ def test_all_differences_are_listed_at_once_on_every_rank(pool, saved):
     for line in (
         "--hidden-size: 32 in the checkpoint, 40 in this run",
         f"--rotary-base: {ONE.config().model.rotary_base} in the checkpoint, 500.0 in this run",
+        "--num-query-groups: 4 in the checkpoint, 2 in this run",
+        "--qk-layernorm: False in the checkpoint, True in this run",
+        "layers.0.attention.query_norm.weight: missing in the checkpoint, F32 [12] in this run",
         "--num-experts: 4 in the checkpoint, 8 in this run",
         "--moe-router-topk: 2 in the checkpoint, 3 in this run",
         "--moe-ffn-hidden-size: 20 in the checkpoint, 24 in this run",

@@ -250,7 +250,7 @@ OMITTED: dict[str, Any] = {
     "moe_token_dispatcher_type": "no file",
     "moe_loss_convention": "no convention",
 }
-"""Fields that files leave out at their defaults, with another value of each; "no ..." is invalid."""
+"""Fields that files leave out at their defaults, with another value; "no ..." is invalid."""
 
 
 def test_files_omit_only_these_fields_and_only_at_their_defaults() -> None:

@@ -141,7 +141,7 @@ def test_the_newer_place_of_the_rotary_base(tmp_path: Path) -> None:
         ({"hidden_size": None}, r"hidden_size .* must be an integer from 1 .* \(got None\)"),
         ({"num_hidden_layers": 4}, "without model.layers.3.input_layernorm.weight"),
         ({"num_hidden_layers": 2}, "the model alone .*also has model.layers.2"),
-        ({"intermediate_size": 41}, "3 of|tensors of"),
+        ({"intermediate_size": 41}, r"shape of model.layers.0.mlp.gate_proj.* must be \[41, 32\]"),
     ],
 )
 def test_what_ours_cannot_be_is_refused(tmp_path: Path, change: dict[str, Any], said: str) -> None:

@@ -116,6 +116,12 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
         "1, 2, 3, 4, 6, 12 (got 8)",
     ),
     (
+        {TP: 4, SP: True, "group_query_attention": True, "num_query_groups": 6},
+        4,
+        "--tensor-model-parallel-size must be a divisor of --num-query-groups (6): 1, 2, 3, 6"
+        " (got 4)",
+    ),
+    (
         {TP: 4, SP: True, "ffn_hidden_size": 98},
         4,
         "--tensor-model-parallel-size must be a divisor of --ffn-hidden-size (98): "

@@ -1,0 +1,175 @@
+"""OLMoE gives the logits, the routing and the loss of `transformers`' own class, here and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from megatron_moe.convert.formats import read
+from megatron_moe.convert.model import LogicalModel
+from megatron_moe.convert.upcycle import Upcycling, upcycle
+from megatron_moe.errors import UsageError
+from megatron_moe.model.reference import ReferenceOpenMoE
+from tools.convert_checkpoint import main
+
+VOCAB = 60
+TOKENS = torch.randint(VOCAB, (2, 21), generator=torch.Generator().manual_seed(2))
+
+
+def olmoe(directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A random one, saved by its own class; returned in fp32 as it comes back from there."""
+    settings: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 300.0},
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "initializer_range": 0.3,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
+    torch.manual_seed(1)
+    made = transformers.OlmoeForCausalLM(transformers.OlmoeConfig(**{**settings, **changes}))
+    with torch.no_grad():
+        for name, value in made.named_parameters():
+            if "norm" in name:
+                value.add_(0.3 * torch.randn_like(value))
+    made.to(dtype).save_pretrained(directory)
+    return transformers.OlmoeForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
+def loaded(model: LogicalModel) -> ReferenceOpenMoE:
+    reference = ReferenceOpenMoE(model.config.model, model.config.moe, VOCAB, seed=None)
+    reference.load_logical((name, tensor.whole().float()) for name, tensor in model.tensors.items())
+    return reference.eval()
+
+
+@torch.no_grad()
+def same(model: LogicalModel, module: Any) -> None:
+    """Logits, mean loss, and the experts of every token in every layer."""
+    theirs = module(TOKENS, labels=TOKENS, output_router_logits=True)
+    for training in (False, True):  # nothing drops in either
+        ours = loaded(model)(TOKENS[:, :-1], TOKENS[:, 1:], training_capacity=training)
+        torch.testing.assert_close(ours.logits, theirs.logits[:, :-1], rtol=1e-4, atol=2e-5)
+        assert ours.cross_entropy_BS is not None
+        loss = torch.nn.functional.cross_entropy(
+            theirs.logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()
+        )
+        torch.testing.assert_close(ours.cross_entropy_BS.mean(), loss, rtol=1e-4, atol=2e-5)
+        for routing, logits in zip(ours.routing, theirs.router_logits, strict=True):
+            top = logits.view(2, -1, 8)[:, :-1].flatten(0, 1).softmax(-1).topk(3)
+            assert torch.equal(routing.ids_TK, top.indices)
+            torch.testing.assert_close(routing.probs_TK, top.values, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"num_key_value_heads": 2},
+        {"num_key_value_heads": 1, "tie_word_embeddings": True},
+    ],
+    ids=["as many key heads", "2 key heads", "1 key head, tied"],
+)
+def test_logits_loss_and_routing_are_the_class_s(tmp_path: Path, change: dict[str, Any]) -> None:
+    module = olmoe(tmp_path / "olmoe", **change)
+    model = read("hf", tmp_path / "olmoe")
+    same(model, module)
+    scales = model.tensors["layers.1.attention.query_norm.weight"]
+    assert scales.shape == (32,)
+    # As published: one matrix for each expert.
+    names = load_file(tmp_path / "olmoe/model.safetensors")
+    assert "model.layers.2.mlp.experts.7.down_proj.weight" in names
+
+
+def test_generation_with_a_cache_is_the_class_s(tmp_path: Path) -> None:
+    module = olmoe(tmp_path / "olmoe", num_key_value_heads=2)
+    expected = module.generate(TOKENS[:, :5], max_new_tokens=8, do_sample=False, eos_token_id=None)
+    reference = loaded(read("hf", tmp_path / "olmoe"))
+    cache, new, ids = reference.new_cache(2), TOKENS[:, :5], TOKENS[:, :5]
+    with torch.no_grad():
+        for _ in range(8):
+            x, _ = reference.hidden_states_with_cache(new, cache)
+            new = reference.logits(x[:, -1:]).argmax(-1)
+            ids = torch.cat((ids, new), 1)
+    assert torch.equal(ids, expected)
+
+
+def test_the_settings_of_the_published_file(tmp_path: Path) -> None:
+    """`config.json` of OLMoE-1B-7B-0924, whose sizes give the 6.92 billion of its paper."""
+    from megatron_moe.convert.llama import ARCHITECTURES, configuration
+    from megatron_moe.model.counting import count_parameters
+
+    config = configuration(PUBLISHED, ARCHITECTURES["OlmoeForCausalLM"], "config.json")
+    counts = count_parameters(config.model, config.moe, PUBLISHED["vocab_size"])
+    assert round(counts.total / 1e9, 2) == 6.92
+    assert round(counts.activated / 1e9, 2) == 1.28
+    assert (config.model.norm_epsilon, config.model.rotary_base) == (1e-5, 1e4)
+    assert config.moe.moe_expert_capacity_factor is None
+    assert config.moe.moe_eval_capacity_factor is None
+
+
+PUBLISHED: dict[str, Any] = {
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "intermediate_size": 1024,
+    "max_position_embeddings": 4096,
+    "norm_topk_prob": False,
+    "clip_qkv": None,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 16,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "router_aux_loss_coef": 0.01,
+    "tie_word_embeddings": False,
+    "vocab_size": 50304,
+}
+
+
+def test_by_the_command_line_and_through_training_s_format(tmp_path: Path) -> None:
+    module = olmoe(tmp_path / "olmoe", torch.bfloat16)
+    flags = ["--from", "hf", "--load", str(tmp_path / "olmoe"), "--to", "native"]
+    assert main([*flags, "--save", str(tmp_path / "native"), "--verify-logits"]) == 0
+    same(read("native", tmp_path / "native"), module)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"norm_topk_prob": True}, r"norm_topk_prob in .* must be False \(got True\)"),
+        ({"clip_qkv": 8.0}, r"clip_qkv in .* must be None \(got 8.0\)"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"head_dim": 16}, r"head_dim in .* must be hidden_size .* \(got 16\)"),
+        ({"num_key_value_heads": 3}, r"num_key_value_heads .* divisor of .* \(got 3\)"),
+        ({"num_experts": 9}, r"without model.layers.0.mlp.experts.8.gate_proj.weight"),
+        ({"num_experts_per_tok": 9}, "--moe-router-topk"),
+        ({"num_experts": "8"}, "num_experts .* must be an integer"),
+    ],
+)
+def test_what_ours_cannot_be_is_rejected(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    olmoe(tmp_path / "olmoe")
+    path = tmp_path / "olmoe/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UsageError, match=said):
+        read("hf", tmp_path / "olmoe")
+
+
+def test_it_is_not_upcycled(tmp_path: Path) -> None:
+    olmoe(tmp_path / "olmoe")
+    how = Upcycling(mode="shared", num_experts=4, topk=2, layer_freq="[0,1,1]")
+    with pytest.raises(UsageError, match=r"MoE layers of .* must be none for --upcycle"):
+        upcycle(read("hf", tmp_path / "olmoe"), how)
