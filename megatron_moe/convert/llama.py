@@ -54,8 +54,7 @@ def architecture_of(directory: Path) -> str | None:
         CheckpointError: the file is missing or damaged.
     """
     named = read_json(directory / CONFIG).get("architectures")
-    known = isinstance(named, list) and len(named) == 1 and named[0] in ARCHITECTURES
-    return named[0] if known else None
+    return next((name for name in ARCHITECTURES if named == [name]), None)
 
 
 def read_architecture(directory: Path, name: str) -> LogicalModel:
