@@ -28,17 +28,19 @@ def execute(command: Command) -> None:
     """Describe or train, as the command line requests, once the configuration is valid."""
     validate(command.config)
     if command.describe is None:
-        pretrain(command.config)
+        pretrain(command.config, command.notes)
     else:
         from megatron_moe.planning.describe import describe
 
         text = describe(command.config, command.describe, command.world_size)
+        # Not on standard output, where programs read the description.
+        print(*command.notes, sep="\n", end="\n" if command.notes else "", file=sys.stderr)
         with ended_reader_is_fine():
             print(text, flush=True)
 
 
-def pretrain(config: RunConfig) -> None:
-    """Train on the ranks that the launcher started."""
+def pretrain(config: RunConfig, notes: Sequence[str] = ()) -> None:
+    """Train on the ranks that the launcher started; ``notes`` are lines for the log."""
     from megatron_moe.platform import activate
 
     # First: on a CPU, importing Megatron-Core takes half as long once it is patched.
@@ -79,7 +81,7 @@ def pretrain(config: RunConfig) -> None:
     iteration = resume.state.iteration
     reporter = build_reporter(config.logging, schedule.iterations, ctx.rank, iteration)
     reporter.start(run, schedule, dataloaders.current, resume.state)
-    for line in [*warnings, *resume_lines(schedule, resume)]:
+    for line in [*notes, *warnings, *resume_lines(schedule, resume)]:
         reporter.log(line)
     load_run(run, dataloaders.current, schedule, resume)
     checkpoints = CheckpointManager(config, ctx, reporter.log)

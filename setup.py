@@ -96,7 +96,11 @@ setup(
     package_dir={"megatron_moe_tools": "tools"},
     package_data={
         "fused_kernels": ["native/src/*"],
-        "megatron_moe": ["data/objectives/denoisers/*.toml", "data/mixtures/*.toml"],
+        "megatron_moe": [
+            "config/megatron_flags.toml",
+            "data/objectives/denoisers/*.toml",
+            "data/mixtures/*.toml",
+        ],
     },
     py_modules=["pretrain_openmoe"],
     install_requires=REQUIREMENTS,

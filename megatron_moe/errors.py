@@ -7,7 +7,7 @@ a defect of the program, and keeps its traceback.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,32 @@ class UsageError(Exception):
         self.fix = fix
         line = f"{what} must be {expected} (got {found!r})"
         super().__init__(f"{line}; {fix}" if fix else line)
+
+
+class UsageErrors(UsageError):
+    """Several errors of one command line: a first line with their number, then one line each.
+
+    Args:
+        errors: at least two.
+    """
+
+    def __init__(self, errors: Sequence[UsageError]) -> None:
+        self.errors = tuple(errors)
+        first = self.errors[0]
+        super().__init__(first.what, first.found, first.expected, first.fix)
+        self.args = ("\n  ".join([f"{len(errors)} errors:", *map(str, errors)]),)
+
+
+def raise_errors(errors: Sequence[UsageError]) -> None:
+    """Raise what was found: nothing, the error, or all of them as one.
+
+    Raises:
+        UsageError: there are any.
+    """
+    if len(errors) > 1:
+        raise UsageErrors(errors)
+    if errors:
+        raise errors[0]
 
 
 @contextmanager

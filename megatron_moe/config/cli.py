@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import difflib
 import functools
 import io
 import os
@@ -20,14 +19,15 @@ import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from megatron_moe.config.fields import ConfigField, fields_of
+from megatron_moe.config.fields import ConfigField, expected_of, fields_of
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.config.run import RunConfig, all_fields
-from megatron_moe.errors import UsageError, exit_on_usage_error
+from megatron_moe.config.words import HELP, Translation, split, translate
+from megatron_moe.errors import UsageError, exit_on_usage_error, raise_errors
 
 DescribeFormat = Literal["text", "json"]
 
@@ -57,6 +57,8 @@ class Command:
     describe: DescribeFormat | None = None
     world_size: int | None = None
     """As given; `None` without the flag."""
+    notes: tuple[str, ...] = ()
+    """Lines for the log: what the flags of Megatron-LM mean here."""
 
 
 def parse_args(
@@ -70,16 +72,17 @@ def parse_args(
         examples: printed before the help, which is long.
 
     Raises:
-        UsageError: an unknown flag (names the closest one), a value of another type, an unknown
-            preset. Ranges and rules between flags are checked by `validate`.
+        UsageError: an unknown preset; or all unknown flags, flags of Megatron-LM that have no
+            meaning here and values of another type, together. Ranges and rules between flags are
+            checked by `validate`.
         SystemExit: `-h` or `--help`, after printing it, with code 0.
     """
     args = _complete_describe(list(sys.argv[1:] if argv is None else argv))
-    if examples and {"-h", "--help"} & set(args):
+    if examples and set(HELP) & set(args):
         print(examples)
-    options, unknown = _parse(args, _defaults(args), prog)
-    if unknown:
-        _reject_unknown(unknown)
+    translation = translate(split(args), all_flags())
+    options, errors = _parse_all(translation.words, _defaults(args), prog)
+    raise_errors([*translation.errors, *errors])
     if options.invocation.world_size is not None and options.invocation.describe is None:
         fix = "the launcher sets how many ranks a run has"
         given = options.invocation.world_size
@@ -88,6 +91,7 @@ def parse_args(
         config=_config_of(options),
         describe=options.invocation.describe,
         world_size=options.invocation.world_size,
+        notes=_notes(translation),
     )
 
 
@@ -196,6 +200,29 @@ def _defaults(args: list[str]) -> RunConfig:
     return PRESETS[found.preset] if found.preset else RunConfig()
 
 
+def _parse_all(
+    words: Sequence[str], defaults: RunConfig, prog: str
+) -> tuple[Any, list[UsageError]]:
+    """The options of all flags whose values fit, and an error for each of the others."""
+    errors: list[UsageError] = []
+    groups = split(words)
+    while True:
+        try:
+            options, unknown = _parse([word for g in groups for word in g.words], defaults, prog)
+        except UsageError as error:
+            errors.append(error)
+            known = _field_of(error.what)
+            rest = [group for group in groups if known is None or group.flag not in known.flags]
+            if known is None or len(rest) == len(groups):
+                return None, errors
+            groups = rest
+            continue
+        if unknown:
+            fix = "see --help"
+            errors.append(UsageError("argument", unknown[0], "preceded by a flag", fix))
+        return options, errors
+
+
 def _parse(args: list[str], defaults: RunConfig, prog: str) -> tuple[Any, list[str]]:
     """Let tyro parse, and turn its boxed errors into a `UsageError`."""
     kind = _options_type()
@@ -219,7 +246,7 @@ def _parse(args: list[str], defaults: RunConfig, prog: str) -> tuple[Any, list[s
     except SystemExit as exit_:
         if exit_.code in (0, None):
             raise
-        _reject_value(errors.getvalue(), args)
+    raise _bad_value(errors.getvalue(), args)
 
 
 @contextlib.contextmanager
@@ -228,7 +255,7 @@ def _wide_terminal(args: list[str]) -> typing.Iterator[None]:
 
     Help keeps the width of the terminal.
     """
-    if {"-h", "--help"} & set(args):
+    if set(HELP) & set(args):
         yield
         return
     before = os.environ.get("COLUMNS")
@@ -242,16 +269,16 @@ def _wide_terminal(args: list[str]) -> typing.Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-def _reject_value(boxed: str, args: list[str]) -> NoReturn:
+def _bad_value(boxed: str, args: list[str]) -> UsageError:
     """Name in one line the flag and its bad value."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", boxed)
     match = re.search(r"--[a-z][a-z0-9-]*", text)
     flag = match.group() if match else "the command line"
     known = _field_of(flag)
     if known is None:
-        raise UsageError(flag, " ".join(args), "arguments as in --help")
-    found = " ".join(_values_after(known.flags, args))
-    raise UsageError(known.flag, found, expected_of(known.type))
+        return UsageError(flag, " ".join(args), "arguments as in --help")
+    given = [group for group in split(args) if group.flag in known.flags]
+    return UsageError(known.flag, " ".join(given[-1].values), expected_of(known.type))
 
 
 def _field_of(flag: str) -> ConfigField | None:
@@ -260,46 +287,9 @@ def _field_of(flag: str) -> ConfigField | None:
     return next((known for known in fields if flag in known.flags), None)
 
 
-def _values_after(flags: Sequence[str], args: list[str]) -> list[str]:
-    """The words after the last of the flags, up to the next flag."""
-    values: list[str] = []
-    for index, arg in enumerate(args):
-        name, _, value = arg.partition("=")
-        if name.replace("_", "-") in flags:
-            values = [value] if value else []
-            for following in args[index + 1 :]:
-                if following.startswith("--"):
-                    break
-                values.append(following)
-    return values
-
-
-def expected_of(hint: Any) -> str:
-    """A type in words: `an integer`, `one of adam, sgd`."""
-    if hint in _WORDS:
-        return _WORDS[hint]
-    arguments = typing.get_args(hint)
-    if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, arguments))}"
-    if typing.get_origin(hint) is tuple:
-        return f"values, each {expected_of(arguments[0])}"
-    return " or ".join(expected_of(argument) for argument in arguments)
-
-
-_WORDS: dict[Any, str] = {
-    int: "an integer",
-    float: "a number",
-    str: "a text",
-    bool: "no value (--flag or --no-flag)",
-    type(None): "None",
-}
-
-
-def _reject_unknown(unknown: list[str]) -> NoReturn:
-    """Name the flag that the user probably meant."""
-    first = next((arg for arg in unknown if arg.startswith("-")), unknown[0])
-    if not first.startswith("-"):
-        raise UsageError("argument", first, "preceded by a flag", "see --help")
-    name = first.partition("=")[0].replace("_", "-")
-    close = difflib.get_close_matches(name, all_flags(), n=1, cutoff=0.0)
-    raise UsageError("flag", name, f"a known flag, the closest is {close[0]}", "see --help")
+def _notes(translation: Translation) -> tuple[str, ...]:
+    """One line on the flags of Megatron-LM that were accepted: what runs instead."""
+    if not translation.accepted:
+        return ()
+    parts = [f"{', '.join(flags)} ({here})" for here, flags in translation.accepted.items()]
+    return (f" flags of Megatron-LM, and what runs here: {'; '.join(parts)}",)

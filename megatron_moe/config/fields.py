@@ -16,7 +16,7 @@ import functools
 import math
 import typing
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from megatron_moe.errors import UsageError
 
@@ -149,3 +149,24 @@ def _field(name: str, plain: Any, annotated: Any) -> ConfigField:
 
 def _flag_named(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def expected_of(hint: Any) -> str:
+    """A type in the words of a command line: `an integer`, `one of adam, sgd`."""
+    if hint in _WORDS:
+        return _WORDS[hint]
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if typing.get_origin(hint) is tuple:
+        return f"values, each {expected_of(arguments[0])}"
+    return " or ".join(expected_of(argument) for argument in arguments)
+
+
+_WORDS: dict[Any, str] = {
+    int: "an integer",
+    float: "a number",
+    str: "a text",
+    bool: "no value (--flag or --no-flag)",
+    type(None): "None",
+}

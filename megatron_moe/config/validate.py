@@ -131,6 +131,10 @@ def _check_routing(moe: MoEConfig) -> None:
     if moe.moe_capacity_rule == "megatron" and least != default:
         expected = "unset with --moe-capacity-rule megatron, which has no minimum"
         raise UsageError("--moe-min-capacity", least, expected)
+    if moe.moe_router_type == "topk_softmax" and moe.moe_router_topk == 1:
+        expected = ">= 2 with --moe-router-type topk_softmax"
+        fix = "the weight of a single choice would always be 1; use softmax"
+        raise UsageError("--moe-router-topk", 1, expected, fix)
 
 
 def _check_objective(config: RunConfig) -> None:

@@ -124,7 +124,13 @@ def words_of(name: str, value: float) -> list[str]:
     return [str(value)]
 
 
-@pytest.mark.parametrize(("name", "value", "valid"), CASES)
+MEGATRONS = {("exit_interval", 0)}
+"""Values that the command line takes out: Megatron-LM's scripts use them for no value."""
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "valid"), [case for case in CASES if case[:2] not in MEGATRONS]
+)
 def test_bounds_hold_on_the_command_line(name: str, value: float, valid: bool) -> None:
     argv = [flag_of(name), *words_of(name, value)]
     check_case(parse_args(argv).config, name, valid)

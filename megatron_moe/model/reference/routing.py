@@ -1,7 +1,8 @@
 """Routing: which experts a token chooses, and which of its choices find a slot.
 
     z = x W_r,  p = softmax(z)              over all E experts, fp32
-    choices = the K largest p, best first   combine weight = p, not renormalised
+    choices = the K largest p, best first   combine weight = p, not renormalised (`softmax`),
+                                            or p / sum of the K (`topk_softmax`, Megatron-LM)
     kept    = choice is among the first C of its expert in its group's queue (`kept_choices`)
 
 The routing half of the reference model, written from the definition and independent of
@@ -36,7 +37,7 @@ class Routing:
     ids_TK: Tensor
     """Chosen experts, best first; equal probabilities in the order of the experts."""
     probs_TK: Tensor
-    """Probability of each choice, which is also its combine weight (not renormalised)."""
+    """Combine weight of each choice: its probability; with `topk_softmax` divided by their sum."""
     kept_TK: Tensor
     """Whether the choice found a slot."""
     counts_E: Tensor
@@ -51,7 +52,7 @@ class Routing:
 def route(
     logits_TE: Tensor, rows: int, moe: MoEConfig, layer: int, *, training_capacity: bool
 ) -> Routing:
-    """Route the tokens of a micro-batch: softmax, top-k without renormalisation, capacity.
+    """Route the tokens of a micro-batch: softmax, top-k, capacity.
 
     Args:
         logits_TE: router logits of a micro-batch of `rows` rows of equal length.
@@ -64,8 +65,8 @@ def route(
         UsageError: a router or drop policy that only the parallel model has.
     """
     fix = "the reference model has no other"
-    if moe.moe_router_type != "softmax":
-        raise UsageError("--moe-router-type", moe.moe_router_type, "softmax", fix)
+    if moe.moe_router_type not in ("softmax", "topk_softmax"):
+        raise UsageError("--moe-router-type", moe.moe_router_type, "softmax or topk_softmax", fix)
     if moe.moe_token_drop_policy not in ("position", "probs"):
         policy = moe.moe_token_drop_policy
         raise UsageError("--moe-token-drop-policy", policy, "position or probs", fix)
@@ -75,6 +76,9 @@ def route(
     best_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
     probs_TK = best_TE.values[:, : moe.moe_router_topk]
     ids_TK = best_TE.indices[:, : moe.moe_router_topk]
+    if moe.moe_router_type == "topk_softmax":
+        # Equal to a softmax over the K chosen logits alone: the normaliser over all E cancels.
+        probs_TK = probs_TK / probs_TK.sum(dim=-1, keepdim=True)
     return Routing(
         layer=layer,
         router_probs_TE=probs_TE,
