@@ -102,10 +102,7 @@ def _entry(values: dict[str, str | list[str]]) -> Entry:
 def entries_of(flag: str) -> tuple[Entry, ...]:
     """The entries of a flag, those with its whole name first; none for an unknown flag."""
     whole = [entry for entry in entries() if flag in entry.flags]
-    if whole:
-        return tuple(whole)
-    patterns = [entry for entry in entries() if _has_pattern(entry, flag)]
-    return tuple(patterns)
+    return (*whole, *(entry for entry in entries() if _has_pattern(entry, flag)))
 
 
 def _has_pattern(entry: Entry, flag: str) -> bool:

@@ -108,8 +108,9 @@ def _entry(item: Given, flags: Mapping[str, Any]) -> Entry | None:
     """What the table says of a flag; `None` for the words of this program."""
     if item.flag in flags or item.flag in ("", *HELP):
         # Of this program's own flags, the table has the values that only Megatron-LM has.
-        found = (entry for entry in entries_of(item.flag) if entry.matches(item.values))
-        return next(found, None)
+        own = (entry for entry in entries_of(item.flag) if item.flag in entry.flags)
+        found = (entry for entry in own if entry.values is not None)
+        return next((entry for entry in found if entry.matches(item.values)), None)
     entry = entry_for(item.flag, item.values)
     if entry is None:
         raise _unknown(item.flag, flags)
