@@ -26,7 +26,14 @@ from megatron_moe.command_line import Parser
 from megatron_moe.config import RunConfig
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.console import escape_unprintable
-from megatron_moe.convert.formats import FORMATS, ConversionTarget, planned_tensors, read, write
+from megatron_moe.convert.formats import (
+    FORMATS,
+    OPENMOE,
+    ConversionTarget,
+    planned_tensors,
+    read,
+    write,
+)
 from megatron_moe.convert.inspection import (
     PROMPT,
     check_same_tensors,
@@ -34,6 +41,7 @@ from megatron_moe.convert.inspection import (
     logits_difference,
     memory_needed,
 )
+from megatron_moe.convert.llama import ARCHITECTURES
 from megatron_moe.convert.model import DTYPES, LazyTensor, LogicalModel, average, cast
 from megatron_moe.convert.upcycle import MODES, Upcycling, upcycle
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
@@ -64,6 +72,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         choices=("stacked", "unstacked"),
         default="stacked",
         help="hf: layout of the experts",
+    )
+    add(
+        "--architecture",
+        choices=(OPENMOE, *ARCHITECTURES),
+        default=OPENMOE,
+        help="hf: class of transformers to load the result",
     )
     add("--max-shard-size", type=float, default=_SHARD_GIB, help="maximal GiB of a file (5)")
     add("--tokenizer-model", type=Path, help="tokenizer file to store with the result")
@@ -126,6 +140,7 @@ def run(options: argparse.Namespace) -> None:
         format=options.target,
         path=options.save,
         layout=options.expert_layout,
+        architecture=options.architecture,
         max_shard=int(options.max_shard_size * 2**30),
     )
     tensors = planned_tensors(model, target)

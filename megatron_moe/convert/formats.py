@@ -7,18 +7,20 @@ and writes it: `native.py`, `hf.py` (and `llama.py`), `t5x.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from megatron_moe.config import RunConfig
 from megatron_moe.convert.hf import ExpertLayout, hf_tensors, read_hf, write_hf
 from megatron_moe.convert.hf_config import to_hf
-from megatron_moe.convert.llama import architecture_of, read_architecture
+from megatron_moe.convert.llama import architecture_of, read_architecture, to_architecture
 from megatron_moe.convert.model import LazyTensor, LogicalModel, check_tensors
 from megatron_moe.convert.native import read_native, write_native
 from megatron_moe.convert.t5x import check_expressible, read_t5x, t5x_name, write_t5x
 from megatron_moe.convert.writing import Progress, check_new
 from megatron_moe.errors import UsageError
 
+OPENMOE = "OpenMoeForCausalLM"
 FORMATS = ("native", "hf", "t5x")
 
 
@@ -29,13 +31,16 @@ class ConversionTarget:
     Args:
         format: one of `FORMATS`.
         path: directory to write.
-        layout: layout of the experts, for `hf`.
+        layout: layout of the experts, for OpenMoE in `hf`; other architectures have one.
+        architecture: class of `transformers` that loads the result, for `hf`: a key in
+            `llama.ARCHITECTURES`, or `OPENMOE`.
         max_shard: maximal bytes of a file.
     """
 
     format: str
     path: Path
     layout: ExpertLayout = "stacked"
+    architecture: str = OPENMOE
     max_shard: int = 5 << 30
 
 
@@ -80,6 +85,9 @@ def planned_tensors(model: LogicalModel, target: ConversionTarget) -> dict[str, 
     Raises:
         UsageError: the format is unknown or cannot represent this model, or the target exists.
     """
+    if target.format != "hf" and target.architecture != OPENMOE:
+        expected = f"absent with --to {target.format}"
+        raise UsageError("--architecture", target.architecture, expected)
     if target.format not in FORMATS:
         raise UsageError("--to", target.format, f"one of {', '.join(FORMATS)}")
     if target.format == "native":
@@ -88,8 +96,11 @@ def planned_tensors(model: LogicalModel, target: ConversionTarget) -> dict[str, 
     if target.format == "t5x":
         check_expressible(model.config)
         return {f"target/{t5x_name(name)[0]}": tensor for name, tensor in model.tensors.items()}
-    to_hf(model.config, model.vocab_size, "float32")
-    return hf_tensors(model, target.layout)
+    if target.architecture == OPENMOE:
+        to_hf(model.config, model.vocab_size, "float32")
+        return hf_tensors(model, target.layout)
+    to_architecture(target.architecture, model.config, model.vocab_size, "float32")
+    return hf_tensors(model, "unstacked")
 
 
 def write(model: LogicalModel, target: ConversionTarget, progress: Progress) -> Path:
@@ -103,4 +114,7 @@ def write(model: LogicalModel, target: ConversionTarget, progress: Progress) -> 
         return write_native(model, target.path, target.max_shard, progress)
     if target.format == "t5x":
         return write_t5x(model, target.path, progress)
-    return write_hf(model, target.path, target.layout, target.max_shard, progress)
+    if target.architecture == OPENMOE:
+        return write_hf(model, target.path, target.layout, target.max_shard, progress)
+    describe = partial(to_architecture, target.architecture)
+    return write_hf(model, target.path, "unstacked", target.max_shard, progress, describe)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,7 +160,12 @@ def hf_tensors(model: LogicalModel, layout: ExpertLayout) -> dict[str, LazyTenso
 
 
 def write_hf(
-    model: LogicalModel, directory: Path, layout: ExpertLayout, max_shard: int, progress: Progress
+    model: LogicalModel,
+    directory: Path,
+    layout: ExpertLayout,
+    max_shard: int,
+    progress: Progress,
+    describe: Callable[[RunConfig, int, str], dict[str, Any]] = to_hf,
 ) -> Path:
     """Write a new checkpoint directory, complete or not at all.
 
@@ -170,6 +175,7 @@ def write_hf(
         layout: layout of the experts.
         max_shard: maximal bytes of a file; a larger tensor gets its own.
         progress: called with the bytes written.
+        describe: contents of `config.json` from configuration, vocabulary size and dtype.
 
     Raises:
         CheckpointError: the directory exists, the disk is full, or the format cannot represent this
@@ -177,7 +183,7 @@ def write_hf(
     """
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in model.tensors.values()}
     # `torch_dtype` is one value for all tensors: of mixed ones, the narrowest.
-    config = to_hf(model.config, model.vocab_size, min(dtypes, key=_width))
+    config = describe(model.config, model.vocab_size, min(dtypes, key=_width))
     with new_directory(directory, model.bytes) as temporary:
         for name, value in _write_tensors(model, temporary, layout, max_shard, progress):
             write_json(temporary / name, value)

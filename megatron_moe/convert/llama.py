@@ -1,5 +1,7 @@
 """Hugging Face checkpoints of Llama and OLMoE, whose networks are special cases of this one.
 
+They are read, and a model that is such a case is written for the class of `transformers`.
+
 Llama has the same block with three-matrix FFNs, attention scaled by 1/sqrt(d) and half-split rotary
 embeddings: a dense model here, and a source for upcycling. OLMoE (Muennighoff et al., arXiv
 2409.02060) has Llama's attention with norms over the whole projections of queries and keys, and in
@@ -16,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.checkpoint.disk import read_json
-from megatron_moe.config import ModelConfig, MoEConfig, RunConfig
+from megatron_moe.config import ModelConfig, MoEConfig, RunConfig, moe_layer_pattern
+from megatron_moe.config.fields import fields_of
 from megatron_moe.convert.hf import read_tensors
 from megatron_moe.convert.hf_files import (
     CONFIG,
@@ -29,6 +32,7 @@ from megatron_moe.convert.hf_files import (
 )
 from megatron_moe.convert.model import LogicalModel
 from megatron_moe.errors import CheckpointError
+from megatron_moe.model.logical import expert_width, softmax_scale
 
 _IGNORED = "rotary_emb.inv_freq"
 """A constant that older files contain for every layer."""
@@ -39,12 +43,16 @@ class Architecture:
     """One architecture of `transformers`.
 
     Args:
+        model_type: of `config.json`.
         only: required values of these fields, where present.
         experts: the MoE part and the changes of the dense part, from `config.json` and its path.
+        fields: the fields that `only` and Llama's sizes leave out, of a model to be written.
     """
 
+    model_type: str
     only: Mapping[str, Any]
     experts: Callable[[dict[str, Any], ModelConfig, str], tuple[ModelConfig, MoEConfig]]
+    fields: Callable[[MoEConfig], dict[str, Any]]
 
 
 def architecture_of(directory: Path) -> str | None:
@@ -162,6 +170,106 @@ def _olmoe(
     return replace(model, qk_layernorm=True, qk_layernorm_scope="projection"), moe
 
 
+def to_architecture(name: str, config: RunConfig, vocab_size: int, dtype: str) -> dict[str, Any]:
+    """The contents of `config.json` for a class of `transformers`.
+
+    Args:
+        name: a key in `ARCHITECTURES`.
+        config: configuration of the run.
+        vocab_size: V.
+        dtype: dtype of the weights, torch's name.
+
+    Raises:
+        CheckpointError: the class computes another model; each setting that differs is listed.
+    """
+    architecture, ours = ARCHITECTURES[name], _canonical(config)
+    model = ours.model
+    values = {
+        "architectures": [name],
+        "model_type": architecture.model_type,
+        "torch_dtype": dtype,
+        "vocab_size": vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.key_value_heads,
+        "head_dim": model.kv_channels,
+        "attention_dropout": model.attention_dropout,
+        "max_position_embeddings": model.max_position_embeddings,
+        "rope_theta": model.rotary_base,
+        "rms_norm_eps": model.norm_epsilon,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        **architecture.only,
+        **architecture.fields(ours.moe),
+    }
+    # What is read back is all that the class computes: any other setting must be the same there.
+    read = configuration(values, architecture, f"{CONFIG} of {name}")
+    faults = [
+        f"{field.flag} must be {getattr(theirs, field.name)!r} for {name}"
+        f" (got {getattr(mine, field.name)!r})"
+        for mine, theirs in ((model, read.model), (ours.moe, read.moe))
+        for field in fields_of(type(mine)).values()
+        if field.name not in _TRAINING and getattr(mine, field.name) != getattr(theirs, field.name)
+    ]
+    if faults:
+        raise CheckpointError("variant of the model", "another", f"that of {name}", "", faults)
+    return values
+
+
+def _canonical(config: RunConfig) -> RunConfig:
+    """One form of settings that describe the same network."""
+    model, moe = config.model, config.moe
+    groups = model.key_value_heads
+    shared = groups != model.num_attention_heads
+    plain = softmax_scale(model) == model.kv_channels**-0.5
+    model = replace(
+        model,
+        group_query_attention=shared,
+        num_query_groups=groups if shared else 1,
+        softmax_scale=None if plain else model.softmax_scale,
+    )
+    pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
+    if not any(pattern):
+        moe = replace(MoEConfig(), moe_layer_freq=f"[0]*{len(pattern)}")
+    elif all(pattern):
+        model = replace(model, ffn_hidden_size=expert_width(model, moe))
+        moe = replace(moe, moe_layer_freq=f"[1]*{len(pattern)}", moe_ffn_hidden_size=None)
+    return replace(config, model=model, moe=moe)
+
+
+_TRAINING = {
+    "hidden_dropout",
+    "attention_dropout",
+    "init_variance_scale",
+    "embedding_init_method_std",
+    "router_init_method_std",
+    "logit_z_loss_coeff",
+    "moe_aux_loss_coeff",
+    "moe_z_loss_coeff",
+    "moe_router_load_balancing_type",
+    "moe_loss_convention",
+    "moe_capacity_rule",
+    "moe_expert_capacity_factor",
+    "moe_min_capacity",
+    "moe_capacity_group_size",
+    "moe_token_drop_policy",
+    "moe_dispatch_impl",
+    "moe_expert_impl",
+    "moe_token_dispatcher_type",
+}
+"""Settings that change nothing of what the weights compute without a capacity."""
+
+
+def _olmoe_fields(moe: MoEConfig) -> dict[str, Any]:
+    return {
+        "num_experts": moe.num_experts,
+        "num_experts_per_tok": moe.moe_router_topk,
+        "router_aux_loss_coef": moe.moe_aux_loss_coeff,
+    }
+
+
 _LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
 _OLMOE = {
     "hidden_act": "silu",
@@ -171,7 +279,7 @@ _OLMOE = {
     "rope_scaling": None,
 }
 ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture(_LLAMA, _dense),
-    "OlmoeForCausalLM": Architecture(_OLMOE, _olmoe),
+    "LlamaForCausalLM": Architecture("llama", _LLAMA, _dense, lambda moe: {}),
+    "OlmoeForCausalLM": Architecture("olmoe", _OLMOE, _olmoe, _olmoe_fields),
 }
 """By their name in `config.json`."""

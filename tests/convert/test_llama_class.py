@@ -114,6 +114,37 @@ def test_pytorch_s_own_file_by_the_command_line(tmp_path: Path, tied: bool) -> N
     same(read("native", tmp_path / "moe"), module)
 
 
+@pytest.mark.parametrize("groups", [4, 2])
+def test_trained_here_or_read_it_is_written_for_the_class(tmp_path: Path, groups: int) -> None:
+    module = llama(tmp_path / "llama", num_key_value_heads=groups, head_dim=16)
+    flags = ["--from", "hf", "--load", str(tmp_path / "llama"), "--to", "native"]
+    assert main([*flags, "--save", str(tmp_path / "native")]) == 0
+    flags = ["--from", "native", "--load", str(tmp_path / "native"), "--to", "hf"]
+    flags += ["--architecture", "LlamaForCausalLM", "--save", str(tmp_path / "again")]
+    assert main([*flags, "--verify-logits"]) == 0
+    found, expected = (load_file(tmp_path / n / "model.safetensors") for n in ("again", "llama"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert type(again) is transformers.LlamaForCausalLM
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, module(TOKENS).logits)
+
+
+def test_experts_are_not_written_for_llama_s_class(tmp_path: Path, capsys: Any) -> None:
+    llama(tmp_path / "llama")
+    flags = ["--from", "hf", "--load", str(tmp_path / "llama"), "--upcycle", "shared"]
+    flags += ["--num-experts", "4", "--moe-layer-freq", "[0,1,1]"]
+    flags += ["--to", "hf", "--architecture", "LlamaForCausalLM", "--save", str(tmp_path / "x")]
+    assert main(flags) == 2
+    said = capsys.readouterr().err
+    assert "--moe-layer-freq must be '[0]*3' for LlamaForCausalLM (got '[0,1,1]')" in said
+    assert not (tmp_path / "x").exists()
+    native = ["--from", "hf", "--load", str(tmp_path / "llama"), "--to", "native"]
+    assert main([*native, "--architecture", "LlamaForCausalLM", "--save", str(tmp_path / "x")]) == 2
+    assert "--architecture must be absent with --to native" in capsys.readouterr().err
+
+
 def test_the_tokenizer_goes_with_it(tmp_path: Path) -> None:
     llama(tmp_path / "llama")
     for name in ("tokenizer.model", "tokenizer.json"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from megatron_moe.convert.formats import read
+from megatron_moe.config import ModelConfig, MoEConfig, RunConfig
+from megatron_moe.convert.formats import ConversionTarget, read, write
+from megatron_moe.convert.llama import ARCHITECTURES, configuration, to_architecture
 from megatron_moe.convert.model import LogicalModel
 from megatron_moe.convert.upcycle import Upcycling, upcycle
 from megatron_moe.errors import UsageError
+from megatron_moe.model.counting import count_parameters
 from megatron_moe.model.reference import ReferenceOpenMoE
+from tests.convert.cases import model_of
 from tools.convert_checkpoint import main
 
 VOCAB = 60
@@ -107,9 +112,6 @@ def test_generation_with_a_cache_is_the_class_s(tmp_path: Path) -> None:
 
 def test_the_settings_of_the_published_file(tmp_path: Path) -> None:
     """`config.json` of OLMoE-1B-7B-0924, whose sizes give the 6.92 billion of its paper."""
-    from megatron_moe.convert.llama import ARCHITECTURES, configuration
-    from megatron_moe.model.counting import count_parameters
-
     config = configuration(PUBLISHED, ARCHITECTURES["OlmoeForCausalLM"], "config.json")
     counts = count_parameters(config.model, config.moe, PUBLISHED["vocab_size"])
     assert round(counts.total / 1e9, 2) == 6.92
@@ -166,6 +168,100 @@ def test_what_ours_cannot_be_is_rejected(tmp_path: Path, change: dict[str, Any],
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(UsageError, match=said):
         read("hf", tmp_path / "olmoe")
+
+
+def test_written_again_it_is_the_class_s_own_file(tmp_path: Path) -> None:
+    """Tensor for tensor, and loaded by the class, which computes the same."""
+    module = olmoe(tmp_path / "olmoe", num_key_value_heads=2)
+    flags = ["--from", "hf", "--load", str(tmp_path / "olmoe"), "--to", "hf"]
+    flags += ["--architecture", "OlmoeForCausalLM", "--save", str(tmp_path / "again")]
+    assert main([*flags, "--verify-logits"]) == 0
+    found, expected = (load_file(tmp_path / n / "model.safetensors") for n in ("again", "olmoe"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert type(again) is transformers.OlmoeForCausalLM
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, module(TOKENS).logits)
+
+
+def test_a_model_of_this_project_is_loaded_by_the_class(tmp_path: Path) -> None:
+    """With settings that Llama's and OLMoE's own files do not have: widths that differ, eps."""
+    model = ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        kv_channels=8,
+        group_query_attention=True,
+        num_query_groups=2,
+        qk_layernorm=True,
+        qk_layernorm_scope="projection",
+        ffn_variant="swiglu",
+        softmax_scale=8**-0.5,
+        norm_epsilon=1e-3,
+        rotary_base=77.0,
+    )
+    moe = MoEConfig(
+        num_experts=8,
+        moe_layer_freq="1",
+        moe_router_topk=3,
+        moe_ffn_hidden_size=20,
+        moe_shared_expert_intermediate_size=None,
+        moe_expert_capacity_factor=1.0,
+        moe_eval_capacity_factor=None,
+    )
+    run = RunConfig(model=model, moe=moe)
+    made = replace(model_of(run), vocab_size=96)
+    target = ConversionTarget(
+        format="hf", path=tmp_path / "hf", architecture="OlmoeForCausalLM", max_shard=4096
+    )
+    write(made, target, lambda _: None)
+    module = transformers.OlmoeForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    reference = ReferenceOpenMoE(model, moe, 96, seed=None)
+    reference.load_logical((name, tensor.whole()) for name, tensor in made.tensors.items())
+    with torch.no_grad():
+        ours = reference.eval()(TOKENS, training_capacity=False).logits
+        torch.testing.assert_close(module(TOKENS).logits, ours, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "said"),
+    [
+        ("model", {"softmax_scale": 1.0}, "--softmax-scale must be None for .* (got 1.0)"),
+        ("model", {"qk_layernorm": False}, "--qk-layernorm must be True for .* (got False)"),
+        ("model", {"qk_layernorm_scope": "head"}, "--qk-layernorm-scope must be 'projection'"),
+        ("moe", {"moe_layer_freq": "[0,1]"}, "--moe-layer-freq must be '[1]*2' for"),
+        ("moe", {"moe_shared_expert_intermediate_size": 8}, "--moe-shared-expert-intermediate"),
+        ("moe", {"moe_eval_capacity_factor": 2.0}, "--moe-eval-capacity-factor must be None"),
+        ("moe", {"moe_router_type": "toy"}, "--moe-router-type must be 'softmax'"),
+        ("model", {"kv_channels": 16}, "head_dim in config.json of OlmoeForCausalLM"),
+    ],
+)
+def test_what_the_class_cannot_be_is_rejected(
+    section: str, change: dict[str, Any], said: str
+) -> None:
+    model = ModelConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        kv_channels=8,
+        qk_layernorm=True,
+        qk_layernorm_scope="projection",
+        ffn_variant="swiglu",
+        softmax_scale=None,
+    )
+    moe = MoEConfig(
+        moe_layer_freq="[1]*2",
+        moe_shared_expert_intermediate_size=None,
+        moe_eval_capacity_factor=None,
+    )
+    run = RunConfig(model=model, moe=moe)
+    assert to_architecture("OlmoeForCausalLM", run, 96, "float32")["num_experts"] == 8
+    other = replace(run, **{section: replace(getattr(run, section), **change)})
+    with pytest.raises(UsageError) as error:
+        to_architecture("OlmoeForCausalLM", other, 96, "float32")
+    assert all(part in str(error.value) for part in said.split(".*"))
 
 
 def test_it_is_not_upcycled(tmp_path: Path) -> None:
