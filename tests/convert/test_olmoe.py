@@ -20,10 +20,12 @@ from megatron_moe.convert.upcycle import Upcycling, upcycle
 from megatron_moe.errors import UsageError
 from megatron_moe.model.counting import count_parameters
 from megatron_moe.model.reference import ReferenceOpenMoE
+from tests.checkpoint.layouts import Case, build, load
 from tests.convert.cases import model_of
+from tests.support.pool import Pool
 from tools.convert_checkpoint import main
 
-VOCAB = 60
+VOCAB = 96
 TOKENS = torch.randint(VOCAB, (2, 21), generator=torch.Generator().manual_seed(2))
 
 
@@ -148,6 +150,31 @@ def test_by_the_command_line_and_through_training_s_format(tmp_path: Path) -> No
     same(read("native", tmp_path / "native"), module)
 
 
+def parallel_losses(rank: int, world_size: int, *, directory: Path) -> torch.Tensor:
+    """Cross entropy [B, S] of the checkpoint, trained on two ranks that split heads and experts."""
+    flags = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+    flags |= {"expert_model_parallel_size": 2, "expert_tensor_parallel_size": 1}
+    base, found = Case(2, flags).config(), read("native", directory).config
+    checkpoint = replace(base.checkpoint, finetune=True)
+    config = replace(base, model=found.model, moe=found.moe, checkpoint=checkpoint)
+    run = build(Case(2, flags), config)
+    load(run, directory, identity=None, with_optimizer=False, with_rng=False)
+    with torch.no_grad():
+        found_losses: torch.Tensor = run.wrapped[0](TOKENS[:, :-1], TOKENS[:, 1:])[0]
+    return found_losses
+
+
+def test_the_parallel_model_computes_the_class_s_losses(tmp_path: Path, pool: Pool) -> None:
+    module = olmoe(tmp_path / "olmoe", num_key_value_heads=2)
+    target = ConversionTarget(format="native", path=tmp_path / "native")
+    write(read("hf", tmp_path / "olmoe"), target, lambda _: None)
+    with torch.no_grad():
+        logits = module(TOKENS[:, :-1]).logits
+    expected = torch.nn.functional.cross_entropy(logits.mT, TOKENS[:, 1:], reduction="none")
+    for found in pool.run(parallel_losses, 2, directory=tmp_path / "native"):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -212,13 +239,13 @@ def test_a_model_of_this_project_is_loaded_by_the_class(tmp_path: Path) -> None:
         moe_eval_capacity_factor=None,
     )
     run = RunConfig(model=model, moe=moe)
-    made = replace(model_of(run), vocab_size=96)
+    made = model_of(run)
     target = ConversionTarget(
         format="hf", path=tmp_path / "hf", architecture="OlmoeForCausalLM", max_shard=4096
     )
     write(made, target, lambda _: None)
     module = transformers.OlmoeForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    reference = ReferenceOpenMoE(model, moe, 96, seed=None)
+    reference = ReferenceOpenMoE(model, moe, VOCAB, seed=None)
     reference.load_logical((name, tensor.whole()) for name, tensor in made.tensors.items())
     with torch.no_grad():
         ours = reference.eval()(TOKENS, training_capacity=False).logits
@@ -257,10 +284,10 @@ def test_what_the_class_cannot_be_is_rejected(
         moe_eval_capacity_factor=None,
     )
     run = RunConfig(model=model, moe=moe)
-    assert to_architecture("OlmoeForCausalLM", run, 96, "float32")["num_experts"] == 8
+    assert to_architecture("OlmoeForCausalLM", run, VOCAB, "float32")["num_experts"] == 8
     other = replace(run, **{section: replace(getattr(run, section), **change)})
     with pytest.raises(UsageError) as error:
-        to_architecture("OlmoeForCausalLM", other, 96, "float32")
+        to_architecture("OlmoeForCausalLM", other, VOCAB, "float32")
     assert all(part in str(error.value) for part in said.split(".*"))
 
 

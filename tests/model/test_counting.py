@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_moe.config import ModelConfig, MoEConfig
+from megatron_moe.config.cli import parse_args
 from megatron_moe.config.presets import OPENMOE_VOCAB, PRESETS
 from megatron_moe.errors import UsageError
 from megatron_moe.model.counting import (
@@ -86,6 +90,19 @@ def test_total_and_activated_follow_the_closed_form(preset: str, size: tuple[int
     assert counts.total == layers * (a + f) + moe_layers * experts * f + embedding + small
     assert counts.activated == layers * (a + f) + moe_layers * 2 * f + embedding + small
     assert counts.activated - counts.activated_without_embeddings == embedding
+
+
+def test_the_documented_shapes_of_other_models_have_their_sizes() -> None:
+    """TinyLlama 1.1B and OLMoE-1B-7B, from the commands of docs/model.md."""
+    page = (Path(__file__).parents[2] / "docs/model.md").read_text()
+    (block,) = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    counts = []
+    for line in block.replace("\\\n", " ").splitlines():
+        run = parse_args(shlex.split(line)[2:]).config
+        assert run.data.vocab_size is not None
+        counts.append(count_parameters(run.model, run.moe, run.data.vocab_size))
+    assert [each.total for each in counts] == [1_100_048_384, 6_919_161_856]
+    assert round(counts[1].activated / 1e9, 2) == 1.28
 
 
 def test_activated_of_base_is_the_printed_one_with_the_released_sizes() -> None:

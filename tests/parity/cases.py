@@ -160,6 +160,18 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
             moe_expert_capacity_factor=None,
         ),
     ),
+    # A Llama with norms over heads: without experts, TP may leave the sequence whole.
+    "dense-head-norm": (
+        replace(
+            _MODEL,
+            ffn_variant="swiglu",
+            group_query_attention=True,
+            num_query_groups=2,
+            qk_layernorm=True,
+            softmax_scale=None,
+        ),
+        replace(_MOE, moe_layer_freq="[0]*4"),
+    ),
     # What GPUs run: one batched GEMM over the fixed-shape buffer.
     "batched": (_MODEL, replace(_MOE, moe_expert_impl="batched")),
 }
