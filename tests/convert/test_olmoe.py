@@ -184,7 +184,7 @@ def test_the_parallel_model_computes_the_class_s_losses(tmp_path: Path, pool: Po
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"head_dim": 16}, r"head_dim in .* must be hidden_size .* \(got 16\)"),
         ({"num_key_value_heads": 3}, r"num_key_value_heads .* divisor of .* \(got 3\)"),
-        ({"num_experts": 9}, r"without model.layers.0.mlp.experts.8.gate_proj.weight"),
+        ({"num_experts": 9}, r"shape of model.layers.0.mlp.gate.weight .* must be \[9, 32\]"),
         ({"num_experts_per_tok": 9}, "--moe-router-topk"),
         ({"num_experts": "8"}, "num_experts .* must be an integer"),
     ],
