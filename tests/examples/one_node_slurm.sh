@@ -10,6 +10,9 @@
 #
 #   1. an array of four tasks, one of them requeued, then the merge: the files of one process
 #   2. a task that refuses its input: exit code 2, and a merge that is cancelled, not run
+#   3. training that scancel signals, each process of the step at once: one save, then the end
+#
+# `tests/examples/one_node_slurm.sh 3` runs that part alone.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PATH="$PWD/.venv/bin:$PATH"
@@ -75,13 +78,53 @@ wait_for() {
   exit 1
 }
 
+training() {
+  local prefix="$DIR/corpus_text_document" run="$DIR/$1" tasks
+  mkdir "$run"
+  # shellcheck disable=SC2016
+  printf '#!/bin/bash\nexec srun --ntasks=1 --cpus-per-task=2 "$@"\n' >"$run/job"
+  tasks="$(sbatch --parsable --cpus-per-task=2 --mem-per-cpu=0 --output="$run/log" "$run/job" \
+    torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2 --shutdown-timeout 120 \
+    pretrain_openmoe.py --preset openmoe-tiny --hidden-size 32 --ffn-hidden-size 48 --seq-length 32 \
+    --expert-model-parallel-size 2 --tokenizer-type ByteTokenizer --data-path "$prefix" \
+    --data-cache-path "$DIR/cache" --split 1,0,0 --eval-iters 0 --train-iters 1000000 \
+    --metrics-file "$run/metrics" --save "$run/ckpt" --exit-signal-handler "${@:2}")"
+  until [[ -e "$run/metrics" && "$(wc -l <"$run/metrics")" -ge 5 ]]; do
+    if [[ -z "$(squeue --noheader --jobs "$tasks" 2>/dev/null)" ]]; then cat "$run/log"; exit 1; fi
+    sleep 1
+  done
+  scancel --signal=TERM "$tasks"
+  wait_for "$tasks"
+  grep -a -e " exiting at iteration" -e " saved iteration .* to" "$run/log" | tail -n 2
+  local step
+  step="$(sed -n 's/.* exiting at iteration \([0-9]*\): SIGTERM/\1/p' "$run/log")"
+  [[ "$(cat "$run/ckpt/latest_checkpointed_iteration.txt")" == "$step" ]]
+  python tools/inspect_checkpoint.py "$run/ckpt" --verify >"$run/verified"
+  [[ "$(grep -ac " saved iteration $step to" "$run/log")" == 1 ]]
+}
+signals() {
+  say "3/3 scancel --signal=TERM to training with 0, 1 and 2 workers for data, sync and async saves"
+  printf '{"text": "a few words %d"}\n' {1..500} >"$DIR/few.jsonl"
+  python tools/preprocess_data.py --input "$DIR/few.jsonl" --output-prefix "$DIR/corpus" \
+    --tokenizer-type ByteTokenizer --append-eod 2>"$DIR/log"
+  training none --num-workers 0
+  training one --num-workers 1
+  training two --num-workers 2
+  training async --num-workers 2 --async-save --save-interval 3
+  echo "each saved once and ended"
+}
+if [[ "${1:-}" == 3 ]]; then
+  signals
+  exit
+fi
+
 python tools/make_demo_corpus.py --output-dir "$DIR/text"
 python tools/train_tokenizer.py --input "$DIR"/text/*.jsonl --output "$DIR/t.model" --vocab-size 2000
 split -n l/3 --additional-suffix=.jsonl "$DIR/text/code.jsonl" "$DIR/text/code-"
 gzip "$DIR/text/code.jsonl"
 export INPUT="$DIR/text/*.jsonl*" PREFIX="$DIR/out" TOKENIZER="$DIR/t.model"
 
-say "1/2 four tasks, the first requeued as soon as it runs, then the merge"
+say "1/3 four tasks, the first requeued as soon as it runs, then the merge"
 job="$(submit --array=0-3 "$SCRIPT")"
 last="$(merge "$job")"
 until squeue --noheader --jobs "${job}_0" --states=running 2>/dev/null | grep -q .; do sleep 0.2; done
@@ -93,7 +136,7 @@ python tools/preprocess_data.py --input "$DIR"/text/*.jsonl* --output-prefix "$D
 for suffix in bin idx json; do cmp "$DIR"/{one,out}_text_document."$suffix"; done
 echo "the same bytes as one process"
 
-say "2/2 a line that is no JSON"
+say "2/3 a line that is no JSON"
 echo '{' >>"$DIR/text/code-ac.jsonl"
 export PREFIX="$DIR/bad"
 job="$(submit --array=0-3 "$SCRIPT")"
@@ -106,3 +149,4 @@ if [[ -e "$DIR/$last-0.log" || -e "$DIR/bad_text_document.bin" ]]; then
   exit 1
 fi
 echo "the merge did not run"
+signals
