@@ -29,7 +29,7 @@ _MOE_SHAPE = (
     "moe_shared_expert_intermediate_size",
     "moe_shared_expert_placement",
 )
-_MODEL_MATHS = ("rotary_base", "norm_epsilon", "softmax_scale")
+_MODEL_MATHS = ("rotary_base", "norm_epsilon", "softmax_scale", "scale_tied_logits")
 """Settings that change what the model computes, but no shape."""
 
 

@@ -64,6 +64,9 @@ class ModelConfig:
     holds the 1/sqrt(d); `None` means 1/sqrt(d)."""
     untie_embeddings_and_output_weights: bool = True
     """Separate input embedding and logits matrix (released: yes)."""
+    scale_tied_logits: Annotated[bool, OmittedAtDefault] = True
+    """Multiply the logits of tied embeddings by 1/sqrt(H), as T5 does; Megatron-LM does not. No
+    effect on untied ones."""
     attention_dropout: Annotated[float, BelowOne] = 0.0
     """Dropout on attention probabilities; 0 in pretraining."""
     hidden_dropout: Annotated[float, BelowOne] = 0.0

@@ -80,7 +80,7 @@ class OpenMoEModel(LanguageModule):
                 skip_weight_param_allocation=first and tied,
                 tp_group=pgs.tp,
             )
-            if tied:
+            if tied and model.scale_tied_logits:
                 # Starts as N(0, 1): right for an embedding, sqrt(H) too large for logits.
                 self.output_layer.logits_scale = 1 / math.sqrt(model.hidden_size)
         self.setup_embeddings_and_output_layer()

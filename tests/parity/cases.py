@@ -121,7 +121,12 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
         ),
     ),
     "megatron": (
-        _MODEL,
+        replace(
+            _MODEL,
+            ffn_variant="swiglu",
+            untie_embeddings_and_output_weights=False,
+            scale_tied_logits=False,
+        ),
         replace(
             _MOE,
             moe_capacity_rule="megatron",

@@ -222,12 +222,14 @@ class ReferenceOpenMoE(nn.Module):
         """[.., H] -> [.., V] in fp32.
 
         Tied embeddings are initialised as N(0, 1), which would give logits a standard deviation of
-        sqrt(H); the factor 1/sqrt(H) brings it to 1, as in T5.
+        sqrt(H); the factor 1/sqrt(H) of `--scale-tied-logits` brings it to 1, as in T5.
         """
         x = full_precision(x_BSH)
         if self.output is not None:
             return F.linear(x, full_precision(self.output.weight))
-        return F.linear(x / math.sqrt(x.shape[-1]), full_precision(self.embedding.weight))
+        if self.model.scale_tied_logits:
+            x = x / math.sqrt(x.shape[-1])
+        return F.linear(x, full_precision(self.embedding.weight))
 
     def forward(
         self,

@@ -229,6 +229,14 @@ def test_logits_are_tied_with_a_scale_or_untied_without(untied: bool) -> None:
     torch.testing.assert_close(reference.logits(x), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_the_scale_of_tied_logits_can_be_left_out() -> None:
+    model = replace(MODEL, untie_embeddings_and_output_weights=False, scale_tied_logits=False)
+    reference = _model(model)
+    x = _values(2, 8)
+    expected = x @ reference.embedding.weight.T
+    torch.testing.assert_close(reference.logits(x), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_losses_are_cross_entropy_and_both_z_losses_and_balance() -> None:
     moe = replace(MOE, moe_layer_freq="[1,1]", moe_aux_loss_coeff=0.3, moe_z_loss_coeff=0.2)
     reference = _model(replace(MODEL, logit_z_loss_coeff=0.1), moe)
