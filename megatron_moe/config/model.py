@@ -77,6 +77,11 @@ class ModelConfig:
     """Standard deviation of the embedding at the start."""
     router_init_method_std: Annotated[float, NonNegative] = 0.02
     """Standard deviation of router weights at the start."""
+    zero_padding_activations: Annotated[bool, OmittedAtDefault] = False
+    """Set padded positions to zero at the input of every attention, feed-forward and MoE layer and
+    of the logits, as the released code does. Their router scores are then uniform and choose
+    experts 0 to k - 1, and they count in capacity and balance loss. Otherwise they are ordinary
+    tokens. Only rows of `ul2` and `sft` have padding."""
     logit_z_loss_coeff: Annotated[float, NonNegative] = 1e-4
     """Weight of mean(log(Z)^2) over target tokens, Z the softmax normaliser of the logits."""
 

@@ -52,6 +52,7 @@ def _run(size: _Size, released: bool, published: bool = True) -> RunConfig:
         kv_channels=size.head_dim,
         ffn_variant="gated-swiglu" if released else "swiglu",
         untie_embeddings_and_output_weights=released,
+        zero_padding_activations=released and published,
     )
     moe = MoEConfig(
         num_experts=size.experts,

@@ -18,10 +18,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe.config import ObjectiveConfig
+from megatron_moe.config import ObjectiveConfig, RunConfig
 
-PLANES = ("tokens", "labels", "loss_mask", "positions", "documents")
-"""What samples and batches contain, in the order in which it is packed; the last two are extra."""
+PLANES = ("tokens", "labels", "loss_mask", "positions", "documents", "padding")
+"""What samples and batches contain, in the order in which it is packed; the last three are
+extra."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +41,28 @@ class Batch:
     documents_BS: Tensor | None = None
     """Number of each token's document within its row, int64, non-decreasing; attention stays within
     a document. `None`: each row is one document."""
+    padding_BS: Tensor | None = None
+    """1 where the token is padding after the text of its row, else 0, int64. An id 0 alone does not
+    say that: it may be the start of the row. `None`: no token is, or it does not matter."""
 
 
-def extra_planes(objective: ObjectiveConfig) -> tuple[str, ...]:
-    """Return what samples contain besides tokens, labels and loss mask; the same on all ranks.
-
-    Every pipeline stage needs them, since every stage has attention.
-    """
+def reset_planes(objective: ObjectiveConfig) -> tuple[str, ...]:
+    """Return the planes of rows whose documents are separate."""
     wanted = {
         "positions": objective.reset_position_ids,
         "documents": objective.reset_attention_mask,
     }
     return tuple(name for name, is_wanted in wanted.items() if is_wanted)
+
+
+def extra_planes(config: RunConfig) -> tuple[str, ...]:
+    """Return what samples contain besides tokens, labels and loss mask; the same on all ranks.
+
+    Every pipeline stage needs them, since every stage has attention and norms.
+    """
+    objective = config.objective
+    pads = config.model.zero_padding_activations and objective.objective in ("ul2", "sft")
+    return (*reset_planes(objective), *(("padding",) if pads else ()))
 
 
 def document_planes(
@@ -64,14 +75,14 @@ def document_planes(
 
     Args:
         begins: [S], whether a document begins at this token.
-        names: from `extra_planes`.
+        names: from `extra_planes`; others than these two are ignored.
     """
-    if not names:
+    if not {"positions", "documents"} & set(names):
         return {}
     places = np.arange(len(begins))
     starts = np.maximum.accumulate(np.where(begins, places, 0))
     planes = {"positions": places - starts, "documents": np.cumsum(begins) - int(begins[0])}
-    return {name: planes[name] for name in names}
+    return {name: planes[name] for name in names if name in planes}
 
 
 def fetch_step(

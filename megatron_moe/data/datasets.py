@@ -17,7 +17,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from torch.utils.data import Dataset
 
 from megatron_moe.config import RunConfig
-from megatron_moe.data.batch import extra_planes
+from megatron_moe.data.batch import extra_planes, reset_planes
 from megatron_moe.data.blend import SPLITS, Blend, blends_of, usable, weights_of
 from megatron_moe.data.causal import BlendedCausalDataset, CausalConfig, Sample
 from megatron_moe.data.indexed.cache import IndexCache
@@ -70,7 +70,7 @@ def _open(prefix: str, config: RunConfig, tokenizer: Tokenizer, limit: int) -> S
         prefix,
         tokenizer_type=config.data.tokenizer_type,
         tokenizer_hash=tokenizer.identity,
-        needs_eod=bool(extra_planes(config.objective)),
+        needs_eod=bool(reset_planes(config.objective)),
     )
     found = source_range(source, cache)
     check_range(source, found, limit)
@@ -145,7 +145,7 @@ def build_split(
         caches={prefix: cache_for(prefix, config) for prefix in blend.prefixes},
         token_limit=plan.token_limit,
         plan=plan.settings,
-        planes=extra_planes(config.objective),
+        planes=extra_planes(config),
     )
     # The builder takes one value per split; the two other splits have none and are not built.
     dataset_config.split_matrix = _per_split(name, blend.bounds)

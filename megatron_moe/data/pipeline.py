@@ -121,7 +121,7 @@ def build_data(
     if reads_data:
         builder = _LoaderBuilder(config, tokenizer, plan, sources, shard)
         loaders = builder.loaders(blends, parts, consumed_train_samples)
-    train, extra = loaders.pop("train", None), extra_planes(config.objective)
+    train, extra = loaders.pop("train", None), extra_planes(config)
     train_blend = blends["train"]
     assert train_blend is not None
     samples, text = _samples_of("train", config, shard), text_per_row(config, tokenizer)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_moe.data.batch import Batch, document_planes, extra_planes
+from megatron_moe.data.batch import Batch, document_planes, reset_planes
 from megatron_moe.data.blend import domains_of, parse_blend
 from megatron_moe.data.indexed.check import Source, inspect_source
 from megatron_moe.data.indexed.manifest import check_compatibility, read_manifest
@@ -67,6 +67,7 @@ def evaluate_batches(loaded: LoadedModel, batches: Iterable[Batch]) -> tuple[flo
                 scored,
                 positions_BS=batch.positions_BS,
                 documents_BS=batch.documents_BS,
+                padding_BS=batch.padding_BS,
             )
             total -= found.sum(dtype=torch.float64).item()
             count += len(found)
@@ -119,7 +120,7 @@ def _open(prefix: str, loaded: LoadedModel) -> Source:
         prefix,
         tokenizer_type=loaded.config.data.tokenizer_type,
         tokenizer_hash=loaded.tokenizer.base.identity,
-        needs_eod=bool(extra_planes(loaded.config.objective)),
+        needs_eod=bool(reset_planes(loaded.config.objective)),
     )
     return inspect_source(prefix)
 
@@ -178,7 +179,7 @@ def _batch(
     tokens: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], loaded: LoadedModel
 ) -> Batch:
     """A batch in which every label counts, with documents separated if the run separated them."""
-    names = extra_planes(loaded.config.objective)
+    names = reset_planes(loaded.config.objective)
     begins = np.concatenate(
         [np.ones((len(tokens), 1), bool), tokens[:, :-1] == loaded.tokenizer.eod], axis=1
     )

@@ -39,6 +39,7 @@ def predictions(
     *,
     positions_BS: Tensor | None = None,
     documents_BS: Tensor | None = None,
+    padding_BS: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log probabilities of labels, and whether greedy decoding would produce each; both [N].
 
@@ -52,10 +53,15 @@ def predictions(
         scored_BS: bool, which labels to score; N of them, row by row.
         positions_BS: see `ReferenceOpenMoE.forward`.
         documents_BS: see `ReferenceOpenMoE.forward`.
+        padding_BS: see `ReferenceOpenMoE.forward`.
     """
     model = loaded.model
     device = model.embedding.weight.device
-    planes = {"positions_BS": positions_BS, "documents_BS": documents_BS}
+    planes = {
+        "positions_BS": positions_BS,
+        "documents_BS": documents_BS,
+        "padding_BS": padding_BS,
+    }
     x_BSH, _ = model.hidden_states(
         tokens_BS.to(device),
         training_capacity=False,

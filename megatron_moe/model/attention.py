@@ -23,6 +23,7 @@ import torch
 from megatron.core import tensor_parallel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
 
@@ -80,12 +81,14 @@ def rotate(x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Documents:
-    """Positions and documents of a micro-batch, for the attention of all its layers."""
+    """Positions, documents and padding of a micro-batch, for all its layers."""
 
     positions_BS: Tensor | None
     """Positions of the rotary embedding; `None` counts from the start of the row."""
     documents_BS: Tensor | None
     """Document of each token: attention stays within it; `None` is one document per row."""
+    padding_BS: Tensor | None = None
+    """Not 0 at padding, which is zero at the input of every layer; `None`: as any token."""
     qkv_format: str = "sbhd"
     """Required by Megatron-Core in `packed_seq_params`: tensors keep their usual shape."""
     _bias: dict[torch.dtype, Tensor] = field(default_factory=dict)
@@ -105,12 +108,29 @@ class Documents:
             self._bias[dtype] = torch.where(sees_BSS, zero, -torch.inf)[:, None]
         return self._bias[dtype]
 
+    def without_padding(self, x_SBH: Tensor, tp_group: ProcessGroup) -> Tensor:
+        """``x_SBH`` with zeros at padding.
 
-def documents_of(positions_BS: Tensor | None, documents_BS: Tensor | None) -> Documents | None:
-    """The value for the layers; `None` without documents: the plain causal path, without a mask."""
-    if positions_BS is None and documents_BS is None:
+        Args:
+            x_SBH: activations; of S this rank's shard under sequence parallelism.
+            tp_group: ranks that share the sequence.
+        """
+        if self.padding_BS is None:
+            return x_SBH
+        local = x_SBH.shape[0]
+        # All of the sequence, or one of as many shards as there are ranks.
+        first = tp_group.rank() * local if local < self.padding_BS.shape[1] else 0
+        padding_SB = self.padding_BS.t().narrow(0, first, local) != 0
+        return x_SBH.masked_fill(padding_SB.unsqueeze(-1), 0.0)
+
+
+def documents_of(
+    positions_BS: Tensor | None, documents_BS: Tensor | None, padding_BS: Tensor | None = None
+) -> Documents | None:
+    """The value for the layers; `None` without any: the plain causal path, without a mask."""
+    if positions_BS is None and documents_BS is None and padding_BS is None:
         return None
-    return Documents(positions_BS, documents_BS)
+    return Documents(positions_BS, documents_BS, padding_BS)
 
 
 class RotaryCoreAttention(torch.nn.Module):

@@ -60,6 +60,7 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
         offset = get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
         self.layer_number = layer_number + offset
         self.hidden_dropout = model.hidden_dropout
+        self.tp_group = pg_collection.tp
         self.input_layernorm = RMSNorm(config, config.hidden_size, model.norm_epsilon)
         self.self_attention = build_module(
             submodules.self_attention,
@@ -109,8 +110,13 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
             return tensor_parallel.checkpoint(module, False, x)
         return module(x)
 
-    def _feed_forward(self, x: Tensor) -> Tensor:
-        normed = self.pre_mlp_layernorm(x)
+    def _norm(self, norm: RMSNorm, x: Tensor, documents: Documents | None) -> Tensor:
+        """The input of a sublayer, which is zero at padding if ``documents`` say where it is."""
+        normed: Tensor = norm(x)
+        return normed if documents is None else documents.without_padding(normed, self.tp_group)
+
+    def _feed_forward(self, x: Tensor, documents: Documents | None) -> Tensor:
+        normed = self._norm(self.pre_mlp_layernorm, x, documents)
         if not self.is_moe:
             return self._add(x, self._run(self.ffn, normed, self.recompute_mlp))
         routed = self._run(self.moe, normed, self.recompute_moe)
@@ -119,7 +125,8 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
         if self.shared_norm is None:
             return self._add(x, routed + self._run(self.shared, normed, self.recompute_mlp))
         x = self._add(x, routed)
-        return self._add(x, self._run(self.shared, self.shared_norm(x), self.recompute_mlp))
+        normed = self._norm(self.shared_norm, x, documents)
+        return self._add(x, self._run(self.shared, normed, self.recompute_mlp))
 
     def forward(
         self, hidden_states: Tensor, packed_seq_params: Documents | None = None, **unused: Any
@@ -128,17 +135,18 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
 
         Args:
             hidden_states: the residual stream, this rank's part of S under sequence parallelism.
-            packed_seq_params: positions and documents of the rows, if they have several.
+            packed_seq_params: positions and documents of the rows, if they have several, and
+                padding that is zeroed.
             unused: what Megatron-Core's block passes for other architectures; must be ``None``.
         """
         given = [name for name, value in unused.items() if value is not None]
         if given:
             raise ValueError(f"OpenMoE layers take no {', '.join(given)}")
         attention, _ = self.self_attention(
-            self.input_layernorm(hidden_states),
+            self._norm(self.input_layernorm, hidden_states, packed_seq_params),
             attention_mask=None,
             packed_seq_params=packed_seq_params,
         )
-        output = self._feed_forward(self._add(hidden_states, attention))
+        output = self._feed_forward(self._add(hidden_states, attention), packed_seq_params)
         # The pipeline schedule frees outputs by replacing their storage: views would keep it.
         return make_viewless_tensor(output, output.requires_grad, keep_graph=True), None

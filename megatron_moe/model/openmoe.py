@@ -96,6 +96,7 @@ class OpenMoEModel(LanguageModule):
         labels_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
         documents_BS: Tensor | None = None,
+        padding_BS: Tensor | None = None,
     ) -> Tensor:
         """Run this chunk.
 
@@ -105,6 +106,8 @@ class OpenMoEModel(LanguageModule):
             positions_BS: of the rotary embedding, needed by every chunk; `None` counts from the
                 start of the row.
             documents_BS: document of each token, within which attention stays; for every chunk.
+            padding_BS: not 0 at padding, which is zeroed before every layer and the logits; for
+                every chunk.
 
         Returns:
             The residual stream [S, B, H] for the next stage; or on the last chunk the per-token
@@ -112,12 +115,14 @@ class OpenMoEModel(LanguageModule):
             logits [B, S, V of this rank].
         """
         hidden = self.embedding(tokens_BS, None) if self.pre_process else None
-        documents = documents_of(positions_BS, documents_BS)
+        documents = documents_of(positions_BS, documents_BS, padding_BS)
         hidden = self.decoder(
             hidden_states=hidden, attention_mask=None, packed_seq_params=documents
         )
         if not self.post_process:
             return hidden
+        if documents is not None:
+            hidden = documents.without_padding(hidden, self.pg_collection.tp)
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else None
         logits_SBV, _ = self.output_layer(hidden, weight=weight)

@@ -97,9 +97,8 @@ def open_data(config: RunConfig, layout: Layout, rank: int, consumed_samples: in
         dp_size=layout.dp,
         num_microbatches=layout.num_microbatches,
         consumed_train_samples=consumed_samples,
-        # Middle stages need document boundaries, and reading those costs less than sending them.
-        reads_data=tp_rank == 0
-        and (pp_rank in (0, layout.pp - 1) or bool(extra_planes(config.objective))),
+        # Middle stages need document boundaries and padding; reading costs less than sending them.
+        reads_data=tp_rank == 0 and (pp_rank in (0, layout.pp - 1) or bool(extra_planes(config))),
     )
 
 

@@ -67,7 +67,7 @@ def fetch_batches(
     """
     layout = run.ctx.layout
     num_microbatches = batch_size // (layout.micro_batch_size * layout.dp)
-    extra = extra_planes(run.config.objective)
+    extra = extra_planes(run.config)
     if not run.ctx.needs_data and not extra:
         return [None] * num_microbatches
     return fetch_step(
@@ -140,7 +140,13 @@ def forward_function(
         batch = next(batches)
         if batch is None:
             return chunk(None), _no_loss
-        output = chunk(batch.tokens_BS, batch.labels_BS, batch.positions_BS, batch.documents_BS)
+        output = chunk(
+            batch.tokens_BS,
+            batch.labels_BS,
+            batch.positions_BS,
+            batch.documents_BS,
+            batch.padding_BS,
+        )
         return output, micro_batch_loss(batch, scale, run.config.model.logit_z_loss_coeff)
 
     return forward

@@ -255,6 +255,7 @@ OMITTED: dict[str, Any] = {
     "moe_router_type": "no file",
     "moe_token_dispatcher_type": "no file",
     "moe_loss_convention": "no convention",
+    "zero_padding_activations": "no boolean",
 }
 """Fields that files leave out at their defaults, with another value; "no ..." is invalid."""
 

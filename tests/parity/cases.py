@@ -205,8 +205,11 @@ PLANES = ("positions", "documents")
 
 
 def document_planes(tokens: Tensor, extra: tuple[str, ...]) -> dict[str, Tensor]:
-    """Positions and documents of rows whose documents end with `EOD`, token by token."""
-    planes = {name: torch.zeros_like(tokens) for name in PLANES}
+    """Positions and documents of rows whose documents end with `EOD`, token by token.
+
+    And padding of 0 to `SEQ` - 1 tokens at the end of a row, a number that differs between rows.
+    """
+    planes = {name: torch.zeros_like(tokens) for name in (*PLANES, "padding")}
     for row, ids in enumerate(tokens.tolist()):
         position = document = 0
         for place, token in enumerate(ids):
@@ -215,6 +218,7 @@ def document_planes(tokens: Tensor, extra: tuple[str, ...]) -> dict[str, Tensor]
             position += 1
             if token == EOD:
                 position, document = 0, document + 1
+        planes["padding"][row, SEQ - sum(ids) % SEQ :] = 1
     return {f"{name}_BS": planes[name] for name in extra}
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_moe.config import RunConfig
-from megatron_moe.data.batch import extra_planes
+from megatron_moe.data.batch import reset_planes
 from megatron_moe.data.causal import CausalDataset
 from megatron_moe.data.objectives.prefix_lm import PrefixLmDataset
 from megatron_moe.data.objectives.sft import SftDataset, SftPlan
@@ -43,7 +43,7 @@ def plan_objective(config: RunConfig, tokenizer: Tokenizer) -> ObjectivePlan:
     """
     objective = config.objective
     name, eod = objective.objective, objective.eod_mask_loss
-    resets = extra_planes(objective)
+    resets = reset_planes(objective)
     if name == "ul2":
         plan = plan_ul2(config, tokenizer)
         return ObjectivePlan(

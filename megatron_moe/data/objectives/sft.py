@@ -106,7 +106,7 @@ class SftDataset(MegatronDataset):
         """Return row ``idx``: tokens [S] and labels [S], int64, and loss_mask [S], bool.
 
         With `planes`, also positions or documents [S], int64. A conversation counts as a document,
-        and the pads as another one.
+        and the pads as another one. Also padding [S], bool, if `planes` has it.
         """
         size = self.config.sequence_length + 1
         text = np.full(size, max(self.config.tokenizer.pad, 0), dtype=np.int64)
@@ -121,6 +121,8 @@ class SftDataset(MegatronDataset):
             counts[start:end] = self.dataset.loss_mask[first:last]
         begins[end:][:1] = True  # the first pad, if there is one
         sample = {"tokens": text[:-1], "labels": text[1:], "loss_mask": counts[1:]}
+        if "padding" in self.config.planes:
+            sample["padding"] = np.arange(size - 1) >= end
         return sample | document_planes(begins[:-1], self.config.planes)
 
 

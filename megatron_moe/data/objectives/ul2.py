@@ -30,6 +30,7 @@ from megatron_moe.errors import UsageError
 from megatron_moe.tokenizer.base import Tokenizer
 from megatron_moe.tokenizer.build import sentinel_ids
 
+ROW = ("tokens", "labels", "loss_mask")
 HIDE = 3
 """Stream of the generator; the lower ones belong to `windows`."""
 
@@ -147,7 +148,8 @@ class Ul2Dataset(CausalDataset):
         self._check_ids(text, documents)
         inputs, targets = fitted.hide(self.rng, window, text, self.plan.sentinels)
         tokenizer = self.config.tokenizer
-        return pack_row(inputs, targets, self.plan.row, tokenizer.eod, max(tokenizer.pad, 0))
+        sample = pack_row(inputs, targets, self.plan.row, tokenizer.eod, max(tokenizer.pad, 0))
+        return {name: sample[name] for name in (*ROW, *self.config.planes)}
 
     def _read(self, window: int, count: int) -> tuple[Ids, npt.NDArray[np.int64]]:
         """Return the text of a window, and the documents that it is from."""
@@ -172,6 +174,7 @@ def pack_row(inputs: Ids, targets: Ids, row: int, end: int, pad: int) -> Sample:
         inputs a b <0>, targets <0> c
         ids        a b <0> </s> <0> c </s> pad pad     S + 1 of them
         loss_mask  0 0 0   1    1   1 0    0           of positions 0 .. S - 1
+        padding    0 0 0   0    0   0 0    1           of the same positions
     """
     tokens = np.full(row + 1, pad, dtype=np.int64)
     first = len(inputs) + 1
@@ -180,4 +183,5 @@ def pack_row(inputs: Ids, targets: Ids, row: int, end: int, pad: int) -> Sample:
     tokens[first:last], tokens[last] = targets, end
     counts = np.zeros(row, dtype=bool)
     counts[first - 1 : last] = True
-    return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": counts}
+    padding = np.arange(row) > last
+    return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": counts, "padding": padding}

@@ -80,12 +80,13 @@ class DecoderBlock(nn.Module):
         training_capacity: bool,
         positions_BS: Tensor | None = None,
         documents_BS: Tensor | None = None,
+        padding_BS: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """[B, S, H] -> [B, S, H] and, for an MoE layer, its routing decisions."""
-        normed = self.attention_norm(x_BSH)
+        normed = without_padding(self.attention_norm(x_BSH), padding_BS)
         x = x_BSH + self.dropout(self.attention(normed, positions_BS, documents_BS, cache))
-        normed = self.ffn_norm(x)
+        normed = without_padding(self.ffn_norm(x), padding_BS)
         if self.ffn is not None:
             return x + self.dropout(self.ffn(normed)), None
         assert self.moe is not None
@@ -96,8 +97,14 @@ class DecoderBlock(nn.Module):
             branch = branch + self.shared(normed)
         x = x + self.dropout(branch)
         if self.shared is not None and self.shared_norm is not None:
-            x = x + self.dropout(self.shared(self.shared_norm(x)))
+            normed = without_padding(self.shared_norm(x), padding_BS)
+            x = x + self.dropout(self.shared(normed))
         return x, routing
+
+
+def without_padding(x_BSH: Tensor, padding_BS: Tensor | None) -> Tensor:
+    """``x_BSH`` times 0 at padding and 1 elsewhere, as released; as it is without padding."""
+    return x_BSH if padding_BS is None else x_BSH * (padding_BS == 0).unsqueeze(-1)
 
 
 class ReferenceOpenMoE(nn.Module):
@@ -170,15 +177,18 @@ class ReferenceOpenMoE(nn.Module):
         training_capacity: bool,
         positions_BS: Tensor | None = None,
         documents_BS: Tensor | None = None,
+        padding_BS: Tensor | None = None,
     ) -> tuple[Tensor, list[Routing]]:
         """Everything before the logits: [B, S, H] after the final norm, and the routing."""
         x_BSH = self.embedding_dropout(self.embedding(tokens_BS))
         routing = []
         for block in self.layers:
-            x_BSH, decisions = block(x_BSH, training_capacity, positions_BS, documents_BS)
+            x_BSH, decisions = block(
+                x_BSH, training_capacity, positions_BS, documents_BS, padding_BS
+            )
             if decisions is not None:
                 routing.append(decisions)
-        return self.final_norm(x_BSH), routing
+        return without_padding(self.final_norm(x_BSH), padding_BS), routing
 
     def new_cache(self, rows: int, slots: int | None = None) -> KVCache:
         """A KV cache for rows of up to ``slots`` tokens each, by default the model's maximum."""
@@ -240,6 +250,7 @@ class ReferenceOpenMoE(nn.Module):
         training_capacity: bool,
         positions_BS: Tensor | None = None,
         documents_BS: Tensor | None = None,
+        padding_BS: Tensor | None = None,
     ) -> ReferenceOutput:
         """Forward pass over one micro-batch.
 
@@ -252,12 +263,15 @@ class ReferenceOpenMoE(nn.Module):
             documents_BS: document number of each token, non-decreasing along a row; attention is
                 restricted to equal numbers. `None` means the whole row. Capacity groups do not
                 depend on it.
+            padding_BS: not 0 at padding, which is set to zero at the input of every layer and of
+                the logits (`--zero-padding-activations`); `None` treats it as any token.
         """
         x_BSH, routing = self.hidden_states(
             tokens_BS,
             training_capacity=training_capacity,
             positions_BS=positions_BS,
             documents_BS=documents_BS,
+            padding_BS=padding_BS,
         )
         logits = self.logits(x_BSH)
         cross_entropy_BS = logit_z_BS = None
