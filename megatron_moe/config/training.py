@@ -81,6 +81,11 @@ class ObjectiveConfig:
     """Count rotary positions from the start of each document (of each conversation, with `sft`)."""
     reset_attention_mask: bool = False
     """Let no position see another document (another conversation, with `sft`)."""
+    decoder_start_token_id: Annotated[int | None, NonNegative, OmittedAtDefault] = None
+    """Input token at the start of each row, and of each document or conversation that
+    `--reset-position-ids` or `--reset-attention-mask` separates; its target is the first token of
+    the text. 0 as released (seqio's shift of the targets by one). `None`: a row starts with text,
+    whose first token is no target."""
     sft_key: str = "messages"
     """Where a line of a conversation file is an object: its key that holds the list of turns."""
     sft_pack: bool = True

@@ -85,6 +85,24 @@ def document_planes(
     return {name: planes[name] for name in names if name in planes}
 
 
+def inputs_of(
+    targets: npt.NDArray[np.integer], start: int, begins: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.int64]:
+    """Return targets [S] shifted by one, with ``start`` where a row or one of its parts begins.
+
+    seqio's `autoregressive_inputs`. Example with start 0: targets a b 1 c 1 d of three documents,
+    which begin at a, c and d, have the inputs 0 a b 0 c 0; if only the row begins, 0 a b 1 c 1. An
+    end before another document is no input of it.
+
+    Args:
+        targets: ids that the row predicts.
+        start: id of the start.
+        begins: [S], where a part begins; the row begins at its first target in any case.
+    """
+    shifted = np.concatenate(([start], targets[:-1])).astype(np.int64)
+    return np.where(begins, start, shifted)
+
+
 def fetch_step(
     iterator: Iterator[Batch] | None,
     num_microbatches: int,

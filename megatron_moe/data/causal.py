@@ -34,7 +34,7 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset, _BinReader
 
-from megatron_moe.data.batch import document_planes
+from megatron_moe.data.batch import document_planes, inputs_of
 from megatron_moe.data.indexed.cache import Array, IndexCache
 from megatron_moe.data.indexed.check import Source
 from megatron_moe.data.indexed.format import paths_of
@@ -55,6 +55,8 @@ class CausalConfig(GPTDatasetConfig):
     """All token ids must be below it."""
     plan: Any = None
     """Settings of the objective; see `objectives.select`."""
+    start: int | None = None
+    """Input token at the start of rows and separate documents; `None`: they start with text."""
     planes: tuple[str, ...] = ()
     """What samples contain besides tokens, labels and loss mask; see `batch.extra_planes`."""
 
@@ -144,6 +146,8 @@ class CausalDataset(GPTDataset):
             # The pad id may be -1 or beyond the vocabulary: neither is a row of the embedding.
             text = np.where(padding, 0, text)
         self._check_ids(text, documents)
+        if self.config.start is not None:
+            return self._started(text[:-1], ~padding[:-1])
         counts, ends = ~padding[1:], text[:-1] == self.config.tokenizer.eod
         if self.config.eod_mask_loss:
             counts &= ~ends
@@ -152,6 +156,20 @@ class CausalDataset(GPTDataset):
             begins = np.concatenate(([True], ends[:-1]))
             sample |= document_planes(begins, self.config.planes)
         return sample
+
+    def _started(self, targets: npt.NDArray[np.integer], counts: npt.NDArray[np.bool_]) -> Sample:
+        """Return the sample that predicts these ids, the first of them from the start token.
+
+        The last of the S + 1 ids of a sample is the first target of the next one.
+        """
+        after_end = np.concatenate(([False], targets[:-1] == self.config.tokenizer.eod))
+        if self.config.eod_mask_loss:
+            counts &= ~after_end
+        begins = after_end.copy() if self.config.planes else np.zeros_like(after_end)
+        begins[0] = True
+        tokens = inputs_of(targets, self.config.start, begins)
+        sample = {"tokens": tokens, "labels": targets, "loss_mask": counts}
+        return sample | document_planes(begins, self.config.planes)
 
     def _check_ids(self, text: npt.NDArray[np.integer], sequences: npt.NDArray[np.integer]) -> None:
         if text.min() < 0 or text.max() >= self.config.token_limit:

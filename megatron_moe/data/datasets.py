@@ -145,6 +145,7 @@ def build_split(
         caches={prefix: cache_for(prefix, config) for prefix in blend.prefixes},
         token_limit=plan.token_limit,
         plan=plan.settings,
+        start=config.objective.decoder_start_token_id,
         planes=extra_planes(config),
     )
     # The builder takes one value per split; the two other splits have none and are not built.

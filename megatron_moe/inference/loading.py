@@ -88,7 +88,9 @@ def load(options: LoadOptions) -> LoadedModel:
     return LoadedModel(
         model=_build_model(found, config, options),
         config=config,
-        tokenizer=TextTokenizer(tokenizer, config.data),
+        tokenizer=TextTokenizer(
+            tokenizer, config.data, start=config.objective.decoder_start_token_id
+        ),
         source=found.source,
         step=found.step,
     )

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_moe.data.batch import Batch, document_planes, reset_planes
+from megatron_moe.data.batch import Batch, document_planes, inputs_of, reset_planes
 from megatron_moe.data.blend import domains_of, parse_blend
 from megatron_moe.data.indexed.check import Source, inspect_source
 from megatron_moe.data.indexed.manifest import check_compatibility, read_manifest
@@ -144,8 +144,9 @@ def rows_of(
 ) -> Iterator[Batch]:
     """All tokens of a source in file order, each as a label once.
 
-    An end of document precedes the first token, so that it is predicted too. Rows follow each other
-    without overlap. The last row is shorter and a batch of its own, so there is no padding, which
+    An end of document precedes the first token, so that it is predicted too; with
+    `--decoder-start-token-id` each row begins with that token. Rows follow each other without
+    overlap. The last row is shorter and a batch of its own, so there is no padding, which
     would take slots of experts under a capacity.
 
     Raises:
@@ -164,7 +165,19 @@ def rows_of(
         before = [eod] if start == 0 else [tokens[start - 1]]
         text = np.concatenate([before, tokens[start:stop]]).astype(np.int64)
         _check_ids(text, start, source, loaded)
-        yield _batch(text[:-1].reshape(rows, -1), text[1:].reshape(rows, -1), loaded)
+        yield _batch(_inputs(text, rows, loaded), text[1:].reshape(rows, -1), loaded)
+
+
+def _inputs(text: np.ndarray[Any, Any], rows: int, loaded: LoadedModel) -> np.ndarray[Any, Any]:
+    """Inputs of the ids from the second on, as rows of the run have them."""
+    start = loaded.config.objective.decoder_start_token_id
+    if start is None:
+        return text[:-1].reshape(rows, -1)
+    targets = text[1:].reshape(rows, -1)
+    begins = np.zeros(targets.shape, dtype=bool)
+    if reset_planes(loaded.config.objective):
+        begins[:, 1:] = targets[:, :-1] == loaded.tokenizer.eod
+    return np.stack([inputs_of(*row) for row in zip(targets, [start] * rows, begins, strict=True)])
 
 
 def _check_ids(text: np.ndarray[Any, Any], start: int, source: Source, loaded: LoadedModel) -> None:
@@ -180,9 +193,10 @@ def _batch(
 ) -> Batch:
     """A batch in which every label counts, with documents separated if the run separated them."""
     names = reset_planes(loaded.config.objective)
-    begins = np.concatenate(
-        [np.ones((len(tokens), 1), bool), tokens[:, :-1] == loaded.tokenizer.eod], axis=1
-    )
+    # A token after an end of document begins one; with a start token ends are no inputs.
+    started = loaded.config.objective.decoder_start_token_id is not None
+    ends = (labels if started else tokens)[:, :-1] == loaded.tokenizer.eod
+    begins = np.concatenate([np.ones((len(tokens), 1), bool), ends], axis=1)
     planes = [document_planes(row, names) for row in begins]
     return Batch(
         tokens_BS=torch.from_numpy(tokens),

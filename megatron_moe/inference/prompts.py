@@ -73,6 +73,7 @@ def encode_prompts(
     """Ids of each prompt, at least one: an empty prompt is an end of document.
 
     A document follows the end of another, so the model continues an end of document with a new one.
+    If rows of the model start with a token (`--decoder-start-token-id`), prompts do, too.
 
     Args:
         prompts: texts.
@@ -80,7 +81,8 @@ def encode_prompts(
         append_eod: append an end of document to each, as to the inputs of UL2.
     """
     end = [tokenizer.eod] if append_eod else []
-    return [tokenizer.encode(prompt) + end or [tokenizer.eod] for prompt in prompts]
+    encoded = [[*tokenizer.start, *tokenizer.encode(prompt), *end] for prompt in prompts]
+    return [ids or [tokenizer.eod] for ids in encoded]
 
 
 class Conversation:
@@ -99,7 +101,8 @@ class Conversation:
     def ask(self, question: str) -> list[int]:
         """All ids up to the start of the answer. Does not change the conversation."""
         system = "" if self._ids else self._system
-        return [*self._ids, *self._tokenizer.encode(system + USER.format(question))]
+        before = self._ids or self._tokenizer.start
+        return [*before, *self._tokenizer.encode(system + USER.format(question))]
 
     def add_answer(self, prompt: Sequence[int], answer: Sequence[int]) -> None:
         """Append an answer to ``prompt``, the ids that `ask` returned."""

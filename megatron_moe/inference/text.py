@@ -26,10 +26,15 @@ class TextTokenizer:
     Args:
         base: the tokenizer of all other text.
         data: its configuration, which may add sentinels (`--vocab-extra-ids`).
+        start: id that the model's rows start with (`--decoder-start-token-id`).
+
+    Attributes:
+        start: that id as a list, empty if rows start with text.
     """
 
-    def __init__(self, base: Tokenizer, data: DataConfig) -> None:
+    def __init__(self, base: Tokenizer, data: DataConfig, start: int | None = None) -> None:
         self.base = base
+        self.start = [] if start is None else [start]
         self.eod = base.eod
         self.size = base.vocab_size + data.vocab_extra_ids
         """Number of ids; higher ones are padding of the vocabulary."""

@@ -24,7 +24,14 @@ from megatron_moe.training.phases import Phase, RunSchedule
 KEY = "stages"
 """Key of the records in a checkpoint's `TrainState.extra`."""
 _DECIDE = {
-    "objective": ("objective", "ul2_inputs_length", "ul2_fill_rows", "eod_mask_loss", "sft_pack"),
+    "objective": (
+        "objective",
+        "ul2_inputs_length",
+        "ul2_fill_rows",
+        "eod_mask_loss",
+        "sft_pack",
+        "decoder_start_token_id",
+    ),
     "data": ("seq_length", "split"),
     "train": ("seed",),
 }

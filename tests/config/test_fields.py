@@ -256,6 +256,7 @@ OMITTED: dict[str, Any] = {
     "moe_token_dispatcher_type": "no file",
     "moe_loss_convention": "no convention",
     "zero_padding_activations": "no boolean",
+    "decoder_start_token_id": 0,
 }
 """Fields that files leave out at their defaults, with another value; "no ..." is invalid."""
 

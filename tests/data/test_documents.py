@@ -12,7 +12,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from megatron_moe.config import ObjectiveConfig
+from megatron_moe.config import RunConfig
 from megatron_moe.data.batch import Batch, document_planes, extra_planes
 from megatron_moe.tokenizer.simple import NullTokenizer
 from tests.data.corpus import VOCAB, random_documents, write
@@ -86,7 +86,7 @@ def test_each_flag_by_itself(tmp_path: Path) -> None:
     assert planes(first(reset_attention_mask=True)) == (None, planes(both)[1])
     assert plain.tokens_BS.tolist() == both.tokens_BS.tolist()
     assert plain.loss_mask_BS.tolist() == both.loss_mask_BS.tolist()
-    assert extra_planes(ObjectiveConfig()) == ()
+    assert extra_planes(RunConfig()) == ()
 
 
 def test_conversations_of_a_row(tmp_path: Path) -> None:

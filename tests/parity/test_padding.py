@@ -62,7 +62,7 @@ def test_with_documents(pool: Pool) -> None:
 def test_padding_changes_the_loss() -> None:
     """The tests above would say little otherwise."""
     with_padding, without = (expected("released", extra) for extra in (PADDING, ()))
-    assert relative_error(with_padding.sums[0], without.sums[0]) > 1e-2
+    assert relative_error(with_padding.sums[0], without.sums[0]) > 1e-3
     assert with_padding.kept != without.kept
 
 
@@ -165,7 +165,7 @@ def test_padding_has_uniform_scores_and_chooses_the_first_experts() -> None:
         pads = padding.flatten() == 1
         assert (routing.router_probs_TE[pads] == 0.25).all()
         assert (routing.ids_TK[pads] == torch.tensor([0, 1])).all()
-        chosen = probs_BSE.sort(-1, descending=True, stable=True).indices[..., :2]
+        chosen = probs_BSE.sort(dim=-1, descending=True, stable=True).indices[..., :2]
         share_BE = F.one_hot(chosen, 4).sum(2).double().mean(1)
         balance = 4 * (share_BE * probs_BSE.mean(1)).sum(-1).mean()
         torch.testing.assert_close(routing.balance_loss, balance)

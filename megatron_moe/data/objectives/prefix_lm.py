@@ -20,8 +20,9 @@ from megatron_moe.data.objectives.spans import random_split
 class PrefixLmDataset(CausalDataset):
     """The samples of `CausalDataset`, in its order.
 
-    The split of the S + 1 ids of a sample is uniform in 1 .. S. It is the length of the prefix; the
-    remaining ids, at least one, are predicted.
+    The split of the S + 1 ids of a sample is uniform in 1 .. S; with a start token it has S ids and
+    the split is in 1 .. S - 1. It is the length of the prefix; the remaining ids, at least one, are
+    predicted.
     """
 
     rng: SampleRng
@@ -38,7 +39,9 @@ class PrefixLmDataset(CausalDataset):
         # The place of the sample in the text, so that a shuffle does not change its split.
         place = int(self.shuffle_index[idx])
         length = len(sample["tokens"])
-        split = random_split(int(self.rng.words(0, place, 1)[0]), length + 1)
-        # Position t predicts id t + 1, so the first id after the prefix is predicted at split - 1.
-        counts = sample["loss_mask"] & (np.arange(length) >= split - 1)
+        # Position t predicts id t + 1 of S + 1 ids, so the first id after the prefix is predicted
+        # at split - 1; after a start token id t of S ids, and at split.
+        before = 1 if self.config.start is None else 0
+        split = random_split(int(self.rng.words(0, place, 1)[0]), length + before)
+        counts = sample["loss_mask"] & (np.arange(length) >= split - before)
         return sample | {"loss_mask": counts}

@@ -5,7 +5,7 @@ A new objective is a dataset class in a module of its own and a branch in `plan_
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_moe.config import RunConfig
@@ -14,6 +14,7 @@ from megatron_moe.data.causal import CausalDataset
 from megatron_moe.data.objectives.prefix_lm import PrefixLmDataset
 from megatron_moe.data.objectives.sft import SftDataset, SftPlan
 from megatron_moe.data.objectives.ul2 import Ul2Dataset, plan_ul2
+from megatron_moe.errors import UsageError
 from megatron_moe.tokenizer.base import Tokenizer
 from megatron_moe.tokenizer.build import unpadded_vocab_size
 
@@ -39,8 +40,21 @@ def plan_objective(config: RunConfig, tokenizer: Tokenizer) -> ObjectivePlan:
     Conflicts between flags are errors of `config.validate` before this is called.
 
     Raises:
-        UsageError: the objective does not fit the tokenizer or the row length.
+        UsageError: the objective does not fit the tokenizer or the row length, or the start token
+            the vocabulary.
     """
+    plan = _plan(config, tokenizer)
+    start, size = config.objective.decoder_start_token_id, config.data.vocab_size
+    if start is None:
+        return plan
+    size = size or unpadded_vocab_size(config.data, tokenizer)
+    if start >= size:
+        expected = f"an id of the vocabulary, of {size} ids"
+        raise UsageError("--decoder-start-token-id", start, expected)
+    return replace(plan, identity={**plan.identity, "decoder_start_token_id": start})
+
+
+def _plan(config: RunConfig, tokenizer: Tokenizer) -> ObjectivePlan:
     objective = config.objective
     name, eod = objective.objective, objective.eod_mask_loss
     resets = reset_planes(objective)

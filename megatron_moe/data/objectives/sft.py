@@ -10,7 +10,8 @@ None is divided. Example, rows of 10 ids and conversations of 4, 5, 3, 6 and 10 
 `plan_rows` stores the order of the conversations, 0 1 2 3 4, and where rows start in it, 0 2 4 and
 the end 5: row i has the conversations from starts[i] to starts[i + 1].
 
-S tokens of a row. A row has S + 1 ids; position t predicts id t + 1.
+S tokens of a row. A row has S + 1 ids; position t predicts id t + 1. With a start token it has S
+ids; position t predicts id t.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 from megatron.core.datasets.megatron_dataset import MegatronDataset
 
-from megatron_moe.data.batch import document_planes
+from megatron_moe.data.batch import document_planes, inputs_of
 from megatron_moe.data.causal import Sample, digest
 from megatron_moe.data.indexed.cache import Array
 from megatron_moe.data.objectives.chat_source import ChatSource, Conversations
@@ -50,7 +51,8 @@ class SftDataset(MegatronDataset):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         source: ChatSource = self.config.sources[self.dataset_path]
-        capacity = self.config.sequence_length + 1
+        # Ids of a row, the start token not counted.
+        capacity = self.config.sequence_length + (self.config.start is None)
         usable = self._usable(capacity - 1)
         part = (source.fingerprint, int(self.indices[0]), int(self.indices[-1]) + 1)
         description = {
@@ -62,6 +64,8 @@ class SftDataset(MegatronDataset):
             "seed": self.config.random_seed,
             "pack": self.config.plan.pack,
         }
+        if self.config.start is not None:
+            description["ids"] = capacity
         self.key = digest(description)
         lengths = np.minimum(source.lengths()[usable], capacity if self.config.plan.pack else 0)
         rng = sample_rng(self.config.random_seed, "sft", *part)
@@ -109,20 +113,27 @@ class SftDataset(MegatronDataset):
         and the pads as another one. Also padding [S], bool, if `planes` has it.
         """
         size = self.config.sequence_length + 1
+        most = size - (self.config.start is not None)
         text = np.full(size, max(self.config.tokenizer.pad, 0), dtype=np.int64)
         counts = np.zeros(size, dtype=bool)
         begins, end = np.zeros(size, dtype=bool), 0
         for number in self.conversations[self.rows[idx] : self.rows[idx + 1]].tolist():
             first, last = map(int, self.dataset.bounds[number : number + 2])
-            start, last = end, min(last, first + size)
+            start, last = end, min(last, first + most)
             begins[start] = True
             end += last - first
             text[start:end] = self.dataset.ids[first:last]
             counts[start:end] = self.dataset.loss_mask[first:last]
         begins[end:][:1] = True  # the first pad, if there is one
+        padding = np.arange(size) >= end
         sample = {"tokens": text[:-1], "labels": text[1:], "loss_mask": counts[1:]}
+        if self.config.start is not None:
+            separate = {"positions", "documents"} & set(self.config.planes)
+            parts = begins[:-1] if separate else np.zeros(size - 1, dtype=bool)
+            tokens = inputs_of(text[:-1], self.config.start, parts)
+            sample = {"tokens": tokens, "labels": text[:-1], "loss_mask": counts[:-1]}
         if "padding" in self.config.planes:
-            sample["padding"] = np.arange(size - 1) >= end
+            sample["padding"] = padding[1:] if self.config.start is None else padding[:-1]
         return sample | document_planes(begins[:-1], self.config.planes)
 
 

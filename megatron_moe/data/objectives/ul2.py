@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.config import RunConfig
+from megatron_moe.data.batch import inputs_of
 from megatron_moe.data.causal import CausalDataset, Sample
 from megatron_moe.data.indexed.cache import Array
 from megatron_moe.data.objectives.denoiser import Denoiser, not_implemented, read_denoisers
@@ -148,7 +149,10 @@ class Ul2Dataset(CausalDataset):
         self._check_ids(text, documents)
         inputs, targets = fitted.hide(self.rng, window, text, self.plan.sentinels)
         tokenizer = self.config.tokenizer
-        sample = pack_row(inputs, targets, self.plan.row, tokenizer.eod, max(tokenizer.pad, 0))
+        pad = max(tokenizer.pad, 0)
+        sample = pack_row(
+            inputs, targets, self.plan.row, tokenizer.eod, pad, start=self.config.start
+        )
         return {name: sample[name] for name in (*ROW, *self.config.planes)}
 
     def _read(self, window: int, count: int) -> tuple[Ids, npt.NDArray[np.int64]]:
@@ -165,7 +169,9 @@ class Ul2Dataset(CausalDataset):
         return np.concatenate(parts, dtype=np.int64), np.array(documents, dtype=np.int64)
 
 
-def pack_row(inputs: Ids, targets: Ids, row: int, end: int, pad: int) -> Sample:
+def pack_row(
+    inputs: Ids, targets: Ids, row: int, end: int, pad: int, start: int | None = None
+) -> Sample:
     """Lay out a row of S tokens: inputs, end, targets, end, pads.
 
     Position t predicts the token at t + 1, so the loss counts from the end of the inputs, where the
@@ -174,14 +180,24 @@ def pack_row(inputs: Ids, targets: Ids, row: int, end: int, pad: int) -> Sample:
         inputs a b <0>, targets <0> c
         ids        a b <0> </s> <0> c </s> pad pad     S + 1 of them
         loss_mask  0 0 0   1    1   1 0    0           of positions 0 .. S - 1
-        padding    0 0 0   0    0   0 0    1           of the same positions
+        padding    0 0 0   0    0   0 1    1           positions without a target
+
+    With a start token the row has S ids, which are all targets:
+
+        tokens     0 a b <0> </s> <0> c    </s>
+        labels     a b <0> </s> <0> c </s> pad
+        loss_mask  0 0 0   0    1   1 1    0
+        padding    0 0 0   0    0   0 0    1
     """
     tokens = np.full(row + 1, pad, dtype=np.int64)
     first = len(inputs) + 1
     last = first + len(targets)
     tokens[: first - 1], tokens[first - 1] = inputs, end
     tokens[first:last], tokens[last] = targets, end
-    counts = np.zeros(row, dtype=bool)
-    counts[first - 1 : last] = True
-    padding = np.arange(row) > last
-    return {"tokens": tokens[:-1], "labels": tokens[1:], "loss_mask": counts, "padding": padding}
+    # Place of each label among the ids.
+    place = np.arange(row) + (start is None)
+    shift = {"loss_mask": (place >= first) & (place <= last), "padding": place > last}
+    if start is None:
+        return {"tokens": tokens[:-1], "labels": tokens[1:], **shift}
+    labels, nowhere = tokens[:-1], np.zeros(row, dtype=bool)
+    return {"tokens": inputs_of(labels, start, nowhere), "labels": labels, **shift}
