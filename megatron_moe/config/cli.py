@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from megatron_moe.config import megatron_preset
 from megatron_moe.config.fields import ConfigField, expected_of, fields_of
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.config.run import RunConfig, all_fields
@@ -38,7 +39,8 @@ class Invocation:
 
     preset: str | None = None
     """Start from a published model: openmoe-tiny, openmoe-base-16e, openmoe-8b-32e or
-    openmoe-34b-32e, or one of these with `-released`."""
+    openmoe-34b-32e, or one of these with `-released`. `megatron`: what a script of Megatron-LM
+    leaves unsaid is as in Megatron-LM; it gives the sizes."""
     config: str | None = None
     """Start from the `config.json` of a saved run."""
     describe: DescribeFormat | None = None
@@ -82,16 +84,20 @@ def parse_args(
         print(examples)
     translation = translate(split(args), all_flags())
     options, errors = _parse_all(translation.words, _defaults(args), prog)
+    flags = _flags_in([*args, *translation.words])
+    by_megatron = options is not None and options.invocation.preset == megatron_preset.NAME
+    errors += megatron_preset.missing(flags) if by_megatron else ()
     raise_errors([*translation.errors, *errors])
     if options.invocation.world_size is not None and options.invocation.describe is None:
         fix = "the launcher sets how many ranks a run has"
         given = options.invocation.world_size
         raise UsageError("--world-size", given, "used with --describe", fix)
+    config = _config_of(options)
     return Command(
-        config=_config_of(options),
+        config=megatron_preset.completed(config, flags) if by_megatron else config,
         describe=options.invocation.describe,
         world_size=options.invocation.world_size,
-        notes=_notes(translation),
+        notes=_notes(translation, flags),
     )
 
 
@@ -195,9 +201,10 @@ def _defaults(args: list[str]) -> RunConfig:
         raise UsageError("--preset", found.preset, "used without --config", "give one of the two")
     if found.config:
         return RunConfig.load(found.config)
-    if found.preset and found.preset not in PRESETS:
-        raise UsageError("--preset", found.preset, f"one of {', '.join(PRESETS)}")
-    return PRESETS[found.preset] if found.preset else RunConfig()
+    presets = {**PRESETS, megatron_preset.NAME: megatron_preset.DEFAULTS}
+    if found.preset and found.preset not in presets:
+        raise UsageError("--preset", found.preset, f"one of {', '.join(presets)}")
+    return presets[found.preset] if found.preset else RunConfig()
 
 
 def _parse_all(
@@ -287,9 +294,17 @@ def _field_of(flag: str) -> ConfigField | None:
     return next((known for known in fields if flag in known.flags), None)
 
 
-def _notes(translation: Translation) -> tuple[str, ...]:
-    """One line on the flags of Megatron-LM that were accepted: what runs instead."""
+def _flags_in(words: Sequence[str]) -> set[str]:
+    """The flags among words; `--flag` for `--no-flag` as well."""
+    flags = {group.flag for group in split(words)}
+    return flags | {"--" + flag[5:] for flag in flags if flag.startswith("--no-")}
+
+
+def _notes(translation: Translation, flags: set[str]) -> tuple[str, ...]:
+    """What the flags of Megatron-LM mean here, and what differs that none of them says."""
     if not translation.accepted:
         return ()
-    parts = [f"{', '.join(flags)} ({here})" for here, flags in translation.accepted.items()]
-    return (f" flags of Megatron-LM, and what runs here: {'; '.join(parts)}",)
+    parts = [f"{', '.join(given)} ({here})" for here, given in translation.accepted.items()]
+    line = f" flags of Megatron-LM, and what runs here: {'; '.join(parts)}"
+    based = {"--preset", "--config"} & flags
+    return (line, *([] if based else megatron_preset.unsaid(flags)))
