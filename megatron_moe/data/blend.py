@@ -150,9 +150,11 @@ def parse_blend(
 
     Raises:
         UsageError: only some prefixes have weights, a weight is negative, infinite or not a
-            number, or all are 0.
+            number, or all are 0; a word is a file of a pair, or a whole list in quotes.
     """
     words = [value.strip() for value in values]
+    for word in words:
+        _check_word(flag, word)
     numbers = [_number(word) for word in words]
     if all(number is None for number in numbers):
         return tuple(words), None
@@ -167,6 +169,19 @@ def parse_blend(
     # Weight 0 is dropped here, so that such a source need not exist.
     kept = [(p, w) for p, w in zip(words[1::2], weights, strict=True) if w > 0]
     return tuple(prefix for prefix, _ in kept), tuple(weight for _, weight in kept)
+
+
+def _check_word(flag: str, word: str) -> None:
+    """Find what is no prefix: `a.bin` in place of `a`, and `"0.3 a 0.7 b"` as one word."""
+    if os.path.exists(word) or os.path.exists(f"{word}.idx"):
+        base, suffix = os.path.splitext(word)
+        if suffix in (".bin", ".idx") and not os.path.exists(f"{word}.idx"):
+            raise UsageError(flag, word, f"a prefix, without {suffix}", f"use {base}")
+        return
+    parts = word.split()
+    if len(parts) > 1 and _number(parts[0]) is not None:
+        fix = f"take the quotes off: {flag} {word}"
+        raise UsageError(flag, word, "a list of words, WEIGHT PREFIX WEIGHT PREFIX ...", fix)
 
 
 def _number(word: str) -> float | None:

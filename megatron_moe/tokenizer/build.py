@@ -33,7 +33,13 @@ def build_tokenizer(data: DataConfig) -> Tokenizer:
     elif data.tokenizer_type == "ByteTokenizer":
         tokenizer = ByteTokenizer()
     else:
-        if data.vocab_size is None or data.vocab_size < 1:
+        if data.vocab_size is None:
+            fix = (
+                "add --tokenizer-type SentencePieceTokenizer or HuggingFaceTokenizer with"
+                " --tokenizer-model FILE, or --vocab-size for data that are ids alone"
+            )
+            raise UsageError("a tokenizer", None, "given", fix)
+        if data.vocab_size < 1:
             raise UsageError("--vocab-size", data.vocab_size, ">= 1 with NullTokenizer")
         tokenizer = NullTokenizer(data.vocab_size - _extra_ids(data, data.vocab_size))
     unpadded_vocab_size(data, tokenizer)

@@ -156,7 +156,7 @@ def test_padded_vocabulary(vocab_size: int | None, multiple: int, padded: int) -
             DataConfig(tokenizer_type="ByteTokenizer", vocab_size=258),
             "--vocab-size must be >= the tokenizer's 259 ids (got 258)",
         ),
-        (DataConfig(), "--vocab-size must be >= 1 with NullTokenizer (got None)"),
+        (DataConfig(), "a tokenizer must be given (got None); add --tokenizer-type"),
         (
             DataConfig(tokenizer_type="SentencePieceTokenizer"),
             "--tokenizer-model must be a SentencePiece model file (got None)",
