@@ -252,6 +252,7 @@ OMITTED: dict[str, Any] = {
     "num_query_groups": 2,
     "qk_layernorm": True,
     "qk_layernorm_scope": "no scope",
+    "scale_tied_logits": False,
     "moe_router_type": "no file",
     "moe_token_dispatcher_type": "no file",
     "moe_loss_convention": "no convention",

@@ -44,12 +44,12 @@ def test_parse_like_megatron_core(values: tuple[str, ...]) -> None:
 
 
 def test_a_quoted_list_and_a_file_of_a_pair_are_errors_with_their_fix(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="take the quotes off: --data-path 0.3 a 0.7 b"):
+    with pytest.raises(UsageError, match=r"take the quotes off: --data-path 0\.3 a 0\.7 b"):
         parse_blend("--data-path", ("0.3 a 0.7 b",))
     prefix = tmp_path / "2 words"
     for suffix in (".bin", ".idx"):
         prefix.with_name(prefix.name + suffix).touch()
-        with pytest.raises(UsageError, match=f"a prefix, without {suffix} .*; use {prefix}$"):
+        with pytest.raises(UsageError, match=rf"a prefix, without \{suffix} .*; use {prefix}$"):
             parse_blend("--data-path", (f"{prefix}{suffix}",))
     # A prefix may have spaces, and end with .bin.
     assert parse_blend("--data-path", (str(prefix),)) == ((str(prefix),), None)
