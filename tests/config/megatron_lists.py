@@ -20,6 +20,8 @@ class ScriptFlag:
     values: tuple[tuple[str, int], ...]
     """Its most frequent values and their scripts; "" is the flag alone. Empty for paths and names,
     which the list leaves out."""
+    without_effect: int | None
+    """Scripts whose value has no effect here, where the list divides the flag by value."""
     fork: bool
     """Whether only a fork of Megatron-LM has it."""
 
@@ -37,6 +39,9 @@ def script_flags() -> list[ScriptFlag]:
             flag=row["flag"].replace("_", "-"),
             scripts=int(row["scripts"]),
             values=tuple(map(_value, row["values"].split("; "))) if row["values"] else (),
+            without_effect=int(found[1])
+            if (found := re.search(r"b:(\d+)", row["class"]))
+            else None,
             fork=row["origin"] == "fork",
         )
         for row in rows
