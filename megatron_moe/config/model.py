@@ -7,6 +7,7 @@ variant counts parameters as the paper does, the *released* one is what was trai
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -71,6 +72,10 @@ class ModelConfig:
     """Dropout on attention probabilities; 0 in pretraining."""
     hidden_dropout: Annotated[float, BelowOne] = 0.0
     """Dropout on the embedding and on each residual branch; 0 in pretraining."""
+    init_method_std: Annotated[float | None, NonNegative, OmittedAtDefault] = None
+    """Megatron-LM's initialisation instead of `--init-variance-scale`: all matrices start as
+    N(0, std^2), those that write to the residual stream divided by sqrt(2 L). On the command line
+    it is also the default of `--embedding-init-method-std` and `--router-init-method-std`."""
     init_variance_scale: Annotated[float, NonNegative] = 0.1
     """Attention, FFN, expert and logits weights start as N(0, scale / fan_in)."""
     embedding_init_method_std: Annotated[float, NonNegative] = 1.0
@@ -84,6 +89,20 @@ class ModelConfig:
     tokens. Only rows of `ul2` and `sft` have padding."""
     logit_z_loss_coeff: Annotated[float, NonNegative] = 1e-4
     """Weight of mean(log(Z)^2) over target tokens, Z the softmax normaliser of the logits."""
+
+    def in_std(self, fan_in: int) -> float:
+        """Standard deviation at the start of matrices that read the residual stream, and of the
+        logits matrix, by their number of inputs.
+        """
+        if self.init_method_std is not None:
+            return self.init_method_std
+        return math.sqrt(self.init_variance_scale / fan_in)
+
+    def out_std(self, fan_in: int) -> float:
+        """The same of matrices that write to the residual stream."""
+        if self.init_method_std is not None:
+            return self.init_method_std / math.sqrt(2.0 * self.num_layers)
+        return math.sqrt(self.init_variance_scale / fan_in)
 
     @property
     def key_value_heads(self) -> int:

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from megatron_moe.config.fields import AtLeastOne, Flag, NonNegative, OmittedAtDefault, Positive
+from megatron_moe.config.fields import (
+    AtLeastOne,
+    BelowOne,
+    Flag,
+    NonNegative,
+    OmittedAtDefault,
+    Positive,
+)
 from megatron_moe.errors import UsageError
 
 CapacityRule = Literal["t5x", "port", "megatron"]
@@ -95,6 +102,12 @@ class MoEConfig:
     moe_expert_impl: Literal["auto", "loop", "batched"] = "auto"
     """Expert GEMMs: one per expert over its filled rows (`loop`), or one batched GEMM over the
     whole fixed-shape buffer (`batched`, without host reads, for GPUs and dry runs)."""
+    moe_router_force_load_balancing: Annotated[bool, OmittedAtDefault] = False
+    """Choose experts at random, evenly: for benchmarks alone. The log says so in every line, and
+    figures belong next to those of real routing."""
+    moe_input_jitter_eps: Annotated[float | None, BelowOne, OmittedAtDefault] = None
+    """Multiply what the router sees in training, and nothing else, by uniform noise in
+    [1 - eps, 1 + eps]."""
     moe_router_type: Annotated[RouterType, OmittedAtDefault] = "softmax"
     """Router. `softmax` (OpenMoE): probabilities over all experts, then the k largest. Other values
     are the files of `moe/routers/`."""

@@ -38,8 +38,11 @@ class ParallelConfig:
     """With `full`: every N layers, or the first N of each stage."""
     recompute_num_layers: Annotated[int | None, AtLeastOne] = None
     """The N of `--recompute-method`."""
-    recompute_modules: tuple[Literal["core_attn", "mlp", "moe"], ...] = ("core_attn",)
-    """With `selective`: which modules."""
+    recompute_modules: tuple[Literal["core_attn", "mlp", "moe", "shared_experts"], ...] = (
+        "core_attn",
+    )
+    """With `selective`: which modules. `mlp` is dense feed-forward layers and the shared expert,
+    `moe` the other experts with their router, `shared_experts` the shared expert alone."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication library; `auto` is NCCL on GPUs and gloo on CPUs; the choice is logged."""
     distributed_timeout_minutes: Annotated[float, Positive] = 10.0

@@ -49,7 +49,7 @@ _ENDS: dict[str, Unit] = {
 }
 _OWN = ("name", *_ENDS, "lr_from")
 """Keys of a phase that are not flags."""
-_RATES = (
+RATES = (
     "lr",
     "min_lr",
     "lr_decay_style",
@@ -58,8 +58,14 @@ _RATES = (
     "lr_wsd_decay_iters",
     "lr_warmup_iters",
     "lr_warmup_init",
+    "lr_warmup_fraction",
+    "lr_decay_samples",
+    "lr_warmup_samples",
+    "lr_wsd_decay_samples",
 )
-_VOCABULARY = ("tokenizer_type", "tokenizer_model", "vocab_size", "vocab_extra_ids")
+"""Settings of the learning rate."""
+_TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
+_VOCABULARY = (*_TOKENIZER, "vocab_size", "vocab_extra_ids", "padded_vocab_size")
 _FIXED_DATA = (*_VOCABULARY, "make_vocab_size_divisible_by")
 _SOURCES = (
     "data_path",
@@ -81,7 +87,7 @@ SETTINGS: dict[str, str] = {
     **dict.fromkeys(("attention_dropout", "hidden_dropout"), "model"),
     **dict.fromkeys(("micro_batch_size", "global_batch_size", "rampup_batch_size"), "train"),
     **dict.fromkeys(("eval_interval", "eval_iters", "domain_eval_iters", "seed"), "train"),
-    **dict.fromkeys((*_RATES, "clip_grad", "weight_decay"), "optimizer"),
+    **dict.fromkeys((*RATES, "clip_grad", "weight_decay"), "optimizer"),
 }
 """Fields that a phase can set, and the section of the configuration that each belongs to."""
 
@@ -127,6 +133,10 @@ class PhaseSpec:
                 "lr_warmup_init": 0.0,
                 "lr_decay_iters": None,
                 "lr_wsd_decay_iters": None,
+                "lr_warmup_fraction": None,
+                "lr_decay_samples": None,
+                "lr_warmup_samples": 0,
+                "lr_wsd_decay_samples": None,
             }
         for name, value in self.settings.items():
             sections.setdefault(SETTINGS[name], {})[name] = value
@@ -198,7 +208,7 @@ def _phase(table: Any, number: int, path: str) -> PhaseSpec:
     values = _by_field(table, where)
     unit, until = _end(values, where)
     settings = {key: value for key, value in values.items() if key not in _OWN}
-    rates = any(key in _RATES for key in settings)
+    rates = any(key in RATES for key in settings)
     lr_from = values.get("lr_from", "stage" if rates else "run")
     if lr_from not in ("run", "stage"):
         raise UsageError(f"lr-from of {where}", lr_from, "run or stage")

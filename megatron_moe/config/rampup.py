@@ -7,6 +7,7 @@ consumed sequences needs no state: a run that resumes has the batches of one tha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -76,24 +77,31 @@ class BatchSizes:
 
     def samples_of(self, iterations: int) -> int:
         """Sequences of the first ``iterations`` steps."""
-        consumed = 0
-        for done, consumed in enumerate(self._ramp()):
-            if done == iterations:
-                return consumed
-        return consumed + (iterations - done) * self.full
+        if self.constant:
+            return iterations * self.full
+        ramp = _whole_ramp(self)
+        if iterations < len(ramp):
+            return ramp[iterations]
+        return ramp[-1] + (iterations - len(ramp) + 1) * self.full
 
     def iterations_of(self, samples: int) -> int:
         """Whole steps that ``samples`` sequences suffice for."""
         done = consumed = 0
-        for done, consumed in enumerate(self._ramp()):
+        for done, consumed in enumerate(self.ramp()):
             if consumed + self.at(consumed) > samples:
                 return done
         return done + (samples - consumed) // self.full
 
-    def _ramp(self) -> Iterator[int]:
+    def ramp(self) -> Iterator[int]:
         """Sequences consumed before each step of the ramp, and before the first full one."""
         consumed = 0
         while consumed < self.samples:
             yield consumed
             consumed += self.at(consumed)
         yield consumed
+
+
+@functools.lru_cache(maxsize=8)
+def _whole_ramp(sizes: BatchSizes) -> tuple[int, ...]:
+    """`BatchSizes.ramp`, kept: a learning rate that counts sequences asks at every step."""
+    return tuple(sizes.ramp())

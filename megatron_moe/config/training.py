@@ -47,17 +47,27 @@ class DataConfig:
     seq_length: Annotated[int, AtLeastOne] = 256
     """Tokens S of one sample."""
     tokenizer_type: Literal[
-        "SentencePieceTokenizer", "HuggingFaceTokenizer", "ByteTokenizer", "NullTokenizer"
+        "SentencePieceTokenizer",
+        "HuggingFaceTokenizer",
+        "GPT2BPETokenizer",
+        "ByteTokenizer",
+        "NullTokenizer",
     ] = "NullTokenizer"
     """Tokenizer family. `NullTokenizer` has no text, only `--vocab-size` ids."""
     tokenizer_model: str | None = None
     """File of the tokenizer: a SentencePiece model, or a `tokenizer.json` or its folder."""
+    vocab_file: Annotated[str | None, OmittedAtDefault] = None
+    """`vocab.json` of `GPT2BPETokenizer`."""
+    merge_file: Annotated[str | None, OmittedAtDefault] = None
+    """`merges.txt` of `GPT2BPETokenizer`."""
     vocab_size: Annotated[int | None, AtLeastOne] = None
     """Vocabulary V before padding; `None` takes the tokenizer's."""
     vocab_extra_ids: Annotated[int, NonNegative] = 0
     """Ids after the tokenizer's own, for the sentinels of span corruption; umT5 has 300."""
     make_vocab_size_divisible_by: Annotated[int, AtLeastOne] = 128
     """V is padded to a multiple of this, whatever the layout; tensor parallelism must divide it."""
+    padded_vocab_size: Annotated[int | None, AtLeastOne, OmittedAtDefault] = None
+    """V after padding, as it is, instead of `--make-vocab-size-divisible-by`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +138,20 @@ class TrainConfig:
     ends the rank at once."""
     exit_signal: Annotated[Literal["TERM", "USR1", "INT"], OmittedAtDefault] = "TERM"
     """The signal of `--exit-signal-handler`."""
+    kill_switch_file: Annotated[str | None, OmittedAtDefault] = None
+    """Save and exit on all ranks after the step during which this file appears."""
     seed: Annotated[int, NonNegative] = 1234
     """Seed of initialisation, data order and dropout."""
+    deterministic_mode: Annotated[bool, OmittedAtDefault] = False
+    """Select deterministic algorithms in PyTorch, cuBLAS and NCCL, and reject operations without
+    one: the same run twice gives the same bits, on a GPU as well. Slower."""
+    manual_gc: Annotated[bool, OmittedAtDefault] = False
+    """Turn Python's automatic garbage collector off and collect on all ranks at the same steps, so
+    that no rank waits for the collection of another."""
+    manual_gc_interval: Annotated[int, NonNegative, OmittedAtDefault] = 0
+    """With `--manual-gc`, steps between collections; 0 collects around evaluations only."""
+    manual_gc_eval: Annotated[bool, OmittedAtDefault] = True
+    """With `--manual-gc`, collect before and after each evaluation."""
     bf16: bool = False
     """Compute in bfloat16 with fp32 master weights; otherwise fp32."""
 
@@ -159,6 +181,17 @@ class OptimizerConfig:
     """Steps until the decay ends; `None` means the length of the run."""
     lr_warmup_iters: Annotated[int, NonNegative] = 0
     """Steps of linear warm-up."""
+    lr_warmup_fraction: Annotated[float | None, BelowOne, OmittedAtDefault] = None
+    """Warm-up as a share of the decay (`--lr-decay-iters`, or `--lr-decay-samples` with
+    `--train-samples`), instead of a number of steps or sequences."""
+    lr_decay_samples: Annotated[int | None, AtLeastOne, OmittedAtDefault] = None
+    """With `--train-samples`: sequences until the decay ends; `None` means those of the run. This,
+    `--lr-warmup-samples` and `--lr-wsd-decay-samples` let the learning rate count consumed
+    sequences instead of steps, which differs during a batch-size ramp-up."""
+    lr_warmup_samples: Annotated[int, NonNegative, OmittedAtDefault] = 0
+    """With `--train-samples`: sequences of linear warm-up."""
+    lr_wsd_decay_samples: Annotated[int | None, AtLeastOne, OmittedAtDefault] = None
+    """With `--train-samples`: sequences of the decay at the end of `WSD`."""
     lr_warmup_init: Annotated[float, NonNegative] = 0.0
     """Learning rate at the first step of warm-up."""
     weight_decay: Annotated[float | None, NonNegative] = None
@@ -184,6 +217,12 @@ class OptimizerConfig:
     """Parameters that are not updated: patterns (`*`, `?`, `[...]`) of logical names."""
     freeze_router_after: Annotated[int | None, NonNegative] = None
     """Steps after which router weights are no longer updated."""
+
+    @property
+    def lr_in_samples(self) -> bool:
+        """Whether a length of the learning rate is given in sequences."""
+        lengths = (self.lr_decay_samples, self.lr_warmup_samples, self.lr_wsd_decay_samples)
+        return any(lengths)
 
     @property
     def used_weight_decay(self) -> float:
@@ -222,6 +261,9 @@ class CheckpointConfig:
     """If the newest checkpoint of `--load` is damaged, load the newest earlier one that is not."""
     finetune: bool = False
     """Load only the weights of `--load`: step, optimizer, RNG and data start anew."""
+    use_checkpoint_opt_param_scheduler: Annotated[bool, OmittedAtDefault] = False
+    """Take the learning rate's schedule and the weight decay from the checkpoint of `--load`, not
+    from the flags, which otherwise take effect at once."""
     no_load_optim: bool = False
     """Do not load optimizer state."""
     no_load_rng: bool = False
@@ -246,3 +288,43 @@ class LoggingConfig:
     """Peak TFLOP/s of one device for MFU; `None` looks the GPU up, or measures a GEMM on a CPU."""
     metrics_file: str | None = None
     """JSON Lines file with exact per-step loss and gradient norm (hexadecimal floats as well)."""
+    log_params_norm: Annotated[bool, OmittedAtDefault] = False
+    """Log the norm of all parameters after each step."""
+    log_num_zeros_in_grad: Annotated[bool, OmittedAtDefault] = False
+    """Log how many elements of each step's gradient are exactly 0."""
+    timing_log_level: Annotated[Literal[0, 1, 2], OmittedAtDefault] = 0
+    """What is timed besides the step: 0 nothing, 1 what happens once in a step (forward-backward,
+    all-grads-sync, optimizer, ...), 2 also what happens for each micro-batch. Above 0, steps are
+    slower: each measurement waits for the device."""
+    log_timers_to_tensorboard: Annotated[bool, OmittedAtDefault] = False
+    """Write the times of `--timing-log-level` to TensorBoard and W&B, in seconds of a step, the
+    most over all ranks. The time of the whole step is there in any case."""
+    log_memory_to_tensorboard: Annotated[bool, OmittedAtDefault] = False
+    """Write allocated and reserved memory besides its peak, which is there in any case."""
+    tensorboard_log_interval: Annotated[int, AtLeastOne, OmittedAtDefault] = 1
+    """Steps between points of values that every step has, in TensorBoard and W&B."""
+    tensorboard_queue_size: Annotated[int, AtLeastOne, OmittedAtDefault] = 10
+    """Events that TensorBoard's writer holds back before it writes them."""
+    profile: Annotated[bool, OmittedAtDefault] = False
+    """Record the steps after `--profile-step-start` up to `--profile-step-end`: for nsys, whose
+    range it starts and stops on a GPU, or with `--use-pytorch-profiler`."""
+    use_pytorch_profiler: Annotated[bool, OmittedAtDefault] = False
+    """With `--profile`, write a trace of `torch.profiler` into `--tensorboard-dir`."""
+    profile_step_start: Annotated[int, NonNegative, OmittedAtDefault] = 10
+    """Completed steps of the run when a profile begins."""
+    profile_step_end: Annotated[int, AtLeastOne, OmittedAtDefault] = 12
+    """Last step of a profile."""
+    profile_ranks: Annotated[tuple[int, ...], NonNegative, OmittedAtDefault] = ()
+    """Ranks that are profiled; none named means all."""
+    pytorch_profiler_collect_shapes: Annotated[bool, OmittedAtDefault] = False
+    """With `--use-pytorch-profiler`, record the shapes of operands."""
+    pytorch_profiler_collect_callstack: Annotated[bool, OmittedAtDefault] = False
+    """With `--use-pytorch-profiler`, record Python's call stack."""
+    wandb_project: Annotated[str | None, OmittedAtDefault] = None
+    """Project of Weights & Biases to log to; needs `--wandb-exp-name` and the extra `[wandb]`."""
+    wandb_exp_name: Annotated[str | None, OmittedAtDefault] = None
+    """Name of the run in that project."""
+    wandb_entity: Annotated[str | None, OmittedAtDefault] = None
+    """User or team that the project belongs to."""
+    wandb_save_dir: Annotated[str | None, OmittedAtDefault] = None
+    """Directory of W&B's files; `None` means `wandb` in `--save`, else the working directory."""

@@ -18,7 +18,7 @@ from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.phases import PhaseSpec, errors_of_phase, read_phases
 from megatron_moe.config.run import RunConfig, flag_of
-from megatron_moe.config.training import CheckpointConfig, OptimizerConfig
+from megatron_moe.config.training import CheckpointConfig, LoggingConfig, OptimizerConfig
 from megatron_moe.errors import UsageError
 
 
@@ -33,6 +33,12 @@ def validate(config: RunConfig) -> None:
     _check_attention(config.model)
     _check_checkpoints(config.checkpoint)
     _check_length(config)
+    _check_wandb(config.logging)
+    _check_profile(config.logging)
+    train = config.train
+    _requires(
+        "manual_gc_interval", train.manual_gc_interval or None, "--manual-gc", train.manual_gc
+    )
     if config.train.stages is None:
         _check_phase(config)
         return
@@ -62,6 +68,7 @@ def _check_phase(config: RunConfig) -> None:
     _check_routing(config.moe)
     _check_objective(config)
     _check_learning_rate(config.optimizer)
+    _check_rate_units(config)
     _check_optimizer(config)
 
 
@@ -83,9 +90,40 @@ def _check_checkpoints(settings: CheckpointConfig) -> None:
     _requires("keep_every", settings.keep_every, "--keep-last", settings.keep_last is not None)
     _requires("finetune", settings.finetune, "--load", loads)
     _requires("checkpoint_fallback", settings.checkpoint_fallback, "--load", loads)
+    scheduler = settings.use_checkpoint_opt_param_scheduler
+    _requires("use_checkpoint_opt_param_scheduler", scheduler, "--load", loads)
+    if scheduler and settings.finetune:
+        fix = "it starts the steps of the learning rate anew"
+        raise UsageError(
+            flag_of("use_checkpoint_opt_param_scheduler"), True, "used without --finetune", fix
+        )
     if settings.checkpoint_fallback and settings.ckpt_step is not None:
         fix = "it selects the step itself"
         raise UsageError("--checkpoint-fallback", True, "used without --ckpt-step", fix)
+
+
+def _check_wandb(settings: LoggingConfig) -> None:
+    used = bool(settings.wandb_project)
+    for name in ("wandb_exp_name", "wandb_entity", "wandb_save_dir"):
+        _requires(name, getattr(settings, name) or None, "--wandb-project", used)
+    if used and not settings.wandb_exp_name:
+        raise UsageError("--wandb-exp-name", settings.wandb_exp_name, "a name with --wandb-project")
+
+
+def _check_profile(settings: LoggingConfig) -> None:
+    pytorch, start, end = (
+        settings.use_pytorch_profiler,
+        settings.profile_step_start,
+        settings.profile_step_end,
+    )
+    _requires("use_pytorch_profiler", pytorch, "--profile", settings.profile)
+    for name in ("pytorch_profiler_collect_shapes", "pytorch_profiler_collect_callstack"):
+        _requires(name, getattr(settings, name), "--use-pytorch-profiler", pytorch)
+    if settings.profile and end <= start:
+        raise UsageError("--profile-step-end", end, f"> --profile-step-start ({start})")
+    if pytorch and settings.tensorboard_dir is None:
+        expected = "used with --tensorboard-dir"
+        raise UsageError("--use-pytorch-profiler", True, expected, "traces are written there")
 
 
 def _check_length(config: RunConfig) -> None:
@@ -102,6 +140,9 @@ def _check_table(config: RunConfig, specs: Sequence[PhaseSpec]) -> None:
         found = " ".join(map(str, config.train.rampup_batch_size))
         expected = f"used without {phases}"
         raise UsageError("--rampup-batch-size", found, expected, "set it in the phase that ramps")
+    if config.checkpoint.use_checkpoint_opt_param_scheduler:
+        flag = flag_of("use_checkpoint_opt_param_scheduler")
+        raise UsageError(flag, True, f"used without {phases}", "a phase has rates of its own")
     # The run ends with its last phase, or else where the command line says.
     for name in ("train_iters", "train_samples"):
         value, last = getattr(config.train, name), specs[-1]
@@ -171,10 +212,33 @@ def _check_learning_rate(settings: OptimizerConfig) -> None:
         if value > settings.lr:
             raise UsageError(flag_of(name), value, f"<= --lr ({settings.lr})")
     decays, steps = settings.lr_decay_style == "WSD", settings.lr_wsd_decay_iters
+    samples = settings.lr_wsd_decay_samples
     _requires("lr_wsd_decay_iters", steps, "--lr-decay-style WSD", decays)
-    if decays and steps is None:
+    _requires("lr_wsd_decay_samples", samples, "--lr-decay-style WSD", decays)
+    if decays and steps is None and samples is None:
         expected = "a number of steps with --lr-decay-style WSD"
         raise UsageError("--lr-wsd-decay-iters", steps, expected)
+
+
+def _check_rate_units(config: RunConfig) -> None:
+    """As in Megatron-LM, all lengths of the learning rate are in steps, or all in sequences."""
+    settings = config.optimizer
+    names = ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples")
+    given = next((name for name in names if getattr(settings, name)), None)
+    if given is not None and config.train.train_samples is None and config.train.stages is None:
+        fix = "with --train-iters, lengths are in steps: --lr-decay-iters, --lr-warmup-iters"
+        raise UsageError(flag_of(given), getattr(settings, given), "used with --train-samples", fix)
+    if given is not None:
+        for name in ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters"):
+            if steps := getattr(settings, name):
+                expected = f"{'0' if name == 'lr_warmup_iters' else 'unset'} with {flag_of(given)}"
+                fix = "lengths of the learning rate are in steps or in sequences, not both"
+                raise UsageError(flag_of(name), steps, expected, fix)
+    if settings.lr_warmup_fraction is not None:
+        for name in ("lr_warmup_iters", "lr_warmup_samples"):
+            if steps := getattr(settings, name):
+                expected, fix = "0 with --lr-warmup-fraction", "give one of the two"
+                raise UsageError(flag_of(name), steps, expected, fix)
 
 
 def _check_optimizer(config: RunConfig) -> None:

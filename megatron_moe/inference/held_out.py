@@ -21,7 +21,8 @@ from megatron_moe.inference.loading import LoadedModel
 from megatron_moe.inference.perplexity import Perplexity, evaluate_batches
 from megatron_moe.training.consumed import KEY, recorded
 
-_TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_size", "vocab_extra_ids")
+_FILES = ("tokenizer_model", "vocab_file", "merge_file")
+_TOKENIZER = ("tokenizer_type", *_FILES, "vocab_size", "vocab_extra_ids")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,6 +72,7 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
         self._build_feed_forward(model, moe, pg_collection)
         modules = config.recompute_modules if config.recompute_granularity == "selective" else []
         self.recompute_mlp, self.recompute_moe = "mlp" in modules, "moe" in modules
+        self.recompute_shared = self.recompute_mlp or "shared_experts" in modules
 
     def _build_feed_forward(
         self, model: ModelConfig, moe: MoEConfig, pgs: ProcessGroupCollection
@@ -123,10 +124,10 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
         if self.shared is None:
             return self._add(x, routed)
         if self.shared_norm is None:
-            return self._add(x, routed + self._run(self.shared, normed, self.recompute_mlp))
+            return self._add(x, routed + self._run(self.shared, normed, self.recompute_shared))
         x = self._add(x, routed)
         normed = self._norm(self.shared_norm, x, documents)
-        return self._add(x, self._run(self.shared, normed, self.recompute_mlp))
+        return self._add(x, self._run(self.shared, normed, self.recompute_shared))
 
     def forward(
         self, hidden_states: Tensor, packed_seq_params: Documents | None = None, **unused: Any

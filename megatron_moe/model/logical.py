@@ -90,7 +90,7 @@ def logical_parameters(
     parameters["final_norm.weight"] = LogicalParameter((width,), None, "norm")
     if model.untie_embeddings_and_output_weights:
         parameters["output.weight"] = LogicalParameter(
-            (vocab_size, width), _fan_in_std(model, width), "output"
+            (vocab_size, width), model.in_std(width), "output"
         )
     return parameters
 
@@ -170,17 +170,16 @@ def _normal(key: str, shape: tuple[int, ...], std: float | None, seed: int) -> t
     return torch.randn(shape, generator=generator).mul_(std)
 
 
-def _fan_in_std(model: ModelConfig, fan_in: int) -> float:
-    return math.sqrt(model.init_variance_scale / fan_in)
-
-
 def _attention(model: ModelConfig, prefix: str) -> Iterator[tuple[str, LogicalParameter]]:
     hidden, inner = model.hidden_size, model.num_attention_heads * model.kv_channels
     shared = model.key_value_heads * model.kv_channels
-    std = _fan_in_std(model, hidden)
+    std = model.in_std(hidden)
     # Initial attention logits have the same spread whatever the scale: with the released scale of
     # 1.0 the query weights carry the 1/sqrt(d), with a scale of 1/sqrt(d) they carry nothing.
+    # Megatron-LM's initialisation, with `--init-method-std`, makes no difference between them.
     query_std = std / (softmax_scale(model) * math.sqrt(model.kv_channels))
+    if model.init_method_std is not None:
+        query_std = std
     yield f"{prefix}.attention_norm.weight", LogicalParameter((hidden,), None, "norm")
     for name, rows, its_std in (
         ("query", inner, query_std),
@@ -197,30 +196,30 @@ def _attention(model: ModelConfig, prefix: str) -> Iterator[tuple[str, LogicalPa
             size = rows if whole else model.kv_channels
             scale = LogicalParameter((size,), None, "norm", split=whole)
             yield f"{prefix}.attention.{name}_norm.weight", scale
-    output = LogicalParameter((hidden, inner), _fan_in_std(model, inner), "attention")
+    output = LogicalParameter((hidden, inner), model.out_std(inner), "attention")
     yield f"{prefix}.attention.output.weight", output
 
 
 def _ffn(
     model: ModelConfig, prefix: str, width: int, kind: ParameterKind
 ) -> Iterator[tuple[str, LogicalParameter]]:
-    hidden, std = model.hidden_size, _fan_in_std(model, model.hidden_size)
+    hidden, std = model.hidden_size, model.in_std(model.hidden_size)
     gate = LogicalParameter((model.gate_blocks * width, hidden), std, kind)
     yield f"{prefix}.gate.weight", gate
     yield f"{prefix}.up.weight", LogicalParameter((width, hidden), std, kind)
-    down = LogicalParameter((hidden, width), _fan_in_std(model, width), kind)
+    down = LogicalParameter((hidden, width), model.out_std(width), kind)
     yield f"{prefix}.down.weight", down
 
 
 def _moe(model: ModelConfig, moe: MoEConfig, prefix: str) -> Iterator[tuple[str, LogicalParameter]]:
     hidden, experts, width = model.hidden_size, moe.num_experts, expert_width(model, moe)
-    std = _fan_in_std(model, hidden)
+    std = model.in_std(hidden)
     router = LogicalParameter((experts, hidden), model.router_init_method_std, "router")
     yield f"{prefix}.moe.router.weight", router
     gate = LogicalParameter((experts, hidden, model.gate_blocks * width), std, "expert")
     yield f"{prefix}.moe.experts.gate", gate
     yield f"{prefix}.moe.experts.up", LogicalParameter((experts, hidden, width), std, "expert")
-    down = LogicalParameter((experts, width, hidden), _fan_in_std(model, width), "expert")
+    down = LogicalParameter((experts, width, hidden), model.out_std(width), "expert")
     yield f"{prefix}.moe.experts.down", down
     shared = moe.moe_shared_expert_intermediate_size
     if shared is not None:

@@ -145,7 +145,7 @@ class Experts(nn.Module):
             expected = f"a multiple of --expert-tensor-parallel-size ({shards})"
             raise UsageError("--moe-ffn-hidden-size", width, expected)
         self.groups, self.requested = groups, moe.moe_expert_impl
-        self.init_scale = model.init_variance_scale
+        self.model = model
         self.num_local = moe.num_experts // ranks
         hidden, local = model.hidden_size, width // shards
         shape_in = (self.num_local, hidden, model.input_blocks * local)
@@ -216,7 +216,10 @@ class Experts(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Fill with N(0, scale / fan_in), for a layer outside of a model."""
+        """Fill with the model's standard deviations, for a layer outside of a model."""
         generator = torch.Generator(self.weight_in.device).manual_seed(seed)
-        for weight in (self.weight_in, self.weight_out):
-            weight.normal_(0.0, (self.init_scale / weight.shape[1]) ** 0.5, generator=generator)
+        for weight, std_of in (
+            (self.weight_in, self.model.in_std),
+            (self.weight_out, self.model.out_std),
+        ):
+            weight.normal_(0.0, std_of(weight.shape[1]), generator=generator)

@@ -20,6 +20,7 @@ from megatron_moe.errors import UsageError
 from megatron_moe.moe.dispatcher import DISPATCHERS
 from megatron_moe.moe.exchange import ExpertGroups, rank_of, size_of
 from megatron_moe.moe.experts import Experts
+from megatron_moe.moe.forced import force_balance
 from megatron_moe.moe.losses import RouterLosses
 from megatron_moe.moe.plan import Capacity, Plan
 from megatron_moe.moe.registry import kernels_for
@@ -110,13 +111,25 @@ class MoELayer(nn.Module):
         value. Training or evaluation capacity follows `self.training`.
         """
         batch, hidden = x_SBH.shape[1:]
-        scores, x_TH = self.router(x_SBH.reshape(-1, hidden))
+        scores, x_TH = self._route(x_SBH.reshape(-1, hidden))
         plan = self.dispatcher.plan(scores, batch, self.training, self.experts)
         rows_RH = self.dispatcher.dispatch(x_TH, plan)
         rows_RH = self.experts(rows_RH, plan)
         weights_TK, losses = self.losses.attach(scores, plan)
         self._observe(scores, plan, losses)
         return self.dispatcher.combine(rows_RH, weights_TK, plan).view_as(x_SBH)
+
+    def _route(self, x_TH: Tensor) -> tuple[Scores, Tensor]:
+        """Scores, and the tokens to use from here on; see `Router.forward`."""
+        jitter = self.moe.moe_input_jitter_eps
+        if jitter and self.training:
+            noise_TH = torch.empty_like(x_TH).uniform_(1.0 - jitter, 1.0 + jitter)
+            scores, _ = self.router(x_TH * noise_TH)
+        else:
+            scores, x_TH = self.router(x_TH)
+        if self.moe.moe_router_force_load_balancing:
+            scores = force_balance(scores, self.layer_number)
+        return scores, x_TH
 
     def _observe(self, scores: Scores, plan: Plan, losses: Sequence[Tensor]) -> None:
         """Count this pass and call the observer.

@@ -90,7 +90,8 @@ def resolve_layout(
     vp = virtual_stages(parallel, model.num_layers, pp)
     layers_per_chunk = model.num_layers // (pp * (vp or 1))
     check_overlap(parallel)
-    check_recomputation(parallel, layers_per_chunk, has_moe)
+    has_shared = moe.moe_shared_expert_intermediate_size is not None
+    check_recomputation(parallel, layers_per_chunk, has_moe, has_shared)
     dp = world_size // (tp * pp)
     micro = degree("--micro-batch-size", config.train.micro_batch_size)
     global_batch = global_batch_sequences(config.train.global_batch_size, micro, dp)

@@ -162,7 +162,9 @@ def check_overlap(parallel: ParallelConfig) -> None:
             raise UsageError(flag, value, "set with --overlap-param-gather")
 
 
-def check_recomputation(parallel: ParallelConfig, layers_per_chunk: int, has_moe: bool) -> None:
+def check_recomputation(
+    parallel: ParallelConfig, layers_per_chunk: int, has_moe: bool, has_shared: bool = True
+) -> None:
     """Check that the flags of recomputation fit each other and the layers of a model chunk."""
     method, layers = parallel.recompute_method, parallel.recompute_num_layers
     if parallel.recompute_granularity == "full":
@@ -180,6 +182,13 @@ def check_recomputation(parallel: ParallelConfig, layers_per_chunk: int, has_moe
     if parallel.recompute_granularity != "selective":
         return
     if not parallel.recompute_modules:
-        raise UsageError("--recompute-modules", (), "one or more of core_attn, mlp, moe")
+        raise UsageError(
+            "--recompute-modules", (), "one or more of core_attn, mlp, moe, shared_experts"
+        )
     if "moe" in parallel.recompute_modules and not has_moe:
         raise UsageError("--recompute-modules", "moe", "core_attn or mlp", "no layer has experts")
+    if "shared_experts" in parallel.recompute_modules and not (has_moe and has_shared):
+        expected = "core_attn, mlp or moe"
+        raise UsageError(
+            "--recompute-modules", "shared_experts", expected, "no layer has a shared expert"
+        )

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -69,16 +73,37 @@ def activate(backend: Literal["auto", "nccl", "gloo"] = "auto") -> Platform:
     """
     check_requirements()
     if torch.cuda.is_available():
+        with _without_wandb():
+            for name in _IMPORT_WANDB:
+                importlib.import_module(name)
         return _cuda(backend)
     if backend == "nccl":
         raise UsageError(
             "--distributed-backend", backend, "gloo or auto", "this machine has no GPU"
         )
     if not _applied:
-        _apply_all()
+        with _without_wandb():
+            _apply_all()
         keep_freed_memory()
     names = tuple(patch.name for patch in _applied)
     return Platform(kind="cpu", device=torch.device("cpu"), backend="gloo", patches=names)
+
+
+_IMPORT_WANDB = ("megatron.core.timers", "megatron.core.inference.contexts.dynamic_context")
+"""Modules of Megatron-Core that import `wandb` if it is installed, and need not."""
+
+
+@contextlib.contextmanager
+def _without_wandb() -> Iterator[None]:
+    """Let Megatron-Core find no `wandb`: importing it takes 4 s, in every process of every run."""
+    if "wandb" in sys.modules:
+        yield
+        return
+    sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["wandb"]
 
 
 def deactivate() -> None:

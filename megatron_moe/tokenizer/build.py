@@ -10,6 +10,7 @@ from __future__ import annotations
 from megatron_moe.config import DataConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.gpt2_bpe import Gpt2BpeTokenizer
 from megatron_moe.tokenizer.huggingface import HuggingFaceTokenizer
 from megatron_moe.tokenizer.sentencepiece import SentencePieceTokenizer
 from megatron_moe.tokenizer.simple import ByteTokenizer, NullTokenizer
@@ -30,6 +31,11 @@ def build_tokenizer(data: DataConfig) -> Tokenizer:
         if data.tokenizer_model is None:
             raise UsageError("--tokenizer-model", None, "a tokenizer.json or the folder of one")
         tokenizer = HuggingFaceTokenizer(data.tokenizer_model)
+    elif data.tokenizer_type == "GPT2BPETokenizer":
+        for flag, file in (("--vocab-file", data.vocab_file), ("--merge-file", data.merge_file)):
+            if file is None:
+                raise UsageError(flag, None, "a file of GPT-2's tokenizer with GPT2BPETokenizer")
+        tokenizer = Gpt2BpeTokenizer(str(data.vocab_file), str(data.merge_file))
     elif data.tokenizer_type == "ByteTokenizer":
         tokenizer = ByteTokenizer()
     else:
@@ -43,7 +49,17 @@ def build_tokenizer(data: DataConfig) -> Tokenizer:
             raise UsageError("--vocab-size", data.vocab_size, ">= 1 with NullTokenizer")
         tokenizer = NullTokenizer(data.vocab_size - _extra_ids(data, data.vocab_size))
     unpadded_vocab_size(data, tokenizer)
+    _check_files(data)
     return tokenizer
+
+
+def _check_files(data: DataConfig) -> None:
+    """Reject files that the tokenizer would not read."""
+    if data.tokenizer_type == "GPT2BPETokenizer":
+        return
+    for flag, file in (("--vocab-file", data.vocab_file), ("--merge-file", data.merge_file)):
+        if file is not None:
+            raise UsageError(flag, file, "used with --tokenizer-type GPT2BPETokenizer")
 
 
 def unpadded_vocab_size(data: DataConfig, tokenizer: Tokenizer) -> int:
@@ -97,11 +113,18 @@ def padded_vocab_size(data: DataConfig, tokenizer: Tokenizer) -> int:
     """Return the rows of the embedding: V rounded up by `--make-vocab-size-divisible-by`.
 
     Independent of the layout, so that checkpoints are; the tensor-parallel size must divide it.
+    `--padded-vocab-size` is taken as it is.
 
     Raises:
-        UsageError: the multiple is not positive, or the tokenizer has more ids than `--vocab-size`.
+        UsageError: the multiple is not positive, or there are more ids than `--vocab-size` or
+            `--padded-vocab-size`.
     """
+    given, ids = data.padded_vocab_size, unpadded_vocab_size(data, tokenizer)
+    if given is not None:
+        if given < ids:
+            raise UsageError("--padded-vocab-size", given, f">= the {ids} ids before padding")
+        return given
     multiple = data.make_vocab_size_divisible_by
     if multiple < 1:
         raise UsageError("--make-vocab-size-divisible-by", multiple, ">= 1")
-    return -(-unpadded_vocab_size(data, tokenizer) // multiple) * multiple
+    return -(-ids // multiple) * multiple

@@ -1,4 +1,4 @@
-"""Requests to save and exit early: a signal, or the time a run may take.
+"""Requests to save and exit early: a signal, the time a run may take, or a file.
 
 All ranks must leave after the same step. One rank may be in step 7 when another already takes step
 8, and a rank that left at once would leave the others waiting in a collective. So a rank only notes
@@ -44,6 +44,7 @@ class ExitRequest:
         number: the signal; `None` listens to none.
         minutes: how long the process may run, from its start; `None` for any time.
         saving: whether a save is in progress, which no signal interrupts.
+        file: its existence is a request; `None` for no file.
     """
 
     def __init__(
@@ -52,9 +53,10 @@ class ExitRequest:
         number: signal.Signals | None = signal.SIGTERM,
         minutes: float | None = None,
         saving: Callable[[], bool] = lambda: False,
+        file: str | None = None,
     ) -> None:
         self._ranks, self._number, self._minutes = ranks, number, minutes
-        self._saving = saving
+        self._saving, self._file = saving, file
         self._noted: float | None = None
         if number is not None:
             self._install(number)
@@ -65,9 +67,13 @@ class ExitRequest:
         The same on all ranks, which call it together.
         """
         late = self._minutes is not None and _minutes_since_start() >= self._minutes
-        noted, late_ranks = self._ranks.all_reduce_sum(self._noted is not None, late)
+        # One rank looks: a thousand would ask a shared file system after every step.
+        exists = self._file is not None and self._ranks.rank == 0 and os.path.exists(self._file)
+        noted, late_ranks, seen = self._ranks.all_reduce_sum(self._noted is not None, late, exists)
         if noted and self._number is not None:
             return self._number.name
+        if seen:
+            return f"--kill-switch-file {self._file}"
         return f"--exit-duration-in-mins {self._minutes:g}" if late_ranks else ""
 
     def close(self) -> None:
@@ -135,9 +141,10 @@ def build_exit_request(
         saving: whether a save is in progress on this rank.
     """
     train = schedule.config.train
-    if not train.exit_signal_handler and train.exit_duration_in_mins is None:
+    other = (train.exit_duration_in_mins, train.kill_switch_file)
+    if not train.exit_signal_handler and other == (None, None):
         return None
     number = signal.Signals[f"SIG{train.exit_signal}"] if train.exit_signal_handler else None
     timeout = timedelta(minutes=schedule.config.parallel.distributed_timeout_minutes)
     ranks = host_rank_group(ctx, timeout)
-    return ExitRequest(ranks, number, train.exit_duration_in_mins, saving)
+    return ExitRequest(ranks, number, train.exit_duration_in_mins, saving, train.kill_switch_file)

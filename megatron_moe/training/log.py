@@ -6,6 +6,7 @@ evaluations begin with ` iteration N/` and ` validation at iteration N`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from statistics import mean
 
 from megatron_moe.checkpoint import TrainState
@@ -42,6 +43,8 @@ class LogSink:
     def interval(self, interval: Interval) -> None:
         """One line for the interval."""
         print_line(progress_line(interval, self._iterations))
+        if interval.timers:
+            print_line(timers_line(interval.timers))
 
     def evaluation(self, name: str, iteration: int, result: Evaluation) -> None:
         """One line for the evaluation."""
@@ -84,6 +87,7 @@ def starting_lines(
         *_rampup_line(run.plan.batch_sizes),
         *_data_lines(data),
         *_kernel_line(run),
+        *_forced_routing_line(run),
         *_resume_line(run, schedule, state),
     ]
 
@@ -93,6 +97,15 @@ def _kernel_line(run: TrainingRun) -> list[str]:
     if layer is None:
         return []
     return [f" {layer.describe(run.ctx.layout.micro_batch_size, run.config.data.seq_length)}"]
+
+
+def _forced_routing_line(run: TrainingRun) -> list[str]:
+    if not run.config.moe.moe_router_force_load_balancing:
+        return []
+    return [
+        " WARNING: --moe-router-force-load-balancing: experts are chosen at random, as no model"
+        " does. Publish the speed of real routing next to the one measured here"
+    ]
 
 
 def _resume_line(run: TrainingRun, schedule: RunSchedule, state: TrainState) -> list[str]:
@@ -151,6 +164,9 @@ def progress_line(interval: Interval, iterations: int) -> str:
         ]
     parts += [
         f"grad norm {last.grad_norm:.4f}",
+        *([f"num zeros {last.zeros_in_grad}"] if last.zeros_in_grad is not None else []),
+        *([f"params norm {last.params_norm:.4f}"] if last.params_norm is not None else []),
+        *(["FORCED ROUTING"] if interval.forced_routing else []),
         f"{speed.tokens_per_second:.0f} tokens/s",
         f"{speed.tflops_per_device:.4g} TFLOP/s/device",
     ]
@@ -161,6 +177,12 @@ def progress_line(interval: Interval, iterations: int) -> str:
         f"{speed.seconds_per_step * 1e3:.1f} ms/iter",
     ]
     return " | ".join(parts)
+
+
+def timers_line(timers: Mapping[str, tuple[float, float]]) -> str:
+    """Milliseconds of a step by timer, least and most over the ranks that measured it."""
+    parts = [f"{name} {low * 1e3:.2f} {high * 1e3:.2f}" for name, (low, high) in timers.items()]
+    return " | ".join([" (min, max) ms/iter over ranks", *parts])
 
 
 def evaluation_line(name: str, iteration: int, result: Evaluation) -> str:

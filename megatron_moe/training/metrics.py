@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,10 +44,14 @@ class StepRecord:
     """Mean of (log Z)^2 over the same targets, unweighted."""
     targets: int
     """Real targets of the global batch."""
+    zeros_in_grad: int | None = None
+    """Elements of the gradient that are exactly 0; with `--log-num-zeros-in-grad`."""
+    params_norm: float | None = None
+    """Norm of all parameters after the update; with `--log-params-norm`."""
 
     def to_json(self) -> dict[str, float | int | str]:
         """For `--metrics-file`: readable numbers, and hexadecimal floats to compare bit by bit."""
-        return {
+        values: dict[str, float | int | str] = {
             "iteration": self.iteration,
             "consumed_samples": self.consumed_samples,
             "batch_size": self.batch_size,
@@ -59,6 +63,11 @@ class StepRecord:
             "lm_loss_hex": self.lm_loss.hex(),
             "grad_norm_hex": self.grad_norm.hex(),
         }
+        if self.zeros_in_grad is not None:
+            values["num_zeros"] = self.zeros_in_grad
+        if self.params_norm is not None:
+            values["params_norm"] = self.params_norm
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +85,10 @@ class Throughput:
     not known."""
     memory_bytes: int
     """Peak memory of this rank so far."""
+    allocated_bytes: int = 0
+    """Memory of this rank that tensors hold now."""
+    reserved_bytes: int = 0
+    """Memory of this rank that the allocator holds now."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +102,10 @@ class Interval:
     """Routing statistics by 0-based layer number; empty for a dense model."""
     phase: Phase | None
     """The phase of the last step; ``None`` for a run without a phase table."""
+    timers: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Seconds of a step by timer, least and most over the ranks; see `timing.StepTimers`."""
+    forced_routing: bool = False
+    """Whether experts were chosen at random (`--moe-router-force-load-balancing`)."""
 
     @property
     def lm_loss(self) -> float:
@@ -164,6 +181,8 @@ class Meter:
         )
         self._steps: list[_Step] = []
         self._sums: list[Tensor] = []
+        self._zeros: list[Tensor | None] = []
+        self._squares: list[Tensor | None] = []
         self._seconds = 0.0
         self._started = time.perf_counter()
         self.first: StepRecord | None = None
@@ -188,10 +207,25 @@ class Meter:
         learning_rate: float,
         grad_norm: float,
         sums: Tensor,
+        zeros: Tensor | None = None,
+        params_square: Tensor | None = None,
     ) -> None:
-        """Add a step; ``sums`` is this rank's fp64 [3] of `total_sums`, left on the device."""
+        """Add a step, whose tensors are left on the device.
+
+        Args:
+            iteration: number of the step, from 1.
+            samples: sequences consumed so far.
+            batch_size: sequences of the step.
+            learning_rate: of its update.
+            grad_norm: of the whole model.
+            sums: this rank's fp64 [3] of `total_sums`.
+            zeros: of `StepResult`.
+            params_square: of `StepResult`.
+        """
         self._steps.append((iteration, samples, batch_size, learning_rate, grad_norm))
         self._sums.append(sums)
+        self._zeros.append(zeros)
+        self._squares.append(params_square)
 
     def pause(self) -> None:
         """Stop the clock, for an evaluation or a save."""
@@ -217,7 +251,17 @@ class Meter:
         self.resume()
         steps, seconds = self._steps, self._seconds
         records = _records(steps, self._sums)
+        zeros, squares = _read(self._zeros), _read(self._squares)
+        records = [
+            replace(
+                record,
+                zeros_in_grad=None if zero is None else int(zero),
+                params_norm=None if square is None else math.sqrt(square),
+            )
+            for record, zero, square in zip(records, zeros, squares, strict=True)
+        ]
         self._steps, self._sums, self._seconds = [], [], 0.0
+        self._zeros, self._squares = [], []
         if not steps:
             return [], None
         speed = self._throughput(records, seconds)
@@ -232,13 +276,25 @@ class Meter:
     def _throughput(self, records: Sequence[StepRecord], seconds: float) -> Throughput:
         tokens = self._tokens(records)
         tflops = self._flops_per_token * tokens / seconds / self._world_size / 1e12
+        memory = self._platform.device_memory_stats()
         return Throughput(
             seconds_per_step=seconds / len(records),
             tokens_per_second=tokens / seconds,
             tflops_per_device=tflops,
             mfu=tflops / self._peak_tflops if self._peak_tflops else None,
-            memory_bytes=self._platform.device_memory_stats()["max_allocated"],
+            memory_bytes=memory["max_allocated"],
+            allocated_bytes=memory["allocated"],
+            reserved_bytes=memory["reserved"],
         )
+
+
+def _read(values: Sequence[Tensor | None]) -> list[float | None]:
+    """Scalars of the device, all in one read where they were logged, else `None`."""
+    present = [value for value in values if value is not None]
+    if len(present) < len(values) or not present:
+        return [None] * len(values)
+    numbers: list[float | None] = torch.stack(present).tolist()
+    return numbers
 
 
 def _records(steps: Sequence[_Step], sums: Sequence[Tensor]) -> list[StepRecord]:

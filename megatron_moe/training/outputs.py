@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_moe.config import RunConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.text import printable
+from megatron_moe.training.wandb_run import check_wandb, wandb_directory
 
 
 def check_outputs(config: RunConfig) -> None:
@@ -28,6 +29,13 @@ def check_outputs(config: RunConfig) -> None:
             fix = "the libraries that open its files support no other name"
             raise UsageError(flag, directory, "a path in UTF-8", fix)
         _directory(flag, directory)
+    if config.logging.wandb_project:
+        check_wandb()
+        _directory("--wandb-save-dir", wandb_directory(config))
+    switch = config.train.kill_switch_file
+    if switch is not None and os.path.exists(switch):
+        fix = "the run would end after its first step; delete it to train"
+        raise UsageError("--kill-switch-file", switch, "a file that does not exist yet", fix)
     metrics = config.logging.metrics_file
     if metrics is None:
         return

@@ -16,7 +16,7 @@ from megatron_moe.config.run import flag_of
 from megatron_moe.errors import UsageError
 from megatron_moe.parallel.layout import Layout, resolve_layout
 from megatron_moe.training.optim.schedule import learning_rate
-from megatron_moe.training.plan import TrainingPlan, resolve_plan
+from megatron_moe.training.plan import TrainingPlan, counts_samples, resolve_plan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,9 @@ class Phase:
     def rate(self, completed: int) -> float:
         """The learning rate of the step that follows ``completed`` steps of the run."""
         own = completed - self.rate_origin
-        return learning_rate(self.config.optimizer, own, self.plan.decay_iterations)
+        if self.plan.rate.unit == "samples":
+            own = self.samples_at(completed) - (self.first_sample if self.rate_origin else 0)
+        return learning_rate(self.config.optimizer, self.plan.rate, own)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,12 @@ class _Draft:
     first_sample: int
     first_token: int
 
+    @property
+    def samples(self) -> int:
+        """Sequences of the phase."""
+        sizes = BatchSizes.of(self.config.train, self.layout.global_batch_size)
+        return sizes.samples_of(self.iterations)
+
 
 def _resolve_table(
     config: RunConfig, path: str, world_size: int, vocab_size: int | None
@@ -157,11 +165,11 @@ def _resolve_table(
             layout = resolve_layout(applied, world_size, vocab_size)
             drafts.append(_draft(spec, applied, layout, drafts))
     last = drafts[-1]
-    total = last.first_iteration + last.iterations
+    total = last.first_iteration + last.iterations, last.first_sample + last.samples
     phases = []
     for number, draft in enumerate(drafts, 1):
         with errors_of_phase(draft.spec.label):
-            phases.append(_resolve_phase(number, draft, total))
+            phases.append(_resolve_phase(number, draft, *total))
     return RunSchedule(config=config, phases=tuple(phases))
 
 
@@ -170,8 +178,7 @@ def _draft(spec: PhaseSpec, config: RunConfig, layout: Layout, before: Sequence[
     iteration = sample = token = 0
     if before:
         last = before[-1]
-        added = BatchSizes.of(last.config.train, last.layout.global_batch_size)
-        samples = added.samples_of(last.iterations)
+        samples = last.samples
         iteration = last.first_iteration + last.iterations
         sample = last.first_sample + samples
         token = last.first_token + samples * last.config.data.seq_length
@@ -209,14 +216,21 @@ def _end(spec: PhaseSpec, config: RunConfig) -> tuple[str, Unit, int]:
     raise UsageError("--train-iters", None, "a number of steps, as the phase has no end", fix)
 
 
-def _resolve_phase(number: int, draft: _Draft, total: int) -> Phase:
-    """A phase of a run of ``total`` steps."""
+def _resolve_phase(number: int, draft: _Draft, iterations: int, samples: int) -> Phase:
+    """A phase of a run of so many steps and sequences."""
     config, from_run = draft.config, draft.spec.lr_from == "run"
-    decay = config.optimizer.lr_decay_iters or (total if from_run else draft.iterations)
+    rate = config.optimizer
+    if counts_samples(config):
+        whole = config.train.train_samples or samples
+        decays = rate.lr_decay_samples or (whole if from_run else draft.samples)
+        rate = replace(rate, lr_decay_samples=decays)
+    else:
+        steps = rate.lr_decay_iters or (iterations if from_run else draft.iterations)
+        rate = replace(rate, lr_decay_iters=steps)
     alone = replace(
         config,
         train=replace(config.train, train_iters=draft.iterations, train_samples=None, stages=None),
-        optimizer=replace(config.optimizer, lr_decay_iters=decay),
+        optimizer=rate,
     )
     return Phase(
         name=draft.spec.name,
@@ -242,6 +256,7 @@ def phase_lines(schedule: RunSchedule) -> list[str]:
 def _line(phase: Phase, count: int) -> str:
     config, rate = phase.config, phase.config.optimizer
     counted = "run" if phase.rate_origin == 0 else "phase"
+    unit = "steps" if phase.plan.rate.unit == "iterations" else "sequences"
     dropout = (config.model.hidden_dropout, config.model.attention_dropout)
     sizes = phase.plan.batch_sizes
     batch = f"{sizes.full}" if sizes.constant else f"{sizes.start} to {sizes.full}"
@@ -250,7 +265,7 @@ def _line(phase: Phase, count: int) -> str:
         f" {phase.last_iteration}, {config.objective.objective},"
         f" {batch} sequences of {config.data.seq_length},"
         f" {phase.first_token:.4g} to {phase.last_token:.4g} tokens,"
-        f" lr {rate.lr:g} {rate.lr_decay_style} by the {counted}'s steps"
+        f" lr {rate.lr:g} {rate.lr_decay_style} by the {counted}'s {unit}"
         + (f", dropout {dropout[0]:g} hidden {dropout[1]:g} attention" if any(dropout) else "")
     )
 

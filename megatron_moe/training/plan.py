@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from megatron_moe.config import OptimizerConfig, RunConfig
 from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.errors import UsageError
+from megatron_moe.training.optim.schedule import RateLengths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +19,8 @@ class TrainingPlan:
 
     iterations: int
     """Steps of the whole run, including those before a restart."""
-    decay_iterations: int
-    """Steps until the learning rate reaches its minimum."""
+    rate: RateLengths
+    """Lengths of the learning rate's warm-up and decay."""
     batch_sizes: BatchSizes
     """Sequences of each step."""
 
@@ -37,12 +38,12 @@ def resolve_plan(config: RunConfig, global_batch_size: int) -> TrainingPlan:
     """
     batch_sizes = BatchSizes.of(config.train, global_batch_size)
     iterations = _iterations(config, batch_sizes)
-    decay = config.optimizer.lr_decay_iters or iterations
-    _check_decay(config.optimizer, decay)
+    rate = rate_lengths(config, iterations)
+    _check_decay(config.optimizer, rate)
     _check_freezing(config)
     return TrainingPlan(
         iterations=iterations,
-        decay_iterations=decay,
+        rate=rate,
         batch_sizes=batch_sizes,
     )
 
@@ -59,17 +60,52 @@ def _iterations(config: RunConfig, batch_sizes: BatchSizes) -> int:
     return iterations
 
 
-def _check_decay(optimizer: OptimizerConfig, decay: int) -> None:
-    """Warm-up, and the decay at the end of WSD, fit into the steps of the learning rate."""
-    style, warmup = optimizer.lr_decay_style, optimizer.lr_warmup_iters
+def counts_samples(config: RunConfig) -> bool:
+    """Whether the learning rate counts consumed sequences instead of steps.
+
+    A fraction has no unit of its own: as in Megatron-LM, it is of the sequences with
+    `--train-samples`.
+    """
+    of_samples = config.train.train_samples is not None
+    return config.optimizer.lr_in_samples or (
+        of_samples and config.optimizer.lr_warmup_fraction is not None
+    )
+
+
+def rate_lengths(config: RunConfig, iterations: int) -> RateLengths:
+    """The lengths of the learning-rate schedule of a run of so many steps."""
+    settings, warmup = config.optimizer, config.optimizer.lr_warmup_fraction
+    if not counts_samples(config):
+        decay = settings.lr_decay_iters or iterations
+        return RateLengths(
+            unit="iterations",
+            warmup=settings.lr_warmup_iters if warmup is None else warmup * decay,
+            decay=decay,
+            wsd_decay=settings.lr_wsd_decay_iters,
+        )
+    samples = settings.lr_decay_samples or config.train.train_samples
+    assert samples is not None, "validate requires --train-samples, and a phase is given its decay"
+    return RateLengths(
+        unit="samples",
+        warmup=settings.lr_warmup_samples if warmup is None else warmup * samples,
+        decay=samples,
+        wsd_decay=settings.lr_wsd_decay_samples,
+    )
+
+
+def _check_decay(optimizer: OptimizerConfig, lengths: RateLengths) -> None:
+    """Warm-up, and the decay at the end of WSD, fit into the length of the learning rate."""
+    style, warmup, decay = optimizer.lr_decay_style, lengths.warmup, lengths.decay
+    steps, unit = "steps" if lengths.unit == "iterations" else "sequences", lengths.unit
+    suffix = "iters" if unit == "iterations" else "samples"
     # The other styles have no end: a run may stop within their warm-up, as OpenMoE's recipe may.
     if style in ("linear", "cosine", "WSD") and warmup >= decay:
-        expected = f"< {decay}, the steps of the {style} decay"
-        raise UsageError("--lr-warmup-iters", warmup, expected)
-    steps, longest = optimizer.lr_wsd_decay_iters, decay - warmup
-    if style == "WSD" and (steps is None or steps > longest):
-        expected = f"<= {longest}, the steps between warm-up and the end of the decay"
-        raise UsageError("--lr-wsd-decay-iters", steps, expected)
+        expected = f"< {decay}, the {steps} of the {style} decay"
+        raise UsageError(f"--lr-warmup-{suffix}", warmup, expected)
+    last, longest = lengths.wsd_decay, decay - warmup
+    if style == "WSD" and (last is None or last > longest):
+        expected = f"<= {longest:g}, the {steps} between warm-up and the end of the decay"
+        raise UsageError(f"--lr-wsd-decay-{suffix}", last, expected)
 
 
 def _check_freezing(config: RunConfig) -> None:

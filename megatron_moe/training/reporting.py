@@ -1,4 +1,4 @@
-"""Where a run reports to: the log, the metrics file and TensorBoard. Only rank 0 writes.
+"""Where a run reports to: log, metrics file, TensorBoard, Weights & Biases. Only rank 0 writes.
 
 Each destination is a `Sink`, one class with a method for each event. To add one, write the class in
 a file of its own and add it to `build_reporter`; the `Trainer` needs no change.
@@ -9,40 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from megatron_moe.checkpoint import TrainState
-from megatron_moe.config import LoggingConfig
+from megatron_moe.config import RunConfig
 from megatron_moe.data.pipeline import Data
 from megatron_moe.training.log import LogSink, print_line
 from megatron_moe.training.metrics import Evaluation, Interval, Summary
 from megatron_moe.training.outputs import drop_later_steps
 from megatron_moe.training.phases import Phase, RunSchedule
 from megatron_moe.training.run import TrainingRun
+from megatron_moe.training.sinks import Sink
 from megatron_moe.training.tensorboard import TensorBoardSink
-
-
-class Sink(Protocol):
-    """A destination of reports. Methods are called on rank 0, in the order of the run's events.
-
-    They run between two steps while the other ranks already take the next one, so they must not
-    communicate, and what they spend adds to the time of that step.
-    """
-
-    def start(self, run: TrainingRun, schedule: RunSchedule, data: Data, state: TrainState) -> None:
-        """Model and data are built; ``state`` is where the run starts."""
-
-    def phase(self, before: Phase, after: Phase, data: Data, state: TrainState) -> None:
-        """A phase begins after the steps of ``state``, on ``data``."""
-
-    def interval(self, interval: Interval) -> None:
-        """Every `--log-interval` steps, and where a phase or the run ends."""
-
-    def evaluation(self, name: str, iteration: int, result: Evaluation) -> None:
-        """An evaluation after ``iteration`` steps; ``name`` is `validation` or `test`."""
-
-    def end(self, summary: Summary) -> None:
-        """The last event; not called if an exception ends the run."""
+from megatron_moe.training.wandb_run import WandbSink
 
 
 class Reporter:
@@ -87,13 +65,11 @@ class Reporter:
             sink.end(summary)
 
 
-def build_reporter(
-    logging: LoggingConfig, iterations: int, rank: int, first_iteration: int
-) -> Reporter:
+def build_reporter(config: RunConfig, iterations: int, rank: int, first_iteration: int) -> Reporter:
     """The sinks that the flags name, on rank 0; none on other ranks.
 
     Args:
-        logging: where to write.
+        config: of the run, which names the destinations.
         iterations: steps of the whole run.
         rank: this rank.
         first_iteration: step that the run resumes from. Records of later steps, which an earlier
@@ -101,11 +77,14 @@ def build_reporter(
     """
     if rank != 0:
         return Reporter((), writes=False)
+    logging = config.logging
     sinks: list[Sink] = [LogSink(logging, iterations)]
     if logging.metrics_file is not None:
         sinks.append(MetricsFileSink(Path(logging.metrics_file), first_iteration))
     if logging.tensorboard_dir is not None:
-        sinks.append(TensorBoardSink(logging.tensorboard_dir, first_iteration))
+        sinks.append(TensorBoardSink(logging.tensorboard_dir, first_iteration, logging))
+    if logging.wandb_project:
+        sinks.append(WandbSink(config))
     return Reporter(sinks, writes=True)
 
 

@@ -16,6 +16,7 @@ from megatron_moe.checkpoint import (
 )
 from megatron_moe.checkpoint.select import SelectedCheckpoint, select_checkpoint
 from megatron_moe.config import RunConfig
+from megatron_moe.config.phases import RATES
 from megatron_moe.config.run import flag_of
 from megatron_moe.data.pipeline import Data
 from megatron_moe.parallel.collectives import RankGroup
@@ -26,7 +27,8 @@ from megatron_moe.training.consumed import (
     previous_settings,
     recorded,
 )
-from megatron_moe.training.phases import RunSchedule, differences
+from megatron_moe.training.phases import RunSchedule, differences, resolve_run_schedule
+from megatron_moe.training.plan import counts_samples, resolve_plan
 from megatron_moe.training.run import TrainingRun
 
 
@@ -78,6 +80,34 @@ def resolve_resume_point(schedule: RunSchedule, ranks: RankGroup | None = None) 
         chosen=chosen,
         metadata=opened.identity,
     )
+
+
+def with_saved_rates(
+    schedule: RunSchedule, resume: ResumePoint, world_size: int, padded_vocab_size: int
+) -> RunSchedule:
+    """The schedule with the checkpoint's learning rates, with the flag that asks for them.
+
+    As Megatron-LM's `--use-checkpoint-opt_param-scheduler`: the saved lengths hold, also if this
+    run is longer than the one that saved. A run from step 0 has the rates of the flags.
+
+    Args:
+        schedule: of the flags, without phases.
+        resume: the checkpoint.
+        world_size: ranks.
+        padded_vocab_size: V.
+    """
+    config, before = schedule.config, resume.before
+    if not config.checkpoint.use_checkpoint_opt_param_scheduler or before is None:
+        return schedule
+    saved = before.optimizer
+    rates = {name: getattr(saved, name) for name in (*RATES, "weight_decay")}
+    if counts_samples(before):
+        rates["lr_decay_samples"] = saved.lr_decay_samples or before.train.train_samples
+    elif saved.lr_decay_iters is None:
+        batch = before.train.global_batch_size or schedule.phases[0].layout.global_batch_size
+        rates["lr_decay_iters"] = resolve_plan(before, batch).rate.decay
+    optimizer = replace(config.optimizer, **rates)
+    return resolve_run_schedule(replace(config, optimizer=optimizer), world_size, padded_vocab_size)
 
 
 def resume_lines(schedule: RunSchedule, resume: ResumePoint) -> list[str]:

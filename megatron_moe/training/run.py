@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -28,6 +28,7 @@ from megatron_moe.training.optim.build import build_optimizer, wrap_chunks
 from megatron_moe.training.optim.freezing import Freezing
 from megatron_moe.training.phases import Phase
 from megatron_moe.training.plan import TrainingPlan
+from megatron_moe.training.timing import StepTimers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,8 @@ class TrainingRun:
     """Weights that the update leaves unchanged."""
     vocab_size: int
     """V, padded."""
+    timers: StepTimers = field(default_factory=lambda: StepTimers(0))
+    """Measures the parts of a step."""
 
     @property
     def has_loss(self) -> bool:
@@ -82,6 +85,8 @@ def prepare_run(
     """Add gradient buffers and an optimizer to the model chunks."""
     wrapped = wrap_chunks(config, chunks, ctx.pgs)
     optimizer = build_optimizer(config, wrapped, ctx.pgs)
+    timers = StepTimers(config.logging.timing_log_level)
+    timers.attach(wrapped, optimizer)
     return TrainingRun(
         config=config,
         plan=plan,
@@ -93,6 +98,7 @@ def prepare_run(
             config.optimizer, model_shards(chunks, config.model, config.moe), optimizer
         ),
         vocab_size=vocab_size,
+        timers=timers,
     )
 
 

@@ -33,6 +33,7 @@ from megatron_moe.data.batch import Batch, extra_planes, fetch_step
 from megatron_moe.parallel.schedule import forward_backward
 from megatron_moe.training.optim.build import chained_optimizers
 from megatron_moe.training.run import TrainingRun
+from megatron_moe.training.whole_model import grad_norm, params_square, zeros_in_grad
 
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
 ForwardStep = Callable[[Iterator[Batch | None], nn.Module], tuple[Tensor, LossFunction]]
@@ -50,6 +51,10 @@ class StepResult:
     """This rank's part of the loss sums, fp64 [3] on the device; see `total_sums`."""
     grad_norm: float
     """Norm of the gradient of the whole model, before clipping."""
+    zeros: Tensor | None = None
+    """Zeros in that gradient, an fp64 scalar on the device, with `--log-num-zeros-in-grad`."""
+    params_square: Tensor | None = None
+    """Sum of the squares of all parameters after the update, with `--log-params-norm`."""
 
 
 def fetch_batches(
@@ -105,8 +110,12 @@ def train_step(
         run.ctx, forward, batches, run.wrapped, before_reduction=local.record
     )
     sums = total_sums(reported, run)
-    norm = _update(run, learning_rate, local, iteration)
-    return StepResult(sums=sums, grad_norm=norm)
+    with run.timers.measure("optimizer"):
+        norm, zeros = _update(run, learning_rate, local, iteration)
+    square = None
+    if run.config.logging.log_params_norm:
+        square = params_square(run.optimizer, run.ctx.platform.device)
+    return StepResult(sums=sums, grad_norm=norm, zeros=zeros, params_square=square)
 
 
 def count_targets(batches: Sequence[Batch | None], run: TrainingRun) -> Tensor:
@@ -181,8 +190,11 @@ def total_sums(reported: Sequence[dict[str, Any]], run: TrainingRun) -> Tensor:
     return torch.zeros(3, dtype=torch.float64, device=run.ctx.platform.device)
 
 
-def _update(run: TrainingRun, learning_rate: float, local: LocalGradients, iteration: int) -> float:
-    """Apply the reduced gradients if they are finite; returns their norm before clipping.
+def _update(
+    run: TrainingRun, learning_rate: float, local: LocalGradients, iteration: int
+) -> tuple[float, Tensor | None]:
+    """Apply the reduced gradients if they are finite; returns their norm before clipping, and how
+    many of them are zero if that is logged.
 
     The order matters: frozen weights leave the gradient before its norm is taken, and the norm is
     checked before anything is written, so that a failed step leaves a model that can be saved.
@@ -191,35 +203,18 @@ def _update(run: TrainingRun, learning_rate: float, local: LocalGradients, itera
     frozen.drop_gradients()
     run.optimizer.prepare_grads()
     frozen.hide()
-    norm = grad_norm(run.optimizer, run.ctx.platform.device)
-    if not math.isfinite(norm):
-        _raise_non_finite(run, local, iteration, norm)
-    clip_gradients(run.optimizer, norm, run.config.optimizer.used_clip_grad)
+    device, zeros = run.ctx.platform.device, None
+    with run.timers.measure("optimizer-clip-main-grad"):
+        norm = grad_norm(run.optimizer, device)
+        if not math.isfinite(norm):
+            _raise_non_finite(run, local, iteration, norm)
+        if run.config.logging.log_num_zeros_in_grad:
+            zeros = zeros_in_grad(run.optimizer, device)
+        clip_gradients(run.optimizer, norm, run.config.optimizer.used_clip_grad)
     set_rates(run.optimizer, run.config.optimizer, learning_rate)
     with frozen.undisturbed():
         run.optimizer.step_with_ready_grads()
-    return norm
-
-
-def grad_norm(optimizer: MegatronOptimizer, device: torch.device) -> float:
-    """The norm of the whole model's gradient, the same number on every rank.
-
-    Each logical element counts once: not again for tensor-parallel copies, tied copies on another
-    pipeline stage, or data-parallel replicas. Squares are added in fp64. This is the one host
-    synchronization of a step. Megatron-Core computes the same quantity, but without Apex or
-    Transformer Engine it reads the norm of every gradient back separately.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for part in chained_optimizers(optimizer):
-        grads = part.get_main_grads_for_grad_norm()
-        squares = torch.zeros_like(total)
-        if grads:
-            norms = torch.stack(torch._foreach_norm(grads))
-            squares += norms.double().square().sum()
-        # Every rank joins, also one without parameters in this part: its group waits for it.
-        torch.distributed.all_reduce(squares, group=part.get_grad_stats_parallel_group())
-        total += squares
-    return math.sqrt(total.item())
+    return norm, zeros
 
 
 def clip_gradients(optimizer: MegatronOptimizer, norm: float, limit: float) -> None:

@@ -6,6 +6,7 @@ passed in. One step of it is in `training/step.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -21,6 +22,7 @@ from megatron_moe.training.reporting import Reporter
 from megatron_moe.training.resume import ResumePoint, identity_of
 from megatron_moe.training.run import TrainingRun
 from megatron_moe.training.step import NonFiniteError, fetch_batches, train_step
+from megatron_moe.training.step_hook import Hook
 
 
 class Trainer:
@@ -37,6 +39,7 @@ class Trainer:
         checkpoints: saves the run.
         reporter: log, metrics file and TensorBoard.
         exit_request: asks for an early exit; ``None`` if no flag allows one.
+        hooks: called around steps and evaluations.
     """
 
     def __init__(
@@ -50,10 +53,11 @@ class Trainer:
         checkpoints: CheckpointManager,
         reporter: Reporter,
         exit_request: ExitRequest | None = None,
+        hooks: Sequence[Hook] = (),
     ) -> None:
         self.run, self.schedule, self.dataloaders = run, schedule, dataloaders
         self.meter, self.checkpoints, self.reporter = meter, checkpoints, reporter
-        self.exit_request = exit_request
+        self.exit_request, self.hooks = exit_request, tuple(hooks)
         self.state = resume.state
         """Completed steps and consumed samples of the run."""
         self.phase = schedule.at(self.state.iteration)
@@ -80,6 +84,8 @@ class Trainer:
         self.meter.resume()
         failure = None
         try:
+            for hook in self.hooks:
+                hook.start()
             self._train_until_exit()
             self._finish()
         except NonFiniteError as error:
@@ -91,6 +97,8 @@ class Trainer:
             self.checkpoints.abandon()
             raise
         finally:
+            for hook in self.hooks:
+                hook.close()
             if self.exit_request is not None:
                 self.exit_request.close()
         summary = Summary(
@@ -115,9 +123,13 @@ class Trainer:
         while self.state.iteration < self.schedule.iterations:
             if self.state.iteration == self.phase.last_iteration:
                 self.enter_phase(self.schedule.at(self.state.iteration))
+            for hook in self.hooks:
+                hook.before_step(self.state.iteration)
             self.train_step()
             self.checkpoints.poll()
             iteration = self.state.iteration
+            for hook in self.hooks:
+                hook.after_step(iteration)
             phase_ends = iteration == self.phase.last_iteration
             # The last step of a phase is reported with it: the next phase has another sequence
             # length, by which the meter counts tokens, and other held-out data.
@@ -172,7 +184,8 @@ class Trainer:
         """
         state = self.state
         batch_size = self.phase.batch_size(state.consumed_train_samples)
-        batches = fetch_batches(self.run, self.dataloaders.current.train, batch_size)
+        with self.run.timers.measure("batch-generator"):
+            batches = fetch_batches(self.run, self.dataloaders.current.train, batch_size)
         rate = self.phase.rate(state.iteration)
         result = train_step(self.run, batches, rate, state.iteration + 1)
         self.state = replace(
@@ -187,6 +200,8 @@ class Trainer:
             rate,
             result.grad_norm,
             result.sums,
+            result.zeros,
+            result.params_square,
         )
 
     def report(self) -> None:
@@ -197,7 +212,17 @@ class Trainer:
         layers = collect_statistics(self.run.chunks, self.run.ctx.pgs)
         reset_statistics(self.run.chunks)
         phase = self.phase if self.schedule.has_phases else None
-        self.reporter.interval(Interval(records=records, speed=speed, layers=layers, phase=phase))
+        timers = self.run.timers.collect(len(records))
+        self.reporter.interval(
+            Interval(
+                records=records,
+                speed=speed,
+                layers=layers,
+                phase=phase,
+                timers=timers,
+                forced_routing=self.run.config.moe.moe_router_force_load_balancing,
+            )
+        )
 
     def evaluate(self, name: Literal["validation", "test"]) -> None:
         """Evaluate held-out data of the current phase; nothing if there is none."""
@@ -206,7 +231,12 @@ class Trainer:
         if run.config.train.eval_iters == 0 or not exists:
             return
         self.meter.pause()
-        result = evaluate_split(run, data, "test" if name == "test" else "valid")
+        for hook in self.hooks:
+            hook.before_evaluation()
+        with run.timers.paused():
+            result = evaluate_split(run, data, "test" if name == "test" else "valid")
+        for hook in self.hooks:
+            hook.after_evaluation()
         self.reporter.evaluation(name, self.state.iteration, result)
         if name == "validation":
             self.validation = result

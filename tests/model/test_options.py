@@ -50,6 +50,7 @@ def passes(rank: int, world_size: int, flags: dict[str, Any]) -> dict[str, int]:
         ({**SELECTIVE, "recompute_modules": ("core_attn",)}, [1, 1, 1, 1], 8, 4, 2),
         ({**SELECTIVE, "recompute_modules": ("mlp",)}, [1, 1, 1, 1], 4, 8, 2),
         ({**SELECTIVE, "recompute_modules": ("moe",)}, [1, 1, 1, 1], 4, 4, 4),
+        ({**SELECTIVE, "recompute_modules": ("shared_experts",)}, [1, 1, 1, 1], 4, 6, 2),
     ],
 )
 def test_recomputation_repeats_the_selected_modules(

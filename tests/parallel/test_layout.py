@@ -266,7 +266,16 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     (
         {"recompute_granularity": "selective", "recompute_modules": ()},
         1,
-        "--recompute-modules must be one or more of core_attn, mlp, moe (got ())",
+        "--recompute-modules must be one or more of core_attn, mlp, moe, shared_experts (got ())",
+    ),
+    (
+        {
+            "recompute_granularity": "selective",
+            "recompute_modules": ("shared_experts",),
+            "moe_shared_expert_intermediate_size": None,
+        },
+        1,
+        "--recompute-modules must be core_attn, mlp or moe (got 'shared_experts')",
     ),
 ]
 

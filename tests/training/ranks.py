@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def rank_batches(run: TrainingRun) -> list[Batch | None]:
 
 def step_and_evaluation(rank: int, world_size: int, *, flags: list[str]) -> dict[str, float]:
     """Evaluate, step; loss, squared log Z, targets and gradient norm of the step."""
-    run = tiny_run(world_size, flags)
+    run = tiny_run(world_size, [*flags, "--log-num-zeros-in-grad", "--log-params-norm"])
     held_out = evaluate(run, lambda: rank_batches(run), 2)
     result = train_step(run, rank_batches(run), 0.0, 1)
     sums = result.sums.clone()
@@ -77,6 +78,8 @@ def step_and_evaluation(rank: int, world_size: int, *, flags: list[str]) -> dict
         "logit_z": log_z / targets,
         "targets": targets,
         "grad_norm": result.grad_norm,
+        "num_zeros": result.zeros.item(),
+        "params_norm": math.sqrt(result.params_square.item()),
         "held_out": held_out.lm_loss,
         "held_out_targets": held_out.targets,
     }

@@ -15,6 +15,7 @@ from megatron_moe.config.cli import parse_args
 from megatron_moe.errors import UsageError
 from megatron_moe.training.optim.schedule import learning_rate
 from megatron_moe.training.phases import resolve_run_schedule
+from megatron_moe.training.plan import rate_lengths
 from tests.support.pool import Pool
 from tests.training.phase_tables import FIRST, SECOND, TABLE, schedule_of, steps_of
 from tests.training.tiny import MODEL, pretrain_rank, write_corpus
@@ -90,7 +91,8 @@ def test_rates_count_the_phases_steps_where_it_sets_them_and_else_the_runs(tmp_p
     schedule = schedule_of(TABLE, "--train-iters 20 --lr 0.01 --lr-warmup-iters 2", tmp_path)
     first, second, third = schedule.phases
     rates = [schedule.at(step).rate(step) for step in range(20)]
-    of_run = [learning_rate(schedule.config.optimizer, step, 20) for step in range(20)]
+    lengths = rate_lengths(schedule.config, 20)
+    of_run = [learning_rate(schedule.config.optimizer, lengths, step) for step in range(20)]
     assert rates[:8] == of_run[:8]
     assert rates[14:] == of_run[14:]
     # 0.002 is reached from 0 in 2 steps, then falls by (0.002 - 0.001) / 4 a step.

@@ -18,9 +18,9 @@ def _plan(line: str, global_batch_size: int = 8):
 
 def test_lengths():
     plan = _plan("--train-iters 30 --seq-length 16")
-    assert (plan.iterations, plan.decay_iterations, plan.batch_sizes.full) == (30, 30, 8)
+    assert (plan.iterations, plan.rate.decay, plan.batch_sizes.full) == (30, 30, 8)
     assert _plan("--train-samples 83").iterations == 10
-    assert _plan("--train-iters 30 --lr-decay-iters 20").decay_iterations == 20
+    assert _plan("--train-iters 30 --lr-decay-iters 20").rate.decay == 20
 
 
 @pytest.mark.parametrize(

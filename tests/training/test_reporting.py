@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_moe.config.cli import parse_args
 from megatron_moe.data.pipeline import build_data
 from megatron_moe.training.optim.schedule import learning_rate
+from megatron_moe.training.plan import rate_lengths
 from megatron_moe.training.unigram import unigram_loss
 from tests.training.tiny import MODEL, VOCAB, pretrain_rank
 
@@ -85,7 +86,8 @@ def test_steps_are_counted_and_their_hexadecimal_floats_are_exact(reported):
     for step in reported.steps:
         assert float.fromhex(step["lm_loss_hex"]) == step["lm_loss"]
         assert float.fromhex(step["grad_norm_hex"]) == step["grad_norm"]
-        rate = learning_rate(reported.config.optimizer, step["iteration"] - 1, 8)
+        lengths = rate_lengths(reported.config, 8)
+        rate = learning_rate(reported.config.optimizer, lengths, step["iteration"] - 1)
         assert step["learning_rate"] == rate
         assert step["targets"] == 8 * 32
     assert reported.steps[-1]["lm_loss"] < reported.steps[0]["lm_loss"]

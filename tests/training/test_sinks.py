@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_moe.config import LoggingConfig
+from megatron_moe.config import LoggingConfig, RunConfig
 from megatron_moe.training.log import LogSink
 from megatron_moe.training.metrics import Interval, Meter, StepRecord
 from megatron_moe.training.reporting import MetricsFileSink, Reporter, Sink, build_reporter
@@ -58,18 +58,19 @@ def test_only_rank_0_has_sinks_and_prints(tmp_path, capsys):
     logging = LoggingConfig(
         metrics_file=str(tmp_path / "new" / "metrics.jsonl"), tensorboard_dir=str(tmp_path / "tb")
     )
-    other = build_reporter(logging, 20, rank=1, first_iteration=0)
+    config = RunConfig(logging=logging)
+    other = build_reporter(config, 20, rank=1, first_iteration=0)
     for name, arguments in EVENTS.items():
         getattr(other, name)(*arguments)
     other.log(" a line")
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
-    first = build_reporter(logging, 20, rank=0, first_iteration=0)
+    first = build_reporter(config, 20, rank=0, first_iteration=0)
     kinds = [type(sink) for sink in first._sinks]
     assert kinds == [LogSink, MetricsFileSink, TensorBoardSink]
     first.log(" a line")
     assert capsys.readouterr().out == " a line\n"
-    assert len(build_reporter(LoggingConfig(), 20, rank=0, first_iteration=0)._sinks) == 1
+    assert len(build_reporter(RunConfig(), 20, rank=0, first_iteration=0)._sinks) == 1
 
 
 def _record(iteration: int, loss: float, targets: int) -> StepRecord:
@@ -111,7 +112,8 @@ def test_a_meter_sums_up_tokens_by_the_sequence_length_of_each_phase(monkeypatch
         return SimpleNamespace(logging=logging, data=data, train=train, model=None, moe=None)
 
     platform = SimpleNamespace(
-        synchronize=lambda: None, device_memory_stats=lambda: {"max_allocated": 5}
+        synchronize=lambda: None,
+        device_memory_stats=lambda: {"max_allocated": 5, "allocated": 3, "reserved": 4},
     )
     ctx = SimpleNamespace(platform=platform, world_size=2)
     run: Any = SimpleNamespace(config=config(32), ctx=ctx, vocab_size=128)

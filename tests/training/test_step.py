@@ -74,6 +74,8 @@ def expected(tied: bool) -> dict[str, float]:
         "logit_z": logit_z.item(),
         "targets": targets.item(),
         "grad_norm": math.sqrt(sum(squares).item()),
+        "num_zeros": sum((p.grad == 0).sum().item() for p in model.parameters()),
+        "params_norm": math.sqrt(sum(p.double().square().sum().item() for p in model.parameters())),
         "held_out": ((held_out.cross_entropy_BS * batch.loss_mask_BS).sum() / targets).item(),
         "held_out_targets": 2 * targets.item(),
     }

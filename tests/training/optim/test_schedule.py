@@ -8,13 +8,18 @@ from types import SimpleNamespace
 import pytest
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_moe.config import OptimizerConfig, RunConfig
+from megatron_moe.config import OptimizerConfig, RunConfig, TrainConfig
 from megatron_moe.config.cli import parse_args
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.config.validate import validate
 from megatron_moe.errors import UsageError
 from megatron_moe.training.optim.schedule import learning_rate
-from megatron_moe.training.plan import resolve_plan
+from megatron_moe.training.plan import rate_lengths, resolve_plan
+
+
+def rate_at(optimizer: OptimizerConfig, step: int, decay: int) -> float:
+    config = RunConfig(optimizer=optimizer, train=TrainConfig(train_iters=decay))
+    return learning_rate(optimizer, rate_lengths(config, decay), step)
 
 
 def _megatron_rates(config: OptimizerConfig, decay: int, steps: int) -> list[float]:
@@ -48,7 +53,7 @@ def test_every_style_is_megatron_cores_at_every_step(style, warmup, floor):
     config = OptimizerConfig(
         lr=0.01, min_lr=floor, lr_decay_style=style, lr_warmup_iters=warmup, lr_warmup_init=1e-4
     )
-    ours = [learning_rate(config, step, 40) for step in range(51)]
+    ours = [rate_at(config, step, 40) for step in range(51)]
     assert ours == pytest.approx(_megatron_rates(config, 40, 50), rel=1e-12, abs=0)
 
 
@@ -64,7 +69,7 @@ def test_every_end_of_wsd_is_megatron_cores_at_every_step(shape, warmup, last):
         lr_wsd_decay_iters=last,
         lr_warmup_iters=warmup,
     )
-    ours = [learning_rate(config, step, 40) for step in range(51)]
+    ours = [rate_at(config, step, 40) for step in range(51)]
     assert ours == pytest.approx(_megatron_rates(config, 40, 50), rel=1e-12, abs=0)
 
 
@@ -73,16 +78,16 @@ def test_the_published_recipe_is_flat_and_then_falls_with_the_root_of_the_step(n
     config = PRESETS[name].optimizer
     for step in (0, 1, 100, 9999, 10000, 10001, 40000, 390000):
         expected = 1 / math.sqrt(max(step, 10000))
-        assert learning_rate(config, step, 500000) == pytest.approx(expected, rel=1e-12)
+        assert rate_at(config, step, 500000) == pytest.approx(expected, rel=1e-12)
 
 
 def test_closed_forms_by_hand():
     cosine = OptimizerConfig(lr=1.0, min_lr=0.2, lr_decay_style="cosine", lr_warmup_iters=4)
-    assert [learning_rate(cosine, step, 12) for step in (0, 2, 4, 8, 12, 13)] == pytest.approx(
+    assert [rate_at(cosine, step, 12) for step in (0, 2, 4, 8, 12, 13)] == pytest.approx(
         [0.0, 0.5, 1.0, 0.6, 0.2, 0.2]
     )
     linear = OptimizerConfig(lr=1.0, min_lr=0.0, lr_decay_style="linear")
-    assert [learning_rate(linear, step, 4) for step in range(6)] == pytest.approx(
+    assert [rate_at(linear, step, 4) for step in range(6)] == pytest.approx(
         [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
     )
 
@@ -105,7 +110,7 @@ def test_wsd_by_hand(shape, end):
         lr_wsd_decay_iters=4,
         lr_warmup_iters=2,
     )
-    found = [learning_rate(config, step, 10) for step in range(13)]
+    found = [rate_at(config, step, 10) for step in range(13)]
     expected = [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, *end, 0.0, 0.0]
     assert found == pytest.approx(expected, abs=1e-12)
 

@@ -1,0 +1,68 @@
+"""What a run does around its steps and evaluations besides training: garbage collection, profiles.
+
+A hook is called on every rank. To add one, derive from `Hook` and name it in `build_hooks`.
+"""
+
+from __future__ import annotations
+
+import gc
+
+from megatron_moe.config import RunConfig, TrainConfig
+from megatron_moe.platform import Platform
+from megatron_moe.training.profiling import build_profiler
+from megatron_moe.training.step_hook import Hook
+
+
+class ManualCollection(Hook):
+    """`--manual-gc`: Python's collector runs only when it is told to, on all ranks together.
+
+    Otherwise each rank collects when it has made so many objects, at another moment than the
+    others, which then wait for it in the next collective.
+
+    Args:
+        train: `manual_gc_interval`, `manual_gc_eval`.
+    """
+
+    def __init__(self, train: TrainConfig) -> None:
+        self._interval, self._eval = train.manual_gc_interval, train.manual_gc_eval
+        self._was_enabled = gc.isenabled()
+
+    def start(self) -> None:
+        """Turn the automatic collector off, and collect what the start has left."""
+        gc.disable()
+        gc.collect()
+
+    def after_step(self, iteration: int) -> None:
+        """Collect every `--manual-gc-interval` steps; with 0 never."""
+        if self._interval and iteration % self._interval == 0:
+            gc.collect()
+
+    def before_evaluation(self) -> None:
+        """Collect everything."""
+        if self._eval:
+            gc.collect()
+
+    def after_evaluation(self) -> None:
+        """Collect only what the evaluation has made."""
+        if self._eval:
+            gc.collect(generation=0)
+
+    def close(self) -> None:
+        """Restore the automatic collector."""
+        if self._was_enabled:
+            gc.enable()
+
+
+def build_hooks(config: RunConfig, rank: int, platform: Platform) -> list[Hook]:
+    """The hooks that the flags name, for this rank.
+
+    Raises:
+        UsageError: a profile that this device cannot make.
+    """
+    hooks: list[Hook] = []
+    if config.train.manual_gc:
+        hooks.append(ManualCollection(config.train))
+    profiler = build_profiler(config.logging, rank, platform)
+    if profiler is not None:
+        hooks.append(profiler)
+    return hooks

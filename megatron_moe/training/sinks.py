@@ -1,0 +1,155 @@
+"""Destinations of reports. To add one, write it in a file and name it in `build_reporter`.
+
+`Sink` is what the trainer reports to. `BoardSink` is the base of those that plot numbers against
+steps, TensorBoard and Weights & Biases: it decides which numbers, under which tags, and a new one
+of them has four short methods. The tags are listed in docs/training.md.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from megatron_moe.checkpoint import TrainState
+from megatron_moe.config import LoggingConfig
+from megatron_moe.data.pipeline import Data
+from megatron_moe.moe.statistics import LayerStatistics
+from megatron_moe.training.log import phase_change_lines
+from megatron_moe.training.metrics import Evaluation, Interval, StepRecord, Summary
+from megatron_moe.training.phases import Phase, RunSchedule
+from megatron_moe.training.run import TrainingRun
+
+
+class Sink(Protocol):
+    """A destination of reports. Methods are called on rank 0, in the order of the run's events.
+
+    They run between two steps while the other ranks already take the next one, so they must not
+    communicate, and what they spend adds to the time of that step.
+    """
+
+    def start(self, run: TrainingRun, schedule: RunSchedule, data: Data, state: TrainState) -> None:
+        """Model and data are built; ``state`` is where the run starts."""
+
+    def phase(self, before: Phase, after: Phase, data: Data, state: TrainState) -> None:
+        """A phase begins after the steps of ``state``, on ``data``."""
+
+    def interval(self, interval: Interval) -> None:
+        """Every `--log-interval` steps, and where a phase or the run ends."""
+
+    def evaluation(self, name: str, iteration: int, result: Evaluation) -> None:
+        """An evaluation after ``iteration`` steps; ``name`` is `validation` or `test`."""
+
+    def end(self, summary: Summary) -> None:
+        """The last event; not called if an exception ends the run."""
+
+
+class BoardSink(ABC):
+    """Scalars of steps and layers, bars of expert load, and texts of phase changes.
+
+    Args:
+        logging: which steps, and which further numbers.
+    """
+
+    def __init__(self, logging: LoggingConfig) -> None:
+        self._logging = logging
+
+    @abstractmethod
+    def add(self, values: Mapping[str, float], iteration: int) -> None:
+        """Scalars by tag. Steps never decrease, but one may come several times."""
+
+    @abstractmethod
+    def add_bars(self, tag: str, values: Sequence[float], iteration: int) -> None:
+        """A bar for each position."""
+
+    @abstractmethod
+    def add_text(self, tag: str, text: str, iteration: int) -> None:
+        """A text in Markdown."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Write everything; nothing follows."""
+
+    def start(  # noqa: B027 (a board may have something to show at the start, or not)
+        self, run: TrainingRun, schedule: RunSchedule, data: Data, state: TrainState
+    ) -> None:
+        """Nothing: the log shows the configuration."""
+
+    def phase(self, before: Phase, after: Phase, data: Data, state: TrainState) -> None:
+        """The changes as a text, and the number of the phase, at its first step."""
+        lines = phase_change_lines(before, after, data, state)
+        text = "\n".join(f"- {line.strip()}" for line in lines)
+        self.add_text("stage", text, state.iteration + 1)
+        self.add({"train/stage": float(after.number)}, state.iteration + 1)
+
+    def interval(self, interval: Interval) -> None:
+        """Losses and rates of each step; speed, memory, times and routing once."""
+        for record in interval.records:
+            if record.iteration % self._logging.tensorboard_log_interval == 0:
+                self.add(_step_values(record), record.iteration)
+        last = interval.records[-1]
+        self.add(_interval_values(interval, self._logging), last.iteration)
+        for number, layer in interval.layers.items():
+            prefix = f"moe/layer {number:02d}"
+            values = {f"{prefix}/{tag}": value for tag, value in _layer_values(layer).items()}
+            self.add(values, last.iteration)
+            self.add_bars(f"{prefix}/load per expert", layer.load, last.iteration)
+
+    def evaluation(self, name: str, iteration: int, result: Evaluation) -> None:
+        """`{name}/lm loss`, its perplexity, and `{name}/lm loss of {domain}`."""
+        values = {f"{name}/lm loss": result.lm_loss, f"{name}/perplexity": result.perplexity}
+        for domain, part in result.domains.items():
+            values[f"{name}/lm loss of {domain}"] = part.lm_loss
+        self.add(values, iteration)
+
+    def end(self, summary: Summary) -> None:
+        """Write everything."""
+        self.close()
+
+
+def _step_values(record: StepRecord) -> dict[str, float]:
+    values = {
+        "train/lm loss": record.lm_loss,
+        "train/grad norm": record.grad_norm,
+        "train/learning rate": record.learning_rate,
+        "train/logit z": record.logit_z,
+    }
+    if record.zeros_in_grad is not None:
+        values["train/num zeros"] = float(record.zeros_in_grad)
+    if record.params_norm is not None:
+        values["train/params norm"] = record.params_norm
+    return values
+
+
+def _interval_values(interval: Interval, logging: LoggingConfig) -> dict[str, float]:
+    """The scalars of an interval by tag."""
+    last, speed = interval.records[-1], interval.speed
+    values = {
+        "train/consumed samples": float(last.consumed_samples),
+        "train/batch size": float(last.batch_size),
+        "speed/tokens per second": speed.tokens_per_second,
+        "speed/model TFLOPs per device": speed.tflops_per_device,
+        "speed/seconds per step": speed.seconds_per_step,
+        "memory/max allocated MiB": speed.memory_bytes / 2**20,
+    }
+    if interval.phase is not None:
+        values["train/stage"] = float(interval.phase.number)
+    if speed.mfu is not None:
+        values["speed/MFU"] = speed.mfu
+    if logging.log_memory_to_tensorboard:
+        values["memory/allocated MiB"] = speed.allocated_bytes / 2**20
+        values["memory/reserved MiB"] = speed.reserved_bytes / 2**20
+    if logging.log_timers_to_tensorboard:
+        values |= {f"timers/{name}": most for name, (_, most) in interval.timers.items()}
+    return values
+
+
+def _layer_values(layer: LayerStatistics) -> dict[str, float]:
+    """The scalars of one MoE layer, by the end of their tag."""
+    return {
+        "max over mean load": layer.max_over_mean_load,
+        "drop rate": layer.drop_rate,
+        "router entropy": layer.router_entropy,
+        "load balancing loss": layer.aux_loss,
+        "router z loss": layer.z_loss,
+    }

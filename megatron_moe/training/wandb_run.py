@@ -1,0 +1,89 @@
+"""Weights & Biases (`--wandb-project`). Without network or account: `WANDB_MODE=offline`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_moe.config import RunConfig
+from megatron_moe.errors import UsageError
+from megatron_moe.training.sinks import BoardSink
+
+
+def check_wandb() -> None:
+    """Check that the package is installed, without importing it.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if not _installed():
+        fix = "pip install 'megatron-moe[wandb]'"
+        raise UsageError("--wandb-project", "no package wandb", "used with wandb installed", fix)
+
+
+def _installed() -> bool:
+    try:
+        return importlib.util.find_spec("wandb") is not None
+    except ValueError:  # the import system has it as missing
+        return False
+
+
+def wandb_directory(config: RunConfig) -> str:
+    """Where the files of the run go: `--wandb-save-dir`, else `wandb` in `--save`, as in
+    Megatron-LM; without `--save`, the working directory.
+    """
+    if config.logging.wandb_save_dir is not None:
+        return config.logging.wandb_save_dir
+    save = config.checkpoint.save
+    return os.getcwd() if save is None else os.path.join(save, "wandb")
+
+
+class WandbSink(BoardSink):
+    """Logs to one run of a project; its configuration is that of `config.json`.
+
+    Args:
+        config: of the run.
+
+    Raises:
+        UsageError: W&B cannot start the run, e.g. without an account or network.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        super().__init__(config.logging)
+        self._wandb: Any = importlib.import_module("wandb")
+        directory = wandb_directory(config)
+        os.makedirs(directory, exist_ok=True)
+        try:
+            self._run: Any = self._wandb.init(
+                project=config.logging.wandb_project,
+                name=config.logging.wandb_exp_name,
+                entity=config.logging.wandb_entity,
+                dir=directory,
+                config=config.to_dict(),
+            )
+        except self._wandb.Error as error:
+            reason = " ".join(str(error).split())
+            fix = "WANDB_MODE=offline needs neither account nor network"
+            found = f"{config.logging.wandb_project}: {reason}"
+            raise UsageError("--wandb-project", found, "a project that can be used", fix) from None
+
+    def add(self, values: Mapping[str, float], iteration: int) -> None:
+        """See `BoardSink.add`."""
+        self._run.log(dict(values), step=iteration)
+
+    def add_bars(self, tag: str, values: Sequence[float], iteration: int) -> None:
+        """Add a histogram whose bar e is the value of expert e."""
+        edges = [e - 0.5 for e in range(len(values) + 1)]
+        histogram = self._wandb.Histogram(np_histogram=(list(values), edges))
+        self._run.log({tag: histogram}, step=iteration)
+
+    def add_text(self, tag: str, text: str, iteration: int) -> None:
+        """See `BoardSink.add_text`."""
+        self._run.log({tag: text}, step=iteration)
+
+    def close(self) -> None:
+        """Write the run's file and, online, wait until everything is uploaded."""
+        self._run.finish()

@@ -1,0 +1,81 @@
+"""Megatron-LM's shorthands: each is stored as what it stands for, and contradictions are errors."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_moe.config import RunConfig
+from megatron_moe.config.cli import parse_args
+from megatron_moe.errors import UsageError
+
+SAME = {
+    "--swiglu": "--ffn-variant swiglu",
+    "--swiglu --ffn-variant swiglu": "--ffn-variant swiglu",
+    "--preset openmoe-tiny-released --swiglu": (
+        "--preset openmoe-tiny-released --ffn-variant swiglu"
+    ),
+    "--no-swiglu": "",
+    "--recompute-activations": "--recompute-granularity selective --recompute-modules core_attn",
+    "--moe-layer-recompute": "--recompute-granularity selective --recompute-modules core_attn moe",
+    "--moe-layer-recompute --recompute-modules mlp": (
+        "--recompute-granularity selective --recompute-modules mlp moe"
+    ),
+    "--moe-layer-recompute --recompute-modules moe": (
+        "--recompute-granularity selective --recompute-modules moe"
+    ),
+    "--save c --save-interval 5 --save-retain-interval 20": (
+        "--save c --save-interval 5 --keep-last 1 --keep-every 20"
+    ),
+    "--init-method-std 0.008": (
+        "--init-method-std 0.008 --embedding-init-method-std 0.008 --router-init-method-std 0.008"
+    ),
+    "--init-method-std 0.008 --embedding-init-method-std 1": (
+        "--embedding-init-method-std 1 --init-method-std 0.008 --router-init-method-std 0.008"
+    ),
+}
+
+
+@pytest.mark.parametrize("line", list(SAME))
+def test_a_shorthand_is_stored_as_what_it_stands_for(line: str) -> None:
+    assert parse_args(line.split()).config == parse_args(SAME[line].split()).config
+
+
+def test_a_saved_run_comes_back_whichever_flags_it_was_started_with(tmp_path) -> None:
+    file = tmp_path / "config.json"
+    saved = parse_args(["--swiglu", "--init-method-std", "0.01", "--moe-layer-recompute"]).config
+    saved.save(file)
+    assert parse_args(["--config", str(file)]).config == saved
+    assert saved != RunConfig()
+
+
+CONTRADICTIONS = {
+    "--swiglu --ffn-variant gated-swiglu": (
+        "--swiglu must be used without --ffn-variant gated-swiglu"
+    ),
+    "--ffn_variant=gated-swiglu --swiglu": (
+        "--swiglu must be used without --ffn-variant gated-swiglu"
+    ),
+    "--recompute-activations --recompute-granularity full": (
+        "--recompute-activations must be used without --recompute-granularity full"
+    ),
+    "--moe-layer-recompute --recompute-granularity full": (
+        "--moe-layer-recompute must be used without --recompute-granularity full"
+    ),
+    "--save-interval 10 --save-retain-interval 25": (
+        "--save-retain-interval must be a multiple of --save-interval (10) (got 25)"
+    ),
+    "--save-retain-interval 25": "--save-retain-interval must be a multiple of --save-interval",
+    "--save-interval 5 --save-retain-interval 10 --keep-last 3": (
+        "--save-retain-interval must be used without --keep-last 3"
+    ),
+    "--init-method-std 0.1 --init-variance-scale 0.1": (
+        "--init-method-std must be used without --init-variance-scale"
+    ),
+}
+
+
+@pytest.mark.parametrize("line", list(CONTRADICTIONS))
+def test_a_shorthand_that_contradicts_another_flag_is_an_error(line: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse_args(line.split())
+    assert CONTRADICTIONS[line] in str(error.value)
