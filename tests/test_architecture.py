@@ -44,6 +44,8 @@ def test_design_directions_are_free(tmp_path: Path) -> None:
     plant(tmp_path, "megatron_moe/parallel/a.py", "from megatron.core import parallel_state\n")
     plant(tmp_path, "megatron_moe/training/a.py", "from megatron_moe.parallel import layout\n")
     plant(tmp_path, "megatron_moe/analysis/a.py", "from megatron_moe.training import loop\n")
+    plant(tmp_path, "megatron_moe/convert/modeling/a.py", "import math, torch, transformers\n")
+    plant(tmp_path, "megatron_moe/convert/modeling/b.py", "from .a import A\n")
     plant(tmp_path, "fused_kernels/reference/a.py", "import math, torch, triton.language\n")
     plant(tmp_path, "tools/a.py", "from megatron_moe.analysis import report\n")
     assert check(tmp_path) == []
@@ -71,6 +73,9 @@ def test_design_directions_are_free(tmp_path: Path) -> None:
         ("megatron_moe/training/a.py", "from tools import generate"),
         ("megatron_moe/training/a.py", "import tests.support.pool"),
         ("megatron_moe/unplanned/a.py", "from megatron_moe.moe import layer"),
+        ("megatron_moe/convert/modeling/a.py", "from megatron_moe.errors import UsageError"),
+        ("megatron_moe/convert/modeling/a.py", "from ..model import LazyTensor"),
+        ("megatron_moe/convert/modeling/a.py", "import numpy"),
         ("fused_kernels/reference/a.py", "import numpy"),
         ("fused_kernels/reference/a.py", "from megatron_moe.moe import layer"),
         ("tools/a.py", "from tools.b import helper"),

@@ -56,6 +56,10 @@ EVERYWHERE = {
     *("megatron_moe", "__version__"),
 }
 """What all of them may import, and which imports none of them."""
+STANDALONE = "megatron_moe.convert.modeling"
+"""The modules in it travel with exported weights and run without this project: they import each
+other and `STANDALONE_LIBRARIES`, besides the standard library."""
+STANDALONE_LIBRARIES = {"torch", "transformers", "sentencepiece"}
 KERNEL_LIBRARIES = {"torch", "triton", "fused_kernels"}
 """What `fused_kernels` may import besides the standard library."""
 LIGHT = {"torch", "megatron", "numpy", "megatron_moe.platform"}
@@ -170,6 +174,10 @@ def check_imports(module: Module) -> Iterator[Finding]:
 def _import_fault(importer: str, imported: str) -> str | None:
     """Why ``importer`` must not import ``imported``, or None if it may."""
     top, part, target = imported.split(".")[0], part_of(importer), part_of(imported)
+    if importer.startswith(f"{STANDALONE}."):
+        near = imported.startswith(f"{STANDALONE}.")
+        known = near or top in sys.stdlib_module_names or top in STANDALONE_LIBRARIES
+        return None if known else "it travels with weights, so it may import torch and transformers"
     if importer.startswith("fused_kernels"):
         known = top in sys.stdlib_module_names or top in KERNEL_LIBRARIES
         return None if known else "fused_kernels imports only torch and triton"

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_moe.convert.hf_files import rotary_base
 from megatron_moe.errors import UsageError
 
 
@@ -138,7 +139,6 @@ _DEEPSEEK_ONLY = {
     "scoring_func": "softmax",
     "norm_topk_prob": False,
     "moe_layer_freq": 1,
-    "rope_scaling": None,
     "hidden_act": "silu",
 }
 """Required values of these fields of the first DeepSeekMoE, where present."""
@@ -162,6 +162,7 @@ def _deepseek_configuration(transformers: Any, values: dict[str, Any], source: s
     for key, only in _DEEPSEEK_ONLY.items():
         if values.get(key, only) != only:
             raise UsageError(f"{key} in {source}", values[key], repr(only))
+    rotary_base(values, source)  # raises if there is a scaling, which none of these models has
     # DeepSeek-V2 reads the head width from the size of the rotary part of its heads.
     width = values["hidden_size"] // values["num_attention_heads"]
     changes = {"model_type": "deepseek_v2", "qk_rope_head_dim": width, "topk_method": "greedy"}

@@ -8,12 +8,14 @@ Shapes: E experts, F width of an expert, H hidden. Matrices are [out, in].
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_moe.analysis.foreign_config import CONFIG, ForeignSettings, read_settings
@@ -69,6 +71,15 @@ class ForeignModel:
     layers: tuple[LayerWeights, ...]
     tensors: Mapping[str, LazyTensor]
 
+    def is_outside(self, name: str) -> bool:
+        """Whether a tensor belongs to a layer behind the last one of the network.
+
+        DeepSeek-V3's files have such layers for multi-token prediction (arXiv 2412.19437, 2.2):
+        training uses them, a forward pass does not.
+        """
+        found = _LAYER.match(name)
+        return found is not None and int(found[1]) >= self.settings.config.num_hidden_layers
+
 
 def open_foreign(path: str | Path) -> ForeignModel:
     """Open a checkpoint directory of one of `FAMILIES`; names and shapes are checked.
@@ -80,6 +91,7 @@ def open_foreign(path: str | Path) -> ForeignModel:
     path = Path(path)
     settings = read_settings(path)
     tensors = open_files(path)
+    _check_not_quantized(path, tensors)
     reader = _Reader(path, settings, tensors)
     return ForeignModel(
         path=path,
@@ -87,6 +99,22 @@ def open_foreign(path: str | Path) -> ForeignModel:
         layers=tuple(reader.layer(index) for index in settings.moe_layers),
         tensors=tensors,
     )
+
+
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_SCALES = (".weight_scale", ".weight_scale_inv", ".qweight", ".scales", ".absmax", ".SCB")
+"""Ends of the names of tensors that only quantized weights have."""
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_not_quantized(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    for name, tensor in tensors.items():
+        is_matrix = name.endswith(".weight") and tensor.dtype not in _FLOATS
+        if is_matrix or name.endswith(_SCALES):
+            found = f"{name} of {str(tensor.dtype).removeprefix('torch.')}"
+            expected = "in fp32, bf16 or fp16, not quantized"
+            fix = "convert them to bf16 first"
+            raise Corrupt(f"weights in {path}", found, expected, fix)
 
 
 @dataclass(frozen=True)
@@ -174,12 +202,14 @@ def _part(stack: LazyTensor, expert: int, first: int, rows: int) -> LazyTensor:
 def foreign_overview(model: ForeignModel) -> dict[str, Any]:
     """Family, routing rule, sizes and MoE layers, as JSON values. Reads no tensor.
 
-    `parameters` counts the elements of all files; `activated` omits the routed experts that a token
-    does not use.
+    `parameters` counts the elements of all files; `outside` those of layers that the files have
+    besides the network (`ForeignModel.is_outside`); `activated` omits these and the routed experts
+    that a token does not use.
     """
     settings = model.settings
     config, rule, family = settings.config, settings.rule, settings.family
     total = sum(prod(tensor.shape) for tensor in model.tensors.values())
+    outside = sum(prod(t.shape) for name, t in model.tensors.items() if model.is_outside(name))
     idle = sum(_size(expert) for layer in model.layers for expert in layer.experts[rule.topk :])
     return {
         "path": str(model.path),
@@ -194,7 +224,8 @@ def foreign_overview(model: ForeignModel) -> dict[str, Any]:
         "shared_width": family.shared_width(config),
         "routing": describe_routing(settings),
         "parameters": total,
-        "activated": total - idle,
+        "outside": outside,
+        "activated": total - outside - idle,
         "bytes": sum(tensor.bytes for tensor in model.tensors.values()),
         "moe_layers": [_layer_overview(layer) for layer in model.layers],
     }

@@ -82,14 +82,13 @@ def read_settings(path: Path) -> ForeignSettings:
     if family is None:
         fix = "OpenMoE and Llama are read by tools/convert_checkpoint.py --from hf"
         raise UsageError(f"model_type in {source}", kind, f"one of {', '.join(FAMILIES)}", fix)
-    if values.get("quantization_config"):
-        expected = "absent"
-        fix = "convert the weights to fp32, bf16 or fp16"
-        raise UsageError(f"quantization_config in {source}", "present", expected, fix)
+    # What counts is the weights: programs that convert them leave this field behind.
+    values.pop("quantization_config", None)
     _check_numbers(values, source)
     package = transformers()
     try:
         config = family.configuration(package, path, values, source)
+        vars(config).pop("quantization_config", None)
         found = ForeignSettings(
             model_type=str(kind),
             family=family,

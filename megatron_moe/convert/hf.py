@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +21,16 @@ from megatron_moe.checkpoint.tensor_files import FORMAT_METADATA, write_tensors
 from megatron_moe.config import RunConfig
 from megatron_moe.convert.hf_config import from_hf, to_hf
 from megatron_moe.convert.hf_files import CONFIG, check_no_extra, open_files, tokenizer_files
+from megatron_moe.convert.hf_text import text_files
 from megatron_moe.convert.model import LazyTensor, LogicalModel, row_of, stacked
+from megatron_moe.convert.modeling import FILES
 from megatron_moe.convert.writing import Progress, new_directory, split_into_files
 from megatron_moe.errors import Corrupt
 from megatron_moe.model.logical import logical_parameters
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GENERATION = "generation_config.json"
 ExpertLayout = Literal["stacked", "unstacked"]
 
 _WHOLE = {
@@ -165,7 +169,7 @@ def write_hf(
     layout: ExpertLayout,
     max_shard: int,
     progress: Progress,
-    describe: Callable[[RunConfig, int, str], dict[str, Any]] = to_hf,
+    describe: Callable[[RunConfig, int, str], dict[str, Any]] | None = None,
 ) -> Path:
     """Write a new checkpoint directory, complete or not at all.
 
@@ -175,7 +179,8 @@ def write_hf(
         layout: layout of the experts.
         max_shard: maximal bytes of a file; a larger tensor gets its own.
         progress: called with the bytes written.
-        describe: contents of `config.json` from configuration, vocabulary size and dtype.
+        describe: contents of `config.json` of a class of transformers, from configuration,
+            vocabulary size and dtype; `None` writes OpenMoE's own, with the code that reads it.
 
     Raises:
         CheckpointError: the directory exists, the disk is full, or the format cannot represent this
@@ -183,13 +188,20 @@ def write_hf(
     """
     dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in model.tensors.values()}
     # `torch_dtype` is one value for all tensors: of mixed ones, the narrowest.
-    config = describe(model.config, model.vocab_size, min(dtypes, key=_width))
+    dtype = min(dtypes, key=_width)
+    files = FILES if describe is None else ()
+    describe = describe or partial(to_hf, layout=layout)
+    config = describe(model.config, model.vocab_size, dtype)
+    texts = text_files(model, own=bool(files))
+    config.update({k: v for k, v in texts.get(GENERATION, {}).items() if k in config})
     with new_directory(directory, model.bytes) as temporary:
         for name, value in _write_tensors(model, temporary, layout, max_shard, progress):
             write_json(temporary / name, value)
         write_json(temporary / CONFIG, config)
-        for file in model.tokenizer_files:
+        for file in (*files, *model.tokenizer_files):
             shutil.copyfile(file, temporary / file.name)
+        for name, value in texts.items():
+            write_json(temporary / name, value)
     return directory
 
 

@@ -7,6 +7,7 @@ stay inside the directory, and `pytorch_model*.bin` is read with PyTorch's weigh
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from megatron_moe.checkpoint.disk import read_json
 from megatron_moe.checkpoint.tensor_files import TORCH_DTYPES
 from megatron_moe.convert.model import LazyTensor, of_tensor
 from megatron_moe.errors import CheckpointError, Corrupt
+from megatron_moe.files import describe_file_start
 
 CONFIG = "config.json"
 TOKENIZERS = ("tokenizer.model", "spiece.model", "tokenizer.json", "tokenizer_config.json")
@@ -27,6 +29,9 @@ MANY = 1 << 16
 """Upper bound of counts: more layers, experts or heads than any model has."""
 SIZE = 1 << 31
 """Upper bound of sizes: a larger width or vocabulary than any model has."""
+WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
+"""Names under which training programs keep the tensors of a model in a `.bin` file."""
+_PREFIX = "module."
 _PATTERNS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 """Prefix and suffix of the names of weight files, in order of preference."""
 
@@ -83,6 +88,41 @@ def number(values: Mapping[str, Any], key: str, source: str, default: float) -> 
     if isinstance(found, bool) or not isinstance(found, int | float) or not _is_finite(found):
         raise CheckpointError(f"{key} in {source}", found, "a finite number >= 0")
     return float(found)
+
+
+def rotary_base(values: Mapping[str, Any], source: str, default: float = 1e4) -> float:
+    """The base of the rotary embedding: `rope_theta`, or `rope_parameters` of newer files.
+
+    Releases of `transformers` from the fifth on move `rope_theta` and `rope_scaling` into
+    `rope_parameters` when they save a configuration.
+
+    Raises:
+        CheckpointError: another rotary embedding than the plain one over all channels, or two
+            values that contradict each other.
+    """
+    top = number(values, "rope_theta", source, default)
+    found = top
+    for key in ("rope_scaling", "rope_parameters"):
+        inner = values.get(key)
+        if inner is None:
+            continue
+        where = f"{key} in {source}"
+        if not isinstance(inner, Mapping) or any(isinstance(v, Mapping) for v in inner.values()):
+            raise CheckpointError(where, inner, "one set of parameters for all layers")
+        kind = inner.get("rope_type", inner.get("type", "default"))
+        if kind != "default":
+            expected, fix = "'default'", "scaled rotary embeddings are not implemented"
+            raise CheckpointError(f"rope_type of {where}", kind, expected, fix)
+        if inner.get("partial_rotary_factor", 1.0) != 1.0:
+            factor = inner["partial_rotary_factor"]
+            raise CheckpointError(f"partial_rotary_factor of {where}", factor, "1.0")
+        found = number(inner, "rope_theta", where, top)
+        if "rope_theta" in values and found != top:
+            raise CheckpointError(f"rope_theta of {where}", found, f"{top} as in the same file")
+    if values.get("partial_rotary_factor", 1.0) != 1.0:
+        factor = values["partial_rotary_factor"]
+        raise CheckpointError(f"partial_rotary_factor in {source}", factor, "1.0")
+    return found
 
 
 def _is_finite(found: float) -> bool:
@@ -147,12 +187,14 @@ def _safetensors(path: Path) -> dict[str, LazyTensor]:
                 for key, head in heads.items()
             }
     except (SafetensorError, OSError) as error:
-        raise Corrupt(str(path), str(error), "a safetensors file") from None
+        fix = describe_file_start(path)
+        raise Corrupt(str(path), str(error), "a safetensors file", fix) from None
 
 
 def _slice(path: Path, key: str, shape: tuple[int, ...], dtype: str) -> LazyTensor:
     if dtype not in TORCH_DTYPES:
-        raise Corrupt(f"{key} in {path}", dtype, f"one of {', '.join(TORCH_DTYPES)}")
+        fix = "convert quantized weights to fp32, bf16 or fp16"
+        raise Corrupt(f"{key} in {path}", dtype, f"one of {', '.join(TORCH_DTYPES)}", fix)
 
     def rows(start: int, stop: int) -> Tensor:
         # Opened for each range: closing unmaps its pages, so memory does not grow with the file.
@@ -165,11 +207,39 @@ def _slice(path: Path, key: str, shape: tuple[int, ...], dtype: str) -> LazyTens
 
 def _pytorch(path: Path) -> dict[str, LazyTensor]:
     """A `.bin` file, read with the weights-only loader, which builds tensors and runs no code."""
+    # Before its release 1.6 PyTorch wrote no zip archive; such a file cannot be mapped into memory.
+    mapped = zipfile.is_zipfile(path)
     try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged or hostile file may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise Corrupt(str(path), reason, "tensors in PyTorch's format") from None
-    if not isinstance(found, dict) or not all(isinstance(v, Tensor) for v in found.values()):
-        raise Corrupt(str(path), type(found).__name__, "a mapping of names to tensors")
-    return {name: of_tensor(tensor) for name, tensor in found.items()}
+        expected, fix = "tensors in PyTorch's format", describe_file_start(path)
+        raise Corrupt(str(path), reason, expected, "" if mapped else fix) from None
+    tensors = _unwrapped(found)
+    if tensors is None:
+        raise Corrupt(str(path), _summary(found), "a mapping of names to tensors")
+    return {name: of_tensor(tensor) for name, tensor in tensors.items()}
+
+
+def _unwrapped(found: Any) -> dict[str, Tensor] | None:
+    """The tensors of a training program's file, which keeps them under a name of `WRAPPERS`.
+
+    A prefix `module.` of every name, of a model wrapped for data parallelism, is removed.
+    """
+    while isinstance(found, Mapping):
+        if found and all(isinstance(value, Tensor) for value in found.values()):
+            prefixed = all(str(name).startswith(_PREFIX) for name in found)
+            return {
+                str(n).removeprefix(_PREFIX) if prefixed else str(n): t for n, t in found.items()
+            }
+        inside = [name for name in WRAPPERS if isinstance(found.get(name), Mapping)]
+        if len(inside) != 1:
+            return None
+        found = found[inside[0]]
+    return None
+
+
+def _summary(found: Any) -> str:
+    if not isinstance(found, Mapping):
+        return type(found).__name__
+    return f"an object with {', '.join(map(str, list(found)[:5]))}"

@@ -27,6 +27,7 @@ from megatron_moe.convert.hf_files import (
     number,
     open_files,
     query_groups,
+    rotary_base,
     tokenizer_files,
     whole_number,
 )
@@ -121,24 +122,13 @@ def configuration(values: dict[str, Any], architecture: Architecture, source: st
         max_position_embeddings=whole_number(
             values, "max_position_embeddings", source, 2048, most=SIZE
         ),
-        rotary_base=_rotary_base(values, source),
+        rotary_base=rotary_base(values, source),
         norm_epsilon=number(values, "rms_norm_eps", source, 1e-6),
         ffn_variant="swiglu",
         softmax_scale=None,
     )
     model, moe = architecture.experts(values, model, source)
     return replace(RunConfig(), model=model, moe=moe)
-
-
-def _rotary_base(values: dict[str, Any], source: str) -> float:
-    """From `rope_parameters` of newer files, or `rope_theta` of older ones."""
-    newer = values.get("rope_parameters")
-    if not isinstance(newer, Mapping):
-        return number(values, "rope_theta", source, 1e4)
-    kind = newer.get("rope_type", "default")
-    if kind != "default":
-        raise CheckpointError(f"rope_type in {source}", kind, "'default'")
-    return number(newer, "rope_theta", f"rope_parameters in {source}", 1e4)
 
 
 def _dense(
@@ -270,13 +260,12 @@ def _olmoe_fields(moe: MoEConfig) -> dict[str, Any]:
     }
 
 
-_LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_scaling": None}
+_LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 _OLMOE = {
     "hidden_act": "silu",
     "attention_bias": False,
     "clip_qkv": None,
     "norm_topk_prob": False,
-    "rope_scaling": None,
 }
 ARCHITECTURES = {
     "LlamaForCausalLM": Architecture("llama", _LLAMA, _dense, lambda moe: {}),

@@ -88,9 +88,36 @@ class HarnessModel(TemplateLM):
         found = "\0".join((self.loaded.tokenizer.base.identity, SYSTEM, USER))
         return f"openmoe-chat-{hashlib.sha256(found.encode()).hexdigest()[:16]}"
 
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Log likelihoods of continuations, and whether each is greedy.
+
+        Raises:
+            UsageError: a continuation without a token.
+        """
+        for request in requests:  # the base class fails at these, without a context
+            if request.args[0] == "" and not self.tok_encode(request.args[1]):
+                raise _without_tokens(*request.args)
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+        return found
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a context and of its continuation, tokenized together.
+
+        Where the tokens of the context take in the whole continuation ("ab" may be one token), the
+        continuation is tokenized on its own: without tokens its log likelihood would be 0, the best
+        of all.
+        """
+        before, more = super()._encode_pair(context, continuation)
+        return before, more or self.tok_encode(continuation)
+
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_more: Any
     ) -> list[tuple[float, bool]]:
+        for (context, continuation), _, more in requests:
+            if not more:
+                raise _without_tokens(context, continuation)
         found = self.scorer.loglikelihoods([(context, more) for _, context, more in requests])
         for (key, _, _), answer in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", key, answer)
@@ -119,6 +146,12 @@ class HarnessModel(TemplateLM):
         for request, text in zip(requests, found, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return found
+
+
+def _without_tokens(context: str, continuation: str) -> UsageError:
+    expected = "a text of at least one token"
+    fix = f"without one it would score 0, the best of all; its context ends {context[-40:]!r}"
+    return UsageError("continuation of a request", continuation, expected, fix)
 
 
 def evaluate_tasks(

@@ -102,7 +102,6 @@ def _edit(path: Path, **changes: Any) -> None:
         ),
         ({"model_type": None}, r"model_type .* must be one of .* \(got None\)"),
         ({"model_type": ["mixtral"]}, "model_type"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ({"num_local_experts": 5}, r"gate.weight .* must be \[5, 16\] .* \(got \[4, 16\]\)"),
         ({"num_hidden_layers": 4}, "without model.layers.3"),
         ({"intermediate_size": 13}, r"shape of .*experts.0.w1.weight .* must be \[13, 16\]"),
@@ -160,3 +159,65 @@ def test_without_the_package_one_line_says_so(
 
 def test_the_table_is_tested_whole() -> None:
     assert set(FAMILIES) == set(SETTINGS) == set(LAYERS)
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+
+
+def test_a_quantization_config_beside_plain_weights_says_nothing(tmp_path: Path) -> None:
+    """As the published script that converts DeepSeek-V3 to bf16 leaves it.
+
+    In fp32 here: the attention kernel for bf16 does not take widths as small as these.
+    """
+    from megatron_moe.analysis.foreign_routing import load_foreign
+
+    model = make("deepseek_v3")
+    save(model, tmp_path)
+    _edit(tmp_path / "config.json", quantization_config=FP8)
+    found = open_foreign(tmp_path)
+    check(found, model)
+    tokens = torch.arange(12).reshape(2, 6)
+    logits = load_foreign(found).run(tokens, logits=True).logits_BSV
+    torch.testing.assert_close(logits, model(tokens, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
+def test_quantized_weights_are_an_error_whatever_the_configuration_says(
+    tmp_path: Path, named: bool, dtype: torch.dtype
+) -> None:
+    save(make("deepseek_v3"), tmp_path)
+    if named:
+        _edit(tmp_path / "config.json", quantization_config=FP8)
+    values = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.1.self_attn.o_proj.weight"
+    values[name] = values[name].abs().to(dtype)
+    values[f"{name}_scale_inv"] = torch.ones(1, 1)
+    save_file(values, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"o_proj\.weight.* (bf16 first|quantized weights)"):
+        open_foreign(tmp_path)
+
+
+def test_layers_behind_the_network_are_not_activated(tmp_path: Path) -> None:
+    """DeepSeek-V3's layer for multi-token prediction: another MoE layer, and its own projection."""
+    from megatron_moe.analysis.foreign import foreign_overview
+    from megatron_moe.analysis.foreign_routing import load_foreign
+
+    model = make("deepseek_v3")
+    save(model, tmp_path)
+    before = foreign_overview(open_foreign(tmp_path))
+    values, extra = load_file(tmp_path / "model.safetensors"), 0
+    for name, tensor in list(values.items()):
+        if name.startswith("model.layers.2."):
+            values[name.replace("layers.2.", "layers.3.")] = tensor.clone()
+            extra += tensor.numel()
+    values["model.layers.3.eh_proj.weight"] = torch.zeros(16, 32)
+    save_file(values, tmp_path / "model.safetensors", {"format": "pt"})
+    opened = open_foreign(tmp_path)
+    found = foreign_overview(opened)
+    assert (before["outside"], found["outside"]) == (0, extra + 16 * 32)
+    assert found["parameters"] == before["parameters"] + extra + 16 * 32
+    assert found["activated"] == before["activated"]
+    tokens = torch.arange(12).reshape(2, 6)
+    logits = load_foreign(opened).run(tokens, logits=True).logits_BSV
+    torch.testing.assert_close(logits, model(tokens, use_cache=False).logits)

@@ -119,3 +119,30 @@ def test_a_task_that_is_not_there_is_refused(checkpoint: Path) -> None:
         UsageError, match=r"--tasks must be .* openmoe_demo_choice.*\(got 'abacus'\)"
     ):
         evaluate_tasks(loaded, ["abacus"], batch_size=1, include_path=tasks)
+
+
+def test_a_continuation_has_at_least_one_token(checkpoint: Path) -> None:
+    """Where both texts are one token together, it is tokenized alone; without tokens, an error."""
+    from lm_eval.api.instance import Instance
+
+    from megatron_moe.inference.harness import HarnessModel
+
+    class Merging(HarnessModel):
+        """Of a tokenizer in which "ab" is the token of "b" alone."""
+
+        def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+            return super().tok_encode(string.replace("ab", "b"), *args, **kwargs)
+
+    def ask(model: HarnessModel, context: str, more: str) -> tuple[float, bool]:
+        request = Instance("loglikelihood", {}, (context, more), 0)
+        return model.loglikelihood([request])[0]
+
+    loaded = load(LoadOptions(path=checkpoint))
+    score = ask(Merging(loaded, 1), "xa", "b")[0]
+    assert score == pytest.approx(_logprob(TOKENIZER.tokenize("xab"), 1), rel=1e-5)
+    assert score < 0.0
+    for context in ("", "What?"):
+        with pytest.raises(
+            UsageError, match=r"continuation of a request must be .* at least one token \(got ''\)"
+        ):
+            ask(HarnessModel(loaded, 1), context, "")

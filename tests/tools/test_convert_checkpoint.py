@@ -15,6 +15,7 @@ from megatron_moe.convert.formats import ConversionTarget, read, write
 from tests.checkpoint.test_load import _save
 from tests.convert.cases import model_of
 from tests.convert.layout_pairs import OneWidth
+from tests.data.pieces import train
 from tests.support.pool import Pool
 from tools.convert_checkpoint import main
 
@@ -211,8 +212,8 @@ def test_a_way_through_every_format(native: Path, tmp_path: Path) -> None:
 
 def test_the_tokenizer_travels(native: Path, tmp_path: Path) -> None:
     pieces = tmp_path / "tokenizer.model"
-    pieces.write_bytes(b"pieces")
+    train(pieces, ["a b c d e f g h"] * 9, vocab_size=12, byte_fallback=False)
     more = ("--tokenizer-model", str(pieces))
     assert convert("native", native, "hf", tmp_path / "1", *more) == 0
     assert convert("hf", tmp_path / "1", "hf", tmp_path / "2") == 0
-    assert (tmp_path / "2/tokenizer.model").read_bytes() == b"pieces"
+    assert (tmp_path / "2/tokenizer.model").read_bytes() == pieces.read_bytes()
