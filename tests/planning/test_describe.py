@@ -70,11 +70,11 @@ def test_the_capacity_group_is_shown(group: int | None, shown: str) -> None:
 
 
 def test_attention_is_described_with_what_has_no_effect() -> None:
-    grouped = {"group_query_attention": True, "num_query_groups": 3, "qk_layernorm": True}
+    grouped = {"group_query_attention": True, "num_query_groups": 8, "qk_layernorm": True}
     model = replace(LARGE.model, **grouped, softmax_scale=None)  # type: ignore[arg-type]
     text = describe(replace(LARGE, model=model))
     shape = f"{model.num_attention_heads} heads x {model.kv_channels}"
-    expected = f"{shape}, keys and values of 3 groups, queries and keys normalised over each head"
+    expected = f"{shape}, keys and values of 8 groups, queries and keys normalised over each head"
     assert expected in text and "  note  " not in text
     unused = replace(LARGE.model, num_query_groups=3)
     assert "--num-query-groups 3 has no effect without" in describe(replace(LARGE, model=unused))
