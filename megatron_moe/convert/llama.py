@@ -6,8 +6,7 @@ Llama has the same block with three-matrix FFNs, attention scaled by 1/sqrt(d) a
 embeddings: a dense model here, and a source for upcycling. OLMoE (Muennighoff et al., arXiv
 2409.02060) has Llama's attention with norms over the whole projections of queries and keys, and in
 every layer experts without a shared one, whose probabilities are not normalised and never drop.
-One difference is resolved while reading: a tied output matrix is copied, which leaves the logits as
-they are. Source of the fields: the classes of `transformers`.
+Tied logits are not scaled there. Source of the fields: the classes of `transformers`.
 """
 
 from __future__ import annotations
@@ -81,8 +80,8 @@ def read_architecture(directory: Path, name: str) -> LogicalModel:
     config = configuration(values, ARCHITECTURES[name], str(source))
     found = {n: t for n, t in open_files(directory).items() if not n.endswith(_IGNORED)}
     vocab_size = whole_number(values, "vocab_size", str(source), most=SIZE)
-    if values.get("tie_word_embeddings") and "model.embed_tokens.weight" in found:
-        found.setdefault("lm_head.weight", found["model.embed_tokens.weight"])
+    if values.get("tie_word_embeddings"):
+        found.pop("lm_head.weight", None)  # a second copy, which the classes ignore
     return LogicalModel(
         source=str(directory),
         config=config,
@@ -111,6 +110,7 @@ def configuration(values: dict[str, Any], architecture: Architecture, source: st
     heads = whole_number(values, "num_attention_heads", source)
     hidden = whole_number(values, "hidden_size", source, most=SIZE)
     groups = query_groups(values, heads, source)
+    tied = bool(values.get("tie_word_embeddings"))
     model = ModelConfig(
         num_layers=layers,
         hidden_size=hidden,
@@ -126,6 +126,8 @@ def configuration(values: dict[str, Any], architecture: Architecture, source: st
         norm_epsilon=number(values, "rms_norm_eps", source, 1e-6),
         ffn_variant="swiglu",
         softmax_scale=None,
+        untie_embeddings_and_output_weights=not tied,
+        scale_tied_logits=not tied,
     )
     model, moe = architecture.experts(values, model, source)
     return replace(RunConfig(), model=model, moe=moe)
@@ -189,7 +191,7 @@ def to_architecture(name: str, config: RunConfig, vocab_size: int, dtype: str) -
         "max_position_embeddings": model.max_position_embeddings,
         "rope_theta": model.rotary_base,
         "rms_norm_eps": model.norm_epsilon,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "use_cache": True,
         **architecture.only,
         **architecture.fields(ours.moe),
@@ -213,12 +215,14 @@ def _canonical(config: RunConfig) -> RunConfig:
     model, moe = config.model, config.moe
     groups = model.key_value_heads
     shared = groups != model.num_attention_heads
+    untied = model.untie_embeddings_and_output_weights
     plain = softmax_scale(model) == model.kv_channels**-0.5
     model = replace(
         model,
         group_query_attention=shared,
         num_query_groups=groups if shared else 1,
         softmax_scale=None if plain else model.softmax_scale,
+        scale_tied_logits=untied or model.scale_tied_logits,
     )
     pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
     if not any(pattern):

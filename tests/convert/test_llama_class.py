@@ -114,9 +114,12 @@ def test_pytorch_s_own_file_by_the_command_line(tmp_path: Path, tied: bool) -> N
     same(read("native", tmp_path / "moe"), module)
 
 
-@pytest.mark.parametrize("groups", [4, 2])
-def test_trained_here_or_read_it_is_written_for_the_class(tmp_path: Path, groups: int) -> None:
-    module = llama(tmp_path / "llama", num_key_value_heads=groups, head_dim=16)
+@pytest.mark.parametrize(("groups", "tied"), [(4, False), (2, False), (2, True)])
+def test_trained_here_or_read_it_is_written_for_the_class(
+    tmp_path: Path, groups: int, tied: bool
+) -> None:
+    changes = {"num_key_value_heads": groups, "head_dim": 16, "tie_word_embeddings": tied}
+    module = llama(tmp_path / "llama", **changes)
     flags = ["--from", "hf", "--load", str(tmp_path / "llama"), "--to", "native"]
     assert main([*flags, "--save", str(tmp_path / "native")]) == 0
     flags = ["--from", "native", "--load", str(tmp_path / "native"), "--to", "hf"]
