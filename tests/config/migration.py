@@ -42,8 +42,10 @@ class Row:
 def parsed_errors(words: dict[str, list[str]]) -> dict[str, str]:
     """Flags that are errors, with the reason, when all are given on one command line."""
     errors: dict[str, str] = {}
+    alone: set[str] = set()  # contradict another flag of this line, which no script does
     while True:
-        rest = [word for flag, values in words.items() if flag not in errors for word in values]
+        left = {flag: values for flag, values in words.items() if flag not in {*errors, *alone}}
+        rest = [word for values in left.values() for word in values]
         try:
             check_ranges(parse_args(rest).config)
             return errors
@@ -52,6 +54,10 @@ def parsed_errors(words: dict[str, list[str]]) -> dict[str, str]:
         except UsageError as one:
             found = (one,)
         for error in found:
+            if error.found == "both":
+                check_ranges(parse_args(words[error.what]).config)
+                alone.add(error.what)
+                continue
             named = error.found if error.what == "flag" else error.what
             reason = error.fix if error.expected == "left out" else _reason(error)
             new = {flag: reason for flag in str(named).split(", ") if flag in words}

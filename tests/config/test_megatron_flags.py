@@ -82,6 +82,12 @@ ACCEPTED = {
     "--optimizer fusedadamw": "--optimizer adam",
     "--moe-token-dispatcher-type flex": "--moe-token-dispatcher-type alltoall",
     "--tokenizer-path a": "--tokenizer-model a",
+    "--tokenizer-type Llama2Tokenizer": "--tokenizer-type SentencePieceTokenizer",
+    "--tokenizer-type GPTSentencePieceTokenizer": "--tokenizer-type SentencePieceTokenizer",
+    "--tokenizer-type PretrainedFromHF": "--tokenizer-type HuggingFaceTokenizer",
+    "--tokenizer-type Llama3Tokenizer": "--tokenizer-type HuggingFaceTokenizer",
+    "--disable-manual-gc-eval": "--no-manual-gc-eval",
+    "--dataloader-type cyclic": "",
     "--encoder-seq-length 64": "--seq-length 64",
     "--layernorm-epsilon 1e-5": "--norm-epsilon 1e-5",
     "--exit-on-missing-checkpoint": "--no-allow-missing-load",
@@ -92,7 +98,7 @@ ACCEPTED = {
 def test_a_flag_without_effect_or_with_another_name_is_accepted_and_said(line: str) -> None:
     command = parse_args(line.split())
     assert command.config == parse_args(ACCEPTED[line].split()).config
-    (note,) = command.notes
+    note, *_ = command.notes
     for flag in line.replace("_", "-").replace("=", " ").split(" --"):
         assert flag.lstrip("-") in note
 
@@ -110,6 +116,8 @@ REJECTED = {
     "--dataloader-type external": "must be single or cyclic",
     "--recompute-modules mlp layernorm": "must be values, each one of core_attn, mlp, moe",
     "--moe-router-load-balancing-type sinkhorn": "must be one of",
+    "--tokenizer-type TikTokenizer": "must be one of SentencePieceTokenizer",
+    "--tokenizer-type MultimodalTokenizer": "must be one of SentencePieceTokenizer",
     "--retro-project-dir x": "must be left out",
 }
 
