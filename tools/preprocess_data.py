@@ -71,8 +71,9 @@ def parse(argv: Sequence[str] | None) -> tuple[PreprocessOptions, DataConfig]:
     if values.partition is not None and values.partitions is None:
         raise UsageError("--partitions", None, "set with --partition")
     if values.partition is not None and not 0 <= values.partition < values.partitions:
-        expected = f">= 0 and <= {values.partitions - 1}"
-        raise UsageError("--partition", values.partition, expected)
+        expected = f"from 0 to {values.partitions - 1} with --partitions {values.partitions}"
+        fix = "a partition that is made again needs the --partitions of the first time"
+        raise UsageError("--partition", values.partition, expected, fix)
     if len(set(values.json_keys)) < len(values.json_keys):
         raise UsageError("--json-keys", " ".join(values.json_keys), "distinct keys")
     options = PreprocessOptions(

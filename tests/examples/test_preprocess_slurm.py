@@ -37,6 +37,8 @@ def slurm(
     environment = os.environ | {
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_ARRAY_TASK_COUNT": "3",
+        "SLURM_ARRAY_TASK_MIN": "0",
+        "SLURM_ARRAY_TASK_MAX": "2",
         "SLURM_ARRAY_TASK_ID": str(task),
         "SLURM_CPUS_PER_TASK": "1",
         "PREFIX": f"{folder}/out",
@@ -70,6 +72,33 @@ def test_tasks_and_merge_equal_one_process(corpus: Path) -> None:
         for kind in ("bin", "idx", "json"):
             ours = (corpus / f"out_{name}.{kind}").read_bytes()
             assert ours == (corpus / f"one_{name}.{kind}").read_bytes()
+
+
+def alone(task: int, **more: str) -> dict[str, str]:
+    """What Slurm sets for one task that is submitted by itself."""
+    bounds = {f"SLURM_ARRAY_TASK_{name}": str(task) for name in ("MIN", "MAX")}
+    return {"SLURM_ARRAY_TASK_COUNT": "1", **bounds, **more}
+
+
+def test_a_task_that_is_submitted_again(corpus: Path) -> None:
+    """It belongs to the array of the first time, whose size Slurm no longer knows."""
+    link = corpus.parent / "corpus"
+    link.symlink_to(corpus)
+    asked = {"INPUT": f"{link}/*.jsonl", "TOKENIZER": f"{corpus}/t.model"}
+    assert slurm(corpus, task=1, **asked).returncode == 0
+    done = slurm(corpus, task=2, **asked, **alone(2))
+    assert done.returncode == 2
+    assert done.stderr.startswith("the array must be 0-N without gaps (got 1 tasks from 2 to 2); ")
+    assert "PARTITIONS" in done.stderr
+    assert done.stderr.count("\n") == 1
+    done = slurm(corpus, task=0, **asked, **alone(0))
+    assert done.returncode == 2
+    assert "--partitions must be 3, as the partitions that exist (got 1)" in done.stderr
+    for task in (0, 2):
+        assert slurm(corpus, task=task, **asked, **alone(task, PARTITIONS="3")).returncode == 0
+    parts = {f"out_part{n:05d}of00003_text_document.json" for n in range(3)}
+    assert {path.name for path in corpus.glob("out_part*.json")} == parts
+    assert slurm(corpus, "merge").returncode == 0
 
 
 def test_missing_settings_are_named(corpus: Path) -> None:

@@ -62,7 +62,11 @@ def test_as_a_script_with_a_mistake(corpus: Path, tmp_path: Path) -> None:
         ("--partitions 0", "--partitions must be >= 1 (got 0)"),
         ("--log-interval 0", "--log-interval must be >= 1 (got 0)"),
         ("--partition 1", "--partitions must be set with --partition (got None)"),
-        ("--partitions 4 --partition 4", "--partition must be >= 0 and <= 3 (got 4)"),
+        (
+            "--partitions 1 --partition 2",
+            "--partition must be from 0 to 0 with --partitions 1 (got 2); a partition that is made "
+            "again needs the --partitions of the first time",
+        ),
         ("--json-keys text note text", "--json-keys must be distinct keys (got 'text note text')"),
     ],
 )
@@ -92,6 +96,20 @@ def test_one_partition_alone(
     assert "partition 0 of 2: already finished, kept" in capsys.readouterr().out
     main([*words.split(), "1"])
     assert (tmp_path / "out_part00001of00002_text_document.idx").exists()
+
+
+def test_partitions_of_another_cut(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"--input {corpus} --output-prefix {tmp_path}/out --tokenizer-type ByteTokenizer"
+    main([*words.split(), *["--partitions", "3", "--partition", "2"]])
+    with pytest.raises(SystemExit):
+        main([*words.split(), *["--partitions", "1", "--partition", "0"]])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--partitions must be 3, as the partitions that exist (got 1); " in line
+    assert "out_part00002of00003_text_document.json" in line
+    main([*words.split(), "--partitions", "1"])  # makes and merges its own
+    assert (tmp_path / "out_text_document.idx").exists()
 
 
 def test_no_torch_is_imported() -> None:

@@ -9,6 +9,7 @@ write. The output depends neither on the number of partitions nor on that of wor
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -140,6 +141,28 @@ def plan_tasks(
     return (whole if options.partition is None else None), tasks
 
 
+def check_same_cut(options: PreprocessOptions) -> None:
+    """Check that no other task has cut the same output into another number of partitions.
+
+    An array of which one task is submitted again would otherwise tokenize the whole corpus as one
+    partition, and the merge would find two cuts.
+
+    Raises:
+        UsageError: names the other number.
+    """
+    folder, stem = os.path.split(options.output_prefix)
+    keys = "|".join(map(re.escape, options.json_keys))
+    finished_part = re.compile(
+        rf"{re.escape(stem)}_part\d{{5}}of(\d{{5}})_(?:{keys})_document\.json"
+    )
+    names = sorted(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else []
+    for match in filter(None, map(finished_part.fullmatch, names)):
+        if int(match[1]) != options.partitions:
+            fix = f"{match[0]} is one of them; remove these partitions to make another number"
+            expected = f"{int(match[1])}, as the partitions that exist"
+            raise UsageError("--partitions", options.partitions, expected, fix)
+
+
 def _origins(slices: Sequence[FileSlice]) -> tuple[Origin, ...]:
     """Return where slices are read from, in order, for a manifest."""
     return tuple(
@@ -205,6 +228,8 @@ def preprocess(
     """
     if options.workers > 1:
         start_fork_server()
+    if options.partition is not None:
+        check_same_cut(options)
     files = find_inputs(options.input)
     whole, parts = plan_tasks(options, data, files)
     if whole is not None and (made := finished(whole, report)):
