@@ -90,9 +90,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--input", nargs="+", required=True, metavar="DIR", help="folders, prefixes or globs"
     )
     parser.add_argument("--output-prefix", required=True, help="path without suffix")
+    parser.add_argument("--multimodal", action="store_true", help="an error: there is text only")
     options = parser.parse_args(argv)
     start = time.perf_counter()
     with exit_on_usage_error("merge_datasets.py"):
+        if options.multimodal:
+            reason = "modes of sequences are not read here"
+            raise UsageError("--multimodal", "given", "absent", reason)
         prefixes = find_parts(options.input)
         print(f"merging {len(prefixes)} datasets ...", flush=True)
         with progress_bar(sum(os.path.getsize(paths_of(p)[0]) for p in prefixes), "B") as bar:

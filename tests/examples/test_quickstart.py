@@ -71,7 +71,7 @@ def test_training_flags_and_layout(calls: list[list[str]], tmp_path: Path) -> No
 def test_data_is_tokenized_where_training_reads_it(calls: list[list[str]]) -> None:
     written = []
     for arguments in after(calls, "tools/preprocess_data.py"):
-        options, data = preprocess_data.parse(arguments)
+        options, data = preprocess_data.settings(preprocess_data.parser().parse_args(arguments))
         assert options.append_eod
         written += preprocess_data.output_prefixes(options)
     for arguments in after(calls, "pretrain_openmoe.py"):
