@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_moe.errors import UsageError, exit_on_usage_error
 from megatron_moe.inference.command import load_options, model_parser, require_harness
+from megatron_moe.text import argument_text
 
 if TYPE_CHECKING:
     from megatron_moe.config import RunConfig
@@ -111,6 +112,9 @@ def run(options: argparse.Namespace) -> None:
         UsageError: a flag, the checkpoint, the tokenizer or the data is invalid.
     """
     check(options)
+    if options.system_instruction:
+        flag = "--system-instruction"
+        options.system_instruction = argument_text(flag, options.system_instruction)
     if options.tasks:
         require_harness()  # before loading, which takes seconds to minutes
     phase = phase_of_run(options) if options.held_out else None  # before loading, too
