@@ -128,7 +128,7 @@ def gpt2(tmp_path: Path) -> Path:
     folder = tmp_path / "gpt2"
     folder.mkdir()
     model.save(str(folder / "tokenizer.json"))
-    vocabulary["\u0120a"] = 4  # a word after a space, as byte-level pieces spell it
+    vocabulary |= {"\u0120": 5, "\u0120a": 4}  # a space before a word, as byte-level pieces have it
     (folder / "vocab.json").write_text(json.dumps(vocabulary))
     (folder / "merges.txt").write_text("#version: 0.2\na b\n\u0120 a\n", encoding="utf-8")
     return folder
