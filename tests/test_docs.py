@@ -22,7 +22,7 @@ PAGES = sorted(
 )
 FOLDERS = "bench|docs|examples|fused_kernels|megatron_moe|tests|tools"
 SLURM = {"--parsable", "--dependency", "--kill-on-invalid-dep", "--array", "--cpus-per-task"}
-LAUNCHER = {"--nproc-per-node", "--help", "--durations", *SLURM}
+LAUNCHER = {"--nproc-per-node", "--help", "--durations", "--shutdown-timeout", "--signal", *SLURM}
 """Flags of other programs that the pages show."""
 
 

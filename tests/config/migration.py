@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_moe.config.cli import all_flags, parse_args
-from megatron_moe.config.megatron_flags import entry_for
+from megatron_moe.config.megatron_flags import entries_of, entry_for
 from megatron_moe.config.validate import check_ranges
 from megatron_moe.errors import UsageError, UsageErrors
 from tests.config.megatron_lists import ScriptFlag, script_flags
@@ -109,9 +109,13 @@ def _outcome(flag: str, value: str, error: str | None) -> str:
     if error is not None:
         return f"error: {error}"
     if flag in all_flags():
-        return "a flag here"
-    entry = entry_for(flag, value.split())
-    assert entry is not None
+        own = (e for e in entries_of(flag) if flag in e.flags and e.values is not None)
+        entry = next((e for e in own if e.matches(value.split())), None)
+        if entry is None:
+            return "a flag here"
+    else:
+        entry = entry_for(flag, value.split())
+        assert entry is not None
     return f"accepted: {entry.here}" if entry.here else f"means `{entry.sets}`"
 
 

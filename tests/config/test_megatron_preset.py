@@ -31,7 +31,7 @@ def test_what_a_script_leaves_unsaid_is_megatron_lms() -> None:
     assert (model.attention_dropout, model.hidden_dropout) == (0.1, 0.1)
     assert model.logit_z_loss_coeff == 0
     stds = (model.embedding_init_method_std, model.router_init_method_std)
-    assert stds == (0.02, 0.02)
+    assert (model.init_method_std, *stds) == (0.02, 0.02, 0.02)
     assert (moe.moe_layer_freq, moe.moe_router_topk, moe.moe_router_type) == (
         "1",
         2,
