@@ -61,6 +61,25 @@ def test_ul2_trains_saves_goes_on_and_fits_other_layouts(
         assert all(abs(float.fromhex(a) - float.fromhex(b)) < 1e-4 for a, b in pairs)
 
 
+def test_released_rows_train_alike_in_every_layout(
+    pool: Pool, corpus: str, tmp_path: Path
+) -> None:
+    """Padding set to zero and a start token; the second of three stages reads padding, too."""
+    argv = [*MODEL, *FLAGS.split(), "--vocab-size", "120", "--data-path", corpus]
+    argv += ["--objective", "ul2", "--ul2-mixture", str(Path(corpus).parent / "mixture.toml")]
+    argv += ["--num-layers", "3", "--moe-layer-freq", "[1,0,1]"]
+    started = [*argv, "--decoder-start-token-id", "0"]
+    flags = [*started, "--zero-padding-activations"]
+    whole = losses(pool, flags, tmp_path / "whole.jsonl")
+    found = losses(
+        pool, [*flags, "--pipeline-model-parallel-size", "3"], tmp_path / "stages.jsonl", ranks=3
+    )
+    pairs = zip(found, whole, strict=True)
+    assert all(abs(float.fromhex(a) - float.fromhex(b)) < 1e-4 for a, b in pairs)
+    others = [losses(pool, each, tmp_path / "other.jsonl")[0] for each in (argv, started)]
+    assert len({whole[0], *others}) == 3
+
+
 def test_prefix_lm_trains(pool: Pool, corpus: str, tmp_path: Path) -> None:
     argv = [*MODEL, *FLAGS.split(), "--vocab-size", "120", "--data-path", corpus]
     argv += ["--objective", "prefix-lm", "--eod-mask-loss"]
