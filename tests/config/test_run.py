@@ -19,6 +19,17 @@ def test_presets_survive_json(name: str, tmp_path: Path) -> None:
     assert RunConfig.load(tmp_path / "config.json") == PRESETS[name]
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_published_released_presets_have_released_padding_and_balance_loss(name: str) -> None:
+    """The tiny one keeps the numbers of earlier versions."""
+    config = PRESETS[name]
+    released = name.endswith("-released") and "tiny" not in name
+    assert config.model.zero_padding_activations == released
+    expected = "group_aux_loss" if released else "seq_aux_loss"
+    if name.startswith("openmoe-"):
+        assert config.moe.moe_router_load_balancing_type == expected
+
+
 @pytest.mark.parametrize(
     ("content", "where", "expected"),
     [

@@ -61,9 +61,7 @@ def test_ul2_trains_saves_goes_on_and_fits_other_layouts(
         assert all(abs(float.fromhex(a) - float.fromhex(b)) < 1e-4 for a, b in pairs)
 
 
-def test_released_rows_train_alike_in_every_layout(
-    pool: Pool, corpus: str, tmp_path: Path
-) -> None:
+def test_released_rows_train_alike_in_every_layout(pool: Pool, corpus: str, tmp_path: Path) -> None:
     """Padding set to zero and a start token; the second of three stages reads padding, too."""
     argv = [*MODEL, *FLAGS.split(), "--vocab-size", "120", "--data-path", corpus]
     argv += ["--objective", "ul2", "--ul2-mixture", str(Path(corpus).parent / "mixture.toml")]
