@@ -36,6 +36,9 @@ class DataConfig:
     """Like `--data-path`, for validation alone."""
     test_data_path: tuple[str, ...] = ()
     """Like `--data-path`, for the final test alone."""
+    mock_data: Annotated[bool, OmittedAtDefault] = False
+    """Synthetic documents instead of data: ids that count up. Written once to `--data-cache-path`,
+    else to a folder for temporary files."""
     split: str = "969,30,1"
     """Shares of documents of `--data-path` for training, validation and test."""
     data_cache_path: str | None = None

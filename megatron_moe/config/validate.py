@@ -161,6 +161,10 @@ def _check_data(config: RunConfig) -> None:
         value = getattr(data, others[0])
         found = " ".join(value) if isinstance(value, tuple) else value
         raise UsageError(flag_of(others[0]), found, f"used without {flag_of(shared[0])}")
+    if data.mock_data and (shared or any(getattr(data, name) for name in own)):
+        raise UsageError("--mock-data", True, "used without other data", "give one of the two")
+    if data.mock_data and config.objective.objective == "sft":
+        raise UsageError("--mock-data", True, "unset with --objective sft, which has conversations")
     _requires("data_root", data.data_root, "--mixture", bool(data.mixture))
     length, longest = config.data.seq_length, config.model.max_position_embeddings
     if length > longest:

@@ -24,6 +24,7 @@ from megatron_moe.data.indexed.cache import IndexCache
 from megatron_moe.data.indexed.check import Source, inspect_source
 from megatron_moe.data.indexed.manifest import check_compatibility
 from megatron_moe.data.indexed.scan import check_range, source_range
+from megatron_moe.data.mock import with_mock_data
 from megatron_moe.data.objectives.chat_source import open_conversations
 from megatron_moe.data.objectives.select import ObjectivePlan, plan_objective
 from megatron_moe.errors import UsageError
@@ -41,7 +42,7 @@ def open_sources(
         UsageError: a source is missing, broken, unsuitable for the run, or has no tokens for a
             split.
     """
-    blends = blends_of(config.data)
+    blends = blends_of(with_mock_data(config.data, tokenizer))
     if config.train.eval_iters == 0:
         blends.update(valid=None, test=None)
     sources: dict[str, Source] = {}

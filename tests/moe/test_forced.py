@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from megatron_moe.moe.forced import force_balance
 from tests.moe.cases import layer_of, moe_config, tokens, watched
 
 ROWS, LENGTH = 4, 512
@@ -21,6 +22,8 @@ def test_forced_choices_are_distinct_even_and_the_same_in_every_pass() -> None:
     assert torch.equal(choices_TK, seen[1].scores.choices_TK)
     assert torch.equal(first, second)
     assert (choices_TK[:, 0] != choices_TK[:, 1]).all()
+    other = force_balance(seen[0].scores, layer.layer_number + 1)
+    assert not torch.equal(other.choices_TK, choices_TK), "layers have draws of their own"
     load = torch.bincount(choices_TK.flatten(), minlength=4) / choices_TK.numel()
     assert load.tolist() == pytest.approx([0.25] * 4, abs=0.02)
     real = watched(free)
