@@ -22,20 +22,37 @@ from megatron_moe.parallel.launch import ended_reader_is_fine, run_or_exit
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: describe or train."""
-    run_or_exit(lambda: execute(parse_args(argv, examples=__doc__ or "")))
+    run_or_exit(lambda: execute(parse(argv)))
+
+
+def parse(argv: Sequence[str] | None) -> Command:
+    """Read the command line, and the checkpoint that it refers to for settings."""
+
+    def inherit(base: RunConfig, given: RunConfig) -> RunConfig:
+        from megatron_moe.training.inherited import with_checkpoint_args
+
+        return with_checkpoint_args(base, given)
+
+    return parse_args(argv, examples=__doc__ or "", inherit=inherit)
 
 
 def execute(command: Command) -> None:
     """Describe or train, as the command line requests, once the configuration is valid."""
-    validate(command.config)
+    config, notes = command.config, [*command.notes]
+    if config.checkpoint.load is not None:
+        from megatron_moe.training.inherited import with_checkpoint_tokenizer
+
+        config, lines = with_checkpoint_tokenizer(config)
+        notes += lines
+    validate(config)
     if command.describe is None:
-        pretrain(command.config, command.notes)
+        pretrain(config, notes)
     else:
         from megatron_moe.planning.describe import describe
 
-        text = describe(command.config, command.describe, command.world_size)
+        text = describe(config, command.describe, command.world_size)
         # Not on standard output, where programs read the description.
-        print(*command.notes, sep="\n", end="\n" if command.notes else "", file=sys.stderr)
+        print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
         with ended_reader_is_fine():
             print(text, flush=True)
 
@@ -73,7 +90,8 @@ def pretrain(config: RunConfig, notes: Sequence[str] = ()) -> None:
 
     # Everything that can be wrong with flags, files and data is found before process groups exist.
     here = launched_to_train()
-    vocab_size = padded_vocab_size(config.data, build_tokenizer(config.data))
+    tokenizer = build_tokenizer(config.data)
+    vocab_size = padded_vocab_size(config.data, tokenizer)
     schedule = resolve_run_schedule(config, here.world_size, vocab_size)
     check_outputs(config)
     hooks = build_hooks(config, here.rank, platform)
@@ -96,7 +114,7 @@ def pretrain(config: RunConfig, notes: Sequence[str] = ()) -> None:
     for line in [*notes, *warnings, *resume_lines(schedule, resume)]:
         reporter.log(line)
     load_run(run, dataloaders.current, schedule, resume)
-    checkpoints = CheckpointManager(config, ctx, reporter.log)
+    checkpoints = CheckpointManager(config, ctx, reporter.log, tokenizer.files)
     summary = Trainer(
         run=run,
         schedule=schedule,

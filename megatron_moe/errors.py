@@ -7,7 +7,7 @@ a defect of the program, and keeps its traceback.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -127,21 +127,34 @@ class CheckpointError(UsageError):
         return cls(*values)
 
 
-_ANOTHER = "another step, with --ckpt-step or --checkpoint-fallback, may be intact"
-
-
 class Corrupt(CheckpointError):
-    """A damaged file of a checkpoint: not what was written. Another step may be intact."""
+    """A damaged file of a checkpoint: not what was written."""
 
-    def __init__(
-        self,
-        what: str,
-        found: object,
-        expected: str,
-        fix: str = _ANOTHER,
-        details: Iterable[str] = (),
-    ) -> None:
-        super().__init__(what, found, expected, fix or _ANOTHER, details)
+
+class NoCheckpoint(CheckpointError):
+    """A directory in which there is no checkpoint at all."""
+
+
+@contextmanager
+def with_fixes(fixes: Mapping[type[CheckpointError], str]) -> Iterator[None]:
+    """Give errors that have no fix the one of the command in which they occur.
+
+    Readers of files do not know which flags a command has.
+
+    Args:
+        fixes: by class of the error, exactly.
+
+    Raises:
+        CheckpointError: that of the block, with its fix.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        fix = fixes.get(type(error), "")
+        if error.fix or not fix:
+            raise
+        values = error.what, error.found, error.expected, fix, error.details
+        raise type(error)(*values) from error.__cause__
 
 
 def merged(errors: list[CheckpointError]) -> CheckpointError:

@@ -17,13 +17,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
 
+from megatron_moe.checkpoint.foreign import weights_in
 from megatron_moe.command_line import Parser
 from megatron_moe.config import RunConfig
+from megatron_moe.config.fields import flag_named
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.console import escape_unprintable
 from megatron_moe.convert.formats import (
@@ -43,6 +44,7 @@ from megatron_moe.convert.inspection import (
 )
 from megatron_moe.convert.llama import ARCHITECTURES
 from megatron_moe.convert.model import DTYPES, LazyTensor, LogicalModel, average, cast
+from megatron_moe.convert.tokenizers import with_tokenizer
 from megatron_moe.convert.upcycle import MODES, Upcycling, upcycle
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
@@ -80,7 +82,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="hf: class of transformers to load the result",
     )
     add("--max-shard-size", type=float, default=_SHARD_GIB, help="maximal GiB of a file (5)")
-    add("--tokenizer-model", type=Path, help="tokenizer file to store with the result")
+    tokenizer = "tokenizer to store with the result: a file or folder (the one beside the weights)"
+    add("--tokenizer-model", type=Path, metavar="FILE", help=tokenizer)
     add("--dry-run", action="store_true", help="list the tensors and write nothing")
     add("--verify", action="store_true", help="read the result back; compare tensors and logits")
     add("--verify-logits", action="store_true", help="--verify; an error if memory is too small")
@@ -113,12 +116,11 @@ def upcycling(options: argparse.Namespace) -> Upcycling | None:
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     if options.upcycle is None:
         for name, value in given.items():
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(flag, value, "absent without --upcycle")
+            raise UsageError(flag_named(name), value, "absent without --upcycle")
         return None
     for name in ("num_experts", "moe_layer_freq"):
         if name not in given:
-            raise UsageError(f"--{name.replace('_', '-')}", None, "given with --upcycle")
+            raise UsageError(flag_named(name), None, "given with --upcycle")
     values = {"topk": 2, **{names[name]: value for name, value in given.items()}}
     return Upcycling(mode=options.upcycle, **values)
 
@@ -131,9 +133,10 @@ def run(options: argparse.Namespace) -> None:
     """
     if not options.max_shard_size > 0:
         raise UsageError("--max-shard-size", options.max_shard_size, "> 0 GiB")
+    check_sources(options)
     config = configuration(options)
     models = [read(options.source, path, options.ckpt_step, config) for path in options.load]
-    model = with_tokenizer(average(models), options.tokenizer_model)
+    model, lines = with_tokenizer(average(models), options.tokenizer_model)
     how = upcycling(options)
     model = cast(model if how is None else upcycle(model, how), options.dtype)
     target = ConversionTarget(
@@ -144,6 +147,8 @@ def run(options: argparse.Namespace) -> None:
         max_shard=int(options.max_shard_size * 2**30),
     )
     tensors = planned_tensors(model, target)
+    # Standard output of a dry run is the list of tensors.
+    print(*lines, sep="\n", file=sys.stderr if options.dry_run else sys.stdout)
     if options.dry_run:
         print_plan(tensors, model.bytes)
         return
@@ -154,6 +159,20 @@ def run(options: argparse.Namespace) -> None:
     print(f"{len(model.tensors)} tensors, {model.bytes} bytes: {where}")
     if options.verify or options.verify_logits:
         verify(model, target)
+
+
+def check_sources(options: argparse.Namespace) -> None:
+    """Check that the directories to read have the format of `--from`, as far as names tell.
+
+    Raises:
+        UsageError: one has another of our formats.
+    """
+    for path in options.load:
+        found = weights_in(path)
+        actual = None if found is None else found.format.split()[0]
+        if found is not None and actual in FORMATS and actual != options.source:
+            expected = f"{actual} for {path}, {found.described}"
+            raise UsageError("--from", options.source, expected)
 
 
 def configuration(options: argparse.Namespace) -> RunConfig | None:
@@ -171,21 +190,6 @@ def configuration(options: argparse.Namespace) -> RunConfig | None:
     if options.preset and options.config:
         raise UsageError("--config", str(options.config), "absent with --preset")
     return PRESETS[options.preset] if options.preset else RunConfig.load(options.config)
-
-
-def with_tokenizer(model: LogicalModel, path: Path | None) -> LogicalModel:
-    """The model with another tokenizer file, if given.
-
-    Raises:
-        UsageError: the file does not exist.
-    """
-    if path is None:
-        return model
-    if not path.is_file():
-        raise UsageError("--tokenizer-model", str(path), "an existing file")
-    data = replace(model.config.data, tokenizer_model=str(path))
-    config = replace(model.config, data=data)
-    return replace(model, config=config, tokenizer_files=(path,))
 
 
 def print_plan(tensors: Mapping[str, LazyTensor], size: int) -> None:

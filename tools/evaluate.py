@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_moe.config.fields import flag_named
 from megatron_moe.errors import UsageError, exit_on_usage_error
 from megatron_moe.inference.command import load_options, model_parser, require_harness
 from megatron_moe.text import argument_text
@@ -88,7 +89,7 @@ def check(options: argparse.Namespace) -> None:
         found = " ".join(ways[name] for name in given) or None
         raise UsageError("what to evaluate", found, f"exactly one of {', '.join(ways.values())}")
     for name, owner in OWNERS.items():
-        flag = f"--{name.replace('_', '-')}"
+        flag = flag_named(name)
         if getattr(options, name) is not None and owner != given[0]:
             raise UsageError(flag, getattr(options, name), f"absent without {ways[owner]}")
     if options.held_out and options.batch_size is not None:
@@ -97,7 +98,7 @@ def check(options: argparse.Namespace) -> None:
     for name in ("batch_size", "seq_length", "max_tokens", "eval_iters", "limit"):
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')}", value, ">= 1")
+            raise UsageError(flag_named(name), value, ">= 1")
     if options.num_fewshot is not None and options.num_fewshot < 0:
         raise UsageError("--num-fewshot", options.num_fewshot, ">= 0")
     if options.fewshot_as_multiturn and not options.apply_chat_template:

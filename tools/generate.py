@@ -18,6 +18,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from megatron_moe.config.fields import flag_named
 from megatron_moe.errors import UsageError, exit_on_usage_error
 from megatron_moe.inference.command import load_options, model_parser
 from megatron_moe.parallel.launch import ended_reader_is_fine
@@ -85,8 +86,9 @@ def check(options: argparse.Namespace) -> None:
     if options.interactive:
         for flag in ("prompt", "prompts_file", "json"):
             if getattr(options, flag):
-                name = f"--{flag.replace('_', '-')}"
-                raise UsageError(name, getattr(options, flag), "absent with --interactive")
+                raise UsageError(
+                    flag_named(flag), getattr(options, flag), "absent with --interactive"
+                )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 from megatron_moe.analysis.foreign import foreign_differences, foreign_overview, open_foreign
 from megatron_moe.analysis.foreign_config import is_foreign
+from megatron_moe.checkpoint.directory import ANOTHER_STEP
 from megatron_moe.checkpoint.reading import verify
 from megatron_moe.command_line import Parser
 from megatron_moe.console import escape_unprintable
@@ -34,7 +35,7 @@ from megatron_moe.convert.inspection import (
     overview,
     tensor_facts,
 )
-from megatron_moe.errors import USAGE_EXIT_CODE, Corrupt, UsageError
+from megatron_moe.errors import USAGE_EXIT_CODE, Corrupt, UsageError, with_fixes
 
 FAULT_EXIT_CODE = 1
 
@@ -64,7 +65,8 @@ def run(options: argparse.Namespace) -> int:
     if is_foreign(options.load):
         return run_foreign(options)
     if options.verify:
-        verify(options.load, options.ckpt_step)
+        with with_fixes(ANOTHER_STEP):
+            verify(options.load, options.ckpt_step)
         whole = {"path": str(options.load), "whole": True}
         print(json.dumps(whole) if options.json else f"{options.load}: whole")
     elif options.compare is not None:
@@ -154,7 +156,7 @@ def print_overview(options: argparse.Namespace) -> None:
         return
     kinds, files = found.pop("kinds"), found.pop("files")
     for key, value in found.items():
-        print(f"{key:<18} {value}")
+        print(f"{key:<18} {'unknown' if value == '' else value}")
     for kind, sizes in kinds.items():
         numbers = f"{sizes['tensors']} tensors  {sizes['elements']} elements"
         print(f"{kind:<18} {numbers}  {sizes['bytes']} bytes")

@@ -37,7 +37,7 @@ from megatron_moe.data.indexed.inspection import (
 from megatron_moe.data.indexed.manifest import read_manifest
 from megatron_moe.data.progress import progress_bar
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
-from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.base import Tokenizer, vocabulary_of
 from megatron_moe.tokenizer.build import build_tokenizer
 
 TOKENIZERS = get_args(get_type_hints(DataConfig)["tokenizer_type"])
@@ -74,7 +74,8 @@ def tokenizer_of(options: argparse.Namespace, source: Source) -> Tokenizer | Non
         )
     )
     manifest = read_manifest(source.prefix)
-    if manifest is not None and manifest.tokenizer_hash != tokenizer.identity:
+    made = "" if manifest is None else vocabulary_of(manifest.tokenizer_hash)
+    if manifest is not None and made != vocabulary_of(tokenizer.identity):
         found = options.tokenizer_model or options.tokenizer_type
         made_with = f"{manifest.tokenizer} with hash {manifest.tokenizer_hash}"
         raise UsageError("tokenizer", found, f"that of the data, {made_with}")

@@ -32,6 +32,7 @@ from typing import get_args
 
 from megatron_moe.command_line import Parser
 from megatron_moe.config import DataConfig
+from megatron_moe.config.fields import flag_named
 from megatron_moe.data.preprocess.corpus import PreprocessOptions, output_prefixes, preprocess
 from megatron_moe.data.preprocess.inputs import TextDocuments
 from megatron_moe.data.preprocess.megatron_flags import (
@@ -61,6 +62,8 @@ def parser() -> Parser:
     add("--tokenizer-model", "--tokenizer-name-or-path", help="tokenizer file")
     add("--vocab-file", "--vocab", help="vocab.json of GPT2BPETokenizer")
     add("--merge-file", help="merges.txt of GPT2BPETokenizer")
+    add("--allow-special-tokens", action="store_true",
+        help="a text that spells a special token gets its id")  # fmt: skip
     add("--vocab-size", type=int, help="exclusive upper bound of the ids (size of the tokenizer)")
     add("--vocab-extra-ids", type=int, default=0, help="sentinels after the tokenizer's ids (0)")
     add("--workers", type=int, default=1, help="worker processes (1)")
@@ -84,8 +87,7 @@ def check(values: argparse.Namespace) -> None:
     """
     for flag in ("workers", "partitions", "log_interval", "max_documents"):
         if (value := getattr(values, flag)) is not None and value < 1:
-            name = "--" + flag.replace("_", "-")
-            raise UsageError(name, value, ">= 1")
+            raise UsageError(flag_named(flag), value, ">= 1")
     if min(values.workers_to_check) < 1:
         found = " ".join(map(str, values.workers_to_check))
         raise UsageError("--workers-to-check", found, "numbers that are each >= 1")
@@ -120,6 +122,7 @@ def settings(values: argparse.Namespace) -> tuple[PreprocessOptions, DataConfig]
         tokenizer_model=values.tokenizer_model,
         vocab_file=values.vocab_file,
         merge_file=values.merge_file,
+        allow_special_tokens=values.allow_special_tokens,
         vocab_size=values.vocab_size,
         vocab_extra_ids=values.vocab_extra_ids,
     )

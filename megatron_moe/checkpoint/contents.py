@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from megatron_moe.checkpoint import index, rng
@@ -42,8 +43,8 @@ class SaveContents:
 
     parts: Sequence[Part]
     """Blocks of tensors, in this rank's memory."""
-    json_files: Mapping[str, Any]
-    """File name -> JSON value; rank 0 writes them."""
+    other_files: Mapping[str, Any]
+    """File name -> JSON value, or the bytes of the file; rank 0 writes them."""
     header: Mapping[str, str]
     """Strings for the header of this rank's first file."""
 
@@ -63,6 +64,7 @@ def collect_contents(
     identity: RunIdentity,
     with_rng: bool,
     ranks: RankGroup,
+    tokenizer_files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> SaveContents:
     """What this rank saves; called by all ranks together.
 
@@ -75,6 +77,7 @@ def collect_contents(
         identity: what a run that loads this must share with it.
         with_rng: save random states.
         ranks: the ranks that save together.
+        tokenizer_files: file name -> content, from `Tokenizer.files`.
 
     Raises:
         CheckpointError: on every rank, if any failed.
@@ -94,7 +97,7 @@ def collect_contents(
     random = {RANDOM: json.dumps(rng.capture())} if with_rng else {}
     return SaveContents(
         parts=parts,
-        json_files={CONFIG: config.to_dict(), STATE: state_file},
+        other_files={CONFIG: config.to_dict(), STATE: state_file, **tokenizer_files},
         header={**FORMAT_METADATA, **random},
     )
 

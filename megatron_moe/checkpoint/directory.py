@@ -31,7 +31,13 @@ from megatron_moe.checkpoint.disk import (
     sync_directory,
     write_json,
 )
-from megatron_moe.errors import CheckpointError, Corrupt
+from megatron_moe.checkpoint.foreign import (
+    describe_contents,
+    not_native,
+    reject_foreign,
+    weights_in,
+)
+from megatron_moe.errors import CheckpointError, Corrupt, NoCheckpoint
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron-LM's name."""
@@ -39,6 +45,11 @@ MANIFEST = "manifest.json"
 FORMAT = "megatron_moe checkpoint"
 VERSION = 1
 """Of the format; readers reject other versions."""
+
+ANOTHER_STEP: dict[type[CheckpointError], str] = {
+    Corrupt: "another step, with --ckpt-step, may be intact"
+}
+"""For `with_fixes`, in commands that read one step."""
 
 _FINAL = re.compile(r"iter_(\d{7,12})(?:-(\d{1,6}))?")
 _SAVING, _REMOVING = ".saving-", ".removing-"
@@ -70,15 +81,12 @@ def latest_step(directory: str | Path) -> int:
     """The step that the tracker names.
 
     Raises:
-        CheckpointError: the directory or its checkpoints are missing, or the tracker is missing or
-            does not name the step of a complete checkpoint.
+        NoCheckpoint: the directory or its checkpoints are missing.
+        CheckpointError: other weights are there, or the tracker is missing or does not name the
+            step of a complete checkpoint.
     """
     path = Path(directory)
-    if not has_checkpoint(path):
-        found = "an empty directory" if path.is_dir() else "missing"
-        fix = "--allow-missing-load starts from step 0 instead"
-        what, expected = f"checkpoint directory {path}", "a directory with a saved checkpoint"
-        raise CheckpointError(what, found, expected, fix)
+    require_native(path)
     steps = list(revisions(path))
     tracker = path / TRACKER
     try:
@@ -95,13 +103,32 @@ def latest_step(directory: str | Path) -> int:
     return int(text)
 
 
+def require_native(path: Path) -> None:
+    """Require that a directory has checkpoints of a run, and not those of another program.
+
+    Raises:
+        NoCheckpoint: there are no weights at all.
+        CheckpointError: there are others, here, in a folder below, or in the one above.
+    """
+    if not has_checkpoint(path):
+        reject_foreign(path)
+        what, expected = f"checkpoint directory {path}", "a directory with a saved checkpoint"
+        raise NoCheckpoint(what, describe_contents(path), expected)
+    # Megatron-LM's names are the same: a tracker and `iter_0000100`.
+    found = weights_in(path)
+    if found is not None and found.format != "native":
+        raise not_native(path, found)
+
+
 def step_directory(directory: str | Path, step: int | None = None) -> tuple[int, Path]:
     """A step and the directory that holds it; by default the step that the tracker names.
 
     Raises:
-        CheckpointError: there is no such step.
+        NoCheckpoint: the directory or its checkpoints are missing.
+        CheckpointError: there is no such step, or other weights are there.
     """
     path = Path(directory)
+    require_native(path)
     number = latest_step(path) if step is None else step
     found = revisions(path)
     if number not in found:

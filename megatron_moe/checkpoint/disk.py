@@ -134,6 +134,15 @@ def _write_all(file: FileIO, data: memoryview) -> None:
         data = data[file.write(data) :]
 
 
+def write_bytes(path: Path, content: bytes) -> FileRecord:
+    """Write a small file and sync it to the disk.
+
+    Raises:
+        OSError: the disk is full, or any other failure.
+    """
+    return write_stream(path, iter([memoryview(content)]))
+
+
 def write_json(path: Path, value: Any) -> FileRecord:
     """Write a JSON file and sync it to the disk.
 
@@ -145,7 +154,7 @@ def write_json(path: Path, value: Any) -> FileRecord:
         text = json.dumps(value, indent=1, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"content of {path.name}", str(error), "JSON values") from None
-    return write_stream(path, iter([memoryview(text.encode())]))
+    return write_bytes(path, text.encode())
 
 
 def replace_text(path: Path, text: str) -> None:

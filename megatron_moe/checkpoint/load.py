@@ -36,10 +36,10 @@ from megatron_moe.checkpoint.metadata import (
     read_json_files,
 )
 from megatron_moe.checkpoint.reading import TensorReader
-from megatron_moe.checkpoint.select import SelectedCheckpoint, verify_tensors
+from megatron_moe.checkpoint.select import FIXES, SelectedCheckpoint, verify_tensors
 from megatron_moe.checkpoint.tensor_files import TensorFiles
 from megatron_moe.config import RunConfig
-from megatron_moe.errors import CheckpointError, Corrupt
+from megatron_moe.errors import CheckpointError, Corrupt, with_fixes
 from megatron_moe.model.sharding.blocks import MODEL, Part
 from megatron_moe.model.sharding.optimizer_state import optimizer_shards, set_optimizer_step
 from megatron_moe.model.sharding.parts import load_plan
@@ -53,6 +53,7 @@ _FILLING_THREADS = 4
 """Threads that copy blocks from the page cache."""
 
 
+@with_fixes(FIXES)
 def load_checkpoint(
     directory: str | Path,
     *,

@@ -6,9 +6,10 @@ This is the entry: `contents.py` collects what a rank saves, `save.py` writes an
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -78,10 +79,19 @@ class CheckpointManager:
         config: the run's configuration; ``config.checkpoint`` says where and what to save.
         ctx: this rank's place in the layout.
         log: prints a line of the log.
+        tokenizer_files: file name -> content, stored in every checkpoint, so that its directory is
+            all that its use requires.
     """
 
-    def __init__(self, config: RunConfig, ctx: ParallelContext, log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        ctx: ParallelContext,
+        log: Callable[[str], None],
+        tokenizer_files: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> None:
         self._config, self._ctx, self._log = config, ctx, log
+        self._tokenizer_files = tokenizer_files
         self._pending: PendingSave | None = None
         self._memory: HostMemory | None = None
         self._ranks = all_ranks(ctx)
@@ -120,6 +130,7 @@ class CheckpointManager:
             identity=identity,
             with_rng=not settings.no_save_rng,
             ranks=self._ranks,
+            tokenizer_files=self._tokenizer_files,
         )
         self._pending = start_save(
             settings.save,

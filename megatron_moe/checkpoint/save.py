@@ -42,6 +42,7 @@ from megatron_moe.checkpoint.disk import (
     Stopped,
     Stream,
     free_bytes,
+    write_bytes,
     write_json,
     write_streams,
 )
@@ -93,7 +94,7 @@ def start_save(
         transaction.roll_back()
         raise
     return PendingSave(
-        transaction, streams, indexes, contents.json_files, memory=memory, on_commit=on_commit
+        transaction, streams, indexes, contents.other_files, memory=memory, on_commit=on_commit
     )
 
 
@@ -145,14 +146,14 @@ class SaveTransaction:
         return dict(zip(streams, records, strict=True))
 
     def commit(
-        self, records: Sequence[Any], indexes: Sequence[Any], json_files: Mapping[str, Any]
+        self, records: Sequence[Any], indexes: Sequence[Any], other_files: Mapping[str, Any]
     ) -> Path:
         """Write index, JSON files and manifest, and commit; on rank 0 alone, in any thread.
 
         Args:
             records: for each rank, file name -> [SHA-256, bytes].
             indexes: for each rank, the index of its files.
-            json_files: file name -> JSON value.
+            other_files: file name -> JSON value, or the bytes of the file.
 
         Raises:
             CheckpointError: ranks did not write each element exactly once, or a write failed.
@@ -162,8 +163,10 @@ class SaveTransaction:
         parts = (index.from_json(share, INDEX, partial=True) for share in indexes)
         tensors = index.merge(chain.from_iterable(parts))
         with self._failures():
-            for name, value in {**json_files, INDEX: index.to_json(tensors.values())}.items():
-                files[name] = write_json(self._temporary / name, value)
+            index_file = {INDEX: index.to_json(tensors.values())}
+            for name, value in {**other_files, **index_file}.items():
+                write = write_bytes if isinstance(value, bytes) else write_json
+                files[name] = write(self._temporary / name, value)
             return directories.commit(self._temporary, self.step, files)
 
     def roll_back(self) -> None:
@@ -238,7 +241,7 @@ class PendingSave:
         transaction: its files.
         streams: the bytes of this rank's files.
         indexes: on rank 0, the index of each rank's files; None on other ranks.
-        json_files: file name -> JSON value.
+        other_files: file name -> JSON value, or the bytes of the file.
         memory: the copy that ``streams`` read, in an asynchronous save.
         on_commit: called on rank 0 after the commit.
     """
@@ -248,13 +251,13 @@ class PendingSave:
         transaction: SaveTransaction,
         streams: Mapping[str, Stream],
         indexes: list[Any] | None,
-        json_files: Mapping[str, Any],
+        other_files: Mapping[str, Any],
         *,
         memory: HostMemory | None,
         on_commit: Callable[[], None],
     ) -> None:
         self._transaction, self._ranks = transaction, transaction.ranks
-        self._indexes, self._json_files = indexes, json_files
+        self._indexes, self._other_files = indexes, other_files
         self._memory, self._on_commit = memory, on_commit
         self._stop = threading.Event()
         self._committing = False
@@ -324,7 +327,7 @@ class PendingSave:
         def commit() -> str:
             if records is None or self._indexes is None:
                 return ""
-            path = self._transaction.commit(records, self._indexes, self._json_files)
+            path = self._transaction.commit(records, self._indexes, self._other_files)
             self._on_commit()
             return str(path)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_moe.checkpoint.directory import (
     latest_step,
+    require_native,
     revisions,
     step_directory,
     verify_files,
@@ -18,8 +19,14 @@ from megatron_moe.checkpoint.metadata import (
     parse_json_files,
     read_json_files,
 )
-from megatron_moe.errors import CheckpointError, Corrupt
+from megatron_moe.errors import CheckpointError, Corrupt, NoCheckpoint, with_fixes
 from megatron_moe.parallel.collectives import RankGroup
+
+FIXES: dict[type[CheckpointError], str] = {
+    Corrupt: "another step, with --ckpt-step or --checkpoint-fallback, may be intact",
+    NoCheckpoint: "--allow-missing-load starts from step 0 instead",
+}
+"""For `with_fixes`: what a run can do about a checkpoint that it cannot load."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +41,7 @@ class SelectedCheckpoint:
     """Why newer steps were skipped, one line each."""
 
 
+@with_fixes(FIXES)
 def select_checkpoint(
     directory: str | Path, step: int | None, *, fallback: bool, ranks: RankGroup
 ) -> tuple[SelectedCheckpoint, CheckpointMetadata]:
@@ -74,6 +82,7 @@ def select_checkpoint(
 
 def _candidates(directory: Path) -> tuple[list[str], list[str]]:
     """What is wrong with the tracker, if anything, and the steps to try, newest first."""
+    require_native(directory)
     found = revisions(directory)
     try:
         newest, wrong = latest_step(directory), []

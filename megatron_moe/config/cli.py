@@ -17,14 +17,14 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from megatron_moe.config import megatron_preset
-from megatron_moe.config.fields import ConfigField, expected_of, fields_of
+from megatron_moe.config.fields import ConfigField, expected_of, fields_of, flag_named
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.config.run import RunConfig, all_fields
 from megatron_moe.config.shorthand import Shorthands, expand
@@ -44,6 +44,9 @@ class Invocation:
     leaves unsaid is as in Megatron-LM; it gives the sizes."""
     config: str | None = None
     """Start from the `config.json` of a saved run."""
+    use_checkpoint_args: bool = False
+    """Start from the model, the tokenizer and the precision of the checkpoint of `--load`; other
+    settings are those of `--preset` or `--config`."""
     describe: DescribeFormat | None = None
     """Print the resolved configuration, parameters and FLOPs, and exit; needs no launcher. Without
     a value, `text`."""
@@ -68,8 +71,15 @@ class Command:
     """Lines for the log: what the flags of Megatron-LM mean here."""
 
 
+InheritSettings = Callable[[RunConfig, RunConfig], RunConfig]
+"""Replaces settings by those of a checkpoint, for `--use-checkpoint-args`."""
+
+
 def parse_args(
-    argv: Sequence[str] | None = None, prog: str = "pretrain_openmoe.py", examples: str = ""
+    argv: Sequence[str] | None = None,
+    prog: str = "pretrain_openmoe.py",
+    examples: str = "",
+    inherit: InheritSettings | None = None,
 ) -> Command:
     """Read a command line.
 
@@ -77,6 +87,8 @@ def parse_args(
         argv: arguments without the program's name; `None` takes this process's.
         prog: name shown in the help.
         examples: printed before the help, which is long.
+        inherit: reads checkpoints, which this package cannot; without it `--use-checkpoint-args`
+            is an error.
 
     Raises:
         UsageError: an unknown preset; or all unknown flags, flags of Megatron-LM that have no
@@ -88,7 +100,10 @@ def parse_args(
     if examples and set(HELP) & set(args):
         print(examples)
     translation = translate(split(args), all_flags())
-    options, errors = _parse_all(translation.words, _defaults(args), prog)
+    if translation.errors:  # all of them are reported; no checkpoint is read before
+        inherit = _keep
+    defaults = _defaults(list(translation.words), inherit)
+    options, errors = _parse_all(translation.words, defaults, prog)
     flags = _flags_in([*args, *translation.words])
     by_megatron = options is not None and options.invocation.preset == megatron_preset.NAME
     errors += megatron_preset.missing(flags) if by_megatron else ()
@@ -199,12 +214,39 @@ def _complete_describe(args: list[str]) -> list[str]:
     return completed
 
 
-def _defaults(args: list[str]) -> RunConfig:
+def _keep(base: RunConfig, given: RunConfig) -> RunConfig:
+    return base
+
+
+def _defaults(args: list[str], inherit: InheritSettings | None) -> RunConfig:
     """The configuration that the other flags start from."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", nargs="?")
     first.add_argument("--config", nargs="?")
     found, _ = first.parse_known_args(args)
+    base = _preset_or_file(found)
+    groups = split(args)
+    flag = flag_named("use_checkpoint_args")
+    given = [group.flag for group in groups if group.flag in (flag, f"--no-{flag[2:]}")]
+    if not given or given[-1] != flag:
+        return base
+    if inherit is None:
+        raise UsageError(flag, True, "absent for this command")
+    flags = {flag for name in _NAMES_OF_CHECKPOINT for flag in all_fields()[name].flags}
+    flags |= {f"--no-{flag[2:]}" for flag in flags}
+    words = [word for group in groups if group.flag in flags for word in group.words]
+    options, _ = _parse(words, base, "")
+    return inherit(base, _config_of(options))
+
+
+_NAMES_OF_CHECKPOINT = (
+    *("load", "ckpt_step", "allow_missing_load", "checkpoint_fallback"),
+    *("tokenizer_type", "tokenizer_model", "vocab_size"),
+)
+"""Fields that say where the settings of `--use-checkpoint-args` come from, or replace them."""
+
+
+def _preset_or_file(found: argparse.Namespace) -> RunConfig:
     if found.preset and found.config:
         raise UsageError("--preset", found.preset, "used without --config", "give one of the two")
     if found.config:

@@ -94,7 +94,7 @@ class ConfigField:
     @property
     def flags(self) -> tuple[str, ...]:
         """Every flag that sets the field, the documented one first."""
-        return tuple(dict.fromkeys((self.flag, _flag_named(self.name))))
+        return tuple(dict.fromkeys((self.flag, flag_named(self.name))))
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -141,13 +141,14 @@ def _field(name: str, plain: Any, annotated: Any) -> ConfigField:
     return ConfigField(
         name=name,
         type=plain,
-        flag=flags[0] if flags else _flag_named(name),
+        flag=flags[0] if flags else flag_named(name),
         range=ranges[0] if ranges else None,
         omitted_at_default=OmittedAtDefault in metadata,
     )
 
 
-def _flag_named(name: str) -> str:
+def flag_named(name: str) -> str:
+    """The flag that a name means: `micro_batch_size` -> `--micro-batch-size`."""
     return "--" + name.replace("_", "-")
 
 

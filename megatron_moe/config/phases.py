@@ -66,7 +66,7 @@ RATES = (
 """Settings of the learning rate."""
 _TOKENIZER = ("tokenizer_type", "tokenizer_model", "vocab_file", "merge_file")
 _VOCABULARY = (*_TOKENIZER, "vocab_size", "vocab_extra_ids", "padded_vocab_size")
-_FIXED_DATA = (*_VOCABULARY, "make_vocab_size_divisible_by")
+_FIXED_DATA = (*_VOCABULARY, "allow_special_tokens", "make_vocab_size_divisible_by")
 _SOURCES = (
     "data_path",
     "data_args_path",

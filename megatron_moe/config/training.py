@@ -63,6 +63,9 @@ class DataConfig:
     """`vocab.json` of `GPT2BPETokenizer`."""
     merge_file: Annotated[str | None, OmittedAtDefault] = None
     """`merges.txt` of `GPT2BPETokenizer`."""
+    allow_special_tokens: Annotated[bool, OmittedAtDefault] = False
+    """Give a text that spells a special token, such as `<|endoftext|>`, the token's id. Otherwise
+    such a text is encoded like any other. For `HuggingFaceTokenizer`."""
     vocab_size: Annotated[int | None, AtLeastOne] = None
     """Vocabulary V before padding; `None` takes the tokenizer's."""
     vocab_extra_ids: Annotated[int, NonNegative] = 0

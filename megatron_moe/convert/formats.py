@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from megatron_moe.checkpoint.directory import ANOTHER_STEP
 from megatron_moe.config import RunConfig
 from megatron_moe.convert.hf import ExpertLayout, hf_tensors, read_hf, write_hf
 from megatron_moe.convert.hf_config import to_hf
@@ -18,7 +19,7 @@ from megatron_moe.convert.model import LazyTensor, LogicalModel, check_tensors
 from megatron_moe.convert.native import read_native, write_native
 from megatron_moe.convert.t5x import check_expressible, read_t5x, t5x_name, write_t5x
 from megatron_moe.convert.writing import Progress, check_new
-from megatron_moe.errors import UsageError
+from megatron_moe.errors import UsageError, with_fixes
 
 OPENMOE = "OpenMoeForCausalLM"
 FORMATS = ("native", "hf", "t5x")
@@ -65,7 +66,8 @@ def read(
         expected = f"absent with --from {format_name}, whose checkpoints hold a single step"
         raise UsageError("--ckpt-step", step, expected)
     if format_name == "native":
-        model = read_native(path, step)
+        with with_fixes(ANOTHER_STEP):
+            model = read_native(path, step)
     elif format_name == "hf":
         architecture = architecture_of(path)
         model = read_hf(path) if architecture is None else read_architecture(path, architecture)

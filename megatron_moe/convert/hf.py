@@ -20,13 +20,14 @@ from megatron_moe.checkpoint.disk import read_json, write_json
 from megatron_moe.checkpoint.tensor_files import FORMAT_METADATA, write_tensors
 from megatron_moe.config import RunConfig
 from megatron_moe.convert.hf_config import from_hf, to_hf
-from megatron_moe.convert.hf_files import CONFIG, check_no_extra, open_files, tokenizer_files
+from megatron_moe.convert.hf_files import CONFIG, check_no_extra, open_files
 from megatron_moe.convert.hf_text import text_files
 from megatron_moe.convert.model import LazyTensor, LogicalModel, row_of, stacked
 from megatron_moe.convert.modeling import FILES
 from megatron_moe.convert.writing import Progress, new_directory, split_into_files
 from megatron_moe.errors import Corrupt
 from megatron_moe.model.logical import logical_parameters
+from megatron_moe.tokenizer.files import files_in, stored_name
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -107,7 +108,7 @@ def read_hf(directory: Path) -> LogicalModel:
         config=config,
         vocab_size=vocab_size,
         tensors=read_tensors(directory, found, config, vocab_size),
-        tokenizer_files=tokenizer_files(directory),
+        tokenizer_files=files_in(directory),
     )
 
 
@@ -198,8 +199,10 @@ def write_hf(
         for name, value in _write_tensors(model, temporary, layout, max_shard, progress):
             write_json(temporary / name, value)
         write_json(temporary / CONFIG, config)
-        for file in (*files, *model.tokenizer_files):
+        for file in files:
             shutil.copyfile(file, temporary / file.name)
+        for file in model.tokenizer_files:
+            shutil.copyfile(file, temporary / stored_name(file))
         for name, value in texts.items():
             write_json(temporary / name, value)
     return directory

@@ -23,8 +23,6 @@ from megatron_moe.errors import CheckpointError, Corrupt
 from megatron_moe.files import describe_file_start
 
 CONFIG = "config.json"
-TOKENIZERS = ("tokenizer.model", "spiece.model", "tokenizer.json", "tokenizer_config.json")
-"""Tokenizer files that are kept with the weights."""
 MANY = 1 << 16
 """Upper bound of counts: more layers, experts or heads than any model has."""
 SIZE = 1 << 31
@@ -34,11 +32,6 @@ WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 _PREFIX = "module."
 _PATTERNS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 """Prefix and suffix of the names of weight files, in order of preference."""
-
-
-def tokenizer_files(directory: Path) -> tuple[Path, ...]:
-    """Tokenizer files of a checkpoint directory."""
-    return tuple(directory / name for name in TOKENIZERS if (directory / name).is_file())
 
 
 def whole_number(

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_moe.convert.model import LogicalModel
 from megatron_moe.convert.modeling import TOKENIZER_CONFIG
 from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.files import stored_name
 from megatron_moe.tokenizer.huggingface import HuggingFaceTokenizer
 from megatron_moe.tokenizer.sentencepiece import SentencePieceTokenizer
 
@@ -35,7 +36,7 @@ def text_files(model: LogicalModel, *, own: bool) -> dict[str, dict[str, Any]]:
     Raises:
         UsageError: the file is no tokenizer.
     """
-    names = {file.name for file in model.tokenizer_files}
+    names = {stored_name(file) for file in model.tokenizer_files}
     tokenizer = _tokenizer(model.tokenizer_files)
     if tokenizer is None:
         return {}
@@ -56,7 +57,7 @@ def text_files(model: LogicalModel, *, own: bool) -> dict[str, dict[str, Any]]:
 
 
 def _tokenizer(files: Iterable[Path]) -> Tokenizer | None:
-    by_name = {file.name: str(file) for file in files}
+    by_name = {stored_name(file): str(file) for file in files}
     for name in _SENTENCEPIECE:
         if name in by_name:
             return SentencePieceTokenizer(by_name[name])

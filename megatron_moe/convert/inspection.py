@@ -17,12 +17,12 @@ from typing import Any
 import psutil
 import torch
 
-from megatron_moe.checkpoint.directory import revisions, step_directory
+from megatron_moe.checkpoint.directory import ANOTHER_STEP, revisions, step_directory
 from megatron_moe.checkpoint.metadata import CheckpointMetadata, open_checkpoint
 from megatron_moe.checkpoint.tensor_files import TORCH_DTYPES
 from megatron_moe.convert.model import LazyTensor, LogicalModel
 from megatron_moe.convert.native import read_native
-from megatron_moe.errors import Corrupt
+from megatron_moe.errors import Corrupt, with_fixes
 from megatron_moe.model.reference import ReferenceOpenMoE
 
 _ELEMENTS = 16 << 20
@@ -63,8 +63,9 @@ def overview(directory: Path, step: int | None = None) -> dict[str, Any]:
     Raises:
         UsageError: there is no such checkpoint, or its JSON files are damaged.
     """
-    number, path = step_directory(directory, step)
-    opened = open_checkpoint(path)
+    with with_fixes(ANOTHER_STEP):
+        number, path = step_directory(directory, step)
+        opened = open_checkpoint(path)
     model, moe = opened.config.model, opened.config.moe
     return {
         "path": str(path),
@@ -102,7 +103,9 @@ def tensor_facts(directory: Path, step: int | None, pattern: str) -> Iterator[Te
     Raises:
         UsageError: there is no such checkpoint, or it is damaged.
     """
-    yield from facts_of(read_native(directory, step).tensors, pattern)
+    with with_fixes(ANOTHER_STEP):
+        tensors = read_native(directory, step).tensors
+    yield from facts_of(tensors, pattern)
 
 
 def facts_of(tensors: Mapping[str, LazyTensor], pattern: str) -> Iterator[TensorFacts]:
@@ -135,7 +138,10 @@ def differences(first: Path, second: Path, steps: tuple[int | None, int | None])
     Raises:
         UsageError: one of them is missing or damaged.
     """
-    a, b = read_native(first, steps[0]), read_native(second, steps[1])
+    with with_fixes(ANOTHER_STEP):
+        a = read_native(first, steps[0])
+    with with_fixes({Corrupt: "another step, with --compare-step, may be intact"}):
+        b = read_native(second, steps[1])
     # `asdict` has every setting; `to_dict` omits some at their defaults, which differ as well.
     yield from setting_differences(_flat(asdict(a.config)), _flat(asdict(b.config)))
     yield from tensor_differences(a.tensors, b.tensors)

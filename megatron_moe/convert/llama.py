@@ -27,12 +27,12 @@ from megatron_moe.convert.hf_files import (
     open_files,
     query_groups,
     rotary_base,
-    tokenizer_files,
     whole_number,
 )
 from megatron_moe.convert.model import LogicalModel
 from megatron_moe.errors import CheckpointError
 from megatron_moe.model.logical import expert_width, softmax_scale
+from megatron_moe.tokenizer.files import files_in
 
 _IGNORED = "rotary_emb.inv_freq"
 """A constant that older files contain for every layer."""
@@ -87,7 +87,7 @@ def read_architecture(directory: Path, name: str) -> LogicalModel:
         config=config,
         vocab_size=vocab_size,
         tensors=read_tensors(directory, found, config, vocab_size),
-        tokenizer_files=tokenizer_files(directory),
+        tokenizer_files=files_in(directory),
     )
 
 

@@ -193,7 +193,18 @@ def average(models: Iterable[LogicalModel]) -> LogicalModel:
         name: mean_of([tensor, *(other.tensors[name] for other in others)])
         for name, tensor in first.tensors.items()
     }
-    return replace(first, tensors=tensors, step=max(m.step for m in (first, *others)))
+    known = next((m for m in (first, *others) if m.tokenizer_hash), first)
+    for other in others:
+        if other.tokenizer_hash not in ("", known.tokenizer_hash):
+            what, expected = f"tokenizer of {other.source}", f"that of {known.source}"
+            raise CheckpointError(what, other.tokenizer_hash[:12], expected)
+    return replace(
+        first,
+        tensors=tensors,
+        step=max(m.step for m in (first, *others)),
+        tokenizer_hash=known.tokenizer_hash,
+        tokenizer_files=known.tokenizer_files,
+    )
 
 
 def mean_of(tensors: Sequence[LazyTensor]) -> LazyTensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from megatron_moe.checkpoint import directory as directories
 from megatron_moe.checkpoint.directory import step_directory, verify_files
-from megatron_moe.checkpoint.disk import FileRecord, write_json
+from megatron_moe.checkpoint.disk import FileRecord, write_bytes, write_json
 from megatron_moe.checkpoint.index import INDEX, LogicalTensor, block_key, to_json
 from megatron_moe.checkpoint.metadata import (
     CONFIG,
@@ -30,6 +31,7 @@ from megatron_moe.checkpoint.tensor_files import (
 from megatron_moe.convert.model import LazyTensor, LogicalModel
 from megatron_moe.convert.writing import Progress, split_into_files, write_error
 from megatron_moe.model.sharding.blocks import MODEL, Block
+from megatron_moe.tokenizer.files import NAMES, files_of, stored_name
 
 
 def read_native(directory: str | Path, step: int | None = None) -> LogicalModel:
@@ -41,9 +43,12 @@ def read_native(directory: str | Path, step: int | None = None) -> LogicalModel:
     opened = open_checkpoint(step_directory(directory, step)[1])
     names = [name for kind, name in opened.tensors if kind == MODEL]
     used = {file for name in names for file, _ in opened.tensors[MODEL, name].blocks}
-    verify_files(opened.path, opened.files, sorted(used))
-    model = opened.config.data.tokenizer_model
-    files = (Path(model),) if model and Path(model).is_file() else ()
+    stored = [name for name in NAMES if name in opened.files]
+    verify_files(opened.path, opened.files, sorted([*used, *stored]))
+    files = tuple(opened.path / name for name in stored)
+    elsewhere = opened.config.data.tokenizer_model
+    if not files and elsewhere is not None:  # a checkpoint of an earlier version
+        files = files_of(Path(elsewhere))
     return LogicalModel(
         source=str(opened.path),
         config=opened.config,
@@ -105,6 +110,9 @@ def write_native(model: LogicalModel, directory: Path, max_shard: int, progress:
             files[file] = write_tensors(temporary / file, pending, FORMAT_METADATA)
         for name, value in {**_json_files(model), INDEX: to_json(tensors)}.items():
             files[name] = write_json(temporary / name, value)
+        for path in model.tokenizer_files:
+            name = stored_name(path)
+            files[name] = write_bytes(temporary / name, path.read_bytes())
         return directories.commit(temporary, model.step, files)
     except OSError as error:
         raise write_error(directory, model.bytes, error) from error
@@ -116,7 +124,12 @@ def write_native(model: LogicalModel, directory: Path, max_shard: int, progress:
 def _json_files(model: LogicalModel) -> dict[str, object]:
     """Configuration and train state by file name; a run resumes from it with `--finetune`."""
     identity = RunIdentity(padded_vocab_size=model.vocab_size, tokenizer_hash=model.tokenizer_hash)
+    config, dtypes = model.config, {tensor.dtype for tensor in model.tensors.values()}
+    if dtypes in ({torch.float32}, {torch.bfloat16}):
+        # A run computes in the dtype of the weights that it loads, without a silent cast.
+        train = replace(config.train, bf16=dtypes == {torch.bfloat16})
+        config = replace(config, train=train)
     return {
-        CONFIG: model.config.to_dict(),
+        CONFIG: config.to_dict(),
         STATE: state_json(TrainState(iteration=model.step), identity),
     }

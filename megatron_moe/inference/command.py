@@ -49,6 +49,8 @@ def model_parser(prog: str, description: str | None, capacity: str) -> Parser:
     add("--ckpt-step", type=int, help="native: step to load (the latest)")
     add("--tokenizer-type", help="replaces the checkpoint's, e.g. SentencePieceTokenizer")
     add("--tokenizer-model", metavar="FILE", help="path of the tokenizer, if it has moved")
+    more = "a prompt that spells a special token gets its id, not those of its characters"
+    add("--allow-special-tokens", action="store_true", help=more)
     add("--device", default="cpu", help="PyTorch device, e.g. cuda (cpu)")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the computation (fp32)")
     add("--moe-capacity", choices=("dropless", "eval"), help=capacity)
@@ -70,6 +72,7 @@ def load_options(options: argparse.Namespace, capacity: Capacity = "dropless") -
         step=options.ckpt_step,
         tokenizer_type=options.tokenizer_type,
         tokenizer_model=options.tokenizer_model,
+        allow_special_tokens=options.allow_special_tokens,
         capacity=options.moe_capacity or capacity,
         device=options.device,
         dtype=options.dtype,

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from megatron_moe.checkpoint.directory import step_directory
+from megatron_moe.checkpoint.directory import ANOTHER_STEP, step_directory
 from megatron_moe.checkpoint.metadata import open_checkpoint
 from megatron_moe.config import RunConfig
 from megatron_moe.config.phases import PhaseSpec, place_of, read_phases
 from megatron_moe.data.batch import Batch
-from megatron_moe.errors import UsageError
+from megatron_moe.errors import UsageError, with_fixes
 from megatron_moe.inference.loading import LoadedModel
 from megatron_moe.inference.perplexity import Perplexity, evaluate_batches
 from megatron_moe.training.consumed import KEY, recorded
@@ -66,7 +66,8 @@ def select_phase(directory: Path, step: int | None, phase: str | None) -> Select
         UsageError: there is no such checkpoint or phase, the phases file is needed but not
             readable, or the checkpoint does not record which phase took its last step.
     """
-    opened = open_checkpoint(step_directory(directory, step)[1])
+    with with_fixes(ANOTHER_STEP):
+        opened = open_checkpoint(step_directory(directory, step)[1])
     config, train = opened.config, opened.train
     if config.train.stages is None:
         if phase is not None:

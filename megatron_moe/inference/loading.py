@@ -9,14 +9,17 @@ from typing import Literal, get_args, get_type_hints
 
 import torch
 
+from megatron_moe.checkpoint.foreign import weights_in
 from megatron_moe.config import DataConfig, RunConfig
 from megatron_moe.convert import formats
 from megatron_moe.convert.model import LogicalModel
+from megatron_moe.convert.tokenizers import with_tokenizer
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.text import TextTokenizer
 from megatron_moe.model.reference import ReferenceOpenMoE
-from megatron_moe.tokenizer.base import Tokenizer
+from megatron_moe.tokenizer.base import Tokenizer, vocabulary_of
 from megatron_moe.tokenizer.build import build_tokenizer
+from megatron_moe.tokenizer.files import settings_for, type_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Values of --dtype."""
@@ -25,12 +28,6 @@ FORMATS = ("auto", "native", "hf")
 Capacity = Literal["dropless", "eval"]
 CAPACITIES: Sequence[str] = get_args(Capacity)
 """Values of --moe-capacity."""
-_TOKENIZERS = {
-    "tokenizer.model": "SentencePieceTokenizer",
-    "spiece.model": "SentencePieceTokenizer",
-    "tokenizer.json": "HuggingFaceTokenizer",
-}
-"""Tokenizer type by file name, for Hugging Face weights; the first file present is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +42,8 @@ class LoadOptions:
     tokenizer_type: str | None = None
     """`None` means the checkpoint's."""
     tokenizer_model: str | None = None
+    allow_special_tokens: bool = False
+    """Read special tokens in text, also if the checkpoint's run did not."""
     capacity: Capacity = "dropless"
     """`dropless`, or `eval`: the evaluation capacity of the checkpoint's configuration."""
     device: str = "cpu"
@@ -81,7 +80,10 @@ def load(options: LoadOptions) -> LoadedModel:
     """
     check_device(options.device)
     found = formats.read(format_of(options), options.path, options.step)
-    config = replace(found.config, data=_tokenizer_data(options, found))
+    data = _tokenizer_data(options, found)
+    if options.allow_special_tokens:
+        data = replace(data, allow_special_tokens=True)
+    config = replace(found.config, data=data)
     if options.capacity == "dropless":
         config = replace(config, moe=replace(config.moe, moe_eval_capacity_factor=None))
     tokenizer = _tokenizer(found, config.data)
@@ -99,11 +101,15 @@ def load(options: LoadOptions) -> LoadedModel:
 def format_of(options: LoadOptions) -> str:
     """`native` or `hf`: a directory with a `config.json` is in the Hugging Face layout.
 
-    In a native checkpoint directory that file is in the directory of each step.
+    In a native checkpoint directory that file is in the directory of each step; one given by
+    mistake is read as native, for an error that says what to give.
     """
     if options.format != "auto":
         return options.format
-    return "hf" if (options.path / "config.json").is_file() else "native"
+    if not (options.path / "config.json").is_file():
+        return "native"
+    found = weights_in(options.path)
+    return "native" if found is not None and found.format == "native step" else "hf"
 
 
 def check_device(device: str) -> None:
@@ -120,18 +126,13 @@ def check_device(device: str) -> None:
 
 
 def _tokenizer_data(options: LoadOptions, found: LogicalModel) -> DataConfig:
-    """Tokenizer settings: those of the flags, else the checkpoint's, else of a file beside it."""
+    """Tokenizer settings: those of the flags, else of the files in or beside the checkpoint."""
     data, kind, file = found.config.data, options.tokenizer_type, options.tokenizer_model
-    if format_of(options) == "hf" and kind is None:
-        names = {path.name: path for path in found.tokenizer_files}
-        if file is not None:
-            kind = _TOKENIZERS["tokenizer.json" if _is_json(file) else "tokenizer.model"]
-        else:
-            name = next((name for name in _TOKENIZERS if name in names), None)
-            if name is None:
-                reason = "there is no tokenizer file beside the weights"
-                raise UsageError("--tokenizer-model", None, "given", reason)
-            kind, file = _TOKENIZERS[name], str(names[name])
+    if kind is None and file is None:
+        return settings_for(data, found.tokenizer_files) or _beside(found)
+    known = found.tokenizer_hash or data.tokenizer_model
+    if kind is None and file is not None and not known:
+        kind = type_of(Path(file))
     if kind is not None:
         kinds = get_args(get_type_hints(DataConfig)["tokenizer_type"])
         if kind not in kinds:
@@ -141,14 +142,27 @@ def _tokenizer_data(options: LoadOptions, found: LogicalModel) -> DataConfig:
     return data if file is None else replace(data, tokenizer_model=file)
 
 
-def _is_json(file: str) -> bool:
-    return Path(file).is_dir() or file.endswith(".json")
+def _beside(found: LogicalModel) -> DataConfig:
+    """Settings of a checkpoint that does not record which of its files is the tokenizer.
+
+    Raises:
+        UsageError: none of them can be used, or there is none.
+    """
+    data = found.config.data
+    if found.tokenizer_hash or data.tokenizer_type != DataConfig().tokenizer_type:
+        return data  # a tokenizer without a file, or a file that has gone
+    model, lines = with_tokenizer(found, None)
+    if not model.tokenizer_hash:
+        *reasons, _ = lines
+        reason = reasons[0] if reasons else "there is no tokenizer file beside the weights"
+        raise UsageError("--tokenizer-model", None, "given", reason)
+    return model.config.data
 
 
 def _tokenizer(found: LogicalModel, data: DataConfig) -> Tokenizer:
     tokenizer = build_tokenizer(data)
     trained = found.tokenizer_hash
-    if trained and trained != tokenizer.identity:
+    if trained and trained != vocabulary_of(tokenizer.identity):
         expected = f"the tokenizer of the checkpoint ({trained[:12]}...)"
         raise UsageError("--tokenizer-model", data.tokenizer_model, expected)
     size = tokenizer.vocab_size + data.vocab_extra_ids

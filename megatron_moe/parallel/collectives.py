@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_moe.errors import CheckpointError, Corrupt, UsageError, merged
+from megatron_moe.errors import CheckpointError, Corrupt, NoCheckpoint, UsageError, merged
 from megatron_moe.parallel.launch import Launched, Rendezvous
 
 T = TypeVar("T")
@@ -160,8 +160,8 @@ def launch_rank_group(here: Launched, timeout: timedelta) -> RankGroup:
 
 
 def _error(name: str, values: list[Any]) -> CheckpointError:
-    kind = Corrupt if name == Corrupt.__name__ else CheckpointError
-    return kind.from_json(values)
+    kinds = {kind.__name__: kind for kind in (CheckpointError, Corrupt, NoCheckpoint)}
+    return kinds.get(name, CheckpointError).from_json(values)
 
 
 def _length(data: torch.Tensor) -> torch.Tensor:

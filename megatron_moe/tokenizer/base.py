@@ -7,7 +7,8 @@ document ends with `eod`, which is eos.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +34,11 @@ class Tokenizer(ABC):
     """Replaces text that has no id. `NO_ID` if there is none."""
     extra_ids: int = 0
     """Number of the tokenizer's own ids, counted from the last, that are T5 sentinels."""
+    files: Mapping[str, bytes] = MappingProxyType({})
+    """Contents of its files by the names under which a checkpoint keeps them, see `files.py`."""
     identity: str
-    """Equal for two tokenizers if and only if they map text to the same ids."""
+    """Equal for two tokenizers if and only if they map text to the same ids, see also
+    `vocabulary_of`."""
 
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
@@ -70,6 +74,18 @@ class Tokenizer(ABC):
     def unique_identifiers(self) -> dict[str, str]:
         """What Megatron-Core's datasets write into their descriptions."""
         return {"class": type(self).__name__, "identity": self.identity}
+
+
+SPECIAL_IN_TEXT = "+special"
+"""Ends the identity of a tokenizer that reads special tokens in text."""
+
+
+def vocabulary_of(identity: str) -> str:
+    """The identity of a tokenizer without whether it reads special tokens in text.
+
+    Ids mean the same with and without: data and checkpoints of both go together.
+    """
+    return identity.removesuffix(SPECIAL_IN_TEXT)
 
 
 def count_sentinels(piece_of: Callable[[int], str | None], size: int) -> int:

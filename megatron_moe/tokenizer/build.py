@@ -23,6 +23,10 @@ def build_tokenizer(data: DataConfig) -> Tokenizer:
         UsageError: a flag the tokenizer needs is missing, its file cannot be read, or it has more
             ids than `--vocab-size`.
     """
+    if data.allow_special_tokens and data.tokenizer_type != "HuggingFaceTokenizer":
+        expected = "used with --tokenizer-type HuggingFaceTokenizer"
+        reason = "other tokenizers never read special tokens in text"
+        raise UsageError("--allow-special-tokens", True, expected, reason)
     if data.tokenizer_type == "SentencePieceTokenizer":
         if data.tokenizer_model is None:
             raise UsageError("--tokenizer-model", None, "a SentencePiece model file")
@@ -30,7 +34,7 @@ def build_tokenizer(data: DataConfig) -> Tokenizer:
     elif data.tokenizer_type == "HuggingFaceTokenizer":
         if data.tokenizer_model is None:
             raise UsageError("--tokenizer-model", None, "a tokenizer.json or the folder of one")
-        tokenizer = HuggingFaceTokenizer(data.tokenizer_model)
+        tokenizer = HuggingFaceTokenizer(data.tokenizer_model, data.allow_special_tokens)
     elif data.tokenizer_type == "GPT2BPETokenizer":
         for flag, file in (("--vocab-file", data.vocab_file), ("--merge-file", data.merge_file)):
             if file is None:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moe.errors import UsageError
-from megatron_moe.tokenizer.base import NO_ID, Tokenizer, count_sentinels
+from megatron_moe.files import describe_start
+from megatron_moe.tokenizer.base import NO_ID, SPECIAL_IN_TEXT, Tokenizer, count_sentinels
+from megatron_moe.tokenizer.files import COMPANIONS, files_of, read_model
 
 USUAL_NAMES = {
     "eos_token": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]"),
@@ -23,15 +25,26 @@ USUAL_NAMES = {
 """Names to look for, by role; the first one in the vocabulary is used."""
 
 
+_SENTENCEPIECE = b"\n"
+"""The first byte of a SentencePiece model: its field 1, of bytes."""
+_SHOWN = 8
+"""Special tokens that an error names."""
+
+
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json`, or the folder that holds it. Texts are encoded without special tokens.
+    """A `tokenizer.json`, or the folder that holds it. No special tokens are added to texts.
+
+    Args:
+        path: of the file or folder.
+        special_in_text: whether a text that spells a special token, `<|endoftext|>`, gets its id;
+            otherwise it is text like any other.
 
     Raises:
         UsageError: `tokenizers` is not installed, the file cannot be read, or there is no
             end-of-document token.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, special_in_text: bool = False) -> None:
         try:
             import tokenizers
         except ImportError:
@@ -39,15 +52,13 @@ class HuggingFaceTokenizer(Tokenizer):
             expected, found = "used with tokenizers installed", "HuggingFaceTokenizer"
             raise UsageError("--tokenizer-type", found, expected, fix) from None
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise UsageError("--tokenizer-model", path, "a readable file", str(error)) from None
+        content = read_model(path, file, "a tokenizer.json")
         try:
             self._model = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises nothing narrower
-            reason = " ".join(str(error).split())
+            reason = _reason(content, error)
             raise UsageError("--tokenizer-model", path, "a tokenizer.json", reason) from None
+        self._model.encode_special_tokens = not special_in_text
         # A file can ask for both. They would cut documents, or fill them up.
         self._model.no_truncation()
         self._model.no_padding()
@@ -57,14 +68,10 @@ class HuggingFaceTokenizer(Tokenizer):
         names = _configured_names(file)
         self.eod, self.pad, self.unk = (self._special(role, names) for role in USUAL_NAMES)
         if self.eod == NO_ID:
-            raise UsageError(
-                "--tokenizer-model",
-                path,
-                "a tokenizer with an end-of-document token, such as "
-                + ", ".join(USUAL_NAMES["eos_token"]),
-                "set eos_token in a tokenizer_config.json in the same folder",
-            )
+            raise self._without_end(path, file, names.get("eos_token"))
         self.identity = hashlib.sha256(content + b"%d" % self.eod).hexdigest()
+        self.identity += SPECIAL_IN_TEXT if special_in_text else ""
+        self.files = {"tokenizer.json": content, **_companions(file)}
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of ``text``, without `eod`."""
@@ -77,11 +84,40 @@ class HuggingFaceTokenizer(Tokenizer):
         text: str = self._model.decode(known, skip_special_tokens=True)
         return text
 
+    def _without_end(self, path: str, file: Path, named: str | None) -> UsageError:
+        """The error for a tokenizer without an end-of-document token."""
+        if named is None:
+            usual = ", ".join(USUAL_NAMES["eos_token"])
+            expected = f"a tokenizer with an end-of-document token, such as {usual}"
+            fix = "set eos_token in a tokenizer_config.json in the same folder"
+            return UsageError("--tokenizer-model", path, expected, fix)
+        special = [t.content for t in self._model.get_added_tokens_decoder().values() if t.special]
+        known = f"; its special tokens are {', '.join(special[:_SHOWN])}" if special else ""
+        what = f"eos_token beside {file}"
+        fix = f"correct tokenizer_config.json or special_tokens_map.json{known}"
+        return UsageError(what, named, "a token of the vocabulary", fix)
+
     def _special(self, role: str, names: dict[str, str]) -> int:
         if role in names:
             return self._vocabulary.get(names[role], NO_ID)
         found = (self._vocabulary[name] for name in USUAL_NAMES[role] if name in self._vocabulary)
         return next(found, NO_ID)
+
+
+def _reason(content: bytes, error: Exception) -> str:
+    """Why a file is no `tokenizer.json`."""
+    if content.lstrip()[:1] in (b"{", b"["):
+        return " ".join(str(error).split())
+    found = describe_start(content)
+    if content.startswith(_SENTENCEPIECE):
+        found = "it may be a SentencePiece model, for --tokenizer-type SentencePieceTokenizer"
+    return f"{found} ({' '.join(str(error).split())})"
+
+
+def _companions(file: Path) -> dict[str, bytes]:
+    """Contents of the files beside a `tokenizer.json` that belong to it."""
+    beside = (path for path in files_of(file) if path.name in COMPANIONS)
+    return {path.name: path.read_bytes() for path in beside}
 
 
 def _configured_names(file: Path) -> dict[str, str]:

@@ -20,7 +20,9 @@ import numpy.typing as npt
 import sentencepiece
 
 from megatron_moe.errors import UsageError
+from megatron_moe.files import describe_start
 from megatron_moe.tokenizer.base import Tokenizer, count_sentinels
+from megatron_moe.tokenizer.files import TYPES, read_model
 from megatron_moe.tokenizer.word_cache import WordCache, word_pattern
 
 SPACE_SIGN = "\u2581"
@@ -34,22 +36,20 @@ _NORMAL, _USER_DEFINED, _UNUSED = 1, 4, 5
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model file; the special ids are read from it.
+    """A SentencePiece model file, or the folder that holds it; special ids are read from it.
 
     Raises:
         UsageError: the file cannot be read, is no model, or has no end-of-sequence piece.
     """
 
     def __init__(self, path: str) -> None:
-        try:
-            content = Path(path).read_bytes()
-        except OSError as error:
-            raise UsageError("--tokenizer-model", path, "a readable file", str(error)) from None
+        content = read_model(path, _file_of(path), "a SentencePiece model")
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(content)
-        except RuntimeError:
-            raise UsageError("--tokenizer-model", path, "a SentencePiece model") from None
+        except RuntimeError as error:
+            reason = _reason(content, error)
+            raise UsageError("--tokenizer-model", path, "a SentencePiece model", reason) from None
         self.vocab_size = self._model.get_piece_size()
         self.eod, self.pad, self.unk = (
             self._model.eos_id(),
@@ -60,6 +60,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UsageError("--tokenizer-model", path, "a model with an end-of-sequence piece")
         self.extra_ids = count_sentinels(self._model.id_to_piece, self.vocab_size)
         self.identity = hashlib.sha256(content).hexdigest()
+        self.files = {"tokenizer.model": content}
         self._word_cache: WordCache | None = None
         self._dummy_prefix = b""
         self._plain: sentencepiece.SentencePieceProcessor | None = None
@@ -108,6 +109,23 @@ class SentencePieceTokenizer(Tokenizer):
         """Return the text of ``ids``."""
         text: str = self._model.decode([i if i < self.vocab_size else self.unk for i in ids])
         return text
+
+
+def _file_of(path: str) -> Path:
+    """The model file of a path, which may be that of a folder."""
+    names = [name for name, kind in TYPES.items() if kind == "SentencePieceTokenizer"]
+    inside = (Path(path) / name for name in names)
+    return next((file for file in inside if file.is_file()), Path(path))
+
+
+def _reason(content: bytes, error: Exception) -> str:
+    """Why a file is no model."""
+    found = describe_start(content)
+    if content.lstrip()[:1] == b"{":
+        return "it is JSON; --tokenizer-type HuggingFaceTokenizer reads a tokenizer.json"
+    if "tiktoken" in found:
+        return f"{found}; give the model's tokenizer.json, with HuggingFaceTokenizer"
+    return f"{found} ({' '.join(str(error).split())})"
 
 
 def with_plain_spaces(proto: Any) -> bytes | str:

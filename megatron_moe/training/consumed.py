@@ -184,7 +184,8 @@ def check_data(phase: Phase, state: TrainState, record: PhaseRecord, fingerprint
         UsageError: it has other data.
     """
     in_progress = phase.first_iteration == record.first_iteration and record.iterations > 0
-    if in_progress and state.iteration < phase.last_iteration and record.fingerprint != fingerprint:
+    other = record.fingerprint not in ("", fingerprint)  # empty in a converted checkpoint
+    if in_progress and state.iteration < phase.last_iteration and other:
         expected = f"{record.fingerprint}, as recorded in the checkpoint"
         raise UsageError(f"{phase.label}: training data", fingerprint, expected)
 

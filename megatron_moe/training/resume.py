@@ -7,6 +7,7 @@ depend on the step; `load_run` fills the built model and optimizer.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 from megatron_moe.checkpoint import (
     RunIdentity,
@@ -14,12 +15,14 @@ from megatron_moe.checkpoint import (
     has_checkpoint,
     load_checkpoint,
 )
+from megatron_moe.checkpoint.foreign import reject_foreign
 from megatron_moe.checkpoint.select import SelectedCheckpoint, select_checkpoint
 from megatron_moe.config import RunConfig
 from megatron_moe.config.phases import RATES
 from megatron_moe.config.run import flag_of
 from megatron_moe.data.pipeline import Data
 from megatron_moe.parallel.collectives import RankGroup
+from megatron_moe.tokenizer.base import vocabulary_of
 from megatron_moe.training.consumed import (
     PhaseRecord,
     check_consumed,
@@ -30,6 +33,10 @@ from megatron_moe.training.consumed import (
 from megatron_moe.training.phases import RunSchedule, differences, resolve_run_schedule
 from megatron_moe.training.plan import counts_samples, resolve_plan
 from megatron_moe.training.run import TrainingRun
+
+_UNKNOWN_TOKENIZER = (
+    " the checkpoint does not record its tokenizer: this run's is accepted, and recorded by saves"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,14 +64,21 @@ def resolve_resume_point(schedule: RunSchedule, ranks: RankGroup | None = None) 
 
     Raises:
         UsageError: on every rank: `--load` names no checkpoint or a damaged one, or the phases
-            contradict its completed steps. An empty directory means step 0 only with
-            `--allow-missing-load`.
+            contradict its completed steps. A directory without weights of any format means step 0
+            only with `--allow-missing-load`.
     """
     settings, ranks = schedule.config.checkpoint, ranks or RankGroup()
     if settings.load is None:
         return ResumePoint(state=TrainState())
-    may_miss = settings.allow_missing_load and ranks.rank == 0
-    if ranks.broadcast(may_miss and not has_checkpoint(settings.load)):
+    directory, may_miss = Path(settings.load), settings.allow_missing_load and ranks.rank == 0
+
+    def starts_anew() -> bool:
+        if not may_miss or has_checkpoint(directory):
+            return False
+        reject_foreign(directory)
+        return True
+
+    if ranks.broadcast(ranks.run_on_all(starts_anew)):
         return ResumePoint(state=TrainState())
     chosen, opened = select_checkpoint(
         settings.load, settings.ckpt_step, fallback=settings.checkpoint_fallback, ranks=ranks
@@ -112,8 +126,13 @@ def with_saved_rates(
 
 def resume_lines(schedule: RunSchedule, resume: ResumePoint) -> list[str]:
     """For the log: which checkpoints were skipped and why, and which settings changed."""
+    load = schedule.config.checkpoint.load
+    if load is not None and resume.chosen is None:
+        return [f" no checkpoint in {load}: starting from step 0 with new weights"]
     skipped = () if resume.chosen is None else resume.chosen.skipped
+    unknown = resume.metadata is not None and not resume.metadata.tokenizer_hash
     return [
+        *([_UNKNOWN_TOKENIZER] if unknown else []),
         *(f" WARNING: {line}" for line in skipped),
         *(f" since the checkpoint: {line}" for line in _changed_settings(schedule, resume)),
     ]
@@ -189,6 +208,6 @@ def identity_of(run: TrainingRun, data: Data) -> RunIdentity:
     """What a run must share with the checkpoint that it resumes from."""
     return RunIdentity(
         padded_vocab_size=run.vocab_size,
-        tokenizer_hash=str(data.identity["tokenizer"]),
+        tokenizer_hash=vocabulary_of(str(data.identity["tokenizer"])),
         data_fingerprint=data.fingerprint,
     )

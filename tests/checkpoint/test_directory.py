@@ -18,7 +18,7 @@ from megatron_moe.checkpoint.directory import (
     revisions,
     step_directory,
 )
-from megatron_moe.errors import CheckpointError, Corrupt
+from megatron_moe.errors import CheckpointError, Corrupt, NoCheckpoint
 from tests.checkpoint import toy
 
 
@@ -64,10 +64,10 @@ def test_a_missing_tracker_beside_checkpoints_is_an_error(saved):
         latest_step(saved)
 
 
-def test_nothing_saved_is_an_error_that_names_the_flag_to_start_afresh(tmp_path):
-    for path in (tmp_path, tmp_path / "absent"):
+def test_nothing_saved_is_an_error_without_the_flags_of_one_command(tmp_path):
+    for path, found in ((tmp_path, "an empty directory"), (tmp_path / "absent", "missing")):
         assert not has_checkpoint(path)
-        with pytest.raises(CheckpointError, match="--allow-missing-load"):
+        with pytest.raises(NoCheckpoint, match=f"{found}'[)]$"):
             latest_step(path)
 
 

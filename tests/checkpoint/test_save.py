@@ -79,9 +79,9 @@ def test_replicas_share_the_work_and_write_everything_once(tmp_path):
     for name, tensor in toy.logical(10).items():
         moments = [p for share in shares for p in share if (p.kind, p.name) == ("exp_avg", name)]
         assert sum(p.values.numel() for p in moments) == tensor.numel()
-    json_files = {"config.json": {}, "state.json": {}}
+    other_files = {"config.json": {}, "state.json": {}}
     parts = [part for share in shares for part in share]
-    contents = SaveContents(parts=parts, json_files=json_files, header={})
+    contents = SaveContents(parts=parts, other_files=other_files, header={})
     assert start_save(tmp_path, 1, contents, RankGroup()).finish().exists()
 
 
@@ -93,7 +93,7 @@ def test_a_block_written_twice_or_not_at_all_never_becomes_a_checkpoint(tmp_path
         first = parts[0]
         half = type(first.block)(first.block.view, (4, 0), (4, 6))
         parts.append(Part(first.kind, first.name, first.shape, half, first.values[4:]))
-    contents = SaveContents(parts=parts, json_files={}, header={})
+    contents = SaveContents(parts=parts, other_files={}, header={})
     with pytest.raises(CheckpointError, match=r"ffn\.weight: blocks hold"):
         start_save(tmp_path, 1, contents, RankGroup()).finish()
     assert list(tmp_path.iterdir()) == []

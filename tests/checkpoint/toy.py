@@ -87,8 +87,8 @@ def contents(step: int, ranks: RankGroup | None = None) -> SaveContents:
     parts: list[Part] = list(save_plan(local, adam_state(local), Replicas()))
     train = TrainState(iteration=step, consumed_train_samples=8 * step)
     state = state_json(train, RunIdentity(padded_vocab_size=128), optimizer={"step": step})
-    json_files = {CONFIG: RunConfig().to_dict(), STATE: state}
-    return SaveContents(parts=parts, json_files=json_files, header={"format": "pt"})
+    other_files = {CONFIG: RunConfig().to_dict(), STATE: state}
+    return SaveContents(parts=parts, other_files=other_files, header={"format": "pt"})
 
 
 def save(directory: Path, step: int, ranks: RankGroup | None = None) -> Path:

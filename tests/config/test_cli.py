@@ -66,6 +66,27 @@ def test_a_saved_configuration_comes_back_and_can_be_overridden(tmp_path: Path):
     assert changed == dataclasses.replace(saved, train=dataclasses.replace(saved.train, seed=9))
 
 
+def test_settings_of_a_checkpoint_are_where_other_flags_start():
+    """The reader gets what names the checkpoint and the tokenizer, and no other flag."""
+    seen = []
+
+    def inherit(base: RunConfig, given: RunConfig) -> RunConfig:
+        seen.append(given)
+        assert base.optimizer == PRESETS["openmoe-tiny"].optimizer
+        return dataclasses.replace(base, model=dataclasses.replace(base.model, hidden_size=96))
+
+    line = "--load ck --ckpt_step=7 --preset openmoe-tiny --use-checkpoint-args --num-layers 3"
+    config = parse_args(line.split(), inherit=inherit).config
+    assert (config.model.hidden_size, config.model.num_layers) == (96, 3)
+    (given,) = seen
+    assert (given.checkpoint.load, given.checkpoint.ckpt_step) == ("ck", 7)
+    assert given.model == PRESETS["openmoe-tiny"].model
+    off = [*line.split(), "--no-use-checkpoint-args"]
+    assert parse_args(off, inherit=inherit).config.model.hidden_size != 96
+    with pytest.raises(UsageError, match="--use-checkpoint-args must be absent for this command"):
+        parse_args(line.split())
+
+
 @pytest.mark.parametrize(
     ("args", "described"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import psutil
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_moe.checkpoint import load_logical, verify
+from megatron_moe.checkpoint import load_logical, read_identity, verify
 from megatron_moe.convert import inspection
 from megatron_moe.convert.formats import ConversionTarget, read, write
 from tests.checkpoint.test_load import _save
@@ -102,7 +103,7 @@ def test_mistakes_are_one_line_and_exit_2(
             ("native", native, "hf", tmp_path / "there"),
             "--save must be a directory that does not exist (got ",
         ),
-        (("hf", native, "native", tmp_path / "x"), "config.json"),
+        (("hf", native, "native", tmp_path / "x"), "--from must be native for "),
         (("native", native, "hf", tmp_path / "x", "--max-shard-size", "0"), "--max-shard-size"),
         (("native", native, "hf", tmp_path / "x", "--ckpt-step", "77"), "--ckpt-step must be "),
         (("native", native, "hf", tmp_path / "x", "--tokenizer-model", "no"), "--tokenizer-model"),
@@ -211,9 +212,51 @@ def test_a_way_through_every_format(native: Path, tmp_path: Path) -> None:
 
 
 def test_the_tokenizer_travels(native: Path, tmp_path: Path) -> None:
-    pieces = tmp_path / "tokenizer.model"
+    """Under one name, whatever the file was called, through every format that keeps files."""
+    pieces = tmp_path / "mine.model"
     train(pieces, ["a b c d e f g h"] * 9, vocab_size=12, byte_fallback=False)
     more = ("--tokenizer-model", str(pieces))
     assert convert("native", native, "hf", tmp_path / "1", *more) == 0
-    assert convert("hf", tmp_path / "1", "hf", tmp_path / "2") == 0
-    assert (tmp_path / "2/tokenizer.model").read_bytes() == pieces.read_bytes()
+    assert convert("hf", tmp_path / "1", "native", tmp_path / "2") == 0
+    assert convert("native", tmp_path / "2", "native", tmp_path / "3") == 0
+    assert convert("native", tmp_path / "3", "hf", tmp_path / "4") == 0
+    pieces_now = pieces.read_bytes()
+    pieces.unlink()
+    for place in ("1", "2/iter_0000000", "3/iter_0000000", "4"):
+        assert (tmp_path / place / "tokenizer.model").read_bytes() == pieces_now
+    verify(tmp_path / "3")
+    identity = read_identity(tmp_path / "3")
+    assert identity.tokenizer_hash == hashlib.sha256(pieces_now).hexdigest()
+
+
+def test_a_changed_tokenizer_file_is_damage(
+    native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pieces = tmp_path / "mine.model"
+    train(pieces, ["a b c d e f g h"] * 9, vocab_size=12, byte_fallback=False)
+    more = ("--tokenizer-model", str(pieces))
+    assert convert("native", native, "native", tmp_path / "1", *more) == 0
+    stored = tmp_path / "1/iter_0000005/tokenizer.model"
+    stored.write_bytes(stored.read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    assert convert("native", tmp_path / "1", "hf", tmp_path / "2") == 2
+    said = capsys.readouterr().err
+    assert "damage in tokenizer.model" in said
+    assert said.strip().endswith("another step, with --ckpt-step, may be intact")
+
+
+def test_a_tokenizer_that_does_not_fit_is_an_error_if_given(
+    native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    large, other = tmp_path / "large.model", tmp_path / "other.model"
+    train(large, ["some words"], vocab_size=280, hard_vocab_limit=False)
+    train(other, ["a b c d e f g h"] * 9, vocab_size=12, byte_fallback=False)
+    more = ("--tokenizer-model", str(large))
+    assert convert("native", native, "hf", tmp_path / "1", *more) == 2
+    assert "a tokenizer of <= 96 ids" in capsys.readouterr().err
+    assert not (tmp_path / "1").exists()
+    more = ("--tokenizer-model", str(other))
+    assert convert("native", native, "native", tmp_path / "1", *more) == 0
+    train(other, ["h g f e d c b a"] * 9, vocab_size=12, byte_fallback=False, eos_piece="<e>")
+    assert convert("native", tmp_path / "1", "native", tmp_path / "2", *more) == 2
+    assert "the tokenizer of the checkpoint" in capsys.readouterr().err

@@ -111,9 +111,29 @@ def test_a_finished_run_has_nothing_left_but_its_evaluation(runs):
 def test_a_missing_checkpoint_is_step_0_only_with_its_flag(runs, tmp_path):
     missing = ("--train-iters 1", "--load", str(tmp_path / "none"))
     assert "--allow-missing-load" in runs.go(*missing, code=2)[1]
-    steps, _ = runs.go(*missing, "--allow-missing-load")
+    steps, log = runs.go(*missing, "--allow-missing-load")
     assert [step["iteration"] for step in steps] == [1]
     assert steps[0]["lm_loss"] == runs.steps[0]["lm_loss"]
+    assert log.count(f" no checkpoint in {missing[2]}: starting from step 0 with new weights") == 1
+
+
+@pytest.mark.parametrize("extra", [(), ("--allow-missing-load",)])
+def test_weights_that_are_no_checkpoint_of_a_run_never_mean_step_0(runs, tmp_path, extra):
+    """A step's directory, one level too high or too low, another program's weights."""
+    step = f"{runs.saved}/iter_0000006"
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "model.safetensors").touch()
+    cases = {
+        step: f"give {runs.saved} with --ckpt-step 6",
+        f"{step}/deeper": f"give {runs.saved} with --ckpt-step 6",
+        str(Path(runs.saved).parent): f"give {runs.saved}",
+        f"{runs.saved}/new": f"give {runs.saved}; for a run that starts anew",
+        str(tmp_path / "hf"): "tools/convert_checkpoint.py",
+        str(tmp_path): "a Hugging Face model in",
+    }
+    for load, said in cases.items():
+        steps, error = runs.go("--train-iters 1", "--load", load, *extra, code=2)
+        assert steps == [] and said in error and "--allow-missing-load" not in error, load
 
 
 def test_train_samples_is_rounded_down_to_steps(runs):

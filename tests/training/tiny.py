@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_moe.config.cli import parse_args
 from megatron_moe.data.indexed.writer import IndexedWriter
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
@@ -62,7 +61,7 @@ def pretrain_rank(rank: int, world_size: int, *, argv: list[str]) -> tuple[int, 
     out, message, code = io.StringIO(), "", 0
     try:
         with contextlib.redirect_stdout(out):
-            pretrain_openmoe.execute(parse_args(argv))
+            pretrain_openmoe.execute(pretrain_openmoe.parse(argv))
     except UsageError as error:
         message, code = str(error), USAGE_EXIT_CODE
     except SystemExit as exit_:

@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_moe.data.indexed.format import TYPES, index_size, paths_of, type_code_for
 from megatron_moe.errors import UsageError
+from megatron_moe.tokenizer.base import vocabulary_of
 
 FORMAT = "megatron_moe indexed data 1"
 
@@ -193,7 +194,8 @@ def check_compatibility(
             f"that of {prefix}.bin and {prefix}.idx, whose sizes it does not match",
             "preprocess again, or remove the manifest if the files are correct",
         )
-    if tokenizer_type != "NullTokenizer" and manifest.tokenizer_hash != tokenizer_hash:
+    same = vocabulary_of(manifest.tokenizer_hash) == vocabulary_of(tokenizer_hash)
+    if tokenizer_type != "NullTokenizer" and not same:
         raise UsageError(
             f"tokenizer of {prefix}",
             f"{manifest.tokenizer} {manifest.tokenizer_hash}",
