@@ -362,9 +362,9 @@ def _flags_in(words: Sequence[str]) -> set[str]:
 
 def _notes(translation: Translation, flags: set[str]) -> tuple[str, ...]:
     """What the flags of Megatron-LM mean here, and what differs that none of them says."""
-    if not translation.accepted:
-        return ()
     parts = [f"{', '.join(given)} ({here})" for here, given in translation.accepted.items()]
-    line = f" flags of Megatron-LM, and what runs here: {'; '.join(parts)}"
-    based = {"--preset", "--config"} & flags
-    return (line, *([] if based else megatron_preset.unsaid(flags)))
+    lines = [f" flags of Megatron-LM, and what runs here: {'; '.join(parts)}"] if parts else []
+    short = {flag for known in fields_of(Shorthands).values() for flag in known.flags}
+    if (parts or short & flags) and not {"--preset", "--config"} & flags:
+        lines += megatron_preset.unsaid(flags)
+    return tuple(lines)

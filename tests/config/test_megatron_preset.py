@@ -126,6 +126,11 @@ def test_without_a_preset_the_differences_that_nobody_says_are_listed() -> None:
     assert set(listed) - flags <= {"--ffn-hidden-size", "--kv-channels"}
 
 
+@pytest.mark.parametrize("flag", ["--swiglu", "--use-flash-attn"])
+def test_one_flag_that_only_megatron_lm_has_is_enough_for_the_list(flag: str) -> None:
+    assert any("--softmax-scale: 1.0" in line for line in parse_args([flag]).notes)
+
+
 def test_all_said_or_no_flag_of_megatron_lm_lists_nothing() -> None:
     assert parse_args(SIZES.split()).notes == ()
     assert parse_args(["--preset", "openmoe-tiny", "--use-mcore-models"]).notes[1:] == ()
