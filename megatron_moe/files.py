@@ -71,11 +71,8 @@ def describe_file_start(path: str | Path) -> str:
         return f"it cannot be read: {error.strerror or error}"
 
 
-def check_data_file(path: str | Path, what: str) -> None:
-    """Check that a file is a regular one, and not a Git LFS pointer in its place.
-
-    Data is read several times: to be hashed, tokenized and checked again. A named pipe would be
-    empty the second time, and a pointer would be read as text.
+def check_regular_file(path: str | Path, what: str) -> None:
+    """Check that a file that is read several times is not a named pipe, which is empty after once.
 
     Args:
         path: the file; nothing is checked if it does not exist or is a directory.
@@ -86,11 +83,23 @@ def check_data_file(path: str | Path, what: str) -> None:
     """
     try:
         mode = Path(path).stat().st_mode
-        start = first_bytes(path) if stat.S_ISREG(mode) else b""
     except OSError:  # the reader says so
         return
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         fix = f"it is {_SPECIAL.get(stat.S_IFMT(mode), 'a special file')}, and is read repeatedly"
         raise UsageError(what, str(path), "a regular file", fix)
+
+
+def check_data_file(path: str | Path, what: str) -> None:
+    """`check_regular_file`, and that the file is not a Git LFS pointer, which would pass as data.
+
+    Raises:
+        UsageError: names the file and what it is.
+    """
+    check_regular_file(path, what)
+    try:
+        start = first_bytes(path)
+    except OSError:  # the reader says so
+        return
     if is_lfs_pointer(start):
         raise UsageError(what, str(path), "the data itself", describe_start(start))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_moe.config import DataConfig
 from megatron_moe.errors import UsageError
-from megatron_moe.files import describe_start, is_lfs_pointer
+from megatron_moe.files import check_regular_file, describe_start, is_lfs_pointer
 
 TYPES = {
     "tokenizer.model": "SentencePieceTokenizer",
@@ -47,6 +47,7 @@ def read_model(path: str, file: Path, expected: str) -> bytes:
     Raises:
         UsageError: there is no such file, or by its first bytes it is something else.
     """
+    check_regular_file(file, "--tokenizer-model")
     try:
         content = file.read_bytes()
     except OSError as error:

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_moe.errors import UsageError
 from megatron_moe.files import describe_start
+from megatron_moe.text import without_bom
 from megatron_moe.tokenizer.base import NO_ID, SPECIAL_IN_TEXT, Tokenizer, count_sentinels
 from megatron_moe.tokenizer.files import COMPANIONS, files_of, read_model
 
@@ -52,7 +53,7 @@ class HuggingFaceTokenizer(Tokenizer):
             expected, found = "used with tokenizers installed", "HuggingFaceTokenizer"
             raise UsageError("--tokenizer-type", found, expected, fix) from None
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
-        content = read_model(path, file, "a tokenizer.json")
+        content = without_bom(read_model(path, file, "a tokenizer.json"))
         try:
             self._model = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises nothing narrower

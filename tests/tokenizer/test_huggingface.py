@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,29 @@ def test_bad_files(tmp_path: Path, content: str | None, says: str) -> None:
     with pytest.raises(UsageError, match=says) as caught:
         build(path)
     assert "\n" not in str(caught.value)
+
+
+def test_marks_of_an_editor_change_nothing(tmp_path: Path) -> None:
+    """A BOM begins both files."""
+    beside = {"tokenizer_config": {"eos_token": "<two>"}}
+    path = make(tmp_path, ["<one>", "<two>"], **beside)
+    plain = build(path)
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    marked = build(path)
+    assert (marked.identity, marked.eod) == (plain.identity, plain.eod)
+    assert marked.tokenize(TEXTS[1]) == plain.tokenize(TEXTS[1])
+
+
+def test_a_pipe_is_no_tokenizer(tmp_path: Path) -> None:
+    """It would be empty for the second process that reads it."""
+    path = tmp_path / "tokenizer.json"
+    os.mkfifo(path)
+    with pytest.raises(UsageError, match=r"--tokenizer-model must be a regular file .*named pipe"):
+        build(path)
+    data = DataConfig(tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(path))
+    with pytest.raises(UsageError, match=r"--tokenizer-model must be a regular file .*named pipe"):
+        build_tokenizer(data)
 
 
 def test_no_end_and_a_bad_neighbour(tmp_path: Path) -> None:
