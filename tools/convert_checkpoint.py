@@ -1,4 +1,5 @@
-r"""Convert checkpoints between native, Hugging Face and t5x; cast, average, upcycle.
+r"""Convert checkpoints between native, Hugging Face and t5x, and from Megatron-LM; cast, average,
+upcycle.
 
 Tensors are streamed, so memory does not grow with the model. A conversion is complete or writes
 nothing. Optimizer state is not converted.
@@ -8,6 +9,8 @@ nothing. Optimizer state is not converted.
         --dtype bf16 --verify
     python tools/convert_checkpoint.py --from t5x --load checkpoint_400000 --to native --save ckpt \
         --preset openmoe-8b-32e-released
+    python tools/convert_checkpoint.py --from megatron --load checkpoints/mixtral --to native \
+        --save checkpoints
     python tools/convert_checkpoint.py --from native --load a b c --to native --save mean
     python tools/convert_checkpoint.py --from native --load checkpoints --to hf --save x --dry-run
 """
@@ -30,6 +33,7 @@ from megatron_moe.console import escape_unprintable
 from megatron_moe.convert.formats import (
     FORMATS,
     OPENMOE,
+    SOURCES,
     ConversionTarget,
     planned_tensors,
     read,
@@ -49,14 +53,21 @@ from megatron_moe.convert.upcycle import MODES, Upcycling, upcycle
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
 _SHARD_GIB = 5.0
+_MEGATRON_FLAGS = {"--model-type", "--loader", "--saver", "--load-dir", "--save-dir"}
+"""Flags of Megatron-LM's own conversion tool, which has another command line."""
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     summary, _, examples = (__doc__ or "").partition("\n\n")
     parser = Parser("convert_checkpoint.py", summary, examples)
+    words = sys.argv[1:] if argv is None else argv
+    if of_megatron := [word for word in words if word.partition("=")[0] in _MEGATRON_FLAGS]:
+        fix = "--from megatron --load FOLDER --to native --save FOLDER converts its checkpoints"
+        expected = "used with Megatron-LM's tools/checkpoint/convert.py"
+        raise UsageError(of_megatron[0].partition("=")[0], " ".join(words), expected, fix)
     add = parser.add_argument
-    add("--from", dest="source", required=True, choices=FORMATS)
+    add("--from", dest="source", required=True, choices=SOURCES)
     add("--to", dest="target", required=True, choices=FORMATS)
     add("--load", required=True, nargs="+", type=Path, help="a checkpoint; several are averaged")
     add(
@@ -65,9 +76,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         help="hf, t5x: new directory; native: checkpoints of a run",
     )
-    add("--ckpt-step", type=int, help="native: step to read, by default the tracker's")
+    add("--ckpt-step", type=int, help="native, megatron: step to read, the tracker's")
     add("--preset", choices=PRESETS, help="t5x: the model, which its checkpoints do not record")
-    add("--config", type=Path, help="t5x: the model, from the config.json of a run")
+    add("--config", type=Path, help="t5x, megatron: the model, from the config.json of a run")
     add("--dtype", choices=DTYPES, help="dtype of the result, by default that of the source")
     add(
         "--expert-layout",
@@ -184,7 +195,7 @@ def configuration(options: argparse.Namespace) -> RunConfig | None:
     if options.preset is None and options.config is None:
         return None
     flag, value = ("--preset", options.preset) if options.preset else ("--config", options.config)
-    if options.source != "t5x":
+    if options.source != "t5x" and not (options.source == "megatron" and options.config):
         expected = f"absent with --from {options.source}, whose checkpoints contain it"
         raise UsageError(flag, str(value), expected)
     if options.preset and options.config:

@@ -1,7 +1,7 @@
 """The formats by name: how `--from` is read and `--to` is written.
 
 A conversion is `read` -> (`average`, `upcycle`, `cast`) -> `write`. The module of each format reads
-and writes it: `native.py`, `hf.py` (and `llama.py`), `t5x.py`.
+and writes it: `native.py`, `hf.py` (and `llama.py`), `t5x.py`; `megatron.py` only reads.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from megatron_moe.config import RunConfig
 from megatron_moe.convert.hf import ExpertLayout, hf_tensors, read_hf, write_hf
 from megatron_moe.convert.hf_config import to_hf
 from megatron_moe.convert.llama import architecture_of, read_architecture, to_architecture
+from megatron_moe.convert.megatron import read_megatron
 from megatron_moe.convert.model import LazyTensor, LogicalModel, check_tensors
 from megatron_moe.convert.native import read_native, write_native
 from megatron_moe.convert.t5x import check_expressible, read_t5x, t5x_name, write_t5x
@@ -23,6 +24,10 @@ from megatron_moe.errors import UsageError, with_fixes
 
 OPENMOE = "OpenMoeForCausalLM"
 FORMATS = ("native", "hf", "t5x")
+"""Values of --to."""
+SOURCES = (*FORMATS, "megatron")
+"""Values of --from."""
+_WITH_STEPS = ("native", "megatron")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +56,19 @@ def read(
     """Open a checkpoint; names and shapes are checked, tensors are not read yet.
 
     Args:
-        format_name: one of `FORMATS`.
+        format_name: one of `SOURCES`.
         path: directory of the checkpoint.
-        step: step of a native checkpoint, by default the tracker's.
-        config: configuration of a t5x checkpoint, which contains none.
+        step: step of a native or Megatron-LM checkpoint, by default the tracker's.
+        config: configuration of a t5x checkpoint, which contains none; of a Megatron-LM checkpoint
+            in place of its own.
 
     Raises:
         UsageError: the format is unknown, or the checkpoint is missing, damaged or another
             model's.
     """
-    if format_name not in FORMATS:
-        raise UsageError("--from", format_name, f"one of {', '.join(FORMATS)}")
-    if format_name != "native" and step is not None:
+    if format_name not in SOURCES:
+        raise UsageError("--from", format_name, f"one of {', '.join(SOURCES)}")
+    if format_name not in _WITH_STEPS and step is not None:
         expected = f"absent with --from {format_name}, whose checkpoints hold a single step"
         raise UsageError("--ckpt-step", step, expected)
     if format_name == "native":
@@ -71,6 +77,8 @@ def read(
     elif format_name == "hf":
         architecture = architecture_of(path)
         model = read_hf(path) if architecture is None else read_architecture(path, architecture)
+    elif format_name == "megatron":
+        model = read_megatron(path, step, config)
     elif config is None:
         reason = "t5x checkpoints do not record the model's sizes"
         raise UsageError("--preset", None, "given, or --config", reason)
