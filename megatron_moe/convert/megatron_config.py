@@ -146,9 +146,7 @@ def megatron_config(values: Mapping[str, Any], source: str) -> RunConfig:
         norm_epsilon=args.number("norm_epsilon", 1e-5),
         ffn_variant="swiglu",
         qk_layernorm=bool(values.get("qk_layernorm")),
-        untie_embeddings_and_output_weights=bool(
-            values.get("untie_embeddings_and_output_weights")
-        ),
+        untie_embeddings_and_output_weights=bool(values.get("untie_embeddings_and_output_weights")),
         scale_tied_logits=False,
         softmax_scale=None if scale is None else args.number("softmax_scale", 1.0),
         attention_dropout=args.number("attention_dropout", 0.0),

@@ -72,7 +72,7 @@ def save_checkpoint(
     metadata: dict[str, Any] | None = None,
     args: bool = True,
 ) -> Tensor:
-    """Build the model and save it; returns the logits, or of tensor parallelism this rank's share."""
+    """Build the model and save it; returns the logits, with tensor parallelism a share of them."""
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
