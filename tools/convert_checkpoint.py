@@ -48,6 +48,7 @@ from megatron_moe.convert.inspection import (
 )
 from megatron_moe.convert.llama import ARCHITECTURES
 from megatron_moe.convert.model import DTYPES, LazyTensor, LogicalModel, average, cast
+from megatron_moe.convert.second_reading import verify_result, verify_source
 from megatron_moe.convert.tokenizers import with_tokenizer
 from megatron_moe.convert.upcycle import MODES, Upcycling, upcycle
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
@@ -169,7 +170,8 @@ def run(options: argparse.Namespace) -> None:
         where = write(model, target, bar.update)
     print(f"{len(model.tensors)} tensors, {model.bytes} bytes: {where}")
     if options.verify or options.verify_logits:
-        verify(model, target)
+        verify_sources(options)
+        verify(model, target, tensors, where)
 
 
 def check_sources(options: argparse.Namespace) -> None:
@@ -224,8 +226,27 @@ def require_memory(model: LogicalModel) -> None:
         raise UsageError(what, needed, f"<= {free} bytes, the available memory", fix)
 
 
-def verify(model: LogicalModel, target: ConversionTarget) -> None:
-    """Read the result back and compare it with the source; logits too, if memory suffices.
+def verify_sources(options: argparse.Namespace) -> None:
+    """Compare the converter's reading of each source with that of other code.
+
+    Raises:
+        UsageError: they differ.
+    """
+    for path in options.load:
+        with tqdm(unit="B", unit_scale=True, desc="verifying the source") as bar:
+            line = verify_source(options.source, path, bar.update)
+        print(f"verified: {line}")
+
+
+def verify(
+    model: LogicalModel,
+    target: ConversionTarget,
+    planned: Mapping[str, LazyTensor],
+    where: Path,
+) -> None:
+    """Compare the result with the source, as other code and as the converter's reader read it.
+
+    Logits too, if memory suffices.
 
     Raises:
         UsageError: they differ.
@@ -234,8 +255,10 @@ def verify(model: LogicalModel, target: ConversionTarget) -> None:
     config = model.config if target.format == "t5x" else None
     written = read(target.format, target.path, step, config)
     with tqdm(total=model.bytes, unit="B", unit_scale=True, desc="verifying") as bar:
-        count = check_same_tensors(model, written, bar.update)
-    print(f"verified: {count} tensors have the same shape, dtype and SHA-256")
+        line = verify_result(model, planned, target.format, where, bar.update)
+    print(f"verified: {line}")
+    count = check_same_tensors(model, written, lambda _: None)
+    print(f"verified: {count} tensors, read back by the converter, have the same SHA-256")
     needed, free = memory_needed(model), free_memory()
     if needed > free:
         gib = f"{needed / 2**30:.1f} GiB, {max(0, free) / 2**30:.1f} GiB are available"
@@ -244,7 +267,7 @@ def verify(model: LogicalModel, target: ConversionTarget) -> None:
     difference = logits_difference(model, written)
     if difference != 0.0:
         raise UsageError("difference of the logits", difference, "0")
-    print(f"verified: logits of {len(PROMPT)} tokens are the same")
+    print(f"verified: logits of {len(PROMPT)} tokens are the same as those of {model.source}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

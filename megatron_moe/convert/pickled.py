@@ -94,9 +94,9 @@ class _Machine:
 
     def pop(self, count: int) -> list[Any]:
         """Take the uppermost entries."""
-        if len(self.stack) < count:
+        taken = self.stack[max(0, len(self.stack) - count) :]
+        if len(taken) < count or any(value is _MARK for value in taken):
             raise ValueError("a stream that takes more than it has")
-        taken = self.stack[len(self.stack) - count :]
         del self.stack[len(self.stack) - count :]
         return taken
 

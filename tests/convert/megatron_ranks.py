@@ -84,7 +84,7 @@ def save_checkpoint(
         "expert_model_parallel_size": ep,
         "expert_tensor_parallel_size": 1,
     }
-    parallel_state.initialize_model_parallel(**parallel)
+    parallel_state.initialize_model_parallel(**parallel, create_gloo_process_groups=False)
     model_parallel_cuda_manual_seed(1)
     config = TransformerConfig(
         **model,
@@ -122,6 +122,9 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
     dist_checkpointing.save({**state, **common}, str(folder))
+    # The pool destroys what is listed there one by one, which fails for groups of this function.
+    parallel_state.destroy_model_parallel()
+    parallel_state._global_process_group_list = None
     if rank == 0:
         (Path(path) / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
     return logits.float()

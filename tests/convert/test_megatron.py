@@ -50,7 +50,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         {"tp": 2, "ep": 2},
         {"moe_router_pre_softmax": False, "num_query_groups": 2, "qk_layernorm": True},
     ),
-    "no experts": (1, {}, {"num_moe_experts": None}),
+    "no experts": (1, {}, {"num_moe_experts": None, "moe_ffn_hidden_size": None}),
 }
 
 

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from megatron_moe.checkpoint import load_logical, read_identity, verify
 from megatron_moe.convert import inspection
 from megatron_moe.convert.formats import ConversionTarget, read, write
+from megatron_moe.convert.hf import hf_tensors
+from megatron_moe.errors import CheckpointError
 from tests.checkpoint.test_load import _save
 from tests.convert.cases import model_of
 from tests.convert.layout_pairs import OneWidth
@@ -38,7 +40,10 @@ def test_there_and_back_verified(
     more = ("--verify-logits", "--max-shard-size", "0.00001", "--expert-layout", "unstacked")
     assert convert("native", native, "hf", tmp_path / "hf", *more) == 0
     said = capsys.readouterr().out
-    assert "verified: 49 tensors have the same shape, dtype and SHA-256" in said
+    files = "by safetensors header and raw bytes"
+    assert f"verified: files of {native} have the SHA-256 of its manifest.json" in said
+    assert f"tensors of {tmp_path}/hf, read {files}, equal those of {native}/iter_" in said
+    assert "verified: 49 tensors, read back by the converter, have the same SHA-256" in said
     assert "verified: logits of 8 tokens are the same" in said
     assert convert("hf", tmp_path / "hf", "native", tmp_path / "back", "--verify") == 0
     assert "verified: logits of 8 tokens are the same" in capsys.readouterr().out
@@ -86,10 +91,12 @@ def test_verification_fails_on_a_changed_value(
     values["lm_head.weight"][2, 1] += 1
     save_file(values, file)
     model, target = read("native", native), ConversionTarget(format="hf", path=tmp_path / "hf")
-    with pytest.raises(
-        Exception, match=r"values of output\.weight in .* must be those of .*native"
-    ):
-        convert_checkpoint.verify(model, target)
+    said = r"lm_head\.weight in .*hf must be the same in both readings \(got 'other values'\)"
+    with pytest.raises(CheckpointError, match=said):
+        convert_checkpoint.verify(model, target, hf_tensors(model, "stacked"), target.path)
+    said = r"values of output\.weight in .* must be those of .*native"
+    with pytest.raises(CheckpointError, match=said):
+        inspection.check_same_tensors(model, read("hf", target.path), lambda _: None)
     assert inspection.logits_difference(model, read("hf", tmp_path / "hf")) > 0
 
 
