@@ -183,6 +183,8 @@ _HAS_NO_EFFECT = {
     "init_variance_scale",
     "embedding_init_method_std",
     "router_init_method_std",
+    "init_method_std",
+    "moe_input_jitter_eps",
     "zero_padding_activations",
     "moe_dispatch_impl",
     "moe_expert_impl",
