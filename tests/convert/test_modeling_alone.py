@@ -63,14 +63,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported model with a SentencePiece tokenizer beside it."""
     path = tmp_path_factory.mktemp("exported")
     train(
-        path / "tokenizer.model",
+        path / "mine.model",
         SENTENCES,
         vocab_size=VOCAB - 2,
         byte_fallback=False,
         hard_vocab_limit=False,
     )
     config = replace(CONFIG, model=replace(CONFIG.model, max_position_embeddings=64))
-    model = replace(model_of(config), tokenizer_files=(path / "tokenizer.model",))
+    model = replace(model_of(config), tokenizer_files=(path / "mine.model",))
     write(model, ConversionTarget(format="hf", path=path / "hf"), lambda _: None)
     return path / "hf"
 
