@@ -146,6 +146,9 @@ def test_what_is_left_out_is_said(
     words = ["--input", str(corpus), f"{tmp_path}/b.jsonl", "--output", f"{tmp_path}/t.model"]
     main([*words, "--vocab-size", "420", "--megabytes", "0.06", "--character-coverage", "0.99"])
     said = capsys.readouterr()
+    corpus_of_bars = Corpus([f"{tmp_path}/b.jsonl"], "text", 1e6)
+    sentences = list(corpus_of_bars.sentences())
+    assert sentences[:2] == ["bars ", " beside sesame"], "the text around it is used"
     loaded = sentencepiece.SentencePieceProcessor(model_file=f"{tmp_path}/t.model")
     pieces = "".join(loaded.id_to_piece(i) for i in range(420))
     assert "\u2585" not in pieces
@@ -172,7 +175,7 @@ def test_what_is_left_out_is_said(
             ["--input", "/no/such"],
             "--input must be a readable file or a glob that matches files (got '/no/such')",
         ),
-        (["--json-key", "body"], "--json-key body in line 1 of"),
+        (["--json-key", "body"], "error: --json-key body in line 1 of"),
         (
             ["--vocab-size", "100"],
             "and bytes that every model of this text has (got 100)",
@@ -184,7 +187,7 @@ def test_what_is_left_out_is_said(
             "coverage must be >= 0.98 and <= 1 (got 0.5)",
         ),
         (["--input", "EMPTY"], "--input must be one or more documents with text in 'text'"),
-        (["--input", "BAD"], "--json-key text in line 31 of "),
+        (["--input", "BAD"], "error: --json-key text in line 31 of "),
         (["--output", "/proc/no/t.model"], "/proc/no"),
     ],
 )
