@@ -80,8 +80,10 @@ _VIA_HF = (
     "tools/convert_checkpoint.py --from hf"
 )
 _FIXES: dict[Format, str] = {
-    "megatron": _VIA_HF,
-    "torch_dist": _VIA_HF,
+    "megatron": "load it in Megatron-LM with the flags of its run and --ckpt-convert-format "
+    "torch_dist --ckpt-convert-save DIR, and convert DIR with tools/convert_checkpoint.py --from "
+    "megatron",
+    "torch_dist": f"{_CONVERT} --from megatron, if Megatron-LM wrote it",
     "deepspeed": _VIA_HF,
     "adapter": "merge it into its base model, and convert that with tools/convert_checkpoint.py "
     "--from hf",

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_moe.checkpoint.directory import latest_step
 from megatron_moe.convert.formats import read
 from megatron_moe.convert.megatron_config import megatron_config
 from megatron_moe.convert.pickled import Built, Name, attributes, read_pickle
@@ -152,6 +153,24 @@ def test_capacity_and_coefficients_have_megatrons_units() -> None:
     assert (moe.moe_capacity_rule, moe.moe_token_drop_policy) == ("megatron", "probs")
     assert (moe.moe_expert_capacity_factor, moe.moe_eval_capacity_factor) == (1.5, 1.5)
     assert (moe.moe_loss_convention, moe.moe_aux_loss_coeff) == ("megatron", 0.01)
+
+
+def test_training_and_tools_say_what_lies_there(found: Path) -> None:
+    """`--load` of such a folder, of a run and of an iteration, names the command to type."""
+    for path in (found, found / STEP):
+        with pytest.raises(UsageError) as error:
+            latest_step(path)
+        said = str(error.value)
+        assert (
+            "(got 'a distributed checkpoint of PyTorch or Megatron-LM (format torch_dist)" in said
+        )
+        assert f"tools/convert_checkpoint.py --to native --save NEW --load {path}" in said
+        assert "--from megatron" in said
+    shutil.rmtree(found / STEP)
+    (found / STEP / "mp_rank_00").mkdir(parents=True)
+    (found / STEP / "mp_rank_00" / "model_optim_rng.pt").touch()
+    with pytest.raises(UsageError, match=r"--ckpt-convert-format torch_dist .* --from megatron"):
+        latest_step(found)
 
 
 class Trap:
