@@ -29,6 +29,9 @@ SAME = {
     "--init-method-std 0.008": (
         "--init-method-std 0.008 --embedding-init-method-std 0.008 --router-init-method-std 0.008"
     ),
+    "--router-init-method-std 0.5 --init-method-std 0.008": (
+        "--init-method-std 0.008 --embedding-init-method-std 0.008 --router-init-method-std 0.5"
+    ),
     "--init-method-std 0.008 --embedding-init-method-std 1": (
         "--embedding-init-method-std 1 --init-method-std 0.008 --router-init-method-std 0.008"
     ),
@@ -46,6 +49,42 @@ def test_a_saved_run_comes_back_whichever_flags_it_was_started_with(tmp_path) ->
     saved.save(file)
     assert parse_args(["--config", str(file)]).config == saved
     assert saved != RunConfig()
+
+
+def test_a_variance_replaces_the_initialisation_of_the_preset_megatron() -> None:
+    line = (
+        "--preset megatron --num-layers 2 --hidden-size 64 --num-attention-heads 2 --lr 0.1 "
+        "--max-position-embeddings 64 --seq-length 64 --micro-batch-size 1 --swiglu "
+        "--normalization RMSNorm --position-embedding-type rope --disable-bias-linear"
+    )
+    script = line.split()
+        "--preset",
+        "megatron",
+        "--num-layers",
+        "2",
+        "--hidden-size",
+        "64",
+        "--num-attention-heads",
+        "2",
+        "--lr",
+        "0.1",
+        "--max-position-embeddings",
+        "64",
+        "--seq-length",
+        "64",
+        "--micro-batch-size",
+        "1",
+        "--swiglu",
+        "--normalization",
+        "RMSNorm",
+        "--position-embedding-type",
+        "rope",
+        "--disable-bias-linear",
+    ]
+    model = parse_args(script).config.model
+    assert (model.init_method_std, model.in_std(64)) == (0.02, 0.02)
+    model = parse_args([*script, "--init-variance-scale", "0.64"]).config.model
+    assert model.in_std(64) == 0.1
 
 
 CONTRADICTIONS = {
