@@ -58,29 +58,6 @@ def test_a_variance_replaces_the_initialisation_of_the_preset_megatron() -> None
         "--normalization RMSNorm --position-embedding-type rope --disable-bias-linear"
     )
     script = line.split()
-        "--preset",
-        "megatron",
-        "--num-layers",
-        "2",
-        "--hidden-size",
-        "64",
-        "--num-attention-heads",
-        "2",
-        "--lr",
-        "0.1",
-        "--max-position-embeddings",
-        "64",
-        "--seq-length",
-        "64",
-        "--micro-batch-size",
-        "1",
-        "--swiglu",
-        "--normalization",
-        "RMSNorm",
-        "--position-embedding-type",
-        "rope",
-        "--disable-bias-linear",
-    ]
     model = parse_args(script).config.model
     assert (model.init_method_std, model.in_std(64)) == (0.02, 0.02)
     model = parse_args([*script, "--init-variance-scale", "0.64"]).config.model
