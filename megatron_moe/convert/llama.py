@@ -193,6 +193,10 @@ def to_architecture(name: str, config: RunConfig, vocab_size: int, dtype: str) -
         "rms_norm_eps": model.norm_epsilon,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "use_cache": True,
+        # Set from the tokenizer that goes with it; the classes assume those of the first models.
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
         **architecture.only,
         **architecture.fields(ours.moe),
     }

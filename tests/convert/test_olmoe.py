@@ -207,6 +207,7 @@ def test_written_again_it_is_the_class_s_own_file(tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval()
+    assert (again.config.pad_token_id, again.config.eos_token_id) == (None, None)  # no tokenizer
     assert type(again) is transformers.OlmoeForCausalLM
     with torch.no_grad():
         assert torch.equal(again(TOKENS).logits, module(TOKENS).logits)
