@@ -51,6 +51,22 @@ def test_a_saved_run_comes_back_whichever_flags_it_was_started_with(tmp_path) ->
     assert saved != RunConfig()
 
 
+@pytest.mark.parametrize(
+    ("line", "stds"),
+    [
+        ("", (1.0, 0.02)),
+        ("--init-method-std 0.008", (0.008, 0.008)),
+        ("--router-init-method-std 0.5 --init-method-std 0.008", (0.008, 0.5)),
+        ("--init-method-std 0.008 --embedding-init-method-std 2", (2.0, 0.008)),
+    ],
+)
+def test_embedding_and_router_start_as_they_say_or_as_the_others(
+    line: str, stds: tuple[float, float]
+) -> None:
+    model = parse_args(line.split()).config.model
+    assert (model.embedding_init_method_std, model.router_init_method_std) == stds
+
+
 def test_a_variance_replaces_the_initialisation_of_the_preset_megatron() -> None:
     line = (
         "--preset megatron --num-layers 2 --hidden-size 64 --num-attention-heads 2 --lr 0.1 "
