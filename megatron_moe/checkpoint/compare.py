@@ -29,7 +29,14 @@ _MOE_SHAPE = (
     "moe_shared_expert_intermediate_size",
     "moe_shared_expert_placement",
 )
-_MODEL_MATHS = ("rotary_base", "norm_epsilon", "softmax_scale", "scale_tied_logits")
+_MODEL_MATHS = (
+    "rotary_base",
+    "norm_epsilon",
+    "softmax_scale",
+    "scale_tied_logits",
+    "zero_padding_activations",
+)
+_MOE_MATHS = ("moe_router_topk", "moe_router_type")
 """Settings that change what the model computes, but no shape."""
 
 
@@ -49,7 +56,7 @@ def config_differences(
         yield from _line(name, getattr(saved.model, name), getattr(ours.model, name))
     groups = [run.model.key_value_heads for run in (saved, ours)]
     yield from _line("num_query_groups", *groups)
-    for name in _MOE_SHAPE + (("moe_router_topk",) if resume else ()):
+    for name in _MOE_SHAPE + (_MOE_MATHS if resume else ()):
         yield from _line(name, getattr(saved.moe, name), getattr(ours.moe, name))
     widths = [expert_width(run.model, run.moe) for run in (saved, ours)]
     yield from _line("moe_ffn_hidden_size", *widths)

@@ -104,6 +104,20 @@ def test_grouped_heads_and_their_norms_differ_whether_or_not_the_run_resumes():
             assert list(found) == []
 
 
+def test_a_run_resumes_only_with_the_router_and_the_padding_that_it_had():
+    ours = ONE.config()
+    other = replace(
+        ours,
+        model=replace(ours.model, zero_padding_activations=True),
+        moe=replace(ours.moe, moe_router_type="topk_softmax"),
+    )
+    assert list(config_differences(ours, other, resume=True, optimizer=True)) == [
+        "--zero-padding-activations: False in the checkpoint, True in this run",
+        "--moe-router-type: softmax in the checkpoint, topk_softmax in this run",
+    ]
+    assert list(config_differences(ours, other, resume=False, optimizer=True)) == []
+
+
 def test_tensors_that_do_not_fit_are_told_apart():
     def tensor(name: str, shape: tuple[int, ...], dtype: str = "F32") -> LogicalTensor:
         return LogicalTensor("model", name, shape, dtype, shape, ())
