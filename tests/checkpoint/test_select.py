@@ -121,4 +121,4 @@ def test_without_fallback_damage_is_an_error_with_a_fix(pool, saved):
 
 def test_an_empty_directory_is_still_an_error(pool, tmp_path):
     kind, text = _all(pool, tmp_path)
-    assert kind == "CheckpointError" and "--allow-missing-load" in text
+    assert kind == "NoCheckpoint" and "--allow-missing-load" in text
