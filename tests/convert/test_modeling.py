@@ -253,3 +253,15 @@ def test_a_released_configuration_gets_the_released_variant(tmp_path: Path) -> N
         found = load(tmp_path / "hf")(TOKENS).logits
         expected = reference(TOKENS, training_capacity=False).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_in_pieces_is_the_whole_row(tmp_path: Path) -> None:
+    """With the cache and no positions given: pieces of several tokens, and of one."""
+    export(tmp_path / "hf", CONFIG)
+    theirs, cache, found = load(tmp_path / "hf"), None, []
+    with torch.no_grad():
+        for piece in TOKENS.split([4, 5, 1, 1], dim=1):
+            output = theirs(piece, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            found.append(output.logits)
+        torch.testing.assert_close(torch.cat(found, 1), theirs(TOKENS).logits, rtol=1e-4, atol=1e-4)
