@@ -42,7 +42,7 @@ from megatron_moe.data.indexed.writer import IndexedWriter
 from megatron_moe.data.preprocess.encoding import EncodeError, EncoderPool
 from megatron_moe.data.preprocess.inputs import cut, find_inputs
 from megatron_moe.data.preprocess.reading import read_batches
-from tools.train_tokenizer import train
+from tools.train_tokenizer import Corpus, train
 
 ROOT = Path(__file__).resolve().parents[1]
 MEGABYTES, WORKERS, PIECES = 100, 2, 8192
@@ -153,14 +153,9 @@ def _of_model(kind: str, slices: Sequence[Slice], warm_up: Slice, folder: Path) 
 
 def _train(kind: str, slices: Sequence[Slice], folder: Path) -> Path:
     model = folder / f"{kind}.model"
-    options = argparse.Namespace(
-        input=[str(piece.path) for piece in slices],
-        json_key="text",
-        megabytes=2.0,
-        vocab_size=PIECES,
-        model_type=kind,
-    )
-    model.write_bytes(train(options))
+    options = argparse.Namespace(vocab_size=PIECES, model_type=kind, character_coverage=0.9995)
+    corpus = Corpus([str(piece.path) for piece in slices], "text", 2e6)
+    model.write_bytes(train(options, corpus))
     return model
 
 
