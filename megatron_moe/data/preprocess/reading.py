@@ -18,6 +18,7 @@ from typing import Any
 from megatron_moe.data.preprocess.inputs import FileSlice, TextDocuments, lines_before
 from megatron_moe.errors import UsageError
 from megatron_moe.text import (
+    BOM,
     check_unicode,
     decode,
     is_blank,
@@ -118,7 +119,8 @@ class TextBatch(DocumentBatch):
         """Yield the single text of each document; text files have one key."""
         for text in self.content:
             decode(text, "text")
-            yield [[without_bom(text)]]
+            # `cat` leaves the BOM of a later file at the start of one of the lines.
+            yield [[without_bom(text).replace(b"\n" + BOM, b"\n")]]
 
     def place(self, index: int) -> str:
         """Return the block of lines, or the file."""
@@ -252,7 +254,7 @@ def _blocks(path: str) -> Iterator[DocumentBatch]:
     with open(path, "rb") as stream:
         for number, line in enumerate(stream, 1):
             taken += len(line)
-            if line.strip():
+            if not is_blank(line):
                 lines.append(line)
                 continue
             if lines:

@@ -193,6 +193,13 @@ def test_marks_and_separators_of_other_programs(tmp_path: Path) -> None:
     assert texts_in(batches_of(tmp_path / "b.txt")) == ["Hello"]
 
 
+def test_a_mark_within_joined_texts_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "joined.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n\xef\xbb\xbf\nthree\n")
+    assert texts_in(batches_of(path)) == ["one\ntwo\n\nthree\n"]
+    assert texts_in(batches_of(path, "block")) == ["one\ntwo\n", "three\n"]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 def test_other_encodings_are_named(tmp_path: Path, name: str, encoding: str) -> None:
