@@ -48,14 +48,20 @@ _DECOMPRESS: dict[str | None, Callable[[bytes], bytes]] = {
 
 
 def raw_safetensors(file: Path) -> dict[str, LazyTensor]:
-    """The tensors of a safetensors file: 8 bytes of length, a JSON header, then raw numbers."""
+    """The tensors of a safetensors file: 8 bytes of length, a JSON header, then raw numbers.
+
+    Raises:
+        Corrupt: a tensor has a dtype that no model here has.
+    """
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header: dict[str, Any] = json.loads(stream.read(length))
     header.pop("__metadata__", None)
 
-    def tensor(entry: dict[str, Any]) -> LazyTensor:
-        shape, dtype = tuple(entry["shape"]), _TORCH[entry["dtype"]]
+    def tensor(name: str, entry: dict[str, Any]) -> LazyTensor:
+        shape, dtype = tuple(entry["shape"]), _TORCH.get(entry["dtype"])
+        if dtype is None:
+            raise Corrupt(f"{name} in {file}", entry["dtype"], f"one of {', '.join(_TORCH)}")
         first, last = entry["data_offsets"]
         row = (last - first) // max(1, shape[0] if shape else 1)
 
@@ -67,7 +73,7 @@ def raw_safetensors(file: Path) -> dict[str, LazyTensor]:
 
         return LazyTensor(shape, dtype, rows)
 
-    return {name: tensor(entry) for name, entry in header.items()}
+    return {name: tensor(name, entry) for name, entry in header.items()}
 
 
 def raw_zarr(folder: Path, transposed: bool) -> LazyTensor:
@@ -173,7 +179,7 @@ def verify_source(format_name: str, path: Path, progress: Progress) -> str:
         return f"{len(first)} arrays of {path}, read by TensorStore, equal those read {ZARR}"
     if format_name == "hf":
         second = {}
-        for file in sorted(path.glob("*.safetensors")):
+        for file in _weight_files(path):
             second.update(raw_safetensors(file))
         if not second:
             return f"weights of {path} in PyTorch's format have no second reader: not compared"
@@ -187,6 +193,15 @@ def verify_source(format_name: str, path: Path, progress: Progress) -> str:
     if format_name == "megatron":
         return f"chunks of {path} have the CRC-32 of their zip records"
     return f"files of {path} have the SHA-256 of its manifest.json"
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model; others that lie beside them are not its weights."""
+    index, single = path / "model.safetensors.index.json", path / "model.safetensors"
+    if index.is_file():
+        names = json.loads(index.read_text())["weight_map"].values()
+        return [path / name for name in sorted(set(names))]
+    return [single] if single.is_file() else []
 
 
 def compare(

@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from megatron_moe.convert import hf_files, t5x_arrays
 from megatron_moe.convert import model as convert_model
 from megatron_moe.convert.formats import ConversionTarget, read, write
 from megatron_moe.convert.model import LazyTensor
 from megatron_moe.convert.second_reading import raw_safetensors, raw_zarr
+from megatron_moe.errors import Corrupt
 from tests.convert.cases import CONFIG, model_of
 from tests.convert.test_formats import Silent
 from tools.convert_checkpoint import main
@@ -142,3 +143,14 @@ def test_the_second_readers_read_what_the_libraries_read(sources: dict[str, Path
     query = raw_zarr(sources["t5x"] / "target.decoder.layers_0.self_attention.query.kernel", True)
     expected = model_of().tensors["layers.0.attention.query.weight"].whole()
     assert torch.equal(query.rows(3, 20), expected[3:20])
+
+
+def test_tensor_files_beside_the_weights_are_not_read(
+    sources: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = sources["hf"] / "adapter.safetensors"
+    save_file({"positions": torch.arange(3)}, other)
+    assert convert(sources, "hf", "native") == 0
+    assert f"tensors of {sources['hf']}, read by safetensors, equal" in capsys.readouterr().out
+    with pytest.raises(Corrupt, match=r"positions in .*adapter.safetensors must be one of F64, "):
+        raw_safetensors(other)
