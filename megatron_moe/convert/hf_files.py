@@ -29,6 +29,8 @@ SIZE = 1 << 31
 """Upper bound of sizes: a larger width or vocabulary than any model has."""
 WRAPPERS = ("state_dict", "model", "module", "model_state_dict")
 """Names under which training programs keep the tensors of a model in a `.bin` file."""
+_DEPTH = 4
+"""Objects inside each other, the tensors' own included. A file may hold one that holds itself."""
 _PREFIX = "module."
 _PATTERNS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 """Prefix and suffix of the names of weight files, in order of preference."""
@@ -219,7 +221,9 @@ def _unwrapped(found: Any) -> dict[str, Tensor] | None:
 
     A prefix `module.` of every name, of a model wrapped for data parallelism, is removed.
     """
-    while isinstance(found, Mapping):
+    for _ in range(_DEPTH):
+        if not isinstance(found, Mapping):
+            return None
         if found and all(isinstance(value, Tensor) for value in found.values()):
             prefixed = all(str(name).startswith(_PREFIX) for name in found)
             return {

@@ -45,12 +45,14 @@ class Architecture:
     Args:
         model_type: of `config.json`.
         only: required values of these fields, where present.
+        defaults: values of the class for fields that a file may omit.
         experts: the MoE part and the changes of the dense part, from `config.json` and its path.
         fields: the fields that `only` and Llama's sizes leave out, of a model to be written.
     """
 
     model_type: str
     only: Mapping[str, Any]
+    defaults: Mapping[str, Any]
     experts: Callable[[dict[str, Any], ModelConfig, str], tuple[ModelConfig, MoEConfig]]
     fields: Callable[[MoEConfig], dict[str, Any]]
 
@@ -111,6 +113,7 @@ def configuration(values: dict[str, Any], architecture: Architecture, source: st
     hidden = whole_number(values, "hidden_size", source, most=SIZE)
     groups = query_groups(values, heads, source)
     tied = bool(values.get("tie_word_embeddings"))
+    longest, epsilon = "max_position_embeddings", "rms_norm_eps"
     model = ModelConfig(
         num_layers=layers,
         hidden_size=hidden,
@@ -120,10 +123,10 @@ def configuration(values: dict[str, Any], architecture: Architecture, source: st
         num_query_groups=1 if groups == heads else groups,
         kv_channels=whole_number(values, "head_dim", source, max(1, hidden // heads)),
         max_position_embeddings=whole_number(
-            values, "max_position_embeddings", source, 2048, most=SIZE
+            values, longest, source, architecture.defaults[longest], most=SIZE
         ),
         rotary_base=rotary_base(values, source),
-        norm_epsilon=number(values, "rms_norm_eps", source, 1e-6),
+        norm_epsilon=number(values, epsilon, source, architecture.defaults[epsilon]),
         ffn_variant="swiglu",
         softmax_scale=None,
         untie_embeddings_and_output_weights=not tied,
@@ -276,7 +279,19 @@ _OLMOE = {
     "norm_topk_prob": False,
 }
 ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture("llama", _LLAMA, _dense, lambda moe: {}),
-    "OlmoeForCausalLM": Architecture("olmoe", _OLMOE, _olmoe, _olmoe_fields),
+    "LlamaForCausalLM": Architecture(
+        "llama",
+        _LLAMA,
+        {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6},
+        _dense,
+        lambda moe: {},
+    ),
+    "OlmoeForCausalLM": Architecture(
+        "olmoe",
+        _OLMOE,
+        {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
+        _olmoe,
+        _olmoe_fields,
+    ),
 }
 """By their name in `config.json`."""

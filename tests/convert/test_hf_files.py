@@ -69,6 +69,17 @@ def test_a_file_without_a_model_is_described(tmp_path: Path, content: Any, found
         read("hf", tmp_path / "hf")
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_an_object_that_holds_itself_is_described(tmp_path: Path, zipped: bool) -> None:
+    exported(tmp_path / "hf")
+    content: dict[str, Any] = {"epoch": 3}
+    content["model"] = content
+    file = tmp_path / "hf/pytorch_model.bin"
+    torch.save(content, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UsageError, match=r"got 'an object with epoch, model'"):
+        read("hf", tmp_path / "hf")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_a_pointer_of_git_lfs_is_named(tmp_path: Path, name: str) -> None:
     exported(tmp_path / "hf")

@@ -297,3 +297,33 @@ def test_it_is_not_upcycled(tmp_path: Path) -> None:
     how = Upcycling(mode="shared", num_experts=4, topk=2, layer_freq="[0,1,1]")
     with pytest.raises(UsageError, match=r"MoE layers of .* must be none for --upcycle"):
         upcycle(read("hf", tmp_path / "olmoe"), how)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_absent_fields_have_the_values_of_their_class(name: str) -> None:
+    """A file with its required fields alone, against the same fields in the class of the file."""
+    required: dict[str, Any] = {
+        "hidden_size": 48,
+        "intermediate_size": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
+    if name == "OlmoeForCausalLM":
+        required |= {"num_experts": 8, "num_experts_per_tok": 3}
+    architecture = ARCHITECTURES[name]
+    known = {"LlamaForCausalLM": "LlamaConfig", "OlmoeForCausalLM": "OlmoeConfig"}
+    theirs = getattr(transformers, known[name])(**required, num_key_value_heads=None)
+    config = configuration(required, architecture, "config.json")
+    model = config.model
+    assert model.norm_epsilon == theirs.rms_norm_eps
+    assert model.max_position_embeddings == theirs.max_position_embeddings
+    assert model.rotary_base == theirs.rope_parameters["rope_theta"]
+    assert model.key_value_heads == theirs.num_key_value_heads
+    assert model.kv_channels == (getattr(theirs, "head_dim", None) or 48 // 4)
+    assert model.untie_embeddings_and_output_weights == (not theirs.tie_word_embeddings)
+    for field, only in architecture.only.items():
+        assert getattr(theirs, field) == only, field
+    for field, default in architecture.defaults.items():
+        assert getattr(theirs, field) == default, field
+    if name == "OlmoeForCausalLM":
+        assert config.moe.moe_aux_loss_coeff == theirs.router_aux_loss_coef
