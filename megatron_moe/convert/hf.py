@@ -21,7 +21,7 @@ from megatron_moe.checkpoint.tensor_files import FORMAT_METADATA, write_tensors
 from megatron_moe.config import RunConfig
 from megatron_moe.convert.hf_config import from_hf, to_hf
 from megatron_moe.convert.hf_files import CONFIG, check_no_extra, open_files
-from megatron_moe.convert.hf_text import text_files
+from megatron_moe.convert.hf_text import text_files, tokenizer_code
 from megatron_moe.convert.model import LazyTensor, LogicalModel, row_of, stacked
 from megatron_moe.convert.modeling import FILES
 from megatron_moe.convert.writing import Progress, new_directory, split_into_files
@@ -199,7 +199,7 @@ def write_hf(
         for name, value in _write_tensors(model, temporary, layout, max_shard, progress):
             write_json(temporary / name, value)
         write_json(temporary / CONFIG, config)
-        for file in files:
+        for file in files or tokenizer_code(model):
             shutil.copyfile(file, temporary / file.name)
         for file in model.tokenizer_files:
             shutil.copyfile(file, temporary / stored_name(file))

@@ -5,18 +5,18 @@ All of it follows from the tokenizer beside the weights; without one, the publis
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_moe.convert.model import LogicalModel
-from megatron_moe.convert.modeling import TOKENIZER_CONFIG
+from megatron_moe.convert.modeling import TOKENIZATION, TOKENIZER_CONFIG
 from megatron_moe.tokenizer.base import Tokenizer
-from megatron_moe.tokenizer.files import stored_name
-from megatron_moe.tokenizer.huggingface import HuggingFaceTokenizer
-from megatron_moe.tokenizer.sentencepiece import SentencePieceTokenizer
+from megatron_moe.tokenizer.build import build_tokenizer
+from megatron_moe.tokenizer.files import TYPES, settings_for, stored_name
 
-_SENTENCEPIECE = ("tokenizer.model", "spiece.model")
+_SENTENCEPIECE = {name for name, kind in TYPES.items() if kind == "SentencePieceTokenizer"}
 """Names by which the exported tokenizer class finds a SentencePiece model."""
 
 
@@ -28,7 +28,7 @@ def text_files(model: LogicalModel, *, own: bool) -> dict[str, dict[str, Any]]:
 
     Args:
         model: the model that is written.
-        own: whether the exported tokenizer class is beside the weights.
+        own: whether it is written as OpenMoE, with the exported tokenizer class beside the weights.
 
     Returns:
         JSON objects by file name; none without a tokenizer.
@@ -37,36 +37,40 @@ def text_files(model: LogicalModel, *, own: bool) -> dict[str, dict[str, Any]]:
         UsageError: the file is no tokenizer.
     """
     names = {stored_name(file) for file in model.tokenizer_files}
-    tokenizer = _tokenizer(model.tokenizer_files)
-    if tokenizer is None:
+    data = settings_for(model.config.data, model.tokenizer_files)
+    if data is None:
         return {}
-    generation: dict[str, Any] = _special_ids(tokenizer)
+    tokenizer = build_tokenizer(replace(data, vocab_size=None))
+    generation: dict[str, Any] = _special_ids(tokenizer, own)
     size = tokenizer.vocab_size + model.config.data.vocab_extra_ids
     # More rows than rounding adds are ids of their own, such as sentinels.
     if 0 < model.vocab_size - size < model.config.data.make_vocab_size_divisible_by:
         generation["suppress_tokens"] = list(range(size, model.vocab_size))
     found = {"generation_config.json": generation}
-    if (
-        own
-        and names & set(_SENTENCEPIECE)
-        and not names & {"tokenizer.json", "tokenizer_config.json"}
-    ):
+    if own and names & _SENTENCEPIECE and not names & {"tokenizer.json", "tokenizer_config.json"}:
         longest = model.config.model.max_position_embeddings
         found["tokenizer_config.json"] = {**TOKENIZER_CONFIG, "model_max_length": longest}
     return found
 
 
-def _tokenizer(files: Iterable[Path]) -> Tokenizer | None:
-    by_name = {stored_name(file): str(file) for file in files}
-    for name in _SENTENCEPIECE:
-        if name in by_name:
-            return SentencePieceTokenizer(by_name[name])
-    name = "tokenizer.json"
-    return HuggingFaceTokenizer(by_name[name]) if name in by_name else None
+def tokenizer_code(model: LogicalModel) -> tuple[Path, ...]:
+    """The file with the exported tokenizer class, if a `tokenizer_config.json` names the class."""
+    for file in model.tokenizer_files:
+        if stored_name(file) == "tokenizer_config.json":
+            try:
+                values = json.loads(file.read_bytes())
+            except ValueError:
+                return ()
+            theirs = values.get("auto_map") if isinstance(values, dict) else None
+            if theirs == TOKENIZER_CONFIG["auto_map"]:
+                return (TOKENIZATION,)
+    return ()
 
 
-def _special_ids(tokenizer: Tokenizer) -> dict[str, int]:
+def _special_ids(tokenizer: Tokenizer, own: bool) -> dict[str, int]:
     pad = tokenizer.pad if tokenizer.pad >= 0 else tokenizer.eod
     # The released model's rows begin with id 0, its padding; others follow an end of document.
     bos = pad if pad == 0 else tokenizer.eod
+    if not own and tokenizer.bos >= 0:
+        bos = tokenizer.bos  # which the tokenizers of other classes put before a text
     return {"pad_token_id": pad, "bos_token_id": bos, "eos_token_id": tokenizer.eod}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from megatron_moe.convert.model import LogicalModel
 from megatron_moe.errors import UsageError
 from megatron_moe.tokenizer.base import Tokenizer, vocabulary_of
 from megatron_moe.tokenizer.build import build_tokenizer, padded_vocab_size
-from megatron_moe.tokenizer.files import candidates, files_of
+from megatron_moe.tokenizer.files import candidates, files_of, with_file
 
 FLAG = "--tokenizer-model"
 _WITHOUT_FILE = ("ByteTokenizer", "NullTokenizer")
@@ -26,22 +27,23 @@ def with_tokenizer(model: LogicalModel, given: Path | None) -> tuple[LogicalMode
         given: a tokenizer file or folder to take instead.
 
     Returns:
-        The model, and lines that say which tokenizer it has, or why it has none.
+        The model, with no tokenizer file that cannot be used, and lines that say which tokenizer
+        it has, or why it has none.
 
     Raises:
         UsageError: the tokenizer that was given cannot be used with this model.
     """
     files = model.tokenizer_files if given is None else files_of(given)
-    if given is not None and not list(candidates(files)):
-        raise UsageError(FLAG, str(given), "an existing tokenizer file, or a folder with one")
     data = model.config.data
+    if given is not None and not list(candidates(files, data.tokenizer_type)):
+        raise UsageError(FLAG, str(given), "an existing tokenizer file, or a folder with one")
     reasons: list[str] = []
     errors: list[UsageError] = []
-    for kind, file in candidates(files):
+    for kind, file in candidates(files, data.tokenizer_type):
         if given is None and model.tokenizer_hash and kind != data.tokenizer_type:
             continue  # beside the one that is known
         try:
-            chosen = replace(_settings(data, kind), tokenizer_model=str(file))
+            chosen = _settings(data, kind, file)
             tokenizer = _checked(model, chosen, kind == data.tokenizer_type)
         except UsageError as error:
             errors.append(error)
@@ -53,7 +55,7 @@ def with_tokenizer(model: LogicalModel, given: Path | None) -> tuple[LogicalMode
             model,
             config=config,
             tokenizer_hash=vocabulary_of(tokenizer.identity),
-            tokenizer_files=tuple(files),
+            tokenizer_files=_usable(model, files, file),
         )
         return found, [*reasons, f"tokenizer: {kind} {file}, {tokenizer.vocab_size} ids"]
     if given is not None:
@@ -64,14 +66,33 @@ def with_tokenizer(model: LogicalModel, given: Path | None) -> tuple[LogicalMode
     missing = f"no tokenizer: {where}; {FLAG} FILE stores one with the result"
     if not model.tokenizer_hash:  # else the settings of the run that knew it still fit
         data = _with_vocabulary(data, None, model.vocab_size)
-    return replace(model, config=replace(model.config, data=data)), [*reasons, missing]
+    kept = () if reasons else model.tokenizer_files
+    without = replace(model, config=replace(model.config, data=data), tokenizer_files=kept)
+    return without, [*reasons, missing]
 
 
-def _settings(data: DataConfig, kind: Any) -> DataConfig:
-    """The settings with another tokenizer type; the vocabulary of another type does not count."""
-    if kind == data.tokenizer_type:
-        return data
-    return replace(data, tokenizer_type=kind, vocab_size=None)
+def _settings(data: DataConfig, kind: Any, file: Path) -> DataConfig:
+    """The settings with another tokenizer; the vocabulary of another type does not count."""
+    if kind != data.tokenizer_type:
+        data = replace(data, tokenizer_type=kind, vocab_size=None)
+    return with_file(data, file)
+
+
+def _usable(model: LogicalModel, files: Iterable[Path], chosen: Path) -> tuple[Path, ...]:
+    """The file that was chosen, its companions, and other tokenizers that can be read as well.
+
+    Folders of Llama have the same tokenizer in two formats, and programs read either of them. A
+    file that cannot be read would make a program fail that prefers it.
+    """
+    files = tuple(files)
+    rejected: set[Path] = set()
+    for kind, file in candidates(files):
+        if file != chosen:
+            try:
+                _checked(model, _settings(model.config.data, kind, file), comparable=False)
+            except UsageError:
+                rejected.add(file)
+    return tuple(file for file in files if file not in rejected)
 
 
 def _checked(model: LogicalModel, data: DataConfig, comparable: bool) -> Tokenizer:

@@ -19,7 +19,7 @@ from megatron_moe.inference.text import TextTokenizer
 from megatron_moe.model.reference import ReferenceOpenMoE
 from megatron_moe.tokenizer.base import Tokenizer, vocabulary_of
 from megatron_moe.tokenizer.build import build_tokenizer
-from megatron_moe.tokenizer.files import settings_for, type_of
+from megatron_moe.tokenizer.files import MERGES, PAIR_TYPE, VOCAB, files_of, settings_for, type_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Values of --dtype."""
@@ -139,7 +139,14 @@ def _tokenizer_data(options: LoadOptions, found: LogicalModel) -> DataConfig:
             raise UsageError("--tokenizer-type", kind, f"one of {', '.join(kinds)}")
         size = found.vocab_size if kind == "NullTokenizer" else None
         data = DataConfig(tokenizer_type=kind, vocab_size=size)  # type: ignore[arg-type]
-    return data if file is None else replace(data, tokenizer_model=file)
+    if file is None:
+        return data
+    if data.tokenizer_type != PAIR_TYPE:
+        return replace(data, tokenizer_model=file)
+    pair = settings_for(data, files_of(Path(file)))
+    if pair is None:
+        raise UsageError("--tokenizer-model", file, f"a folder with {VOCAB} and {MERGES}")
+    return pair
 
 
 def _beside(found: LogicalModel) -> DataConfig:

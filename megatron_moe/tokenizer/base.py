@@ -32,6 +32,8 @@ class Tokenizer(ABC):
     """Fills the rest of a sample; its loss is masked. `NO_ID` if there is none."""
     unk: int
     """Replaces text that has no id. `NO_ID` if there is none."""
+    bos: int = NO_ID
+    """Begins a sequence in models of other projects; never added to a text here."""
     extra_ids: int = 0
     """Number of the tokenizer's own ids, counted from the last, that are T5 sentinels."""
     files: Mapping[str, bytes] = MappingProxyType({})

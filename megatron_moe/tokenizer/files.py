@@ -1,7 +1,8 @@
 """The files of a tokenizer, as they lie beside weights: their names, and which tokenizer they are.
 
 A SentencePiece model is one file. A Hugging Face tokenizer is `tokenizer.json` and, beside it,
-files that name its special tokens. A checkpoint keeps them under these names.
+files that name its special tokens. GPT-2's is the pair `vocab.json` and `merges.txt`. A checkpoint
+keeps them under these names.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ COMPANIONS = (
 )
 """Files that belong to a tokenizer without being one."""
 NAMES = (*TYPES, *COMPANIONS)
+PAIR_TYPE, VOCAB, MERGES = "GPT2BPETokenizer", "vocab.json", "merges.txt"
+"""Type and names of the tokenizer in two files."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
@@ -114,10 +117,27 @@ def type_of(path: Path) -> str:
     return TYPES.get(stored_name(path), "HuggingFaceTokenizer")
 
 
-def candidates(files: Iterable[Path]) -> Iterator[tuple[str, Path]]:
-    """Tokenizer type and path of each file that may be a tokenizer, in order of preference."""
+def candidates(files: Iterable[Path], recorded: str = "") -> Iterator[tuple[str, Path]]:
+    """Tokenizer type and path of each file that may be a tokenizer, in order of preference.
+
+    Args:
+        files: files of one folder.
+        recorded: type of the tokenizer, where it is known. Tokenizers that split text in other ways
+            than GPT-2's also have its pair of files, so the pair counts only if this names it; its
+            path is that of `vocab.json`.
+    """
     by_name = {stored_name(file): file for file in files}
-    return ((kind, by_name[name]) for name, kind in TYPES.items() if name in by_name)
+    if recorded == PAIR_TYPE and VOCAB in by_name and MERGES in by_name:
+        yield PAIR_TYPE, by_name[VOCAB]
+    yield from ((kind, by_name[name]) for name, kind in TYPES.items() if name in by_name)
+
+
+def with_file(data: DataConfig, file: Path) -> DataConfig:
+    """Settings whose tokenizer is read from a file of `candidates`."""
+    if data.tokenizer_type == PAIR_TYPE:
+        merges = str(file.with_name(MERGES))
+        return replace(data, tokenizer_model=None, vocab_file=str(file), merge_file=merges)
+    return replace(data, tokenizer_model=str(file), vocab_file=None, merge_file=None)
 
 
 def settings_for(data: DataConfig, files: Iterable[Path]) -> DataConfig | None:
@@ -127,5 +147,6 @@ def settings_for(data: DataConfig, files: Iterable[Path]) -> DataConfig | None:
         data: settings of the run that saved the checkpoint, with the type of its tokenizer.
         files: the tokenizer files of the checkpoint.
     """
-    file = next((file for kind, file in candidates(files) if kind == data.tokenizer_type), None)
-    return None if file is None else replace(data, tokenizer_model=str(file))
+    known = data.tokenizer_type
+    file = next((file for kind, file in candidates(files, known) if kind == known), None)
+    return None if file is None else with_file(data, file)

@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_moe.errors import UsageError
 from megatron_moe.tokenizer.base import NO_ID, Tokenizer
+from megatron_moe.tokenizer.files import MERGES, VOCAB
 
 END = "<|endoftext|>"
 
@@ -47,6 +48,10 @@ class Gpt2BpeTokenizer(Tokenizer):
         self.eod, self.pad, self.unk = vocabulary[END], NO_ID, NO_ID
         content = json.dumps([sorted(vocabulary.items()), merges])
         self.identity = hashlib.sha256(b"gpt2 bpe" + content.encode()).hexdigest()
+        self.files = {
+            VOCAB: Path(vocab_file).read_bytes(),
+            MERGES: Path(merge_file).read_bytes(),
+        }
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of ``text``, without `eod`."""

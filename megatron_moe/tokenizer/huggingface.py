@@ -22,6 +22,7 @@ USUAL_NAMES = {
     "eos_token": ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]"),
     "pad_token": ("<pad>", "[PAD]"),
     "unk_token": ("<unk>", "[UNK]"),
+    "bos_token": (),
 }
 """Names to look for, by role; the first one in the vocabulary is used."""
 
@@ -67,7 +68,8 @@ class HuggingFaceTokenizer(Tokenizer):
         self.vocab_size = max(self._vocabulary.values()) + 1
         self.extra_ids = count_sentinels(self._model.id_to_token, self.vocab_size)
         names = _configured_names(file)
-        self.eod, self.pad, self.unk = (self._special(role, names) for role in USUAL_NAMES)
+        roles = (self._special(role, names) for role in USUAL_NAMES)
+        self.eod, self.pad, self.unk, self.bos = roles
         if self.eod == NO_ID:
             raise self._without_end(path, file, names.get("eos_token"))
         self.identity = hashlib.sha256(content + b"%d" % self.eod).hexdigest()

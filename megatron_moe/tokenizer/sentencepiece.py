@@ -56,6 +56,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._model.pad_id(),
             self._model.unk_id(),
         )
+        self.bos = self._model.bos_id()
         if self.eod < 0:
             raise UsageError("--tokenizer-model", path, "a model with an end-of-sequence piece")
         self.extra_ids = count_sentinels(self._model.id_to_piece, self.vocab_size)

@@ -22,7 +22,7 @@ from megatron_moe.checkpoint.metadata import CONFIG, STATE
 from megatron_moe.checkpoint.select import FIXES
 from megatron_moe.config import CheckpointConfig, DataConfig, RunConfig
 from megatron_moe.errors import CheckpointError, UsageError, with_fixes
-from megatron_moe.tokenizer.files import NAMES, TYPES, files_of, settings_for
+from megatron_moe.tokenizer.files import NAMES, PAIR_TYPE, TYPES, files_of, settings_for
 
 VOCABULARY = (
     *("vocab_size", "vocab_extra_ids", "make_vocab_size_divisible_by", "padded_vocab_size"),
@@ -133,7 +133,9 @@ def with_checkpoint_tokenizer(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """
     data = config.data
     unnamed = _is_unnamed(data)
-    without_file = data.tokenizer_type in TYPES.values() and data.tokenizer_model is None
+    with_file = (*TYPES.values(), PAIR_TYPE)
+    files = (data.tokenizer_model, data.vocab_file, data.merge_file)
+    without_file = data.tokenizer_type in with_file and files == (None, None, None)
     if not unnamed and not without_file:
         return config, []
     saved = read_settings(config.checkpoint)
@@ -153,5 +155,5 @@ def with_checkpoint_tokenizer(config: RunConfig) -> tuple[RunConfig, list[str]]:
         tokenizer_model=theirs.tokenizer_model,
         **values,
     )
-    named = theirs.tokenizer_model or theirs.tokenizer_type
+    named = theirs.tokenizer_model or theirs.vocab_file or theirs.tokenizer_type
     return replace(config, data=data), [f" tokenizer of the checkpoint: {named}"]

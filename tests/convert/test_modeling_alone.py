@@ -69,7 +69,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         byte_fallback=False,
         hard_vocab_limit=False,
     )
-    config = replace(CONFIG, model=replace(CONFIG.model, max_position_embeddings=64))
+    data = replace(CONFIG.data, tokenizer_type="SentencePieceTokenizer")
+    config = replace(CONFIG, model=replace(CONFIG.model, max_position_embeddings=64), data=data)
     model = replace(model_of(config), tokenizer_files=(path / "mine.model",))
     write(model, ConversionTarget(format="hf", path=path / "hf"), lambda _: None)
     return path / "hf"
@@ -119,7 +120,9 @@ def test_the_ends_of_texts_are_the_tokenizer_s(tmp_path: Path) -> None:
         bos_id=1,
         eos_id=2,
     )
-    model = replace(model_of(), tokenizer_files=(tmp_path / "tokenizer.model",))
+    data = replace(CONFIG.data, tokenizer_type="SentencePieceTokenizer")
+    model = model_of(replace(CONFIG, data=data))
+    model = replace(model, tokenizer_files=(tmp_path / "tokenizer.model",))
     write(model, ConversionTarget(format="hf", path=tmp_path / "hf"), lambda _: None)
     values = json.loads((tmp_path / "hf/config.json").read_text())
     ids = [values[f"{role}_token_id"] for role in ("pad", "bos", "eos")]

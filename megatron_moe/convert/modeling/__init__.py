@@ -12,6 +12,8 @@ from pathlib import Path
 _PARTS = ("configuration", "modeling", "experts", "tokenization")
 FILES = tuple(Path(__file__).with_name(f"{part}_openmoe.py") for part in _PARTS)
 """The files to copy."""
+TOKENIZATION = FILES[-1]
+"""The one with the tokenizer class, which imports none of the others."""
 AUTO_MAP = {
     "AutoConfig": "configuration_openmoe.OpenMoeConfig",
     "AutoModel": "modeling_openmoe.OpenMoeModel",

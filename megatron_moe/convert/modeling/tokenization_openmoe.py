@@ -20,19 +20,25 @@ class OpenMoeTokenizer(PreTrainedTokenizer):
     Args:
         vocab_file: `tokenizer.model`.
         spiece_file: the same file by T5's name, `spiece.model`.
+        bpe_file: the same file by XLM-R's name, `sentencepiece.bpe.model`.
         options: see `PreTrainedTokenizer`. Padding is on the left by default, as for generation.
     """
 
     vocab_files_names = {  # noqa: RUF012 a table that the base class reads
         "vocab_file": "tokenizer.model",
         "spiece_file": "spiece.model",
+        "bpe_file": "sentencepiece.bpe.model",
     }
     model_input_names = ("input_ids", "attention_mask")
 
     def __init__(
-        self, vocab_file: str | None = None, spiece_file: str | None = None, **options: Any
+        self,
+        vocab_file: str | None = None,
+        spiece_file: str | None = None,
+        bpe_file: str | None = None,
+        **options: Any,
     ) -> None:
-        self.vocab_file = vocab_file or spiece_file
+        self.vocab_file = vocab_file or spiece_file or bpe_file
         self.model = sentencepiece.SentencePieceProcessor(model_file=self.vocab_file)
         for role in ("unk", "bos", "eos", "pad"):
             number = getattr(self.model, f"{role}_id")()
