@@ -265,3 +265,54 @@ def test_a_row_in_pieces_is_the_whole_row(tmp_path: Path) -> None:
             cache = output.past_key_values
             found.append(output.logits)
         torch.testing.assert_close(torch.cat(found, 1), theirs(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pieces", [[11], [3, 3, 5]])
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_cache_of_fixed_size_is_the_whole_row(
+    tmp_path: Path, pieces: list[int], padding: int
+) -> None:
+    """Longer than the row, whole and in pieces, with and without padding before it."""
+    from transformers import StaticCache
+
+    export(tmp_path / "hf", CONFIG)
+    theirs, found, end = load(tmp_path / "hf"), [], 0
+    cache = StaticCache(config=theirs.config, max_cache_len=16)
+    mask = torch.ones_like(TOKENS)
+    mask[:, :padding] = 0
+    with torch.no_grad():
+        for piece in TOKENS.split(pieces, dim=1):
+            end += piece.shape[1]
+            output = theirs(piece, attention_mask=mask[:, :end], past_key_values=cache)
+            found.append(output.logits)
+        whole = theirs(TOKENS[:, padding:]).logits
+    torch.testing.assert_close(torch.cat(found, 1)[:, padding:], whole, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_on_several_devices_get_what_they_share() -> None:
+    """As `accelerate` moves the arguments of a layer; the losses are on the mask's device."""
+    from accelerate.utils import send_to_device
+
+    from megatron_moe.convert.modeling.configuration_openmoe import OpenMoeConfig
+    from megatron_moe.convert.modeling.experts_openmoe import router_losses
+    from megatron_moe.convert.modeling.modeling_openmoe import Step
+
+    x, cache = torch.ones(2), object()
+    step: Any = Step(x, x, None, 3, x, cache, False)
+    moved = send_to_device((x, step), "meta")[1]
+    assert {each.device.type for each in (moved.cos, moved.sin, moved.valid)} == {"meta"}
+    assert (moved.mask, moved.past, moved.cache, step.cos.device.type) == (None, 3, cache, "cpu")
+    valid = torch.ones(2, 3, dtype=torch.bool, device="meta")
+    losses = router_losses(OpenMoeConfig(num_experts=4), (torch.ones(6, 4),), valid)
+    assert {each.device.type for each in losses} == {"meta"}
+
+
+def test_values_given_to_from_pretrained_are_checked(tmp_path: Path) -> None:
+    export(tmp_path / "hf", CONFIG)
+    said = r"moe_capacity in config.json must be 'dropless' or 'eval' or 'train' \(got 'evaluation'"
+    with pytest.raises(ValueError, match=said):
+        load(tmp_path / "hf", moe_capacity="evaluation")
+    theirs = load(tmp_path / "hf")
+    theirs.config.moe_capacity = "evaluation"
+    with pytest.raises(ValueError, match=said):
+        theirs(TOKENS)

@@ -110,6 +110,14 @@ class OpenMoeConfig(PretrainedConfig):
         # After the base class, which has defaults of its own for some of these.
         for name, value in own.items():
             setattr(self, name, value)
+        self.check()
+
+    def check(self) -> None:
+        """Check the fields of `KNOWN`; `from_pretrained` sets values after the constructor.
+
+        Raises:
+            ValueError: a value that the network does not implement.
+        """
         for name, known in KNOWN.items():
             found = getattr(self, name, known[0])
             if found not in known:

@@ -27,6 +27,21 @@ def full_precision(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+class OpenMoeRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) in fp32, cast back, times a learned scale."""
+
+    def __init__(self, width: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., width] -> [.., width]."""
+        y = full_precision(x)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.epsilon)
+        return y.to(x.dtype) * self.weight
+
+
 def gated(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """The gated activation, [.., F]; with `swiglu` the gate is [a | b] of width 2F."""
     if act == "silu":
@@ -215,7 +230,7 @@ def router_losses(
     valid_RT1 = valid_BS.reshape(rows, -1, 1)
     tokens_R1 = valid_RT1.sum(dim=1).clamp(min=1)
     balance = z_loss = valid_BS.new_zeros((), dtype=torch.float32)
-    for logits_TE in logits:
+    for logits_TE in (each.to(valid_BS.device) for each in logits):  # layers on several devices
         probs_TE = logits_TE.softmax(dim=-1)
         chosen_TE = torch.zeros_like(probs_TE)
         chosen_TE.scatter_(1, choices(probs_TE, config.router_topk)[1], 1.0)

@@ -18,7 +18,7 @@ M key and value heads, D head width, T = B S tokens row by row, E experts, V voc
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from .configuration_openmoe import OpenMoeConfig
 from .experts_openmoe import (
     OpenMoeExperts,
     OpenMoeMLP,
+    OpenMoeRMSNorm,
     OpenMoeSparseMLP,
     capacity_group,
     full_precision,
@@ -73,20 +74,12 @@ class Step:
     weights: bool
     """Whether to return attention probabilities."""
 
-
-class OpenMoeRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) in fp32, cast back, times a learned scale."""
-
-    def __init__(self, width: int, epsilon: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.epsilon = epsilon
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., width] -> [.., width]."""
-        y = full_precision(x)
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.epsilon)
-        return y.to(x.dtype) * self.weight
+    def to(self, device: Any, **options: Any) -> Step:
+        """A copy on a device: `accelerate` calls it where layers are on several."""
+        names = ("cos", "sin", "mask", "valid")  # the cache places each layer's part itself
+        found = {name: getattr(self, name) for name in names}
+        moved = {n: None if x is None else x.to(device, **options) for n, x in found.items()}
+        return replace(self, **moved)
 
 
 def rotate(x_BNSD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -127,9 +120,9 @@ class OpenMoeAttention(nn.Module):
         query, key = rotate(query, step.cos, step.sin), rotate(key, step.cos, step.sin)
         if step.cache is not None:
             key, value = step.cache.update(key, value, self.layer_idx)
-        if step.mask is None:  # a cache of fixed size is longer than what it holds
-            used = step.past + query.shape[2]
-            key, value = key[:, :, :used], value[:, :, :used]
+        # A cache of fixed size is longer than what it holds.
+        used = step.past + query.shape[2] if step.mask is None else step.mask.shape[-1]
+        key, value = key[:, :, :used], value[:, :, :used]
         if self.groups > 1:
             key = key.repeat_interleave(self.groups, dim=1)
             value = value.repeat_interleave(self.groups, dim=1)
@@ -230,6 +223,7 @@ class OpenMoeModel(OpenMoePreTrainedModel):
 
     def __init__(self, config: OpenMoeConfig) -> None:
         super().__init__(config)
+        config.check()
         self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout_rate)
         layers = range(config.num_hidden_layers)
@@ -279,6 +273,7 @@ class OpenMoeModel(OpenMoePreTrainedModel):
                 capacity.
         """
         config = self.config
+        config.check()  # once more: its values can be set at any time
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x_BSH = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -471,7 +466,7 @@ class OpenMoeForCausalLM(OpenMoePreTrainedModel, GenerationMixin):  # type: igno
             if attention_mask is not None and attention_mask.dim() == 2:
                 valid = attention_mask[:, -x_BSH.shape[1] :].bool()
             losses = router_losses(self.config, found.router_logits, valid)
-            output.aux_loss, output.router_z_loss = losses
+            output.aux_loss, output.router_z_loss = (each.to(logits.device) for each in losses)
         if labels is not None:
             output.loss = self._loss(output, labels, bool(router), num_items_in_batch)
         return output.to_tuple() if return_dict is False else output
