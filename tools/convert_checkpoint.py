@@ -183,7 +183,8 @@ def check_sources(options: argparse.Namespace) -> None:
     for path in options.load:
         found = weights_in(path)
         actual = None if found is None else found.format.split()[0]
-        if found is not None and actual in FORMATS and actual != options.source:
+        actual = "megatron" if actual == "torch_dist" else actual
+        if found is not None and actual in SOURCES and actual != options.source:
             expected = f"{actual} for {path}, {found.described}"
             raise UsageError("--from", options.source, expected)
 
@@ -234,7 +235,7 @@ def verify_sources(options: argparse.Namespace) -> None:
     """
     for path in options.load:
         with tqdm(unit="B", unit_scale=True, desc="verifying the source") as bar:
-            line = verify_source(options.source, path, bar.update)
+            line = verify_source(options.source, path, bar.update, options.ckpt_step)
         print(f"verified: {line}")
 
 

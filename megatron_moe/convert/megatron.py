@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_moe.checkpoint.disk import read_json
 from megatron_moe.config import RunConfig
 from megatron_moe.convert.hf_files import check_no_extra
-from megatron_moe.convert.megatron_config import megatron_config
+from megatron_moe.convert.megatron_config import check_same_network, megatron_config
 from megatron_moe.convert.model import LazyTensor, LogicalModel
 from megatron_moe.convert.pickled import attributes
 from megatron_moe.convert.torch_dist import COMMON, METADATA, StoredTensor, open_tensors, read_saved
@@ -68,7 +68,8 @@ def read_megatron(
     Args:
         directory: the checkpoints of a run, or the folder of one iteration.
         step: iteration, by default the tracker's.
-        config: the model, in place of the arguments that the checkpoint records.
+        config: the model, if the checkpoint records no arguments, or for another way of training;
+            recorded arguments must describe the same network.
 
     Raises:
         UsageError: another format, a damaged file, or a model that this project does not have.
@@ -77,7 +78,9 @@ def read_megatron(
     common = _common(folder)
     if config is None:
         config = megatron_config(_arguments(common, folder), str(folder / COMMON))
-    stored = {n: t for n, t in open_tensors(folder).items() if not _NO_MODEL.search(n)}
+    elif common.get("args") is not None:
+        check_same_network(_arguments(common, folder), str(folder / COMMON), config)
+    stored = model_tensors(folder)
     reader = _Reader(str(folder), config, stored)
     embedding = reader.whole(_WHOLE["embedding.weight"])
     vocab_size = embedding.shape[0]
@@ -92,8 +95,17 @@ def read_megatron(
         config=config,
         vocab_size=vocab_size,
         tensors=tensors,
-        step=iteration if type(iteration) is int and iteration >= 0 else 0,
+        step=iteration if type(iteration) is int and 0 <= iteration < 10**12 else 0,
     )
+
+
+def model_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """The tensors of the model by name, without those of optimizer and random states.
+
+    Raises:
+        Corrupt: the index is missing or damaged.
+    """
+    return {n: t for n, t in open_tensors(folder).items() if not _NO_MODEL.search(n)}
 
 
 def checkpoint_folder(directory: Path, step: int | None = None) -> Path:

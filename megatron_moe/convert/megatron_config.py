@@ -6,11 +6,13 @@ the flag. Arguments that do not change the network (layouts, fusions, learning r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_moe.config import ModelConfig, MoEConfig, RunConfig
+from megatron_moe.config import ModelConfig, MoEConfig, RunConfig, moe_layer_pattern
+from megatron_moe.convert.hf_files import MANY, SIZE
 from megatron_moe.convert.pickled import describe
 from megatron_moe.errors import CheckpointError
 
@@ -67,6 +69,26 @@ _EXPERTS: dict[str, _Only] = {
     "moe_shared_expert_gate": _OFF,
     "moe_apply_probs_on_input": _OFF,
 }
+_LARGEST = 1e300
+"""Upper bound of numbers, which an integer in a pickle may exceed."""
+_SAME_MODEL = {
+    # Fields of the model, and the arguments that they come from.
+    "num_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "key_value_heads": "num_query_groups",
+    "kv_channels": "kv_channels",
+    "rotary_base": "rotary_base",
+    "norm_epsilon": "norm_epsilon",
+    "ffn_variant": "swiglu",
+    "qk_layernorm": "qk_layernorm",
+    "untie_embeddings_and_output_weights": "untie_embeddings_and_output_weights",
+    "softmax_scale": "softmax_scale",
+}
+_SAME_EXPERTS = {
+    "num_experts": "num_experts",
+    "moe_router_topk": "moe_router_topk",
+    "moe_router_type": "moe_router_pre_softmax",
+}
 _BALANCING = ("aux_loss", "seq_aux_loss", "none")
 
 
@@ -85,7 +107,9 @@ class Arguments:
     def error(self, name: str, expected: str, reason: str = "") -> CheckpointError:
         """The error for the value of an argument."""
         value = self.values.get(name)
-        plain = isinstance(value, bool | int | float | str | list | tuple | None)
+        plain = isinstance(value, bool | float | str | None) or (
+            type(value) is int and abs(value) < SIZE
+        )
         found = value if plain else describe(value)
         what = f"--{name.replace('_', '-')} in {self.source}"
         return CheckpointError(what, found, expected, reason)
@@ -97,20 +121,21 @@ class Arguments:
                 expected = " or ".join(map(repr, rule.values))
                 raise self.error(name, expected, rule.reason)
 
-    def whole(self, name: str, default: int | None = None) -> int:
-        """A whole number >= 1; ``default`` if it is absent or `None`."""
+    def whole(self, name: str, default: int | None = None, most: int = SIZE) -> int:
+        """A whole number from 1 to ``most``; ``default`` if it is absent or `None`."""
         value = self.values.get(name)
         value = default if value is None else value
-        if type(value) is not int or value < 1:
-            raise self.error(name, "a whole number >= 1")
+        if type(value) is not int or not 1 <= value <= most:
+            raise self.error(name, f"a whole number from 1 to {most}")
         return value
 
     def number(self, name: str, default: float) -> float:
-        """A number >= 0; ``default`` if it is absent or `None`."""
+        """A finite number >= 0; ``default`` if it is absent or `None`."""
         value = self.values.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise self.error(name, "a number >= 0")
+        plain = isinstance(value, int | float) and not isinstance(value, bool)
+        if not plain or not 0 <= value < math.inf or value > _LARGEST:
+            raise self.error(name, "a finite number >= 0")
         return float(value)
 
 
@@ -126,7 +151,7 @@ def megatron_config(values: Mapping[str, Any], source: str) -> RunConfig:
     """
     args = Arguments(values, source)
     args.require(_ONLY)
-    layers, heads = args.whole("num_layers"), args.whole("num_attention_heads")
+    layers, heads = (args.whole(name, most=MANY) for name in ("num_layers", "num_attention_heads"))
     hidden = args.whole("hidden_size")
     grouped = bool(values.get("group_query_attention"))
     groups = args.whole("num_query_groups", heads) if grouped else heads
@@ -160,9 +185,39 @@ def megatron_config(values: Mapping[str, Any], source: str) -> RunConfig:
     return replace(run, model=model, moe=moe)
 
 
+def check_same_network(values: Mapping[str, Any], source: str, config: RunConfig) -> None:
+    """Require that a given configuration computes what the arguments describe.
+
+    Only training may differ: how the load of experts is balanced, capacities, coefficients. Sizes
+    that the shapes of the tensors tell are compared with those.
+
+    Args:
+        values: attributes of `args`.
+        source: the file, for messages.
+        config: the configuration in place of the arguments.
+
+    Raises:
+        CheckpointError: an argument has another value, or this project has no such model.
+    """
+    training = {"moe_router_load_balancing_type": "none", "moe_expert_capacity_factor": None}
+    described = megatron_config({**values, **training}, source)
+    tables: list[tuple[Any, Any, dict[str, str]]] = [(described.model, config.model, _SAME_MODEL)]
+    layers = described.model.num_layers
+    if any(moe_layer_pattern(described.moe.moe_layer_freq, layers)):
+        tables.append((described.moe, config.moe, _SAME_EXPERTS))
+    for ours, given, table in tables:
+        for name, flag in table.items():
+            if getattr(ours, name) != getattr(given, name):
+                expected = f"that of --config, where {name} is {getattr(given, name)}"
+                raise Arguments(values, source).error(flag, expected)
+
+
 def _experts(args: Arguments, model: ModelConfig) -> MoEConfig:
     args.require(_EXPERTS)
-    experts, topk = args.whole("num_experts"), args.whole("moe_router_topk", 2)
+    experts, topk = (
+        args.whole(name, default, MANY)
+        for name, default in (("num_experts", None), ("moe_router_topk", 2))
+    )
     normalised = not args.values.get("moe_router_pre_softmax")
     if normalised and topk == 1:
         reason = "every weight would be 1, whatever the router's logits"
@@ -174,7 +229,9 @@ def _experts(args: Arguments, model: ModelConfig) -> MoEConfig:
         expected = f"one of {', '.join(_BALANCING)}"
         raise args.error("moe_router_load_balancing_type", expected, reason)
     factor = args.values.get("moe_expert_capacity_factor")
-    capacity = None if factor is None else args.number("moe_expert_capacity_factor", 1.0)
+    # Megatron-Core's configuration takes a negative factor as none.
+    dropless = factor is None or (isinstance(factor, int | float) and factor < 0)
+    capacity = None if dropless else args.number("moe_expert_capacity_factor", 1.0)
     policy = args.values.get("moe_token_drop_policy", "probs")
     if policy not in ("probs", "position"):
         raise args.error("moe_token_drop_policy", "probs or position")

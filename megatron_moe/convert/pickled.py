@@ -9,6 +9,7 @@ library's `pickletools`, which disassembles without executing.
 from __future__ import annotations
 
 import pickletools
+import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ class Name:
         return f"{self.module}.{self.name}"
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Built:
     """An object that was not built.
 
@@ -45,15 +46,19 @@ class Built:
     items: list[Any] = field(default_factory=list)
     pairs: dict[Any, Any] = field(default_factory=dict)
 
-    def __str__(self) -> str:
-        return f"an object of {self.of}"
+    def __repr__(self) -> str:
+        # Without the arguments, which may be nested to any depth.
+        return f"an object of {self.of if isinstance(self.of, Name) else type(self.of).__name__}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Persistent:
     """A persistent id, with which PyTorch refers to the storage of a tensor."""
 
     id: Any
+
+    def __repr__(self) -> str:
+        return "a persistent id"
 
 
 _MARK = object()
@@ -74,6 +79,10 @@ _VALUES = {
     *("SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 }
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+_ARGUMENTS = 64
+"""Most arguments of an object; they are copied, and a stream may use the same ones many times."""
+_KEYS = (str, bytes, int, float, type(None), Name, Built, Persistent)
+"""Types of keys and of members of sets, alone or in a tuple."""
 
 
 class _Machine:
@@ -114,11 +123,10 @@ class _Machine:
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(self.memo[int(argument)])
         elif name in ("TUPLE", "LIST", "FROZENSET"):
-            kind: Any = {"TUPLE": tuple, "LIST": list, "FROZENSET": frozenset}[name]
+            kind: Any = {"TUPLE": tuple, "LIST": list, "FROZENSET": _members}[name]
             stack.append(kind(self.above_mark()))
         elif name == "DICT":
-            values = self.above_mark()
-            stack.append(dict(zip(values[::2], values[1::2], strict=True)))
+            stack.append(_pairs(self.above_mark()))
         else:
             self.container(name, argument)
 
@@ -130,17 +138,21 @@ class _Machine:
             _extend(stack[-1], values)
         elif name in ("SETITEM", "SETITEMS"):
             values = self.pop(2) if name == "SETITEM" else self.above_mark()
-            _update(stack[-1], dict(zip(values[::2], values[1::2], strict=True)))
+            _update(stack[-1], _pairs(values))
         elif name == "GLOBAL":
             module, _, attribute = argument.partition(" ")
             stack.append(Name(module, attribute))
         elif name == "STACK_GLOBAL":
             module, attribute = self.pop(2)
-            stack.append(Name(str(module), str(attribute)))
+            if not isinstance(module, str) or not isinstance(attribute, str):
+                raise ValueError("a stream that refers to something without a name")
+            stack.append(Name(module, attribute))
         elif name in ("REDUCE", "NEWOBJ"):
             stack.append(Built(*self.pop(2)))
         elif name == "NEWOBJ_EX":
             of, args, named = self.pop(3)
+            if not isinstance(args, tuple) or len(args) > _ARGUMENTS:
+                raise ValueError(f"a stream with the arguments {describe(args)}")
             stack.append(Built(of, (*args, named)))
         elif name == "BUILD":
             (state,) = self.pop(1)
@@ -153,11 +165,31 @@ class _Machine:
             raise ValueError(f"a stream with the opcode {name}")
 
 
+def _hashable(value: Any) -> Any:
+    """A key or a member of a set.
+
+    The hash of a tuple follows its nesting, which a stream may make deeper than the interpreter's
+    stack, and wider than any time by using the same tuple twice in the next.
+    """
+    inner = value if isinstance(value, tuple) else (value,)
+    if not all(isinstance(part, _KEYS) for part in inner):
+        raise ValueError(f"a stream with the key {describe(value)}")
+    return value
+
+
+def _members(values: list[Any]) -> frozenset[Any]:
+    return frozenset(map(_hashable, values))
+
+
+def _pairs(values: list[Any]) -> dict[Any, Any]:
+    return dict(zip(map(_hashable, values[::2]), values[1::2], strict=True))
+
+
 def _extend(target: Any, values: list[Any]) -> None:
     if isinstance(target, list):
         target.extend(values)
     elif isinstance(target, set):
-        target.update(values)
+        target.update(_members(values))
     elif isinstance(target, Built):
         target.items.extend(values)
     else:
@@ -227,5 +259,8 @@ def describe(value: Any) -> str:
     """What a value is, in a few words, for messages."""
     if isinstance(value, Built | Name):
         return str(value)
-    text = repr(value)
+    try:
+        text = reprlib.repr(value)  # bounded in depth and length
+    except ValueError:  # an integer with more digits than Python prints
+        text = f"a value of the type {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."

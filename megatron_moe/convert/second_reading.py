@@ -2,13 +2,15 @@
 
 What a reader gets wrong (zeros for a chunk that is missing, say) it gets wrong twice, and comparing
 its own results finds nothing. These readers share nothing with those of the conversion: safetensors
-by header and raw bytes, zarr arrays by JSON, gzip and NumPy. They are slow and plain.
+by header and raw bytes, zarr arrays by JSON, gzip and NumPy, chunks of Megatron-LM by PyTorch.
+They are slow and plain.
 """
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import zlib
@@ -22,6 +24,7 @@ from torch import Tensor
 
 from megatron_moe.checkpoint.index import block_key
 from megatron_moe.convert.hf_files import open_files
+from megatron_moe.convert.megatron import checkpoint_folder, model_tensors
 from megatron_moe.convert.model import LazyTensor, LogicalModel
 from megatron_moe.convert.t5x import t5x_name
 from megatron_moe.convert.t5x_arrays import array_folder, open_array
@@ -113,6 +116,7 @@ def raw_zarr(folder: Path, transposed: bool) -> LazyTensor:
 
 
 SAFETENSORS = "by safetensors header and raw bytes"
+CHUNKS = "by PyTorch's weights-only loader"
 ZARR = "chunk by chunk with gzip and NumPy"
 
 
@@ -157,13 +161,14 @@ def verify_result(
     return f"{len(tensors)} tensors of {where}, read {how}, equal those of {model.source} (SHA-256)"
 
 
-def verify_source(format_name: str, path: Path, progress: Progress) -> str:
+def verify_source(format_name: str, path: Path, progress: Progress, step: int | None = None) -> str:
     """Compare what the conversion's reader sees in a source with a second reading.
 
     Args:
         format_name: one of `formats.SOURCES`.
         path: directory of the checkpoint.
         progress: called with the bytes of each tensor.
+        step: iteration of a Megatron-LM checkpoint, by default the tracker's.
 
     Returns:
         What was compared with what, in a line.
@@ -191,7 +196,7 @@ def verify_source(format_name: str, path: Path, progress: Progress) -> str:
             f"{len(first)} tensors of {path}, read by safetensors, equal those read {SAFETENSORS}"
         )
     if format_name == "megatron":
-        return f"chunks of {path} have the CRC-32 of their zip records"
+        return _verify_chunks(checkpoint_folder(path, step), progress)
     return f"files of {path} have the SHA-256 of its manifest.json"
 
 
@@ -202,6 +207,39 @@ def _weight_files(path: Path) -> list[Path]:
         names = json.loads(index.read_text())["weight_map"].values()
         return [path / name for name in sorted(set(names))]
     return [single] if single.is_file() else []
+
+
+def _verify_chunks(folder: Path, progress: Progress) -> str:
+    """Compare each chunk of a Megatron-LM model with what PyTorch's weights-only loader reads.
+
+    Where a chunk lies in the files and in its tensor is known from `.metadata` alone, for both.
+    """
+    tensors = model_tensors(folder)
+    count = 0
+    for name, stored in tensors.items():
+        for chunk in stored.chunks:
+            what = f"{name} in {chunk.file}"
+            with chunk.file.open("rb") as stream:
+                stream.seek(chunk.start)
+                data = io.BytesIO(stream.read(chunk.length))
+            try:
+                second = torch.load(data, map_location="cpu", weights_only=True).detach()
+            except Exception as error:  # a damaged or hostile file may raise anything
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                raise Corrupt(what, reason, "readable a second time") from None
+            ends = (offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
+            first = stored.read(list(zip(chunk.offsets, ends, strict=True)))
+            if first.dtype != second.dtype or _raw(first) != _raw(second):
+                raise Corrupt(what, "other values", "the same in both readings")
+            progress(first.numel() * first.element_size())
+            count += 1
+    return (
+        f"{count} chunks of {len(tensors)} tensors of {folder}, mapped, equal those read {CHUNKS}"
+    )
+
+
+def _raw(tensor: Tensor) -> bytes:
+    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def compare(

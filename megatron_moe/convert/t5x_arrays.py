@@ -112,17 +112,36 @@ def check_chunks(folder: Path) -> None:
     counts = [-(-n // c) for n, c in zip(head["shape"], head["chunks"], strict=True)]
     separator = head.get("dimension_separator", ".")
     present = {file.relative_to(folder).as_posix() for file in folder.rglob("*")}
-    places = itertools.product(*map(range, counts))
-    names = (separator.join(map(str, place)) or "0" for place in places)
-    missing = [name for name in names if name not in present]
+    # Metadata may name more chunks than memory holds: those that exist are counted.
+    missing = prod(counts) - sum(_is_chunk(name, counts, separator) for name in present)
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        found = f"without {missing[0]}{more}"
+        names = (_chunk_name(number, counts, separator) for number in itertools.count())
+        first = next(name for name in names if name not in present)
+        found = f"without {first}{f' and {missing - 1} more' if missing > 1 else ''}"
         expected = f"an array with all its {prod(counts)} chunks"
         fix = "copy the array again"
         if head.get("fill_value") is not None:
             fix += "; chunks of its fill value may never have been written"
         raise Corrupt(str(folder), found, expected, fix)
+
+
+def _chunk_name(number: int, counts: list[int], separator: str) -> str:
+    """Name of the file of a chunk, by its number in C order."""
+    places = []
+    for count in reversed(counts):
+        number, place = divmod(number, count)
+        places.append(str(place))
+    return separator.join(reversed(places)) or "0"
+
+
+def _is_chunk(name: str, counts: list[int], separator: str) -> bool:
+    """Whether a file is a chunk of an array with these numbers of chunks."""
+    places = name.split(separator) if counts else []
+    if len(places) != len(counts) or not all(p.isdecimal() and len(p) < 20 for p in places):
+        return not counts and name == "0"
+    if any(int(place) >= count for place, count in zip(places, counts, strict=True)):
+        return False
+    return (separator.join(str(int(place)) for place in places) or "0") == name
 
 
 def read_head(folder: Path) -> dict[str, Any]:
@@ -136,13 +155,15 @@ def read_head(folder: Path) -> dict[str, Any]:
         head = json.loads(file.read_text())
         sizes = [*head["shape"], *head["chunks"]]
         if len(head["shape"]) != len(head["chunks"]) or not all(
-            type(size) is int and size > 0 for size in sizes
+            type(size) is int and 0 < size < 1 << 62 for size in sizes
         ):
             raise ValueError("shape and chunks do not agree")
+        if len(sizes) > 128 or head.get("dimension_separator", ".") not in (".", "/"):
+            raise ValueError("an array of more dimensions, or another separator, than zarr has")
     except FileNotFoundError:
         found = "without .zarray" if folder.is_dir() else "missing"
         raise Corrupt(str(folder), found, "a zarr array", "copy the array again") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise Corrupt(str(file), str(error), "the JSON file of a zarr array") from None
     return dict(head)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -38,6 +39,15 @@ _STORAGES = {
 _LOCAL_HEADER = 30
 """Bytes of a zip's local header before the name; lengths of name and extra field end it."""
 _READ = 16 << 20
+_DIMENSIONS = 64
+"""Most dimensions of a tensor in PyTorch."""
+_ELEMENTS = 1 << 62
+"""Upper bound of the elements of a tensor, which 64 bits can count."""
+_DAMAGE = (
+    *(OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, RuntimeError),
+    *(ValueError, LookupError, TypeError, AttributeError, OverflowError),
+)
+"""What damaged zip files and pickles raise: RuntimeError for encryption and unknown compression."""
 
 
 @dataclass(frozen=True)
@@ -104,17 +114,20 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     except FileNotFoundError:
         found = f"without {METADATA}, as copied with `cp {folder.name}/*`"
         raise Corrupt(str(folder), found, "a whole checkpoint", f"copy {METADATA} too") from None
+    except OSError as error:
+        raise Corrupt(str(source), str(error), "a readable file") from None
     sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
     try:
         metadata = attributes(content, "Metadata")
         places = _places(folder, metadata["storage_data"])
         tensors = {
-            name: _stored(name, attributes(entry, "TensorStorageMetadata"), places)
+            name: _stored(_text(name), attributes(entry, "TensorStorageMetadata"), places)
             for name, entry in metadata["state_dict_metadata"].items()
             if describe(entry).endswith(".TensorStorageMetadata")
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Corrupt(str(source), str(error), "metadata of torch.distributed.checkpoint") from None
+    except _DAMAGE as error:
+        expected = "metadata of torch.distributed.checkpoint"
+        raise Corrupt(str(source), _reason(error), expected) from None
     for tensor in tensors.values():
         for chunk in tensor.chunks:
             size = sizes.get(chunk.file.name)
@@ -132,12 +145,13 @@ def _places(folder: Path, storage: Mapping[Any, Any]) -> dict[tuple[str, tuple[i
         if index.get("offset") is None:
             continue  # no tensor
         if info.get("transform_descriptors"):
-            raise ValueError(f"{index['fqn']} compressed by {info['transform_descriptors']}")
-        file, start, length = info["relative_path"], info["offset"], info["length"]
+            by = describe(info["transform_descriptors"])
+            raise ValueError(f"{describe(index['fqn'])} compressed by {by}")
+        file, name = _text(info["relative_path"]), _text(index["fqn"])
         if Path(file).name != file:
-            raise ValueError(f"the file {file!r}")
-        offsets = _size(index["offset"])
-        places[index["fqn"], offsets] = Chunk(offsets, (), folder / file, int(start), int(length))
+            raise ValueError(f"the file {describe(file)}")
+        offsets, (start, length) = _size(index["offset"]), _size((info["offset"], info["length"]))
+        places[name, offsets] = Chunk(offsets, (), folder / file, start, length)
     return places
 
 
@@ -150,17 +164,88 @@ def _stored(
         offsets, sizes = _size(found["offsets"]), _size(found["sizes"])
         place = places[name, offsets]
         chunks.append(Chunk(offsets, sizes, place.file, place.start, place.length))
-    stored = sum(prod(chunk.sizes) for chunk in chunks)
+    _check_cover(name, shape, chunks)
+    return StoredTensor(name, shape, _dtype(entry["properties"]), tuple(chunks))
+
+
+def _check_cover(name: str, shape: tuple[int, ...], chunks: Sequence[Chunk]) -> None:
+    """Require that every element of a tensor lies in exactly one chunk.
+
+    Chunks within the tensor that do not overlap and have as many elements as it cover it.
+
+    Raises:
+        ValueError: a chunk reaches beyond the tensor, two overlap, or elements are missing.
+    """
+    if prod(shape) > _ELEMENTS or max(shape, default=0) > _ELEMENTS:
+        raise ValueError(f"{name} of the shape {describe(shape)}")
+    for chunk in chunks:
+        ranks = {len(shape), len(chunk.offsets), len(chunk.sizes)}
+        ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=False)]
+        if len(ranks) > 1 or any(end > size for end, size in zip(ends, shape, strict=True)):
+            raise ValueError(f"{name} {list(shape)} with a chunk {_extent(chunk)}")
+    filled = [chunk for chunk in chunks if prod(chunk.sizes)]
+    stored = sum(prod(chunk.sizes) for chunk in filled)
     if stored != prod(shape):
         raise ValueError(f"{name} with {stored} of {prod(shape)} elements")
-    return StoredTensor(name, shape, _dtype(entry["properties"]), tuple(chunks))
+    overlap = None if _is_grid(shape, filled) else _overlap(filled)
+    if overlap is not None:
+        one, other = map(_extent, overlap)
+        raise ValueError(f"{name} with chunks that overlap, {one} and {other}")
+
+
+def _extent(chunk: Chunk) -> str:
+    """Its range in each dimension, `[0:4, 0:8]`."""
+    ends = (f"{o}:{o + n}" for o, n in zip(chunk.offsets, chunk.sizes, strict=False))
+    return f"[{', '.join(ends)}]"
+
+
+def _is_grid(shape: tuple[int, ...], chunks: Sequence[Chunk]) -> bool:
+    """Whether the chunks are different cells of a grid, which is quick to see for thousands."""
+    if len({chunk.offsets for chunk in chunks}) < len(chunks):
+        return False
+    for dimension, size in enumerate(shape):
+        starts = sorted({chunk.offsets[dimension] for chunk in chunks})
+        ends = dict(zip(starts, [*starts[1:], size], strict=False))
+        for chunk in chunks:
+            start = chunk.offsets[dimension]
+            if start + chunk.sizes[dimension] != ends[start]:
+                return False
+    return True
+
+
+def _overlap(chunks: Sequence[Chunk]) -> tuple[Chunk, Chunk] | None:
+    """Two chunks with a common element, if there are; each is compared with those after it."""
+    ordered = sorted(chunks, key=lambda chunk: chunk.offsets)
+    first = np.array([chunk.offsets for chunk in ordered], np.int64)
+    last = first + np.array([chunk.sizes for chunk in ordered], np.int64)
+    if not first.shape[1]:  # numbers without dimensions
+        return (ordered[0], ordered[1]) if len(ordered) > 1 else None
+    for place, chunk in enumerate(ordered):
+        near = slice(place + 1, np.searchsorted(first[:, 0], last[place, 0]))
+        common = (first[near] < last[place]) & (first[place] < last[near])
+        if common.all(axis=1).any():
+            return chunk, ordered[place + 1 + int(common.all(axis=1).argmax())]
+    return None
+
+
+def _text(value: Any) -> str:
+    """A name of a tensor or a file."""
+    if not isinstance(value, str):
+        raise ValueError(f"{describe(value)} in place of a name")
+    return value
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an error."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _size(value: Any) -> tuple[int, ...]:
     """`torch.Size((2, 3))`."""
     named = isinstance(value, Built) and value.of == Name("torch", "Size")
     sizes = value.args[0] if named else value
-    if not isinstance(sizes, tuple) or not all(type(n) is int and n >= 0 for n in sizes):
+    plain = isinstance(sizes, tuple) and len(sizes) <= _DIMENSIONS
+    if not plain or not all(type(n) is int and n >= 0 for n in sizes):
         raise ValueError(f"{describe(value)} in place of a shape")
     return sizes
 
@@ -183,9 +268,12 @@ def read_saved(file: Path) -> Any:
     """
     try:
         with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
-            return read_pickle(_record(archive, "data.pkl"), str(file))
-    except (OSError, zipfile.BadZipFile, KeyError) as error:
-        raise Corrupt(str(file), str(error), "a zip file of torch.save") from None
+            size = stream.seek(0, io.SEEK_END)
+            return read_pickle(_record(archive, _info(archive, "data.pkl"), size), str(file))
+    except Corrupt:
+        raise
+    except _DAMAGE as error:
+        raise Corrupt(str(file), _reason(error), "a zip file of torch.save") from None
 
 
 def read_tensor(file: Path, start: int, length: int, where: str, check: bool) -> Tensor:
@@ -206,11 +294,13 @@ def read_tensor(file: Path, start: int, length: int, where: str, check: bool) ->
             window = io.BufferedReader(_Window(stream, start, length))
             with zipfile.ZipFile(window) as archive:
                 key, dtype, offset, size, stride = _view(
-                    read_pickle(_record(archive, "data.pkl"), where)
+                    read_pickle(_record(archive, _info(archive, "data.pkl"), length), where)
                 )
                 order = next((n for n in archive.namelist() if n.endswith("/byteorder")), None)
-                if order is not None and archive.read(order) != b"little":
-                    raise ValueError(f"the byte order {archive.read(order)!r}")
+                if order is not None:
+                    found = _record(archive, archive.getinfo(order), length)
+                    if found != b"little":
+                        raise ValueError(f"the byte order {describe(found)}")
                 info = _info(archive, f"data/{key}")
                 if info.compress_type != zipfile.ZIP_STORED:
                     raise ValueError("compressed numbers")
@@ -228,8 +318,10 @@ def read_tensor(file: Path, start: int, length: int, where: str, check: bool) ->
         # Copy on write, since PyTorch warns of memory that cannot be written to; none is.
         raw = np.memmap(file, np.uint8, "c", first, (info.file_size,))
         return torch.from_numpy(raw).view(dtype).as_strided(size, stride, offset)
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError, struct.error) as error:
-        raise Corrupt(where, str(error), "a tensor of torch.save") from None
+    except Corrupt:
+        raise
+    except _DAMAGE as error:
+        raise Corrupt(where, _reason(error), "a tensor of torch.save") from None
 
 
 def _view(value: Any) -> tuple[str, torch.dtype, int, tuple[int, ...], tuple[int, ...]]:
@@ -244,9 +336,10 @@ def _view(value: Any) -> tuple[str, torch.dtype, int, tuple[int, ...], tuple[int
     _, kind, key = storage.id[:3]
     if not isinstance(kind, Name) or kind.name not in _STORAGES:
         raise ValueError(f"numbers of {describe(kind)}")
-    if type(offset) is not int or offset < 0 or len(_size(size)) != len(_size(stride)):
+    sizes, strides = _size(size), _size(stride)
+    if type(offset) is not int or offset < 0 or len(sizes) != len(strides):
         raise ValueError("shape and strides that do not agree")
-    return str(key), _STORAGES[kind.name], offset, size, stride
+    return _text(key), _STORAGES[kind.name], offset, sizes, strides
 
 
 def _info(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
@@ -255,8 +348,12 @@ def _info(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
     return archive.getinfo(f"{folder}/{name}")
 
 
-def _record(archive: zipfile.ZipFile, name: str) -> bytes:
-    return archive.read(_info(archive, name))
+def _record(archive: zipfile.ZipFile, info: zipfile.ZipInfo, most: int) -> bytes:
+    """The contents of a record, of at most the bytes of the file: PyTorch compresses nothing."""
+    if info.compress_type != zipfile.ZIP_STORED or info.file_size > most:
+        found = f"{info.file_size} bytes, {info.compress_size} compressed, in a file of {most}"
+        raise ValueError(f"{describe(info.filename)} with {found}")
+    return archive.read(info)
 
 
 class _Window(io.RawIOBase):

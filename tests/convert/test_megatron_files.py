@@ -15,8 +15,10 @@ import torch
 
 from megatron_moe.checkpoint.directory import latest_step
 from megatron_moe.convert.formats import read
-from megatron_moe.convert.megatron_config import megatron_config
+from megatron_moe.convert.megatron_config import check_same_network, megatron_config
 from megatron_moe.convert.pickled import Built, Name, attributes, read_pickle
+from megatron_moe.convert.second_reading import verify_source
+from megatron_moe.convert.torch_dist import StoredTensor
 from megatron_moe.errors import UsageError
 from tests.convert.megatron_ranks import ITERATION, MODEL, arguments, save_checkpoint
 from tests.support.pool import Pool
@@ -114,6 +116,57 @@ def test_a_checkpoint_without_arguments_needs_a_configuration(
     assert main([*words, "--config", str(tmp_path / "config.json"), "--dry-run"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("rotary_interleaved", True, "--rotary-interleaved in "),
+        ("moe_router_score_function", "sigmoid", "--moe-router-score-function in "),
+        ("rotary_base", 5000, "must be that of --config, where rotary_base is 1000"),
+        ("norm_epsilon", 1e-6, "must be that of --config, where norm_epsilon is 1e-05"),
+        ("moe_router_topk", 1, "must be that of --config, where moe_router_topk is 2"),
+        ("moe_router_load_balancing_type", "sinkhorn", ""),
+    ],
+)
+def test_arguments_are_checked_beside_a_configuration(name: str, value: Any, said: str) -> None:
+    values = vars(arguments(MODEL, tied=False))
+    config = megatron_config(values, "x")
+    if not said:
+        check_same_network({**values, name: value}, "x", config)
+        return
+    with pytest.raises(UsageError, match=said):
+        check_same_network({**values, name: value}, "x", config)
+
+
+def test_reading_with_a_configuration_checks_the_arguments(found: Path) -> None:
+    config = read("megatron", found).config
+    args = arguments(MODEL, tied=False)
+    args.rotary_percent = 0.5
+    torch.save({"args": args, "iteration": 3}, found / STEP / "common.pt")
+    with pytest.raises(UsageError, match="--rotary-percent in "):
+        read("megatron", found, config=config)
+
+
+def test_a_wrong_reading_is_noticed_by_the_second(
+    found: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = verify_source("megatron", found, lambda _: None, ITERATION)
+    assert "by PyTorch's weights-only loader" in said
+    monkeypatch.setattr(
+        StoredTensor, "_values", lambda self, chunk: torch.zeros(chunk.sizes, dtype=self.dtype)
+    )
+    with pytest.raises(UsageError, match="the same in both readings"):
+        verify_source("megatron", found, lambda _: None)
+
+
+@pytest.mark.parametrize("source", ["hf", "t5x"])
+def test_another_format_names_this_one(
+    found: Path, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"--from {source} --load {found} --to native --save {found.parent}/out".split()
+    assert main(words) == 2
+    assert f"--from must be megatron for {found}" in capsys.readouterr().err
+
+
 UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "normalization": ("LayerNorm", "--normalization in x must be 'RMSNorm' (got 'LayerNorm')"),
     "swiglu": (False, "--swiglu in x must be True"),
@@ -132,8 +185,14 @@ UNSUPPORTED: dict[str, tuple[Any, str]] = {
     "moe_shared_expert_gate": (True, "--moe-shared-expert-gate in x must be"),
     "moe_router_load_balancing_type": ("sinkhorn", "must be one of aux_loss, seq_aux_loss, none"),
     "moe_layer_freq": ([1], "must be a number, or a list of 2 zeros and ones"),
-    "hidden_size": (None, "--hidden-size in x must be a whole number >= 1 (got None)"),
-    "norm_epsilon": (Name("os", "getcwd"), "must be a number >= 0 (got 'os.getcwd')"),
+    "hidden_size": (
+        None,
+        "--hidden-size in x must be a whole number from 1 to 2147483648 (got None)",
+    ),
+    "num_layers": (10**7, "--num-layers in x must be a whole number from 1 to 65536"),
+    "kv_channels": (2**70, "--kv-channels in x must be a whole number from 1 to"),
+    "rotary_base": (float("inf"), "--rotary-base in x must be a finite number >= 0"),
+    "norm_epsilon": (Name("os", "getcwd"), "must be a finite number >= 0 (got 'os.getcwd')"),
 }
 
 
@@ -152,6 +211,8 @@ def test_capacity_and_coefficients_have_megatrons_units() -> None:
     moe = megatron_config(values, "x").moe
     assert (moe.moe_capacity_rule, moe.moe_token_drop_policy) == ("megatron", "probs")
     assert (moe.moe_expert_capacity_factor, moe.moe_eval_capacity_factor) == (1.5, 1.5)
+    negative = megatron_config(values | {"moe_expert_capacity_factor": -1.0}, "x").moe
+    assert negative.moe_expert_capacity_factor is None  # as TransformerConfig takes it
     assert (moe.moe_loss_convention, moe.moe_aux_loss_coeff) == ("megatron", 0.01)
 
 
@@ -194,7 +255,9 @@ def test_nothing_in_a_checkpoint_is_executed(
     args.hidden_size = Trap(mark)
     torch.save({"args": args}, found / STEP / "common.pt")
     # Protocol 2 of pickle names the module of Python 2, commands.check_call.
-    assert "must be a whole number >= 1 (got 'an object of " in error_of(found, capsys)
+    assert "must be a whole number from 1 to 2147483648 (got 'an object of " in error_of(
+        found, capsys
+    )
     torch.save({"args": Trap(mark)}, found / STEP / "common.pt")
     assert "check_call in place of Namespace" in error_of(found, capsys)
     assert not mark.exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from megatron_moe.convert import t5x_arrays
 from megatron_moe.convert.formats import ConversionTarget, read, write
 from megatron_moe.convert.model import of_tensor
+from megatron_moe.convert.t5x_arrays import check_chunks
 from megatron_moe.errors import UsageError
 from tests.convert.cases import CONFIG, model_of
 from tests.convert.test_formats import Silent, same
@@ -208,3 +210,15 @@ def test_chunks_of_zeros_are_written(tmp_path: Path) -> None:
     model.tensors[name] = of_tensor(torch.zeros(model.tensors[name].shape))
     write(model, ConversionTarget(format="t5x", path=tmp_path / "t5x"), Silent)
     same(read("t5x", tmp_path / "t5x", config=CONFIG), model)
+
+
+def test_metadata_of_more_chunks_than_memory_holds(tmp_path: Path) -> None:
+    head = {"shape": [10**9, 1, 3], "chunks": [1, 1, 2]}
+    for name in ("0.0.0", "0.0.1", "1.0.1", "1.0.2", "01.0.0", "x", "1.0"):
+        (tmp_path / name).touch()
+    (tmp_path / ".zarray").write_text(json.dumps(head))
+    with pytest.raises(UsageError, match=r"without 1\.0\.0 and 1999999996 more"):
+        check_chunks(tmp_path)
+    (tmp_path / ".zarray").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match="the JSON file of a zarr array"):
+        check_chunks(tmp_path)
