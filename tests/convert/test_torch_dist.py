@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def changed(file: Path, offset: int, value: bytes) -> None:
     file.write_bytes(data)
 
 
-DAMAGE = {
+DAMAGE: dict[str, Callable[[Path], None]] = {
     "an empty zip": lambda file: zipfile.ZipFile(file, "w").close(),
     "an unknown compression": lambda file: changed(file, 8, b"\x63\x00"),
     "deflate that is none": lambda file: changed(file, 8, b"\x08\x00"),
