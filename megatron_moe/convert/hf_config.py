@@ -293,7 +293,7 @@ def from_hf(values: dict[str, Any], source: str) -> tuple[RunConfig, int]:
     )
     moe = _experts(values, model, source)
     if OURS in values:
-        model, moe = _with_ours(values[OURS], model, moe, source)
+        model, moe = _with_ours(values, model, moe, source)
     return replace(run, model=model, moe=moe), whole_number(values, "vocab_size", source, most=SIZE)
 
 
@@ -370,13 +370,14 @@ def _check_known(values: dict[str, Any], source: str) -> None:
 
 
 def _with_ours(
-    ours: Any, model: ModelConfig, moe: MoEConfig, source: str
+    values: dict[str, Any], model: ModelConfig, moe: MoEConfig, source: str
 ) -> tuple[ModelConfig, MoEConfig]:
     """The settings under `OURS`, after checking that they agree with the other fields.
 
     Another program may have edited the file without knowing `OURS`; settings that contradict the
     fields it edited would silently undo the edit.
     """
+    ours = values[OURS]
     if not isinstance(ours, dict):
         raise CheckpointError(f"{OURS} in {source}", type(ours).__name__, "an object")
     run = RunConfig.from_dict(ours, source)
@@ -391,6 +392,12 @@ def _with_ours(
     if pattern != moe_layer_pattern(moe.moe_layer_freq, model.num_layers):
         what = f"moe_layer_freq under {OURS} in {source}"
         raise CheckpointError(what, run.moe.moe_layer_freq, moe.moe_layer_freq)
+    written = _expert_fields(run)
+    for name in _PUBLISHED:
+        if values.get(name, written[name]) != written[name]:
+            what = f"{name} in {source}"
+            expected = f"{written[name]!r} as under {OURS}"
+            raise CheckpointError(what, values[name], expected, "change both")
     return run.model, run.moe
 
 
@@ -400,6 +407,7 @@ _MODEL_FIELDS = (
     "ffn_hidden_size",
     "num_attention_heads",
     "kv_channels",
+    "max_position_embeddings",
     "key_value_heads",
     "rotary_base",
     "norm_epsilon",
@@ -411,3 +419,10 @@ _MODEL_FIELDS = (
     "scale_tied_logits",
 )
 _MOE_FIELDS = ("num_experts", "moe_router_topk", "moe_shared_expert_placement")
+_PUBLISHED = (
+    "router_capacity_factor_train",
+    "router_capacity_factor_eval",
+    "router_min_capacity",
+    "router_drop_tks",
+)
+"""Fields compared as they are written, since several settings can give one value."""

@@ -226,6 +226,10 @@ def _edit(path: Path, **changes: Any) -> None:
         ({"architectures": ["MixtralForCausalLM"]}, "architectures"),
         ({"num_experts": 8}, "num_experts under megatron_moe"),
         ({"rms_norm_eps": 0.5}, "norm_epsilon under megatron_moe"),
+        ({"max_position_embeddings": 128}, "max_position_embeddings under megatron_moe"),
+        ({"router_capacity_factor_train": 1.5}, "router_capacity_factor_train .* as under megat"),
+        ({"router_capacity_factor_eval": 3.0}, "router_capacity_factor_eval .* as under megatron_"),
+        ({"router_min_capacity": 7}, "router_min_capacity .* as under megatron_moe"),
     ],
 )
 def test_another_configuration_is_refused(
