@@ -109,12 +109,12 @@ def pretrain(config: RunConfig, notes: Sequence[str] = ()) -> None:
     run = prepare_run(phase.config, phase.plan, ctx, chunks, vocab_size)
 
     iteration = resume.state.iteration
-    reporter = build_reporter(config, schedule.iterations, ctx.rank, iteration)
+    reporter = build_reporter(schedule.config, schedule.iterations, ctx.rank, iteration)
     reporter.start(run, schedule, dataloaders.current, resume.state)
     for line in [*notes, *warnings, *resume_lines(schedule, resume)]:
         reporter.log(line)
     load_run(run, dataloaders.current, schedule, resume)
-    checkpoints = CheckpointManager(config, ctx, reporter.log, tokenizer.files)
+    checkpoints = CheckpointManager(schedule.config, ctx, reporter.log, tokenizer.files)
     summary = Trainer(
         run=run,
         schedule=schedule,

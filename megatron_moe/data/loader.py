@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_moe.data.batch import PLANES, Batch
 from megatron_moe.data.causal import Sample
-from megatron_moe.platform.signals import exit_signals_blocked
+from megatron_moe.platform.signals import end_workers_at_exit, exit_signals_blocked
 
 Packed = npt.NDArray[np.int32]
 """A micro-batch [P, B, S]: tokens, labels, a mask of 0 and 1, then the extra planes."""
@@ -93,6 +93,7 @@ class _Loader(DataLoader[Packed]):
     """A loader whose workers do not receive the signals that ask the run to exit."""
 
     def __iter__(self) -> Any:
+        end_workers_at_exit()
         with exit_signals_blocked():  # starts the workers
             return super().__iter__()
 

@@ -9,6 +9,9 @@ parent.
 
 from __future__ import annotations
 
+import atexit
+import functools
+import multiprocessing
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,3 +33,22 @@ def exit_signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@functools.cache
+def end_workers_at_exit() -> None:
+    """Let the worker processes of this one end with it; calls after the first do nothing.
+
+    At its exit Python sends SIGTERM to the worker processes that are left, as after an error in the
+    middle of a step, and waits for them. Those that were started under `exit_signals_blocked` never
+    receive it, and the rank would wait for ever.
+    """
+    # Runs before Python's own, which was registered earlier.
+    atexit.register(_kill_workers)
+
+
+def _kill_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch reports every worker that is killed
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()

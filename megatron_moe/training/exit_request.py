@@ -82,7 +82,9 @@ class ExitRequest:
             return
         signal.signal(self._number, self._before)
         signal.set_wakeup_fd(self._wakeup_before)
-        self._sender.close()  # ends the thread
+        # Ends the thread, also where workers that were forked later have the socket as well.
+        self._sender.shutdown(socket.SHUT_WR)
+        self._sender.close()
         self._thread.join()
 
     def _install(self, number: signal.Signals) -> None:

@@ -76,3 +76,24 @@ def test_a_signal_to_every_process_saves_once(corpus, tmp_path, workers, flags):
     verify(tmp_path / "ckpt")
     _, alive = psutil.wait_procs(processes, timeout=60)
     assert not alive
+
+
+@pytest.mark.parametrize("flags", [[], ["--exit-signal-handler"]])
+def test_a_rank_that_fails_ends_although_its_workers_ignore_signals(corpus, tmp_path, flags):
+    """Python waits at its exit for worker processes, which it asks to end by SIGTERM."""
+    program = (
+        "import sys, pretrain_openmoe\n"
+        "from megatron_moe.training.trainer import Trainer\n"
+        "def fails(trainer): raise RuntimeError('in the middle of a step')\n"
+        "Trainer.report = fails\n"
+        "pretrain_openmoe.main(sys.argv[1:])\n"
+    )
+    argv = [*MODEL, "--data-path", corpus, "--train-iters", "8", "--log-interval", "2", *flags]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *argv, "--num-workers", "1", "--device-peak-tflops", "1"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert (done.returncode, "in the middle of a step" in done.stderr) == (1, True)

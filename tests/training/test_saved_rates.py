@@ -32,8 +32,9 @@ def test_the_rates_and_the_length_of_the_decay_are_the_saved_ones(
     pool, corpus, tmp_path: Path, length: str
 ) -> None:
     rates_of(pool, corpus, tmp_path, f"{length} {FIRST} --exit-interval 4")
-    resumed = f"--load {tmp_path} --train-iters 10 {THEN}"
-    found = rates_of(pool, corpus, tmp_path, f"{resumed} {FLAG}")
+    resumed = f"--load {tmp_path} --train-iters 10 {THEN} {FLAG}"
+    rates_of(pool, corpus, tmp_path, f"{resumed} --exit-interval 6")
+    found = rates_of(pool, corpus, tmp_path, resumed)  # what the second start saved, in turn
     # 8e-3 * (1 - n / 8) after n steps; the floor of the first run, 0, from its end on.
     expected = [8e-3, 7e-3, 6e-3, 5e-3, 4e-3, 3e-3, 2e-3, 1e-3, 0.0, 0.0]
     assert list(found.values()) == pytest.approx(expected, abs=1e-12)

@@ -16,7 +16,7 @@ from megatron_moe.parallel.collectives import RankGroup
 from megatron_moe.training import exit_request as module
 from megatron_moe.training.exit_request import ExitRequest
 from megatron_moe.training.trainer import Trainer
-from tests.faults.killing import fork
+from tests.faults.killing import fork, start_fork
 from tests.training.tiny import MODEL, pretrain_rank
 
 EP2 = ["--expert-model-parallel-size", "2", "--use-distributed-optimizer"]
@@ -132,6 +132,17 @@ def test_processes_of_a_rank_still_end_by_it():
     finally:
         request.close()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_close_does_not_wait_for_processes_that_were_forked_later():
+    def body() -> None:
+        request = _request()
+        child = start_fork(lambda: time.sleep(60))
+        request.close()
+        os.kill(child, signal.SIGKILL)
+        os._exit(9)
+
+    assert fork(body) == 9
 
 
 def test_a_run_exits_when_its_time_is_over(pool, corpus, tmp_path):
