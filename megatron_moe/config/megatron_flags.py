@@ -37,6 +37,8 @@ class Entry:
     """What runs instead of an accepted flag that sets nothing."""
     sets: str = ""
     """Words of this program that mean the same, `{}` for the value."""
+    yields_to: tuple[str, ...] = ()
+    """Flags beside which `sets` has no effect."""
     reason: str = ""
     """Why the flag is an error."""
     unsaid: str = ""

@@ -98,7 +98,8 @@ def translate(given: Sequence[Given], flags: Mapping[str, Any]) -> Translation:
             rejected.setdefault(entry.reason, []).append(item)
         else:
             means = entry.sets.format(" ".join(item.values))
-            words.extend(means.split(" ", 1) if means else ())
+            if not any(other.flag in entry.yields_to for other in given):
+                words.extend(means.split(" ", 1) if means else ())
             accepted.setdefault(entry.here or means, []).append(item.text)
     errors.extend(_rejected(items, reason, flags) for reason, items in rejected.items())
     return Translation(words=tuple(words), accepted=accepted, errors=tuple(errors))

@@ -171,3 +171,11 @@ def test_slips_of_one_letter_are_suggested() -> None:
                     total += 1
                     right += closest(slip, flags) == flag
     assert right > 0.93 * total
+
+
+def test_normalised_weights_do_not_depend_on_the_order_of_the_words() -> None:
+    """A softmax over all experts, normalised over the chosen ones, is one over the chosen ones."""
+    words = ["--norm-topk-prob", "--moe-router-pre-softmax"]
+    for line in (words, words[::-1]):
+        assert parse_args(line).config.moe.moe_router_type == "topk_softmax"
+    assert parse_args(words[1:]).config.moe.moe_router_type == "softmax"

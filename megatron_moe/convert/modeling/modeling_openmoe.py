@@ -78,7 +78,9 @@ class Step:
         """A copy on a device: `accelerate` calls it where layers are on several."""
         names = ("cos", "sin", "mask", "valid")  # the cache places each layer's part itself
         found = {name: getattr(self, name) for name in names}
-        moved = {n: None if x is None else x.to(device, **options) for n, x in found.items()}
+        moved: dict[str, Any] = {
+            n: None if x is None else x.to(device, **options) for n, x in found.items()
+        }
         return replace(self, **moved)
 
 
