@@ -1,9 +1,9 @@
 """Files of each format read a second time by other code, so that `--verify` notices bad readings.
 
 What a reader gets wrong (zeros for a chunk that is missing, say) it gets wrong twice, and comparing
-its own results finds nothing. These readers are other code than those of the conversion: safetensors
-by header and raw bytes, zarr arrays by JSON, gzip and NumPy, chunks of Megatron-LM by PyTorch (their
-places are those of `.metadata` in both readings). They are slow and plain.
+its own results finds nothing. These readers are other code than those of the conversion:
+safetensors by header and raw bytes, zarr arrays by JSON, gzip and NumPy, chunks of Megatron-LM by
+PyTorch (their places are those of `.metadata` in both readings). They are slow and plain.
 """
 
 from __future__ import annotations
