@@ -141,7 +141,8 @@ def test_bounds_hold_in_a_configuration_file(
     name: str, value: float, valid: bool, tmp_path: Path
 ) -> None:
     path = tmp_path / "config.json"
-    content = [1, 1, value] if name == "rampup_batch_size" else value
+    lists = {"rampup_batch_size": [1, 1, value], "profile_ranks": [value]}
+    content = lists.get(name, value)
     path.write_text(json.dumps({SECTION[name]: {name: content}}))
     check_case(parse_args(["--config", str(path)]).config, name, valid)
 
