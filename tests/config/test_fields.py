@@ -144,7 +144,7 @@ def test_bounds_hold_in_a_configuration_file(
     lists = {"rampup_batch_size": [1, 1, value], "profile_ranks": [value]}
     content = lists.get(name, value)
     path.write_text(json.dumps({SECTION[name]: {name: content}}))
-    check_case(parse_args(["--config", str(path)]).config, name, valid)
+    check_case(RunConfig.load(path), name, valid)  # as `--config` does
 
 
 def test_presets_are_in_range() -> None:
