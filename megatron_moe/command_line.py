@@ -95,7 +95,7 @@ class Parser(argparse.ArgumentParser):
             self._end(UsageError(_name(action), value, expected))
 
     def _unknown_flags(self, words: Sequence[str]) -> Iterator[str]:
-        """The flags that this parser does not have, as argparse tells flags from values."""
+        """The flags that this parser does not have, as argparse distinguishes flags from values."""
         for word in words:
             if word == "--":
                 return

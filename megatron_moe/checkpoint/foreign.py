@@ -1,6 +1,6 @@
 """What weights lie in a directory that is not the checkpoint directory of a run.
 
-Told by names alone, and the first bytes of `.bin` files: nothing is opened that could run code or
+Recognized by names, and the first bytes of `.bin` files: nothing is opened that could run code or
 take long. It serves two purposes: an error that says what was found and what to give instead, and a
 run with `--allow-missing-load`, which must not start from random weights beside weights.
 """

@@ -101,8 +101,8 @@ def load(options: LoadOptions) -> LoadedModel:
 def format_of(options: LoadOptions) -> str:
     """`native` or `hf`: a directory with a `config.json` is in the Hugging Face layout.
 
-    In a native checkpoint directory that file is in the directory of each step; one given by
-    mistake is read as native, for an error that says what to give.
+    In a native checkpoint directory that file is in the directory of each step; one given in
+    its place is read as native, for an error that says what to give.
     """
     if options.format != "auto":
         return options.format

@@ -57,7 +57,7 @@ class ExitRequest:
     ) -> None:
         self._ranks, self._number, self._minutes = ranks, number, minutes
         self._saving, self._file = saving, file
-        self._noted: float | None = None
+        self._noted = False
         if number is not None:
             self._install(number)
 
@@ -69,7 +69,7 @@ class ExitRequest:
         late = self._minutes is not None and _minutes_since_start() >= self._minutes
         # One rank looks: a thousand would ask a shared file system after every step.
         exists = self._file is not None and self._ranks.rank == 0 and os.path.exists(self._file)
-        noted, late_ranks, seen = self._ranks.all_reduce_sum(self._noted is not None, late, exists)
+        noted, late_ranks, seen = self._ranks.all_reduce_sum(self._noted, late, exists)
         if noted and self._number is not None:
             return self._number.name
         if seen:
@@ -101,8 +101,7 @@ class ExitRequest:
         os.register_at_fork(after_in_child=lambda: _leave(this()))
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
-        if self._noted is None:
-            self._noted = time.monotonic()
+        self._noted = True
 
     def _watch(self) -> None:
         first = None

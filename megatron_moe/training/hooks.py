@@ -14,7 +14,7 @@ from megatron_moe.training.step_hook import Hook
 
 
 class ManualCollection(Hook):
-    """`--manual-gc`: Python's collector runs only when it is told to, on all ranks together.
+    """`--manual-gc`: Python's collector runs only when it is called, on all ranks together.
 
     Otherwise each rank collects when it has made so many objects, at another moment than the
     others, which then wait for it in the next collective.
