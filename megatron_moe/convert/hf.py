@@ -102,23 +102,16 @@ def read_hf(directory: Path) -> LogicalModel:
     """
     source = directory / CONFIG
     config, vocab_size = from_hf(read_json(source), str(source))
-    found = open_files(directory)
-    return LogicalModel(
-        source=str(directory),
-        config=config,
-        vocab_size=vocab_size,
-        tensors=read_tensors(directory, found, config, vocab_size),
-        tokenizer_files=files_in(directory),
-    )
+    return model_of(directory, open_files(directory), config, vocab_size)
 
 
-def read_tensors(
+def model_of(
     directory: Path, found: dict[str, LazyTensor], config: RunConfig, vocab_size: int
-) -> dict[str, LazyTensor]:
-    """The tensors of a model by logical name.
+) -> LogicalModel:
+    """The model of a checkpoint directory, with its tensors by logical name.
 
     Args:
-        directory: for messages.
+        directory: of the files; its tokenizer goes with the model.
         found: the tensors of its files, by their Hugging Face names.
         config: of the model.
         vocab_size: V.
@@ -143,7 +136,13 @@ def read_tensors(
             shapes = list(tensors[name].shape), str(list(parameter.shape))
             raise Corrupt(f"shape of {names[0]} in {directory}", *shapes)
     check_no_extra(directory, set(found) - used)
-    return tensors
+    return LogicalModel(
+        source=str(directory),
+        config=config,
+        vocab_size=vocab_size,
+        tensors=tensors,
+        tokenizer_files=files_in(directory),
+    )
 
 
 def _names(name: str, layout: ExpertLayout, experts: int) -> list[str]:

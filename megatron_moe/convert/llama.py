@@ -19,7 +19,7 @@ from typing import Any
 from megatron_moe.checkpoint.disk import read_json
 from megatron_moe.config import ModelConfig, MoEConfig, RunConfig, moe_layer_pattern
 from megatron_moe.config.fields import fields_of
-from megatron_moe.convert.hf import read_tensors
+from megatron_moe.convert.hf import model_of
 from megatron_moe.convert.hf_files import (
     CONFIG,
     SIZE,
@@ -32,7 +32,6 @@ from megatron_moe.convert.hf_files import (
 from megatron_moe.convert.model import LogicalModel
 from megatron_moe.errors import CheckpointError
 from megatron_moe.model.logical import expert_width, softmax_scale
-from megatron_moe.tokenizer.files import files_in
 
 _IGNORED = "rotary_emb.inv_freq"
 """A constant that older files contain for every layer."""
@@ -84,13 +83,7 @@ def read_architecture(directory: Path, name: str) -> LogicalModel:
     vocab_size = whole_number(values, "vocab_size", str(source), most=SIZE)
     if values.get("tie_word_embeddings"):
         found.pop("lm_head.weight", None)  # a second copy, which the classes ignore
-    return LogicalModel(
-        source=str(directory),
-        config=config,
-        vocab_size=vocab_size,
-        tensors=read_tensors(directory, found, config, vocab_size),
-        tokenizer_files=files_in(directory),
-    )
+    return model_of(directory, found, config, vocab_size)
 
 
 def configuration(values: dict[str, Any], architecture: Architecture, source: str) -> RunConfig:
