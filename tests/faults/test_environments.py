@@ -111,7 +111,7 @@ def test_single_node_scripts_need_no_host_name(tmp_path):
         "import torch.distributed as dist\n"
         "dist.init_process_group('gloo')\n"
         "dist.barrier()\n"
-        "print('world', dist.get_world_size())\n"
+        "print(f'world {dist.get_world_size()}\\n', end='', flush=True)\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", *options, str(program)],

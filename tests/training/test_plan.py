@@ -33,7 +33,7 @@ def test_lengths():
         ("--train-iters 3 --log-interval 0", "--log-interval"),
         ("--train-iters 3 --eval-interval 0", "--eval-interval"),
         ("--train-iters 3 --eval-iters -1", "--eval-iters"),
-        ("--train-iters 3 --exit-interval 0", "--exit-interval"),
+        ("--train-iters 3 --exit-interval -1", "--exit-interval"),
         ("--train-iters 3 --save-interval 2", "--save-interval"),
         ("--train-iters 3 --lr -1", "--lr"),
         ("--train-iters 3 --lr nan", "--lr"),

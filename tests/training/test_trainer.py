@@ -15,6 +15,7 @@ from megatron_moe.training.consumed import KEY
 from megatron_moe.training.phases import resolve_run_schedule
 from megatron_moe.training.resume import ResumePoint
 from megatron_moe.training.step import NonFiniteError, StepResult
+from megatron_moe.training.timing import StepTimers
 from megatron_moe.training.trainer import Trainer
 from tests.training.phase_tables import TABLE, schedule_of
 from tests.training.tiny import MODEL
@@ -34,6 +35,7 @@ class Collaborators:
             chunks=[],
             optimizer=None,
             ctx=SimpleNamespace(pgs=None),
+            timers=StepTimers(0),
             in_phase=self.in_phase,
         )
         self.saved: list[tuple[int, list[tuple[str, int]]]] = []
