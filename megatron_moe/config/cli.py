@@ -71,8 +71,8 @@ class Command:
     """Lines for the log: what the flags of Megatron-LM mean here."""
 
 
-InheritSettings = Callable[[RunConfig, RunConfig], RunConfig]
-"""Replaces settings by those of a checkpoint, for `--use-checkpoint-args`."""
+InheritSettings = Callable[[RunConfig, RunConfig], RunConfig | None]
+"""Replaces settings by those of a checkpoint, for `--use-checkpoint-args`; None without one."""
 
 
 def parse_args(
@@ -102,11 +102,12 @@ def parse_args(
     translation = translate(split(args), all_flags())
     if translation.errors:  # all of them are reported; no checkpoint is read before
         inherit = _keep
-    defaults = _defaults(list(translation.words), inherit)
-    options, errors = _parse_all(translation.words, defaults, prog)
+    base, inherited = _defaults(list(translation.words), inherit)
+    options, errors = _parse_all(translation.words, inherited or base, prog)
     flags = _flags_in([*args, *translation.words])
     by_megatron = options is not None and options.invocation.preset == megatron_preset.NAME
-    errors += megatron_preset.missing(flags) if by_megatron else ()
+    has_model = inherited is not None
+    errors += megatron_preset.missing(flags, has_model) if by_megatron else ()
     raise_errors([*translation.errors, *errors])
     if options.invocation.world_size is not None and options.invocation.describe is None:
         fix = "the launcher sets how many ranks a run has"
@@ -114,7 +115,7 @@ def parse_args(
         raise UsageError("--world-size", given, "used with --describe", fix)
     config = expand(options.shorthands, _config_of(options), _given(flags))
     return Command(
-        config=megatron_preset.completed(config, flags) if by_megatron else config,
+        config=megatron_preset.completed(config, flags, has_model) if by_megatron else config,
         describe=options.invocation.describe,
         world_size=options.invocation.world_size,
         notes=_notes(translation, flags),
@@ -218,8 +219,12 @@ def _keep(base: RunConfig, given: RunConfig) -> RunConfig:
     return base
 
 
-def _defaults(args: list[str], inherit: InheritSettings | None) -> RunConfig:
-    """The configuration that the other flags start from."""
+def _defaults(
+    args: list[str], inherit: InheritSettings | None
+) -> tuple[RunConfig, RunConfig | None]:
+    """The configuration that the other flags start from: without a checkpoint, and with its
+    settings, if the command line asks for them and there is one.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset", nargs="?")
     first.add_argument("--config", nargs="?")
@@ -229,14 +234,14 @@ def _defaults(args: list[str], inherit: InheritSettings | None) -> RunConfig:
     flag = flag_named("use_checkpoint_args")
     given = [group.flag for group in groups if group.flag in (flag, f"--no-{flag[2:]}")]
     if not given or given[-1] != flag:
-        return base
+        return base, None
     if inherit is None:
         raise UsageError(flag, True, "absent for this command")
     flags = {flag for name in _NAMES_OF_CHECKPOINT for flag in all_fields()[name].flags}
     flags |= {f"--no-{flag[2:]}" for flag in flags}
     words = [word for group in groups if group.flag in flags for word in group.words]
     options, _ = _parse(words, base, "")
-    return inherit(base, _config_of(options))
+    return base, inherit(base, _config_of(options))
 
 
 _NAMES_OF_CHECKPOINT = (

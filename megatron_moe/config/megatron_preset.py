@@ -9,6 +9,7 @@ Megatron-LM has none, the script must say what it wants. Some defaults follow fr
     --kv-channels                --hidden-size / --num-attention-heads
     --moe-eval-capacity-factor   --moe-expert-capacity-factor: there is one for both
     --moe-layer-freq             no MoE layer without --num-experts
+    --lr-decay-samples           --train-samples: a schedule in sequences
 
 Without the preset, `unsaid` lists the same differences. Source: arguments.py and
 transformer_config.py of Megatron-LM, core 0.16.1.
@@ -63,15 +64,8 @@ DEFAULTS = RunConfig(
 )
 """Megatron-LM's defaults that do not follow from other flags."""
 
-REQUIRED = (
-    "--num-layers",
-    "--hidden-size",
-    "--num-attention-heads",
-    "--max-position-embeddings",
-    "--seq-length",
-    "--micro-batch-size",
-    "--lr",
-)
+_SIZES = ("--num-layers", "--hidden-size", "--num-attention-heads", "--max-position-embeddings")
+REQUIRED = (*_SIZES, "--seq-length", "--micro-batch-size", "--lr")
 """Flags without a default in Megatron-LM."""
 
 _GATED = ("--swiglu", "--ffn-variant")
@@ -86,14 +80,21 @@ _DERIVED = {
 """Defaults that follow from others, in words."""
 
 
-def completed(config: RunConfig, given: Collection[str]) -> RunConfig:
+def completed(config: RunConfig, given: Collection[str], has_model: bool = False) -> RunConfig:
     """The configuration with the defaults that follow from other flags.
 
     Args:
         config: `DEFAULTS` with the flags of the command line.
         given: the flags of the command line, by this program's names and by Megatron-LM's.
-
+        has_model: whether the settings of the model are a checkpoint's (`--use-checkpoint-args`).
     """
+    samples, rate = config.train.train_samples, config.optimizer
+    if samples is not None and rate.lr_decay_iters is None and rate.lr_decay_samples is None:
+        config = replace(config, optimizer=replace(rate, lr_decay_samples=samples))
+    return config if has_model else _complete_model(config, given)
+
+
+def _complete_model(config: RunConfig, given: Collection[str]) -> RunConfig:
     model, moe = config.model, config.moe
     if "--ffn-hidden-size" not in given:
         model = replace(model, ffn_hidden_size=int(4 * model.hidden_size * 2 / 3) // 64 * 64)
@@ -106,14 +107,17 @@ def completed(config: RunConfig, given: Collection[str]) -> RunConfig:
     return replace(config, model=model, moe=moe)
 
 
-def missing(given: Collection[str]) -> Iterator[UsageError]:
+def missing(given: Collection[str], has_model: bool = False) -> Iterator[UsageError]:
     """An error for each flag that a script must give, with the preset.
 
-    Megatron-LM requires it as well, or has a default that is not built here.
+    Megatron-LM requires it as well, or has a default that is not built here. Arguments as of
+    `completed`: a checkpoint has all that makes a model.
     """
     for flag in REQUIRED:
-        if flag not in given:
+        if flag not in given and not (has_model and flag in _SIZES):
             yield UsageError(flag, None, f"given with --preset {NAME}, as in Megatron-LM")
+    if has_model:
+        return
     if not set(_GATED) & set(given):
         expected = f"given with --preset {NAME}"
         yield UsageError("--swiglu", None, expected, "Megatron-LM's default, GELU, is not built")
@@ -158,6 +162,9 @@ def _differs(given: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
                 yield known.flag, value, "required"
             elif value != other:
                 yield known.flag, value, other
+    of_samples = {"--train-samples", "--lr-decay-samples", "--lr-decay-iters"} & set(given)
+    if of_samples == {"--train-samples"}:
+        yield "--lr-decay-samples", "the learning rate counts steps", "--train-samples"
     for entry in entries():
         if entry.unsaid and not {entry.flags[0], *entry.unless} & set(given):
             yield entry.flags[0], " ".join(entry.values or ("given",)), entry.unsaid

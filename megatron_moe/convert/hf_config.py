@@ -82,7 +82,6 @@ def to_hf(
         "head_dim": model.kv_channels,
         "hidden_act": acts[model.ffn_variant],
         "attention_bias": False,
-        "attention_dropout": model.attention_dropout,
         "max_position_embeddings": model.max_position_embeddings,
         "rope_theta": model.rotary_base,
         "rope_scaling": None,
@@ -92,7 +91,6 @@ def to_hf(
         "pad_token_id": _PAD,
         "bos_token_id": _PAD,
         "eos_token_id": _EOS,
-        "dropout_rate": model.hidden_dropout,
         "layer_norm_epsilon": model.norm_epsilon,
         "initializer_range": 0.02,
         "pretraining_tp": 1,
@@ -101,7 +99,11 @@ def to_hf(
         "moe_capacity": "dropless",
     }
     ours = {section: config.to_dict()[section] for section in ("model", "moe")}
-    return {**values, **_expert_fields(config), **own, OURS: ours}
+    return {**values, **_dropouts(model), **_expert_fields(config), **own, OURS: ours}
+
+
+def _dropouts(model: ModelConfig) -> dict[str, Any]:
+    return {"attention_dropout": model.attention_dropout, "dropout_rate": model.hidden_dropout}
 
 
 def _expert_fields(config: RunConfig) -> dict[str, Any]:
@@ -392,7 +394,7 @@ def _with_ours(
     if pattern != moe_layer_pattern(moe.moe_layer_freq, model.num_layers):
         what = f"moe_layer_freq under {OURS} in {source}"
         raise CheckpointError(what, run.moe.moe_layer_freq, moe.moe_layer_freq)
-    written = _expert_fields(run)
+    written = {**_expert_fields(run), **_dropouts(run.model)}
     for name in _PUBLISHED:
         if values.get(name, written[name]) != written[name]:
             what = f"{name} in {source}"
@@ -424,5 +426,10 @@ _PUBLISHED = (
     "router_capacity_factor_eval",
     "router_min_capacity",
     "router_drop_tks",
+    "router_aux_loss_factor",
+    "router_z_loss_factor",
+    "z_loss_factor",
+    "attention_dropout",
+    "dropout_rate",
 )
 """Fields compared as they are written, since several settings can give one value."""

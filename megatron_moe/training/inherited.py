@@ -87,22 +87,24 @@ def _step(settings: CheckpointConfig) -> Path:
         return found[max(found)][-1]
 
 
-def with_checkpoint_args(base: RunConfig, given: RunConfig) -> RunConfig:
+def with_checkpoint_args(base: RunConfig, given: RunConfig) -> RunConfig | None:
     """The settings that other flags start from, with those of the model from the checkpoint.
+
+    None if there is no checkpoint, and none is needed.
 
     Args:
         base: of `--preset`, `--config`, or the defaults.
         given: the same with the flags of the command line that name checkpoint and tokenizer.
 
     Raises:
-        UsageError: there is no checkpoint, or the files to read are damaged, or the tokenizer is
-            neither recorded nor given.
+        UsageError: there must be a checkpoint, or the files to read are damaged, or the tokenizer
+            is neither recorded nor given.
     """
     if given.checkpoint.load is None:
         raise UsageError("--use-checkpoint-args", True, "used with --load")
     saved = read_settings(given.checkpoint)
     if saved is None:
-        return base
+        return None
     if not saved.tokenizer_hash and _is_unnamed(given.data):
         raise _no_tokenizer(saved)
     config = saved.config

@@ -21,6 +21,7 @@ from megatron_moe.config import RunConfig
 from megatron_moe.config.phases import RATES
 from megatron_moe.config.run import flag_of
 from megatron_moe.data.pipeline import Data
+from megatron_moe.errors import UsageError
 from megatron_moe.parallel.collectives import RankGroup
 from megatron_moe.tokenizer.base import vocabulary_of
 from megatron_moe.training.consumed import (
@@ -109,6 +110,9 @@ def with_saved_rates(
         resume: the checkpoint.
         world_size: ranks.
         padded_vocab_size: V.
+
+    Raises:
+        UsageError: the saved warm-up is a fraction of steps, and this run counts sequences.
     """
     config, before = schedule.config, resume.before
     if not config.checkpoint.use_checkpoint_opt_param_scheduler or before is None:
@@ -117,6 +121,11 @@ def with_saved_rates(
     rates = {name: getattr(saved, name) for name in (*RATES, "weight_decay")}
     if counts_samples(before):
         rates["lr_decay_samples"] = saved.lr_decay_samples or before.train.train_samples
+    elif saved.lr_warmup_fraction is not None and config.train.train_samples is not None:
+        expected = "unset: the warm-up of the checkpoint is a fraction of steps"
+        raise UsageError(
+            "--train-samples", config.train.train_samples, expected, "use --train-iters"
+        )
     elif saved.lr_decay_iters is None:
         batch = before.train.global_batch_size or schedule.phases[0].layout.global_batch_size
         rates["lr_decay_iters"] = resolve_plan(before, batch).rate.decay

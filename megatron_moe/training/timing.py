@@ -79,15 +79,19 @@ class StepTimers:
             return
         timer = self._timers(name, log_level=NAMES[name])
         timer.start(barrier=NAMES[name] == 1)
-        yield
-        timer.stop()
+        try:
+            yield
+        finally:
+            timer.stop()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Measure nothing that Megatron-Core does, e.g. in an evaluation."""
         self._set(None)
-        yield
-        self._set(self._timers)
+        try:
+            yield
+        finally:
+            self._set(self._timers)
 
     def collect(self, steps: int) -> Mapping[str, tuple[float, float]]:
         """Seconds of a step since the last call, by name: least and most over the ranks that

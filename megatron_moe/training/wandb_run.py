@@ -12,6 +12,9 @@ from megatron_moe.config import RunConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.training.sinks import BoardSink
 
+_AXIS = "iteration"
+"""Name of the metric that is the x-axis of the others."""
+
 
 def check_wandb() -> None:
     """Check that the package is installed, without importing it.
@@ -44,6 +47,9 @@ def wandb_directory(config: RunConfig) -> str:
 class WandbSink(BoardSink):
     """Logs to one run of a project; its configuration is that of `config.json`.
 
+    The axis is a metric of its own, `iteration`: W&B drops a value whose `step` is below that of
+    one before it, and the values of steps come after those of an evaluation between them.
+
     Args:
         config: of the run.
 
@@ -69,20 +75,22 @@ class WandbSink(BoardSink):
             fix = "WANDB_MODE=offline needs neither account nor network"
             found = f"{config.logging.wandb_project}: {reason}"
             raise UsageError("--wandb-project", found, "a project that can be used", fix) from None
+        self._run.define_metric(_AXIS)
+        self._run.define_metric("*", step_metric=_AXIS)
 
     def add(self, values: Mapping[str, float], iteration: int) -> None:
         """See `BoardSink.add`."""
-        self._run.log(dict(values), step=iteration)
+        self._run.log({**values, _AXIS: iteration})
 
     def add_bars(self, tag: str, values: Sequence[float], iteration: int) -> None:
         """Add a histogram whose bar e is the value of expert e."""
         edges = [e - 0.5 for e in range(len(values) + 1)]
         histogram = self._wandb.Histogram(np_histogram=(list(values), edges))
-        self._run.log({tag: histogram}, step=iteration)
+        self._run.log({tag: histogram, _AXIS: iteration})
 
     def add_text(self, tag: str, text: str, iteration: int) -> None:
         """See `BoardSink.add_text`."""
-        self._run.log({tag: text}, step=iteration)
+        self._run.log({tag: text, _AXIS: iteration})
 
     def close(self) -> None:
         """Write the run's file and, online, wait until everything is uploaded."""

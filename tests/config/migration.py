@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import re
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,7 +101,9 @@ def _values(made: dict[str, Row], number: int) -> Iterator[tuple[str, str]]:
 
 
 def _words(flag: str, value: str) -> list[str]:
-    return [flag, *value.split()]
+    """The words of a flag; a file whose name the list leaves out is `PLACEHOLDER`."""
+    takes_text = str in (all_flags().get(flag), *typing.get_args(all_flags().get(flag)))
+    return [flag, *(value.split() or ([PLACEHOLDER] if takes_text else []))]
 
 
 def _count(row: Row, value: str, error: str | None, number: int) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
+from megatron_moe.config import RunConfig
 from megatron_moe.config.cli import parse_args
 from megatron_moe.config.megatron_preset import DEFAULTS
-from megatron_moe.errors import UsageError
+from megatron_moe.config.presets import PRESETS
+from megatron_moe.errors import UsageError, UsageErrors
 
 SIZES = (
     "--num-layers 4 --hidden-size 256 --num-attention-heads 8 --max-position-embeddings 128 "
@@ -134,3 +137,26 @@ def test_one_flag_that_only_megatron_lm_has_is_enough_for_the_list(flag: str) ->
 def test_all_said_or_no_flag_of_megatron_lm_lists_nothing() -> None:
     assert parse_args(SIZES.split()).notes == ()
     assert parse_args(["--preset", "openmoe-tiny", "--use-mcore-models"]).notes[1:] == ()
+
+
+def test_a_checkpoint_has_the_sizes_that_a_script_leaves_unsaid() -> None:
+    """`--use-checkpoint-args`: nothing of the model is required, derived or replaced."""
+    rest = "--use-checkpoint-args --load ck --seq-length 64 --micro-batch-size 1 --lr 1"
+    line = (PRESET + rest).split()
+    saved = PRESETS["openmoe-8b-32e"]
+
+    def inherit(base: RunConfig, given: RunConfig) -> RunConfig:
+        return replace(base, model=saved.model, moe=saved.moe)
+
+    config = parse_args(line, inherit=inherit).config
+    assert (config.model, config.moe) == (saved.model, saved.moe)
+    with pytest.raises(UsageErrors, match="--num-layers must be given with --preset megatron"):
+        parse_args(line, inherit=lambda base, given: None)
+
+
+def test_with_train_samples_the_learning_rate_counts_sequences() -> None:
+    """Also without a length of its own, which matters with a ramp-up of the batch size."""
+    optimizer = parse_args((PRESET + SCRIPT + "--train-samples 800").split()).config.optimizer
+    assert (optimizer.lr_decay_samples, optimizer.lr_decay_iters) == (800, None)
+    notes = parse_args(["--train-samples", "800", "--use-mcore-models"]).notes
+    assert any("--lr-decay-samples: the learning rate counts steps" in line for line in notes)

@@ -28,7 +28,7 @@ from tests.training.tiny import MODEL, pretrain_rank
 ON = (
     "--log-params-norm --log-num-zeros-in-grad --timing-log-level 2 --log-timers-to-tensorboard "
     "--log-memory-to-tensorboard --tensorboard-log-interval 3 --tensorboard-queue-size 1 "
-    "--wandb-project moe --wandb-exp-name first --train-iters 8 --eval-iters 1 --eval-interval 8 "
+    "--wandb-project moe --wandb-exp-name first --train-iters 8 --eval-iters 1 --eval-interval 7 "
     "--split 80,20,0"
 )
 STEP_TIMERS = {
@@ -154,27 +154,36 @@ def wandb_records(path: str) -> Iterator[bytes]:
 
 
 def wandb_history(folder: Path) -> tuple[dict[int, dict[str, Any]], dict[str, Any]]:
-    """Points by step, and the configuration, from the file of an offline run."""
+    """Points by iteration, and the configuration, from the file of an offline run.
+
+    W&B drops a value whose step is below that of the value before it, as the points of steps are
+    after an evaluation between them. Its axis is therefore the metric `iteration`.
+    """
     from wandb.proto import wandb_internal_pb2
 
     (path,) = glob.glob(str(folder / "wb" / "wandb" / "offline-run-*" / "run-*.wandb"))
     points: dict[int, dict[str, Any]] = {}
     config: dict[str, Any] = {}
+    axes: dict[str, str] = {}
     for data in wandb_records(path):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.HasField("history"):
-            values = points.setdefault(record.history.step.num, {})
+            values: dict[str, Any] = {}
             for item in record.history.item:
                 *outer, last = item.nested_key or [item.key]
                 place = values
                 for key in outer:
                     place = place.setdefault(key, {})
                 place[last] = json.loads(item.value_json)
+            points.setdefault(values["iteration"], {}).update(values)
+        if record.HasField("metric") and record.metric.HasField("options"):
+            axes[record.metric.glob_name or record.metric.name] = record.metric.step_metric
         if record.HasField("run"):
             config |= {"project": record.run.project, "name": record.run.display_name}
             for item in record.run.config.update:
                 config[item.key or item.nested_key[0]] = json.loads(item.value_json)
+    assert axes["*"] == "iteration", axes
     return points, config
 
 

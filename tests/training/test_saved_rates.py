@@ -46,6 +46,17 @@ def test_without_the_flag_the_new_rates_take_effect(pool, corpus, tmp_path: Path
     assert found[5] == pytest.approx(1e-5 + (1e-4 - 1e-5) * 0.5)  # half of the decay, 3 to 5
 
 
+def test_a_warm_up_in_a_fraction_of_steps_is_not_taken_as_one_of_sequences(
+    pool, corpus, tmp_path: Path
+) -> None:
+    first = "--train-iters 8 --lr 8e-3 --lr-warmup-fraction 0.25 --lr-warmup-iters 0 "
+    rates_of(pool, corpus, tmp_path, first + "--exit-interval 4")
+    then = f"--lr 1 {FLAG} --train-samples 80 --load {tmp_path}".split()
+    ((code, _, error),) = pool.run(pretrain_rank, 1, argv=[*MODEL, "--data-path", corpus, *then])
+    assert code == 2
+    assert "--train-samples must be unset: the warm-up of the checkpoint" in error
+
+
 WRONG = {
     FLAG: "--use-checkpoint-opt-param-scheduler must be used with --load",
     f"{FLAG} --load x --finetune": "must be used without --finetune",
