@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None) -> Command:
     """Read the command line, and the checkpoint that it refers to for settings."""
 
-    def inherit(base: RunConfig, given: RunConfig) -> RunConfig:
+    def inherit(base: RunConfig, given: RunConfig) -> RunConfig | None:
         from megatron_moe.training.inherited import with_checkpoint_args
 
         return with_checkpoint_args(base, given)
