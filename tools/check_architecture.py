@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
 last four are leaves: only tools and `pretrain_openmoe` import them, except that `analysis` and
 `inference` read checkpoints of other formats with `convert`."""
 EVERYWHERE = {
-    *("errors", "files", "text", "console", "command_line"),
+    *("errors", "files", "text", "console", "command_line", "processes"),
     *("megatron_moe", "__version__"),
 }
 """What all of them may import, and which imports none of them."""

@@ -47,6 +47,9 @@ class DataConfig:
     """Map `.bin` files into memory instead of reading them."""
     num_workers: Annotated[int, NonNegative] = 1
     """Background threads or processes that prepare batches; 0 reads in the training process."""
+    data_loader_timeout: Annotated[float, NonNegative, OmittedAtDefault] = 300.0
+    """Seconds that a step waits for a micro-batch of these processes before the run is aborted;
+    0 waits for ever."""
     seq_length: Annotated[int, AtLeastOne] = 256
     """Tokens S of one sample."""
     tokenizer_type: Literal[

@@ -17,19 +17,27 @@ micro-batch.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import multiprocessing
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_moe.data.batch import PLANES, Batch
 from megatron_moe.data.causal import Sample
 from megatron_moe.platform.signals import end_workers_at_exit, exit_signals_blocked
+from megatron_moe.processes import end_with_parent
 
+_HELD = {psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP, psutil.STATUS_DISK_SLEEP}
 Packed = npt.NDArray[np.int32]
 """A micro-batch [P, B, S]: tokens, labels, a mask of 0 and 1, then the extra planes."""
 
@@ -67,13 +75,29 @@ class MicroBatchSampler(Sampler[list[int]]):
             first += size * self.shard.dp_size
 
 
+class WorkerTimeoutError(RuntimeError):
+    """Worker processes have not returned a micro-batch in time."""
+
+
 def build_loader(
-    dataset: Dataset[Any], sampler: MicroBatchSampler, workers: int, persistent: bool
+    dataset: Dataset[Any],
+    sampler: MicroBatchSampler,
+    workers: int,
+    persistent: bool,
+    timeout: float = 0,
 ) -> DataLoader[Packed]:
     """Return a loader that keeps about two steps ready.
 
     It has a generator of its own: the default draws from torch's global one, so that every
     evaluation would change the dropout of later steps.
+
+    Args:
+        dataset: samples by number.
+        sampler: which of them this rank reads.
+        workers: worker processes; 0 reads in this one.
+        persistent: whether they stay between two iterations.
+        timeout: seconds after which a micro-batch that the workers have not returned is a
+            `WorkerTimeoutError`; 0 waits for ever, as does a loader without workers.
     """
     ahead = -(-2 * sampler.shard.num_microbatches // workers) if workers else None
     return _Loader(
@@ -84,18 +108,54 @@ def build_loader(
         generator=torch.Generator(),
         prefetch_factor=ahead,
         persistent_workers=persistent and workers > 0,
+        timeout=timeout if workers else 0,
         # Forked workers share the mapped files and do not import torch again, which takes seconds.
         multiprocessing_context="fork" if workers else None,
     )
 
 
 class _Loader(DataLoader[Packed]):
-    """A loader whose workers do not receive the signals that ask the run to exit."""
+    """A loader whose workers end with this process, and by no signal that asks the run to exit."""
 
     def __iter__(self) -> Any:
         end_workers_at_exit()
+        # Workers end with the thread that starts them: the others may be over before their loader.
+        if threading.current_thread() is threading.main_thread():
+            self.worker_init_fn = functools.partial(_end_with, os.getpid())
         with exit_signals_blocked():  # starts the workers
-            return super().__iter__()
+            batches = super().__iter__()
+        return _in_time(batches, self.timeout) if self.timeout else batches
+
+
+def _end_with(parent: int, _worker: int) -> None:
+    end_with_parent(parent)
+
+
+def _in_time(batches: Iterator[Packed], seconds: float) -> Iterator[Packed]:
+    """The same micro-batches; an error names the workers that do not return any."""
+    while True:
+        try:
+            packed_PBS = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if "timed out" not in str(error):
+                raise
+            raise WorkerTimeoutError(
+                f"data-loader workers have not returned a micro-batch for {seconds:g} seconds"
+                f" (--data-loader-timeout){_stopped_workers()}"
+            ) from None
+        yield packed_PBS
+
+
+def _stopped_workers() -> str:
+    """Process ids of workers that do not run, as the end of a message."""
+    states = {}
+    for worker in multiprocessing.active_children():
+        with contextlib.suppress(psutil.Error):
+            states[worker.pid] = psutil.Process(worker.pid).status()
+    found = [f"{pid} is {state}" for pid, state in states.items() if state in _HELD]
+    return f"; process {', '.join(found)}" if found else "; all of them run"
 
 
 def collate(samples: Sequence[Sample]) -> Packed:

@@ -177,7 +177,8 @@ class _LoaderBuilder:
         config = self.config
         dataset = build_split(name, blend, samples, config, self.tokenizer, self.sources, self.plan)
         sampler = MicroBatchSampler(_step_shard(name, config, self.shard), start, samples)
-        return build_loader(dataset, sampler, config.data.num_workers, persistent)
+        workers, timeout = config.data.num_workers, config.data.data_loader_timeout
+        return build_loader(dataset, sampler, workers, persistent, timeout)
 
 
 def _domains_of(name: str, blend: Blend | None, config: RunConfig) -> dict[str, Blend]:

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_moe.console import escape_unprintable
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
+from megatron_moe.processes import end_with_launcher
 from megatron_moe.text import printable
 
 if TYPE_CHECKING:
@@ -126,9 +127,10 @@ def run_or_exit(main: Callable[[], None], prog: str = "pretrain_openmoe.py") -> 
 
     Ranks with the same error print it once. Before process groups exist, the ranks without an error
     wait in `startup_barrier` or a `Rendezvous` and exit with code 2 as well; later they are in the
-    middle of their work, and the launcher terminates them.
+    middle of their work, and the launcher terminates them. No rank outlives torchrun.
     """
     escape_unprintable()
+    end_with_launcher(os.environ)
     try:
         main()
     except UsageError as error:

@@ -21,9 +21,10 @@ class Rows(Dataset[Any]):
         return {"tokens": [index], "labels": [index], "loss_mask": [1]}
 
 
-def loader(workers: int) -> Any:
+def loader(workers: int, timeout: float = 0) -> Any:
     shard = BatchShard(micro_batch_size=1, num_microbatches=1, dp_rank=0, dp_size=1)
-    return build_loader(Rows(), MicroBatchSampler(shard, 0, 40), workers, persistent=False)
+    sampler = MicroBatchSampler(shard, 0, 40)
+    return build_loader(Rows(), sampler, workers, persistent=False, timeout=timeout)
 
 
 def workers_of_this_process(before: set[int]) -> list[psutil.Process]:

@@ -9,39 +9,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import psutil
 import pytest
 
 from megatron_moe.checkpoint import latest_step, verify
+from tests.training.launched import ROOT, SECONDS, start, wait_for_steps
 from tests.training.tiny import MODEL
-
-ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 240
-
-
-def start(corpus: str, directory: Path, *flags: str) -> subprocess.Popen[bytes]:
-    """A run of two ranks that would take hours."""
-    argv = [*MODEL, "--expert-model-parallel-size", "2", "--data-path", corpus]
-    argv += ["--train-iters", "1000000", "--save", str(directory / "ckpt"), "--exit-signal-handler"]
-    argv += ["--metrics-file", str(directory / "metrics.jsonl"), "--log-interval", "1", *flags]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    launcher += ["--nproc-per-node", "2", str(ROOT / "pretrain_openmoe.py")]
-    return subprocess.Popen(
-        [sys.executable, *launcher, *argv],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=(directory / "log").open("wb"),
-        stderr=subprocess.STDOUT,
-    )
-
-
-def wait_for_steps(run: subprocess.Popen[bytes], metrics: Path, steps: int) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not metrics.exists() or metrics.read_bytes().count(b"\n") < steps:
-        assert run.poll() is None and time.monotonic() < deadline, "the run never took a step"
-        time.sleep(0.2)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +29,8 @@ def wait_for_steps(run: subprocess.Popen[bytes], metrics: Path, steps: int) -> N
     ],
 )
 def test_a_signal_to_every_process_saves_once(corpus, tmp_path, workers, flags):
-    run = start(corpus, tmp_path, "--num-workers", str(workers), *flags)
+    own = ["--exit-signal-handler", "--num-workers", str(workers), *flags]
+    run = start(corpus, tmp_path, *own)
     try:
         wait_for_steps(run, tmp_path / "metrics.jsonl", 5)
         launcher = psutil.Process(run.pid)
