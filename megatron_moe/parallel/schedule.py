@@ -69,17 +69,22 @@ def forward_backward(
 
     config.finalize_model_grads_func = finalize
     run = get_forward_backward_func(pp_size=layout.pp, vp_size=layout.vp)
-    return run(
-        forward_step_func=forward_step,
-        data_iterator=[iter(batches) for _ in chunks],
-        model=list(chunks),
-        num_microbatches=len(batches),
-        seq_length=layout.seq_length,
-        micro_batch_size=layout.micro_batch_size,
-        forward_only=forward_only,
-        p2p_communicator=P2PCommunicator(ctx.pgs.pp, config) if layout.pp > 1 else None,
-        pg_collection=ctx.pgs,
-    )
+    try:
+        return run(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in chunks],
+            model=list(chunks),
+            num_microbatches=len(batches),
+            seq_length=layout.seq_length,
+            micro_batch_size=layout.micro_batch_size,
+            forward_only=forward_only,
+            p2p_communicator=P2PCommunicator(ctx.pgs.pp, config) if layout.pp > 1 else None,
+            pg_collection=ctx.pgs,
+        )
+    finally:
+        # Nothing that outlives the run may reach it through the configuration: gradient hooks of
+        # the wrapper, which Python's collector does not see, keep its modules and this alive.
+        config.no_sync_func = config.finalize_model_grads_func = None
 
 
 def finalize_gradients(ctx: ParallelContext, chunks: Sequence[nn.Module]) -> None:
