@@ -124,16 +124,34 @@ def words_of(name: str, value: float) -> list[str]:
     return [str(value)]
 
 
-MEGATRONS = {("exit_interval", 0)}
+MEGATRONS = {("exit_interval", 0), ("exit_duration_in_mins", 0)}
 """Values that the command line takes out: Megatron-LM's scripts use them for no value."""
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "valid"), [case for case in CASES if case[:2] not in MEGATRONS]
-)
-def test_bounds_hold_on_the_command_line(name: str, value: float, valid: bool) -> None:
-    argv = [flag_of(name), *words_of(name, value)]
-    check_case(parse_args(argv).config, name, valid)
+def rounds() -> list[list[tuple[str, float, bool]]]:
+    """The cases, one of each field at a time: that many fit one command line."""
+    of_fields: dict[str, list[tuple[str, float, bool]]] = {}
+    for case in CASES:
+        if case[:2] not in MEGATRONS:
+            of_fields.setdefault(case[0], []).append(case)
+    alone = of_fields.pop("init_variance_scale")  # excludes --init-method-std
+    together = [
+        [cases[i] for cases in of_fields.values() if i < len(cases)]
+        for i in range(max(map(len, of_fields.values())))
+    ]
+    return [*together, *([case] for case in alone)]
+
+
+@pytest.mark.parametrize("cases", rounds())
+def test_bounds_hold_on_the_command_line(cases: list[tuple[str, float, bool]]) -> None:
+    """Each value is read, and is the one that the check of its field finds or accepts."""
+    argv = [word for name, value, _ in cases for word in (flag_of(name), *words_of(name, value))]
+    parsed = parse_args(argv).config
+    for name, _, valid in cases:
+        section = SECTION[name]
+        value = getattr(getattr(parsed, section), name)
+        alone = replace(getattr(RunConfig(), section), **{name: value})
+        check_case(replace(RunConfig(), **{section: alone}), name, valid)
 
 
 @pytest.mark.parametrize(("name", "value", "valid"), CASES)
