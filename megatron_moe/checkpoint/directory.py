@@ -268,8 +268,8 @@ def read_manifest(path: Path) -> dict[str, FileRecord]:
     """The files of a checkpoint, from its manifest.
 
     Raises:
-        Corrupt: the manifest is missing, damaged, of another format, or names a file outside the
-            checkpoint.
+        Corrupt: the manifest is missing, damaged, of another format, of another step than the
+            directory's name says, or names a file outside the checkpoint.
     """
     source = path / MANIFEST
     content = read_json(source)
@@ -278,10 +278,23 @@ def read_manifest(path: Path) -> dict[str, FileRecord]:
             raise Corrupt(f"{key} in {source}", content.get(key), repr(expected))
     if content.get("digest") != (digest := _digest(content)):
         raise Corrupt(f"digest in {source}", content.get("digest"), repr(digest))
+    _check_step(path, content.get("step"))
     listed = content.get("files")
     if not isinstance(listed, dict):
         raise Corrupt(f"files in {source}", type(listed).__name__, "an object of files")
     return {name: _record(path, name, entry) for name, entry in listed.items()}
+
+
+def _check_step(path: Path, step: Any) -> None:
+    """A renamed or copied directory would resume at another step than its tensors are of."""
+    named = _FINAL.fullmatch(path.name)
+    if named is None or step == int(named[1]):
+        return
+    fix = ""
+    if type(step) is int and step >= 0:
+        fix = f"it was saved as {final_name(step)} and renamed or copied; give it that name again"
+    what, expected = f"step in {path / MANIFEST}", f"{int(named[1])}, as the directory's name says"
+    raise Corrupt(what, step, expected, fix)
 
 
 def _record(path: Path, name: str, entry: Any) -> FileRecord:

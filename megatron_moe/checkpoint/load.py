@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def load_checkpoint(
     with_optimizer: bool = True,
     with_rng: bool = True,
     identity: RunIdentity | None = None,
+    data_differences: Sequence[str] = (),
 ) -> TrainState:
     """Load a step into model, optimizer and generators; called by all ranks together.
 
@@ -85,6 +87,8 @@ def load_checkpoint(
         with_rng: load random states; on another layout than the saved one new ones are derived
             (see `megatron_moe.checkpoint.rng`).
         identity: this run's, to be compared with the checkpoint's.
+        data_differences: if the training data differs, in what, one line each; by default one line
+            with both fingerprints.
 
     Returns:
         The saved run's progress.
@@ -106,7 +110,8 @@ def load_checkpoint(
 
     def check() -> None:
         if wanted is not None:  # on rank 0, which reports all differences of all ranks at once
-            _check_compatible(opened, config, identity, wanted, with_rng, loaded_optimizer)
+            lines = _identity_lines(opened, config, identity, data_differences)
+            _check_compatible(opened, config, lines, wanted, with_rng, loaded_optimizer)
 
     ranks.run_on_all(check)
     if selected is None or not selected.verified:
@@ -136,10 +141,27 @@ def _open(
     return ranks.run_on_all(lambda: parse_json_files(Path(found[0]), found[1]))
 
 
-def _check_compatible(
+def _identity_lines(
     opened: CheckpointMetadata,
     config: RunConfig,
     identity: RunIdentity | None,
+    data_differences: Sequence[str],
+) -> list[str]:
+    """Differences of vocabulary, tokenizer and data, the data's in detail where they are known."""
+    if identity is None:
+        return []
+    if config.checkpoint.finetune:
+        return list(identity_differences(opened.identity, identity, resume=False))
+    if data_differences:
+        identity = replace(identity, data_fingerprint=opened.identity.data_fingerprint)
+    found = identity_differences(opened.identity, identity, resume=True)
+    return [*found, *data_differences]
+
+
+def _check_compatible(
+    opened: CheckpointMetadata,
+    config: RunConfig,
+    identity_lines: Sequence[str],
     wanted: list[list[list[Any]]],
     with_rng: bool,
     optimizer: Any,
@@ -151,8 +173,7 @@ def _check_compatible(
     """
     resume, with_optimizer = not config.checkpoint.finetune, optimizer is not None
     lines = list(config_differences(opened.config, config, resume=resume, optimizer=with_optimizer))
-    if identity is not None:
-        lines += identity_differences(opened.identity, identity, resume=resume)
+    lines += [line for line in identity_lines if line not in lines]
     if with_optimizer and opened.optimizer is None:
         lines.append("no optimizer state in the checkpoint; --no-load-optim leaves it out")
         # One line is enough: not another one for every kind of state.

@@ -21,6 +21,7 @@ from megatron_moe.data.batch import Batch, extra_planes
 from megatron_moe.data.blend import Blend
 from megatron_moe.data.composition import Share, shares_of, text_per_row
 from megatron_moe.data.datasets import build_split, open_sources
+from megatron_moe.data.identity import described
 from megatron_moe.data.indexed.check import Source
 from megatron_moe.data.loader import BatchShard, MicroBatchSampler, Packed, build_loader, to_batch
 from megatron_moe.data.objectives.select import ObjectivePlan, plan_objective
@@ -58,6 +59,12 @@ class Data:
         """Hash of `identity`."""
         text = json.dumps(self.identity, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a checkpoint records of the data, see `data.identity`."""
+        prefixes = [share.prefix for share in self.shares]
+        return described(self.identity, prefixes, self.fingerprint)
 
     def valid(self) -> Iterator[Batch] | None:
         """Return the validation micro-batches from the start, the same at each call.

@@ -9,7 +9,7 @@ The on-disk key of the records is `stages`, the name of the flag that reads the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -18,11 +18,14 @@ from megatron_moe.checkpoint.metadata import CheckpointMetadata
 from megatron_moe.config import RunConfig
 from megatron_moe.config.phases import FLAG
 from megatron_moe.config.run import flag_of
-from megatron_moe.errors import UsageError
+from megatron_moe.data.identity import data_differences
+from megatron_moe.errors import CheckpointError, UsageError
 from megatron_moe.training.phases import Phase, RunSchedule
 
 KEY = "stages"
 """Key of the records in a checkpoint's `TrainState.extra`."""
+DATA = "data"
+"""Key of what the training data was, in a checkpoint's `TrainState.extra`."""
 _DECIDE = {
     "objective": (
         "objective",
@@ -77,7 +80,9 @@ def record_of(phase: Phase, state: TrainState, fingerprint: str) -> PhaseRecord:
     )
 
 
-def saved_extra(records: Sequence[PhaseRecord], *, has_phases: bool) -> dict[str, Any]:
+def saved_extra(
+    records: Sequence[PhaseRecord], *, has_phases: bool, data: Mapping[str, Any]
+) -> dict[str, Any]:
     """All of `TrainState.extra` of a checkpoint; `Trainer.save` writes nothing else there.
 
     State that a run has to save besides steps and samples is one more key here. Unlike a new field
@@ -87,8 +92,10 @@ def saved_extra(records: Sequence[PhaseRecord], *, has_phases: bool) -> dict[str
     Args:
         records: the phases up to the step of the checkpoint.
         has_phases: whether the run has a phase table; the records are saved only then.
+        data: what the training data is, see `data.identity`; for errors that name a difference.
     """
-    return {KEY: [asdict(record) for record in records]} if has_phases else {}
+    stages = {KEY: [asdict(record) for record in records]} if has_phases else {}
+    return {**stages, DATA: dict(data)}
 
 
 def has_records(state: TrainState) -> bool:
@@ -177,17 +184,26 @@ def _check_settings(phase: Phase, record: PhaseRecord) -> None:
                 raise UsageError(flag, value, expected)
 
 
-def check_data(phase: Phase, state: TrainState, record: PhaseRecord, fingerprint: str) -> None:
+def check_data(
+    phase: Phase, state: TrainState, record: PhaseRecord, data: Mapping[str, Any]
+) -> None:
     """Check that a phase in progress has the data that it began with.
 
+    Args:
+        phase: the phase of the next step.
+        state: the run's progress; with what its data was, unless an earlier version saved it.
+        record: of the last phase that took a step.
+        data: what the data of ``phase`` is now, see `data.identity`.
+
     Raises:
-        UsageError: it has other data.
+        CheckpointError: it has other data; names what differs.
     """
     in_progress = phase.first_iteration == record.first_iteration and record.iterations > 0
-    other = record.fingerprint not in ("", fingerprint)  # empty in a converted checkpoint
+    other = record.fingerprint not in ("", data["fingerprint"])  # empty in a converted checkpoint
     if in_progress and state.iteration < phase.last_iteration and other:
-        expected = f"{record.fingerprint}, as recorded in the checkpoint"
-        raise UsageError(f"{phase.label}: training data", fingerprint, expected)
+        lines = data_differences(state.extra.get(DATA), data, record.fingerprint)
+        what, expected = f"{phase.label}: training data", "that of the checkpoint"
+        raise CheckpointError(what, f"{len(lines)} differences", expected, "", lines)
 
 
 def previous_settings(record: PhaseRecord, source: str) -> RunConfig:

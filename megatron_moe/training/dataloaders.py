@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from megatron_moe.config import RunConfig
 from megatron_moe.config.phases import errors_of_phase
 from megatron_moe.data.batch import extra_planes
+from megatron_moe.data.identity import data_differences
 from megatron_moe.data.pipeline import Data, build_data
 from megatron_moe.errors import UsageError
 from megatron_moe.parallel.context import ParallelContext
@@ -27,14 +29,14 @@ class PhaseDataLoaders:
 
     Args:
         rank: this rank.
-        fingerprints: by number of the phase, the fingerprint of the data of each later phase when
-            the run started.
+        at_start: by number of the phase, what the data of each later phase was when the run
+            started, see `data.identity`.
         current: data of the phase of the next step.
     """
 
-    def __init__(self, rank: int, fingerprints: Mapping[int, str], current: Data) -> None:
+    def __init__(self, rank: int, at_start: Mapping[int, dict[str, Any]], current: Data) -> None:
         self.current = current
-        self._rank, self._fingerprints = rank, fingerprints
+        self._rank, self._at_start = rank, at_start
 
     def enter_phase(self, phase: Phase) -> Data:
         """Open the data of a phase from its first sample; it becomes `current`.
@@ -44,10 +46,10 @@ class PhaseDataLoaders:
         """
         with errors_of_phase(phase.label):
             data = open_data(phase.config, phase.layout, self._rank, 0)
-            before = self._fingerprints.get(phase.number)
-            if before not in (None, data.fingerprint):
-                expected = f"{before}, as when the run started"
-                raise UsageError("training data", data.fingerprint, expected)
+            before, where = self._at_start.get(phase.number), "when the run started"
+            if before is not None and before["fingerprint"] != data.fingerprint:
+                lines = data_differences(before, data.described, before["fingerprint"], where)
+                raise UsageError("training data", "; ".join(lines), f"what it was {where}")
         self.current = data
         return data
 
@@ -69,18 +71,18 @@ def build_dataloaders(schedule: RunSchedule, rank: int, resume: ResumePoint) -> 
     """
     state = resume.state
     current = schedule.at(state.iteration)
-    fingerprints: dict[int, str] = {}
+    at_start: dict[int, dict[str, Any]] = {}
     for phase in schedule.phases:
         if phase.number > current.number:
             with errors_of_phase(phase.label):
                 checked = open_data(_without_workers(phase.config), phase.layout, rank, 0)
-            fingerprints[phase.number] = checked.fingerprint
+            at_start[phase.number] = checked.described
     with errors_of_phase(current.label):
         consumed = state.consumed_train_samples - current.first_sample
         data = open_data(current.config, current.layout, rank, consumed)
     if resume.records and (schedule.has_phases or has_records(state)):
-        check_data(current, state, resume.records[-1], data.fingerprint)
-    return PhaseDataLoaders(rank, fingerprints, data)
+        check_data(current, state, resume.records[-1], data.described)
+    return PhaseDataLoaders(rank, at_start, data)
 
 
 def _without_workers(config: RunConfig) -> RunConfig:

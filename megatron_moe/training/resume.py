@@ -20,11 +20,13 @@ from megatron_moe.checkpoint.select import SelectedCheckpoint, select_checkpoint
 from megatron_moe.config import RunConfig
 from megatron_moe.config.phases import RATES
 from megatron_moe.config.run import flag_of
+from megatron_moe.data.identity import data_differences
 from megatron_moe.data.pipeline import Data
 from megatron_moe.errors import UsageError
 from megatron_moe.parallel.collectives import RankGroup
 from megatron_moe.tokenizer.base import vocabulary_of
 from megatron_moe.training.consumed import (
+    DATA,
     PhaseRecord,
     check_consumed,
     has_records,
@@ -199,6 +201,10 @@ def load_run(run: TrainingRun, data: Data, schedule: RunSchedule, resume: Resume
         length = resume.before.data.seq_length
         config = replace(config, data=replace(config.data, seq_length=length))
         metadata = replace(metadata, data_fingerprint=before.data_fingerprint)
+    differences: tuple[str, ...] = ()
+    if before is not None and before.data_fingerprint != metadata.data_fingerprint:
+        saved, now = resume.state.extra.get(DATA), before.data_fingerprint
+        differences = tuple(data_differences(saved, data.described, now))
     fresh = settings.finetune
     load_checkpoint(
         settings.load,
@@ -210,6 +216,7 @@ def load_run(run: TrainingRun, data: Data, schedule: RunSchedule, resume: Resume
         with_optimizer=not (fresh or settings.no_load_optim),
         with_rng=not (fresh or settings.no_load_rng),
         identity=metadata,
+        data_differences=differences,
     )
 
 

@@ -252,8 +252,10 @@ class Trainer:
         # A phase without a completed step has nothing to resume from.
         if iteration > self.phase.first_iteration:
             records.append(record_of(self.phase, self.state, data.fingerprint))
+        has_phases = self.schedule.has_phases
+        extra = saved_extra(records, has_phases=has_phases, data=data.described)
         self.checkpoints.save(
-            replace(self.state, extra=saved_extra(records, has_phases=self.schedule.has_phases)),
+            replace(self.state, extra=extra),
             chunks=self.run.wrapped,
             optimizer=self.run.optimizer,
             identity=identity_of(self.run, data),

@@ -8,7 +8,13 @@ import shutil
 
 import pytest
 
-from megatron_moe.checkpoint import has_checkpoint, latest_step
+from megatron_moe.checkpoint import (
+    has_checkpoint,
+    latest_step,
+    load_logical,
+    read_config,
+    verify,
+)
 from megatron_moe.checkpoint.directory import (
     MANIFEST,
     TRACKER,
@@ -151,6 +157,33 @@ def test_a_flipped_digit_in_the_manifest_is_noticed(saved):
     path.write_text(path.read_text().replace('"step": 20', '"step": 21'))
     with pytest.raises(Corrupt, match="digest"):
         read_manifest(path.parent)
+
+
+@pytest.mark.parametrize("how", ["renamed", "copied", "linked"])
+def test_a_directory_of_another_step_is_an_error_that_names_both(saved, how):
+    path, other = saved / "iter_0000010", saved / "iter_0000030"
+    if how == "renamed":
+        path.rename(other)
+    elif how == "copied":
+        shutil.copytree(path, other)
+    else:
+        other.symlink_to(path)
+    (saved / TRACKER).write_text("30\n")
+    for read in (verify, read_config, lambda d: dict(load_logical(d))):
+        with pytest.raises(Corrupt) as error:
+            read(saved)
+        assert str(error.value).startswith(
+            f"step in {other / MANIFEST} must be 30, as the directory's name says (got 10);"
+            " it was saved as iter_0000010 and renamed or copied; give it that name again"
+        )
+    if how != "renamed":
+        verify(saved, 10)
+
+
+def test_a_revision_has_the_step_of_its_name(saved):
+    (saved / "iter_0000010").rename(saved / "iter_0000020-1")
+    with pytest.raises(Corrupt, match=r"must be 20, as the directory's name says \(got 10\)"):
+        verify(saved)
 
 
 def _steps(directory):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,14 @@ def test_damage_to_any_file_selects_the_previous_step(pool, saved, damage):
         assert str(path) in skipped[0]
         path.write_bytes(whole)
     assert _all(pool, saved) == ("iter_0000030", True, (), 30)
+
+
+def test_a_step_in_the_place_of_another_is_skipped(pool, saved):
+    shutil.rmtree(saved / "iter_0000030")
+    shutil.copytree(saved / "iter_0000010", saved / "iter_0000030")
+    step, _, (skipped,), iteration = _all(pool, saved)
+    assert (step, iteration) == ("iter_0000020", 20)
+    assert skipped.startswith("iter_0000030 is damaged and was skipped: step in ")
 
 
 def test_several_damaged_steps_are_all_reported(pool, saved):

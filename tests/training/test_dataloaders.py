@@ -42,7 +42,9 @@ class Opened:
     def __call__(self, config: Any, layout: Any, rank: int, consumed: int) -> Any:
         key = f"{config.data.seq_length}/{config.train.seed}"
         self.calls.append((key, config.data.num_workers, consumed))
-        return SimpleNamespace(fingerprint=f"{key} {self.content}")
+        fingerprint = f"{key} {self.content}"
+        described = {"fingerprint": fingerprint, "seed": self.content}
+        return SimpleNamespace(fingerprint=fingerprint, described=described)
 
 
 @pytest.fixture
@@ -73,5 +75,6 @@ def test_data_that_changed_since_the_start_is_an_error_where_its_phase_begins(op
     with pytest.raises(UsageError) as error:
         found.enter_phase(schedule.phases[2])
     assert error.value.what == f"{schedule.phases[2].label}: training data"
-    assert error.value.expected == "32/5 as at the start, as when the run started"
-    assert error.value.found == "32/5 changed"
+    assert error.value.expected == "what it was when the run started"
+    found = "--seed: as at the start when the run started, changed in this run"
+    assert error.value.found == found

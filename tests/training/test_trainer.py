@@ -28,7 +28,11 @@ class Collaborators:
         self.events: list[str] = []
         self.unread, self.first, self.last, self.tokens_per_second = 0, None, None, 0.0
         self.current = SimpleNamespace(
-            train=None, has_valid=True, has_test=True, fingerprint="data of phase 1"
+            train=None,
+            has_valid=True,
+            has_test=True,
+            fingerprint="data of phase 1",
+            described={},
         )
         self.run = SimpleNamespace(
             wrapped=[SimpleNamespace(train=lambda: self.note("train mode"))],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import multiprocessing
 import os
@@ -112,25 +113,80 @@ def test_without_locks_all_build_and_all_are_served(
     assert not list((tmp_path / "c").glob("*partial*"))
 
 
-def damage(kind: str, entry: Path) -> None:
-    if kind == "missing":
-        (entry / "0.npy").unlink()
-    elif kind == "short":
-        os.truncate(entry / "0.npy", 1000)
-    elif kind == "manifest":
-        (entry / "manifest.json").write_text("{")
-    else:
-        (entry / "manifest.json").write_text("[]")
+def recorded(content: bytes) -> list[int | str]:
+    """What a manifest says about a file."""
+    return [len(content), hashlib.sha256(content).hexdigest()]
 
 
-@pytest.mark.parametrize("kind", ["missing", "short", "manifest", "list"])
-def test_a_broken_entry_is_built_again(tmp_path: Path, kind: str) -> None:
+def _another_order(entry: Path) -> None:
+    np.save(entry / "0.npy", np.load(entry / "0.npy")[::-1])
+
+
+def _flipped_bit(entry: Path) -> None:
+    content = bytearray((entry / "1.npy").read_bytes())
+    content[-1] ^= 1
+    (entry / "1.npy").write_bytes(content)
+
+
+def _sizes_alone(entry: Path) -> None:
+    """As earlier versions wrote it."""
+    sizes = {p.name: p.stat().st_size for p in entry.iterdir() if p.suffix != ".json"}
+    (entry / "manifest.json").write_text(json.dumps(sizes))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (lambda e: (e / "0.npy").unlink(), "its files are not those of its manifest"),
+    "too many": (lambda e: np.save(e / "2.npy", 7), "its files are not those of its manifest"),
+    "short": (lambda e: os.truncate(e / "0.npy", 1000), "0.npy changed since it was built"),
+    "another order": (_another_order, "0.npy changed since it was built"),
+    "a flipped bit": (_flipped_bit, "1.npy changed since it was built"),
+    "description": (
+        lambda e: (e / "description.json").write_text("{}"),
+        "description.json changed since it was built",
+    ),
+    "no manifest": (lambda e: (e / "manifest.json").unlink(), "it has no manifest"),
+    "manifest": (lambda e: (e / "manifest.json").write_text("{"), "its manifest is not JSON"),
+    "deep": (lambda e: (e / "manifest.json").write_text("[" * 99999), "its manifest is not JSON"),
+    "list": (lambda e: (e / "manifest.json").write_text("[]"), "its manifest has no checksums"),
+    "sizes": (_sizes_alone, "its manifest has no checksums"),
+    "nothing": (
+        lambda e: (e / "manifest.json").write_text("{}"),
+        "its files are not those of its manifest",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(DAMAGE))
+def test_a_changed_entry_is_built_again(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     cache = IndexCache(str(tmp_path))
-    cache.arrays("e", {}, lambda: VALUES)
-    damage(kind, tmp_path / "e")
-    again = cache.arrays("e", {}, lambda: VALUES)
-    assert np.array_equal(again[0], VALUES[0])
+    cache.arrays("e", {"x": 1}, lambda: VALUES)
+    damage, said = DAMAGE[kind]
+    damage(tmp_path / "e")
+    assert not caplog.messages
+    again = cache.arrays("e", {"x": 1}, lambda: VALUES)
+    assert [found.tolist() for found in again] == [values.tolist() for values in VALUES]
+    assert caplog.messages == [f"index cache {tmp_path / 'e'}: {said}; it is built again"]
     cache.arrays("e", {}, lambda: pytest.fail("built a third time"))
+
+
+def test_a_changed_number_is_measured_again(tmp_path: Path) -> None:
+    """The largest token id of a corpus, for which a vocabulary would pass that is too small."""
+    cache = IndexCache(str(tmp_path))
+    assert cache.record("e", lambda: {"largest": 90}) == {"largest": 90}
+    (tmp_path / "e" / "record.json").write_text('{"largest": 10}\n')
+    assert cache.record("e", lambda: {"largest": 90}) == {"largest": 90}
+
+
+def test_one_of_several_processes_builds_a_changed_entry_again(tmp_path: Path) -> None:
+    log, out, cache = tmp_path / "log", tmp_path / "out", IndexCache(str(tmp_path / "c"))
+    out.mkdir()
+    cache.arrays("entry", {}, lambda: VALUES)
+    _another_order(tmp_path / "c" / "entry")
+    assert finish(start(4, cache, log, 0.2, out)) == [0] * 4
+    assert log.read_text().count("start") == 1
+    assert [path.read_text() for path in out.iterdir()] == ["True"] * 4
 
 
 def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
@@ -155,8 +211,8 @@ def test_files_that_are_no_arrays_are_refused(tmp_path: Path, content: bytes) ->
     cache = IndexCache(str(tmp_path))
     cache.arrays("e", {}, lambda: VALUES)
     (tmp_path / "e" / "0.npy").write_bytes(content)
-    sizes = json.loads((tmp_path / "e" / "manifest.json").read_text()) | {"0.npy": len(content)}
-    (tmp_path / "e" / "manifest.json").write_text(json.dumps(sizes))
+    manifest = tmp_path / "e" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"0.npy": recorded(content)}))
     with pytest.raises(UsageError, match=r"index cache must be readable \(got '.*/e'\); delete it"):
         cache.arrays("e", {}, lambda: VALUES)
 
@@ -166,7 +222,8 @@ def test_records_that_are_none_are_refused(tmp_path: Path, content: str) -> None
     cache = IndexCache(str(tmp_path))
     cache.record("e", lambda: {"a": 1})
     (tmp_path / "e" / "record.json").write_text(content)
-    (tmp_path / "e" / "manifest.json").write_text(json.dumps({"record.json": len(content)}))
+    manifest = json.dumps({"record.json": recorded(content.encode())})
+    (tmp_path / "e" / "manifest.json").write_text(manifest)
     with pytest.raises(
         UsageError, match=r"must be a JSON object of numbers \(got '.*record\.json'\); delete it"
     ):
