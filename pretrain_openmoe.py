@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 
 from megatron_moe.config import RunConfig
@@ -46,7 +47,8 @@ def execute(command: Command) -> None:
         notes += lines
     validate(config)
     if command.describe is None:
-        pretrain(config, notes)
+        with ExitStack() as at_exit:
+            pretrain(config, notes, at_exit)
     else:
         from megatron_moe.planning.describe import describe
 
@@ -57,7 +59,7 @@ def execute(command: Command) -> None:
             print(text, flush=True)
 
 
-def pretrain(config: RunConfig, notes: Sequence[str] = ()) -> None:
+def pretrain(config: RunConfig, notes: Sequence[str], at_exit: ExitStack) -> None:
     """Train on the ranks that the launcher started; ``notes`` are lines for the log."""
     from megatron_moe.platform import activate
     from megatron_moe.platform.determinism import make_deterministic
@@ -86,6 +88,7 @@ def pretrain(config: RunConfig, notes: Sequence[str] = ()) -> None:
         with_saved_rates,
     )
     from megatron_moe.training.run import compare_kernels, prepare_run
+    from megatron_moe.training.save_directory import check_save_directory, only_writer
     from megatron_moe.training.trainer import Trainer
 
     # Everything that can be wrong with flags, files and data is found before process groups exist.
@@ -98,6 +101,8 @@ def pretrain(config: RunConfig, notes: Sequence[str] = ()) -> None:
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     ranks = launch_rank_group(here, timeout)
     warnings = compare_kernels(config, platform.device.type, ranks)
+    check_writer = at_exit.enter_context(only_writer(config.checkpoint, ranks))
+    replaced = check_save_directory(config.checkpoint, ranks)
     resume = resolve_resume_point(schedule, ranks)
     schedule = with_saved_rates(schedule, resume, here.world_size, vocab_size)
     dataloaders = build_dataloaders(schedule, here.rank, resume)
@@ -114,7 +119,9 @@ def pretrain(config: RunConfig, notes: Sequence[str] = ()) -> None:
     for line in [*notes, *warnings, *resume_lines(schedule, resume)]:
         reporter.log(line)
     load_run(run, dataloaders.current, schedule, resume)
-    checkpoints = CheckpointManager(schedule.config, ctx, reporter.log, tokenizer.files)
+    checkpoints = CheckpointManager(
+        schedule.config, ctx, reporter.log, tokenizer.files, replaced, check_writer
+    )
     summary = Trainer(
         run=run,
         schedule=schedule,

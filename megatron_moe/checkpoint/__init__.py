@@ -9,6 +9,7 @@ docs/checkpoint.md describes the format and the rules. In reading order:
             load.py       entry point `load_checkpoint`: open, plan, check, verify, fill
             reading.py    any block of any tensor; `load_logical` and `verify` without ranks
     format  directory.py  names, tracker, manifest, atomic commit
+            lock.py, owner.py  one writer for each directory
             foreign.py    what else lies in a directory: weights of other programs
             metadata.py   config.json and state.json
             index.py      which file holds which block of which tensor

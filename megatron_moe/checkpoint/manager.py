@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megatron_moe.checkpoint.contents import all_ranks, collect_contents
-from megatron_moe.checkpoint.directory import prune
+from megatron_moe.checkpoint.directory import prune, remove
 from megatron_moe.checkpoint.metadata import RunIdentity, TrainState
 from megatron_moe.checkpoint.save import PendingSave, start_save
 from megatron_moe.checkpoint.tensor_files import HostMemory
@@ -81,6 +81,9 @@ class CheckpointManager:
         log: prints a line of the log.
         tokenizer_files: file name -> content, stored in every checkpoint, so that its directory is
             all that its use requires.
+        replaced: checkpoints of another run in the same directory, for rank 0. They are removed
+            once the first save of this run is complete, so that there always is a complete one.
+        check_writer: raises if another run has taken the directory over, see `WriterLock.check`.
     """
 
     def __init__(
@@ -89,9 +92,12 @@ class CheckpointManager:
         ctx: ParallelContext,
         log: Callable[[str], None],
         tokenizer_files: Mapping[str, bytes] = MappingProxyType({}),
+        replaced: Sequence[Path] = (),
+        check_writer: Callable[[], None] = lambda: None,
     ) -> None:
         self._config, self._ctx, self._log = config, ctx, log
-        self._tokenizer_files = tokenizer_files
+        self._check_writer = check_writer
+        self._tokenizer_files, self._replaced = tokenizer_files, list(replaced)
         self._pending: PendingSave | None = None
         self._memory: HostMemory | None = None
         self._ranks = all_ranks(ctx)
@@ -138,7 +144,8 @@ class CheckpointManager:
             contents,
             self._ranks,
             memory=self._memory,
-            on_commit=lambda: _remove_old(settings, step),
+            on_commit=lambda: _remove_old(settings, step, self._replaced),
+            check_writer=self._check_writer,
         )
         if self._memory is None:
             self.finish()
@@ -183,12 +190,20 @@ def host_rank_group(ctx: ParallelContext, timeout: timedelta) -> RankGroup:
     return RankGroup(ctx.rank, ctx.world_size, group=group)
 
 
-def _remove_old(settings: CheckpointConfig, step: int) -> None:
-    """Remove steps that `--keep-last` does not keep; on rank 0, after the save of ``step``."""
-    if settings.save is None or settings.keep_last is None:
+def _remove_old(settings: CheckpointConfig, step: int, replaced: list[Path]) -> None:
+    """Remove ``replaced``, and steps that `--keep-last` does not keep.
+
+    On rank 0, after the save of ``step``.
+    """
+    if settings.save is None:
         return
     try:
-        prune(settings.save, step, settings.keep_last, settings.keep_every)
+        while replaced:
+            path = replaced.pop()
+            if path.exists():  # not if this save was of the same step
+                remove(path)
+        if settings.keep_last is not None:
+            prune(settings.save, step, settings.keep_last, settings.keep_every)
     except OSError as error:
         # Too many checkpoints are no reason to end a run.
         message = f"could not remove old checkpoints of {settings.save}: {error}"

@@ -64,6 +64,7 @@ def start_save(
     *,
     memory: HostMemory | None = None,
     on_commit: Callable[[], None] = lambda: None,
+    check_writer: Callable[[], None] = lambda: None,
 ) -> PendingSave:
     """Start to save a step; called by all ranks together.
 
@@ -75,6 +76,8 @@ def start_save(
         memory: for an asynchronous save: the tensors are copied there, and may change once this
             returns. Without it they must not change before `PendingSave.finish` returns.
         on_commit: called on rank 0 once the tracker names the step, in the thread that commits.
+        check_writer: called on rank 0 before anything is deleted or committed; raises if another
+            run has taken the directory over, see `WriterLock.check`.
 
     Raises:
         CheckpointError: on every rank, if any failed. Nothing of the save is left.
@@ -82,7 +85,8 @@ def start_save(
     """
     if memory is not None and memory.step is not None:
         raise RuntimeError(f"step {memory.step} is still being saved; finish it first")
-    transaction = SaveTransaction(Path(directory), step, ranks, _total_bytes(contents, ranks))
+    needed = _total_bytes(contents, ranks)
+    transaction = SaveTransaction(Path(directory), step, ranks, needed, check_writer)
     try:
         transaction.begin()
         files = assign_to_files(contents.parts, ranks.rank)
@@ -111,10 +115,19 @@ class SaveTransaction:
         step: the step saved.
         ranks: the ranks that save together.
         needed: bytes of all ranks' tensors, for messages.
+        check_writer: see `start_save`.
     """
 
-    def __init__(self, directory: Path, step: int, ranks: RankGroup, needed: int) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        step: int,
+        ranks: RankGroup,
+        needed: int,
+        check_writer: Callable[[], None],
+    ) -> None:
         self.directory, self.step, self.ranks, self.needed = directory, step, ranks, needed
+        self._check_writer = check_writer
         self._temporary: Path | None = None
 
     def begin(self) -> None:
@@ -128,6 +141,7 @@ class SaveTransaction:
             if self.ranks.rank != 0:
                 return ""
             with self._failures():
+                self._check_writer()
                 return str(directories.begin(self.directory, self.step))
 
         self._temporary = Path(self.ranks.broadcast(self.ranks.run_on_all(make)))
@@ -167,6 +181,7 @@ class SaveTransaction:
             for name, value in {**other_files, **index_file}.items():
                 write = write_bytes if isinstance(value, bytes) else write_json
                 files[name] = write(self._temporary / name, value)
+            self._check_writer()
             return directories.commit(self._temporary, self.step, files)
 
     def roll_back(self) -> None:

@@ -254,6 +254,9 @@ class CheckpointConfig:
     """Directory to save checkpoints in."""
     load: str | None = None
     """Directory of checkpoints to resume from."""
+    save_overwrite: Annotated[bool, OmittedAtDefault] = False
+    """Start a new run although `--save` has checkpoints of another one, which are deleted once the
+    first checkpoint of this run is complete. Without it, that is an error."""
     save_interval: Annotated[int | None, AtLeastOne] = None
     """Steps between saves; a run with `--save` always saves at its end."""
     async_save: bool = False

@@ -87,6 +87,7 @@ def _check_checkpoints(settings: CheckpointConfig) -> None:
     saves, loads = settings.save is not None, settings.load is not None
     _requires("save_interval", settings.save_interval, "--save", saves)
     _requires("async_save", settings.async_save, "--save", saves)
+    _requires("save_overwrite", settings.save_overwrite, "--save", saves)
     _requires("keep_every", settings.keep_every, "--keep-last", settings.keep_last is not None)
     _requires("finetune", settings.finetune, "--load", loads)
     _requires("checkpoint_fallback", settings.checkpoint_fallback, "--load", loads)

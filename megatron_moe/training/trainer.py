@@ -21,6 +21,7 @@ from megatron_moe.training.phases import Phase, RunSchedule
 from megatron_moe.training.reporting import Reporter
 from megatron_moe.training.resume import ResumePoint, identity_of
 from megatron_moe.training.run import TrainingRun
+from megatron_moe.training.save_directory import continues_save
 from megatron_moe.training.step import NonFiniteError, fetch_batches, train_step
 from megatron_moe.training.step_hook import Hook
 
@@ -68,8 +69,8 @@ class Trainer:
             if record.first_iteration < self.phase.first_iteration
         ]
         """Records of the phases before it."""
-        settings = schedule.config.checkpoint
-        self.saved_iteration = self.state.iteration if settings.load == settings.save else None
+        continues = continues_save(schedule.config.checkpoint)
+        self.saved_iteration = self.state.iteration if continues else None
         """The step of the newest checkpoint in `--save`, if it is one of this run."""
         self.validation: Evaluation | None = None
 

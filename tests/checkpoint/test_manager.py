@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_moe.checkpoint import CheckpointManager, load_logical, verify
+from megatron_moe.checkpoint import CheckpointError, CheckpointManager, load_logical, verify
 from megatron_moe.checkpoint.directory import revisions
+from megatron_moe.checkpoint.lock import WriterLock
 from tests.checkpoint.gate import hold_writers
 from tests.checkpoint.layouts import IDENTITY, STATE, Case, Run, build
 
@@ -60,6 +61,76 @@ def test_saves_are_complete_in_order_and_old_ones_are_removed(pool, tmp_path, as
     for step in (4, 8, 9):
         verify(tmp_path, step)
     assert list(load_logical(tmp_path, kind="exp_avg")) == []
+
+
+def _nothing() -> None:
+    """For a rank that holds no lock."""
+
+
+def _ignore(line: str) -> None:
+    """No log."""
+
+
+def _asynchronous(run: Run, directory: Path, **arguments: Any) -> CheckpointManager:
+    settings = {"save": str(directory), "async_save": True, "no_save_optim": True}
+    checkpoint = replace(run.config.checkpoint, **settings)
+    config = replace(run.config, checkpoint=checkpoint)
+    return CheckpointManager(config, run.ctx, _ignore, **arguments)
+
+
+def _taken_over(rank: int, world_size: int, *, directory: Path, when: str) -> str:
+    """A save of a run whose lock another run has by then: its error."""
+    run, lock = build(EP2), WriterLock(directory)
+    if rank == 0:
+        lock.acquire()
+
+    def take_over() -> None:
+        if rank == 0:
+            (directory / ".lock").write_text("{}")
+            (directory / ".saving-iter_0000009-theirs").mkdir(exist_ok=True)
+
+    manager = _asynchronous(run, directory, check_writer=lock.check if rank == 0 else _nothing)
+    try:
+        if when == "before the save":
+            take_over()
+        save(manager, run, 2)
+        take_over()
+        manager.finish()
+    except CheckpointError as error:
+        lock.release()
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("when", ["before the save", "before its commit"])
+def test_a_run_whose_directory_was_taken_over_ends_and_deletes_nothing(pool, tmp_path, when):
+    for error in pool.run(_taken_over, 2, directory=tmp_path, when=when):
+        assert error.startswith(f"writer of --save {tmp_path} must be this run (got 'nobody')")
+    left = [".lock", ".saving-iter_0000009-theirs"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def _replacing(rank: int, world_size: int, *, directory: Path) -> list[list[int]]:
+    run = build(ONE)
+    earlier, _ = manager_of(run, directory)
+    for step in (2, 4, 6):
+        save(earlier, run, step)
+    found = [path for paths in revisions(directory).values() for path in paths]
+    manager = _asynchronous(run, directory, replaced=found)
+    save(manager, run, 4)
+    steps = [list(revisions(directory))]  # nothing is committed before the ranks meet again
+    manager.finish()
+    steps.append(list(revisions(directory)))
+    save(manager, run, 5)
+    manager.finish()
+    return [*steps, list(revisions(directory))]
+
+
+def test_checkpoints_of_another_run_go_once_the_first_save_is_complete(pool, tmp_path):
+    (steps,) = pool.run(_replacing, 1, directory=tmp_path)
+    assert steps == [[2, 4, 6], [4], [4, 5]]
+    assert (tmp_path / "iter_0000004-1").is_dir()
+    verify(tmp_path)
 
 
 def _abandon(rank: int, world_size: int, *, directory: Path) -> list[str]:

@@ -151,8 +151,13 @@ def test_the_data_of_the_phase_in_progress_must_be_the_same(at_ten, tmp_path):
     assert "done at iteration 15" in log, "another place, the same data"
     weighted = same.replace(f'"{moved}"', f'0.5, "{moved}", 0.5, "{at_ten.corpus}"')
     error = at_ten.go([*TWENTY, *at_ten.load], weighted)
-    assert f"{_labels(at_ten.table)['second']}: training data must be " in error
-    assert ", as recorded in the checkpoint (got " in error
+    # The same content twice, with weights.
+    assert error.splitlines() == [
+        "number of sources: 1 in the checkpoint, 2 in this run",
+        "weights of the sources: None in the checkpoint, 0.5 0.5 in this run",
+        f"{_labels(at_ten.table)['second']}: training data must be that of the checkpoint"
+        " (got '2 differences')",
+    ]
 
 
 def test_later_steps_may_change_and_the_log_shows_it(at_ten, tmp_path):
@@ -176,7 +181,7 @@ def test_the_data_of_completed_phases_need_not_exist(runs, tmp_path):
     for file in gone.glob("counting.*"):
         file.unlink()
     assert "done at iteration 20" in runs.go([*TWENTY, *runs.load], table)
-    early = [*TWENTY, *runs.load, "--ckpt-step", "8", "--finetune"]
+    early = [*TWENTY, *runs.load, "--ckpt-step", "8", "--finetune", "--save", str(tmp_path / "new")]
     assert f"{_labels(runs.table)['first']}: data path" in runs.go(early, table), (
         "from the start it is needed"
     )
@@ -190,7 +195,7 @@ def test_finetune_starts_any_table(at_ten, tmp_path):
 
 
 def test_what_a_checkpoint_holds_besides_steps_and_samples() -> None:
-    """`stages` with a phase table, and nothing without one: the keys are part of the format."""
+    """The data, and `stages` with a phase table: the keys are part of the format."""
     record = PhaseRecord(
         name="ul2",
         first_iteration=0,
@@ -200,9 +205,10 @@ def test_what_a_checkpoint_holds_besides_steps_and_samples() -> None:
         fingerprint="f",
         config={"train": {"seed": 1}},
     )
-    assert saved_extra([record], has_phases=False) == {}
-    extra = saved_extra([record], has_phases=True)
-    assert list(extra) == ["stages"]
+    data = {"fingerprint": "f", "seed": 1}
+    assert saved_extra([record], has_phases=False, data=data) == {"data": data}
+    extra = saved_extra([record], has_phases=True, data=data)
+    assert list(extra) == ["stages", "data"]
     assert extra["stages"] == [asdict(record)]
     # Keys of other state do not matter to the records.
     state = TrainState(iteration=8, consumed_train_samples=32, extra=extra | {"other": 1})
