@@ -29,7 +29,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
 }
 """Files of the root that are pages of the site."""
-MODULES = ("errors", "files", "text", "console", "command_line")
+MODULES = ("errors", "files", "text", "console", "command_line", "processes")
 """Modules of `megatron_moe` that belong to no package, first in the API reference."""
 PACKAGES = (
     "config",
