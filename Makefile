@@ -16,7 +16,7 @@ DOCS_STAMP := $(VENV)/.docs-$(KEY)
 
 SCRIPTS := $(wildcard examples/*.sh examples/*.sbatch) .ci/run
 
-.PHONY: help setup quickstart test test-all test-gpu check format compare bench docs clean distclean
+.PHONY: help setup quickstart test test-all test-gpu check format compare soak bench docs clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ compare: $(STAMP) ## Compare with a revision, bit for bit: BASE=<revision> [ONLY
 	  echo "make: BASE must be a revision or the folder of a checkout (got ''); try: make compare BASE=HEAD~1" >&2; \
 	  exit 2; }
 	@$(BIN)/python tools/compare_revisions.py --base "$(BASE)" $(if $(ONLY),--only "$(ONLY)")
+
+soak: $(STAMP) ## 2000 steps with random faults against an undisturbed run, and soak.json
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.soak
 
 bench: $(STAMP) ## Every benchmark, as a table and bench.json
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m bench.run

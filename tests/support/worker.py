@@ -21,7 +21,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-
 MOST_GROUPS = 24
 """Process groups that may outlive their call: Megatron-Core's checkpoint writer keeps one of each
 call. A run that something still refers to leaves all of its groups."""
