@@ -72,11 +72,16 @@ def pretrain(config: RunConfig, notes: Sequence[str], at_exit: ExitStack) -> Non
     from megatron_moe.model.build import build_model
     from megatron_moe.parallel.collectives import launch_rank_group
     from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
-    from megatron_moe.parallel.launch import launched_to_train
+    from megatron_moe.parallel.failures import failures_watched
+    from megatron_moe.parallel.launch import (
+        PREEMPTED_EXIT_STATUS,
+        launched_to_train,
+        note_exit_status,
+    )
     from megatron_moe.tokenizer.build import build_tokenizer, padded_vocab_size
     from megatron_moe.training.dataloaders import build_dataloaders, check_coordinates
     from megatron_moe.training.exit_request import build_exit_request
-    from megatron_moe.training.hooks import build_hooks
+    from megatron_moe.training.hooks import Progress, build_hooks
     from megatron_moe.training.metrics import Meter
     from megatron_moe.training.outputs import check_outputs
     from megatron_moe.training.phases import resolve_run_schedule
@@ -93,11 +98,13 @@ def pretrain(config: RunConfig, notes: Sequence[str], at_exit: ExitStack) -> Non
 
     # Everything that can be wrong with flags, files and data is found before process groups exist.
     here = launched_to_train()
+    watched = failures_watched(here, config.checkpoint.save, config.train.hang_timeout)
+    monitor = at_exit.enter_context(watched)
     tokenizer = build_tokenizer(config.data)
     vocab_size = padded_vocab_size(config.data, tokenizer)
     schedule = resolve_run_schedule(config, here.world_size, vocab_size)
     check_outputs(config)
-    hooks = build_hooks(config, here.rank, platform)
+    hooks = [*build_hooks(config, here.rank, platform), Progress(monitor)]
     timeout = timedelta(minutes=config.parallel.distributed_timeout_minutes)
     ranks = launch_rank_group(here, timeout)
     warnings = compare_kernels(config, platform.device.type, ranks)
@@ -136,6 +143,8 @@ def pretrain(config: RunConfig, notes: Sequence[str], at_exit: ExitStack) -> Non
     destroy_parallel(default_group=True)
     if summary.failure is not None:
         sys.exit(1)
+    finished = summary.state.iteration == schedule.iterations
+    note_exit_status(0 if finished else PREEMPTED_EXIT_STATUS)
 
 
 if __name__ == "__main__":

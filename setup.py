@@ -67,6 +67,7 @@ EXTRAS = {
 
 COMMANDS = [
     "openmoe-pretrain = pretrain_openmoe:main",
+    "openmoe-torchrun = megatron_moe_tools.torchrun:main",
     "openmoe-preprocess = megatron_moe_tools.preprocess_data:main",
     "openmoe-merge-datasets = megatron_moe_tools.merge_datasets:main",
     "openmoe-inspect-data = megatron_moe_tools.inspect_data:main",

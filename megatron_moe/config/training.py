@@ -147,6 +147,9 @@ class TrainConfig:
     ends the rank at once."""
     exit_signal: Annotated[Literal["TERM", "USR1", "INT"], OmittedAtDefault] = "TERM"
     """The signal of `--exit-signal-handler`."""
+    hang_timeout: Annotated[float | None, Positive, OmittedAtDefault] = None
+    """Seconds without a completed step, evaluation or save after which the run is aborted, with the
+    stacks of all ranks in its failure report. Choose more than the longest of them takes."""
     kill_switch_file: Annotated[str | None, OmittedAtDefault] = None
     """Save and exit on all ranks after the step during which this file appears."""
     seed: Annotated[int, NonNegative] = 1234

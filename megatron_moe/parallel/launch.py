@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from megatron_moe.console import escape_unprintable
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
 
 STARTUP_TIMEOUT = timedelta(seconds=120)
 """How long a rank with a usage error waits for the others to get as far."""
+PREEMPTED_EXIT_STATUS = 75
+"""Of a run that saved and ended before its last step: `EX_TEMPFAIL` of sysexits.h."""
+EXIT_STATUS_FILE = "OPENMOE_EXIT_STATUS_FILE"
+"""Environment variable with the file in which ranks note the status for their launcher."""
 _RUNNING_TIMEOUT = timedelta(seconds=10)
 """The same once process groups exist: ranks without an error may never come."""
 _POLL_INTERVAL = timedelta(seconds=2)
@@ -150,6 +155,7 @@ def ended_reader_is_fine() -> Iterator[None]:
 def _exit(line: str) -> NoReturn:
     here = _launched_with_others()
     if here is None:
+        note_exit_status(USAGE_EXIT_CODE)
         print(line, file=sys.stderr, flush=True)
         sys.exit(USAGE_EXIT_CODE)
     import torch.distributed as dist
@@ -256,15 +262,26 @@ class Rendezvous:
 
 
 def launcher_store(name: str, timeout: timedelta) -> dist.Store:
-    """The launcher's key-value store, or one that rank 0 serves if the launcher has none.
+    """A new connection to the launcher's key-value store, or to one of rank 0 if it has none.
+
+    Unlike `torch.distributed.rendezvous` it does not wait for the other ranks: where one never
+    comes, the others can find out which.
 
     Args:
         name: of the part of the store that is used.
-        timeout: of every operation.
+        timeout: of connecting, and of every operation.
     """
     import torch.distributed as dist
 
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    served_by_launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        _number("MASTER_PORT"),
+        is_master=_number("RANK") == 0 and not served_by_launcher,
+        timeout=timeout,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
     # A restarted job finds the keys of its previous attempt in the same store.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"{name}-{attempt}", store)
@@ -288,10 +305,21 @@ def _count_in(store: dist.Store, name: str, here: Launched) -> None:
         store.set(f"{name}/all", "1")
 
 
+def note_exit_status(status: int) -> None:
+    """Tell `tools/torchrun.py` how the run ended, if it has started this rank.
+
+    Args:
+        status: 0, `PREEMPTED_EXIT_STATUS` or `USAGE_EXIT_CODE`; the same on all ranks of a node.
+    """
+    if path := os.environ.get(EXIT_STATUS_FILE):
+        Path(path).write_text(str(status))
+
+
 def exit_together(store: dist.Store, here: Launched, timeout: timedelta) -> NoReturn:
     """Exit with code 2 on all ranks at once: a launcher terminates the others once one exits."""
     import torch.distributed as dist
 
+    note_exit_status(USAGE_EXIT_CODE)
     # There is nothing left to do or to clean up, so a rank that is terminated a moment before its
     # exit may as well exit with its own code.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -13,20 +13,16 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import threading
 import time
-import weakref
 from collections.abc import Callable
 from datetime import timedelta
-from types import FrameType
-from typing import Any
 
 import psutil
 
 from megatron_moe.checkpoint.manager import host_rank_group
 from megatron_moe.parallel.collectives import RankGroup
 from megatron_moe.parallel.context import ParallelContext
+from megatron_moe.platform.signals import SignalThread
 from megatron_moe.training.phases import RunSchedule
 
 REPEAT_SECONDS = 10.0
@@ -58,8 +54,8 @@ class ExitRequest:
         self._ranks, self._number, self._minutes = ranks, number, minutes
         self._saving, self._file = saving, file
         self._noted = False
-        if number is not None:
-            self._install(number)
+        self._first: float | None = None
+        self._signals = SignalThread(number, self._arrived, self._note) if number else None
 
     def agreed(self) -> str:
         """The request of any rank, e.g. `SIGTERM`; empty if there is none.
@@ -78,52 +74,18 @@ class ExitRequest:
 
     def close(self) -> None:
         """Restore the handler from before."""
-        if self._number is None:
-            return
-        signal.signal(self._number, self._before)
-        signal.set_wakeup_fd(self._wakeup_before)
-        # Ends the thread, also where workers that were forked later have the socket as well.
-        self._sender.shutdown(socket.SHUT_WR)
-        self._sender.close()
-        self._thread.join()
+        if self._signals is not None:
+            self._signals.close()
 
-    def _install(self, number: signal.Signals) -> None:
-        # Python runs handlers between two instructions of the main thread, which may be waiting in
-        # a collective for ranks that are gone. The thread reads signals as they arrive, so a second
-        # request ends a rank that hangs.
-        self._receiver, self._sender = socket.socketpair()
-        self._sender.setblocking(False)
-        self._thread = threading.Thread(target=self._watch, name="exit-request", daemon=True)
-        self._thread.start()
-        self._before: Any = signal.signal(number, self._note)
-        self._wakeup_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
-        this = weakref.ref(self)
-        os.register_at_fork(after_in_child=lambda: _leave(this()))
-
-    def _note(self, _number: int, _frame: FrameType | None) -> None:
+    def _note(self) -> None:
         self._noted = True
 
-    def _watch(self) -> None:
-        first = None
-        while data := self._receiver.recv(1):
-            if data[0] != self._number:
-                continue
-            now = time.monotonic()
-            first = now if first is None else first
-            if now - first > REPEAT_SECONDS and not self._saving():
-                os._exit(128 + data[0])
-        self._receiver.close()
-
-    def leave_child(self) -> None:
-        """In a process forked from the rank: signals are its own again, and mean what they did."""
-        if self._number is not None and signal.getsignal(self._number) == self._note:
-            signal.set_wakeup_fd(-1)
-            signal.signal(self._number, self._before)
-
-
-def _leave(request: ExitRequest | None) -> None:
-    if request is not None:
-        request.leave_child()
+    def _arrived(self) -> None:
+        """A second request ends a rank that hangs; called in a thread."""
+        now = time.monotonic()
+        self._first = now if self._first is None else self._first
+        if now - self._first > REPEAT_SECONDS and not self._saving() and self._number is not None:
+            os._exit(128 + self._number)
 
 
 def _minutes_since_start() -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 
 from megatron_moe.config import RunConfig, TrainConfig
+from megatron_moe.parallel.failures import FailureMonitor
 from megatron_moe.platform import Platform
 from megatron_moe.training.profiling import build_profiler
 from megatron_moe.training.step_hook import Hook
@@ -51,6 +52,37 @@ class ManualCollection(Hook):
         """Restore the automatic collector."""
         if self._was_enabled:
             gc.enable()
+
+
+class Progress(Hook):
+    """Tells the failure monitor what this rank does, and that it does it.
+
+    Args:
+        monitor: of this rank.
+    """
+
+    def __init__(self, monitor: FailureMonitor) -> None:
+        self._monitor = monitor
+
+    def before_step(self, completed: int) -> None:
+        """Begin the next step."""
+        self._monitor.beat(f"step {completed + 1}")
+
+    def after_step(self, iteration: int) -> None:
+        """Begin what follows a step: reports, saves, the question whether to exit."""
+        self._monitor.beat(f"what follows step {iteration}")
+
+    def before_evaluation(self) -> None:
+        """Begin an evaluation."""
+        self._monitor.beat("an evaluation")
+
+    def after_evaluation(self) -> None:
+        """Begin what follows an evaluation."""
+        self._monitor.beat("what follows an evaluation")
+
+    def close(self) -> None:
+        """The run ends, in its own time."""
+        self._monitor.beat("the end of the run", watched=False)
 
 
 def build_hooks(config: RunConfig, rank: int, platform: Platform) -> list[Hook]:

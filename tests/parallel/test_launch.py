@@ -68,6 +68,30 @@ def torchrun(tmp_path: Path, what: str, ranks: int = 2) -> Ended:
     return Ended(codes, errors, done.stdout)
 
 
+@pytest.mark.parametrize(("what", "status"), [("nothing", 0), ("once", 2)])
+def test_the_launcher_s_own_exit_status(what: str, status: int) -> None:
+    """Plain torchrun ends with 1 after a usage error. For 75 see test_launched_signals.py."""
+    done = subprocess.run(
+        [
+            *(sys.executable, str(ROOT / "tools" / "torchrun.py"), "--standalone"),
+            *("--nproc-per-node", "2", "-m", "tests.parallel.launch_program", what),
+        ],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == status, done.stderr
+
+
+def test_a_failure_counts_more_than_what_ranks_noted_before() -> None:
+    from tools.torchrun import status_of
+
+    assert [status_of(1, 0), status_of(1, 75), status_of(1, 2)] == [1, 1, 2]
+    assert [status_of(143, 75), status_of(0, 75), status_of(0, 0)] == [75, 75, 0]
+
+
 def test_an_error_that_every_rank_finds_is_printed_once(tmp_path: Path) -> None:
     ended = torchrun(tmp_path, "everywhere", ranks=3)
     assert ended.codes == {0: 2, 1: 2, 2: 2}

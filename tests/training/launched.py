@@ -15,11 +15,11 @@ SECONDS = 240
 
 
 def start(corpus: str, directory: Path, *flags: str) -> subprocess.Popen[bytes]:
-    """A run of two ranks that would take hours."""
+    """A run of two ranks that would take hours, under `tools/torchrun.py`."""
     argv = [*MODEL, "--expert-model-parallel-size", "2", "--data-path", corpus]
     argv += ["--train-iters", "1000000", "--save", str(directory / "ckpt")]
     argv += ["--metrics-file", str(directory / "metrics.jsonl"), "--log-interval", "1", *flags]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    launcher = [str(ROOT / "tools" / "torchrun.py"), "--standalone", "--local-addr", "127.0.0.1"]
     launcher += ["--nproc-per-node", "2", str(ROOT / "pretrain_openmoe.py")]
     return subprocess.Popen(
         [sys.executable, *launcher, *argv],

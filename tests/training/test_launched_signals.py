@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from megatron_moe.checkpoint import latest_step, verify
+from megatron_moe.parallel.launch import PREEMPTED_EXIT_STATUS
 from tests.training.launched import ROOT, SECONDS, start, wait_for_steps
 from tests.training.tiny import MODEL
 
@@ -39,7 +40,7 @@ def test_a_signal_to_every_process_saves_once(corpus, tmp_path, workers, flags):
         number = signal.SIGINT if "INT" in flags else signal.SIGTERM
         for process in [launcher, *processes]:
             process.send_signal(number)
-        run.wait(SECONDS)
+        assert run.wait(SECONDS) == PREEMPTED_EXIT_STATUS
     finally:
         run.kill()
     log = (tmp_path / "log").read_text()
