@@ -57,6 +57,7 @@ _REQUEST = timedelta(seconds=5)
 """Of other requests."""
 ANSWERS_SECONDS = 8.0
 """How long the first rank waits for the answers of the others."""
+_WRITE_SECONDS = 5.0
 _LEAVE = timedelta(seconds=20)
 """How long the others wait for the report."""
 _UNWIND = 0.5
@@ -126,11 +127,11 @@ class FailureMonitor:
             else:
                 self._handle(_reason_of(error), error)
                 sys.exit(1)
+        self._closing.set()
         with contextlib.suppress(dist.DistError, RuntimeError):  # the launcher may be gone
             store = self._connect(_REQUEST)
             if error is not None:
                 store.set("ending", "1")
-            self._closing.set()
             store.set(self._key(self._here.rank), "1")
             for thread in self._threads:
                 thread.join()
@@ -245,7 +246,16 @@ class FailureMonitor:
         _print("\n".join([first, *where, *rest]) + "\n")
 
     def _write(self, report: Report) -> Path | None:
-        return report.write(self._directory) if self._directory is not None else None
+        if self._directory is None:
+            return None
+        written: list[Path | None] = []
+        directory = self._directory
+        # A file system that hangs may be what has failed, and shall not keep the summary back.
+        writer = threading.Thread(target=lambda: written.append(report.write(directory)))
+        writer.daemon = True
+        writer.start()
+        writer.join(_WRITE_SECONDS)
+        return written[0] if written else None
 
 
 @contextlib.contextmanager

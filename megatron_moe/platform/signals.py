@@ -20,6 +20,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 EXIT_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -87,8 +88,7 @@ class SignalThread:
         self._sender.setblocking(False)
         self._thread = threading.Thread(target=self._watch, name=number.name, daemon=True)
         self._thread.start()
-        self._handler = lambda _number, _frame: self._note()
-        self._before: Any = signal.signal(number, self._handler)
+        self._before: Any = signal.signal(number, self._handle)
         self._wakeup_before = signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         this = weakref.ref(self)
         os.register_at_fork(after_in_child=lambda: _leave(this()))
@@ -104,9 +104,15 @@ class SignalThread:
 
     def leave_child(self) -> None:
         """In a process forked from this one: signals are its own again, and mean what they did."""
-        if signal.getsignal(self.number) == self._handler:
+        if signal.getsignal(self.number) == self._handle:
             signal.set_wakeup_fd(-1)
-            signal.signal(self.number, self._before)
+            before = self._before
+            while isinstance(earlier := getattr(before, "__self__", None), SignalThread):
+                before = earlier._before
+            signal.signal(self.number, before)
+
+    def _handle(self, _number: int, _frame: FrameType | None) -> None:
+        self._note()
 
     def _watch(self) -> None:
         while data := self._receiver.recv(1):

@@ -12,7 +12,7 @@ import pytest
 from torch.utils.data import Dataset
 
 from megatron_moe.data.loader import BatchShard, MicroBatchSampler, build_loader
-from megatron_moe.platform.signals import EXIT_SIGNALS, exit_signals_blocked
+from megatron_moe.platform.signals import EXIT_SIGNALS, SignalThread, exit_signals_blocked
 
 
 class Rows(Dataset[Any]):
@@ -74,3 +74,20 @@ def test_a_blocked_signal_reaches_this_process_afterwards():
         assert seen == [signal.SIGUSR1]
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_threads_of_several_signals_pass_them_on():
+    """The one that is constructed last receives all signals of the process."""
+    seen: list[str] = []
+    arrived = {number: threading.Event() for number in (signal.SIGTERM, signal.SIGUSR1)}
+    first = SignalThread(signal.SIGTERM, arrived[signal.SIGTERM].set, lambda: seen.append("TERM"))
+    second = SignalThread(signal.SIGUSR1, arrived[signal.SIGUSR1].set, lambda: seen.append("USR1"))
+    try:
+        for number, event in arrived.items():
+            os.kill(os.getpid(), number)
+            assert event.wait(60)
+    finally:
+        second.close()
+        first.close()
+    assert seen == ["TERM", "USR1"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

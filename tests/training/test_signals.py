@@ -13,6 +13,7 @@ import pytest
 
 from megatron_moe.checkpoint import latest_step, verify
 from megatron_moe.parallel.collectives import RankGroup
+from megatron_moe.platform.signals import SignalThread
 from megatron_moe.training import exit_request as module
 from megatron_moe.training.exit_request import ExitRequest
 from megatron_moe.training.trainer import Trainer
@@ -120,6 +121,7 @@ def test_no_signal_interrupts_a_save():
 
 
 def test_processes_of_a_rank_still_end_by_it():
+    outer = SignalThread(signal.SIGTERM, lambda: None)  # as the failure monitor's
     request = ExitRequest(RankGroup())
 
     def body() -> None:
@@ -131,6 +133,7 @@ def test_processes_of_a_rank_still_end_by_it():
         assert not request.agreed()
     finally:
         request.close()
+        outer.close()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
