@@ -73,11 +73,7 @@ def pretrain(config: RunConfig, notes: Sequence[str], at_exit: ExitStack) -> Non
     from megatron_moe.parallel.collectives import launch_rank_group
     from megatron_moe.parallel.context import destroy_parallel, initialize_parallel
     from megatron_moe.parallel.failures import failures_watched
-    from megatron_moe.parallel.launch import (
-        PREEMPTED_EXIT_STATUS,
-        launched_to_train,
-        note_exit_status,
-    )
+    from megatron_moe.parallel.launch import launched_to_train, note_end
     from megatron_moe.tokenizer.build import build_tokenizer, padded_vocab_size
     from megatron_moe.training.dataloaders import build_dataloaders, check_coordinates
     from megatron_moe.training.exit_request import build_exit_request
@@ -98,8 +94,7 @@ def pretrain(config: RunConfig, notes: Sequence[str], at_exit: ExitStack) -> Non
 
     # Everything that can be wrong with flags, files and data is found before process groups exist.
     here = launched_to_train()
-    watched = failures_watched(here, config.checkpoint.save, config.train.hang_timeout)
-    monitor = at_exit.enter_context(watched)
+    monitor = at_exit.enter_context(failures_watched(here, config))
     tokenizer = build_tokenizer(config.data)
     vocab_size = padded_vocab_size(config.data, tokenizer)
     schedule = resolve_run_schedule(config, here.world_size, vocab_size)
@@ -143,8 +138,7 @@ def pretrain(config: RunConfig, notes: Sequence[str], at_exit: ExitStack) -> Non
     destroy_parallel(default_group=True)
     if summary.failure is not None:
         sys.exit(1)
-    finished = summary.state.iteration == schedule.iterations
-    note_exit_status(0 if finished else PREEMPTED_EXIT_STATUS)
+    note_end(finished=summary.state.iteration == schedule.iterations)
 
 
 if __name__ == "__main__":

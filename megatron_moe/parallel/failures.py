@@ -28,6 +28,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_moe.config import RunConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.parallel.failure_report import (
     COLLECTIVE,
@@ -259,17 +260,15 @@ class FailureMonitor:
 
 
 @contextlib.contextmanager
-def failures_watched(
-    here: Launched, directory: str | None, hang_timeout: float | None
-) -> Iterator[FailureMonitor]:
+def failures_watched(here: Launched, config: RunConfig) -> Iterator[FailureMonitor]:
     """Enter a `FailureMonitor`, unless another program has made the process groups of this rank.
 
     Args:
         here: this rank.
-        directory: `--save`.
-        hang_timeout: `--hang-timeout`.
+        config: `--save`, where the report is written, and `--hang-timeout`.
     """
-    monitor = FailureMonitor(here, Path(directory) if directory else None, hang_timeout)
+    save = config.checkpoint.save
+    monitor = FailureMonitor(here, Path(save) if save else None, config.train.hang_timeout)
     if dist.is_initialized():
         yield monitor
     else:

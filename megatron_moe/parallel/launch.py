@@ -315,6 +315,11 @@ def note_exit_status(status: int) -> None:
         Path(path).write_text(str(status))
 
 
+def note_end(*, finished: bool) -> None:
+    """`note_exit_status` of a run that has saved: at its last step, or before."""
+    note_exit_status(0 if finished else PREEMPTED_EXIT_STATUS)
+
+
 def exit_together(store: dist.Store, here: Launched, timeout: timedelta) -> NoReturn:
     """Exit with code 2 on all ranks at once: a launcher terminates the others once one exits."""
     import torch.distributed as dist

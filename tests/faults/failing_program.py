@@ -10,11 +10,12 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_moe.parallel.failures import failures_watched
+from megatron_moe.parallel.failures import FailureMonitor
 from megatron_moe.parallel.launch import launched, run_or_exit, startup_barrier
 
 START_SECONDS = 12.0
@@ -40,7 +41,7 @@ def main() -> None:
     hang_timeout = float(timeout[0]) if timeout else None
     if (here.rank, what) == (int(victim), "stop at start"):
         go_wrong(what)
-    with failures_watched(here, directory, hang_timeout) as monitor:
+    with FailureMonitor(here, Path(directory), hang_timeout) as monitor:
         store, rank = startup_barrier(here.world_size, timedelta(seconds=START_SECONDS))
         dist.init_process_group("gloo", store=store, rank=rank, world_size=here.world_size)
         pairs = [dist.new_group(pair, group_desc="EXPERT_GROUP") for pair in ([0, 2], [1])]
