@@ -131,6 +131,10 @@ class Corrupt(CheckpointError):
     """A damaged file of a checkpoint: not what was written."""
 
 
+class NonFinite(CheckpointError):
+    """Weights or optimizer state with NaN or infinity, which no checkpoint may hold."""
+
+
 class NoCheckpoint(CheckpointError):
     """A directory in which there is no checkpoint at all."""
 

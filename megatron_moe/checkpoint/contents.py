@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_moe.checkpoint import index, rng
 from megatron_moe.checkpoint.disk import Stream
+from megatron_moe.checkpoint.finite import check_finite
 from megatron_moe.checkpoint.index import LogicalTensor, block_key
 from megatron_moe.checkpoint.metadata import CONFIG, STATE, RunIdentity, TrainState, state_json
 from megatron_moe.checkpoint.tensor_files import (
@@ -80,6 +81,7 @@ def collect_contents(
         tokenizer_files: file name -> content, from `Tokenizer.files`.
 
     Raises:
+        NonFinite: on every rank, if a tensor of any is not finite.
         CheckpointError: on every rank, if any failed.
     """
     _finish_parameter_gather(chunks)
@@ -87,7 +89,9 @@ def collect_contents(
     def plan() -> list[Part]:
         shards = model_shards(chunks, config.model, config.moe)
         states = optimizer_shards(optimizer) if optimizer is not None else None
-        return list(save_plan(shards, states, _replicas(ctx)))
+        found = list(save_plan(shards, states, _replicas(ctx)))
+        check_finite(found, state.iteration, ctx.rank)
+        return found
 
     parts = ranks.run_on_all(plan)
     layout = rng.layout_of(ctx.layout) if with_rng else None

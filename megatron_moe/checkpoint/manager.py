@@ -53,6 +53,7 @@ def save_checkpoint(
         The new checkpoint's directory, once it is complete and the tracker names it.
 
     Raises:
+        NonFinite: on every rank, if a tensor is not finite.
         CheckpointError: on every rank, if any failed, e.g. because the disk is full. Existing
             checkpoints and the tracker are unchanged.
     """
@@ -121,32 +122,38 @@ class CheckpointManager:
             identity: what a run that loads this must share with it.
 
         Raises:
+            NonFinite: on every rank: weights or optimizer state hold NaN or infinity. Nothing is
+                written, and neither the tracker nor any checkpoint changes.
             CheckpointError: on every rank: this save failed, or the one before it.
         """
         settings, step = self._config.checkpoint, state.iteration
         assert settings.save is not None
         self.finish()
         self.saving = True
-        contents = collect_contents(
-            state,
-            config=self._config,
-            ctx=self._ctx,
-            chunks=chunks,
-            optimizer=None if settings.no_save_optim else optimizer,
-            identity=identity,
-            with_rng=not settings.no_save_rng,
-            ranks=self._ranks,
-            tokenizer_files=self._tokenizer_files,
-        )
-        self._pending = start_save(
-            settings.save,
-            step,
-            contents,
-            self._ranks,
-            memory=self._memory,
-            on_commit=lambda: _remove_old(settings, step, self._replaced),
-            check_writer=self._check_writer,
-        )
+        try:
+            contents = collect_contents(
+                state,
+                config=self._config,
+                ctx=self._ctx,
+                chunks=chunks,
+                optimizer=None if settings.no_save_optim else optimizer,
+                identity=identity,
+                with_rng=not settings.no_save_rng,
+                ranks=self._ranks,
+                tokenizer_files=self._tokenizer_files,
+            )
+            self._pending = start_save(
+                settings.save,
+                step,
+                contents,
+                self._ranks,
+                memory=self._memory,
+                on_commit=lambda: _remove_old(settings, step, self._replaced),
+                check_writer=self._check_writer,
+            )
+        except BaseException:
+            self.saving = False
+            raise
         if self._memory is None:
             self.finish()
 

@@ -14,10 +14,19 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_moe.errors import CheckpointError, Corrupt, NoCheckpoint, UsageError, merged
+from megatron_moe.errors import (
+    CheckpointError,
+    Corrupt,
+    NoCheckpoint,
+    NonFinite,
+    UsageError,
+    merged,
+)
 from megatron_moe.parallel.launch import Launched, Rendezvous
 
 T = TypeVar("T")
+_KINDS = (CheckpointError, Corrupt, NoCheckpoint, NonFinite)
+"""Errors that keep their class when they are raised on the other ranks."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +169,7 @@ def launch_rank_group(here: Launched, timeout: timedelta) -> RankGroup:
 
 
 def _error(name: str, values: list[Any]) -> CheckpointError:
-    kinds = {kind.__name__: kind for kind in (CheckpointError, Corrupt, NoCheckpoint)}
+    kinds = {kind.__name__: kind for kind in _KINDS}
     return kinds.get(name, CheckpointError).from_json(values)
 
 

@@ -28,7 +28,12 @@ NextBatches = Callable[[], Sequence[Batch | None]]
 """Returns this rank's micro-batches of the next global batch."""
 
 
-def evaluate_split(run: TrainingRun, data: Data, split: Literal["valid", "test"]) -> Evaluation:
+def evaluate_split(
+    run: TrainingRun,
+    data: Data,
+    split: Literal["valid", "test"],
+    after_batch: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """The loss of the blend, then of each of its domains, in the order of their prefixes.
 
     The batches of a domain hold nothing else, so its loss is that of a run on this domain alone,
@@ -39,11 +44,12 @@ def evaluate_split(run: TrainingRun, data: Data, split: Literal["valid", "test"]
         run: the model.
         data: of this rank.
         split: which held-out data.
+        after_batch: called after each global batch, on every rank.
     """
     size = run.plan.batch_sizes.full
 
     def loss_of(batches: Iterator[Batch] | None, iterations: int) -> Evaluation:
-        return evaluate(run, partial(fetch_batches, run, batches, size), iterations)
+        return evaluate(run, partial(fetch_batches, run, batches, size), iterations, after_batch)
 
     blend = data.test() if split == "test" else data.valid()
     found = loss_of(blend, run.config.train.eval_iters)
@@ -53,7 +59,12 @@ def evaluate_split(run: TrainingRun, data: Data, split: Literal["valid", "test"]
     return replace(found, domains=parts)
 
 
-def evaluate(run: TrainingRun, next_batches: NextBatches, iterations: int) -> Evaluation:
+def evaluate(
+    run: TrainingRun,
+    next_batches: NextBatches,
+    iterations: int,
+    after_batch: Callable[[], None] = lambda: None,
+) -> Evaluation:
     """Mean cross entropy over ``iterations`` global batches; the same value on every rank."""
     sums = torch.zeros(3, dtype=torch.float64, device=run.ctx.platform.device)
     with _restored(run), torch.no_grad():
@@ -62,6 +73,7 @@ def evaluate(run: TrainingRun, next_batches: NextBatches, iterations: int) -> Ev
             forward = forward_function(run, None, len(batches))
             reported = forward_backward(run.ctx, forward, batches, run.wrapped, forward_only=True)
             sums += total_sums(reported, run)
+            after_batch()
     # Sums, not means, are reduced: ranks hold different numbers of targets.
     torch.distributed.all_reduce(sums)
     cross_entropy, _, targets = sums.tolist()

@@ -6,11 +6,13 @@ passed in. One step of it is in `training/step.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
 from megatron_moe.checkpoint.manager import CheckpointManager
+from megatron_moe.errors import NonFinite
 from megatron_moe.moe.statistics import collect_statistics, reset_statistics
 from megatron_moe.training.consumed import record_of, saved_extra
 from megatron_moe.training.dataloaders import PhaseDataLoaders
@@ -75,10 +77,10 @@ class Trainer:
         self.validation: Evaluation | None = None
 
     def train(self) -> Summary:
-        """Train until the end of the run, a request to exit or a non-finite gradient.
+        """Train until the end of the run, a request to exit or a number that is not finite.
 
-        After a non-finite gradient the summary has a `failure`, and nothing is saved: the newest
-        checkpoint is from before the steps that led to it.
+        After a gradient, a loss or weights that are not finite the summary has a `failure`, and
+        nothing is saved: the newest checkpoint is from before the steps that led to it.
         """
         for chunk in self.run.wrapped:
             chunk.train()
@@ -89,10 +91,12 @@ class Trainer:
                 hook.start()
             self._train_until_exit()
             self._finish()
-        except NonFiniteError as error:
-            self.report()
+        except (NonFiniteError, NonFinite) as error:
+            self.report(final=True)
             self.checkpoints.finish()
-            failure = str(error)
+            *details, failure = str(error).split("\n")
+            for line in details:
+                self.reporter.log(f" {line}")
         except BaseException:
             # Other ranks may have failed as well, so nothing that waits for them can be called.
             self.checkpoints.abandon()
@@ -136,11 +140,12 @@ class Trainer:
             # length, by which the meter counts tokens, and other held-out data.
             if phase_ends or iteration % config.logging.log_interval == 0:
                 self.report()
+            # Before the evaluation, which may take longer than the steps since the last save.
+            if save_interval and iteration % save_interval == 0:
+                self.save()
             evaluates = phase_ends or iteration % self.run.config.train.eval_interval == 0
             if evaluates and not self.finished:  # after the last step, `_finish` evaluates
                 self.evaluate("validation")
-            if save_interval and iteration % save_interval == 0:
-                self.save()
             if not self.finished and (reason := self._exit_reason()):
                 self.reporter.log(f" exiting at iteration {iteration}: {reason}")
                 return
@@ -154,13 +159,13 @@ class Trainer:
         return self.exit_request.agreed() if self.exit_request is not None else ""
 
     def _finish(self) -> None:
-        """Report, evaluate and save at the end, whatever the intervals are."""
+        """Report, save and evaluate at the end, whatever the intervals are."""
         self.report()
+        self.save()
+        self.checkpoints.finish()
         if self.finished:
             self.evaluate("validation")
             self.evaluate("test")
-        self.save()
-        self.checkpoints.finish()
 
     def enter_phase(self, phase: Phase) -> None:
         """Switch data, settings and learning-rate schedule to those of the next phase.
@@ -205,8 +210,15 @@ class Trainer:
             result.params_square,
         )
 
-    def report(self) -> None:
-        """Report the steps since the last report; nothing if there are none."""
+    def report(self, *, final: bool = False) -> None:
+        """Report the steps since the last report; nothing if there are none.
+
+        Args:
+            final: the run has failed, and reports whatever it has.
+
+        Raises:
+            NonFiniteError: on every rank: the loss of a step is infinite or not a number.
+        """
         records, speed = self.meter.collect()
         if speed is None:
             return
@@ -224,9 +236,17 @@ class Trainer:
                 forced_routing=self.run.config.moe.moe_router_force_load_balancing,
             )
         )
+        bad = [r for r in records if not math.isfinite(r.lm_loss + r.logit_z)]
+        if bad and not final:
+            found = f"{bad[0].lm_loss} at iteration {bad[0].iteration}"
+            raise NonFiniteError(f"training loss must be finite (got {found})")
 
     def evaluate(self, name: Literal["validation", "test"]) -> None:
-        """Evaluate held-out data of the current phase; nothing if there is none."""
+        """Evaluate held-out data of the current phase; nothing if there is none.
+
+        Raises:
+            NonFiniteError: on every rank: its loss is infinite or not a number.
+        """
         run, data = self.run, self.dataloaders.current
         exists = data.has_test if name == "test" else data.has_valid
         if run.config.train.eval_iters == 0 or not exists:
@@ -235,16 +255,27 @@ class Trainer:
         for hook in self.hooks:
             hook.before_evaluation()
         with run.timers.paused():
-            result = evaluate_split(run, data, "test" if name == "test" else "valid")
+            # A save that is in progress is complete as soon as it can be, not after the evaluation.
+            poll = self.checkpoints.poll
+            result = evaluate_split(run, data, "test" if name == "test" else "valid", poll)
         for hook in self.hooks:
             hook.after_evaluation()
         self.reporter.evaluation(name, self.state.iteration, result)
         if name == "validation":
             self.validation = result
         self.meter.resume()
+        for domain, part in {"": result, **result.domains}.items():
+            if not math.isfinite(part.lm_loss):
+                found = f"{part.lm_loss} at iteration {self.state.iteration}"
+                what = f"{name} loss" + (f" of {domain}" if domain else "")
+                raise NonFiniteError(f"{what} must be finite (got {found})")
 
     def save(self) -> None:
-        """Save to `--save`, unless this step is there already."""
+        """Save to `--save`, unless this step is there already.
+
+        Raises:
+            NonFinite: on every rank: weights or optimizer state are not finite; nothing is saved.
+        """
         iteration = self.state.iteration
         if self.schedule.config.checkpoint.save is None or self.saved_iteration == iteration:
             return

@@ -16,16 +16,18 @@ from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from megatron_moe.training.optim.build import chained_optimizers
+from megatron_moe.training.optim.squares import sum_of_squares
 
 
 def grad_norm(optimizer: MegatronOptimizer, device: torch.device) -> float:
     """The norm of the whole model's gradient, the same number on every rank.
 
-    Squares are added in fp64. This is the one host synchronization of a step. Megatron-Core
-    computes the same quantity, but without Apex or Transformer Engine it reads the norm of every
-    gradient back separately.
+    Squares are added in blocks (`optim/squares.py`), so that the norm, and with it clipping,
+    depends neither on the size of tensors nor on the layout: to 1e-9, for equal gradients. This is
+    the one host synchronization of a step. Megatron-Core computes the same quantity, but without
+    Apex or Transformer Engine it reads the norm of every gradient back separately.
     """
-    total = _sum_over_model(optimizer, device, _gradients, _squares)
+    total = _sum_over_model(optimizer, device, _gradients, sum_of_squares)
     return math.sqrt(total.item())
 
 
@@ -36,7 +38,7 @@ def zeros_in_grad(optimizer: MegatronOptimizer, device: torch.device) -> Tensor:
 
 def params_square(optimizer: MegatronOptimizer, device: torch.device) -> Tensor:
     """Sum of the squares of all parameters, under bf16 of their fp32 masters: fp64 scalar."""
-    return _sum_over_model(optimizer, device, _parameters, _squares)
+    return _sum_over_model(optimizer, device, _parameters, sum_of_squares)
 
 
 def _sum_over_model(
@@ -70,10 +72,6 @@ def _parameters(part: MegatronOptimizer) -> list[Tensor]:
         for param in part.get_parameters()
         if param_is_not_shared(param) and param_is_not_tensor_parallel_duplicate(param, group)
     ]
-
-
-def _squares(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.stack(torch._foreach_norm(list(tensors))).double().square().sum()
 
 
 def _zeros(tensors: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moe.checkpoint import verify
+from megatron_moe.checkpoint import latest_step, verify
 from megatron_moe.config import DataConfig
 from megatron_moe.data.indexed.writer import IndexedWriter
 from megatron_moe.tokenizer.build import build_tokenizer
@@ -49,14 +49,18 @@ def _start(corpus: str, directory: Path, *flags: str) -> subprocess.Popen[str]:
     )
 
 
-def _kill_at(process: subprocess.Popen[str], mark: str) -> None:
+def _kill_at(process: subprocess.Popen[str], mark: str) -> list[str]:
+    """Kill a run when it logs a line; the lines until then."""
     assert process.stdout is not None
+    lines = []
     for line in process.stdout:
+        lines.append(line)
         if line.startswith(mark):
             process.kill()
             break
     process.stdout.close()
     assert process.wait() == -9, f"the run ended before it logged {mark!r}"
+    return lines
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -81,3 +85,17 @@ def test_a_run_killed_three_times_is_one_that_was_not(tmp_path, flags):
     verify(killed)
     name = "iter_0000014/rank-00000.safetensors"
     assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "flags", [[], pytest.param(["--async-save"], marks=pytest.mark.slow)], ids=["sync", "async"]
+)
+def test_a_run_killed_in_its_last_evaluation_has_its_last_step(tmp_path, flags):
+    """`--save` alone saves once, at the end: before the evaluation, which may take long."""
+    corpus, directory = _corpus(tmp_path / "corpus"), tmp_path / "run"
+    argv = ["--train-iters", "4", "--save-interval", "99", "--eval-iters", "100"]
+    run = _start(corpus, directory, *argv, "--split", "8,2,0", *flags)
+    lines = _kill_at(run, " saved iteration 4 ")
+    assert not any(line.startswith(" validation") for line in lines)
+    verify(directory, 4)
+    assert latest_step(directory) == 4

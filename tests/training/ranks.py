@@ -18,10 +18,14 @@ from megatron_moe.platform import activate
 from megatron_moe.training.evaluation import evaluate
 from megatron_moe.training.plan import resolve_plan
 from megatron_moe.training.run import TrainingRun, prepare_run
-from megatron_moe.training.step import NonFiniteError, train_step
+from megatron_moe.training.step import NonFiniteError, clip_gradients, train_step
+from megatron_moe.training.whole_model import grad_norm, params_square
 from tests.training.tiny import MODEL
 
 PADDED_VOCAB = 128
+LARGE_VOCAB = 8192
+LARGE = ["--hidden-size", "256", "--vocab-size", str(LARGE_VOCAB)]
+"""A model whose matrices have up to two million elements."""
 
 
 def tiny_config(flags: list[str]) -> RunConfig:
@@ -29,15 +33,15 @@ def tiny_config(flags: list[str]) -> RunConfig:
     return parse_args([*MODEL, "--train-iters", "10", *flags]).config
 
 
-def tiny_run(world_size: int, flags: list[str]) -> TrainingRun:
+def tiny_run(world_size: int, flags: list[str], vocab: int = PADDED_VOCAB) -> TrainingRun:
     """Groups, model and optimizer of this rank."""
     config = tiny_config(flags)
     platform = activate()
-    layout = resolve_layout(config, world_size, PADDED_VOCAB)
+    layout = resolve_layout(config, world_size, vocab)
     plan = resolve_plan(config, layout.global_batch_size)
     ctx = initialize_parallel(layout, config.parallel, platform, config.train.seed)
-    chunks = build_model(config, layout, ctx.pgs, PADDED_VOCAB, platform.device)
-    return prepare_run(config, plan, ctx, chunks, PADDED_VOCAB)
+    chunks = build_model(config, layout, ctx.pgs, vocab, platform.device)
+    return prepare_run(config, plan, ctx, chunks, vocab)
 
 
 def global_batch(config: RunConfig) -> Batch:
@@ -82,6 +86,23 @@ def step_and_evaluation(rank: int, world_size: int, *, flags: list[str]) -> dict
         "params_norm": math.sqrt(result.params_square.item()),
         "held_out": held_out.lm_loss,
         "held_out_targets": held_out.targets,
+    }
+
+
+def norms_of_known_gradients(rank: int, world_size: int, *, flags: list[str]) -> dict[str, float]:
+    """Norms of a large model whose gradient is its parameters, and after clipping to 1."""
+    run = tiny_run(world_size, [*LARGE, *flags], LARGE_VOCAB)
+    device = run.ctx.platform.device
+    for part in run.optimizer.chained_optimizers:
+        for param in part.get_parameters():
+            param.grad = param.detach().clone()
+    norm = grad_norm(run.optimizer, device)
+    square = params_square(run.optimizer, device)
+    clip_gradients(run.optimizer, norm, 1.0)
+    return {
+        "grad_norm": norm,
+        "params_norm": math.sqrt(square.item()),
+        "clipped": grad_norm(run.optimizer, device),
     }
 
 

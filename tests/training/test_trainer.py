@@ -21,6 +21,13 @@ from tests.training.phase_tables import TABLE, schedule_of
 from tests.training.tiny import MODEL
 
 
+class HeldOut(str):
+    """A held-out loss that says of which data it is."""
+
+    lm_loss: float = 2.0
+    domains: dict[str, Any] = {}  # noqa: RUF012
+
+
 class Collaborators:
     """Everything that a `Trainer` is given; each call is an entry of `events`."""
 
@@ -71,7 +78,8 @@ class Collaborators:
 
     def collect(self) -> tuple[list[Any], Any]:
         unread, self.unread = self.unread, 0
-        return [None] * unread, object() if unread else None
+        record = SimpleNamespace(iteration=0, lm_loss=1.0, logit_z=1.0)
+        return [record] * unread, object() if unread else None
 
     # The checkpoint manager
     def save(self, state: TrainState, *, chunks: Any, optimizer: Any, identity: Any) -> None:
@@ -152,7 +160,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Collaborators:
 
     monkeypatch.setattr(module, "train_step", step)
     monkeypatch.setattr(module, "fetch_batches", lambda run, data, size: [None] * size)
-    monkeypatch.setattr(module, "evaluate_split", lambda run, data, split: data.fingerprint)
+    monkeypatch.setattr(module, "evaluate_split", lambda run, data, *_: HeldOut(data.fingerprint))
     monkeypatch.setattr(module, "identity_of", lambda run, data: "identity of " + data.fingerprint)
     monkeypatch.setattr(module, "collect_statistics", lambda chunks, pgs: {})
     monkeypatch.setattr(module, "reset_statistics", lambda chunks: None)
@@ -189,14 +197,14 @@ def test_what_happens_after_each_step(parts, tmp_path):
         "settings of second",
         "first -> second",
     ]
-    assert after(events, 12) == ["poll", "validation 12 on data of phase 2", "save 12"]
+    assert after(events, 12) == ["poll", "save 12", "validation 12 on data of phase 2"]
     assert after(events, 20) == [
         "poll",
         "report 5 third",
-        "validation 20 on data of phase 3",
-        "test 20 on data of phase 3",
         "save 20",
         "finish saves",
+        "validation 20 on data of phase 3",
+        "test 20 on data of phase 3",
         "close",
         "end",
     ]
@@ -224,13 +232,13 @@ def test_the_clock_stops_for_everything_but_steps(parts, tmp_path):
             assert not running, event
 
 
-def test_exit_interval_ends_a_start_after_its_evaluation_with_one_save(parts, tmp_path):
+def test_exit_interval_ends_a_start_after_one_save_and_its_evaluation(parts, tmp_path):
     trainer = trainer_of(parts, tmp_path, f"{FLAGS} --save {tmp_path} --exit-interval 12")
     assert trainer.train().state.iteration == 12
     assert after(parts.events, 12) == [
         "poll",
-        "validation 12 on data of phase 2",
         "save 12",
+        "validation 12 on data of phase 2",
         " exiting at iteration 12: --exit-interval 12",
         "report 2 second",
         "finish saves",

@@ -12,7 +12,8 @@ Vectors, and matrices with a size below 128, keep all second moments V: U = G / 
 both RMS are those of the *logical* tensor: of q alone although q, k and v are one local parameter;
 of one expert although a rank has several; of the whole matrix although each tensor-parallel rank
 holds a part of it. So ranks all-reduce their sums of squares, those of all tensors in one message:
-one message for the statistics and one for RMS(U). Nothing is read back by the host.
+one message for the statistics and one for RMS(U). Sums are fp64, so that they do not depend on how
+a matrix is split. Nothing is read back by the host.
 
 Example: a [4, 6] matrix split by columns over two ranks, each with [4, 3]. A rank's column sums are
 complete, since all rows are there; its row sums [4] cover half of the columns and are all-reduced;
@@ -182,7 +183,7 @@ def _precondition(tensor: _LogicalTensor, decay: float, pending: Pending) -> Non
     if factoring.factored:
         for kind, over in ((ROW, factoring.column), (COLUMN, factoring.row)):
             mean = tensor.sums[kind] / factoring.extent((over,)) + SQUARE_FLOOR
-            state[kind].lerp_(mean, 1.0 - decay)
+            state[kind].lerp_(mean.float(), 1.0 - decay)
         # mean(row) and mean(column) are both the mean over the whole matrix, and tensor parallelism
         # splits at most one dimension: take the mean of the statistic that is whole on this rank,
         # which saves an all-reduce.
@@ -205,7 +206,7 @@ def _apply(tensor: _LogicalTensor, rate: float, threshold: float) -> None:
     scale = (tensor.sums["parameter"] / count).sqrt_().clamp_(min=SCALE_FLOOR)
     excess = (tensor.sums["update"] / count).sqrt_().div_(threshold).clamp_(min=1.0)
     select = factoring.piece.select
-    select(tensor.main).addcmul_(select(tensor.main.grad), scale / excess, value=-rate)
+    select(tensor.main).addcmul_(select(tensor.main.grad), (scale / excess).float(), value=-rate)
     tensor.sums.clear()
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_moe.model.sharding.blocks import Block, Part
 from megatron_moe.model.sharding.shards import Piece
+from megatron_moe.training.optim.squares import squares
 
 Dims = tuple[int, ...]
 
@@ -80,8 +81,8 @@ class Factoring:
         return any(sizes[dim] < view[dim] for dim in self._dims(logical))
 
     def squares(self, block: Tensor, logical: Sequence[int]) -> Tensor:
-        """Sum of squares over these logical dimensions, kept with size 1; of this rank alone."""
-        return torch.linalg.vector_norm(block, dim=self._dims(logical), keepdim=True).square_()
+        """Sum of squares over these logical dimensions, kept with size 1; fp64, of this rank."""
+        return squares(block, self._dims(logical))
 
     def mean(self, statistic: Tensor, logical: Sequence[int]) -> Tensor:
         """Mean over logical dimensions that are whole on this rank, kept with size 1."""

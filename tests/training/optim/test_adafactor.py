@@ -186,6 +186,16 @@ def _alone(weights: list[Tensor], min_dim: int) -> Adafactor:
     return Adafactor([{"params": weights}], shards, settings, groups)
 
 
+def test_the_scale_of_a_large_matrix_is_exact():
+    """The first update is RMS(W) in every element: here it takes W to zero, to its last bits."""
+    weight = torch.full((2048, 2048), 0.3)
+    weight.grad = torch.ones_like(weight)
+    optimizer = _alone([weight], 4096)
+    optimizer.param_groups[0]["lr"] = 1.0
+    optimizer.step()
+    assert weight.abs().max().item() < 1e-6
+
+
 def test_where_settings_coincide_it_is_torchs():
     """Torch factors every matrix and takes the rate min(lr, 1/sqrt(t)), here always lr."""
     generator = torch.Generator().manual_seed(0)
