@@ -84,7 +84,7 @@ def collect_contents(
         NonFinite: on every rank, if a tensor of any is not finite.
         CheckpointError: on every rank, if any failed.
     """
-    _finish_parameter_gather(chunks)
+    finish_parameter_gather(chunks)
 
     def plan() -> list[Part]:
         shards = model_shards(chunks, config.model, config.moe)
@@ -111,7 +111,8 @@ def all_ranks(ctx: ParallelContext) -> RankGroup:
     return RankGroup(ctx.rank, ctx.world_size, ctx.platform.device)
 
 
-def _finish_parameter_gather(chunks: Sequence[Any]) -> None:
+def finish_parameter_gather(chunks: Sequence[Any]) -> None:
+    """Complete every parameter of model chunks, before they are read outside of a forward pass."""
     # With overlapped gathers, most of each parameter is stale until the next forward pass.
     for chunk in chunks:
         settings = getattr(chunk, "ddp_config", None)

@@ -12,6 +12,7 @@ from megatron_moe.config.fields import (
     NonNegative,
     OmittedAtDefault,
     Positive,
+    Range,
 )
 
 Objective = Literal["causal", "prefix-lm", "ul2", "sft"]
@@ -154,6 +155,24 @@ class TrainConfig:
     """Save and exit on all ranks after the step during which this file appears."""
     seed: Annotated[int, NonNegative] = 1234
     """Seed of initialisation, data order and dropout."""
+    loss_spike_policy: Annotated[
+        Literal["continue", "skip", "stop", "rollback"] | None, OmittedAtDefault
+    ] = None
+    """What happens at a step whose loss or gradient norm is far above those of the steps before.
+    `continue`: only a warning. `skip`: its update is not applied. `stop`: the run ends with code 1.
+    `rollback`: the weights of the newest checkpoint in `--save` come back, and the batches since
+    then are not used again. `None`: no step is judged. One small all-reduce a step."""
+    loss_spike_sigma: Annotated[float, Positive, OmittedAtDefault] = 6.0
+    """Standard deviations above the mean of the window at which a step is a spike."""
+    loss_spike_window: Annotated[int, Range(4), OmittedAtDefault] = 128
+    """Steps that a step is compared with; none is judged before half of them were taken."""
+    loss_spike_limit: Annotated[int, AtLeastOne, OmittedAtDefault] = 10
+    """Skipped or rolled back steps within a window, after which one more ends the run."""
+    check_weight_hash_across_dp_replicas_interval: Annotated[
+        int | None, AtLeastOne, OmittedAtDefault
+    ] = None
+    """Steps between comparisons of the weights that data-parallel replicas hold; a difference ends
+    the run with an error on every rank."""
     deterministic_mode: Annotated[bool, OmittedAtDefault] = False
     """Select deterministic algorithms in PyTorch, cuBLAS and NCCL, and reject operations without
     one: the same run twice gives the same bits, on a GPU as well. Slower."""

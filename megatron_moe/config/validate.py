@@ -18,7 +18,12 @@ from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.phases import PhaseSpec, errors_of_phase, read_phases
 from megatron_moe.config.run import RunConfig, flag_of
-from megatron_moe.config.training import CheckpointConfig, LoggingConfig, OptimizerConfig
+from megatron_moe.config.training import (
+    CheckpointConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from megatron_moe.errors import UsageError
 
 
@@ -33,6 +38,7 @@ def validate(config: RunConfig) -> None:
     _check_attention(config.model)
     _check_checkpoints(config.checkpoint)
     _check_length(config)
+    _check_spikes(config)
     _check_wandb(config.logging)
     _check_profile(config.logging)
     train = config.train
@@ -101,6 +107,21 @@ def _check_checkpoints(settings: CheckpointConfig) -> None:
     if settings.checkpoint_fallback and settings.ckpt_step is not None:
         fix = "it selects the step itself"
         raise UsageError("--checkpoint-fallback", True, "used without --ckpt-step", fix)
+
+
+def _check_spikes(config: RunConfig) -> None:
+    policy, saves = config.train.loss_spike_policy, config.checkpoint
+    for name in ("loss_spike_sigma", "loss_spike_window", "loss_spike_limit"):
+        value = getattr(config.train, name)
+        given = value if value != getattr(TrainConfig, name) else None
+        _requires(name, given, "--loss-spike-policy", policy is not None)
+    if policy == "rollback":
+        if saves.save is None or saves.save_interval is None:
+            expected = "used with --save and --save-interval"
+            raise UsageError("--loss-spike-policy", policy, expected)
+        if saves.no_save_optim:
+            expected = "used without --no-save-optim"
+            raise UsageError("--loss-spike-policy", policy, expected, "moments must come back too")
 
 
 def _check_wandb(settings: LoggingConfig) -> None:

@@ -8,7 +8,7 @@ Shapes: E experts, T tokens of this rank, K choices, G groups.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,14 +49,58 @@ class LayerStatistics:
     micro_batches: float
 
     @property
+    def kept_choices(self) -> float:
+        """Choices that an expert computed."""
+        return sum(self.kept)
+
+    @property
+    def dropped_choices(self) -> float:
+        """Choices without a slot."""
+        return sum(self.load) - sum(self.kept)
+
+    @property
     def drop_rate(self) -> float:
         """Share of choices that were dropped; 0 if there were none."""
-        return (sum(self.load) - sum(self.kept)) / max(sum(self.load), 1.0)
+        return self.dropped_choices / max(sum(self.load), 1.0)
 
     @property
     def max_over_mean_load(self) -> float:
         """Load of the busiest expert over the mean; 1 when balanced."""
         return max(self.load) * len(self.load) / max(sum(self.load), 1.0)
+
+
+class LedgerError(RuntimeError):
+    """A layer has lost tokens or counted some twice."""
+
+
+def check_ledger(layers: Mapping[int, LayerStatistics], positions: int, topk: int) -> None:
+    """Check that every MoE layer accounts for every position that went through the model.
+
+    Each of these positions, padding included, must be routed once and make ``topk`` choices, of
+    which each is kept or dropped: positions * topk = kept + dropped, and no expert keeps more than
+    chose it. The counts are integers in fp64, so the comparison is exact up to 2^53.
+
+    Args:
+        layers: from `collect_statistics`; the same on every rank, so that all raise.
+        positions: of all global batches since the last reset: sequences * length.
+        topk: choices K of a token.
+
+    Raises:
+        LedgerError: names the layer and what does not add up.
+    """
+    for number, layer in layers.items():
+        chosen, counts = sum(layer.load), zip(layer.kept, layer.load, strict=True)
+        if layer.tokens != positions:
+            found = f"{layer.tokens:.0f} tokens routed"
+            expected = f"{positions}, the positions of the steps"
+        elif chosen != positions * topk:
+            found = f"{chosen:.0f} choices, kept and dropped"
+            expected = f"{positions * topk}, {topk} for each of {positions} tokens"
+        elif not all(0 <= kept <= load for kept, load in counts):
+            found, expected = f"{layer.kept} kept of {layer.load}", "no more kept than chosen"
+        else:
+            continue
+        raise LedgerError(f"MoE layer {number}: tokens must add up to {expected} (got {found})")
 
 
 class RoutingCounter(nn.Module):

@@ -21,6 +21,7 @@ from megatron_moe.config.run import flag_of
 from megatron_moe.data.identity import data_differences
 from megatron_moe.errors import CheckpointError, UsageError
 from megatron_moe.training.phases import Phase, RunSchedule
+from megatron_moe.training.spikes import SPIKES, SpikeWatch
 
 KEY = "stages"
 """Key of the records in a checkpoint's `TrainState.extra`."""
@@ -81,7 +82,11 @@ def record_of(phase: Phase, state: TrainState, fingerprint: str) -> PhaseRecord:
 
 
 def saved_extra(
-    records: Sequence[PhaseRecord], *, has_phases: bool, data: Mapping[str, Any]
+    records: Sequence[PhaseRecord],
+    *,
+    has_phases: bool,
+    data: Mapping[str, Any],
+    spikes: SpikeWatch | None = None,
 ) -> dict[str, Any]:
     """All of `TrainState.extra` of a checkpoint; `Trainer.save` writes nothing else there.
 
@@ -93,9 +98,11 @@ def saved_extra(
         records: the phases up to the step of the checkpoint.
         has_phases: whether the run has a phase table; the records are saved only then.
         data: what the training data is, see `data.identity`; for errors that name a difference.
+        spikes: of a run with `--loss-spike-policy`.
     """
     stages = {KEY: [asdict(record) for record in records]} if has_phases else {}
-    return {**stages, DATA: dict(data)}
+    judged = {SPIKES: spikes.to_json()} if spikes is not None else {}
+    return {**stages, DATA: dict(data), **judged}
 
 
 def has_records(state: TrainState) -> bool:

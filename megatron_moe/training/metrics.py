@@ -48,6 +48,8 @@ class StepRecord:
     """Elements of the gradient that are exactly 0; with `--log-num-zeros-in-grad`."""
     params_norm: float | None = None
     """Norm of all parameters after the update; with `--log-params-norm`."""
+    spike: str | None = None
+    """The policy that was applied, if the step was a loss spike (`--loss-spike-policy`)."""
 
     def to_json(self) -> dict[str, float | int | str]:
         """For `--metrics-file`: readable numbers, and hexadecimal floats to compare bit by bit."""
@@ -67,6 +69,8 @@ class StepRecord:
             values["num_zeros"] = self.zeros_in_grad
         if self.params_norm is not None:
             values["params_norm"] = self.params_norm
+        if self.spike is not None:
+            values["loss_spike"] = self.spike
         return values
 
 

@@ -149,6 +149,9 @@ def _layer_values(layer: LayerStatistics) -> dict[str, float]:
     return {
         "max over mean load": layer.max_over_mean_load,
         "drop rate": layer.drop_rate,
+        "tokens": layer.tokens,
+        "kept choices": layer.kept_choices,
+        "dropped choices": layer.dropped_choices,
         "router entropy": layer.router_entropy,
         "load balancing loss": layer.aux_loss,
         "router z loss": layer.z_loss,

@@ -36,6 +36,8 @@ from megatron_moe.training.run import TrainingRun
 from megatron_moe.training.whole_model import grad_norm, params_square, zeros_in_grad
 
 LossFunction = Callable[[Tensor], tuple[Tensor, dict[str, Tensor]]]
+TakesUpdate = Callable[[int, Tensor, float], bool]
+"""Of the step's number, this rank's `total_sums` and the gradient norm; may communicate."""
 ForwardStep = Callable[[Iterator[Batch | None], nn.Module], tuple[Tensor, LossFunction]]
 
 
@@ -86,7 +88,11 @@ def fetch_batches(
 
 
 def train_step(
-    run: TrainingRun, batches: Sequence[Batch | None], learning_rate: float, iteration: int
+    run: TrainingRun,
+    batches: Sequence[Batch | None],
+    learning_rate: float,
+    iteration: int,
+    takes_update: TakesUpdate | None = None,
 ) -> StepResult:
     """Forward, backward and update of one global batch.
 
@@ -95,6 +101,7 @@ def train_step(
         batches: from `fetch_batches`.
         learning_rate: of this update.
         iteration: number of this step, from 1.
+        takes_update: decides, on every rank alike, whether the update is applied; by default it is.
 
     Raises:
         NonFiniteError: on every rank, with parameters and optimizer state unchanged, if any
@@ -111,7 +118,9 @@ def train_step(
     )
     sums = total_sums(reported, run)
     with run.timers.measure("optimizer"):
-        norm, zeros = _update(run, learning_rate, local, iteration)
+        norm, zeros = _prepare_update(run, local, iteration)
+        if takes_update is None or takes_update(iteration, sums, norm):
+            _update(run, learning_rate, norm, iteration)
     square = None
     if run.config.logging.log_params_norm:
         square = params_square(run.optimizer, run.ctx.platform.device)
@@ -190,11 +199,11 @@ def total_sums(reported: Sequence[dict[str, Any]], run: TrainingRun) -> Tensor:
     return torch.zeros(3, dtype=torch.float64, device=run.ctx.platform.device)
 
 
-def _update(
-    run: TrainingRun, learning_rate: float, local: LocalGradients, iteration: int
+def _prepare_update(
+    run: TrainingRun, local: LocalGradients, iteration: int
 ) -> tuple[float, Tensor | None]:
-    """Apply the reduced gradients if they are finite; returns their norm before clipping, and how
-    many of them are zero if that is logged.
+    """Check the reduced gradients; returns their norm before clipping, and how many are zero if
+    that is logged.
 
     The order matters: frozen weights leave the gradient before its norm is taken, and the norm is
     checked before anything is written, so that a failed step leaves a model that can be saved.
@@ -210,11 +219,16 @@ def _update(
             _raise_non_finite(run, local, iteration, norm)
         if run.config.logging.log_num_zeros_in_grad:
             zeros = zeros_in_grad(run.optimizer, device)
+    return norm, zeros
+
+
+def _update(run: TrainingRun, learning_rate: float, norm: float, iteration: int) -> None:
+    """Clip the gradients, whose norm is known, and apply them."""
+    with run.timers.measure("optimizer-clip-main-grad"):
         clip_gradients(run.optimizer, norm, run.config.optimizer.used_clip_grad)
     set_rates(run.optimizer, run.config.optimizer, learning_rate)
-    with frozen.undisturbed():
+    with run.freezing.at(iteration).undisturbed():
         run.optimizer.step_with_ready_grads()
-    return norm, zeros
 
 
 def clip_gradients(optimizer: MegatronOptimizer, norm: float, limit: float) -> None:

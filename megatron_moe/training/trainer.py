@@ -11,21 +11,33 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
+from megatron_moe.checkpoint.load import load_checkpoint
 from megatron_moe.checkpoint.manager import CheckpointManager
 from megatron_moe.errors import NonFinite
-from megatron_moe.moe.statistics import collect_statistics, reset_statistics
+from megatron_moe.moe.statistics import (
+    LedgerError,
+    check_ledger,
+    collect_statistics,
+    reset_statistics,
+)
 from megatron_moe.training.consumed import record_of, saved_extra
 from megatron_moe.training.dataloaders import PhaseDataLoaders
+from megatron_moe.training.diagnosis import diagnose
 from megatron_moe.training.evaluation import evaluate_split
 from megatron_moe.training.exit_request import ExitRequest
 from megatron_moe.training.metrics import Evaluation, Interval, Meter, Summary
 from megatron_moe.training.phases import Phase, RunSchedule
+from megatron_moe.training.replicas import ReplicaError, check_replicas
 from megatron_moe.training.reporting import Reporter
 from megatron_moe.training.resume import ResumePoint, identity_of
 from megatron_moe.training.run import TrainingRun
 from megatron_moe.training.save_directory import continues_save
+from megatron_moe.training.spikes import SPIKES, LossSpikeError, Spike, SpikeWatch
 from megatron_moe.training.step import NonFiniteError, fetch_batches, train_step
 from megatron_moe.training.step_hook import Hook
+
+_FAILURES = (NonFiniteError, NonFinite, LossSpikeError, ReplicaError, LedgerError)
+"""Errors that all ranks raise at the same place: the run reports what it has, and saves nothing."""
 
 
 class Trainer:
@@ -75,6 +87,10 @@ class Trainer:
         self.saved_iteration = self.state.iteration if continues else None
         """The step of the newest checkpoint in `--save`, if it is one of this run."""
         self.validation: Evaluation | None = None
+        watches = schedule.config.train.loss_spike_policy is not None
+        saved = resume.state.extra.get(SPIKES)
+        self.spikes = SpikeWatch(schedule.config.train, saved) if watches else None
+        """Judges each step, with `--loss-spike-policy`."""
 
     def train(self) -> Summary:
         """Train until the end of the run, a request to exit or a number that is not finite.
@@ -91,7 +107,7 @@ class Trainer:
                 hook.start()
             self._train_until_exit()
             self._finish()
-        except (NonFiniteError, NonFinite) as error:
+        except _FAILURES as error:
             self.report(final=True)
             self.checkpoints.finish()
             *details, failure = str(error).split("\n")
@@ -135,6 +151,9 @@ class Trainer:
             iteration = self.state.iteration
             for hook in self.hooks:
                 hook.after_step(iteration)
+            hashes = config.train.check_weight_hash_across_dp_replicas_interval
+            if hashes and iteration % hashes == 0:
+                check_replicas(self.run, iteration)
             phase_ends = iteration == self.phase.last_iteration
             # The last step of a phase is reported with it: the next phase has another sequence
             # length, by which the meter counts tokens, and other held-out data.
@@ -186,14 +205,21 @@ class Trainer:
         """Take one optimizer step.
 
         Raises:
-            NonFiniteError: on every rank; the step does not count, parameters are unchanged.
+            NonFiniteError: on every rank, with the layer and the samples that it began with; the
+                step does not count, parameters are unchanged.
         """
         state = self.state
         batch_size = self.phase.batch_size(state.consumed_train_samples)
         with self.run.timers.measure("batch-generator"):
             batches = fetch_batches(self.run, self.dataloaders.current.train, batch_size)
         rate = self.phase.rate(state.iteration)
-        result = train_step(self.run, batches, rate, state.iteration + 1)
+        takes_update = None if self.spikes is None else self.spikes.takes_update
+        try:
+            result = train_step(self.run, batches, rate, state.iteration + 1, takes_update)
+        except NonFiniteError as error:
+            with self.run.timers.paused():
+                found = diagnose(self.run, batches, state.consumed_train_samples)
+            raise NonFiniteError(f"{error}; {found}") from None
         self.state = replace(
             state,
             iteration=state.iteration + 1,
@@ -209,6 +235,47 @@ class Trainer:
             result.zeros,
             result.params_square,
         )
+        spike = None if self.spikes is None else self.spikes.at(self.state.iteration)
+        if spike is not None:
+            self.after_spike(spike, state.consumed_train_samples)
+
+    def after_spike(self, spike: Spike, first_sample: int) -> None:
+        """Log a loss spike, and with `rollback` restore the newest checkpoint in `--save`.
+
+        The steps since that checkpoint have no effect then, and the run goes on with the next one:
+        step numbers, samples and the learning rate advance as usual. Random states do too.
+
+        Args:
+            spike: of the step that was just taken; its update was not applied, except with
+                `continue`.
+            first_sample: of its batch.
+
+        Raises:
+            LossSpikeError: on every rank: there is no checkpoint of this run in `--save` yet.
+        """
+        assert self.spikes is not None
+        samples = f"samples {first_sample} to {self.state.consumed_train_samples - 1}"
+        line = f"{self.spikes.describe(spike)}; {samples}"
+        self.reporter.log(f" WARNING: {line}; --loss-spike-policy {spike.action}")
+        if spike.action != "rollback":
+            return
+        self.meter.pause()
+        self.checkpoints.finish()
+        config = self.schedule.config
+        if not self.saved_iteration or config.checkpoint.save is None:
+            raise LossSpikeError(f"{line}; no checkpoint in --save to roll back to")
+        load_checkpoint(
+            config.checkpoint.save,
+            config=config,
+            ctx=self.run.ctx,
+            chunks=self.run.wrapped,
+            optimizer=self.run.optimizer,
+            step=self.saved_iteration,
+            with_rng=False,
+        )
+        self.spikes.restored(self.saved_iteration)
+        self.reporter.log(f" weights and optimizer state are those of {self.saved_iteration} again")
+        self.meter.resume()
 
     def report(self, *, final: bool = False) -> None:
         """Report the steps since the last report; nothing if there are none.
@@ -218,10 +285,13 @@ class Trainer:
 
         Raises:
             NonFiniteError: on every rank: the loss of a step is infinite or not a number.
+            LedgerError: on every rank: an MoE layer has lost or repeated tokens.
         """
         records, speed = self.meter.collect()
         if speed is None:
             return
+        if self.spikes is not None:
+            records = self.spikes.mark(records)
         layers = collect_statistics(self.run.chunks, self.run.ctx.pgs)
         reset_statistics(self.run.chunks)
         phase = self.phase if self.schedule.has_phases else None
@@ -236,8 +306,14 @@ class Trainer:
                 forced_routing=self.run.config.moe.moe_router_force_load_balancing,
             )
         )
+        if final:
+            return
+        # Not after a failed step: its tokens were routed, and it is not among the records.
+        config = self.run.config
+        positions = sum(record.batch_size for record in records) * config.data.seq_length
+        check_ledger(layers, positions, config.moe.moe_router_topk)
         bad = [r for r in records if not math.isfinite(r.lm_loss + r.logit_z)]
-        if bad and not final:
+        if bad:
             found = f"{bad[0].lm_loss} at iteration {bad[0].iteration}"
             raise NonFiniteError(f"training loss must be finite (got {found})")
 
@@ -284,8 +360,12 @@ class Trainer:
         # A phase without a completed step has nothing to resume from.
         if iteration > self.phase.first_iteration:
             records.append(record_of(self.phase, self.state, data.fingerprint))
-        has_phases = self.schedule.has_phases
-        extra = saved_extra(records, has_phases=has_phases, data=data.described)
+        extra = saved_extra(
+            records,
+            has_phases=self.schedule.has_phases,
+            data=data.described,
+            spikes=self.spikes,
+        )
         self.checkpoints.save(
             replace(self.state, extra=extra),
             chunks=self.run.wrapped,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_moe.moe import LayerStatistics, collect_statistics, reset_statistics, statistics
 from megatron_moe.moe.router import Scores
-from megatron_moe.moe.statistics import RoutingCounter
+from megatron_moe.moe.statistics import LedgerError, RoutingCounter, check_ledger
 from tests.moe.cases import layer_of, moe_config, tokens
 
 
@@ -89,3 +91,21 @@ def test_training_without_gradients_is_not_counted_and_evaluation_is() -> None:
 def test_counters_are_no_part_of_a_checkpoint() -> None:
     names = set(layer_of(moe_config()).state_dict())
     assert names == {"router.weight", "experts.weight_in", "experts.weight_out"}
+
+
+def test_every_position_is_accounted_for() -> None:
+    """Four tokens with two choices each: eight, of which two were dropped."""
+    counter = RoutingCounter(7, 4, None)
+    one_pass(counter)
+    one_pass(counter)
+    layers = collect_statistics([counter], None)
+    check_ledger(layers, 4, 2)
+    assert (layers[7].kept_choices, layers[7].dropped_choices) == (6, 2)
+    for positions, topk, said in ((5, 2, "5, the positions of the steps (got 4 tokens routed)"),):
+        with pytest.raises(LedgerError, match=re.escape(f"layer 7: tokens must add up to {said}")):
+            check_ledger(layers, positions, topk)
+    with pytest.raises(LedgerError, match=re.escape("12, 3 for each of 4 tokens (got 8 choices")):
+        check_ledger(layers, 4, 3)
+    lost = {7: replace(layers[7], load=(4, 2, 1, 1))}
+    with pytest.raises(LedgerError, match="no more kept than chosen"):
+        check_ledger(lost, 4, 2)

@@ -11,6 +11,7 @@ import torch
 from megatron_moe.checkpoint import latest_step, verify
 from megatron_moe.checkpoint.finite import check_finite
 from megatron_moe.errors import NonFinite
+from megatron_moe.model.layer import OpenMoELayer
 from megatron_moe.model.sharding.blocks import Block, Part
 from megatron_moe.training.trainer import Trainer
 from tests.training.tiny import MODEL, pretrain_rank
@@ -36,6 +37,15 @@ def damaged(
             chosen = next((p for n, p in params.items() if "experts" in n), None)
             assert chosen is not None, f"{name} not in {list(params)}"
             chosen.data.view(-1)[3] = torch.nan
+        elif where == "norm":
+            layers = [
+                m
+                for chunk in run.chunks
+                for m in chunk.modules()
+                if isinstance(m, OpenMoELayer) and m.layer_number == 3
+            ]
+            for layer in layers:
+                layer.input_layernorm.weight.data[0] = torch.nan
         else:
             state = next(
                 s
@@ -98,6 +108,56 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run(pool, corpus, tmp_path)
     last = results[0][1].splitlines()[-1]
     assert last == " error: validation loss must be finite (got nan at iteration 5)"
     assert latest_step(tmp_path) == 3
+
+
+PP2 = ["--pipeline-model-parallel-size", "2"]
+
+
+@pytest.mark.parametrize(("world", "flags"), [(1, []), (2, EP2), (2, PP2)])
+def test_a_failed_step_names_layer_samples_and_that_it_comes_again(
+    pool, corpus, tmp_path, world, flags
+):
+    """A norm of layer 2 is NaN after step 2: of the eight samples of step 3, 16 to 23, all fail."""
+    argv = argv_of(corpus, tmp_path, *flags)
+    results = pool.run(damaged, world, argv=argv, where="norm", after=2)
+    assert [code for code, *_ in results] == [1] * world
+    last = results[0][1].splitlines()[-1]
+    assert " at iteration 3)" in last
+    # Under EP2 rank 1 alone is damaged, and reads the second half of each four.
+    rows = [18, 19, 22, 23] if flags == EP2 else range(16, 24)
+    listed = ", ".join(map(str, rows))
+    assert (
+        f"the first output that is not finite is that of layer 2 for samples {listed} on ranks"
+        f" {world - 1}; repeated, the step has gradient norm nan again"
+    ) in last
+
+
+def _glitch(rank: int, world_size: int, *, argv: list[str]) -> tuple[int, str, str]:
+    """A run whose gradient is NaN once, in step 3 on the last rank."""
+    from megatron_moe.training.step import LocalGradients
+
+    whole, calls = LocalGradients.record, [0]
+
+    def record(local: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 3 and rank == world_size - 1:
+            local._run.wrapped[0].buffers[0].grad_data.view(-1)[0] = torch.nan
+        whole(local)
+
+    LocalGradients.record = record
+    try:
+        return pretrain_rank(rank, world_size, argv=argv)
+    finally:
+        LocalGradients.record = whole
+
+
+def test_a_transient_fault_is_told_from_one_that_comes_again(pool, corpus, tmp_path):
+    results = pool.run(_glitch, 2, argv=argv_of(corpus, tmp_path, *EP2))
+    assert [code for code, *_ in results] == [1, 1]
+    last = results[0][1].splitlines()[-1]
+    assert "ranks with non-finite local gradients: 1;" in last
+    assert "repeated, the forward pass is finite in all layers; repeated, the step has" in last
+    assert last.endswith(": suspect the hardware")
 
 
 def parts_of(*tensors: torch.Tensor) -> list[Part]:

@@ -24,6 +24,9 @@ TRAIN = ("lm loss", "logit z", "grad norm", "learning rate")
 LAYER = (
     "max over mean load",
     "drop rate",
+    "tokens",
+    "kept choices",
+    "dropped choices",
     "router entropy",
     "load balancing loss",
     "router z loss",

@@ -78,7 +78,7 @@ class Collaborators:
 
     def collect(self) -> tuple[list[Any], Any]:
         unread, self.unread = self.unread, 0
-        record = SimpleNamespace(iteration=0, lm_loss=1.0, logit_z=1.0)
+        record = SimpleNamespace(iteration=0, lm_loss=1.0, logit_z=1.0, batch_size=8)
         return [record] * unread, object() if unread else None
 
     # The checkpoint manager
@@ -154,13 +154,14 @@ def trainer_of(
 def parts(monkeypatch: pytest.MonkeyPatch) -> Collaborators:
     found = Collaborators()
 
-    def step(run: Any, batches: Any, rate: float, iteration: int) -> StepResult:
+    def step(run: Any, batches: Any, rate: float, iteration: int, *_: Any) -> StepResult:
         found.note(f"step {iteration}")
         return StepResult(sums=None, grad_norm=1.0)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "train_step", step)
     monkeypatch.setattr(module, "fetch_batches", lambda run, data, size: [None] * size)
     monkeypatch.setattr(module, "evaluate_split", lambda run, data, *_: HeldOut(data.fingerprint))
+    monkeypatch.setattr(module, "diagnose", lambda run, batches, first: f"first sample {first}")
     monkeypatch.setattr(module, "identity_of", lambda run, data: "identity of " + data.fingerprint)
     monkeypatch.setattr(module, "collect_statistics", lambda chunks, pgs: {})
     monkeypatch.setattr(module, "reset_statistics", lambda chunks: None)
@@ -267,7 +268,7 @@ def test_a_non_finite_gradient_reports_the_steps_before_it_and_saves_nothing(
 ):
     step = module.train_step
 
-    def failing(run: Any, batches: Any, rate: float, iteration: int) -> StepResult:
+    def failing(run: Any, batches: Any, rate: float, iteration: int, *_: Any) -> StepResult:
         if iteration == 3:
             raise NonFiniteError("gradient norm must be finite")
         return step(run, batches, rate, iteration)
@@ -275,7 +276,7 @@ def test_a_non_finite_gradient_reports_the_steps_before_it_and_saves_nothing(
     monkeypatch.setattr(module, "train_step", failing)
     summary = trainer_of(parts, tmp_path, f"{FLAGS} --save {tmp_path}").train()
     assert after(parts.events, 2) == ["poll", "report 2 first", "finish saves", "close", "end"]
-    assert summary.failure == "gradient norm must be finite"
+    assert summary.failure == "gradient norm must be finite; first sample 16"
     assert (summary.state.iteration, parts.saved) == (2, [])
 
 
