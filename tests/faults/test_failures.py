@@ -9,9 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.training.launched import ROOT, start, wait_for_steps
+from tests.training.tiny import write_corpus
+
 DEFAULT = {"collective": "all_reduce", "group": "default", "ranks": [1], "group_ranks": [0, 1, 2]}
 SUMMARY = {
     "kill": "ended: killed",
@@ -71,3 +74,22 @@ def test_a_rank_that_is_stopped_at_the_start_is_named(tmp_path):
     assert (report["cause"], report["ranks"]) == ("stopped", [2])
     assert "run failed: rank 2 is stopped" in log
     assert "DistStoreError" not in log
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_stopped_in_training_is_named(tmp_path):
+    """In a whole run, where collectives are called by Megatron-Core and the experts' exchange."""
+    training = start(write_corpus(tmp_path / "corpus"), tmp_path, "--hang-timeout", "20")
+    try:
+        wait_for_steps(training, tmp_path / "metrics.jsonl", 3)
+        ranks = {int(p.environ()["RANK"]): p for p in psutil.Process(training.pid).children()}
+        ranks[1].suspend()
+        assert training.wait(240) == 1
+    finally:
+        training.kill()
+    report = json.loads((tmp_path / "ckpt" / "failure-report.json").read_text())
+    assert (report["cause"], report["ranks"]) == ("stopped", [1])
+    (wait,) = report["waits"]
+    assert (wait["ranks"], wait["group_ranks"]) == ([0], [0, 1])
+    assert "run failed: rank 1 is stopped" in (tmp_path / "log").read_text()
+    assert not psutil.wait_procs(ranks.values(), timeout=30)[1]
