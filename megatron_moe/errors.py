@@ -11,16 +11,52 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from megatron_moe.console import escape_unprintable
+from megatron_moe.console import escape_controls, escape_unprintable
 
 USAGE_EXIT_CODE = 2
+ECHO = 200
+"""Characters of a value from outside that a line shows."""
+_PARTS = {"what": 400, "expected": 4000, "fix": 1000}
+"""Characters of the other parts of a line, which are words of this project around names and
+messages of others. The valid values of a flag are the longest."""
+_OTHERS = 1000
+"""Characters of the message of an exception of another library."""
+
+
+def echoed(value: object, limit: int = ECHO) -> str:
+    """Return the `repr` of any value in one line of at most ``limit`` characters.
+
+    The middle is left out, so that the end of a path stays. Neither control characters nor values
+    without a `repr`, such as integers of more digits than Python prints, are an error.
+    """
+    if isinstance(value, str | bytes) and len(value) > limit:  # a repr of it all may not fit
+        half = limit // 2
+        dots = "..." if isinstance(value, str) else b"..."
+        value = value[:half] + dots + value[-half:]  # type: ignore[operator]
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):
+        text = f"a value of the type {type(value).__name__} that is too large to print"
+    return in_line(text, limit)
+
+
+def in_line(text: str, limit: int) -> str:
+    """Return a text of others for a line: controls are escaped, and its middle may be left out."""
+    text = escape_controls(_cut(text, limit))
+    return _cut(text, limit)  # an escape is longer than what it replaces
+
+
+def _cut(text: str, limit: int) -> str:
+    half = (limit - 3) // 2
+    return text if len(text) <= limit else f"{text[:half]}...{text[-half:]}"
 
 
 class UsageError(Exception):
     """An invalid flag, file or setting, in one line.
 
     ``--lr must be >= 0 (got -1.0)``: the text is ``what`` must be ``expected`` (got ``found``), and
-    after a semicolon the ``fix``, if there is one.
+    after a semicolon the ``fix``, if there is one. Control characters are escaped and long parts
+    are cut, ``found`` to `ECHO` characters: they may come from a file of others.
 
     Args:
         what: the flag, file or setting that is invalid, e.g. ``--num-experts``.
@@ -34,7 +70,9 @@ class UsageError(Exception):
         self.found = found
         self.expected = expected
         self.fix = fix
-        line = f"{what} must be {expected} (got {found!r})"
+        parts = {"what": what, "expected": expected, "fix": fix}
+        what, expected, fix = (in_line(text, _PARTS[name]) for name, text in parts.items())
+        line = f"{what} must be {expected} (got {echoed(found)})"
         super().__init__(f"{line}; {fix}" if fix else line)
 
 
@@ -82,12 +120,15 @@ def exit_on_usage_error(prog: str, *others: type[Exception]) -> Iterator[None]:
     try:
         yield
     except usage_errors as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        message = str(error) if isinstance(error, UsageError) else in_line(str(error), _OTHERS)
+        print(f"{prog}: error: {message}", file=sys.stderr)
         raise SystemExit(USAGE_EXIT_CODE) from None
 
 
 SHOWN = 60
 """Details that are printed at most; the others are counted."""
+_DETAIL = 1000
+"""Characters of a detail."""
 
 
 class CheckpointError(UsageError):
@@ -111,14 +152,17 @@ class CheckpointError(UsageError):
     ) -> None:
         super().__init__(what, found, expected, fix)
         self.details = tuple(details)
-        shown = list(self.details[:SHOWN])
+        shown = [in_line(line, _DETAIL) for line in self.details[:SHOWN]]
         if len(self.details) > SHOWN:
             shown.append(f"... and {len(self.details) - SHOWN} more")
         self.args = ("\n".join([*shown, *self.args]),)
 
     def to_json(self) -> list[Any]:
         """The values of `from_json`, for other ranks."""
-        found = self.found if isinstance(self.found, int | str) else str(self.found)
+        plain = isinstance(self.found, str) or (
+            isinstance(self.found, int) and abs(self.found) < 1 << 63
+        )
+        found = self.found if plain else echoed(self.found)
         return [self.what, found, self.expected, self.fix, list(self.details)]
 
     @classmethod

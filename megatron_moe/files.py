@@ -1,20 +1,31 @@
-"""What a file is, by its first bytes: for messages about a file that is not what it should be.
+"""Opens files of others, and says what a file is that is not what it should be.
 
-Git LFS pointers are the usual case: a clone without `git lfs` has, in place of each large file, a
-text of three lines.
+A name may be that of a named pipe, which blocks whoever opens it, or of no file that can exist.
+Git LFS pointers are the usual case of other content: a clone without `git lfs` has, in place of
+each large file, a text of three lines.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 from megatron_moe.errors import UsageError
 
 SHOWN_BYTES = 24
 """First bytes of an unknown file that a message shows."""
 _READ = 512
+LARGEST_SMALL = 1 << 30
+"""Bytes of the largest file that is read at once: metadata, settings, tokenizers. The index of a
+checkpoint of a thousand ranks has a tenth of it."""
+_HANDLES = ("/dev/fd/", "/proc/self/fd/", "/dev/stdin")
+"""Files that are open already, as a shell passes the output of another command."""
+_LONGEST_NAME = 255
+"""Bytes of the longest file name on Linux."""
 _LFS = b"version https://git-lfs.github.com/spec/"
 _BEGINNINGS = (
     (re.compile(rb"\x1f\x8b"), "it is compressed with gzip"),
@@ -34,14 +45,60 @@ _SPECIAL = {
 }
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a file to read, without waiting for another process.
+
+    Opening a named pipe would wait for its writer. Files that are open already, as `/dev/fd/63` of
+    a shell's `<(command)`, may be pipes.
+
+    Raises:
+        OSError: it cannot be opened, is no regular file, or its name is none: it has a NUL or half
+            of a surrogate pair, which names in JSON may have.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:
+        raise OSError(errno.EINVAL, f"no file has such a name, {error}", str(path)) from None
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode) and not str(path).startswith(_HANDLES):
+        os.close(handle)
+        kind = "a directory" if stat.S_ISDIR(mode) else _SPECIAL.get(stat.S_IFMT(mode), "special")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+    os.set_blocking(handle, True)
+    return os.fdopen(handle, "rb")
+
+
+def read_small(path: str | Path, most: int = LARGEST_SMALL) -> bytes:
+    """Return the content of a file that is held in memory: settings, metadata, a tokenizer.
+
+    Raises:
+        OSError: as `open_regular`, or it has more than ``most`` bytes.
+    """
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most} bytes", str(path))
+    return content
+
+
 def first_bytes(path: str | Path, count: int = _READ) -> bytes:
     """The first bytes of a file, fewer if it is shorter.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is no regular file.
     """
-    with Path(path).open("rb") as file:
+    with open_regular(path) as file:
         return file.read(count)
+
+
+def is_file_name(name: object) -> bool:
+    """Whether a value from a file of others is the name of a file in a directory, not a path."""
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & {"/", "\0"}:
+        return False
+    try:
+        return len(os.fsencode(name)) <= _LONGEST_NAME
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
 
 
 def is_lfs_pointer(start: bytes) -> bool:

@@ -11,14 +11,21 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.errors import UsageError
-from megatron_moe.files import describe_start, is_lfs_pointer
+from megatron_moe.errors import UsageError, echoed
+from megatron_moe.files import describe_start, is_lfs_pointer, read_small
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 BOM = codecs.BOM_UTF8
 _SHOWN = 60
@@ -29,6 +36,10 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "UTF-16"),
     (codecs.BOM_UTF16_BE, "UTF-16"),
 )
+_MOST_DIGITS = 300
+"""Of an integer in JSON: fewer than the largest float has, so that no conversion overflows."""
+_LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (_MOST_DIGITS + 1))
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _HEAD = 64
 """Bytes in which the zero bytes of UTF-16 without a mark are looked for."""
 
@@ -84,7 +95,7 @@ def read_text(path: str | Path, flag: str, expected: str = "a readable text file
         UsageError: the file cannot be read, or is not UTF-8.
     """
     try:
-        content = Path(path).read_bytes()
+        content = read_small(path)
     except OSError as error:
         raise UsageError(flag, str(path), expected, str(error)) from None
     if is_lfs_pointer(content):
@@ -125,6 +136,73 @@ def is_blank(line: bytes) -> bool:
     return line.isspace() or not without_bom(line).strip()
 
 
+def json_value(content: bytes | str) -> Any:
+    r"""Return the value of a JSON file that holds settings or metadata.
+
+    Python's reader accepts more than JSON, and raises more than `ValueError`. Rejected here are
+    other encodings than UTF-8, NaN and infinity, floats that become infinity (`1e400`), integers
+    that no float holds, half of a surrogate pair (`"\ud83d"`), which no file name and no tokenizer
+    can have, and arrays nested deeper than the interpreter's stack.
+
+    Raises:
+        ValueError: it is not such JSON.
+    """
+    data = content.encode() if isinstance(content, str) else content.removeprefix(BOM)
+    try:
+        if _LONG_NUMBER.search(data):
+            text = _without_strings(data.decode())
+            if _LONG_NUMBER.search(text.encode()):
+                raise ValueError(f"it has an integer of more than {_MOST_DIGITS} digits")
+        value = json.loads(data.decode(), parse_float=_finite, parse_constant=_no_constant)
+        if _SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise ValueError(f"U+{half:04X} in it is half of a surrogate pair") from None
+    return value
+
+
+def _without_strings(text: str) -> str:
+    """JSON in which every string is empty."""
+    return re.sub(r'"(?:[^"\\]|\\.)*"', '""', text, flags=re.DOTALL)
+
+
+def _finite(text: str) -> float:
+    if math.isfinite(value := float(text)):
+        return value
+    raise ValueError(f"{shown(text)} in it is not a finite number")
+
+
+def _no_constant(text: str) -> float:
+    raise ValueError(f"{text} in it is not a JSON value")
+
+
+def toml_value(text: str) -> dict[str, Any]:
+    """Return the content of a TOML file.
+
+    As in `json_value`, numbers are finite; integers have 64 bits, which TOML requires of readers.
+
+    Raises:
+        ValueError: it is not such TOML.
+    """
+    try:
+        content = tomllib.loads(text, parse_float=_finite)
+        _check_integers(content)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    return content
+
+
+def _check_integers(value: Any) -> None:
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_integers(inner)
+    elif isinstance(value, int) and not -(1 << 63) <= value < 1 << 63:
+        raise ValueError("it has an integer of more than 64 bits")
+
+
 def json_of_line(line: bytes, what: str, expected: str = "a JSON object") -> Any:
     """Return the value of a line of JSON Lines.
 
@@ -138,6 +216,7 @@ def json_of_line(line: bytes, what: str, expected: str = "a JSON object") -> Any
     """
     text = decode(line, what)
     try:
+        # NaN, as pandas writes it beside a text, is accepted: only the texts are used.
         return json.loads(text)
     except json.JSONDecodeError as error:
         start = max(0, min(error.pos, len(text.rstrip())) - _SHOWN // 2)
@@ -149,7 +228,9 @@ def json_of_line(line: bytes, what: str, expected: str = "a JSON object") -> Any
 
 def shown(value: object) -> object:
     """Return a value as errors show it: long ones are cut."""
-    text = value if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        return value if len(value) <= _SHOWN else value[:_SHOWN] + "..."
+    text = echoed(value)
     return value if len(text) <= _SHOWN else text[:_SHOWN] + "..."
 
 

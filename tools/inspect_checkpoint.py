@@ -27,7 +27,7 @@ from megatron_moe.analysis.foreign_config import is_foreign
 from megatron_moe.checkpoint.directory import ANOTHER_STEP
 from megatron_moe.checkpoint.reading import verify
 from megatron_moe.command_line import Parser
-from megatron_moe.console import escape_unprintable
+from megatron_moe.console import escape_unprintable, print_safely
 from megatron_moe.convert.inspection import (
     TensorFacts,
     differences,
@@ -109,7 +109,7 @@ def print_foreign(found: dict[str, Any], as_json: bool) -> None:
         return
     layers = found.pop("moe_layers")
     for key, value in found.items():
-        print(f"{key:<18} {value}")
+        print_safely(f"{key:<18} {value}")
     for layer in layers:
         router = "x".join(map(str, layer["router"]))
         sizes = f"{layer['expert_elements']} elements an expert, {layer['shared_elements']} shared"
@@ -123,7 +123,7 @@ def report(differences: Iterable[str], as_json: bool) -> int:
         pairs = (line.split(": ", 1) for line in lines)
         print(json.dumps({"differences": [{"name": name, "is": text} for name, text in pairs]}))
     else:
-        print("\n".join(lines) if lines else "no difference")
+        print_safely("\n".join(lines) if lines else "no difference")
     return FAULT_EXIT_CODE if lines else 0
 
 
@@ -141,7 +141,7 @@ def print_tensors(options: argparse.Namespace, facts: Iterable[TensorFacts]) -> 
         else:
             shape, odd = "x".join(map(str, fact.shape)), "" if fact.finite else "  NOT FINITE"
             numbers = f"mean {fact.mean:+.3e}  std {fact.std:.3e}  max {fact.largest:.3e}"
-            print(f"{fact.name:<40} {shape:>20} {fact.dtype:>8}  {numbers}{odd}")
+            print_safely(f"{fact.name:<40} {shape:>20} {fact.dtype:>8}  {numbers}{odd}")
     if not found:
         raise UsageError(
             "--tensors", options.tensors, "a pattern that matches the name of a tensor"
@@ -156,7 +156,7 @@ def print_overview(options: argparse.Namespace) -> None:
         return
     kinds, files = found.pop("kinds"), found.pop("files")
     for key, value in found.items():
-        print(f"{key:<18} {'unknown' if value == '' else value}")
+        print_safely(f"{key:<18} {'unknown' if value == '' else value}")
     for kind, sizes in kinds.items():
         numbers = f"{sizes['tensors']} tensors  {sizes['elements']} elements"
         print(f"{kind:<18} {numbers}  {sizes['bytes']} bytes")

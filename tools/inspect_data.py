@@ -24,7 +24,7 @@ from typing import get_args, get_type_hints
 
 from megatron_moe.command_line import Parser
 from megatron_moe.config import DataConfig
-from megatron_moe.console import escape_unprintable
+from megatron_moe.console import escape_unprintable, print_safely
 from megatron_moe.data.indexed.check import Source, inspect_source
 from megatron_moe.data.indexed.format import paths_of
 from megatron_moe.data.indexed.inspection import (
@@ -93,20 +93,22 @@ def show(source: Source) -> None:
     if manifest is None:
         print("manifest     none")
         return
-    print(f"tokenizer    {manifest.tokenizer} {manifest.tokenizer_hash}")
+    print_safely(f"tokenizer    {manifest.tokenizer} {manifest.tokenizer_hash}")
     print(f"vocabulary   {manifest.vocab_size}")
-    print(f"domain       {manifest.domain or 'none'}")
+    print_safely(f"domain       {manifest.domain or 'none'}")
     print(
         f"text         {manifest.text_bytes} bytes, {manifest.tokens_per_byte:.4f} tokens per byte"
     )
-    print(f"from         {len(manifest.inputs)} files, first {manifest.inputs[0].path}")
+    print_safely(f"from         {len(manifest.inputs)} files, first {manifest.inputs[0].path}")
 
 
 def print_document(source: Source, number: int, tokenizer: Tokenizer | None) -> None:
     """Print one document, with a line break between its sequences."""
     for ids in document(source, number):
         values = ids.tolist()
-        print(" ".join(map(str, values)) if tokenizer is None else tokenizer.detokenize(values))
+        print_safely(
+            " ".join(map(str, values)) if tokenizer is None else tokenizer.detokenize(values)
+        )
 
 
 def inspect(options: argparse.Namespace, source: Source) -> int:

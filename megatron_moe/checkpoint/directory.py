@@ -38,6 +38,7 @@ from megatron_moe.checkpoint.foreign import (
     weights_in,
 )
 from megatron_moe.errors import CheckpointError, Corrupt, NoCheckpoint
+from megatron_moe.files import first_bytes
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron-LM's name."""
@@ -90,7 +91,7 @@ def latest_step(directory: str | Path) -> int:
     steps = list(revisions(path))
     tracker = path / TRACKER
     try:
-        text = tracker.read_bytes()[:64].decode(errors="replace").strip()
+        text = first_bytes(tracker, 64).decode(errors="replace").strip()
     except FileNotFoundError:
         text = "missing"
     except OSError as error:

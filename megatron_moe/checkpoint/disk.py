@@ -15,12 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BufferedReader, FileIO
+from io import FileIO
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_moe.errors import CheckpointError, Corrupt
+from megatron_moe.files import open_regular, read_small
+from megatron_moe.text import json_value
 
 CHUNK = 16 << 20
 """Bytes written at a time."""
@@ -203,10 +205,10 @@ def read_json(path: Path) -> dict[str, Any]:
         Corrupt: the file is missing, unreadable, or not a JSON object.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = json_value(read_small(path))
     except FileNotFoundError:
         raise Corrupt(str(path), "missing", "an existing file") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise Corrupt(str(path), str(error), "readable JSON") from None
     if not isinstance(value, dict):
         raise Corrupt(str(path), type(value).__name__, "a JSON object")
@@ -219,7 +221,7 @@ def check_file(path: Path, record: FileRecord) -> str | None:
         size = path.stat().st_size
         if size != record.bytes:
             return f"{path} has {size} bytes, expected {record.bytes}"
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             digest = hash_of(file)
     except FileNotFoundError:
         return f"{path} is missing"
@@ -230,7 +232,7 @@ def check_file(path: Path, record: FileRecord) -> str | None:
     return None
 
 
-def hash_of(file: BufferedReader) -> str:
+def hash_of(file: BinaryIO) -> str:
     """SHA-256 of the rest of an open file, in hexadecimal.
 
     Each piece is hashed while it is in the core's cache: with several files at a time, that is
@@ -239,6 +241,6 @@ def hash_of(file: BufferedReader) -> str:
     digest, buffer = hashlib.sha256(), memoryview(bytearray(SMALL))
     # The kernel reads further ahead if it is advised that access is sequential.
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-    while count := file.readinto(buffer):
+    while count := file.readinto(buffer):  # type: ignore[attr-defined]
         digest.update(buffer[:count])
     return digest.hexdigest()

@@ -7,14 +7,14 @@ run with `--allow-missing-load`, which must not start from random weights beside
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from megatron_moe.errors import CheckpointError
-from megatron_moe.files import first_bytes, is_lfs_pointer
+from megatron_moe.files import first_bytes, is_lfs_pointer, read_small
+from megatron_moe.text import json_value
 
 Format = Literal[
     "native", "native step", "megatron", "torch_dist", "deepspeed", "adapter", "hf", "t5x", "other"
@@ -206,8 +206,8 @@ def _is_hf_config(path: Path, names: set[str]) -> bool:
     if path.name not in names:
         return False
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        content = json_value(read_small(path))
+    except (OSError, ValueError):
         return False
     return isinstance(content, dict) and bool({"model_type", "architectures"} & content.keys())
 

@@ -8,7 +8,6 @@ fill            each rank: its blocks, from the mapped files; step count; random
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -47,6 +46,7 @@ from megatron_moe.model.sharding.parts import load_plan
 from megatron_moe.model.sharding.shards import model_shards
 from megatron_moe.parallel.collectives import RankGroup
 from megatron_moe.parallel.context import ParallelContext
+from megatron_moe.text import json_value
 
 _log = logging.getLogger(__name__)
 
@@ -214,8 +214,8 @@ def _load_random_states(
     file = rank_file(ctx.rank)
     text = TensorFiles(opened.path).metadata(file).get(RANDOM)
     try:
-        states = json.loads(text or "")
-    except (ValueError, RecursionError):
+        states = json_value(text or "")
+    except ValueError:
         what, expected = f"random states in {opened.path / file}", "those of a save"
         raise Corrupt(what, "missing or malformed", expected) from None
     rng.restore(states, str(opened.path / file))

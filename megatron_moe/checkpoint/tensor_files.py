@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_moe.checkpoint.disk import CHUNK, FileRecord, Stream, write_stream
 from megatron_moe.errors import CheckpointError, Corrupt
+from megatron_moe.files import open_regular
 
 DTYPES = {
     torch.float64: "F64",
@@ -258,5 +259,6 @@ class TensorFiles:
         if file not in self._open:
             if len(self._open) >= _OPEN_FILES:
                 self._open.pop(next(iter(self._open)))
+            open_regular(self.directory / file).close()  # a named pipe would block
             self._open[file] = safe_open(str(self.directory / file), framework="pt")
         return self._open[file]

@@ -35,6 +35,8 @@ class Range:
 
     def contains(self, value: float) -> bool:
         """Whether ``value`` is in the range. NaN and infinity never are."""
+        if not -_LARGEST <= value < _LARGEST and isinstance(value, int):
+            return False
         above = value > self.low if self.low_excluded else value >= self.low
         below = value < self.high if self.high_excluded else value <= self.high
         # NaN compares false with everything; infinity would pass a range without an upper bound.
@@ -46,6 +48,9 @@ class Range:
             return low
         return f"{low} and {'<' if self.high_excluded else '<='} {self.high:g}"
 
+
+_LARGEST = 1 << 63
+"""Integers of a configuration have 64 bits, as tensors' sizes and C++ libraries have."""
 
 AtLeastOne = Range(1)
 """Sizes, counts and intervals."""
@@ -110,6 +115,8 @@ class ConfigField:
         Raises:
             UsageError: names the flag and the range.
         """
+        if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
+            raise UsageError(self.flag, value, "an integer of 64 bits")
         if self.range is None or value is None:
             return
         if not isinstance(value, tuple):

@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -30,12 +29,7 @@ from typing import Any, Literal
 from megatron_moe.config.run import RunConfig, all_fields
 from megatron_moe.config.training import DataConfig, ObjectiveConfig
 from megatron_moe.errors import UsageError
-from megatron_moe.text import read_text
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from megatron_moe.text import read_text, toml_value
 
 FLAG = "--phases"
 
@@ -153,8 +147,8 @@ def read_phases(path: str) -> tuple[PhaseSpec, ...]:
             or has no end and is not the last.
     """
     try:
-        content = tomllib.loads(read_text(path, FLAG, "a readable TOML file"))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        content = toml_value(read_text(path, FLAG, "a readable TOML file"))
+    except ValueError as error:
         raise UsageError(FLAG, path, "a TOML file", str(error)) from None
     tables = content.get("stage")
     if set(content) != {"stage"} or not isinstance(tables, list) or not tables:

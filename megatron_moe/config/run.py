@@ -22,7 +22,7 @@ from megatron_moe.config.training import (
     TrainConfig,
 )
 from megatron_moe.errors import UsageError
-from megatron_moe.text import read_text
+from megatron_moe.text import json_value, read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,8 @@ class RunConfig:
     def load(cls, path: str | Path) -> RunConfig:
         """Read a configuration file: a run's `config.json`, or some of its sections."""
         try:
-            values = json.loads(read_text(path, "--config", "a readable file"))
-        except (ValueError, RecursionError) as error:  # not JSON, or nested too deep
+            values = json_value(read_text(path, "--config", "a readable file"))
+        except ValueError as error:
             raise UsageError("--config", str(path), "a JSON file", str(error)) from None
         if not isinstance(values, dict):
             raise UsageError("--config", str(path), "a JSON object of sections")

@@ -20,7 +20,7 @@ from megatron_moe.checkpoint.disk import read_json
 from megatron_moe.checkpoint.tensor_files import TORCH_DTYPES
 from megatron_moe.convert.model import LazyTensor, of_tensor
 from megatron_moe.errors import CheckpointError, Corrupt
-from megatron_moe.files import describe_file_start
+from megatron_moe.files import describe_file_start, is_file_name, open_regular
 
 CONFIG = "config.json"
 MANY = 1 << 16
@@ -163,7 +163,7 @@ def _indexed(
         raise Corrupt(f"weight_map in {index}", type(where).__name__, "an object of file names")
     found: dict[str, LazyTensor] = {}
     for file in sorted(set(where.values())):
-        if Path(file).name != file:
+        if not is_file_name(file):
             # A name with a path in it could lead out of the directory.
             raise Corrupt(f"file name in {index}", file, "a file of the same directory")
         found.update(read(directory / file))
@@ -175,6 +175,7 @@ def _indexed(
 
 def _safetensors(path: Path) -> dict[str, LazyTensor]:
     try:
+        open_regular(path).close()
         with safe_open(str(path), framework="pt") as file:
             heads = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 no mapping
             return {
@@ -203,8 +204,10 @@ def _slice(path: Path, key: str, shape: tuple[int, ...], dtype: str) -> LazyTens
 def _pytorch(path: Path) -> dict[str, LazyTensor]:
     """A `.bin` file, read with the weights-only loader, which builds tensors and runs no code."""
     # Before its release 1.6 PyTorch wrote no zip archive; such a file cannot be mapped into memory.
-    mapped = zipfile.is_zipfile(path)
+    mapped = False
     try:
+        with open_regular(path) as file:
+            mapped = zipfile.is_zipfile(file)
         found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged or hostile file may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -5,13 +5,14 @@ All of it follows from the tokenizer beside the weights; without one, the publis
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_moe.convert.model import LogicalModel
 from megatron_moe.convert.modeling import TOKENIZATION, TOKENIZER_CONFIG
+from megatron_moe.files import read_small
+from megatron_moe.text import json_value
 from megatron_moe.tokenizer.base import Tokenizer
 from megatron_moe.tokenizer.build import build_tokenizer
 from megatron_moe.tokenizer.files import TYPES, settings_for, stored_name
@@ -58,8 +59,8 @@ def tokenizer_code(model: LogicalModel) -> tuple[Path, ...]:
     for file in model.tokenizer_files:
         if stored_name(file) == "tokenizer_config.json":
             try:
-                values = json.loads(file.read_bytes())
-            except ValueError:
+                values = json_value(read_small(file))
+            except (OSError, ValueError):
                 return ()
             theirs = values.get("auto_map") if isinstance(values, dict) else None
             if theirs == TOKENIZER_CONFIG["auto_map"]:

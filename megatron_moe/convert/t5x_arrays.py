@@ -8,7 +8,6 @@ TensorStore writes every chunk, also one of zeros.
 from __future__ import annotations
 
 import itertools
-import json
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -21,6 +20,8 @@ from megatron_moe.convert.model import LazyTensor
 from megatron_moe.convert.t5x_tree import FILE, library
 from megatron_moe.convert.writing import Progress
 from megatron_moe.errors import CheckpointError, Corrupt
+from megatron_moe.files import is_file_name, read_small
+from megatron_moe.text import json_value
 
 CHUNK_BYTES = 64 << 20
 """Approximate bytes of one chunk file of an array, as in t5x."""
@@ -94,7 +95,7 @@ def array_folder(directory: Path, path: str, spec: dict[str, Any]) -> Path:
         raise CheckpointError(what, driver, f"one of {', '.join(STORES)}", reason)
     inner = spec.get("path") or store.get("path")
     name = PurePosixPath(str(inner)).name
-    if not inner or name in ("", ".", ".."):
+    if not inner or not is_file_name(name):
         raise Corrupt(f"path of {path} in {directory / FILE}", inner, "the name of a folder")
     folder = directory / name
     if folder.resolve().parent != directory.resolve():
@@ -152,7 +153,7 @@ def read_head(folder: Path) -> dict[str, Any]:
     """
     file = folder / HEAD
     try:
-        head = json.loads(file.read_text())
+        head = json_value(read_small(file))
         sizes = [*head["shape"], *head["chunks"]]
         if len(head["shape"]) != len(head["chunks"]) or not all(
             type(size) is int and 0 < size < 1 << 62 for size in sizes
@@ -163,7 +164,7 @@ def read_head(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         found = "without .zarray" if folder.is_dir() else "missing"
         raise Corrupt(str(folder), found, "a zarr array", "copy the array again") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise Corrupt(str(file), str(error), "the JSON file of a zarr array") from None
     return dict(head)
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_moe.errors import CheckpointError, Corrupt, UsageError
+from megatron_moe.files import read_small
 
 FILE = "checkpoint"
 VERSION = 3
@@ -49,7 +50,7 @@ def read_tree(directory: Path) -> dict[str, Any]:
     """
     msgpack, path = library("msgpack"), directory / FILE
     try:
-        tree = msgpack.unpackb(path.read_bytes(), ext_hook=_extension, raw=False)
+        tree = msgpack.unpackb(read_small(path), ext_hook=_extension, raw=False)
     except FileNotFoundError:
         raise _no_tree(directory) from None
     except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:

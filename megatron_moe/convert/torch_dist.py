@@ -28,6 +28,7 @@ from torch import Tensor
 
 from megatron_moe.convert.pickled import Built, Name, Persistent, attributes, describe, read_pickle
 from megatron_moe.errors import Corrupt
+from megatron_moe.files import is_file_name, open_regular, read_small
 
 METADATA, COMMON = ".metadata", "common.pt"
 _STORAGES = {
@@ -110,7 +111,7 @@ def open_tensors(folder: Path) -> dict[str, StoredTensor]:
     """
     source = folder / METADATA
     try:
-        content = read_pickle(source.read_bytes(), str(source))
+        content = read_pickle(read_small(source), str(source))
     except FileNotFoundError:
         found = f"without {METADATA}, as copied with `cp {folder.name}/*`"
         raise Corrupt(str(folder), found, "a whole checkpoint", f"copy {METADATA} too") from None
@@ -148,7 +149,7 @@ def _places(folder: Path, storage: Mapping[Any, Any]) -> dict[tuple[str, tuple[i
             by = describe(info["transform_descriptors"])
             raise ValueError(f"{describe(index['fqn'])} compressed by {by}")
         file, name = _text(info["relative_path"]), _text(index["fqn"])
-        if Path(file).name != file:
+        if not is_file_name(file):
             raise ValueError(f"the file {describe(file)}")
         offsets, (start, length) = _size(index["offset"]), _size((info["offset"], info["length"]))
         places[name, offsets] = Chunk(offsets, (), folder / file, start, length)
@@ -267,7 +268,7 @@ def read_saved(file: Path) -> Any:
         Corrupt: the file is missing, damaged, or in the format before PyTorch 1.6.
     """
     try:
-        with file.open("rb") as stream, zipfile.ZipFile(stream) as archive:
+        with open_regular(file) as stream, zipfile.ZipFile(stream) as archive:
             size = stream.seek(0, io.SEEK_END)
             return read_pickle(_record(archive, _info(archive, "data.pkl"), size), str(file))
     except Corrupt:
@@ -290,7 +291,7 @@ def read_tensor(file: Path, start: int, length: int, where: str, check: bool) ->
         Corrupt: it is damaged, or is no plain tensor; what it is instead is named.
     """
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             window = io.BufferedReader(_Window(stream, start, length))
             with zipfile.ZipFile(window) as archive:
                 key, dtype, offset, size, stride = _view(

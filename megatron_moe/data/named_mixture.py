@@ -16,18 +16,12 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_moe.errors import UsageError
-from megatron_moe.text import read_text
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from megatron_moe.text import read_text, toml_value
 
 _FLAG = "--mixture"
 _SHIPPED = Path(__file__).parent / "mixtures"
@@ -83,8 +77,8 @@ def read_named_mixture(name: str, root: str | None) -> NamedMixture:
 def _content(name: str, path: Path) -> dict[str, Any]:
     expected = f"one of {', '.join(shipped_mixtures())}, or a readable file"
     try:
-        return tomllib.loads(read_text(path, _FLAG, expected))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        return toml_value(read_text(path, _FLAG, expected))
+    except ValueError as error:
         raise UsageError(_FLAG, name, "a TOML file", str(error)) from None
 
 

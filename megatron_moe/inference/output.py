@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO
 
+from megatron_moe.console import for_stream
 from megatron_moe.inference.generation import GeneratedToken
 from megatron_moe.inference.routing_log import RoutingLog, routing_json, routing_table
 from megatron_moe.inference.text import DecodeStream, TextTokenizer
@@ -103,10 +104,10 @@ class ContinuationPrinter:
                 self.to.write(json.dumps(self._object(self.current), ensure_ascii=False) + "\n")
             else:
                 if self.style.stream or continuation.finish_reason:
-                    self.to.write(continuation.pending)
+                    self.to.write(for_stream(continuation.pending, self.to))
                     continuation.pending = ""
                 if continuation.finish_reason:
-                    self.to.write("\n" + self._table(self.current))
+                    self.to.write("\n" + for_stream(self._table(self.current), self.to))
             self.to.flush()
             if not continuation.finish_reason:
                 return

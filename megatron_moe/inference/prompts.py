@@ -7,10 +7,10 @@ is tokenized separately, and an end of document follows each answer.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from megatron_moe.data.objectives.chat import SYSTEM, USER, in_template
 from megatron_moe.errors import UsageError
+from megatron_moe.files import read_small
 from megatron_moe.inference.text import TextTokenizer
 from megatron_moe.text import (
     check_unicode,
@@ -40,7 +40,7 @@ def read_prompts(path: str) -> list[str]:
         UsageError: the file is not readable or has no prompts, or a line is not such an object.
     """
     try:
-        content = read_standard_input() if path == "-" else Path(path).read_bytes()
+        content = read_standard_input() if path == "-" else read_small(path)
     except OSError as error:
         raise UsageError("--prompts-file", path, "a readable text file", str(error)) from None
     if name := other_encoding(content):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from megatron_moe.config import DataConfig
 from megatron_moe.errors import UsageError
-from megatron_moe.files import check_regular_file, describe_start, is_lfs_pointer
+from megatron_moe.files import check_regular_file, describe_start, is_lfs_pointer, read_small
 
 TYPES = {
     "tokenizer.model": "SentencePieceTokenizer",
@@ -52,7 +52,7 @@ def read_model(path: str, file: Path, expected: str) -> bytes:
     """
     check_regular_file(file, "--tokenizer-model")
     try:
-        content = file.read_bytes()
+        content = read_small(file)
     except OSError as error:
         reason = _missing(path, file) or str(error)
         raise UsageError("--tokenizer-model", path, "a readable file", reason) from None

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron_moe.errors import UsageError
+from megatron_moe.files import read_small
+from megatron_moe.text import json_value, read_text
 from megatron_moe.tokenizer.base import NO_ID, Tokenizer
 from megatron_moe.tokenizer.files import MERGES, VOCAB
 
@@ -49,8 +50,8 @@ class Gpt2BpeTokenizer(Tokenizer):
         content = json.dumps([sorted(vocabulary.items()), merges])
         self.identity = hashlib.sha256(b"gpt2 bpe" + content.encode()).hexdigest()
         self.files = {
-            VOCAB: Path(vocab_file).read_bytes(),
-            MERGES: Path(merge_file).read_bytes(),
+            VOCAB: read_small(vocab_file),
+            MERGES: read_small(merge_file),
         }
 
     def tokenize(self, text: str) -> list[int]:
@@ -65,17 +66,10 @@ class Gpt2BpeTokenizer(Tokenizer):
         return text
 
 
-def _read(flag: str, path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(flag, path, "a readable text file", str(error)) from None
-
-
 def _vocabulary(path: str) -> dict[str, int]:
     expected = "GPT-2's vocab.json, a JSON object of pieces and ids"
     try:
-        values = json.loads(_read("--vocab-file", path))
+        values = json_value(read_text(path, "--vocab-file"))
     except ValueError as error:
         raise UsageError("--vocab-file", path, expected, str(error)) from None
     if not isinstance(values, dict) or not all(type(i) is int and i >= 0 for i in values.values()):
@@ -87,7 +81,7 @@ def _vocabulary(path: str) -> dict[str, int]:
 
 def _merges(path: str, vocabulary: dict[str, int]) -> list[tuple[str, str]]:
     expected = "GPT-2's merges.txt, two pieces of the vocabulary in each line"
-    lines = _read("--merge-file", path).split("\n")
+    lines = read_text(path, "--merge-file").split("\n")
     first = 1 if lines[0].startswith("#version") else 0
     merges: list[tuple[str, str]] = []
     for number, line in enumerate(lines[first:], first + 1):

@@ -7,14 +7,13 @@ folder. Without these files, the names that the known model families use are loo
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_moe.errors import UsageError
-from megatron_moe.files import describe_start
-from megatron_moe.text import without_bom
+from megatron_moe.files import describe_start, read_small
+from megatron_moe.text import json_value, without_bom
 from megatron_moe.tokenizer.base import NO_ID, SPECIAL_IN_TEXT, Tokenizer, count_sentinels
 from megatron_moe.tokenizer.files import COMPANIONS, files_of, read_model
 
@@ -120,7 +119,7 @@ def _reason(content: bytes, error: Exception) -> str:
 def _companions(file: Path) -> dict[str, bytes]:
     """Contents of the files beside a `tokenizer.json` that belong to it."""
     beside = (path for path in files_of(file) if path.name in COMPANIONS)
-    return {path.name: path.read_bytes() for path in beside}
+    return {path.name: read_small(path) for path in beside}
 
 
 def _configured_names(file: Path) -> dict[str, str]:
@@ -131,7 +130,7 @@ def _configured_names(file: Path) -> dict[str, str]:
         if not path.exists():
             continue
         try:
-            values: Any = json.loads(path.read_bytes())
+            values: Any = json_value(read_small(path))
             for role in USUAL_NAMES:
                 value = values.get(role)
                 token = value.get("content") if isinstance(value, dict) else value

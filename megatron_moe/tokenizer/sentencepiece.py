@@ -51,6 +51,7 @@ class SentencePieceTokenizer(Tokenizer):
             reason = _reason(content, error)
             raise UsageError("--tokenizer-model", path, "a SentencePiece model", reason) from None
         self.vocab_size = self._model.get_piece_size()
+        self._check_pieces(path)
         self.eod, self.pad, self.unk = (
             self._model.eos_id(),
             self._model.pad_id(),
@@ -65,6 +66,14 @@ class SentencePieceTokenizer(Tokenizer):
         self._word_cache: WordCache | None = None
         self._dummy_prefix = b""
         self._plain: sentencepiece.SentencePieceProcessor | None = None
+
+    def _check_pieces(self, path: str) -> None:
+        """Reject pieces that are not UTF-8, which would be an error when one is first decoded."""
+        try:
+            self._model.id_to_piece(list(range(self.vocab_size)))
+        except UnicodeDecodeError as error:
+            expected, reason = "a model whose pieces are UTF-8", f"{error.object!r} is not"
+            raise UsageError("--tokenizer-model", path, expected, reason) from None
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of ``text``, without `eod`."""

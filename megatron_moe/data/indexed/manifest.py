@@ -12,10 +12,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from megatron_moe.data.indexed.format import TYPES, index_size, paths_of, type_code_for
-from megatron_moe.errors import UsageError
+from megatron_moe.errors import UsageError, echoed
+from megatron_moe.files import read_small
+from megatron_moe.text import json_value
 from megatron_moe.tokenizer.base import vocabulary_of
 
 FORMAT = "megatron_moe indexed data 1"
@@ -67,6 +69,17 @@ class Manifest:
         return self.tokens / self.text_bytes if self.text_bytes else 0.0
 
 
+_Part = TypeVar("_Part", Origin, Manifest)
+_TYPES: dict[str, tuple[type[Any], ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "bool": (bool,),
+    "str | None": (str, type(None)),
+    "tuple[Origin, ...]": (tuple,),
+}
+"""Types of JSON values by the annotation of a field; true is no number."""
+
+
 def manifest_path(prefix: str) -> Path:
     """Return the path of the manifest of a dataset."""
     return Path(f"{prefix}.json")
@@ -97,18 +110,35 @@ def read_manifest(prefix: str) -> Manifest | None:
     """
     path = manifest_path(prefix)
     try:
-        values: dict[str, Any] = json.loads(path.read_bytes())
+        values: dict[str, Any] = json_value(read_small(path))
         if values["format"] != FORMAT:
             raise ValueError(f"its format is {values['format']!r}")
         known = {field.name: values[field.name] for field in fields(Manifest)}
-        known["inputs"] = tuple(Origin(**origin) for origin in known["inputs"])
-        return Manifest(**known)
+        known["inputs"] = tuple(_typed(Origin, origin) for origin in known["inputs"])
+        return _typed(Manifest, known)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         expected = f"of the format {FORMAT!r}"
         raise UsageError("manifest", str(path), expected, f"{reason}; remove it") from None
+
+
+def _typed(kind: type[_Part], values: dict[str, Any]) -> _Part:
+    """A part of a manifest whose values have the types that it declares; numbers are >= 0.
+
+    Raises:
+        TypeError: a key is unknown or missing, or a value is of another type.
+        ValueError: a number is negative or has more than 63 bits.
+    """
+    made = kind(**values)
+    for field in fields(made):
+        value, expected = getattr(made, field.name), _TYPES[str(field.type)]
+        if type(value) not in expected:
+            raise TypeError(f"{field.name} is {echoed(value)}")
+        if type(value) is int and not 0 <= value < 1 << 63:
+            raise ValueError(f"{field.name} is {echoed(value)}")
+    return made
 
 
 def difference(old: Manifest, new: Manifest) -> str:

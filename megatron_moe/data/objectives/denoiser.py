@@ -7,19 +7,13 @@ the largest lengths of inputs and targets.
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_moe.data.objectives.spans import span_counts
 from megatron_moe.errors import UsageError
-from megatron_moe.text import read_text
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from megatron_moe.text import read_text, toml_value
 
 OPENMOE = Path(__file__).parent / "denoisers" / "openmoe.toml"
 """The six denoisers of the paper."""
@@ -103,8 +97,8 @@ def read_denoisers(path: str | None) -> tuple[Denoiser, ...]:
     """
     where = path or str(OPENMOE)
     try:
-        content = tomllib.loads(read_text(where, _FLAG, "a readable file"))
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        content = toml_value(read_text(where, _FLAG, "a readable file"))
+    except ValueError as error:
         raise UsageError(_FLAG, where, "a TOML file", str(error)) from None
     entries = content.get("denoiser")
     if set(content) != {"denoiser"} or not isinstance(entries, list) or not entries:
