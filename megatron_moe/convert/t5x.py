@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from megatron_moe.config import RunConfig
 from megatron_moe.convert.model import LazyTensor, LogicalModel, of_tensor
-from megatron_moe.convert.t5x_arrays import as_torch, open_array, write_array
+from megatron_moe.convert.t5x_arrays import DTYPES, as_torch, open_array, write_array
 from megatron_moe.convert.t5x_tree import FILE, leaves, read_tree, step_of, write_tree
 from megatron_moe.convert.writing import Progress, new_directory, write_error
-from megatron_moe.errors import CheckpointError, UsageError
+from megatron_moe.errors import CheckpointError, Corrupt, UsageError
 from megatron_moe.model.logical import logical_parameters
 
 _WHOLE = {
@@ -112,9 +113,18 @@ def _array(directory: Path, path: str, found: dict[str, Any], transposed: bool) 
         raise _another_model(directory, found, f"one without {path}")
     leaf = found[path]
     if not isinstance(leaf, dict):
-        values = as_torch(np.array(leaf))
+        values = _values(directory, path, leaf)
         return of_tensor(values.t() if transposed else values)
     return open_array(directory, path, leaf, transposed)
+
+
+def _values(directory: Path, path: str, leaf: Any) -> Tensor:
+    """An array in the file itself, of one or two dimensions and floating-point numbers."""
+    if not isinstance(leaf, np.ndarray) or leaf.dtype.name not in DTYPES:
+        found = leaf.dtype.name if isinstance(leaf, np.ndarray) else type(leaf).__name__
+        expected = f"an array of one of {', '.join(DTYPES)}, or the specification of one"
+        raise Corrupt(f"{path} in {directory / FILE}", found, expected)
+    return as_torch(leaf)
 
 
 def _check_one_array_per_layer(directory: Path, found: dict[str, Any]) -> None:

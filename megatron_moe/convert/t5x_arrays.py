@@ -8,6 +8,7 @@ TensorStore writes every chunk, also one of zeros.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -27,9 +28,15 @@ CHUNK_BYTES = 64 << 20
 """Approximate bytes of one chunk file of an array, as in t5x."""
 HEAD = ".zarray"
 """The JSON file with shape, chunks and compressor of an array."""
+_SMALL_CHUNK = 4 * CHUNK_BYTES
+"""Bytes of a chunk that may have a file of any size: zeros compress well."""
+_MOST_RATIO = 1100
+"""Of compression: 1032 is the most of deflate."""
+_WIDEST = 8
+"""Bytes of an element of the widest dtype."""
 STORES = ("file", "gfile", "gcs")
 """Drivers of stores with a folder per array. t5x itself reads all three as folders on a disk."""
-_DTYPES = {
+DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
     "float16": torch.float16,
@@ -65,8 +72,8 @@ def open_array(directory: Path, path: str, spec: dict[str, Any], transposed: boo
     except (ValueError, OSError) as error:
         raise Corrupt(str(folder), _reason(error), "a zarr array") from None
     dtype = array.dtype.name
-    if dtype not in _DTYPES:
-        raise Corrupt(f"dtype of {path} in {directory}", dtype, f"one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise Corrupt(f"dtype of {path} in {directory}", dtype, f"one of {', '.join(DTYPES)}")
 
     def rows(start: int, stop: int) -> Tensor:
         part = array[:, start:stop] if transposed else array[start:stop]
@@ -77,7 +84,7 @@ def open_array(directory: Path, path: str, spec: dict[str, Any], transposed: boo
         return values.t() if transposed else values
 
     shape = tuple(array.shape)
-    return LazyTensor(shape[::-1] if transposed else shape, _DTYPES[dtype], rows)
+    return LazyTensor(shape[::-1] if transposed else shape, DTYPES[dtype], rows)
 
 
 def array_folder(directory: Path, path: str, spec: dict[str, Any]) -> Path:
@@ -124,6 +131,19 @@ def check_chunks(folder: Path) -> None:
         if head.get("fill_value") is not None:
             fix += "; chunks of its fill value may never have been written"
         raise Corrupt(str(folder), found, expected, fix)
+    _check_memory(folder, head, (folder / name for name in present))
+
+
+def _check_memory(folder: Path, head: dict[str, Any], files: Iterable[Path]) -> None:
+    """Require that a chunk is not much larger than its file.
+
+    TensorStore allocates a whole chunk before it reads, and ends the process if it cannot.
+    """
+    largest = max((file.stat().st_size for file in files), default=0)
+    size = prod(head["chunks"]) * _WIDEST
+    if size > max(_SMALL_CHUNK, _MOST_RATIO * largest):
+        expected = f"at most {_MOST_RATIO} times the {largest} bytes of its largest file"
+        raise Corrupt(f"bytes of a chunk of {folder}", size, expected)
 
 
 def _chunk_name(number: int, counts: list[int], separator: str) -> str:
@@ -205,7 +225,7 @@ def write_array(
         The array's spec for the tree.
     """
     shape = tensor.shape[::-1] if transposed else tensor.shape
-    dtype = {kind: name for name, kind in _DTYPES.items()}[tensor.dtype]
+    dtype = {kind: name for name, kind in DTYPES.items()}[tensor.dtype]
     folder = "target." + path.replace("/", ".")
     metadata = {
         "compressor": {"id": "gzip", "level": 1},

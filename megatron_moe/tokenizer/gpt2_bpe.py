@@ -72,11 +72,17 @@ def _vocabulary(path: str) -> dict[str, int]:
         values = json_value(read_text(path, "--vocab-file"))
     except ValueError as error:
         raise UsageError("--vocab-file", path, expected, str(error)) from None
-    if not isinstance(values, dict) or not all(type(i) is int and i >= 0 for i in values.values()):
+    if not isinstance(values, dict) or not all(
+        type(i) is int and 0 <= i < 1 << 31 for i in values.values()
+    ):
         raise UsageError("--vocab-file", path, expected)
     if END not in values:
         raise UsageError("--vocab-file", path, f"a vocabulary with {END}, which ends documents")
     return values
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int and 0 <= value < 1 << 31
 
 
 def _merges(path: str, vocabulary: dict[str, int]) -> list[tuple[str, str]]:

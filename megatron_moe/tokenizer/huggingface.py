@@ -77,7 +77,11 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def tokenize(self, text: str) -> list[int]:
         """Return the ids of ``text``, without `eod`."""
-        ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
+        try:
+            ids: list[int] = self._model.encode(text, add_special_tokens=False).ids
+        except Exception as error:  # a file whose parts do not fit; nothing narrower is raised
+            expected = "a tokenizer of any text"
+            raise UsageError("--tokenizer-model", text, expected, str(error)) from None
         return ids
 
     def detokenize(self, ids: Sequence[int]) -> str:

@@ -6,10 +6,9 @@ in JSON also values replaced by others of any kind.
 
 from __future__ import annotations
 
-import json
 import random
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,60 +24,10 @@ from tests.convert.cases import CONFIG, model_of
 from tests.convert.test_llama import CONFIG as LLAMA
 from tests.convert.test_llama import save as save_llama
 from tests.convert.test_llama import weights
+from tests.fuzz.mutation import damaged, replaced
 
 MEMORY = 1 << 30
 """Bytes that all of one case's attempts may add to the process's peak."""
-ODD: list[Any] = [
-    None,
-    True,
-    -1,
-    0,
-    1,
-    3,
-    10**8,
-    10**12,
-    10**30,
-    1e308,
-    "",
-    "7",
-    "x" * 300,
-    [],
-    [1],
-    {},
-]
-
-
-def damaged(good: bytes, source: random.Random, times: int) -> Iterator[bytes]:
-    """The contents with one or two faults each."""
-    for _ in range(times):
-        data = bytearray(good)
-        kind = source.randrange(4)
-        if kind == 0:
-            for _ in range(source.randint(1, 3)):
-                data[source.randrange(len(data))] ^= 1 << source.randrange(8)
-        elif kind == 1:
-            del data[source.randrange(len(data)) :]
-        elif kind == 2:
-            place = source.randrange(len(data))
-            data[place:place] = data[: source.randrange(len(data))]
-        else:
-            start = source.randrange(len(data))
-            data[start : start + source.randint(1, 40)] = source.randbytes(source.randint(0, 40))
-        yield bytes(data)
-
-
-def replaced(good: bytes, source: random.Random, times: int) -> Iterator[bytes]:
-    """A JSON object with some values replaced: every key by every odd value, then at random."""
-    values = json.loads(good)
-    for key, value in values.items():
-        for odd in ODD:
-            yield json.dumps({**values, key: odd}).encode()
-        for inner in value if isinstance(value, dict) else ():
-            changed = {**value, inner: source.choice(ODD)}
-            yield json.dumps({**values, key: changed}).encode()
-    for _ in range(times):
-        keys = source.sample(sorted(values), k=min(3, len(values)))
-        yield json.dumps({**values, **{key: source.choice(ODD) for key in keys}}).encode()
 
 
 def survive(path: Path, opened: Callable[[], object], times: int = 150) -> None:

@@ -79,7 +79,7 @@ class IndexCache:
         files = sorted(folder.glob("*.npy"), key=lambda path: int(path.stem))
         try:
             return [np.load(path, mmap_mode="r") for path in files]
-        except (OSError, ValueError) as error:
+        except Exception as error:  # NumPy reads a header with Python's parser
             fix = f"delete it: {error}"
             raise UsageError("index cache", str(folder), "readable", fix) from None
 

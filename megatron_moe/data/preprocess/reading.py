@@ -317,4 +317,5 @@ def _values(column: Any, key: str, path: str, first: int) -> tuple[Any, ...]:
                 found = error.object[error.start :][:8]
                 what = f"--json-keys {key} in row {row} of {path}"
                 raise UsageError(what, found, "UTF-8", str(error)) from None
-        raise
+        what = f"--json-keys {key} in rows {first} to {first + len(column) - 1} of {path}"
+        raise UsageError(what, "other text", "UTF-8") from None
