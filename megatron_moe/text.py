@@ -17,7 +17,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_moe.errors import UsageError, echoed
 from megatron_moe.files import describe_start, is_lfs_pointer, read_small
@@ -28,6 +28,9 @@ else:
     import tomli as tomllib
 
 BOM = codecs.BOM_UTF8
+LONGEST_RECORD = 1 << 26
+"""Bytes of the longest line, block or row of text that is read unless a flag says otherwise: 64
+MiB, several times the longest books. Parsed JSON can take twenty times the memory of its text."""
 _SHOWN = 60
 """Characters of a value that errors show."""
 _MARKS = (
@@ -126,6 +129,33 @@ def full_lines(content: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, text
 
 
+def bounded_lines(stream: BinaryIO, name: str, most: int, fix: str = "") -> Iterator[bytes]:
+    """Yield the lines of a stream with their ends, in memory for one of them.
+
+    Compressed files of a few megabytes may hold a line of gigabytes.
+
+    Args:
+        stream: of any content.
+        name: the file, for errors.
+        most: bytes of the longest line.
+        fix: of the error.
+
+    Raises:
+        UsageError: a line is longer; names it.
+    """
+    number = 0
+    while line := stream.readline(most + 1):
+        number += 1
+        if len(line) > most:
+            raise too_long(f"line {number} of {name}", most, fix)
+        yield line
+
+
+def too_long(what: str, most: int, fix: str) -> UsageError:
+    """The error for a record that is not read because of its size."""
+    return UsageError(f"size of {what}", f"more than {most}", f"<= {most} bytes", fix)
+
+
 def without_bom(line: bytes) -> bytes:
     """Return a line without the BOM that it has where a file begins, or began before `cat`."""
     return line[len(BOM) :] if line.startswith(BOM) else line
@@ -136,13 +166,19 @@ def is_blank(line: bytes) -> bool:
     return line.isspace() or not without_bom(line).strip()
 
 
-def json_value(content: bytes | str) -> Any:
+def json_value(content: bytes | str, finite: bool = True) -> Any:
     r"""Return the value of a JSON file that holds settings or metadata.
 
     Python's reader accepts more than JSON, and raises more than `ValueError`. Rejected here are
     other encodings than UTF-8, NaN and infinity, floats that become infinity (`1e400`), integers
     that no float holds, half of a surrogate pair (`"\ud83d"`), which no file name and no tokenizer
-    can have, and arrays nested deeper than the interpreter's stack.
+    can have, and arrays nested deeper than the interpreter's stack. U+DC80 to U+DCFF are accepted:
+    they stand for the bytes of a file name that is not UTF-8.
+
+    Args:
+        content: in UTF-8, possibly with a BOM.
+        finite: False for a caller that checks every number and names its setting; NaN, infinity
+            and `1e400` are floats then.
 
     Raises:
         ValueError: it is not such JSON.
@@ -153,9 +189,10 @@ def json_value(content: bytes | str) -> Any:
             text = _without_strings(data.decode())
             if _LONG_NUMBER.search(text.encode()):
                 raise ValueError(f"it has an integer of more than {_MOST_DIGITS} digits")
-        value = json.loads(data.decode(), parse_float=_finite, parse_constant=_no_constant)
+        strict = {"parse_float": _finite, "parse_constant": _no_constant} if finite else {}
+        value = json.loads(data.decode(), **strict)
         if _SURROGATE.search(data):
-            json.dumps(value, ensure_ascii=False).encode()
+            json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape")
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except UnicodeEncodeError as error:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import pretrain_openmoe
-from megatron_moe.console import escape_unprintable
+from megatron_moe.console import escape_unprintable, for_stream
 from tests.inference.cases import save
 from tools import (
     evaluate,
@@ -91,3 +91,16 @@ def test_a_replaced_stream_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     escape_unprintable()
     print("日本")
     assert sys.stdout.getvalue() == "日本\n"  # type: ignore[attr-defined]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_no_control_characters() -> None:
+    """A title, a line that hides the one before, a C1 control, text in reverse."""
+    text = "a\tb\nc\x1b]0;x\x07\rd\x9b2J\u202ee\x7f"
+    shown = "a\tb\nc\\x1b]0;x\\x07\\rd\\x9b2J\\u202ee\\x7f"
+    assert for_stream(text, Terminal()) == shown
+    assert for_stream(text, io.StringIO()) == text

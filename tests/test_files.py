@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import gzip
+import os
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from megatron_moe.files import describe_file_start, first_bytes, is_lfs_pointer
+from megatron_moe.files import (
+    describe_file_start,
+    first_bytes,
+    is_file_name,
+    is_lfs_pointer,
+    open_regular,
+    read_small,
+)
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064d}\nsize 4309802\n"
 
@@ -51,3 +59,41 @@ def test_a_zip_archive_and_a_missing_file(tmp_path: Path) -> None:
     assert "zip archive" in describe_file_start(tmp_path / "weights.bin")
     missing = describe_file_start(tmp_path / "none")
     assert missing == "it cannot be read: No such file or directory"
+
+
+def test_a_named_pipe_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for read in (read_small, first_bytes, open_regular):
+        with pytest.raises(OSError, match="it is a named pipe, not a regular file"):
+            read(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is a device"):
+        read_small("/dev/zero")
+    with pytest.raises(OSError, match="it is a directory"):
+        read_small(tmp_path)
+
+
+def test_what_a_shell_passes_may_be_a_pipe() -> None:
+    reads, writes = os.pipe()
+    os.write(writes, b"text")
+    os.close(writes)
+    assert read_small(f"/dev/fd/{reads}") == b"text"
+    os.close(reads)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud83d"])
+def test_names_that_no_file_has(name: str) -> None:
+    with pytest.raises(OSError, match="no file has such a name"):
+        open_regular(name)
+
+
+def test_a_file_that_is_too_large_for_memory(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(bytes(11))
+    assert read_small(tmp_path / "x", 11) == bytes(11)
+    with pytest.raises(OSError, match="more than 10 bytes"):
+        read_small(tmp_path / "x", 10)
+
+
+def test_names_in_a_directory() -> None:
+    good = ["a", ".zarray", "model-00001.safetensors", "schön", "x" * 255, "caf\udce9"]
+    bad = ["", ".", "..", "a/b", "/a", "a\0b", "\ud83d", "x" * 256, "ö" * 128, None, 3]
+    assert [name for name in [*good, *bad] if is_file_name(name)] == good

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,12 +14,13 @@ import pytest
 
 from megatron_moe.config import DataConfig, RunConfig
 from megatron_moe.config.phases import read_phases
+from megatron_moe.config.validate import validate
 from megatron_moe.data.blend import blends_of
 from megatron_moe.data.named_mixture import read_named_mixture
 from megatron_moe.data.objectives.denoiser import OPENMOE, read_denoisers
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.prompts import read_prompts
-from megatron_moe.text import argument_text, decode, json_of_line
+from megatron_moe.text import BOM, argument_text, decode, json_of_line, json_value, toml_value
 
 MARK = "\ufeff".encode()
 MIXTURE = '[domains]\nc = "C"\n[[source]]\ndomain = "c"\nprefix = "größe"\nweight = 1\n'
@@ -119,3 +121,84 @@ def test_arguments_are_utf8_in_any_locale() -> None:
         argument_text("--prompt", "caf\udce9")
     with pytest.raises(UsageError, match=r"U\+D83D is half of a surrogate pair"):
         argument_text("--prompt", "\ud83d")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"a": 1e400}', "1e400 in it is not a finite number"),
+        (b'{"a": NaN}', "NaN in it is not a JSON value"),
+        (b"[-Infinity]", "-Infinity in it is not a JSON value"),
+        (b"9" * 301, "an integer of more than 300 digits"),
+        (b'["\\"", ' + b"9" * 5000 + b"]", "more than 300 digits"),
+        (b"[" * 100_000, "nested too deep"),
+        (b'{"\\uD83d": 1}', r"U\+D83D in it is half of a surrogate pair"),
+        (b'["a\\udc00"]', "U\\+DC00"),
+        ('{"a": 1}'.encode("utf-16"), "codec can't decode"),
+        (b"\xff", "codec can't decode"),
+        (b"{", "Expecting property name"),
+    ],
+)
+def test_json_of_settings_is_strict(content: bytes, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        json_value(content)
+
+
+def test_json_that_is_accepted() -> None:
+    digits = "9" * 5000
+    assert json_value(BOM + b'{"a": "\\ud83d\\ude00", "b": -1e-400}') == {
+        "a": "\U0001f600",
+        "b": 0.0,
+    }
+    assert json_value(f'["{digits}", "\\"{digits}", 1e30]') == [digits, f'"{digits}', 1e30]
+    assert json_value("9" * 300) == 10**300 - 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("a = 1e999", "1e999 in it is not a finite number"),
+        ("a = inf", "inf in it is not a finite number"),
+        ("a = [{b = -nan}]", "nan in it is not"),
+        ("a = [{b = 9223372036854775808}]", "more than 64 bits"),
+        ("a = " + "9" * 5000, "limit"),
+        ("a = 0x" + "f" * 5000, "more than 64 bits"),
+        ("a = " + "[" * 100_000, "nested too deep"),
+        ("a = ", "Invalid value"),
+    ],
+)
+def test_toml_of_settings_is_strict(content: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        toml_value(content)
+    assert toml_value("a = [1, -9223372036854775808, 1e308]") == {"a": [1, -(2**63), 1e308]}
+
+
+@pytest.mark.parametrize("flag", READERS)
+def test_a_named_pipe_is_no_file(tmp_path: Path, flag: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="it is a named pipe, not a regular file"):
+        READERS[flag][1](str(tmp_path / "pipe"))
+
+
+@pytest.mark.parametrize("flag", ["--config", "--phases", "--mixture", "--ul2-mixture"])
+def test_every_file_of_settings_is_read_so(tmp_path: Path, flag: str) -> None:
+    path = tmp_path / "file"
+    for number, says in (("1e999", "not a finite number"), ("9" * 5000, "limit|300 digits")):
+        if flag == "--config":
+            path.write_text(f'{{"optimizer": {{"lr": {number}}}}}')
+            says = "--lr must be .*got inf" if number == "1e999" else says
+        else:
+            path.write_text(f"a = {number}")
+        with pytest.raises(UsageError, match=says):
+            found = READERS[flag][1](str(path))
+            validate(found)  # of `--config`, whose error names the setting
+
+
+def test_integers_of_settings_have_64_bits(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"model": {"hidden_size": 9223372036854775808}}')
+    with pytest.raises(UsageError, match="--hidden-size must be an integer of 64 bits"):
+        validate(RunConfig.load(path))
+    path.write_text('{"optimizer": {"lr": 1' + "0" * 299 + "}}")
+    with pytest.raises(UsageError, match="--lr must be"):
+        validate(RunConfig.load(path))

@@ -41,9 +41,10 @@ from megatron_moe.data.preprocess.megatron_flags import (
     check_megatron_flags,
     tokenizer_type,
 )
+from megatron_moe.data.preprocess.reading import BATCH
 from megatron_moe.data.preprocess.speed import measure_workers, speed_table
 from megatron_moe.errors import UsageError, exit_on_usage_error
-from megatron_moe.text import argument_text
+from megatron_moe.text import LONGEST_RECORD, argument_text
 from megatron_moe.tokenizer.build import build_tokenizer
 
 
@@ -70,6 +71,8 @@ def parser() -> Parser:
     add("--partitions", type=int, help="number of partitions of the input (one per GiB)")
     add("--partition", type=int, help="make only this partition, counted from 0, without merging")
     add("--no-word-cache", action="store_true", help="do not cache the ids of words")
+    add("--max-record-bytes", type=int, default=LONGEST_RECORD,
+        help=f"longest line, block or row; largest window of .zst ({LONGEST_RECORD})")  # fmt: skip
     add("--log-interval", type=int, default=1000, help="documents between progress reports (1000)")
     add("--find-optimal-num-workers", action="store_true",
         help="only measure speeds with each of --workers-to-check")  # fmt: skip
@@ -88,6 +91,8 @@ def check(values: argparse.Namespace) -> None:
     for flag in ("workers", "partitions", "log_interval", "max_documents"):
         if (value := getattr(values, flag)) is not None and value < 1:
             raise UsageError(flag_named(flag), value, ">= 1")
+    if values.max_record_bytes < BATCH:
+        raise UsageError("--max-record-bytes", values.max_record_bytes, f">= {BATCH}")
     if min(values.workers_to_check) < 1:
         found = " ".join(map(str, values.workers_to_check))
         raise UsageError("--workers-to-check", found, "numbers that are each >= 1")
@@ -115,6 +120,7 @@ def settings(values: argparse.Namespace) -> tuple[PreprocessOptions, DataConfig]
         domain=argument_text("--domain", values.domain) if values.domain else None,
         text_documents=values.text_documents,
         word_cache=not values.no_word_cache,
+        max_record_bytes=values.max_record_bytes,
         log_interval=values.log_interval,
     )
     data = DataConfig(

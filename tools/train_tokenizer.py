@@ -26,9 +26,10 @@ import sentencepiece
 
 from megatron_moe.command_line import Parser
 from megatron_moe.data.preprocess.inputs import cut, find_inputs
-from megatron_moe.data.preprocess.reading import read_batches
+from megatron_moe.data.preprocess.reading import BATCH, read_batches
 from megatron_moe.data.progress import progress_bar
 from megatron_moe.errors import UsageError, exit_on_usage_error
+from megatron_moe.text import LONGEST_RECORD
 from megatron_moe.tokenizer.base import EOS, PAD, UNK
 from megatron_moe.tokenizer.coverage import ScriptSample, coverage_table, coverage_warnings
 
@@ -49,6 +50,8 @@ class Corpus:
     """Field of the text."""
     characters: float
     """Of all files together, at most."""
+    most: int = LONGEST_RECORD
+    """Bytes of the longest line or row."""
     sample: ScriptSample = field(default_factory=ScriptSample)
     reserved: int = 0
     """Reserved characters that were left out so far."""
@@ -73,7 +76,7 @@ class Corpus:
     def _sentences(self, share: float) -> Iterator[str]:
         for path in self.paths:
             room = share
-            for text in texts(path, self.key):
+            for text in texts(path, self.key, self.most):
                 if room <= 0:
                     self.unread.append(path)
                     break
@@ -100,10 +103,10 @@ def cut_text(text: str) -> Iterator[str]:
         start += len(piece)
 
 
-def texts(path: str, key: str) -> Iterator[str]:
+def texts(path: str, key: str, most: int = LONGEST_RECORD) -> Iterator[str]:
     """Yield the texts of a file of any format that tools/preprocess_data.py reads."""
     for piece in cut(find_inputs([path]), 1)[0]:
-        for batch in read_batches(piece, [key], "file"):
+        for batch in read_batches(piece, [key], "file", most):
             done = 0
             try:
                 for (fields,) in batch.documents([key]):
@@ -171,6 +174,8 @@ def check(options: argparse.Namespace) -> None:
     """
     if options.vocab_size < 1:
         raise UsageError("--vocab-size", options.vocab_size, ">= 1")
+    if options.max_record_bytes < BATCH:
+        raise UsageError("--max-record-bytes", options.max_record_bytes, f">= {BATCH}")
     if not options.megabytes > 0:
         raise UsageError("--megabytes", options.megabytes, "> 0")
     if not 0.98 <= options.character_coverage <= 1:  # the trainer's own range
@@ -214,13 +219,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         default=0.9995,
         help="share of all characters that get a piece; bytes encode the others (0.9995)",
     )
+    longest = f"longest line or row; largest window of .zst ({LONGEST_RECORD})"
+    parser.add_argument("--max-record-bytes", type=int, default=LONGEST_RECORD, help=longest)
     options = parser.parse_args(argv)
     start = time.perf_counter()
     print(f"training {options.vocab_size} pieces on up to {options.megabytes:g} MB ...", flush=True)
     partial = options.output.with_name(options.output.name + ".partial")
     with exit_on_usage_error("train_tokenizer.py", OSError):
         check(options)
-        corpus = Corpus(options.input, options.json_key, options.megabytes * 1e6)
+        corpus = Corpus(
+            options.input, options.json_key, options.megabytes * 1e6, options.max_record_bytes
+        )
         try:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             # Opened before the training, which takes long, so that a bad path is reported at once.

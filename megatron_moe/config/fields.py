@@ -117,6 +117,8 @@ class ConfigField:
         """
         if isinstance(value, int) and not -_LARGEST <= value < _LARGEST:
             raise UsageError(self.flag, value, "an integer of 64 bits")
+        if isinstance(value, float) and self.range is None and not math.isfinite(value):
+            raise UsageError(self.flag, value, "a finite number")
         if self.range is None or value is None:
             return
         if not isinstance(value, tuple):

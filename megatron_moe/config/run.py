@@ -81,7 +81,7 @@ class RunConfig:
     def load(cls, path: str | Path) -> RunConfig:
         """Read a configuration file: a run's `config.json`, or some of its sections."""
         try:
-            values = json_value(read_text(path, "--config", "a readable file"))
+            values = json_value(read_text(path, "--config", "a readable file"), finite=False)
         except ValueError as error:
             raise UsageError("--config", str(path), "a JSON file", str(error)) from None
         if not isinstance(values, dict):

@@ -6,11 +6,12 @@ stay inside the directory, and `pytorch_model*.bin` is read with PyTorch's weigh
 
 from __future__ import annotations
 
+import io
 import math
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -208,6 +209,8 @@ def _pytorch(path: Path) -> dict[str, LazyTensor]:
     try:
         with open_regular(path) as file:
             mapped = zipfile.is_zipfile(file)
+            if mapped:
+                _check_records(file)
         found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged or hostile file may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -217,6 +220,20 @@ def _pytorch(path: Path) -> dict[str, LazyTensor]:
     if tensors is None:
         raise Corrupt(str(path), _summary(found), "a mapping of names to tensors")
     return {name: of_tensor(tensor) for name, tensor in tensors.items()}
+
+
+def _check_records(file: BinaryIO) -> None:
+    """Require that no record is compressed, as PyTorch writes them, nor larger than the file.
+
+    Raises:
+        ValueError: one is; it could take any memory.
+    """
+    size = file.seek(0, io.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:
+                sizes = f"{info.file_size} bytes, {info.compress_size} compressed"
+                raise ValueError(f"{info.filename} with {sizes}, in a file of {size}")
 
 
 def _unwrapped(found: Any) -> dict[str, Tensor] | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import zipfile
 from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
@@ -117,3 +119,34 @@ def test_the_port_with_unstacked_experts(tmp_path: Path, type_name: str | None) 
     check(tmp_path / "hf")
     found = read("hf", tmp_path / "hf").config.model
     assert found == replace(CONFIG.model, zero_padding_activations=True)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud83d", "..", "a/b", "x" * 256])
+def test_an_index_names_files_of_its_directory(tmp_path: Path, name: str) -> None:
+    exported(tmp_path / "hf")
+    index = {"weight_map": {"embedding.weight": name}}
+    (tmp_path / "hf/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UsageError, match=r"half of a surrogate pair|a file of the same directory"):
+        read("hf", tmp_path / "hf")
+
+
+@pytest.mark.parametrize("name", ["model-1.safetensors", "config.json", "pytorch_model-1.bin"])
+def test_a_named_pipe_is_no_file(tmp_path: Path, name: str) -> None:
+    """Opening one waits for its writer, so a folder with one would stop the reader for ever."""
+    exported(tmp_path / "hf")
+    kind = "pytorch_model.bin" if name.endswith("bin") else "model.safetensors"
+    index = {"weight_map": {"a": name}}
+    (tmp_path / f"hf/{kind}.index.json").write_text(json.dumps(index))
+    (tmp_path / "hf" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "hf" / name)
+    with pytest.raises(UsageError, match="it is a named pipe, not a regular file"):
+        read("hf", tmp_path / "hf")
+
+
+def test_records_of_a_bin_file_are_not_compressed(tmp_path: Path) -> None:
+    """PyTorch compresses nothing, and would inflate gigabytes of a pickle out of megabytes."""
+    torch.save(exported(tmp_path / "hf"), tmp_path / "hf/pytorch_model.bin")
+    with zipfile.ZipFile(tmp_path / "hf/pytorch_model.bin", "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl2", bytes(1 << 20))
+    with pytest.raises(UsageError, match=r"data\.pkl2 with 1048576 bytes, \d+ compressed"):
+        read("hf", tmp_path / "hf")

@@ -129,6 +129,18 @@ OUTSIDE = {"driver": "zarr", "kvstore": {"driver": "file", "path": "../secret/"}
 ELSEWHERE = {"driver": "zarr", "kvstore": {"driver": "gcs", "bucket": "b"}, "path": "target.absent"}
 
 
+ARRAY_OF_TEXT = msgpack.ExtType(1, msgpack.packb(((2,), "U1", b"a\0\0\0b\0\0\0")))
+
+
+def test_a_chunk_that_no_memory_holds_is_refused(tmp_path: Path) -> None:
+    """TensorStore allocates a chunk before it reads, and ends the process if it cannot."""
+    write(model_of(), ConversionTarget(format="t5x", path=tmp_path / "t5x"), Silent)
+    head = tmp_path / "t5x/target.decoder.decoder_norm.scale/.zarray"
+    head.write_text(json.dumps({**json.loads(head.read_text()), "chunks": [1 << 50]}))
+    with pytest.raises(UsageError, match=r"bytes of a chunk of .* must be at most 1100 times the"):
+        read("t5x", tmp_path / "t5x", config=CONFIG)
+
+
 @pytest.mark.parametrize(
     ("leaf", "said"),
     [
@@ -136,6 +148,11 @@ ELSEWHERE = {"driver": "zarr", "kvstore": {"driver": "gcs", "bucket": "b"}, "pat
         (OUTSIDE, r"t5x/secret must be a zarr array \(got 'missing'\)"),
         (OUTSIDE | {"path": ".."}, r"checkpoint must be the name of a folder \(got '..'\)"),
         (ELSEWHERE, "target.absent"),
+        (3, r"decoder_norm/scale in .* must be an array of one of float32, .*\(got 'int'\)"),
+        ("x", r"\(got 'str'\)"),
+        ([1.5], r"\(got 'list'\)"),
+        ({**OUTSIDE, "path": "a\0b"}, r"the name of a folder \(got 'a\\x00b'\)"),
+        (ARRAY_OF_TEXT, r"\(got 'str32'\)"),
     ],
 )
 def test_a_wrong_tree_is_refused(tmp_path: Path, leaf: Any, said: str) -> None:

@@ -14,9 +14,10 @@ import zstandard
 from pyarrow import parquet
 
 from megatron_moe.config import DataConfig, RunConfig
-from megatron_moe.config.cli import parse_args
+from megatron_moe.config.cli import all_flags
 from megatron_moe.config.phases import read_phases
 from megatron_moe.config.validate import validate
+from megatron_moe.config.words import split, translate
 from megatron_moe.data.blend import blends_of
 from megatron_moe.data.indexed.cache import IndexCache
 from megatron_moe.data.indexed.check import inspect_source
@@ -28,6 +29,7 @@ from megatron_moe.data.objectives.chat import read_line
 from megatron_moe.data.objectives.denoiser import OPENMOE, read_denoisers
 from megatron_moe.data.preprocess.inputs import cut, find_inputs
 from megatron_moe.data.preprocess.reading import read_batches
+from megatron_moe.errors import raise_errors
 from megatron_moe.inference.prompts import read_prompts
 from megatron_moe.text import argument_text
 from megatron_moe.tokenizer.build import build_tokenizer
@@ -68,10 +70,12 @@ name = "two"
 MIXTURE = '[domains]\nc4 = "web"\n[[source]]\ndomain = "c4"\nprefix = "c4_text"\nweight = 15\n'
 
 
+FLAGS = all_flags()
+
+
 def _words(file: Path) -> None:
     words = file.read_bytes().decode("utf-8", "surrogateescape").split("\n")
-    if not any(word.startswith(("-h", "--h")) for word in words):
-        parse_args([argument_text("word", word) for word in words])
+    raise_errors(translate(split([argument_text("word", word) for word in words]), FLAGS).errors)
 
 
 def _manifest(folder: Path) -> Opened:

@@ -127,6 +127,24 @@ def test_an_answer_is_a_text_of_its_own_and_a_continuation_is_not(
     assert output.continuations[0].text == (" the other" if echo else "the other")
 
 
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_generated_text_cannot_control_a_terminal(stream: bool) -> None:
+    """A model can write any bytes; a pipe gets them, and JSON has escapes of its own."""
+    text = TextTokenizer(ByteTokenizer(), BYTES)
+    prompt, answer = text.encode("a\x1b[2J"), text.encode("b\x1b]52;c;eA==\x07\n\tc")
+    ends = [None] * (len(answer) - 1) + ["length"]
+    for to, shown in ((_Terminal(), "a\\x1b[2Jb\\x1b]52;c;eA==\\x07\n\tc\n"), (io.StringIO(), "")):
+        drawn = [GeneratedToken(0, *pair) for pair in zip(answer, ends, strict=True)]
+        style = OutputStyle(stream=stream)
+        ContinuationPrinter(["a\x1b[2J"], [prompt], text, style, to=to).print(drawn)
+        assert to.getvalue() == (shown or "a\x1b[2Jb\x1b]52;c;eA==\x07\n\tc\n")
+
+
 def test_pieces_for_tables(texts: dict[str, Any]) -> None:
     text = texts["sentinels"]
     blank, the, *_ = text.base.tokenize("the words")

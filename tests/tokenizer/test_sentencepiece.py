@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as messages
 
+from megatron_moe.errors import UsageError
 from megatron_moe.tokenizer.sentencepiece import SentencePieceTokenizer, with_plain_spaces
 from tests.tokenizer.test_word_cache import ODD, TEXTS, soup, train
 
@@ -94,3 +95,14 @@ def test_a_normalizer_that_writes_the_sign_is_left_alone(tmp_path: Path) -> None
     proto = messages.ModelProto.FromString(Path(train(tmp_path, **UNIGRAM)).read_bytes())
     proto.normalizer_spec.escape_whitespaces = False
     assert with_plain_spaces(proto) == "its spaces are plain already"
+
+
+def test_pieces_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    """The library reads such a model, and fails at the first text that has the piece."""
+    path = Path(train(tmp_path, **UNIGRAM))
+    content = path.read_bytes()
+    place = content.index(b"the")
+    path.write_bytes(content[:place] + b"\xff\xfe\xfd" + content[place + 3 :])
+    assert sentencepiece.SentencePieceProcessor(model_file=str(path)).get_piece_size() > 0
+    with pytest.raises(UsageError, match=r"a model whose pieces are UTF-8 .*xff.xfe.xfd"):
+        SentencePieceTokenizer(str(path))

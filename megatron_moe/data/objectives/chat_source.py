@@ -20,8 +20,8 @@ from megatron_moe.data.indexed.cache import Array, IndexCache
 from megatron_moe.data.indexed.check import Source
 from megatron_moe.data.objectives.chat import SYSTEM, USER, Exchange, read_line
 from megatron_moe.errors import UsageError
-from megatron_moe.files import check_data_file
-from megatron_moe.text import is_blank
+from megatron_moe.files import check_data_file, open_regular
+from megatron_moe.text import LONGEST_RECORD, bounded_lines, is_blank
 from megatron_moe.tokenizer.base import Tokenizer
 
 _BLOCK = 1 << 22
@@ -105,8 +105,8 @@ def _hash(path: str) -> str:
 
 def _lines(path: str) -> Iterator[tuple[int, bytes]]:
     """Yield the lines that are not blank, with their numbers from 1."""
-    with open(path, "rb") as stream:
-        for number, line in enumerate(stream, 1):
+    with open_regular(path) as stream:
+        for number, line in enumerate(bounded_lines(stream, path, LONGEST_RECORD), 1):
             if not is_blank(line):
                 yield number, line
 

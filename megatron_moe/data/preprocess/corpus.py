@@ -42,6 +42,7 @@ from megatron_moe.data.preprocess.inputs import (
 from megatron_moe.data.preprocess.reading import DocumentBatch, read_batches
 from megatron_moe.data.progress import progress_bar
 from megatron_moe.errors import UsageError
+from megatron_moe.text import LONGEST_RECORD
 from megatron_moe.tokenizer.build import build_tokenizer, unpadded_vocab_size
 
 PARTITION = 1 << 30
@@ -75,6 +76,8 @@ class PreprocessOptions:
     """A document of a text file: the file, or a block between blank lines."""
     word_cache: bool = True
     """Cache the ids of words where this changes no id."""
+    max_record_bytes: int = LONGEST_RECORD
+    """Longest line, block or row that is read: a compressed file of some MB may hold one of GB."""
     log_interval: int = 1000
     """Documents between updates of the progress line."""
 
@@ -287,7 +290,9 @@ def _make(task: Task, options: PreprocessOptions, pool: EncoderPool, bar: tqdm[N
 
 def _batches(task: Task, options: PreprocessOptions) -> Iterator[DocumentBatch]:
     for piece in task.slices:
-        yield from read_batches(piece, options.json_keys, options.text_documents)
+        yield from read_batches(
+            piece, options.json_keys, options.text_documents, options.max_record_bytes
+        )
 
 
 def _progress_of(

@@ -139,7 +139,8 @@ def _line_start(path: str, position: int) -> int:
     """Return the first line start at or after a position."""
     with open(path, "rb") as stream:
         stream.seek(position - 1)
-        stream.readline()
+        while not (line := stream.readline(1 << 20)).endswith(b"\n") and line:
+            pass  # a line of any length, in bounded memory
         return stream.tell()
 
 

@@ -19,12 +19,15 @@ from megatron_moe.data.preprocess.inputs import FileSlice, TextDocuments, lines_
 from megatron_moe.errors import UsageError
 from megatron_moe.text import (
     BOM,
+    LONGEST_RECORD,
+    bounded_lines,
     check_unicode,
     decode,
     is_blank,
     json_of_line,
     keys_of,
     shown,
+    too_long,
     without_bom,
 )
 
@@ -32,6 +35,7 @@ BATCH = 1 << 19
 """Bytes of text in a batch; the document that exceeds it is included completely."""
 LARGEST_TEXT = 1 << 28
 """Largest size in bytes of a text file that is one document."""
+_LONGER = "--max-record-bytes accepts longer records, for that much more memory"
 _PARQUET_ROWS = 64
 """Parquet rows that are read at a time."""
 
@@ -182,29 +186,36 @@ def as_texts(value: object, key: str, about: str = "") -> list[bytes]:
 
 
 def read_batches(
-    piece: FileSlice, keys: Sequence[str], text: TextDocuments
+    piece: FileSlice, keys: Sequence[str], text: TextDocuments, most: int = LONGEST_RECORD
 ) -> Iterator[DocumentBatch]:
     """Yield the documents of a slice, in order.
 
+    Args:
+        piece: what to read.
+        keys: of the texts.
+        text: what a document of a text file is.
+        most: bytes of the longest line, block of lines, or row; also of the largest window of
+            Zstandard above `zstd.SMALLEST_WINDOW`. At least `BATCH`.
+
     Raises:
         UsageError: the file cannot be read, is truncated, damaged or not of the format of its
-            suffix, or a library that reads it is not installed.
+            suffix, has a longer record, or a library that reads it is not installed.
     """
     path, kind = piece.file.path, piece.file.format
     try:
         if kind == "lines":
-            yield from _ranges(piece)
+            yield from _ranges(piece, most)
         elif kind == "text":
-            yield from _whole_text(path) if text == "file" else _blocks(path)
+            yield from _whole_text(path) if text == "file" else _blocks(path, most)
         elif kind == "parquet":
-            yield from _rows(piece, keys)
+            yield from _rows(piece, keys, most)
         else:
-            yield from _unpacked(path, kind)
+            yield from _unpacked(path, kind, most)
     except (OSError, EOFError, zlib.error) as error:
         raise UsageError("--input", path, f"a readable {kind} file", str(error)) from None
 
 
-def _ranges(piece: FileSlice) -> Iterator[DocumentBatch]:
+def _ranges(piece: FileSlice, most: int) -> Iterator[DocumentBatch]:
     start = piece.start
     with open(piece.file.path, "rb") as stream:
         while start < piece.end:
@@ -213,13 +224,16 @@ def _ranges(piece: FileSlice) -> Iterator[DocumentBatch]:
                 # Extend to the end of the line. Reading from the byte before finds a line end
                 # exactly at `end`, and then extends by nothing.
                 stream.seek(end - 1)
-                stream.readline()
+                while not (line := stream.readline(BATCH)).endswith(b"\n") and line:
+                    if stream.tell() - end > most:
+                        number = lines_before(piece.file.path, end) + 1
+                        raise too_long(f"line {number} of {piece.file.path}", most, _LONGER)
                 end = stream.tell()
             yield LineRangeBatch(piece.file.path, end - start, start)
             start = end
 
 
-def _unpacked(path: str, kind: str) -> Iterator[DocumentBatch]:
+def _unpacked(path: str, kind: str, most: int) -> Iterator[DocumentBatch]:
     with open(path, "rb") as raw:
         stream: io.BufferedIOBase
         if kind == "gzip":
@@ -227,11 +241,17 @@ def _unpacked(path: str, kind: str) -> Iterator[DocumentBatch]:
         else:
             from megatron_moe.data.preprocess.zstd import ZstdReader
 
-            stream = io.BufferedReader(ZstdReader(raw), BATCH)
-        first, before = 1, 0
-        while content := stream.readlines(BATCH):
+            stream = io.BufferedReader(ZstdReader(raw, most), BATCH)
+        first, before, held = 1, 0, 0
+        content: list[bytes] = []
+        for line in bounded_lines(stream, path, most, _LONGER):
+            content.append(line)
+            held += len(line)
+            if held >= BATCH:
+                yield LineBatch(path, raw.tell() - before, first, tuple(content))
+                before, first, held, content = raw.tell(), first + len(content), 0, []
+        if content:
             yield LineBatch(path, raw.tell() - before, first, tuple(content))
-            before, first = raw.tell(), first + len(content)
 
 
 def _whole_text(path: str) -> Iterator[DocumentBatch]:
@@ -245,18 +265,22 @@ def _whole_text(path: str) -> Iterator[DocumentBatch]:
         yield TextBatch(path, len(content), ("",), (content,))
 
 
-def _blocks(path: str) -> Iterator[DocumentBatch]:
+def _blocks(path: str, most: int) -> Iterator[DocumentBatch]:
     """Yield the blocks of text between blank lines as documents."""
     where: list[str] = []
     blocks: list[bytes] = []
     lines: list[bytes] = []
-    taken = held = 0
+    taken = held = size = 0
     with open(path, "rb") as stream:
-        for number, line in enumerate(stream, 1):
+        for number, line in enumerate(bounded_lines(stream, path, most, _LONGER), 1):
             taken += len(line)
             if not is_blank(line):
                 lines.append(line)
+                size += len(line)
+                if size > most:
+                    raise too_long(f"the block that has line {number} of {path}", most, _LONGER)
                 continue
+            size = 0
             if lines:
                 where.append(f"the block before line {number} of ")
                 blocks.append(b"".join(lines))
@@ -271,7 +295,7 @@ def _blocks(path: str) -> Iterator[DocumentBatch]:
         yield TextBatch(path, taken, tuple(where), tuple(blocks))
 
 
-def _rows(piece: FileSlice, keys: Sequence[str]) -> Iterator[DocumentBatch]:
+def _rows(piece: FileSlice, keys: Sequence[str], most: int) -> Iterator[DocumentBatch]:
     path = piece.file.path
     try:
         import pyarrow
@@ -289,6 +313,7 @@ def _rows(piece: FileSlice, keys: Sequence[str]) -> Iterator[DocumentBatch]:
                 if names.count(key) > 1:
                     expected = f"columns of different names in {path}"
                     raise UsageError("--json-keys", key, expected, f"{names.count(key)} have it")
+            _check_rows(file.metadata, set(keys), path, most)
             for batch in file.iter_batches(_PARQUET_ROWS, columns=list(dict.fromkeys(keys))):
                 columns = tuple(_values(batch.column(key), key, path, first) for key in keys)
                 # The bytes of a row are unknown, so progress assumes rows of equal size.
@@ -299,6 +324,17 @@ def _rows(piece: FileSlice, keys: Sequence[str]) -> Iterator[DocumentBatch]:
     except pyarrow.ArrowException as error:
         reason = " ".join(str(error).split())
         raise UsageError("--input", path, "a readable Parquet file", reason) from None
+
+
+def _check_rows(metadata: Any, keys: set[str], path: str, most: int) -> None:
+    """Reject row groups whose rows have more than ``most`` bytes of a column on average."""
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        for place in range(group.num_columns):
+            column = group.column(place)
+            large = column.total_uncompressed_size > most * max(1, group.num_rows)
+            if large and column.path_in_schema.split(".")[0] in keys:
+                raise too_long(f"a row of row group {number} of {path}", most, _LONGER)
 
 
 def _values(column: Any, key: str, path: str, first: int) -> tuple[Any, ...]:

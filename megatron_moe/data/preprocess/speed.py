@@ -65,7 +65,8 @@ def _measure(
     )
     if workers > 1:
         start_fork_server()
-    batches = (b for piece in slices for b in read_batches(piece, keys, options.text_documents))
+    reading = (keys, options.text_documents, options.max_record_bytes)
+    batches = (batch for piece in slices for batch in read_batches(piece, *reading))
     sizes: list[int] = []
     begin = start = time.perf_counter()
     with pool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def test_what_was_made_for_the_run_is_taken(tmp_path: Path) -> None:
     made(tmp_path, append_eod=False, tokenizer_hash="another")
     assert data_of(prefix).train is not None, "NullTokenizer takes the ids of any"
 
+
+ORIGIN = {"path": "a.jsonl", "size": 9, "hash": "00", "start": 0, "end": 9}
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "tokenizer": (
@@ -70,6 +73,31 @@ def test_garbage_is_no_manifest(tmp_path: Path, content: str) -> None:
     with pytest.raises(
         UsageError, match=r"manifest must be of the format .*got '.*x\.json'.*remove it"
     ):
+        data_of(prefix, **BYTES)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("tokens", "80", "TypeError: tokens is '80'"),
+        ("documents", -1, "ValueError: documents is -1"),
+        ("sequences", 1 << 63, "ValueError: sequences is 9223372036854775808"),
+        ("append_eod", 1, "TypeError: append_eod is 1"),
+        ("vocab_size", True, "TypeError: vocab_size is True"),
+        ("domain", ["web"], r"TypeError: domain is \['web'\]"),
+        ("tokenizer_hash", None, "TypeError: tokenizer_hash is None"),
+        ("inputs", {"a": 1}, "TypeError"),
+        ("inputs", [{**ORIGIN, "start": 0.5}], "TypeError: start is 0.5"),
+        ("inputs", [{**ORIGIN, "path": None}], "TypeError: path is None"),
+    ],
+)
+def test_values_of_a_manifest_have_their_types(
+    tmp_path: Path, key: str, value: Any, says: str
+) -> None:
+    prefix = made(tmp_path)
+    path = Path(f"{prefix}.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UsageError, match=f"manifest must be of the format .*{says}.*; remove it"):
         data_of(prefix, **BYTES)
 
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 import builtins
 import gzip
 import json
+import re
+import subprocess
+import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ from megatron_moe.data.preprocess import reading
 from megatron_moe.data.preprocess.inputs import TextDocuments, cut, find_inputs
 from megatron_moe.data.preprocess.reading import DocumentBatch, read_batches
 from megatron_moe.errors import UsageError
+from megatron_moe.text import LONGEST_RECORD
 
 TEXTS = [f"text {i} wörd\n" * (i % 40) for i in range(300)]
 LINES = b"".join(
@@ -38,9 +43,11 @@ def write_all(folder: Path) -> list[Path]:
     return [*(folder / name for name in made), folder / "a.parquet"]
 
 
-def batches_of(path: Path, text: TextDocuments = "file") -> list[DocumentBatch]:
+def batches_of(
+    path: Path, text: TextDocuments = "file", most: int = LONGEST_RECORD
+) -> list[DocumentBatch]:
     (slices,) = cut(find_inputs([str(path)]), 1)
-    return [batch for s in slices for batch in read_batches(s, ["text"], text)]
+    return [batch for s in slices for batch in read_batches(s, ["text"], text, most)]
 
 
 def texts_in(batches: list[DocumentBatch]) -> list[str]:
@@ -212,13 +219,103 @@ def test_other_encodings_are_named(tmp_path: Path, name: str, encoding: str) -> 
 
 @pytest.mark.parametrize("log", [27, 28, 31])
 def test_zstd_windows_up_to_two_gib(tmp_path: Path, log: int) -> None:
-    """The window that `zstd --long` writes into the header of a frame of unknown size."""
+    """The window that `zstd --long` writes into the header of a frame of unknown size.
+
+    More than 128 MiB need the flag: a frame of some KB can make the library fill all of it.
+    """
     params = zstandard.ZstdCompressionParameters.from_level(3, window_log=log, enable_ldm=True)
     packer = zstandard.ZstdCompressor(compression_params=params).compressobj()
     content = packer.compress(b'{"text": "abc"}\n' * 5) + packer.flush()
     assert zstandard.get_frame_parameters(content).window_size == 1 << log
-    (tmp_path / "a.jsonl.zst").write_bytes(content)
-    assert texts_in(batches_of(tmp_path / "a.jsonl.zst")) == ["abc"] * 5
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(content)
+    assert texts_in(batches_of(path, most=1 << log)) == ["abc"] * 5
+    if log > 27:
+        says = (
+            rf"window of {1 << log} bytes is larger than 134217728; .*--max-record-bytes {1 << log}"
+        )
+        with pytest.raises(UsageError, match=says):
+            batches_of(path)
+
+
+def test_frames_of_every_form(tmp_path: Path) -> None:
+    """With and without the size of the content and a checksum; skippable frames; all cuts fail."""
+    line = b'{"text": "%s"}\n' % (b"ab" * 100)
+    frames = b"".join(
+        zstandard.ZstdCompressor(write_content_size=size, write_checksum=check).compress(line * n)
+        for size in (True, False)
+        for check in (True, False)
+        for n in (1, 5000)
+    )
+    skippable = b"\x53\x2a\x4d\x18" + (9).to_bytes(4, "little") + b"\0" * 9
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(skippable + frames + skippable)
+    assert texts_in(batches_of(path)) == ["ab" * 100] * 20004
+    path.write_bytes(frames[:-1] + b"\0\0")
+    with pytest.raises(UsageError, match="a readable zstd file"):
+        batches_of(path)
+    one = zstandard.ZstdCompressor(write_checksum=True).compress(line)
+    for cut_at in range(1, len(one)):
+        path.write_bytes(one[:cut_at])
+        with pytest.raises(UsageError, match="ends within a Zstandard frame"):
+            batches_of(path)
+
+
+_PEAK = """
+import resource, sys
+from megatron_moe.data.preprocess.inputs import cut, find_inputs
+from megatron_moe.data.preprocess.reading import read_batches
+from megatron_moe.errors import UsageError
+(slices,) = cut(find_inputs([sys.argv[1]]), 1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    for batch in read_batches(slices[0], ["text"], "block"):
+        pass
+    print("read")
+except UsageError as error:
+    print(error)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+def bomb(name: str) -> bytes:
+    """600 MB in one line, or in lines of 100 KB, in less than 1 MB, or plain."""
+    if name.endswith("gz"):
+        packer = zlib.compressobj(1, wbits=31)
+        return b"".join(packer.compress(bytes(1 << 20)) for _ in range(600)) + packer.flush()
+    if name == "lines.jsonl.zst":
+        return zstandard.compress((b"\n" + bytes(100_000)) * 6000)
+    return zstandard.compress(bytes(600 << 20)) if name.endswith("zst") else bytes(600 << 20)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl.gz", "a.jsonl.zst", "lines.jsonl.zst", "a.jsonl", "a.txt"]
+)
+def test_bombs_take_bounded_memory(tmp_path: Path, name: str) -> None:
+    """MB of a process of its own, whose peak is that of this reading alone."""
+    path = tmp_path / name
+    if name in ("a.jsonl", "a.txt"):
+        with path.open("wb") as stream:  # no blocks on the disk
+            stream.truncate(600 << 20)
+    else:
+        path.write_bytes(bomb(name))
+    command = [sys.executable, "-c", _PEAK, str(path)]
+    said, peak = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )[:2]
+    if name == "lines.jsonl.zst":
+        assert said == "read"
+    else:
+        assert re.search(r"size of line 1 of .* must be <= 67108864 bytes", said), said
+    assert int(peak) < 330, peak
+
+
+def test_rows_of_parquet_are_bounded(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["x" * 3_000_000, "y"]}), path, use_dictionary=False)
+    assert [len(text) for text in texts_in(batches_of(path))] == [3_000_000, 1]
+    with pytest.raises(UsageError, match=r"size of a row of row group 0 .* <= 1000000 bytes"):
+        batches_of(path, most=1_000_000)
 
 
 def test_two_columns_of_one_name(tmp_path: Path) -> None:
