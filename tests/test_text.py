@@ -180,6 +180,12 @@ def test_a_named_pipe_is_no_file(tmp_path: Path, flag: str) -> None:
         READERS[flag][1](str(tmp_path / "pipe"))
 
 
+def check_settings(found: Any) -> None:
+    """`--config` reads infinity, for the error of the setting that has it."""
+    if isinstance(found, RunConfig):
+        validate(found)
+
+
 @pytest.mark.parametrize("flag", ["--config", "--phases", "--mixture", "--ul2-mixture"])
 def test_every_file_of_settings_is_read_so(tmp_path: Path, flag: str) -> None:
     path = tmp_path / "file"
@@ -190,8 +196,7 @@ def test_every_file_of_settings_is_read_so(tmp_path: Path, flag: str) -> None:
         else:
             path.write_text(f"a = {number}")
         with pytest.raises(UsageError, match=says):
-            found = READERS[flag][1](str(path))
-            validate(found)  # of `--config`, whose error names the setting
+            check_settings(READERS[flag][1](str(path)))
 
 
 def test_integers_of_settings_have_64_bits(tmp_path: Path) -> None:
