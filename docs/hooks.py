@@ -26,6 +26,7 @@ ROOT = DOCS.parent
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
 }
 """Files of the root that are pages of the site."""

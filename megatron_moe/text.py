@@ -129,7 +129,9 @@ def full_lines(content: bytes) -> Iterator[tuple[int, bytes]]:
             yield number, text
 
 
-def bounded_lines(stream: BinaryIO, name: str, most: int, fix: str = "") -> Iterator[bytes]:
+def bounded_lines(
+    stream: BinaryIO | io.BufferedIOBase, name: str, most: int, fix: str = ""
+) -> Iterator[bytes]:
     """Yield the lines of a stream with their ends, in memory for one of them.
 
     Compressed files of a few megabytes may hold a line of gigabytes.
@@ -189,7 +191,9 @@ def json_value(content: bytes | str, finite: bool = True) -> Any:
             text = _without_strings(data.decode())
             if _LONG_NUMBER.search(text.encode()):
                 raise ValueError(f"it has an integer of more than {_MOST_DIGITS} digits")
-        strict = {"parse_float": _finite, "parse_constant": _no_constant} if finite else {}
+        strict: dict[str, Any] = (
+            {"parse_float": _finite, "parse_constant": _no_constant} if finite else {}
+        )
         value = json.loads(data.decode(), **strict)
         if _SURROGATE.search(data):
             json.dumps(value, ensure_ascii=False).encode(errors="surrogateescape")
