@@ -50,7 +50,7 @@ WANDB = ["wandb>=0.30,<1"]
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2"]
 
 # Coverage-guided fuzzing of the parsers. `make fuzz` installs it; `make setup` does not.
-FUZZ = ['atheris>=3; python_version >= "3.11"']
+FUZZ = ["atheris>=2.3,<4"]
 
 EXTRAS = {
     "data": DATA,
