@@ -62,7 +62,9 @@ def open_regular(path: str | Path) -> BinaryIO:
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode) and not str(path).startswith(_HANDLES):
         os.close(handle)
-        kind = "a directory" if stat.S_ISDIR(mode) else _SPECIAL.get(stat.S_IFMT(mode), "special")
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        kind = _SPECIAL.get(stat.S_IFMT(mode), "a special file")
         raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
     os.set_blocking(handle, True)
     return os.fdopen(handle, "rb")

@@ -66,7 +66,7 @@ def test_chunks_that_are_no_grid_and_thousands_of_them_are_accepted(tmp_path: Pa
 
 def test_an_index_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / ".metadata").mkdir()
-    with pytest.raises(Corrupt, match=r"must be a readable file \(got .*it is a directory"):
+    with pytest.raises(Corrupt, match=r"must be a readable file \(got .*Is a directory"):
         open_tensors(tmp_path)
 
 
