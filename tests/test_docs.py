@@ -22,7 +22,11 @@ PAGES = sorted(
 )
 FOLDERS = "bench|docs|examples|fused_kernels|megatron_moe|tests|tools"
 SLURM = {"--parsable", "--dependency", "--kill-on-invalid-dep", "--array", "--cpus-per-task"}
-LAUNCHER = {"--nproc-per-node", "--help", "--durations", "--shutdown-timeout", "--signal", *SLURM}
+ADDRESSES = {"--local-addr", "--master-addr", "--master-port", "--network"}
+LAUNCHER = {
+    *("--nproc-per-node", "--help", "--durations", "--shutdown-timeout", "--signal"),
+    *(*SLURM, *ADDRESSES),
+}
 """Flags of other programs that the pages show."""
 
 
