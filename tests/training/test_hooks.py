@@ -142,11 +142,17 @@ def deterministic_run(rank: int, world_size: int, *, argv: list[str]) -> tuple[i
     return code, *seen[-1]
 
 
-def test_deterministic_mode_holds_during_training(pool, corpus) -> None:
-    argv = [*MODEL, "--train-iters", "3", "--data-path", corpus]
-    assert pool.run(deterministic_run, 1, argv=argv) == [(0, False, "")]
-    on = [*argv, "--deterministic-mode"]
-    assert pool.run(deterministic_run, 1, argv=on) == [(0, True, "Ring")]
+def test_deterministic_mode_holds_during_training(pool, corpus, tmp_path) -> None:
+    """And twice the same run has the same bits."""
+    argv = [*MODEL, "--train-iters", "3", "--data-path", corpus, "--hidden-dropout", "0.1"]
+    off, on, again = (tmp_path / name for name in ("off", "on", "again"))
+    argv.append("--metrics-file")
+    assert pool.run(deterministic_run, 1, argv=[*argv, str(off)]) == [(0, False, "")]
+    for file in (on, again):
+        flags = [str(file), "--deterministic-mode"]
+        assert pool.run(deterministic_run, 1, argv=[*argv, *flags]) == [(0, True, "Ring")]
+    assert len(on.read_text().splitlines()) == 3
+    assert on.read_text() == again.read_text()
 
 
 def test_libraries_are_set_up_and_contradicting_variables_are_errors() -> None:
