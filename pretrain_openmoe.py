@@ -132,7 +132,7 @@ def pretrain(config: RunConfig, notes: Sequence[str], at_exit: ExitStack) -> Non
         meter=Meter(run),
         checkpoints=checkpoints,
         reporter=reporter,
-        exit_request=build_exit_request(schedule, ctx, lambda: checkpoints.saving),
+        exit_request=build_exit_request(schedule, ctx, lambda: checkpoints.saving, reporter.failed),
         hooks=hooks,
     ).train()
     destroy_parallel(default_group=True)

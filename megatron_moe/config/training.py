@@ -322,6 +322,10 @@ class LoggingConfig:
     """Peak TFLOP/s of one device for MFU; `None` looks the GPU up, or measures a GEMM on a CPU."""
     metrics_file: str | None = None
     """JSON Lines file with exact per-step loss and gradient norm (hexadecimal floats as well)."""
+    log_failure_policy: Annotated[Literal["continue", "stop"], OmittedAtDefault] = "continue"
+    """What happens if the metrics file, TensorBoard or W&B cannot be written any more, e.g. because
+    the disk is full: `continue` warns once and goes on without it, `stop` saves after the step and
+    exits with code 1."""
     log_params_norm: Annotated[bool, OmittedAtDefault] = False
     """Log the norm of all parameters after each step."""
     log_num_zeros_in_grad: Annotated[bool, OmittedAtDefault] = False

@@ -25,6 +25,8 @@ from megatron_moe.parallel.context import ParallelContext
 from megatron_moe.platform.signals import SignalThread
 from megatron_moe.training.phases import RunSchedule
 
+LOG_FAILURE = "--log-failure-policy stop: a destination of the log cannot be written"
+"""The request of `--log-failure-policy stop`."""
 REPEAT_SECONDS = 10.0
 """Signals within this time of the first are the same request."""
 
@@ -41,6 +43,7 @@ class ExitRequest:
         minutes: how long the process may run, from its start; `None` for any time.
         saving: whether a save is in progress, which no signal interrupts.
         file: its existence is a request; `None` for no file.
+        log_failed: whether this rank cannot write a destination of its log, which then is one.
     """
 
     def __init__(
@@ -50,9 +53,10 @@ class ExitRequest:
         minutes: float | None = None,
         saving: Callable[[], bool] = lambda: False,
         file: str | None = None,
+        log_failed: Callable[[], bool] = lambda: False,
     ) -> None:
         self._ranks, self._number, self._minutes = ranks, number, minutes
-        self._saving, self._file = saving, file
+        self._saving, self._file, self._log_failed = saving, file, log_failed
         self._noted = False
         self._first: float | None = None
         self._signals = SignalThread(number, self._arrived, self._note) if number else None
@@ -65,7 +69,11 @@ class ExitRequest:
         late = self._minutes is not None and _minutes_since_start() >= self._minutes
         # One rank looks: a thousand would ask a shared file system after every step.
         exists = self._file is not None and self._ranks.rank == 0 and os.path.exists(self._file)
-        noted, late_ranks, seen = self._ranks.all_reduce_sum(self._noted, late, exists)
+        noted, late_ranks, seen, failed = self._ranks.all_reduce_sum(
+            self._noted, late, exists, self._log_failed()
+        )
+        if failed:
+            return LOG_FAILURE
         if noted and self._number is not None:
             return self._number.name
         if seen:
@@ -94,7 +102,10 @@ def _minutes_since_start() -> float:
 
 
 def build_exit_request(
-    schedule: RunSchedule, ctx: ParallelContext, saving: Callable[[], bool]
+    schedule: RunSchedule,
+    ctx: ParallelContext,
+    saving: Callable[[], bool],
+    log_failed: Callable[[], bool],
 ) -> ExitRequest | None:
     """The request that the flags ask for, if any; called by all ranks together.
 
@@ -102,12 +113,21 @@ def build_exit_request(
         schedule: the run, with its flags.
         ctx: this rank.
         saving: whether a save is in progress on this rank.
+        log_failed: whether this rank cannot write a destination of its log.
     """
     train = schedule.config.train
+    stops = schedule.config.logging.log_failure_policy == "stop"
     other = (train.exit_duration_in_mins, train.kill_switch_file)
-    if not train.exit_signal_handler and other == (None, None):
+    if not train.exit_signal_handler and other == (None, None) and not stops:
         return None
     number = signal.Signals[f"SIG{train.exit_signal}"] if train.exit_signal_handler else None
     timeout = timedelta(minutes=schedule.config.parallel.distributed_timeout_minutes)
     ranks = host_rank_group(ctx, timeout)
-    return ExitRequest(ranks, number, train.exit_duration_in_mins, saving, train.kill_switch_file)
+    return ExitRequest(
+        ranks,
+        number,
+        train.exit_duration_in_mins,
+        saving,
+        train.kill_switch_file,
+        log_failed if stops else lambda: False,
+    )

@@ -6,6 +6,9 @@ evaluations begin with ` iteration N/` and ` validation at iteration N`.
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
 from collections.abc import Mapping
 from statistics import mean
 
@@ -53,11 +56,24 @@ class LogSink:
     def end(self, summary: Summary) -> None:
         """Losses, speed, and where to look."""
         _print(final_lines(summary, self._logging))
+        try:
+            sys.stdout.flush()
+        except OSError:
+            # Lines that are still kept would fail once more when the interpreter exits, and make
+            # the exit code 120.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_line(line: str) -> None:
-    """Print at once: a log that is buffered in a pipe is empty when a run is killed."""
-    print(line, flush=True)
+    """Print at once: a log that is buffered in a pipe is empty when a run is killed.
+
+    A line that cannot be written, e.g. to a file on a full disk, is kept with those after it until
+    it can: a run does not end because its log does. The first such error is on standard error.
+    """
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        warnings.warn(f"standard output cannot be written: {error}", stacklevel=1)
 
 
 def _print(lines: list[str]) -> None:

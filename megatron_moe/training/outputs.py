@@ -73,13 +73,20 @@ def drop_later_steps(path: Path, iteration: int) -> None:
     """Drop the records of steps after ``iteration``, which will run again, from a metrics file.
 
     A last line that was cut off when a run was killed is dropped as well.
+
+    Raises:
+        OSError: the disk is full, or any other failure; the file is as before.
     """
     if not path.exists():
         return
     kept = [line for line in path.read_text().splitlines() if _within(line, iteration)]
     scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text("".join(line + "\n" for line in kept))
-    os.replace(scratch, path)
+    try:
+        scratch.write_text("".join(line + "\n" for line in kept))
+        os.replace(scratch, path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise
 
 
 def _within(line: str, iteration: int) -> bool:

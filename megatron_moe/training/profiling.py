@@ -8,6 +8,7 @@ plugin or Perfetto. Without it, the range of `cudaProfilerStart` and `cudaProfil
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -48,8 +49,13 @@ class StepProfiler(Hook):
         """Write a trace that has begun: the run may end before the range does."""
         if self._running is not None:
             self._platform.synchronize()
-            self._running.stop()
-            self._running = None
+            running, self._running = self._running, None
+            try:
+                running.stop()
+            except OSError as error:
+                # Of one rank, while the others go on; and a trace is not worth a run.
+                message = f"the profile of rank {self._rank} cannot be written: {error}"
+                warnings.warn(message, stacklevel=2)
 
     def _trace(self) -> torch.profiler.profile:
         activities = [torch.profiler.ProfilerActivity.CPU]

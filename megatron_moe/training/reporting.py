@@ -7,12 +7,13 @@ a file of its own and add it to `build_reporter`; the `Trainer` needs no change.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_moe.checkpoint import TrainState
 from megatron_moe.config import RunConfig
 from megatron_moe.data.pipeline import Data
+from megatron_moe.errors import UsageError
 from megatron_moe.training.log import LogSink, print_line
 from megatron_moe.training.metrics import Evaluation, Interval, Summary
 from megatron_moe.training.outputs import drop_later_steps
@@ -24,45 +25,69 @@ from megatron_moe.training.wandb_run import WandbSink
 
 
 class Reporter:
-    """Passes each event to all sinks.
+    """Passes each event to all sinks; one that fails is left out from then on, with a warning.
+
+    A full disk or a lost file system is no reason to lose steps. What a sink raises for it is an
+    `OSError`; anything else is a defect, and ends the run.
 
     Args:
-        sinks: in the order in which they are called; none on ranks that do not write.
+        sinks: by the flag and value that a warning names, in the order in which they are called;
+            none on ranks that do not write.
         writes: whether this rank prints `log` lines.
     """
 
-    def __init__(self, sinks: Sequence[Sink], writes: bool) -> None:
-        self._sinks, self._writes = tuple(sinks), writes
+    def __init__(self, sinks: Mapping[str, Sink], writes: bool) -> None:
+        self._sinks, self._writes = dict(sinks), writes
+        self._failed = False
 
     def log(self, line: str) -> None:
         """Print one line to standard output."""
         if self._writes:
             print_line(line)
 
+    def failed(self) -> bool:
+        """Whether a sink was left out, on this rank."""
+        return self._failed
+
+    def add(self, name: str, open_sink: Callable[[], Sink]) -> None:
+        """Open one more sink; without it, if it cannot be opened."""
+        try:
+            self._sinks[name] = open_sink()
+        except OSError as error:
+            self.leave_out(name, error)
+
+    def leave_out(self, name: str, error: OSError) -> None:
+        """Warn that a destination cannot be written, and go on without it."""
+        self._sinks.pop(name, None)
+        self._failed = True
+        print_line(f" WARNING: {name} cannot be written any more, and is left out: {error}")
+
     def start(self, run: TrainingRun, schedule: RunSchedule, data: Data, state: TrainState) -> None:
         """See `Sink.start`."""
-        for sink in self._sinks:
-            sink.start(run, schedule, data, state)
+        self._each(lambda sink: sink.start(run, schedule, data, state))
 
     def phase(self, before: Phase, after: Phase, data: Data, state: TrainState) -> None:
         """See `Sink.phase`."""
-        for sink in self._sinks:
-            sink.phase(before, after, data, state)
+        self._each(lambda sink: sink.phase(before, after, data, state))
 
     def interval(self, interval: Interval) -> None:
         """See `Sink.interval`."""
-        for sink in self._sinks:
-            sink.interval(interval)
+        self._each(lambda sink: sink.interval(interval))
 
     def evaluation(self, name: str, iteration: int, result: Evaluation) -> None:
         """See `Sink.evaluation`."""
-        for sink in self._sinks:
-            sink.evaluation(name, iteration, result)
+        self._each(lambda sink: sink.evaluation(name, iteration, result))
 
     def end(self, summary: Summary) -> None:
         """See `Sink.end`."""
-        for sink in self._sinks:
-            sink.end(summary)
+        self._each(lambda sink: sink.end(summary))
+
+    def _each(self, event: Callable[[Sink], None]) -> None:
+        for name, sink in list(self._sinks.items()):
+            try:
+                event(sink)
+            except OSError as error:
+                self.leave_out(name, error)
 
 
 def build_reporter(config: RunConfig, iterations: int, rank: int, first_iteration: int) -> Reporter:
@@ -74,18 +99,26 @@ def build_reporter(config: RunConfig, iterations: int, rank: int, first_iteratio
         rank: this rank.
         first_iteration: step that the run resumes from. Records of later steps, which an earlier
             start wrote and which are taken again, are removed.
+
+    Raises:
+        UsageError: W&B cannot start the run; or a destination cannot be written, and
+            `--log-failure-policy` is `stop`.
     """
     if rank != 0:
-        return Reporter((), writes=False)
+        return Reporter({}, writes=False)
     logging = config.logging
-    sinks: list[Sink] = [LogSink(logging, iterations)]
-    if logging.metrics_file is not None:
-        sinks.append(MetricsFileSink(Path(logging.metrics_file), first_iteration))
-    if logging.tensorboard_dir is not None:
-        sinks.append(TensorBoardSink(logging.tensorboard_dir, first_iteration, logging))
+    reporter = Reporter({"the log": LogSink(logging, iterations)}, writes=True)
+    if (file := logging.metrics_file) is not None:
+        reporter.add(f"--metrics-file {file}", lambda: MetricsFileSink(Path(file), first_iteration))
+    if (board := logging.tensorboard_dir) is not None:
+        name = f"--tensorboard-dir {board}"
+        reporter.add(name, lambda: TensorBoardSink(board, first_iteration, logging))
     if logging.wandb_project:
-        sinks.append(WandbSink(config))
-    return Reporter(sinks, writes=True)
+        reporter.add(f"--wandb-project {logging.wandb_project}", lambda: WandbSink(config))
+    if reporter.failed() and logging.log_failure_policy == "stop":
+        expected = "continue while a destination of the log cannot be written"
+        raise UsageError("--log-failure-policy", "stop", expected)
+    return reporter
 
 
 class MetricsFileSink:

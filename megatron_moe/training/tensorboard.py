@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -24,11 +26,17 @@ class TensorBoardSink(BoardSink):
         self, directory: str, first_iteration: int, logging: LoggingConfig | None = None
     ) -> None:
         super().__init__(logging or LoggingConfig())
-        self._board = SummaryWriter(
-            directory,
-            purge_step=first_iteration + 1,
-            max_queue=self._logging.tensorboard_queue_size,
-        )
+        self._hook = threading.excepthook
+        threading.excepthook = _without_writers(self._hook)
+        try:
+            self._board = SummaryWriter(
+                directory,
+                purge_step=first_iteration + 1,
+                max_queue=self._logging.tensorboard_queue_size,
+            )
+        except OSError:
+            threading.excepthook = self._hook
+            raise
 
     def add(self, values: Mapping[str, float], iteration: int) -> None:
         """See `BoardSink.add`."""
@@ -61,4 +69,24 @@ class TensorBoardSink(BoardSink):
 
     def close(self) -> None:
         """Flush and close the event file."""
-        self._board.close()
+        try:
+            self._board.close()
+        finally:
+            threading.excepthook = self._hook
+
+
+def _without_writers(
+    before: Callable[[threading.ExceptHookArgs], object],
+) -> Callable[[threading.ExceptHookArgs], object]:
+    """A hook for exceptions of threads that prints none of the writer's: its next call raises it.
+
+    It must not refer to the sink: the writer keeps its error, and with it the frames of the run.
+    """
+
+    def note(arguments: threading.ExceptHookArgs) -> None:
+        trace = traceback.extract_tb(arguments.exc_traceback)
+        of_writer = any(frame.filename.endswith("event_file_writer.py") for frame in trace)
+        if not (of_writer and isinstance(arguments.exc_value, OSError)):
+            before(arguments)
+
+    return note

@@ -24,7 +24,7 @@ from megatron_moe.training.consumed import record_of, saved_extra
 from megatron_moe.training.dataloaders import PhaseDataLoaders
 from megatron_moe.training.diagnosis import diagnose
 from megatron_moe.training.evaluation import evaluate_split
-from megatron_moe.training.exit_request import ExitRequest
+from megatron_moe.training.exit_request import LOG_FAILURE, ExitRequest
 from megatron_moe.training.metrics import Evaluation, Interval, Meter, Summary
 from megatron_moe.training.phases import Phase, RunSchedule
 from megatron_moe.training.replicas import ReplicaError, check_replicas
@@ -96,7 +96,8 @@ class Trainer:
         """Train until the end of the run, a request to exit or a number that is not finite.
 
         After a gradient, a loss or weights that are not finite the summary has a `failure`, and
-        nothing is saved: the newest checkpoint is from before the steps that led to it.
+        nothing is saved: the newest checkpoint is from before the steps that led to it. With
+        `--log-failure-policy stop` it has one as well, after the save.
         """
         for chunk in self.run.wrapped:
             chunk.train()
@@ -105,8 +106,9 @@ class Trainer:
         try:
             for hook in self.hooks:
                 hook.start()
-            self._train_until_exit()
+            reason = self._train_until_exit()
             self._finish()
+            failure = reason if reason == LOG_FAILURE else None
         except _FAILURES as error:
             self.report(final=True)
             self.checkpoints.finish()
@@ -138,7 +140,8 @@ class Trainer:
         """Whether all steps of the run are completed."""
         return self.state.iteration == self.schedule.iterations
 
-    def _train_until_exit(self) -> None:
+    def _train_until_exit(self) -> str:
+        """Take steps to the end of the run, or to a request to exit, which is returned."""
         config = self.schedule.config
         save_interval = config.checkpoint.save_interval
         while self.state.iteration < self.schedule.iterations:
@@ -167,7 +170,8 @@ class Trainer:
                 self.evaluate("validation")
             if not self.finished and (reason := self._exit_reason()):
                 self.reporter.log(f" exiting at iteration {iteration}: {reason}")
-                return
+                return reason
+        return ""
 
     def _exit_reason(self) -> str:
         """Why to exit before the next step, the same on every rank; empty to continue."""

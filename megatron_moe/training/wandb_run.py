@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from megatron_moe.config import RunConfig
@@ -80,18 +81,30 @@ class WandbSink(BoardSink):
 
     def add(self, values: Mapping[str, float], iteration: int) -> None:
         """See `BoardSink.add`."""
-        self._run.log({**values, _AXIS: iteration})
+        with self._errors():
+            self._run.log({**values, _AXIS: iteration})
 
     def add_bars(self, tag: str, values: Sequence[float], iteration: int) -> None:
         """Add a histogram whose bar e is the value of expert e."""
         edges = [e - 0.5 for e in range(len(values) + 1)]
         histogram = self._wandb.Histogram(np_histogram=(list(values), edges))
-        self._run.log({tag: histogram, _AXIS: iteration})
+        with self._errors():
+            self._run.log({tag: histogram, _AXIS: iteration})
 
     def add_text(self, tag: str, text: str, iteration: int) -> None:
         """See `BoardSink.add_text`."""
-        self._run.log({tag: text, _AXIS: iteration})
+        with self._errors():
+            self._run.log({tag: text, _AXIS: iteration})
 
     def close(self) -> None:
         """Write the run's file and, online, wait until everything is uploaded."""
-        self._run.finish()
+        with self._errors():
+            self._run.finish()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """What W&B raises for itself is an `OSError` for the reporter."""
+        try:
+            yield
+        except self._wandb.Error as error:
+            raise OSError(" ".join(str(error).split())) from error

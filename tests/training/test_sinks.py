@@ -47,7 +47,7 @@ EVENTS: dict[str, tuple[Any, ...]] = {
 
 def test_every_event_reaches_every_sink_in_order():
     events: list[tuple[Any, ...]] = []
-    sinks: list[Sink] = [Notes("a", events), Notes("b", events)]
+    sinks: dict[str, Sink] = {"a": Notes("a", events), "b": Notes("b", events)}
     reporter = Reporter(sinks, writes=True)
     for name, arguments in EVENTS.items():
         getattr(reporter, name)(*arguments)
@@ -66,7 +66,7 @@ def test_only_rank_0_has_sinks_and_prints(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []
     first = build_reporter(config, 20, rank=0, first_iteration=0)
-    kinds = [type(sink) for sink in first._sinks]
+    kinds = [type(sink) for sink in first._sinks.values()]
     assert kinds == [LogSink, MetricsFileSink, TensorBoardSink]
     first.log(" a line")
     assert capsys.readouterr().out == " a line\n"
