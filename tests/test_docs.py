@@ -24,7 +24,14 @@ FOLDERS = "bench|docs|examples|fused_kernels|megatron_moe|tests|tools"
 SLURM = {"--parsable", "--dependency", "--kill-on-invalid-dep", "--array", "--cpus-per-task"}
 ADDRESSES = {"--local-addr", "--master-addr", "--master-port", "--network"}
 LAUNCHER = {
-    *("--nproc-per-node", "--help", "--durations", "--shutdown-timeout", "--signal"),
+    *(
+        "--nproc-per-node",
+        "--help",
+        "--durations",
+        "--shutdown-timeout",
+        "--signal",
+        "--max-restarts",
+    ),
     *(*SLURM, *ADDRESSES),
 }
 """Flags of other programs that the pages show."""
