@@ -22,7 +22,14 @@ PAGES = sorted(
 )
 FOLDERS = "bench|docs|examples|fused_kernels|megatron_moe|tests|tools"
 SLURM = {"--parsable", "--dependency", "--kill-on-invalid-dep", "--array", "--cpus-per-task"}
-ADDRESSES = {"--local-addr", "--master-addr", "--master-port", "--network"}
+ADDRESSES = {
+    "--long",
+    "--max-restarts",
+    "--local-addr",
+    "--master-addr",
+    "--master-port",
+    "--network",
+}
 LAUNCHER = {
     *(
         "--nproc-per-node",
