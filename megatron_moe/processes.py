@@ -90,7 +90,7 @@ def lost_ranks(environment: Mapping[str, str]) -> dict[int, str]:
     with contextlib.suppress(psutil.Error):
         siblings = psutil.Process(os.getppid()).children()
     for process in siblings:
-        with contextlib.suppress(psutil.Error, ValueError):
+        with contextlib.suppress(psutil.Error, KeyError, ValueError):  # no rank
             status = process.status()
             if status == psutil.STATUS_ZOMBIE:
                 continue

@@ -14,8 +14,10 @@ from tests.support.usage_errors import usage_error
 TOOLS = sorted(
     path.stem
     for path in (Path(__file__).resolve().parents[1] / "tools").glob("*.py")
-    # The flags of unigram_loss.py are those of training, which tests/config/test_cli.py covers.
-    if path.stem not in ("__init__", "check_architecture", "preprocess_data", "unigram_loss")
+    # The flags of unigram_loss.py are those of training, which tests/config/test_cli.py covers, and
+    # those of torchrun.py are torchrun's.
+    if path.stem
+    not in ("__init__", "check_architecture", "preprocess_data", "torchrun", "unigram_loss")
 )
 
 

@@ -157,6 +157,7 @@ def test_installed_commands_start_anywhere(wheel: Path, tmp_path: Path) -> None:
         "openmoe-merge-datasets",
         "openmoe-preprocess",
         "openmoe-pretrain",
+        "openmoe-torchrun",
         "openmoe-train-tokenizer",
     ]
     for name in commands:

@@ -10,6 +10,8 @@ and after a signal also where all ranks have saved. The status of this command i
     1    failed, see the log and failure-report.json
     143  ended by SIGTERM before it could save (128 + the number of the signal)
 
+usage: torchrun.py [options of torchrun] program [its arguments], e.g.
+
     python tools/torchrun.py --nproc-per-node 8 pretrain_openmoe.py --save ckpt --load ckpt \
         --allow-missing-load --exit-signal-handler ...
 

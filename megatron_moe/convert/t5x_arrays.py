@@ -70,7 +70,7 @@ def open_array(directory: Path, path: str, spec: dict[str, Any], transposed: boo
     try:
         array = library("tensorstore").open(local, open=True, read=True).result()
     except (ValueError, OSError) as error:
-        raise Corrupt(str(folder), _reason(error), "a zarr array") from None
+        raise Corrupt(str(folder), _reason(error, folder), "a zarr array") from None
     dtype = array.dtype.name
     if dtype not in DTYPES:
         raise Corrupt(f"dtype of {path} in {directory}", dtype, f"one of {', '.join(DTYPES)}")
@@ -80,7 +80,7 @@ def open_array(directory: Path, path: str, spec: dict[str, Any], transposed: boo
         try:
             values = as_torch(part.read().result())
         except (ValueError, OSError) as error:
-            raise Corrupt(str(folder), _reason(error), "an array of whole chunks") from None
+            raise Corrupt(str(folder), _reason(error, folder), "an array of whole chunks") from None
         return values.t() if transposed else values
 
     shape = tuple(array.shape)
@@ -189,9 +189,10 @@ def read_head(folder: Path) -> dict[str, Any]:
     return dict(head)
 
 
-def _reason(error: Exception) -> str:
-    """What TensorStore says, without the spec that it appends."""
-    return str(error).split("\n", maxsplit=1)[0].split(" [tensorstore_spec", maxsplit=1)[0]
+def _reason(error: Exception, folder: Path) -> str:
+    """What TensorStore says, without the spec that it appends; a chunk is named by its file."""
+    text = str(error).split("\n", maxsplit=1)[0].split(" [tensorstore_spec", maxsplit=1)[0]
+    return text.replace(f"{folder}/", "")
 
 
 def as_torch(values: Any) -> Tensor:

@@ -131,7 +131,7 @@ def test_a_cut_chunk_is_one_line(t5x: Path, capsys: pytest.CaptureFixture[str]) 
     os.truncate(chunk, chunk.stat().st_size // 2)
     error = error_of(t5x, capsys)
     assert error.startswith(f"{t5x}/{GATE} must be an array of whole chunks (got 'FAILED_PRECOND")
-    assert str(chunk) in error
+    assert f'"{chunk.name}"' in error
     assert "tensorstore_spec" not in error
 
 

@@ -104,11 +104,11 @@ BAD = {
     ),
     "not a number": (
         GOOD.replace("0.5", "nan"),
-        r"weight of source 2 of --mixture must be .*\(got nan\)",
+        "--mixture must be a TOML file .* nan in it is not a finite number",
     ),
     "infinite": (
         GOOD.replace("0.5", "inf"),
-        r"weight of source 2 of --mixture must be .*\(got inf\)",
+        "--mixture must be a TOML file .* inf in it is not a finite number",
     ),
     "a text": (
         GOOD.replace("0.5", '"1"'),

@@ -99,6 +99,7 @@ def test_held_out_answers_become_likelier(
     before, tuning = after(calls(quickstart), "pretrain_openmoe.py")
     assert "shared 1024, sequential" in describe(parse_args(tuning).config, "text", 2)
     checkpoint = str(quickstart / "checkpoint")
+    (quickstart / "checkpoint" / "latest_checkpointed_iteration.txt").unlink()  # the fixture's
     load = before.index("--load")
     scratch = [*before[:load], *before[load + 3 :]]  # without --load DIR --finetune
     _pretrain(pool, [*scratch, "--lr", "1e-3", "--save", checkpoint, "--eval-iters", "0"])

@@ -239,7 +239,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(
         (["--device", "abacus"], "--device"),
         (["--moe-capacity", "eval"], "dropless without --no-kv-cache"),
         (["--prompts-file", "/none/x"], "--prompts-file"),
-        (["--prompts-file", "/dev/null"], "it is empty"),
+        (["--prompts-file", "/dev/null"], "it is a device, not a regular file"),
         (["--prompt", "a", "--prompts-file", "-"], "absent with --prompt"),
         (["--interactive", "--prompt", "a"], "absent with --interactive"),
         (["--interactive", "--json"], "--json"),

@@ -96,7 +96,7 @@ BAD = {
     "[[denoiser]]\nprefix = 3\nkind = 'prefix-lm'\nweight = 1": "a string, which may be empty",
     "[[denoiser]]\nprefix = ''\nkind = 'prefix-lm'\nweight = -1": "must be a number >= 0 (got -1)",
     "[[denoiser]]\nprefix = ''\nkind = 'prefix-lm'\nweight = 'x'": "a number",
-    "[[denoiser]]\nprefix = ''\nkind = 'prefix-lm'\nweight = nan": "a number",
+    "[[denoiser]]\nprefix = ''\nkind = 'prefix-lm'\nweight = nan": "nan in it is not a finite",
     "[[denoiser]]\nprefix = ''\nkind = 'prefix-lm'\nweight = 0": "must be > 0 (got [0])",
     "[[denoiser]]\nprefix = ''\nrate = 0\nmean_span = 3\nweight = 1": "> 0 and <= mean_span",
     "[[denoiser]]\nprefix = ''\nrate = 0.9\nmean_span = 3\nweight = 1": "mean_span / (1 +",

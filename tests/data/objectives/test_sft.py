@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -191,6 +193,7 @@ def test_rows_by_hand() -> None:
     assert all(sum({7: 6, 8: 6, 9: 4}[c] for c in row) <= 10 for row in held)
 
 
+@pytest.mark.slow
 def test_beyond_two_to_the_31_ids(tmp_path: Path) -> None:
     """Two conversations of 2^30 ids, then two short ones, in a cache that is mostly hole.
 
@@ -210,9 +213,14 @@ def test_beyond_two_to_the_31_ids(tmp_path: Path) -> None:
         grown[2**31 :] = values[bounds[2] :]
         grown.flush()
     np.save(folder / "2.npy", np.array([0, 2**30, *(bounds[2:] + moved)]))
-    sizes = json.loads((folder / "manifest.json").read_text())
-    sizes = {name: (folder / name).stat().st_size for name in sizes}
-    (folder / "manifest.json").write_text(json.dumps(sizes))
+    records = {}
+    for name in json.loads((folder / "manifest.json").read_text()):
+        digest = hashlib.sha256()
+        with (folder / name).open("rb") as stream:
+            for block in iter(functools.partial(stream.read, 1 << 24), b""):
+                digest.update(block)
+        records[name] = [(folder / name).stat().st_size, digest.hexdigest()]
+    (folder / "manifest.json").write_text(json.dumps(records))
     found = {trained_text(row): row for row in sft(path, sft_pack=False)}
     assert set(found) == {"", f"Yo{EOS}", f"Ya{EOS}"}, "what was stretched is hole"
     assert all(found[answer] == expected[answer] for answer in (f"Yo{EOS}", f"Ya{EOS}"))
