@@ -123,6 +123,7 @@ def test_tied_embeddings_are_written_once_and_read_on_both_stages(pool, tmp_path
     origin.check(pool.run(move, 1, case=case("1"), source=source))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", GROUPED)
 def test_grouped_heads_and_their_norms_move(pool, tmp_path, variant):
     def case(name: str, **flags: Any) -> Case:

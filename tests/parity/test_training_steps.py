@@ -98,7 +98,9 @@ def reference_steps(variant: str, kind: str) -> tuple[list[float], dict[str, Ten
     return norms, {name: p.detach() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("variant", ["released", "paper-port"])
+@pytest.mark.parametrize(
+    "variant", ["released", pytest.param("paper-port", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(("name", "flags"), CASES)
 def test_equals_adamw(pool: Pool, name: str, flags: dict[str, Any], variant: str) -> None:
     _check(pool, name, flags, variant, "adam")

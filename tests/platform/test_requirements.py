@@ -95,6 +95,7 @@ def _save(path: Path, hide: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_without_psutil_megatron_core_s_writer_waits_forever(tmp_path: Path) -> None:
     """Why it is required: the writing process fails, and the waiting one is not notified.
 

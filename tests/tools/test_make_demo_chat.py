@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+import pytest
+
 from megatron_moe.data.objectives.chat import read_line
 from tests.support.usage_errors import usage_error
 from tools.make_demo_chat import (
@@ -77,6 +79,7 @@ def test_no_answer_is_in_two_conversations():
     assert len(choose(twice, 9)) == 1
 
 
+@pytest.mark.slow
 def test_the_file_is_what_the_objective_reads_and_the_same_each_time(tmp_path: Path, capsys):
     paths = [tmp_path / "a" / "chat.jsonl", tmp_path / "b.jsonl"]
     for path in paths:

@@ -29,7 +29,9 @@ def _files(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in kept}
 
 
-@pytest.mark.parametrize(("world", "flags"), [(1, []), (2, EP2)])
+@pytest.mark.parametrize(
+    ("world", "flags"), [pytest.param(1, [], marks=pytest.mark.slow), (2, EP2)]
+)
 def test_a_run_is_the_same_with_and_without(pool, corpus, tmp_path, world, flags):
     now, behind = tmp_path / "now", tmp_path / "behind"
     for directory, extra in ((now, []), (behind, ["--async-save"])):

@@ -15,6 +15,7 @@ from tests.training.test_pretrain import ROOT, torchrun
 from tests.training.tiny import MODEL
 
 
+@pytest.mark.slow
 def test_native_without_a_compiler_is_one_error_for_all_ranks(
     corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,7 +54,9 @@ def test_a_signal_to_every_process_saves_once(corpus, tmp_path, workers, flags):
     assert not alive
 
 
-@pytest.mark.parametrize("flags", [[], ["--exit-signal-handler"]])
+@pytest.mark.parametrize(
+    "flags", [pytest.param([], marks=pytest.mark.slow), ["--exit-signal-handler"]]
+)
 def test_a_rank_that_fails_ends_although_its_workers_ignore_signals(corpus, tmp_path, flags):
     """Python waits at its exit for worker processes, which it asks to end by SIGTERM."""
     program = (

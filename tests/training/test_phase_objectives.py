@@ -80,7 +80,7 @@ def _run(pool: Pool, world: int, written: Path, directory: Path, flags: list[str
     ("world", "layout"),
     [
         (1, ["--num-workers", "2"]),
-        (2, ["--pipeline-model-parallel-size", "2"]),
+        pytest.param(2, ["--pipeline-model-parallel-size", "2"], marks=pytest.mark.slow),
         (2, ["--expert-model-parallel-size", "2", "--micro-batch-size", "1"]),
     ],
     ids=["one process", "PP2", "EP2"],

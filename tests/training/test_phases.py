@@ -48,7 +48,9 @@ def _weights(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(newest.glob("*.safetensors"))}
 
 
-@pytest.mark.parametrize("name", list(LAYOUTS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "TP2" else n for n in LAYOUTS]
+)
 def test_a_run_that_stops_before_at_in_and_after_a_switch_resumes_bitwise(
     name, pool, corpus, tmp_path
 ):

@@ -57,7 +57,13 @@ def _tensors(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
-@pytest.mark.parametrize("name", list(LAYOUTS))
+SLOW = ("DP2", "TP2, Adafactor", "PP2")
+"""The others cover sharded state, tensor parallelism and overlap in each run of the tests."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in LAYOUTS]
+)
 def test_ten_steps_and_ten_more_are_twenty(name, pool, corpus, tmp_path):
     world, flags = LAYOUTS[name]
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -47,7 +47,7 @@ def _signalled(rank: int, world_size: int, *, argv: list[str], step: int, where:
 
 
 @pytest.mark.parametrize("where", ["train_step", "evaluate", "save"])
-@pytest.mark.parametrize("extra", [[], ["--async-save"]])
+@pytest.mark.parametrize("extra", [pytest.param([], marks=pytest.mark.slow), ["--async-save"]])
 def test_all_ranks_save_the_same_step_and_resume_from_it(pool, corpus, tmp_path, where, extra):
     often = ["--save-interval", "2", "--eval-interval", "2", "--eval-iters", "1"]
     often += ["--split", "80,20,0", *extra]

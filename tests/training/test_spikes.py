@@ -114,7 +114,14 @@ def argv_of(corpus: str, folder: Path, *flags: str) -> list[str]:
     return [*argv, "--metrics-file", str(folder / "metrics.jsonl"), *JUDGED, *flags]
 
 
-@pytest.mark.parametrize("policy", ["continue", "skip", "rollback"])
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param("continue", marks=pytest.mark.slow),
+        pytest.param("skip", marks=pytest.mark.slow),
+        "rollback",
+    ],
+)
 def test_a_resumed_run_decides_as_one_that_was_not_stopped(pool, corpus, tmp_path, policy):
     """Stopped after step 8 by a killed start: the next one takes 9 and later steps again."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
