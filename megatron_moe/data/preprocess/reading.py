@@ -321,7 +321,7 @@ def _rows(piece: FileSlice, keys: Sequence[str], most: int) -> Iterator[Document
                 bounds = [piece.file.size * i // file.metadata.num_rows for i in (first, rows)]
                 yield RowBatch(path, bounds[1] - bounds[0], first, columns)
                 first = rows
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # a name of a column, too
         reason = " ".join(str(error).split())
         raise UsageError("--input", path, "a readable Parquet file", reason) from None
 

@@ -367,3 +367,13 @@ def test_errors_show_what_is_wrong_and_not_the_start_of_a_line(
     (tmp_path / "a.jsonl").write_text(LONG + rest + "\n")
     with pytest.raises(UsageError, match=says):
         texts_in(batches_of(tmp_path / "a.jsonl"))
+
+
+def test_a_name_of_a_parquet_column_that_is_not_utf8_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a"], "other": ["b"]}), path, store_schema=False)
+    content = path.read_bytes()
+    assert content.count(b"other") >= 2
+    path.write_bytes(content.replace(b"other", b"oth\xffr"))
+    with pytest.raises(UsageError, match="--input must be a readable Parquet file .* can't decode"):
+        batches_of(path)
