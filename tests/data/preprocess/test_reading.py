@@ -375,5 +375,5 @@ def test_a_name_of_a_parquet_column_that_is_not_utf8_is_one_line(tmp_path: Path)
     content = path.read_bytes()
     assert content.count(b"other") >= 2
     path.write_bytes(content.replace(b"other", b"oth\xffr"))
-    with pytest.raises(UsageError, match=r"--input must be a readable Parquet file .* can't decode"):
+    with pytest.raises(UsageError, match=r"--input must be a readable Parquet .* can't decode"):
         batches_of(path)
