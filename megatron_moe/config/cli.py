@@ -19,6 +19,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -142,32 +143,52 @@ def all_flags() -> dict[str, Any]:
 
 
 @functools.cache
-def _options_type() -> type[Any]:
-    """RunConfig with the invocation in front, for a help with one titled group per section."""
-    sections = dict(_OUTSIDE)
-    sections |= {name: type(section) for name, section in RunConfig().sections.items()}
+def _sections() -> dict[str, type[Any]]:
+    """The groups of flags in the order of the help."""
+    return _OUTSIDE | {name: type(section) for name, section in RunConfig().sections.items()}
+
+
+def _names_given(args: list[str]) -> frozenset[str]:
+    """Names of the fields that these words set; with `--help`, of all."""
+    known = _all_known()
+    if set(HELP) & set(args):
+        return frozenset(field.name for field in known)
+    flags = _flags_in(args)
+    return frozenset(field.name for field in known if flags & set(field.flags))
+
+
+@functools.lru_cache(maxsize=256)
+def _options_type(names: frozenset[str]) -> type[Any]:
+    """RunConfig with the invocation in front, for a help with one titled group per section.
+
+    Args:
+        names: fields to read. Tyro takes a millisecond for each, so a command line is read with
+            those that it sets.
+    """
     fields: list[Any] = []
-    for name, section in sections.items():
-        described = _with_flags(section)
+    for name, section in _sections().items():
+        described = _with_flags(section, names)
         fields.append((name, described, field(default_factory=described)))
     options = dataclasses.make_dataclass("Options", fields, frozen=True, kw_only=True)
     options.__doc__ = "Pretrain an OpenMoE language model. Flag names are Megatron-LM's."
     return options
 
 
-def _with_flags(section: type[Any]) -> type[Any]:
-    """A section whose fields carry their flags and ranges in tyro's terms.
+def _with_flags(section: type[Any], names: frozenset[str]) -> type[Any]:
+    """Fields of a section that carry their flags and ranges in tyro's terms.
 
-    A subclass, so that tyro finds the docstrings of the fields, and that the sections themselves do
-    not depend on the library that parses the command line.
+    With all of them a subclass, in which tyro finds the docstrings of the fields. A class of its
+    own in any case: the sections do not depend on the library that parses the command line.
     """
     plain = {known.name: known for known in dataclasses.fields(section)}
     fields: list[Any] = [
         (known.name, _tyro_type(known), field(default=plain[known.name].default))
         for known in fields_of(section).values()
+        if known.name in names
     ]
+    bases = (section,) if len(fields) == len(fields_of(section)) else ()
     made = dataclasses.make_dataclass(
-        section.__name__, fields, bases=(section,), frozen=True, kw_only=True
+        section.__name__, fields, bases=bases, frozen=True, kw_only=True
     )
     made.__doc__ = section.__doc__
     return made
@@ -196,12 +217,18 @@ def _metavar(hint: Any) -> str:
 
 
 def _config_of(options: Any) -> RunConfig:
-    """The sections of the parsed options, as their own types."""
-    sections: dict[str, Any] = {}
-    for name, default in RunConfig().sections.items():
-        values, section = getattr(options, name), type(default)
-        sections[name] = section(**{key: getattr(values, key) for key in fields_of(section)})
-    return RunConfig(**sections)
+    """The sections of the parsed options."""
+    return RunConfig(**{name: getattr(options, name) for name in RunConfig().sections})
+
+
+def _completed(based_on: dict[str, Any], read: Any) -> SimpleNamespace:
+    """All sections, with the values that were read in place of those that they are based on."""
+    sections = {}
+    for name, values in based_on.items():
+        found = getattr(read, name)
+        own = {part.name: getattr(found, part.name) for part in dataclasses.fields(found)}
+        sections[name] = dataclasses.replace(values, **own)
+    return SimpleNamespace(**sections)
 
 
 def _complete_describe(args: list[str]) -> list[str]:
@@ -287,26 +314,29 @@ def _parse_all(
 
 def _parse(args: list[str], defaults: RunConfig, prog: str) -> tuple[Any, list[str]]:
     """Let tyro parse, and turn its boxed errors into a `UsageError`."""
-    kind = _options_type()
+    names = _names_given(args)
+    kind = _options_type(names)
+    based_on: dict[str, Any] = {name: section() for name, section in _OUTSIDE.items()}
+    based_on |= defaults.sections
     sections: dict[str, Any] = {}
     for part in dataclasses.fields(kind):
-        values = _OUTSIDE[part.name]() if part.name in _OUTSIDE else getattr(defaults, part.name)
-        own = {name: getattr(values, name) for name in fields_of(type(values))}
+        values = based_on[part.name]
+        own = {name: getattr(values, name) for name in fields_of(type(values)) if name in names}
         sections[part.name] = part.default_factory(**own)  # type: ignore[misc,call-arg,operator]
-    default = kind(**sections)
-    # Tyro reads the documentation of fields from their sources: half the time of a command line.
+    # Tyro reads the documentation of fields from their sources, which takes longer than the rest.
     undocumented = () if set(HELP) & set(args) else (tyro.conf.HelptextFromCommentsOff,)
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors), _wide_terminal(args):
-            return tyro.cli(
+            read, unknown = tyro.cli(
                 kind,
                 args=args,
-                default=default,
+                default=kind(**sections),
                 prog=prog,
                 config=(tyro.conf.OmitArgPrefixes, *undocumented),
                 return_unknown_args=True,
             )
+            return _completed(based_on, read), unknown
     except SystemExit as exit_:
         if exit_.code in (0, None):
             raise
