@@ -104,10 +104,10 @@ def wait_of_a_thread(group: dist.ProcessGroup | None) -> tuple[Wait | None, list
 
     thread = threading.Thread(target=collective)
     thread.start()
-    found = None
-    while found is None and thread.is_alive():
+    found, pending = None, []
+    while not (found and pending) and thread.is_alive():
         found = wait_in(frames_of(sys._current_frames().get(thread.ident or 0)))
-    pending = pending_collectives()
+        pending = pending_collectives()
     thread.join()
     assert wait_in(frames_of_error(failed[0])) == found
     return found, pending, str(failed[0])
