@@ -44,13 +44,14 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": _BASE | {"model", "moe", "parallel"},
     "training": _MODEL | {"parallel", "checkpoint"},
     "planning": _ENGINE,
-    "analysis": _ENGINE | {"convert"},
+    "analysis": _ENGINE | {"convert", "inference"},
     "convert": _ENGINE,
     "inference": _ENGINE | {"convert"},
 }
 """What each package of `megatron_moe` may import from the others. All may import `EVERYWHERE`. The
 last four are leaves: only tools and `pretrain_openmoe` import them, except that `analysis` and
-`inference` read checkpoints of other formats with `convert`."""
+`inference` read checkpoints of other formats with `convert`, and `analysis` loads models as
+`inference` does."""
 EVERYWHERE = {
     *("errors", "files", "text", "console", "command_line", "processes"),
     *("megatron_moe", "__version__"),

@@ -19,40 +19,11 @@ import torch
 from torch import Tensor
 
 from megatron_moe.analysis.foreign_config import CONFIG, ForeignSettings, read_settings
+from megatron_moe.analysis.model import ExpertWeights, LayerWeights
 from megatron_moe.convert.hf_files import open_files
 from megatron_moe.convert.inspection import setting_differences, tensor_differences
 from megatron_moe.convert.model import LazyTensor
 from megatron_moe.errors import Corrupt
-
-
-@dataclass(frozen=True)
-class ExpertWeights:
-    """`down(act(gate x) * up x)`: gate and up [F, H], down [H, F]."""
-
-    gate: LazyTensor
-    up: LazyTensor
-    down: LazyTensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerWeights:
-    """Weights of one MoE layer.
-
-    Args:
-        layer: index in the network, from 0.
-        router: [E, H].
-        bias: [E], added to the scores for the selection only; with `RoutingRule.biased`.
-        experts: E of them.
-        shared: the shared expert; files store several as a single wide one.
-        shared_gate: [1, H], gives the logit of the sigmoid gate on the shared expert's output.
-    """
-
-    layer: int
-    router: LazyTensor
-    bias: LazyTensor | None
-    experts: tuple[ExpertWeights, ...]
-    shared: ExpertWeights | None
-    shared_gate: LazyTensor | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,32 +18,8 @@ from torch import Tensor
 
 from megatron_moe.analysis.foreign import ForeignModel
 from megatron_moe.analysis.foreign_config import transformers
+from megatron_moe.analysis.observation import LayerRouting
 from megatron_moe.errors import Corrupt, UsageError
-
-
-@dataclass(frozen=True, kw_only=True)
-class LayerRouting:
-    """Routing decisions of one layer for T tokens.
-
-    Args:
-        layer: index of the layer in the network, from 0.
-        router_probs_TE: scores of all experts, fp32: softmax or sigmoid, by the family's rule.
-        ids_TK: chosen experts, by decreasing weight; equal ones in the order of the experts.
-        probs_TK: their scores.
-        weights_TK: their combine weights, fp32.
-        kept_TK: all true, as these families drop no tokens.
-        counts_E: choices per expert.
-        inputs_TH: input of router and experts; `None` if not requested.
-    """
-
-    layer: int
-    router_probs_TE: Tensor
-    ids_TK: Tensor
-    probs_TK: Tensor
-    weights_TK: Tensor
-    kept_TK: Tensor
-    counts_E: Tensor
-    inputs_TH: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -165,19 +165,33 @@ def rows_of(
         before = [eod] if start == 0 else [tokens[start - 1]]
         text = np.concatenate([before, tokens[start:stop]]).astype(np.int64)
         _check_ids(text, start, source, loaded)
-        yield _batch(_inputs(text, rows, loaded), text[1:].reshape(rows, -1), loaded)
+        yield batch_of(text[:-1].reshape(rows, -1), text[1:].reshape(rows, -1), loaded)
 
 
-def _inputs(text: np.ndarray[Any, Any], rows: int, loaded: LoadedModel) -> np.ndarray[Any, Any]:
-    """Inputs of the ids from the second on, as rows of the run have them."""
+def batch_of(
+    before: np.ndarray[Any, Any], labels: np.ndarray[Any, Any], loaded: LoadedModel
+) -> Batch:
+    """A batch of ids as the rows of the model's run have them; every label counts.
+
+    Args:
+        before: [B, S], the id before each label in the text.
+        labels: [B, S], ids to predict.
+        loaded: the model.
+    """
+    return _batch(_inputs(before, labels, loaded), labels, loaded)
+
+
+def _inputs(
+    before: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], loaded: LoadedModel
+) -> np.ndarray[Any, Any]:
     start = loaded.config.objective.decoder_start_token_id
     if start is None:
-        return text[:-1].reshape(rows, -1)
-    targets = text[1:].reshape(rows, -1)
+        return before
     begins = np.zeros(targets.shape, dtype=bool)
     if reset_planes(loaded.config.objective):
         begins[:, 1:] = targets[:, :-1] == loaded.tokenizer.eod
-    return np.stack([inputs_of(*row) for row in zip(targets, [start] * rows, begins, strict=True)])
+    starts = [start] * len(targets)
+    return np.stack([inputs_of(*row) for row in zip(targets, starts, begins, strict=True)])
 
 
 def _check_ids(text: np.ndarray[Any, Any], start: int, source: Source, loaded: LoadedModel) -> None:

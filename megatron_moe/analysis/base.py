@@ -1,0 +1,102 @@
+"""The interface of an analysis, and the list of all.
+
+An analysis answers one question. `compute` works on one checkpoint and returns tables and arrays,
+which are stored; `figures` and `reading` look at the stored results of one or several checkpoints,
+so that plots can be drawn again without the model. To add one, write a file in `analyses/` that
+registers it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from megatron_moe.analysis import analyses
+from megatron_moe.analysis.collector import Collector, Setting
+from megatron_moe.analysis.model import MoEModel, MoERunner
+from megatron_moe.analysis.plot import Figure
+from megatron_moe.analysis.result import Result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Material:
+    """What an analysis of one checkpoint works on.
+
+    Args:
+        model: the checkpoint.
+        setting: sizes, sample, layers, seed.
+        collected: the collectors of `Analysis.uses`, by name, after the pass.
+        runner: the loaded model; `None` if no requested analysis makes forward passes.
+        draws: random draws of a permutation test or bootstrap.
+    """
+
+    model: MoEModel
+    setting: Setting
+    collected: Mapping[str, Collector]
+    runner: MoERunner | None
+    draws: int
+
+
+class Analysis(ABC):
+    """One question about a model.
+
+    Attributes:
+        key: name on the command line, and of its folder.
+        title: heading in the report.
+        question: what is asked, one sentence.
+        definition: how it is measured, in words and formulas, with its chance level.
+        source: paper and section or figure.
+        group: part of the report: `weights`, `experts`, `routing` or `training`.
+        uses: names of the collectors.
+        needs_data: whether it reads tokens at all.
+        min_checkpoints: how many it compares.
+    """
+
+    key: ClassVar[str]
+    title: ClassVar[str]
+    question: ClassVar[str]
+    definition: ClassVar[str]
+    source: ClassVar[str]
+    group: ClassVar[str]
+    uses: ClassVar[tuple[str, ...]] = ()
+    needs_data: ClassVar[bool] = True
+    min_checkpoints: ClassVar[int] = 1
+
+    @abstractmethod
+    def compute(self, material: Material) -> Result:
+        """Analyse one checkpoint."""
+
+    @abstractmethod
+    def figures(self, results: Mapping[str, Result]) -> Sequence[Figure]:
+        """Plots of the results by label of the checkpoint, overlaid or side by side."""
+
+    @abstractmethod
+    def reading(self, results: Mapping[str, Result]) -> str:
+        """What the numbers say, beside the papers' finding: one or two sentences."""
+
+
+_ANALYSES: dict[str, Analysis] = {}
+
+
+def register(made: type[Analysis]) -> type[Analysis]:
+    """A class decorator that enters an analysis into the list."""
+    if made.key in _ANALYSES:
+        raise ValueError(f"two analyses have the key {made.key!r}")
+    _ANALYSES[made.key] = made()
+    return made
+
+
+GROUPS = ("weights", "experts", "routing", "training")
+"""Parts of a report, in order."""
+
+
+def all_analyses() -> dict[str, Analysis]:
+    """Every analysis by key, in the order of a report: by group, then by file name."""
+    for module in sorted(found.name for found in pkgutil.iter_modules(analyses.__path__)):
+        importlib.import_module(f"{analyses.__name__}.{module}")
+    order = sorted(_ANALYSES.values(), key=lambda each: GROUPS.index(each.group))
+    return {each.key: each for each in order}

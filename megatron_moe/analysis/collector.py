@@ -1,0 +1,98 @@
+"""Interfaces of what a pass over the tokens collects, and the registry of the collectors.
+
+A collector adds up integers, or sums in fp64, over any number of batches; its state is a few
+arrays, so that an interrupted pass goes on. Several analyses share one: it is made once for a
+checkpoint.
+
+Shapes: L MoE layers, E experts, K choices, D domains.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_moe.analysis.model import MoERunner, Sizes
+from megatron_moe.analysis.observation import Observation
+from megatron_moe.analysis.sample import Sample
+
+State = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a collector is made for.
+
+    Args:
+        sizes: of the model.
+        sample: the tokens.
+        layers: the MoE layers that are analysed, ascending.
+        seed: of everything that is drawn.
+    """
+
+    sizes: Sizes
+    sample: Sample
+    layers: tuple[int, ...]
+    seed: int
+
+    def places(self) -> list[int]:
+        """Index in `Observation.layers` of each analysed layer."""
+        return [self.sizes.moe_layers.index(layer) for layer in self.layers]
+
+
+class Collector(ABC):
+    """Adds up what analyses need.
+
+    Attributes:
+        needs_inputs: layers whose `inputs_TH` it reads.
+        needs_predictions: whether it reads `predicted_T` or `loss_T`.
+    """
+
+    needs_inputs: tuple[int, ...] = ()
+    needs_predictions: bool = False
+
+    @abstractmethod
+    def add(self, seen: Observation, runner: MoERunner) -> None:
+        """Count one batch.
+
+        Args:
+            seen: its forward pass.
+            runner: the model, for outputs of single experts.
+        """
+
+    def state(self) -> State:
+        """All sums, by name; by default every attribute that is an array."""
+        return {k: v for k, v in vars(self).items() if isinstance(v, np.ndarray)}
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue from the sums of `state`."""
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+_MADE: dict[str, Callable[[Setting], Collector]] = {}
+
+
+def collector(name: str) -> Callable[[type[Collector]], type[Collector]]:
+    """A class decorator that enters a collector under the name of its file.
+
+    The class is called with the `Setting`.
+    """
+
+    def enter(made: type[Collector]) -> type[Collector]:
+        _MADE[name] = made
+        return made
+
+    return enter
+
+
+def make_collector(name: str, setting: Setting) -> Collector:
+    """The collector in `collectors/<name>.py`."""
+    importlib.import_module(f"megatron_moe.analysis.collectors.{name}")
+    return _MADE[name](setting)

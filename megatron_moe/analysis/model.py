@@ -1,0 +1,165 @@
+"""The model that is analysed, whatever its format: sizes, weights on demand, forward passes.
+
+`open_model` in `opening.py` finds out what a directory is. `MoEModel` reads tensors one at a time
+when they are needed, so that analyses of weights work on models larger than memory; `MoERunner`
+holds a loaded model for forward passes.
+
+Shapes: T tokens, E experts, F width of an expert, H hidden. Matrices are [out, in].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_moe.analysis.observation import Observation, TokenBatch
+from megatron_moe.convert.model import LazyTensor
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """`down(act(gate x) * up x)`: gate and up [F, H], down [H, F].
+
+    Released OpenMoE has a third projection: `down(linear x * silu(gate x) * up x)`; `linear` is
+    `None` elsewhere.
+    """
+
+    gate: LazyTensor
+    up: LazyTensor
+    down: LazyTensor
+    linear: LazyTensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerWeights:
+    """Weights of one MoE layer.
+
+    Args:
+        layer: index in the network, from 0.
+        router: [E, H].
+        bias: [E], added to the scores for the selection only; `None` if the rule has none.
+        experts: E of them.
+        shared: the shared expert; files store several as a single wide one.
+        shared_gate: [1, H], gives the logit of the sigmoid gate on the shared expert's output.
+    """
+
+    layer: int
+    router: LazyTensor
+    bias: LazyTensor | None
+    experts: tuple[ExpertWeights, ...]
+    shared: ExpertWeights | None
+    shared_gate: LazyTensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Sizes of a model.
+
+    Args:
+        num_layers: transformer layers.
+        moe_layers: indices of the MoE layers, from 0.
+        num_experts: E.
+        topk: K.
+        hidden_size: H.
+        expert_width: F.
+        vocab_size: ids of the embedding.
+        max_length: longest row that the model was made for.
+    """
+
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    num_experts: int
+    topk: int
+    hidden_size: int
+    expert_width: int
+    vocab_size: int
+    max_length: int
+
+
+class MoEModel(ABC):
+    """An opened checkpoint.
+
+    Attributes:
+        label: short name, unique in a report.
+        path: its directory.
+        step: training step; `None` if the format does not record it.
+        family: display name of the architecture.
+        routing: the routing rule in one line.
+        sizes: its sizes.
+        identity: hash of what decides the results: configuration, and size and time of each file.
+        tokenizer_hash: hash of its tokenizer's vocabulary; empty if unknown.
+    """
+
+    label: str
+    path: Path
+    step: int | None
+    family: str
+    routing: str
+    sizes: Sizes
+    identity: str
+    tokenizer_hash: str
+
+    @abstractmethod
+    def weights(self, layer: int) -> LayerWeights:
+        """The weights of an MoE layer; reads nothing yet."""
+
+    @abstractmethod
+    def dense_weights(self) -> Mapping[int, ExpertWeights]:
+        """Feed-forward weights of the layers without experts, by layer; reads nothing yet."""
+
+    @abstractmethod
+    def piece(self, token: int) -> str:
+        """The text of a token id, made printable; the id in angle brackets without a tokenizer."""
+
+    @abstractmethod
+    def load(self, device: str, dtype: torch.dtype) -> MoERunner:
+        """Load the whole model."""
+
+
+class MoERunner(ABC):
+    """A loaded model in evaluation mode."""
+
+    @abstractmethod
+    def run(
+        self, batch: TokenBatch, *, inputs: Collection[int] = (), predictions: bool = False
+    ) -> Observation:
+        """One forward pass, without gradients.
+
+        Args:
+            batch: the tokens.
+            inputs: layers whose `inputs_TH` is recorded.
+            predictions: whether `predicted_T` and `loss_T` are computed.
+        """
+
+    @abstractmethod
+    def expert_outputs(self, layer: int, x_TH: Tensor, experts: Sequence[int]) -> Tensor:
+        """Outputs of experts before the router's weight, [len(experts), T, H] in fp32.
+
+        Args:
+            layer: index in the network.
+            x_TH: inputs of the experts, as recorded.
+            experts: their ids.
+        """
+
+    @abstractmethod
+    def forced(
+        self, layer: int, ids_TK: Tensor, weights_TK: Tensor
+    ) -> AbstractContextManager[None]:
+        """Within this context the layer uses these choices and combine weights."""
+
+    @abstractmethod
+    def without(self, experts: Mapping[int, Sequence[int]]) -> AbstractContextManager[None]:
+        """Within this context some experts cannot be chosen.
+
+        A token that would choose one takes its next best expert, with the weights that the routing
+        rule gives then.
+
+        Args:
+            experts: ids by layer.
+        """

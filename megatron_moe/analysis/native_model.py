@@ -1,0 +1,233 @@
+"""OpenMoE under analysis: native checkpoints and the Hugging Face layout, by the reference model.
+
+Shapes: B rows, S tokens of a row, T = B S tokens, E experts, F width, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_moe.analysis.model import ExpertWeights, LayerWeights, MoEModel, MoERunner, Sizes
+from megatron_moe.analysis.observation import LayerRouting, Observation, TokenBatch
+from megatron_moe.config.moe import moe_layer_pattern
+from megatron_moe.convert import formats
+from megatron_moe.convert.model import LazyTensor, LogicalModel, row_of
+from megatron_moe.inference.loading import LoadedModel, LoadOptions, format_of, load
+from megatron_moe.inference.perplexity import batch_of
+from megatron_moe.inference.scoring import LOGITS
+from megatron_moe.model.logical import expert_width
+from megatron_moe.model.reference import Routing
+from megatron_moe.model.reference.ffn import MoE, gated
+
+
+class NativeModel(MoEModel):
+    """See the module.
+
+    Args:
+        found: the checkpoint.
+        options: how it is loaded; its `capacity` decides about drops.
+        label: name in reports.
+    """
+
+    def __init__(self, found: LogicalModel, options: LoadOptions, label: str | None) -> None:
+        config = found.config
+        self._found, self._options = found, options
+        self._loaded: LoadedModel | None = None
+        self.path, self.step, self.family = options.path, found.step or None, "OpenMoE"
+        name = options.path.resolve().name
+        self.label = label or (name if self.step is None else f"{name}@{self.step}")
+        self.tokenizer_hash = found.tokenizer_hash
+        self.sizes = _sizes(found)
+        self.routing = (
+            f"{config.moe.moe_router_type} over {self.sizes.num_experts}, best {self.sizes.topk}"
+        )
+        self.identity = _identity(found, options)
+
+    def weights(self, layer: int) -> LayerWeights:
+        """See `MoEModel.weights`."""
+        tensors, prefix = self._found.tensors, f"layers.{layer}."
+        experts = tuple(
+            self._expert(*(row_of(tensors[f"{prefix}moe.experts.{n}"], e, True) for n in _MATRICES))
+            for e in range(self.sizes.num_experts)
+        )
+        has_shared = f"{prefix}shared.gate.weight" in tensors
+        return LayerWeights(
+            layer=layer,
+            router=tensors[f"{prefix}moe.router.weight"],
+            bias=None,
+            experts=experts,
+            shared=self._dense(f"{prefix}shared") if has_shared else None,
+            shared_gate=None,
+        )
+
+    def dense_weights(self) -> Mapping[int, ExpertWeights]:
+        """See `MoEModel.dense_weights`."""
+        dense = (i for i in range(self.sizes.num_layers) if i not in self.sizes.moe_layers)
+        return {i: self._dense(f"layers.{i}.ffn") for i in dense}
+
+    def _dense(self, prefix: str) -> ExpertWeights:
+        return self._expert(*(self._found.tensors[f"{prefix}.{n}.weight"] for n in _MATRICES))
+
+    def _expert(self, gate: LazyTensor, up: LazyTensor, down: LazyTensor) -> ExpertWeights:
+        if self._found.config.model.ffn_variant == "swiglu":
+            return ExpertWeights(gate, up, down)
+        # Released: [a | b] = gate x, and silu is applied to b (docs/model.md).
+        width = up.shape[0]
+        linear, activated = _rows(gate, 0, width), _rows(gate, width, width)
+        return ExpertWeights(activated, up, down, linear)
+
+    def piece(self, token: int) -> str:
+        """See `MoEModel.piece`; pieces are known once the model is loaded."""
+        return f"<{token}>" if self._loaded is None else str(self._loaded.tokenizer.piece(token))
+
+    def load(self, device: str, dtype: torch.dtype) -> NativeRunner:
+        """See `MoEModel.load`."""
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+        options = replace(self._options, device=device, dtype=names[dtype])
+        self._loaded = load(options)
+        return NativeRunner(self._loaded)
+
+
+_MATRICES = ("gate", "up", "down")
+
+
+def _rows(tensor: LazyTensor, first: int, count: int) -> LazyTensor:
+    shape = (count, *tensor.shape[1:])
+    return LazyTensor(shape, tensor.dtype, lambda a, b: tensor.rows(first + a, first + b))
+
+
+def _sizes(found: LogicalModel) -> Sizes:
+    model, moe = found.config.model, found.config.moe
+    pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
+    return Sizes(
+        num_layers=model.num_layers,
+        moe_layers=tuple(i for i, is_moe in enumerate(pattern) if is_moe),
+        num_experts=moe.num_experts,
+        topk=moe.moe_router_topk,
+        hidden_size=model.hidden_size,
+        expert_width=expert_width(model, moe),
+        vocab_size=found.vocab_size,
+        max_length=model.max_position_embeddings,
+    )
+
+
+def _identity(found: LogicalModel, options: LoadOptions) -> str:
+    """Of configuration and files; tensors are not read."""
+    folder = Path(found.source)
+    files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    sizes = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
+    text = repr((found.config.to_dict(), found.step, options.capacity, sizes))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class NativeRunner(MoERunner):
+    """The reference model.
+
+    Args:
+        loaded: model, configuration and tokenizer.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.loaded = loaded
+        parts = (module for module in loaded.model.modules() if isinstance(module, MoE))
+        self._moe = {part.layer: part for part in parts}
+
+    @torch.no_grad()
+    def run(
+        self, batch: TokenBatch, *, inputs: Collection[int] = (), predictions: bool = False
+    ) -> Observation:
+        """See `MoERunner.run`."""
+        model, made = self.loaded.model, batch_of(batch.tokens_BS, batch.next_BS, self.loaded)
+        device = model.embedding.weight.device
+        planes = {
+            "positions_BS": made.positions_BS,
+            "documents_BS": made.documents_BS,
+            "padding_BS": made.padding_BS,
+        }
+        recorded: dict[int, Tensor] = {}
+        with ExitStack() as hooks:
+            for layer in inputs:
+                hooks.callback(
+                    self._moe[layer].register_forward_pre_hook(_recorder(recorded, layer)).remove
+                )
+            x_BSH, routing = model.hidden_states(
+                made.tokens_BS.to(device),
+                training_capacity=False,
+                **{k: None if plane is None else plane.to(device) for k, plane in planes.items()},
+            )
+        found = self._predictions(x_BSH, made.labels_BS) if predictions else (None, None)
+        return Observation(
+            batch=batch,
+            layers=tuple(_record(each, recorded.get(each.layer)) for each in routing),
+            predicted_T=found[0],
+            loss_T=found[1],
+        )
+
+    def _predictions(self, x_BSH: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.loaded.model
+        x_TH, labels_T = x_BSH.flatten(0, 1), labels_BS.flatten().to(x_BSH.device)
+        step = max(1, LOGITS // model.vocab_size)
+        best, loss = [], []
+        for x, labels in zip(x_TH.split(step), labels_T.split(step), strict=True):
+            logits = model.logits(x)
+            target = logits.gather(-1, labels[:, None])[:, 0]
+            loss.append(logits.logsumexp(dim=-1) - target)
+            best.append(logits[:, : self.loaded.tokenizer.size].argmax(dim=-1))
+        return torch.cat(best), torch.cat(loss)
+
+    @torch.no_grad()
+    def expert_outputs(self, layer: int, x_TH: Tensor, experts: Sequence[int]) -> Tensor:
+        """See `MoERunner.expert_outputs`."""
+        own, model = self._moe[layer].experts, self.loaded.config.model
+        inner = (gated(x_TH @ own.gate[e], x_TH @ own.up[e], model) @ own.down[e] for e in experts)
+        return torch.stack([each.float() for each in inner])
+
+    @contextmanager
+    def forced(self, layer: int, ids_TK: Tensor, weights_TK: Tensor) -> Iterator[None]:
+        """See `MoERunner.forced`."""
+        raise NotImplementedError
+        yield
+
+    @contextmanager
+    def without(self, experts: Mapping[int, Sequence[int]]) -> Iterator[None]:
+        """See `MoERunner.without`."""
+        raise NotImplementedError
+        yield
+
+
+def _recorder(recorded: dict[int, Tensor], layer: int) -> Any:
+    def record(_module: Any, given: tuple[Any, ...]) -> None:
+        recorded[layer] = given[0].flatten(0, 1)
+
+    return record
+
+
+def _record(routing: Routing, inputs_TH: Tensor | None) -> LayerRouting:
+    return LayerRouting(
+        layer=routing.layer,
+        router_probs_TE=routing.router_probs_TE,
+        ids_TK=routing.ids_TK,
+        probs_TK=routing.router_probs_TE.gather(1, routing.ids_TK),
+        weights_TK=routing.probs_TK,
+        kept_TK=routing.kept_TK,
+        counts_E=routing.counts_E,
+        inputs_TH=inputs_TH,
+    )
+
+
+def open_native_model(path: Path, step: int | None, label: str | None) -> NativeModel:
+    """Open a native checkpoint, or OpenMoE weights in the Hugging Face layout.
+
+    Raises:
+        UsageError: there is no such checkpoint, or it is damaged.
+    """
+    options = LoadOptions(path=path, step=step, capacity="eval")
+    return NativeModel(formats.read(format_of(options), path, step), options, label)

@@ -1,0 +1,120 @@
+"""Analyse checkpoints: what has to be computed, in order, and where the results lie.
+
+    OUT/<label>/<analysis>/result.json, *.csv, arrays.npz    a checkpoint's results
+    OUT/<label>/pass.npz                                     state of the pass over the tokens
+    OUT/figures/<analysis>/<figure>.png, .svg
+    OUT/report.html
+
+A result that is there and was decided by the same things is not computed again, so that a run that
+was interrupted goes on, and further analyses or checkpoints are added to a report.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_moe import __version__
+from megatron_moe.analysis.base import Analysis, Material
+from megatron_moe.analysis.collector import Collector, Setting, make_collector
+from megatron_moe.analysis.model import MoEModel, MoERunner
+from megatron_moe.analysis.result import Result, read_result, write_result
+from megatron_moe.analysis.sample import Sample
+from megatron_moe.analysis.stream import stream
+
+PASS = "pass.npz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What all analyses of a run share.
+
+    Args:
+        out: directory of the results.
+        device: of the model.
+        dtype: of its weights and activations.
+        layers: MoE layers to analyse; `None` for all.
+        seed: of everything that is drawn.
+        draws: random draws of a permutation test or bootstrap.
+    """
+
+    out: Path
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    layers: tuple[int, ...] | None = None
+    seed: int = 1234
+    draws: int = 200
+
+
+def analyse(
+    model: MoEModel,
+    sample: Sample | None,
+    analyses: Sequence[Analysis],
+    options: RunOptions,
+    advance: Callable[[int], object],
+) -> dict[str, Result]:
+    """The results of one checkpoint, by key of the analysis.
+
+    Args:
+        model: the checkpoint.
+        sample: the tokens; `None` if no analysis needs any.
+        analyses: what to compute.
+        options: see there.
+        advance: called with the tokens of each batch.
+    """
+    folder = options.out / model.label
+    marks = {each.key: _fingerprint(model, sample, each, options) for each in analyses}
+    found = {key: read_result(folder / key, mark) for key, mark in marks.items()}
+    missing = [each for each in analyses if found[each.key] is None]
+    results = {key: result for key, result in found.items() if result is not None}
+    if missing:
+        computed = _compute(model, sample, missing, options, folder, advance)
+        for key, result in computed:
+            write_result(folder / key, result, marks[key])
+            results[key] = result
+    return {each.key: results[each.key] for each in analyses}
+
+
+def _compute(
+    model: MoEModel,
+    sample: Sample | None,
+    analyses: Sequence[Analysis],
+    options: RunOptions,
+    folder: Path,
+    advance: Callable[[int], object],
+) -> Sequence[tuple[str, Result]]:
+    layers = model.sizes.moe_layers if options.layers is None else options.layers
+    assert sample is not None, "analyses of weights alone get an empty sample"
+    setting = Setting(sizes=model.sizes, sample=sample, layers=layers, seed=options.seed)
+    names = sorted({name for each in analyses for name in each.uses})
+    collected: dict[str, Collector] = {name: make_collector(name, setting) for name in names}
+    runner: MoERunner | None = None
+    if any(each.needs_data for each in analyses):
+        runner = model.load(options.device, options.dtype)
+        parts = (model.identity, sample.fingerprint, layers, options.seed, names, __version__)
+        mark = hashlib.sha256(repr(parts).encode()).hexdigest()
+        stream(runner, sample, collected, state=folder / PASS, fingerprint=mark, advance=advance)
+    material = Material(
+        model=model, setting=setting, collected=collected, runner=runner, draws=options.draws
+    )
+    return [(each.key, each.compute(material)) for each in analyses]
+
+
+def _fingerprint(
+    model: MoEModel, sample: Sample | None, analysis: Analysis, options: RunOptions
+) -> str:
+    data = sample.fingerprint if sample is not None and analysis.needs_data else ""
+    parts = (analysis.key, model.identity, data, options.layers, options.seed, options.draws)
+    return hashlib.sha256(repr((*parts, str(options.dtype), __version__)).encode()).hexdigest()
+
+
+def by_analysis(results: Mapping[str, Mapping[str, Result]]) -> dict[str, dict[str, Result]]:
+    """From checkpoint -> analysis -> result to analysis -> checkpoint -> result."""
+    keys = list(dict.fromkeys(key for found in results.values() for key in found))
+    return {
+        key: {label: found[key] for label, found in results.items() if key in found} for key in keys
+    }
