@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     """Open, analyse, write."""
     from megatron_moe.analysis.base import all_analyses
     from megatron_moe.analysis.opening import open_model
-    from megatron_moe.analysis.run import RunOptions, analyse
+    from megatron_moe.analysis.run import RunOptions, analyse, compare
     from megatron_moe.analysis.sample import check_sample, read_sample
     from megatron_moe.data.progress import progress_bar
 
@@ -47,8 +47,11 @@ def run(options: argparse.Namespace) -> None:
     known = all_analyses()
     analyses = [known[name] for name in options.analyses or known]
     with progress_bar(sample.tokens * len(models), "tokens") as bar:
-        for model in models:
-            analyse(model, sample, analyses, RunOptions(out=options.out), bar.update)
+        results = {
+            model.label: analyse(model, sample, analyses, RunOptions(out=options.out), bar.update)
+            for model in models
+        }
+    compare(analyses, results, options.out)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -66,9 +66,24 @@ class Analysis(ABC):
     needs_data: ClassVar[bool] = True
     min_checkpoints: ClassVar[int] = 1
 
+    def check(self, setting: Setting) -> None:  # noqa: B027 (most have no minimum)
+        """Called before the pass over the tokens.
+
+        Raises:
+            UsageError: the sample is too small for this analysis, or lacks domains.
+        """
+
     @abstractmethod
     def compute(self, material: Material) -> Result:
         """Analyse one checkpoint."""
+
+    def combine(self, results: Mapping[str, Result]) -> Result | None:
+        """What only several checkpoints show together, from their stored results.
+
+        `None` if there is nothing beyond the single results, or if the checkpoints cannot be
+        compared.
+        """
+        return None
 
     @abstractmethod
     def figures(self, results: Mapping[str, Result]) -> Sequence[Figure]:

@@ -2,6 +2,7 @@
 
     OUT/<label>/<analysis>/result.json, *.csv, arrays.npz    a checkpoint's results
     OUT/<label>/pass.npz                                     state of the pass over the tokens
+    OUT/compared/<analysis>/result.json, *.csv, arrays.npz   several checkpoints together
     OUT/figures/<analysis>/<figure>.png, .svg
     OUT/report.html
 
@@ -27,6 +28,7 @@ from megatron_moe.analysis.sample import Sample
 from megatron_moe.analysis.stream import stream
 
 PASS = "pass.npz"
+COMPARED = "compared"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +81,26 @@ def analyse(
     return {each.key: results[each.key] for each in analyses}
 
 
+def compare(
+    analyses: Sequence[Analysis], results: Mapping[str, Mapping[str, Result]], out: Path
+) -> dict[str, Result]:
+    """What several checkpoints show together, by key of the analysis; written beside their results.
+
+    Args:
+        analyses: what to compare.
+        results: of each checkpoint by its label, as `analyse` returns them.
+        out: directory of the results.
+    """
+    found = {}
+    grouped = by_analysis(results)
+    for each in analyses:
+        combined = each.combine(grouped[each.key]) if len(grouped[each.key]) > 1 else None
+        if combined is not None:
+            write_result(out / COMPARED / each.key, combined, "")
+            found[each.key] = combined
+    return found
+
+
 def _compute(
     model: MoEModel,
     sample: Sample | None,
@@ -90,6 +112,8 @@ def _compute(
     layers = model.sizes.moe_layers if options.layers is None else options.layers
     assert sample is not None, "analyses of weights alone get an empty sample"
     setting = Setting(sizes=model.sizes, sample=sample, layers=layers, seed=options.seed)
+    for each in analyses:
+        each.check(setting)
     names = sorted({name for each in analyses for name in each.uses})
     collected: dict[str, Collector] = {name: make_collector(name, setting) for name in names}
     runner: MoERunner | None = None
