@@ -34,12 +34,14 @@ class ForeignModel:
         path: the directory.
         settings: family, sizes and routing rule.
         layers: the MoE layers, in order.
+        dense: feed-forward weights of the layers without experts, by layer.
         tensors: all tensors by their name in the files.
     """
 
     path: Path
     settings: ForeignSettings
     layers: tuple[LayerWeights, ...]
+    dense: Mapping[int, ExpertWeights]
     tensors: Mapping[str, LazyTensor]
 
     def is_outside(self, name: str) -> bool:
@@ -68,8 +70,13 @@ def open_foreign(path: str | Path) -> ForeignModel:
         path=path,
         settings=settings,
         layers=tuple(reader.layer(index) for index in settings.moe_layers),
+        dense={i: reader.dense(i) for i in _dense_layers(settings)},
         tensors=tensors,
     )
+
+
+def _dense_layers(settings: ForeignSettings) -> list[int]:
+    return [i for i in range(settings.config.num_hidden_layers) if i not in settings.moe_layers]
 
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -86,6 +93,9 @@ def _check_not_quantized(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
             expected = "in fp32, bf16 or fp16, not quantized"
             fix = "convert them to bf16 first"
             raise Corrupt(f"weights in {path}", found, expected, fix)
+
+
+_DENSE_NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -137,9 +147,14 @@ class _Reader:
             for e in range(count)
         )
 
+    def dense(self, index: int) -> ExpertWeights:
+        """The feed-forward network of a layer without experts, named alike in all families."""
+        width = int(self.settings.config.intermediate_size)
+        return self._expert(f"model.layers.{index}.mlp", _DENSE_NAMES, width)
+
     def _shared(self, prefix: str) -> ExpertWeights:
-        names = ("gate_proj", "up_proj", "down_proj")
-        return self._expert(prefix, names, self.settings.family.shared_width(self.settings.config))
+        width = self.settings.family.shared_width(self.settings.config)
+        return self._expert(prefix, _DENSE_NAMES, width)
 
     def _expert(self, prefix: str, names: tuple[str, str, str], width: int) -> ExpertWeights:
         gate, up, down = (f"{prefix}.{name}.weight" for name in names)

@@ -71,7 +71,7 @@ class ForeignMoEModel(MoEModel):
 
     def dense_weights(self) -> Mapping[int, ExpertWeights]:
         """See `MoEModel.dense_weights`."""
-        raise NotImplementedError
+        return self._found.dense
 
     def piece(self, token: int) -> str:
         """See `MoEModel.piece`."""

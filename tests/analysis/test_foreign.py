@@ -29,6 +29,12 @@ LAYERS = {
 
 def check(found: ForeignModel, model: Any) -> None:
     """Every matrix against the class's own parameters."""
+    rest = set(range(len(model.model.layers))) - {weights.layer for weights in found.layers}
+    assert set(found.dense) == rest
+    for index, dense in found.dense.items():
+        for name in ("gate", "up", "down"):
+            own = getattr(model.model.layers[index].mlp, f"{name}_proj").weight
+            assert torch.equal(getattr(dense, name).whole(), own)
     for weights in found.layers:
         block = model.model.layers[weights.layer].mlp
         assert torch.equal(weights.router.whole(), block.gate.weight)
