@@ -322,6 +322,9 @@ class LoggingConfig:
     """Peak TFLOP/s of one device for MFU; `None` looks the GPU up, or measures a GEMM on a CPU."""
     metrics_file: str | None = None
     """JSON Lines file with exact per-step loss and gradient norm (hexadecimal floats as well)."""
+    routing_log_file: Annotated[str | None, OmittedAtDefault] = None
+    """JSON Lines file with the routing statistics of all MoE layers, a line at every
+    `--log-interval` and for every probe."""
     log_failure_policy: Annotated[Literal["continue", "stop"], OmittedAtDefault] = "continue"
     """What happens if the metrics file, TensorBoard or W&B cannot be written any more, e.g. because
     the disk is full: `continue` warns once and goes on without it, `stop` saves after the step and

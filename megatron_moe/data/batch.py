@@ -58,10 +58,11 @@ def reset_planes(objective: ObjectiveConfig) -> tuple[str, ...]:
 def extra_planes(config: RunConfig) -> tuple[str, ...]:
     """Return what samples contain besides tokens, labels and loss mask; the same on all ranks.
 
-    Every pipeline stage needs them, since every stage has attention and norms.
+    Every pipeline stage needs them, since every stage has attention and norms, and counts padding
+    apart from real tokens in its statistics of routing.
     """
     objective = config.objective
-    pads = config.model.zero_padding_activations and objective.objective in ("ul2", "sft")
+    pads = objective.objective in ("ul2", "sft")
     return (*reset_planes(objective), *(("padding",) if pads else ()))
 
 

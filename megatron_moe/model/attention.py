@@ -88,7 +88,9 @@ class Documents:
     documents_BS: Tensor | None
     """Document of each token: attention stays within it; `None` is one document per row."""
     padding_BS: Tensor | None = None
-    """Not 0 at padding, which is zero at the input of every layer; `None`: as any token."""
+    """Not 0 at padding; `None`: no token is, or it does not matter."""
+    zeroes_padding: bool = True
+    """Whether padding is zero at the input of every layer, or only counted apart."""
     qkv_format: str = "sbhd"
     """Required by Megatron-Core in `packed_seq_params`: tensors keep their usual shape."""
     _bias: dict[torch.dtype, Tensor] = field(default_factory=dict)
@@ -115,22 +117,29 @@ class Documents:
             x_SBH: activations; of S this rank's shard under sequence parallelism.
             tp_group: ranks that share the sequence.
         """
+        padding_SB = self.padding_of(x_SBH, tp_group) if self.zeroes_padding else None
+        return x_SBH if padding_SB is None else x_SBH.masked_fill(padding_SB.unsqueeze(-1), 0.0)
+
+    def padding_of(self, x_SBH: Tensor, tp_group: ProcessGroup) -> Tensor | None:
+        """[S, B] bool, which of these activations are padding; arguments as `without_padding`."""
         if self.padding_BS is None:
-            return x_SBH
+            return None
         local = x_SBH.shape[0]
         # All of the sequence, or one of as many shards as there are ranks.
         first = tp_group.rank() * local if local < self.padding_BS.shape[1] else 0
-        padding_SB = self.padding_BS.t().narrow(0, first, local) != 0
-        return x_SBH.masked_fill(padding_SB.unsqueeze(-1), 0.0)
+        return self.padding_BS.t().narrow(0, first, local) != 0
 
 
 def documents_of(
-    positions_BS: Tensor | None, documents_BS: Tensor | None, padding_BS: Tensor | None = None
+    positions_BS: Tensor | None,
+    documents_BS: Tensor | None,
+    padding_BS: Tensor | None = None,
+    zeroes_padding: bool = True,
 ) -> Documents | None:
     """The value for the layers; `None` without any: the plain causal path, without a mask."""
     if positions_BS is None and documents_BS is None and padding_BS is None:
         return None
-    return Documents(positions_BS, documents_BS, padding_BS)
+    return Documents(positions_BS, documents_BS, padding_BS, zeroes_padding)
 
 
 class RotaryCoreAttention(torch.nn.Module):

@@ -106,10 +106,10 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
     def _add(self, residual: Tensor, branch: Tensor) -> Tensor:
         return residual + F.dropout(branch, self.hidden_dropout, self.training)
 
-    def _run(self, module: torch.nn.Module, x: Tensor, recompute: bool) -> Tensor:
+    def _run(self, module: torch.nn.Module, recompute: bool, *inputs: Tensor) -> Tensor:
         if recompute and self.training:
-            return tensor_parallel.checkpoint(module, False, x)
-        return module(x)
+            return tensor_parallel.checkpoint(module, False, *inputs)
+        return module(*inputs)
 
     def _norm(self, norm: RMSNorm, x: Tensor, documents: Documents | None) -> Tensor:
         """The input of a sublayer, which is zero at padding if ``documents`` say where it is."""
@@ -119,15 +119,17 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
     def _feed_forward(self, x: Tensor, documents: Documents | None) -> Tensor:
         normed = self._norm(self.pre_mlp_layernorm, x, documents)
         if not self.is_moe:
-            return self._add(x, self._run(self.ffn, normed, self.recompute_mlp))
-        routed = self._run(self.moe, normed, self.recompute_moe)
+            return self._add(x, self._run(self.ffn, self.recompute_mlp, normed))
+        padding = None if documents is None else documents.padding_of(x, self.tp_group)
+        counted = () if padding is None else (padding,)
+        routed = self._run(self.moe, self.recompute_moe, normed, *counted)
         if self.shared is None:
             return self._add(x, routed)
         if self.shared_norm is None:
-            return self._add(x, routed + self._run(self.shared, normed, self.recompute_shared))
+            return self._add(x, routed + self._run(self.shared, self.recompute_shared, normed))
         x = self._add(x, routed)
         normed = self._norm(self.shared_norm, x, documents)
-        return self._add(x, self._run(self.shared, normed, self.recompute_shared))
+        return self._add(x, self._run(self.shared, self.recompute_shared, normed))
 
     def forward(
         self, hidden_states: Tensor, packed_seq_params: Documents | None = None, **unused: Any

@@ -52,6 +52,7 @@ class OpenMoEModel(LanguageModule):
         self.pre_process, self.post_process, self.vp_stage = first, last, vp_stage
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights
+        self.zeroes_padding = model.zero_padding_activations
         tied = self.share_embeddings_and_output_weights
         if first:
             self.embedding = LanguageModelEmbedding(
@@ -106,8 +107,8 @@ class OpenMoEModel(LanguageModule):
             positions_BS: of the rotary embedding, needed by every chunk; `None` counts from the
                 start of the row.
             documents_BS: document of each token, within which attention stays; for every chunk.
-            padding_BS: not 0 at padding, which is zeroed before every layer and the logits; for
-                every chunk.
+            padding_BS: not 0 at padding, which is counted apart, and zeroed before every layer and
+                the logits with `--zero-padding-activations`; for every chunk.
 
         Returns:
             The residual stream [S, B, H] for the next stage; or on the last chunk the per-token
@@ -115,7 +116,7 @@ class OpenMoEModel(LanguageModule):
             logits [B, S, V of this rank].
         """
         hidden = self.embedding(tokens_BS, None) if self.pre_process else None
-        documents = documents_of(positions_BS, documents_BS, padding_BS)
+        documents = documents_of(positions_BS, documents_BS, padding_BS, self.zeroes_padding)
         hidden = self.decoder(
             hidden_states=hidden, attention_mask=None, packed_seq_params=documents
         )

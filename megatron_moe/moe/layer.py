@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.errors import UsageError
+from megatron_moe.moe.counter import RoutingCounter, TokenFates
 from megatron_moe.moe.dispatcher import DISPATCHERS
 from megatron_moe.moe.exchange import ExpertGroups, rank_of, size_of
 from megatron_moe.moe.experts import Experts
@@ -25,7 +26,6 @@ from megatron_moe.moe.losses import RouterLosses
 from megatron_moe.moe.plan import Capacity, Plan
 from megatron_moe.moe.registry import kernels_for
 from megatron_moe.moe.router import ROUTERS, Scores
-from megatron_moe.moe.statistics import RoutingCounter
 
 
 @dataclass(frozen=True)
@@ -99,16 +99,21 @@ class MoELayer(nn.Module):
         self.dispatcher = DISPATCHERS[moe.moe_token_dispatcher_type](moe, groups)
         self.experts = Experts(model, moe, groups, params_dtype, device)
         self.losses = RouterLosses(moe, num_moe_layers, groups.tp)
-        self.statistics = RoutingCounter(layer_number, moe.num_experts, device)
+        self.statistics = RoutingCounter(layer_number, moe.num_experts, moe.moe_router_topk, device)
         self.on_routing: Callable[[RoutingDecision], None] | None = None
         # Raises now, not in the first step, if the requested kernels are not available.
         kernels_for(moe, self.router.weight.device.type)
 
-    def forward(self, x_SBH: Tensor) -> Tensor:
+    def forward(self, x_SBH: Tensor, padding_SB: Tensor | None = None) -> Tensor:
         """The weighted sum of each token's experts; zero for a token whose choices all dropped.
 
         The losses of the router are attached to the result: they enter the backward pass, not the
         value. Training or evaluation capacity follows `self.training`.
+
+        Args:
+            x_SBH: this rank's tokens.
+            padding_SB: bool, which of them are padding, for the statistics alone: padding is routed
+                like any token. `None` for none.
         """
         batch, hidden = x_SBH.shape[1:]
         scores, x_TH = self._route(x_SBH.reshape(-1, hidden))
@@ -116,7 +121,7 @@ class MoELayer(nn.Module):
         rows_RH = self.dispatcher.dispatch(x_TH, plan)
         rows_RH = self.experts(rows_RH, plan)
         weights_TK, losses = self.losses.attach(scores, plan)
-        self._observe(scores, plan, losses)
+        self._observe(scores, plan, losses, padding_SB)
         return self.dispatcher.combine(rows_RH, weights_TK, plan).view_as(x_SBH)
 
     def _route(self, x_TH: Tensor) -> tuple[Scores, Tensor]:
@@ -131,7 +136,9 @@ class MoELayer(nn.Module):
             scores = force_balance(scores, self.layer_number)
         return scores, x_TH
 
-    def _observe(self, scores: Scores, plan: Plan, losses: Sequence[Tensor]) -> None:
+    def _observe(
+        self, scores: Scores, plan: Plan, losses: Sequence[Tensor], padding_SB: Tensor | None
+    ) -> None:
         """Count this pass and call the observer.
 
         With recomputation a checkpointed layer runs twice: the first pass has no gradients although
@@ -142,10 +149,17 @@ class MoELayer(nn.Module):
         shards, rank, slots = size_of(self.groups.tp), rank_of(self.groups.tp), plan.slots
         # Every rank of the sequences has the loads of all their tokens: the first one counts them.
         load_GE, kept_GE = (x[:0] if rank else x for x in (slots.load_GE, slots.full_GE))
-        self.statistics.add(scores, load_GE, kept_GE, losses, shards)
+        local = scores.choices_TK.shape[0]
+        kept_TK = plan.placement.kept_TK.narrow(0, rank * local, local)
+        fates = TokenFates(
+            kept_TK=kept_TK,
+            batch=plan.batch,
+            shard=rank,
+            shards=shards,
+            padding_T=None if padding_SB is None else padding_SB.reshape(-1),
+        )
+        self.statistics.add(scores, load_GE, kept_GE, losses, fates)
         if self.on_routing is not None:
-            local = scores.choices_TK.shape[0]
-            kept_TK = plan.placement.kept_TK.narrow(0, rank * local, local)
             self.on_routing(RoutingDecision(scores, kept_TK, plan.capacity))
 
     def describe(self, rows: int, row_tokens: int) -> str:

@@ -1,29 +1,24 @@
-"""Statistics of routing since the last reset: loads, drops, entropy, losses.
+"""Statistics of routing since the last reset: loads, drops, entropy, logits, losses.
 
-Each layer sums into one small fp64 tensor on its device. The host reads it only in
-`collect_statistics`, after reducing over the ranks.
+Each layer sums into one small fp64 tensor on its device (`moe/counter.py`). The host reads it only
+in `collect_statistics`, after reducing over the ranks.
 
-Shapes: E experts, T tokens of this rank, K choices, G groups.
+Shapes: E experts, K choices, P position buckets, 2 kinds of tokens: real ones, then padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
+from megatron_moe.moe.counter import POSITION_BUCKETS, SCALARS, RoutingCounter
 from megatron_moe.moe.exchange import Group, size_of
-from megatron_moe.moe.router import Scores
-
-MOST_PENDING = 64
-"""Passes whose tensors are kept at most before they are added up. On a CPU with 2 threads a layer
-of 8 experts of 256 x 512 with 1024 tokens spends 0.16 ms of 25 ms if it adds each pass on its
-own."""
-_SCALARS = ("tokens", "micro_batches", "entropy", "load_balancing", "router_z")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,18 +30,26 @@ class LayerStatistics:
         kept: those that were not dropped.
         tokens: tokens routed.
         router_entropy: mean over tokens of -sum p ln p, in nats.
+        router_confidence: mean over tokens of the largest of the E probabilities.
+        logit_rms: root of the mean over tokens and experts of the squared router logit.
         aux_loss: load balancing, mean over micro-batches, without coefficient; k when balanced.
         z_loss: router z-loss, mean over micro-batches, without coefficient.
         micro_batches: counted, over data-parallel ranks.
+        tokens_at: [2][P] tokens in each part of a row: real ones, then padding.
+        kept_at: [2][P][K] choices of these tokens that were not dropped, by the rank of the choice.
     """
 
     load: tuple[float, ...]
     kept: tuple[float, ...]
     tokens: float
     router_entropy: float
+    router_confidence: float
+    logit_rms: float
     aux_loss: float
     z_loss: float
     micro_batches: float
+    tokens_at: tuple[tuple[float, ...], ...]
+    kept_at: tuple[tuple[tuple[float, ...], ...], ...]
 
     @property
     def kept_choices(self) -> float:
@@ -67,6 +70,77 @@ class LayerStatistics:
     def max_over_mean_load(self) -> float:
         """Load of the busiest expert over the mean; 1 when balanced."""
         return max(self.load) * len(self.load) / max(sum(self.load), 1.0)
+
+    @property
+    def max_violation(self) -> float:
+        """MaxVio: (load of the busiest expert - mean load) / mean load; 0 when balanced (Wang et
+        al., arXiv 2408.15664, section 4.1).
+        """
+        return max(self.max_over_mean_load - 1.0, 0.0)
+
+    @property
+    def dead_experts(self) -> int:
+        """Experts that no token has chosen."""
+        return sum(count == 0 for count in self.load)
+
+    @property
+    def drop_rate_by_choice(self) -> tuple[float | None, ...]:
+        """[K] share of first choices that were dropped, of second choices, ..."""
+        tokens = sum(map(sum, self.tokens_at))
+        buckets = [bucket for kind in self.kept_at for bucket in kind]
+        return tuple(_dropped(sum(kept), tokens) for kept in zip(*buckets, strict=True))
+
+    @property
+    def drop_rate_by_position(self) -> tuple[float | None, ...]:
+        """[P] share of choices that were dropped in each part of a row; `None` without tokens."""
+        tokens = [real + pads for real, pads in zip(*self.tokens_at, strict=True)]
+        kept = [sum(real) + sum(pads) for real, pads in zip(*self.kept_at, strict=True)]
+        return tuple(_dropped(k, t * self._topk) for k, t in zip(kept, tokens, strict=True))
+
+    @property
+    def drop_rate_of_real(self) -> float | None:
+        """Share of the choices of tokens that are not padding that were dropped."""
+        return self._drop_rate_of(0)
+
+    @property
+    def drop_rate_of_padding(self) -> float | None:
+        """Share of the choices of padding that were dropped; `None` without padding."""
+        return self._drop_rate_of(1)
+
+    def _drop_rate_of(self, kind: int) -> float | None:
+        return _dropped(sum(map(sum, self.kept_at[kind])), sum(self.tokens_at[kind]) * self._topk)
+
+    @property
+    def _topk(self) -> int:
+        return len(self.kept_at[0][0])
+
+    def to_json(self) -> dict[str, Any]:
+        """Fields and rates as plain values: counts are integers, a rate without tokens `None`."""
+        counts = {"load": self.load, "kept": self.kept}
+        at = {"tokens_at": self.tokens_at, "kept_at": self.kept_at}
+        rates = (
+            *("drop_rate", "drop_rate_of_real", "drop_rate_of_padding"),
+            *("drop_rate_by_choice", "drop_rate_by_position"),
+            *("max_over_mean_load", "max_violation", "dead_experts"),
+        )
+        means = ("router_entropy", "router_confidence", "logit_rms", "aux_loss", "z_loss")
+        return {
+            **{name: getattr(self, name) for name in (*rates, *means)},
+            **_integers({**counts, "tokens": self.tokens, **at}),
+            "micro_batches": self.micro_batches,
+        }
+
+
+def _integers(value: Any) -> Any:
+    """The same with integers for floats, in nested containers."""
+    if isinstance(value, dict):
+        return {key: _integers(item) for key, item in value.items()}
+    return [_integers(item) for item in value] if isinstance(value, tuple) else int(value)
+
+
+def _dropped(kept: float, choices: float) -> float | None:
+    """Share of choices that are not among the kept ones; `None` if there are none."""
+    return 1.0 - kept / choices if choices else None
 
 
 class LedgerError(RuntimeError):
@@ -103,93 +177,6 @@ def check_ledger(layers: Mapping[int, LayerStatistics], positions: int, topk: in
         raise LedgerError(f"MoE layer {number}: tokens must add up to {expected} (got {found})")
 
 
-class RoutingCounter(nn.Module):
-    """Sums of one layer on its device; not part of a checkpoint.
-
-    `add` only keeps references to a few small tensors; they are added up when `MOST_PENDING` passes
-    have been kept or the sums are read, so that a pass pays almost nothing.
-
-    Args:
-        layer_number: 0-based index of the transformer layer.
-        num_experts: E.
-        device: where the layer is.
-    """
-
-    def __init__(
-        self, layer_number: int, num_experts: int, device: torch.device | str | None
-    ) -> None:
-        super().__init__()
-        self.layer_number = layer_number
-        self.num_experts = num_experts
-        size = 2 * num_experts + len(_SCALARS)
-        self.register_buffer(
-            "_sums", torch.zeros(size, dtype=torch.float64, device=device), persistent=False
-        )
-        self._sums: Tensor
-        self._clear_pending()
-
-    def _clear_pending(self) -> None:
-        self._loads: list[Tensor] = []
-        self._kept: list[Tensor] = []
-        self._scalars: list[Tensor] = []
-        self._tokens, self._micro_batches = 0, 0.0
-
-    @torch.no_grad()
-    def add(
-        self,
-        scores: Scores,
-        load_GE: Tensor,
-        kept_GE: Tensor,
-        losses: Sequence[Tensor],
-        ranks_per_row: int = 1,
-    ) -> None:
-        """Count one micro-batch.
-
-        Args:
-            scores: of this rank's tokens.
-            load_GE: choices of each group and expert that this rank counts, before drops; may have
-                no groups.
-            kept_GE: those of them that were not dropped.
-            losses: this rank's shares of the balance and the z-loss, without coefficients.
-            ranks_per_row: ranks that share the micro-batch; each counts its part of it.
-        """
-        self._loads.append(load_GE)
-        self._kept.append(kept_GE)
-        self._scalars += ((scores.probs_TE * scores.log_probs_TE).sum(), *losses)
-        self._tokens += scores.choices_TK.shape[0]
-        self._micro_batches += 1.0 / ranks_per_row
-        if len(self._loads) == MOST_PENDING:
-            self._add_up()
-
-    @torch.no_grad()
-    def _add_up(self) -> None:
-        """Add pending passes to the sums."""
-        if not self._loads:
-            return
-        experts = self.num_experts
-        self._sums[:experts] += torch.cat(self._loads).sum(0)
-        self._sums[experts : 2 * experts] += torch.cat(self._kept).sum(0)
-        tokens, batches, entropy, *losses = self._sums[2 * experts :].unbind()
-        tokens += self._tokens
-        batches += self._micro_batches
-        scalars = torch.stack(self._scalars).view(-1, 1 + len(losses)).double().sum(0).unbind()
-        entropy -= scalars[0]
-        for loss, share in zip(losses, scalars[1:], strict=True):
-            loss += share
-        self._clear_pending()
-
-    @property
-    def sums(self) -> Tensor:
-        """[2 E + 5] fp64: loads, kept choices, and `_SCALARS`; to be read or written in place."""
-        self._add_up()
-        return self._sums
-
-    def reset(self) -> None:
-        """Set all sums to zero."""
-        self._clear_pending()
-        self._sums.zero_()
-
-
 def counters(chunks: Iterable[nn.Module]) -> dict[int, RoutingCounter]:
     """The counters of all MoE layers in model chunks, by 0-based layer number."""
     found = (m for chunk in chunks for m in chunk.modules() if isinstance(m, RoutingCounter))
@@ -215,7 +202,7 @@ def collect_statistics(chunks: Iterable[nn.Module], pgs: Any) -> dict[int, Layer
     mine = counters(chunks)
     tp, dp, pp = (getattr(pgs, name, None) for name in ("tp", "dp", "pp"))
     device = next((c.sums.device for c in mine.values()), _device_of(chunks))
-    layers, width = _table_shape(mine, pp, device)
+    layers, width, experts = _table_shape(mine, pp, device)
     if layers == 0:
         return {}
     table = torch.zeros(layers, width + 1, dtype=torch.float64, device=device)
@@ -226,19 +213,20 @@ def collect_statistics(chunks: Iterable[nn.Module], pgs: Any) -> dict[int, Layer
         if size_of(group) > 1:
             dist.all_reduce(table, group=group)
     rows = table.tolist()
-    return {i: _statistics(row[:width]) for i, row in enumerate(rows) if row[width] > 0}
+    return {i: _statistics(row[:width], experts) for i, row in enumerate(rows) if row[width] > 0}
 
 
 def _table_shape(
     mine: dict[int, RoutingCounter], pp: Group, device: torch.device
-) -> tuple[int, int]:
-    """Layers (highest number + 1) and sums per layer, over all pipeline stages."""
+) -> tuple[int, int, int]:
+    """Layers (highest number + 1), sums per layer and E, over all pipeline stages."""
     width = max((c.sums.numel() for c in mine.values()), default=0)
-    shape = torch.tensor([max(mine, default=-1) + 1, width], device=device)
+    experts = max((c.num_experts for c in mine.values()), default=0)
+    shape = torch.tensor([max(mine, default=-1) + 1, width, experts], device=device)
     if size_of(pp) > 1:
         dist.all_reduce(shape, op=dist.ReduceOp.MAX, group=pp)
-    layers, width = shape.tolist()
-    return layers, width
+    layers, width, experts = shape.tolist()
+    return layers, width, experts
 
 
 def _device_of(chunks: Iterable[nn.Module]) -> torch.device:
@@ -246,16 +234,23 @@ def _device_of(chunks: Iterable[nn.Module]) -> torch.device:
     return next((p.device for c in chunks for p in c.parameters()), torch.device("cpu"))
 
 
-def _statistics(sums: list[float]) -> LayerStatistics:
+def _statistics(sums: list[float], experts: int) -> LayerStatistics:
     """One row of sums as means."""
-    experts = (len(sums) - len(_SCALARS)) // 2
-    tokens, batches, entropy, balance, z = sums[2 * experts :]
+    ends = 2 * experts, 2 * experts + len(SCALARS)
+    tokens, batches, entropy, confidence, square, balance, z = sums[slice(*ends)]
+    at_2PC = (
+        torch.tensor(sums[ends[1] :], dtype=torch.float64).view(2, POSITION_BUCKETS, -1).tolist()
+    )
     return LayerStatistics(
         load=tuple(sums[:experts]),
         kept=tuple(sums[experts : 2 * experts]),
         tokens=tokens,
         router_entropy=entropy / max(tokens, 1.0),
+        router_confidence=confidence / max(tokens, 1.0),
+        logit_rms=math.sqrt(square / max(tokens * experts, 1.0)),
         aux_loss=balance / max(batches, 1.0),
         z_loss=z / max(batches, 1.0),
         micro_batches=batches,
+        tokens_at=tuple(tuple(counts[0] for counts in kind) for kind in at_2PC),
+        kept_at=tuple(tuple(tuple(counts[1:]) for counts in kind) for kind in at_2PC),
     )

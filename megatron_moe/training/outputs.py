@@ -36,14 +36,18 @@ def check_outputs(config: RunConfig) -> None:
     if switch is not None and os.path.exists(switch):
         fix = "the run would end after its first step; delete it to train"
         raise UsageError("--kill-switch-file", switch, "a file that does not exist yet", fix)
-    metrics = config.logging.metrics_file
-    if metrics is None:
+    _file("--metrics-file", config.logging.metrics_file)
+    _file("--routing-log-file", config.logging.routing_log_file)
+
+
+def _file(flag: str, path: str | None) -> None:
+    if path is None:
         return
-    if Path(metrics).is_dir():
-        raise UsageError("--metrics-file", metrics, "a file, not a directory")
-    if Path(metrics).exists() and not os.access(metrics, os.W_OK):
-        raise UsageError("--metrics-file", metrics, "a writable file")
-    _directory("--metrics-file", str(Path(metrics).absolute().parent))
+    if Path(path).is_dir():
+        raise UsageError(flag, path, "a file, not a directory")
+    if Path(path).exists() and not os.access(path, os.W_OK):
+        raise UsageError(flag, path, "a writable file")
+    _directory(flag, str(Path(path).absolute().parent))
 
 
 def _directory(flag: str, path: str | None) -> None:
@@ -70,7 +74,7 @@ def _is(path: Path) -> bool:
 
 
 def drop_later_steps(path: Path, iteration: int) -> None:
-    """Drop the records of steps after ``iteration``, which will run again, from a metrics file.
+    """Drop the records of steps after ``iteration``, which will run again, from a JSON Lines file.
 
     A last line that was cut off when a run was killed is dropped as well.
 

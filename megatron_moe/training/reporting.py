@@ -18,6 +18,7 @@ from megatron_moe.training.log import LogSink, print_line
 from megatron_moe.training.metrics import Evaluation, Interval, Summary
 from megatron_moe.training.outputs import drop_later_steps
 from megatron_moe.training.phases import Phase, RunSchedule
+from megatron_moe.training.routing_log import RoutingLogSink
 from megatron_moe.training.run import TrainingRun
 from megatron_moe.training.sinks import Sink
 from megatron_moe.training.tensorboard import TensorBoardSink
@@ -110,9 +111,13 @@ def build_reporter(config: RunConfig, iterations: int, rank: int, first_iteratio
     reporter = Reporter({"the log": LogSink(logging, iterations)}, writes=True)
     if (file := logging.metrics_file) is not None:
         reporter.add(f"--metrics-file {file}", lambda: MetricsFileSink(Path(file), first_iteration))
+    if (routing := logging.routing_log_file) is not None:
+        name = f"--routing-log-file {routing}"
+        reporter.add(name, lambda: RoutingLogSink(Path(routing), first_iteration))
     if (board := logging.tensorboard_dir) is not None:
-        name = f"--tensorboard-dir {board}"
-        reporter.add(name, lambda: TensorBoardSink(board, first_iteration, logging))
+        reporter.add(
+            f"--tensorboard-dir {board}", lambda: TensorBoardSink(board, first_iteration, logging)
+        )
     if logging.wandb_project:
         reporter.add(f"--wandb-project {logging.wandb_project}", lambda: WandbSink(config))
     if reporter.failed() and logging.log_failure_policy == "stop":

@@ -94,6 +94,9 @@ class BoardSink(ABC):
             values = {f"{prefix}/{tag}": value for tag, value in _layer_values(layer).items()}
             self.add(values, last.iteration)
             self.add_bars(f"{prefix}/load per expert", layer.load, last.iteration)
+            # A part of a row without tokens has no rate; its bar is empty.
+            drops = [rate or 0.0 for rate in layer.drop_rate_by_position]
+            self.add_bars(f"{prefix}/drop rate by position", drops, last.iteration)
 
     def evaluation(self, name: str, iteration: int, result: Evaluation) -> None:
         """`{name}/lm loss`, its perplexity, and `{name}/lm loss of {domain}`."""
@@ -145,14 +148,23 @@ def _interval_values(interval: Interval, logging: LoggingConfig) -> dict[str, fl
 
 
 def _layer_values(layer: LayerStatistics) -> dict[str, float]:
-    """The scalars of one MoE layer, by the end of their tag."""
-    return {
+    """The scalars of one MoE layer, by the end of their tag; no value for rates without tokens."""
+    values: dict[str, float | None] = {
         "max over mean load": layer.max_over_mean_load,
+        "MaxVio": layer.max_violation,
+        "dead experts": float(layer.dead_experts),
         "drop rate": layer.drop_rate,
+        "drop rate of real tokens": layer.drop_rate_of_real,
+        "drop rate of padding": layer.drop_rate_of_padding,
         "tokens": layer.tokens,
         "kept choices": layer.kept_choices,
         "dropped choices": layer.dropped_choices,
         "router entropy": layer.router_entropy,
+        "router confidence": layer.router_confidence,
+        "router logit RMS": layer.logit_rms,
         "load balancing loss": layer.aux_loss,
         "router z loss": layer.z_loss,
     }
+    for rank, rate in enumerate(layer.drop_rate_by_choice, 1):
+        values[f"drop rate of choice {rank}"] = rate
+    return {tag: value for tag, value in values.items() if value is not None}

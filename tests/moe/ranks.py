@@ -62,11 +62,17 @@ def run_whole(settings: dict[str, Any], replicas: int) -> Whole:
     outputs, grads = [], []
     for replica in range(replicas):
         x = tokens(replica).requires_grad_()
-        y = layer(x)
+        y = layer(x, padding(replica))
         y.backward(tokens(100 + replica))
         outputs.append(y.detach())
         grads.append(x.grad)
     return Whole(outputs, [r.kept_TK.view(SEQUENCE, BATCH, -1) for r in seen], grads, layer)
+
+
+def padding(replica: int) -> Tensor:
+    """The ends of the rows, of another length in each."""
+    ends = torch.tensor([SEQUENCE - 1 - replica, SEQUENCE // 2])
+    return torch.arange(SEQUENCE)[:, None] >= ends[None, :BATCH]
 
 
 def copy_experts(layer: MoELayer, whole: MoELayer, ctx: ParallelContext) -> None:
@@ -97,7 +103,7 @@ def check_layout(
     copy_experts(layer, whole.layer, ctx)
     seen = watched(layer)
     x = tokens(ctx.dp_rank).chunk(tp)[ctx.tp_rank].clone().requires_grad_()
-    y = layer(x)
+    y = layer(x, padding(ctx.dp_rank).chunk(tp)[ctx.tp_rank])
     y.backward(tokens(100 + ctx.dp_rank).chunk(tp)[ctx.tp_rank])
     kept = seen[0].kept_TK.view(SEQUENCE // tp, BATCH, -1)
     assert torch.equal(kept, whole.kept[ctx.dp_rank].chunk(tp)[ctx.tp_rank])

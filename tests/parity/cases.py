@@ -80,6 +80,7 @@ _MODEL = ModelConfig(
     embedding_init_method_std=0.7,
     # Strong enough that a wrong router gradient shows.
     router_init_method_std=0.3,
+    zero_padding_activations=True,
 )
 _MOE = MoEConfig(
     num_experts=4,

@@ -15,6 +15,8 @@ from megatron_moe.training.outputs import check_outputs, drop_later_steps
 from tests.support.pool import Pool
 from tests.training.tiny import MODEL, pretrain_rank
 
+FLAGS = ["--save", "--tensorboard-dir", "--metrics-file", "--routing-log-file"]
+
 
 def _run(flag: str, path: str) -> RunConfig:
     name = flag.removeprefix("--").replace("-", "_")
@@ -23,7 +25,9 @@ def _run(flag: str, path: str) -> RunConfig:
     return RunConfig(logging=replace(LoggingConfig(), **{name: path}))
 
 
-@pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir", "--metrics-file"])
+@pytest.mark.parametrize(
+    "flag", ["--save", "--tensorboard-dir", "--metrics-file", "--routing-log-file"]
+)
 def test_a_path_through_a_file_is_rejected(flag: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError) as error:
@@ -31,7 +35,9 @@ def test_a_path_through_a_file_is_rejected(flag: str, tmp_path: Path) -> None:
     assert error.value.what == flag
 
 
-@pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir", "--metrics-file"])
+@pytest.mark.parametrize(
+    "flag", ["--save", "--tensorboard-dir", "--metrics-file", "--routing-log-file"]
+)
 def test_a_directory_without_write_access_is_rejected(flag: str) -> None:
     with pytest.raises(UsageError) as error:
         check_outputs(_run(flag, "/proc/none/x"))
@@ -48,11 +54,14 @@ def test_a_directory_whose_files_no_library_opens_is_rejected(flag: str, tmp_pat
 
 
 def test_a_directory_is_not_a_metrics_file(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="not a directory"):
-        check_outputs(_run("--metrics-file", str(tmp_path)))
+    for flag in ("--metrics-file", "--routing-log-file"):
+        with pytest.raises(UsageError, match=f"{flag} must be a file, not a directory"):
+            check_outputs(_run(flag, str(tmp_path)))
 
 
-@pytest.mark.parametrize("flag", ["--save", "--tensorboard-dir", "--metrics-file"])
+@pytest.mark.parametrize(
+    "flag", ["--save", "--tensorboard-dir", "--metrics-file", "--routing-log-file"]
+)
 def test_checking_creates_nothing(flag: str, tmp_path: Path) -> None:
     check_outputs(_run(flag, str(tmp_path / "a" / "b")))
     assert not list(tmp_path.iterdir())

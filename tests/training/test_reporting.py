@@ -23,11 +23,18 @@ DATA = ["--split", "80,15,5", "--train-iters", "8", "--eval-iters", "2", "--eval
 TRAIN = ("lm loss", "logit z", "grad norm", "learning rate")
 LAYER = (
     "max over mean load",
+    "MaxVio",
+    "dead experts",
     "drop rate",
+    "drop rate of real tokens",
+    "drop rate of choice 1",
+    "drop rate of choice 2",
     "tokens",
     "kept choices",
     "dropped choices",
     "router entropy",
+    "router confidence",
+    "router logit RMS",
     "load balancing loss",
     "router z loss",
 )
@@ -40,10 +47,13 @@ class Reported:
         self.argv = [*MODEL, *DATA, "--data-path", corpus, "--expert-model-parallel-size", "2"]
         self.argv += ["--tensorboard-dir", str(directory / "board")]
         self.argv += ["--metrics-file", str(directory / "metrics.jsonl")]
+        self.argv += ["--routing-log-file", str(directory / "routing.jsonl")]
         self.results = pool.run(pretrain_rank, 2, argv=self.argv)
         self.config = parse_args(self.argv).config
         lines = (directory / "metrics.jsonl").read_text().splitlines()
         self.steps = [json.loads(line) for line in lines]
+        lines = (directory / "routing.jsonl").read_text().splitlines()
+        self.routing = [json.loads(line) for line in lines]
         self.board = EventAccumulator(str(directory / "board"), {"scalars": 0, "histograms": 0})
         self.board.Reload()
 
@@ -65,7 +75,9 @@ def test_tensorboard_has_what_the_documentation_promises(reported):
     expected |= {f"moe/layer {layer}/{name}" for layer in ("01", "03") for name in LAYER}
     assert tags == expected
     assert set(reported.board.Tags()["histograms"]) == {
-        f"moe/layer {layer}/load per expert" for layer in ("01", "03")
+        f"moe/layer {layer}/{name}"
+        for layer in ("01", "03")
+        for name in ("load per expert", "drop rate by position")
     }
     manual = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
     for tag in expected - {"test/lm loss", "test/perplexity"}:
@@ -114,6 +126,40 @@ def test_every_choice_of_every_token_is_in_the_load_histogram(reported):
             0 < v < 1.3863 for v in reported.scalars(f"moe/layer {layer}/router entropy").values()
         )
         assert all(0 < v < 1 for v in reported.scalars(f"moe/layer {layer}/drop rate").values())
+
+
+def test_the_routing_log_has_every_layer_and_says_what_tensorboard_says(reported):
+    assert [line["iteration"] for line in reported.routing] == [4, 8]
+    tags = {
+        "max over mean load": "max_over_mean_load",
+        "MaxVio": "max_violation",
+        "dead experts": "dead_experts",
+        "drop rate": "drop_rate",
+        "drop rate of real tokens": "drop_rate_of_real",
+        "tokens": "tokens",
+        "router entropy": "router_entropy",
+        "router confidence": "router_confidence",
+        "router logit RMS": "logit_rms",
+        "load balancing loss": "aux_loss",
+        "router z loss": "z_loss",
+    }
+    for line in reported.routing:
+        assert line["layers"].keys() == {"1", "3"}
+        for number, layer in line["layers"].items():
+            for tag, key in tags.items():
+                shown = reported.scalars(f"moe/layer 0{number}/{tag}")[line["iteration"]]
+                assert shown == pytest.approx(layer[key], rel=1e-6), tag
+            for rank in (0, 1):
+                shown = reported.scalars(f"moe/layer 0{number}/drop rate of choice {rank + 1}")
+                assert shown[line["iteration"]] == pytest.approx(layer["drop_rate_by_choice"][rank])
+            assert layer["drop_rate_of_padding"] is None, "rows of this objective have none"
+            assert sum(layer["load"]) == 2 * layer["tokens"] == 2 * 4 * 8 * 32
+            assert sum(map(sum, layer["kept_at"][0])) == sum(layer["kept"])
+            # Positions compete in order, so the end of a row loses more than its start.
+            at = layer["drop_rate_by_position"]
+            assert at[0] < at[-1]
+            assert sum(at) / 8 == pytest.approx(layer["drop_rate"])
+            assert layer["max_violation"] == pytest.approx(layer["max_over_mean_load"] - 1)
 
 
 def test_throughput_is_consistent(reported):

@@ -1,0 +1,67 @@
+"""`--routing-log-file`: statistics of routing as JSON Lines, for programs.
+
+A line at every `--log-interval`, with all MoE layers by their 0-based number:
+
+    {"iteration": 100, "layers": {"3": {"load": [...], "drop_rate": 0.41, ...}, ...}}
+
+The keys of a layer are those of `LayerStatistics.to_json`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from megatron_moe.checkpoint import TrainState
+from megatron_moe.data.pipeline import Data
+from megatron_moe.training.metrics import Evaluation, Interval, Summary
+from megatron_moe.training.outputs import drop_later_steps
+from megatron_moe.training.phases import Phase, RunSchedule
+from megatron_moe.training.run import TrainingRun
+
+
+class RoutingLogSink:
+    """Appends a line for each report; the file of a model without MoE layers stays empty.
+
+    Args:
+        path: of the file; its directory is created.
+        first_iteration: later steps are removed from an existing file.
+    """
+
+    def __init__(self, path: Path, first_iteration: int) -> None:
+        self._path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        drop_later_steps(path, first_iteration)
+
+    def interval(self, interval: Interval) -> None:
+        """A line with the layers."""
+        if interval.layers:
+            layers = {str(n): layer.to_json() for n, layer in interval.layers.items()}
+            self._append({"iteration": interval.records[-1].iteration, "layers": layers})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+
+    def start(self, run: TrainingRun, schedule: RunSchedule, data: Data, state: TrainState) -> None:
+        """Nothing: lines are of steps."""
+
+    def phase(self, before: Phase, after: Phase, data: Data, state: TrainState) -> None:
+        """Nothing, as for `start`."""
+
+    def evaluation(self, name: str, iteration: int, result: Evaluation) -> None:
+        """Nothing: routing is not reported for evaluations."""
+
+    def end(self, summary: Summary) -> None:
+        """Nothing: every line was written and closed."""
+
+
+def _finite(value: Any) -> Any:
+    """The same with `None` for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
