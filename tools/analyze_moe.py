@@ -1,6 +1,15 @@
 r"""Analyse the routing and the experts of MoE checkpoints: tables, plots and one report.
 
-python tools/analyze_moe.py --load checkpoints --data code=data/code text=data/text --out analysis
+Checkpoints of any format: a run of this project (a step with @STEP), OpenMoE weights of Hugging
+Face, and the families that docs/analyses/families.md lists. Results that are there already are
+kept, so that an interrupted command goes on and a report grows.
+
+    python tools/analyze_moe.py --load checkpoints --data code=data/code text=data/text --out report
+    python tools/analyze_moe.py --load run@1000 run@20000 --data data/wiki --out report
+    python tools/analyze_moe.py --load Mixtral-8x7B --analyses similarity matching --out weights
+    python tools/analyze_moe.py --load OLMoE-1B-7B --data c4=data/c4 --figures olmoe --out report
+    python tools/analyze_moe.py --load run --data data/wiki --ablate 3:17 3:4 --out ablation
+    python tools/analyze_moe.py --list
 """
 
 from __future__ import annotations
@@ -8,50 +17,239 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_moe.command_line import Parser
-from megatron_moe.errors import exit_on_usage_error
+from megatron_moe.console import print_safely
+from megatron_moe.errors import UsageError, exit_on_usage_error
+
+if TYPE_CHECKING:
+    from megatron_moe.analysis.base import Analysis
+    from megatron_moe.analysis.model import MoEModel
+    from megatron_moe.analysis.run import RunOptions
+    from megatron_moe.analysis.sample import Sample
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser("analyze_moe.py", __doc__)
-    add = parser.add_argument
-    add("--load", nargs="+", required=True, metavar="DIR", help="checkpoints, of any format")
-    add("--data", nargs="+", default=[], metavar="NAME=PREFIX", help="indexed datasets")
-    add("--out", type=Path, required=True, metavar="DIR", help="results; those there are kept")
-    add("--analyses", nargs="+", metavar="NAME", help="what to analyse (all)")
-    add("--seq-length", type=int, default=1024, help="tokens of a row (1024)")
+    add = parser.add_argument_group("what to analyse").add_argument
+    more = "checkpoints, each [LABEL=]DIR[@STEP]; several are overlaid"
+    add("--load", nargs="+", default=[], metavar="DIR", help=more)
+    add("--compare", nargs=2, default=[], metavar="DIR", help="two checkpoints side by side")
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="NAME=PREFIX",
+        help="indexed datasets, a domain each",
+    )
+    add("--analyses", nargs="+", metavar="NAME", help="some analyses (all; see --list)")
+    add("--layers", nargs="+", type=int, metavar="L", help="some MoE layers, from 0 (all)")
+    add("--figures", choices=("openmoe", "olmoe", "closer-look"), help="a paper's figures as well")
+    add("--ablate", nargs="+", metavar="LAYER:EXPERT", help="the loss without these experts")
+    add("--list", action="store_true", help="print the analyses and exit")
+    add = parser.add_argument_group("how").add_argument
+    add("--out", type=Path, metavar="DIR", help="results and report.html; those there are kept")
+    add("--tokens", type=int, default=1 << 20, help="most tokens of each dataset (1048576)")
+    add("--seq-length", type=int, help="tokens of a row (the longest of all models, at most 2048)")
     add("--batch-size", type=int, default=8, help="rows per batch (8)")
-    add("--tokens", type=int, default=200_000, help="tokens of each dataset (200000)")
+    add("--device", default="cpu", help="PyTorch device, e.g. cuda (cpu)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="dtype of the computation (fp32)")
+    add("--seed", type=int, default=1234, help="of permutations and samples (1234)")
+    add("--draws", type=int, default=200, help="permutations or resamples of a test (200)")
     return parser.parse_args(argv)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Open, analyse, write."""
-    from megatron_moe.analysis.base import all_analyses
-    from megatron_moe.analysis.opening import open_model
-    from megatron_moe.analysis.run import RunOptions, analyse, compare
-    from megatron_moe.analysis.sample import check_sample, read_sample
-    from megatron_moe.data.progress import progress_bar
+LONGEST_ROW = 2048
+"""Tokens of a row unless `--seq-length` says more: memory of attention grows with its square."""
 
-    models = [open_model(path) for path in options.load]
+
+def check(options: argparse.Namespace) -> None:
+    """Check the flags before anything is opened.
+
+    Raises:
+        UsageError: the first invalid flag.
+    """
+    if not options.load and not options.compare:
+        raise UsageError("--load", None, "given, or --compare A B", "see --help")
+    if options.load and options.compare:
+        raise UsageError("--compare", " ".join(options.compare), "absent with --load")
+    if options.out is None:
+        raise UsageError("--out", None, "a directory for the results")
+    for name in ("tokens", "batch_size", "seq_length", "draws"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')}", value, ">= 1")
+    if options.out.exists() and not options.out.is_dir():
+        raise UsageError("--out", str(options.out), "a directory, or a new name")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Open, analyse, write.
+
+    Raises:
+        UsageError: a flag, a checkpoint or the data is invalid.
+    """
+    from megatron_moe.analysis.base import all_analyses
+
+    known = all_analyses()
+    if options.list:
+        print_list(known.values())
+        return
+    check(options)
+    analyses = selected(options.analyses, known)
+    models = open_all([*options.load, *options.compare])
+    layers = layers_of(options.layers, models)
+    analyses = without_data(options, analyses)
+    sample = sample_of(options, models)
+    from megatron_moe.analysis.run import RunOptions
+    from megatron_moe.inference.loading import DTYPES, check_device
+
+    check_device(options.device)
+    how = RunOptions(
+        out=options.out,
+        device=options.device,
+        dtype=DTYPES[options.dtype],
+        layers=layers,
+        seed=options.seed,
+        draws=options.draws,
+    )
+    if options.ablate:
+        ablate(options.ablate, models, sample, how)
+    else:
+        analyse_all(models, sample, analyses, how, options.figures)
+
+
+def print_list(analyses: object) -> None:
+    """Print key, question and source of every analysis."""
+    for each in analyses:  # type: ignore[attr-defined]
+        data = "" if each.needs_data else "  (needs no --data)"
+        print_safely(f"{each.key:<24} {each.question}{data}")
+        print_safely(f"{'':<24} {each.source}")
+
+
+def selected(names: Sequence[str] | None, known: dict[str, Analysis]) -> list[Analysis]:
+    """The analyses by their names on the command line.
+
+    Raises:
+        UsageError: there is no such analysis; the known ones are listed.
+    """
+    for name in names or ():
+        if name not in known:
+            raise UsageError("--analyses", name, f"some of {', '.join(known)}")
+    return [known[name] for name in dict.fromkeys(names or known)]
+
+
+def open_all(words: Sequence[str]) -> list[MoEModel]:
+    """Open the checkpoints `[LABEL=]DIR[@STEP]`.
+
+    Raises:
+        UsageError: one does not exist or is no MoE model, or two have the same label.
+    """
+    from megatron_moe.analysis.opening import open_model
+
+    models: list[MoEModel] = []
+    for word in words:
+        label, path, step = parts_of(word)
+        models.append(open_model(path, step, label))
+    for model in models:
+        if [other.label for other in models].count(model.label) > 1:
+            fix = "name them: --load A=DIR B=DIR"
+            raise UsageError("--load", model.label, "a different label for each checkpoint", fix)
+    return models
+
+
+def parts_of(word: str) -> tuple[str | None, str, int | None]:
+    """Label, directory and step of `[LABEL=]DIR[@STEP]`; a directory of that name comes first."""
+    if Path(word).exists():
+        return None, word, None
+    label, _, path = word.rpartition("=")
+    if not Path(path).exists():
+        before, mark, step = path.rpartition("@")
+        if mark and step.isdecimal():
+            return label or None, before, int(step)
+    return label or None, path, None
+
+
+def layers_of(wanted: Sequence[int] | None, models: Sequence[MoEModel]) -> tuple[int, ...] | None:
+    """The MoE layers to analyse, ascending.
+
+    Raises:
+        UsageError: a model has no MoE layer of that number.
+    """
+    if wanted is None:
+        return None
+    for model in models:
+        for layer in wanted:
+            if layer not in model.sizes.moe_layers:
+                known = ", ".join(map(str, model.sizes.moe_layers))
+                raise UsageError("--layers", layer, f"MoE layers of {model.label}: {known}")
+    return tuple(sorted(set(wanted)))
+
+
+def without_data(options: argparse.Namespace, analyses: Sequence[Analysis]) -> list[Analysis]:
+    """The analyses that can run: without `--data`, those of weights.
+
+    Raises:
+        UsageError: an analysis or an ablation that was asked for needs data.
+    """
+    if options.data:
+        return list(analyses)
+    needing = [each.key for each in analyses if each.needs_data]
+    if options.ablate or (options.analyses and needing):
+        what = "--ablate" if options.ablate else f"--analyses {needing[0]}"
+        raise UsageError("--data", None, f"given with {what}", "e.g. --data text=data/text")
+    if needing:
+        print_safely(f"no --data: only the analyses of weights; left out: {', '.join(needing)}")
+    return [each for each in analyses if not each.needs_data]
+
+
+def sample_of(options: argparse.Namespace, models: Sequence[MoEModel]) -> Sample:
+    """The tokens, checked against every model.
+
+    Raises:
+        UsageError: see `read_sample` and `check_sample`.
+    """
+    from megatron_moe.analysis.sample import check_sample, read_sample
+
+    longest = min(model.sizes.max_length for model in models)
     sample = read_sample(
         options.data,
         tokens=options.tokens,
-        seq_length=options.seq_length,
+        seq_length=options.seq_length or min(LONGEST_ROW, longest),
         batch_size=options.batch_size,
     )
-    for model in models:
-        check_sample(sample, model)
-    known = all_analyses()
-    analyses = [known[name] for name in options.analyses or known]
-    with progress_bar(sample.tokens * len(models), "tokens") as bar:
-        results = {
-            model.label: analyse(model, sample, analyses, RunOptions(out=options.out), bar.update)
-            for model in models
-        }
-    compare(analyses, results, options.out)
+    if sample.domains:
+        for model in models:
+            check_sample(sample, model)
+    return sample
+
+
+def analyse_all(
+    models: Sequence[MoEModel],
+    sample: Sample,
+    analyses: Sequence[Analysis],
+    how: RunOptions,
+    figures: str | None,
+) -> None:
+    """Analyse every checkpoint, compare them, write the report."""
+    from megatron_moe.analysis.run import analyse, compare, steps_of
+    from megatron_moe.data.progress import progress_bar
+
+    analyses = [each for each in analyses if each.min_checkpoints <= len(models)]
+    results = {}
+    with progress_bar(steps_of(sample, analyses) * len(models), "steps") as bar:
+        for model in models:
+            results[model.label] = analyse(model, sample, analyses, how, bar.update)
+    compare(analyses, results, how.out)
+
+
+def ablate(
+    words: Sequence[str], models: Sequence[MoEModel], sample: Sample, how: RunOptions
+) -> None:
+    """Print the losses with and without experts."""
+    raise NotImplementedError
 
 
 def main(argv: Sequence[str] | None = None) -> None:

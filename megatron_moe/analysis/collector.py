@@ -31,7 +31,7 @@ class Setting:
 
     Args:
         sizes: of the model.
-        sample: the tokens.
+        sample: the tokens; without domains if only weights are analysed.
         layers: the MoE layers that are analysed, ascending.
         seed: of everything that is drawn.
     """

@@ -54,7 +54,7 @@ class RunOptions:
 
 def analyse(
     model: MoEModel,
-    sample: Sample | None,
+    sample: Sample,
     analyses: Sequence[Analysis],
     options: RunOptions,
     advance: Callable[[int], object],
@@ -63,22 +63,35 @@ def analyse(
 
     Args:
         model: the checkpoint.
-        sample: the tokens; `None` if no analysis needs any.
+        sample: the tokens; without domains if no analysis needs any.
         analyses: what to compute.
         options: see there.
-        advance: called with the tokens of each batch.
+        advance: called with the number of steps done, of `steps_of`.
     """
     folder = options.out / model.label
     marks = {each.key: _fingerprint(model, sample, each, options) for each in analyses}
     found = {key: read_result(folder / key, mark) for key, mark in marks.items()}
-    missing = [each for each in analyses if found[each.key] is None]
     results = {key: result for key, result in found.items() if result is not None}
-    if missing:
-        computed = _compute(model, sample, missing, options, folder, advance)
-        for key, result in computed:
-            write_result(folder / key, result, marks[key])
-            results[key] = result
+    advance(len(results))
+    missing = [each for each in analyses if each.key not in results]
+    # Those that need no forward pass come first, while the model is not in memory.
+    for part in (
+        [each for each in missing if not each.needs_data],
+        [each for each in missing if each.needs_data],
+    ):
+        if part:
+            material = _material(model, sample, part, options, folder, advance)
+        for each in part:
+            results[each.key] = each.compute(material)
+            write_result(folder / each.key, results[each.key], marks[each.key])
+            advance(1)
     return {each.key: results[each.key] for each in analyses}
+
+
+def steps_of(sample: Sample, analyses: Sequence[Analysis]) -> int:
+    """Steps of `analyse` for a progress bar: the batches, and one for each analysis."""
+    passes = any(each.needs_data for each in analyses)
+    return len(analyses) + (sample.num_batches if passes else 0)
 
 
 def compare(
@@ -101,16 +114,16 @@ def compare(
     return found
 
 
-def _compute(
+def _material(
     model: MoEModel,
-    sample: Sample | None,
+    sample: Sample,
     analyses: Sequence[Analysis],
     options: RunOptions,
     folder: Path,
     advance: Callable[[int], object],
-) -> Sequence[tuple[str, Result]]:
+) -> Material:
+    """What the analyses work on, after the pass over the tokens if they need one."""
     layers = model.sizes.moe_layers if options.layers is None else options.layers
-    assert sample is not None, "analyses of weights alone get an empty sample"
     setting = Setting(sizes=model.sizes, sample=sample, layers=layers, seed=options.seed)
     for each in analyses:
         each.check(setting)
@@ -122,16 +135,13 @@ def _compute(
         parts = (model.identity, sample.fingerprint, layers, options.seed, names, __version__)
         mark = hashlib.sha256(repr(parts).encode()).hexdigest()
         stream(runner, sample, collected, state=folder / PASS, fingerprint=mark, advance=advance)
-    material = Material(
+    return Material(
         model=model, setting=setting, collected=collected, runner=runner, draws=options.draws
     )
-    return [(each.key, each.compute(material)) for each in analyses]
 
 
-def _fingerprint(
-    model: MoEModel, sample: Sample | None, analysis: Analysis, options: RunOptions
-) -> str:
-    data = sample.fingerprint if sample is not None and analysis.needs_data else ""
+def _fingerprint(model: MoEModel, sample: Sample, analysis: Analysis, options: RunOptions) -> str:
+    data = sample.fingerprint if analysis.needs_data else ""
     parts = (analysis.key, model.identity, data, options.layers, options.seed, options.draws)
     return hashlib.sha256(repr((*parts, str(options.dtype), __version__)).encode()).hexdigest()
 

@@ -45,7 +45,7 @@ class Sample:
     """Rows of all domains, in order.
 
     Args:
-        domains: at least one.
+        domains: none if only weights are analysed.
         seq_length: S.
         batch_size: most rows of a batch.
     """

@@ -40,13 +40,11 @@ def stream(
         collectors: by name.
         state: file of the state; it is left complete, so that a repeated pass reads nothing.
         fingerprint: of model, sample and collectors; a state with another one is ignored.
-        advance: called with the tokens of each batch, also of those that were read before.
+        advance: called with the number of batches done, those of an earlier pass included.
         save_seconds: seconds between two saves.
     """
     done = _restore(state, fingerprint, collectors)
-    if done:
-        skipped = sum(batch.size for batch in sample.batches() if batch.number < done)
-        advance(skipped)
+    advance(done)
     inputs = sorted({layer for each in collectors.values() for layer in each.needs_inputs})
     predictions = any(each.needs_predictions for each in collectors.values())
     saved = time.monotonic()
@@ -54,7 +52,7 @@ def stream(
         seen = runner.run(batch, inputs=inputs, predictions=predictions)
         for each in collectors.values():
             each.add(seen, runner)
-        advance(batch.size)
+        advance(1)
         if time.monotonic() - saved > save_seconds:
             _save(state, fingerprint, collectors, batch.number + 1)
             saved = time.monotonic()
