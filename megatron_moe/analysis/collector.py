@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from megatron_moe.analysis.model import MoERunner, Sizes
 from megatron_moe.analysis.observation import Observation
@@ -74,6 +76,49 @@ class Collector(ABC):
         """Continue from the sums of `state`."""
         for name, value in state.items():
             setattr(self, name, value)
+
+
+class Tallies(Collector):
+    """A collector whose sums are tensors on the model's device.
+
+    Analyses read them with `state`, as arrays.
+
+    Args:
+        sums: by name; what each counts is documented by the subclass.
+    """
+
+    def __init__(self, sums: dict[str, Tensor]) -> None:
+        self._sums = sums
+
+    def on(self, device: torch.device) -> dict[str, Tensor]:
+        """The sums, to be changed in place, on ``device``."""
+        for name, value in self._sums.items():
+            self._sums[name] = value.to(device)
+        return self._sums
+
+    def state(self) -> State:
+        """All sums, by name."""
+        return {name: value.cpu().numpy() for name, value in self._sums.items()}
+
+    def restore(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Continue from the sums of `state`."""
+        self._sums = {name: torch.from_numpy(value.copy()) for name, value in state.items()}
+
+
+def tally(sums: Tensor, index: Tensor, amount: Tensor | None = None) -> None:
+    """`sums[i] += 1`, or the amount, for each i in ``index``.
+
+    Args:
+        sums: contiguous, of any shape; it is addressed as if it were flat.
+        index: int64, of any shape.
+        amount: of the shape of ``index``.
+    """
+    flat = index.reshape(-1)
+    if amount is None:
+        added = torch.ones(1, dtype=sums.dtype, device=sums.device).expand(len(flat))
+    else:
+        added = amount.reshape(-1).to(sums.dtype)
+    sums.view(-1).scatter_add_(0, flat, added)
 
 
 _MADE: dict[str, Callable[[Setting], Collector]] = {}

@@ -156,6 +156,15 @@ def _domain(name: str, source: Source, tokens: int | None, seq_length: int) -> D
     return Domain(name=name, source=source, starts=chosen * seq_length, ends=ends)
 
 
+def first_rows(sample: Sample) -> list[int]:
+    """Place in its domain of the first row of each batch, by the number of the batch."""
+    return [
+        place
+        for domain in sample.domains
+        for place in range(0, len(domain.starts), sample.batch_size)
+    ]
+
+
 def check_sample(sample: Sample, model: MoEModel) -> None:
     """Check that a model can read a sample.
 

@@ -1,45 +1,62 @@
 """Choices of each expert by domain: all K, the first alone, and those that were kept.
 
-Shapes: L analysed layers, D domains, E experts, K choices.
+They are also counted by block of neighbouring rows, for intervals and permutation tests that treat
+the tokens of a text as dependent.
+
+Shapes: L analysed layers, D domains, E experts, K choices, G blocks of a domain.
 """
 
 from __future__ import annotations
 
-import numpy as np
+import torch
 
-from megatron_moe.analysis.collector import Collector, Setting, collector
+from megatron_moe.analysis.collector import Setting, Tallies, collector, tally
 from megatron_moe.analysis.model import MoERunner
 from megatron_moe.analysis.observation import Observation
+from megatron_moe.analysis.sample import first_rows
+
+BLOCKS = 64
+"""Most blocks of a domain; one with fewer rows has a block for each row."""
 
 
 @collector("domains")
-class Domains(Collector):
+class Domains(Tallies):
     """See the module.
 
-    Attributes:
-        tokens_D: tokens.
-        chosen_LDE: choices before drops.
-        first_LDE: first choices.
+    Sums:
+        tokens_DG: tokens by block.
+        chosen_LDGE, first_LDGE: choices before drops and first choices, by block.
         kept_LDE: choices that found a slot.
     """
 
     def __init__(self, setting: Setting) -> None:
-        self._places = setting.places()
-        domains, experts = len(setting.sample.domains), setting.sizes.num_experts
-        shape = (len(self._places), domains, experts)
-        self.tokens_D = np.zeros(domains, np.int64)
-        self.chosen_LDE = np.zeros(shape, np.int64)
-        self.first_LDE = np.zeros(shape, np.int64)
-        self.kept_LDE = np.zeros(shape, np.int64)
+        self._places, self._experts = setting.places(), setting.sizes.num_experts
+        self._rows = [len(domain.starts) for domain in setting.sample.domains]
+        self._first_rows = first_rows(setting.sample)
+        blocks = min(BLOCKS, max(self._rows))
+        shape = (len(self._places), len(self._rows), blocks, self._experts)
+        sums = {name: torch.zeros(shape, dtype=torch.int64) for name in ("chosen", "first")}
+        super().__init__(
+            {
+                "tokens_DG": torch.zeros(shape[1:3], dtype=torch.int64),
+                "chosen_LDGE": sums["chosen"],
+                "first_LDGE": sums["first"],
+                "kept_LDE": torch.zeros((*shape[:2], self._experts), dtype=torch.int64),
+            }
+        )
 
     def add(self, seen: Observation, runner: MoERunner) -> None:
         """See `Collector.add`."""
-        domain, experts = seen.batch.domain, self.chosen_LDE.shape[2]
-        self.tokens_D[domain] += seen.batch.size
+        device = seen.layers[0].ids_TK.device
+        sums = self.on(device)
+        domain, (rows, length) = seen.batch.domain, seen.batch.tokens_BS.shape
+        blocks = min(sums["tokens_DG"].shape[1], self._rows[domain])
+        row_B = self._first_rows[seen.batch.number] + torch.arange(rows, device=device)
+        block_T = (row_B * blocks // self._rows[domain]).repeat_interleave(length)
+        tally(sums["tokens_DG"][domain], block_T)
         for row, place in enumerate(self._places):
             layer = seen.layers[place]
-            self.chosen_LDE[row, domain] += layer.counts_E.cpu().numpy()
-            first = layer.ids_TK[:, 0].bincount(minlength=experts)
-            self.first_LDE[row, domain] += first.cpu().numpy()
-            kept = layer.ids_TK[layer.kept_TK].bincount(minlength=experts)
-            self.kept_LDE[row, domain] += kept.cpu().numpy()
+            index_TK = block_T[:, None] * self._experts + layer.ids_TK
+            tally(sums["chosen_LDGE"][row, domain], index_TK)
+            tally(sums["first_LDGE"][row, domain], index_TK[:, 0])
+            tally(sums["kept_LDE"][row, domain], layer.ids_TK, layer.kept_TK)
