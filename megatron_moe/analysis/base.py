@@ -13,6 +13,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 from megatron_moe.analysis import analyses
@@ -20,6 +21,7 @@ from megatron_moe.analysis.collector import Collector, Setting
 from megatron_moe.analysis.model import MoEModel, MoERunner
 from megatron_moe.analysis.plot import Figure
 from megatron_moe.analysis.result import Result
+from megatron_moe.analysis.weights.survey import WeightSurvey, survey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,11 @@ class Material:
     collected: Mapping[str, Collector]
     runner: MoERunner | None
     draws: int
+
+    @cached_property
+    def survey(self) -> WeightSurvey:
+        """The weights of the layers, read once for all analyses of weights."""
+        return survey(self.model, self.setting.layers, self.setting.seed)
 
 
 class Analysis(ABC):

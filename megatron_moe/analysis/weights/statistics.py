@@ -6,6 +6,8 @@ Shapes: N things (experts, neurons), P = N (N - 1) / 2 pairs, D draws. All array
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
@@ -46,8 +48,8 @@ def largest_by_chance(pairs: int, size: int) -> float:
     expected maximum is that of Blom (1958), F^-1((P - 0.375) / (P + 0.25)), F the normal
     distribution function; its error is below 1% of the standard deviation from P = 1 on.
     """
-    from statistics import NormalDist
-
+    if pairs < 1:
+        return math.nan
     return NormalDist().inv_cdf((pairs - 0.375) / (pairs + 0.25)) / math.sqrt(size)
 
 
@@ -116,9 +118,11 @@ def random_first_share(count: int, size: int) -> float:
 
 def pearson(x_P: Array, y_P: Array) -> float:
     """Pearson correlation; NaN for fewer than three pairs or without variance."""
+    if len(x_P) < 3:
+        return math.nan
     x_P, y_P = x_P - x_P.mean(), y_P - y_P.mean()
     scale = math.sqrt(float((x_P**2).sum() * (y_P**2).sum()))
-    if len(x_P) < 3 or not scale > 0:
+    if not scale > 0:
         return math.nan
     return float((x_P * y_P).sum()) / scale
 
@@ -171,3 +175,13 @@ def kendall_deviation(size: int) -> float:
     if size < 2:
         return math.nan
     return math.sqrt(2 * (2 * size + 5) / (9 * size * (size - 1)))
+
+
+def over_pairs(values_LPNN: Array, statistic: Callable[[Array], float]) -> Array:
+    """A statistic of the values above the diagonal, for each layer and projection: [L, P]."""
+    return np.array([[statistic(pairs_of(each)) for each in layer] for layer in values_LPNN])
+
+
+def rank_correlation(x_N: Array, y_N: Array) -> float:
+    """Spearman's rank correlation of values without ties; NaN for fewer than three."""
+    return pearson(x_N.argsort().argsort().astype(float), y_N.argsort().argsort().astype(float))

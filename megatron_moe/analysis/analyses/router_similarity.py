@@ -1,0 +1,180 @@
+"""A4: whether experts that the router treats alike have similar weights.
+
+Shapes: L layers, P projections, E experts, N pairs of experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from megatron_moe.analysis.base import Analysis, Material, register
+from megatron_moe.analysis.plot import Axis, Figure, Panel, Reference, Scatter, Series
+from megatron_moe.analysis.result import Result
+from megatron_moe.analysis.weights.figures import TITLES, layer_lines, layer_table, similarity_map
+from megatron_moe.analysis.weights.reading import sentence_for_each
+from megatron_moe.analysis.weights.statistics import cosines, mantel, mean_of, pairs_of
+
+LEVEL = 0.05
+"""p-value below which a layer counts as associated."""
+
+
+@register
+class RouterSimilarity(Analysis):
+    """See the module."""
+
+    key = "router-experts"
+    title = "Router and experts"
+    question = "Do experts with similar rows in the router have similar neurons?"
+    definition = (
+        "Pearson's r between two similarities of the pairs of experts of a layer: the cosine of "
+        "their rows in the router, and the cosine of their average neurons. Chance: r^2 and its "
+        "p-value when the experts of one side are named at random (Mantel's test); r^2 is then "
+        "about 1 / (pairs - 1)."
+    )
+    source = "Lo et al., A Closer Look into Mixture-of-Experts (arXiv 2406.18219), section 3.3"
+    group = "weights"
+    needs_data = False
+
+    def compute(self, material: Material) -> Result:
+        """Correlations by layer and projection."""
+        survey = material.survey
+        names, layers = survey.projections, [layer.layer for layer in survey.layers]
+        generator = np.random.default_rng(material.setting.seed)
+        experts = survey.num_experts
+        router_LEE = np.array([cosines(layer.router_gram_EE) for layer in survey.layers])
+        mean_LPEE = np.array(
+            [
+                [cosines(each.mean_gram_RR)[:experts, :experts] for each in la.projections.values()]
+                for la in survey.layers
+            ]
+        )
+        found_LPX = np.array(
+            [
+                [mantel(router_EE, mean_EE, material.draws, generator) for mean_EE in mean_PEE]
+                for router_EE, mean_PEE in zip(router_LEE, mean_LPEE, strict=True)
+            ]
+        )
+        r_LP, p_LP, null_LP = (found_LPX[:, :, i] for i in range(3))
+        columns = {"r": r_LP, "r_squared": r_LP**2, "p_value": p_LP, "r_squared_chance": null_LP}
+        about = "Pearson's r over the pairs of experts, with Mantel's p-value, and r^2 by chance"
+        squares = {f"mean r^2, {n}": mean_of(r_LP[:, p] ** 2) for p, n in enumerate(names)}
+        significant = {
+            f"share of layers with p < {LEVEL}, {name}": float((p_LP[:, p] < LEVEL).mean())
+            for p, name in enumerate(names)
+        }
+        return Result(
+            analysis=self.key,
+            numbers={**squares, "mean r^2 by chance": mean_of(null_LP), **significant},
+            tables=[layer_table("correlation", about, layers, names, columns)],
+            arrays={
+                "layers": np.array(layers),
+                "projections": np.array(names),
+                "router_LEE": router_LEE,
+                "mean_LPEE": mean_LPEE,
+                "r_LP": r_LP,
+                "square_LP": r_LP**2,
+                "chance_LP": null_LP,
+            },
+            notes=_notes(experts, material.draws),
+        )
+
+    def figures(self, results: Mapping[str, Result]) -> Sequence[Figure]:
+        """r^2 over depth; the pairs of each layer; heat maps of the router's rows."""
+        found = [
+            layer_lines(
+                results,
+                key="router-experts-by-layer",
+                title="Agreement of router and experts",
+                y="squared correlation r^2",
+                values="square_LP",
+                chance="chance_LP",
+                references=[Reference(value=0.0, label="none")],
+                caption="Dashed: the mean over random names of the experts.",
+            )
+        ]
+        for label, result in results.items():
+            found += [self._scatter(label, result), self._map(label, result)]
+        return found
+
+    def _scatter(self, label: str, result: Result) -> Figure:
+        names = [str(name) for name in result.arrays["projections"]]
+        panels: dict[str, Panel] = {}
+        for place, layer in enumerate(result.arrays["layers"]):
+            router_EE = result.arrays["router_LEE"][place]
+            rows, columns = np.triu_indices(len(router_EE), 1)
+            texts = [f"experts {i} and {j}" for i, j in zip(rows, columns, strict=True)]
+            series = [
+                Series(
+                    name=f"{name}, r = {result.arrays['r_LP'][place, p]:.2f}",
+                    x=pairs_of(router_EE),
+                    y=pairs_of(result.arrays["mean_LPEE"][place, p]),
+                    text=texts,
+                )
+                for p, name in enumerate(names)
+            ]
+            panels[f"layer {layer}"] = Scatter(
+                series=series,
+                x=Axis(title="cosine of rows in the router"),
+                y=Axis(title="cosine of average neurons"),
+            )
+        return Figure(
+            key=f"router-experts-{label}",
+            title=f"Pairs of experts in router and weights, {label}",
+            panels=panels,
+            caption="Each point is a pair of experts. A slope means that the router and the "
+            "neurons draw the same distinctions.",
+        )
+
+    def _map(self, label: str, result: Result) -> Figure:
+        panels: dict[str, Panel] = {}
+        for router_EE, layer in zip(
+            result.arrays["router_LEE"], result.arrays["layers"], strict=True
+        ):
+            shown = router_EE.copy()
+            np.fill_diagonal(shown, np.nan)
+            panels[f"layer {layer}"] = similarity_map(shown, [str(e) for e in range(len(shown))])
+        return Figure(
+            key=f"router-rows-{label}",
+            title=f"Similarity of the router's rows, {label}",
+            panels=panels,
+        )
+
+    def reading(self, results: Mapping[str, Result]) -> str:
+        """Which projection goes with the router, and whether more than by chance."""
+        return sentence_for_each({label: _reading(result) for label, result in results.items()})
+
+
+def _notes(experts: int, draws: int) -> list[str]:
+    pairs = experts * (experts - 1) // 2
+    if pairs < 3:
+        return [f"{experts} experts have {pairs} pairs; a correlation needs 3."]
+    notes = [f"The smallest p-value that {draws} permutations can show is {1 / (1 + draws):.2g}."]
+    orders = math.factorial(experts)
+    if orders < 1 / LEVEL:
+        notes.append(
+            f"{experts} experts have only {orders} orders, so no p-value is below {LEVEL}."
+        )
+    return notes
+
+
+def _reading(result: Result) -> str:
+    prefix, chance = "mean r^2, ", result.numbers["mean r^2 by chance"]
+    squares = {k[len(prefix) :]: v for k, v in result.numbers.items() if k.startswith(prefix)}
+    if all(math.isnan(value) for value in squares.values()):
+        return "There are too few experts for a correlation."
+    best = max(squares, key=lambda name: -1.0 if math.isnan(squares[name]) else squares[name])
+    listed = ", ".join(f"{name} {value:.2f}" for name, value in squares.items())
+    share = result.numbers[f"share of layers with p < {LEVEL}, {best}"]
+    if share <= 2 * LEVEL:
+        return (
+            f"The router's rows do not go with the experts' neurons (r^2: {listed}; by chance "
+            f"{chance:.2f}), unlike in the paper."
+        )
+    return (
+        f"Experts with similar rows in the router have similar neurons, most of all in the "
+        f"{TITLES[best]} (r^2: {listed}; by chance {chance:.2f}; p < {LEVEL} in {share:.0%} of the "
+        "layers): as in the paper, which concludes that neurons act like fine-grained experts."
+    )

@@ -1,0 +1,196 @@
+"""Tables and plots that analyses of weights share.
+
+Shapes: L layers, P projections, R rows of a comparison, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_moe.analysis.plot import Axis, Figure, Heatmap, Lines, Panel, Reference, Series
+from megatron_moe.analysis.result import Result, Table
+from megatron_moe.analysis.weights.statistics import largest_of, mean_of
+from megatron_moe.analysis.weights.survey import WeightSurvey
+
+TITLES = {
+    "up": "up projection",
+    "gate": "gate projection",
+    "down": "down projection",
+    "linear": "linear projection",
+    "router": "router",
+    "joint": "all projections together",
+}
+"""In titles of plots."""
+
+
+def layer_table(
+    name: str,
+    about: str,
+    layers: Sequence[int],
+    projections: Sequence[str],
+    columns: Mapping[str, npt.NDArray[Any]],
+) -> Table:
+    """A row per layer and projection.
+
+    Args:
+        name: of the file.
+        about: what a row is, and the units.
+        layers: indices.
+        projections: names.
+        columns: values [L, P] by name.
+    """
+    count = len(projections)
+    table: dict[str, list[Any]] = {
+        "layer": [layer for layer in layers for _ in range(count)],
+        "projection": list(projections) * len(layers),
+    }
+    table.update({key: values.ravel().tolist() for key, values in columns.items()})
+    return Table(name=name, about=about, columns=table)
+
+
+def similarity_maps(
+    result: Result,
+    *,
+    key: str,
+    title: str,
+    values_LPRR: npt.NDArray[Any],
+    names_LR: npt.NDArray[Any],
+    projections: Sequence[str],
+    caption: str,
+) -> list[Figure]:
+    """A figure per projection with a heat map per layer, expert x expert.
+
+    The diagonal is left blank: it is 1, and would hide the other values. Each layer has a colour
+    scale of its own that is symmetric around 0.
+
+    Args:
+        result: with the array `layers`.
+        key: beginning of the figures' keys.
+        title: beginning of their titles.
+        values_LPRR: cosines.
+        names_LR: labels of rows and columns.
+        projections: P names.
+        caption: what to look at.
+    """
+    figures = []
+    for place, projection in enumerate(projections):
+        panels: dict[str, Panel] = {}
+        for row, layer in enumerate(result.arrays["layers"]):
+            shown = values_LPRR[row, place].copy()
+            np.fill_diagonal(shown, np.nan)
+            panels[f"layer {layer}"] = similarity_map(shown, [str(n) for n in names_LR[row]])
+        figures.append(
+            Figure(
+                key=f"{key}-{projection}",
+                title=f"{title}, {TITLES[projection]}",
+                panels=panels,
+                caption=caption,
+            )
+        )
+    return figures
+
+
+def similarity_map(values_RR: npt.NDArray[Any], names: Sequence[str]) -> Heatmap:
+    """A heat map of cosines whose colours are symmetric around 0."""
+    known = np.abs(values_RR[~np.isnan(values_RR)])
+    largest = float(known.max()) if known.size and known.max() > 0 else 1.0
+    return Heatmap(
+        values=values_RR,
+        rows=names,
+        columns=names,
+        x=Axis(title="expert"),
+        y=Axis(title="expert"),
+        colour="cosine similarity",
+        range=(-largest, largest),
+        centre=0.0,
+    )
+
+
+def layer_lines(
+    results: Mapping[str, Result],
+    *,
+    key: str,
+    title: str,
+    y: str,
+    values: str,
+    chance: str = "",
+    projections: str = "projections",
+    references: Sequence[Reference] = (),
+    caption: str = "",
+    y_range: tuple[float, float] | None = None,
+) -> Figure:
+    """Lines over the layers: a panel per projection, a line per checkpoint, its chance dashed.
+
+    Args:
+        results: by label.
+        key: of the figure.
+        title: of the figure.
+        y: title of the y-axis.
+        values: name of an array [L, P].
+        chance: name of another one; empty for none.
+        projections: name of the array with the P names.
+        references: constant lines.
+        caption: what to look at.
+        y_range: ends of the y-axis.
+    """
+    names = dict.fromkeys(str(n) for r in results.values() for n in r.arrays[projections])
+    panels: dict[str, Panel] = {}
+    for name in names:
+        series = []
+        for label, result in results.items():
+            known = [str(n) for n in result.arrays[projections]]
+            if name not in known:
+                continue
+            place, layers = known.index(name), result.arrays["layers"].tolist()
+            found = result.arrays[values][:, place]
+            series.append(Series(name=label, x=layers, y=found, group=label))
+            if chance:
+                null = result.arrays[chance][:, place]
+                dashed = Series(name=f"{label}, chance", x=layers, y=null, group=label, dashed=True)
+                series.append(dashed)
+        panels[TITLES.get(name, name)] = Lines(
+            series=series,
+            x=Axis(title="layer"),
+            y=Axis(title=y, range=y_range),
+            references=references,
+            markers=True,
+        )
+    return Figure(key=key, title=title, panels=panels, selector="projection", caption=caption)
+
+
+def others_table(
+    survey: WeightSurvey, cosine_LPRR: npt.NDArray[Any]
+) -> tuple[Table, dict[str, float]]:
+    """Similarity of the experts to the shared expert and to dense layers.
+
+    Args:
+        survey: the weights.
+        cosine_LPRR: similarities; NaN where there is none.
+
+    Returns:
+        A table, and the mean for each kind of network.
+    """
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("layer", "projection", "network", "mean", "largest")
+    }
+    kinds: dict[str, list[float]] = {}
+    for place, layer in enumerate(survey.layers):
+        for row, name in enumerate(layer.names[survey.num_experts :], survey.num_experts):
+            for p, projection in enumerate(survey.projections):
+                found_E = cosine_LPRR[place, p, row, : survey.num_experts]
+                mean = mean_of(found_E)
+                if np.isnan(mean):
+                    continue
+                cells = (layer.layer, projection, name, mean, largest_of(found_E))
+                for column, cell in zip(columns.values(), cells, strict=True):
+                    column.append(cell)
+                kinds.setdefault(name.split(" ")[0], []).append(mean)
+    titles = {"shared": "the shared expert", "dense": "the nearest dense layer"}
+    about = "cosines of the experts of a layer with another network: mean and largest"
+    return Table(name="others", about=about, columns=columns), {
+        f"mean cosine with {titles[kind]}": float(np.mean(each)) for kind, each in kinds.items()
+    }
