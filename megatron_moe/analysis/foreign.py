@@ -55,7 +55,7 @@ class ForeignModel:
 
 
 def open_foreign(path: str | Path) -> ForeignModel:
-    """Open a checkpoint directory of one of `FAMILIES`; names and shapes are checked.
+    """Open a checkpoint directory of one of the families; names and shapes are checked.
 
     Raises:
         UsageError: `transformers` is not installed, the family is unknown, a file is missing or
@@ -80,7 +80,10 @@ def _dense_layers(settings: ForeignSettings) -> list[int]:
 
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_SCALES = (".weight_scale", ".weight_scale_inv", ".qweight", ".scales", ".absmax", ".SCB")
+_SCALES = (
+    *(".weight_scale", ".weight_scale_inv", ".qweight", ".scales", ".absmax", ".SCB"),
+    *("_proj_blocks", "_proj_scales"),
+)
 """Ends of the names of tensors that only quantized weights have."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -113,18 +116,15 @@ class _Reader:
         width = getattr(self.settings.config, family.width)
         prefix = f"model.layers.{index}."
         # Newer `transformers` name the module `mlp` in all families and save it under that name.
-        published = f"{prefix}{family.block}.gate.weight" in self.tensors
+        published = f"{prefix}{family.block}.{family.router}.weight" in self.tensors
         block = f"{prefix}{family.block if published else 'mlp'}."
-        gate, shared = f"{block}gate.", f"{block}{family.shared}"
-        bias = (
-            self._get(f"{gate}e_score_correction_bias", experts)
-            if self.settings.rule.biased
-            else None
-        )
+        router, shared = f"{block}{family.router}.", f"{block}{family.shared}"
+        is_biased = self.settings.rule.biased
         return LayerWeights(
             layer=index,
-            router=self._get(f"{gate}weight", experts, self.hidden),
-            bias=bias,
+            router=self._get(f"{router}weight", experts, self.hidden),
+            router_bias=self._get(f"{router}bias", experts) if family.router_bias else None,
+            bias=self._get(f"{block}{family.selection_bias}", experts) if is_biased else None,
             experts=self._experts(f"{block}experts", experts, width),
             shared=self._shared(shared) if family.shared else None,
             shared_gate=(
@@ -135,6 +135,8 @@ class _Reader:
     def _experts(self, prefix: str, count: int, width: int) -> tuple[ExpertWeights, ...]:
         """From a matrix per expert, or from the stacks [E, 2F, H] and [E, H, F] of newer files."""
         hidden = self.hidden
+        if self.settings.family.interleaved:
+            return self._interleaved(prefix, count, width)
         if f"{prefix}.gate_up_proj" in self.tensors:
             both = self._get(f"{prefix}.gate_up_proj", count, 2 * width, hidden)
             down = self._get(f"{prefix}.down_proj", count, hidden, width)
@@ -144,6 +146,25 @@ class _Reader:
             )
         return tuple(
             self._expert(f"{prefix}.{e}", self.settings.family.matrices, width)
+            for e in range(count)
+        )
+
+    def _interleaved(self, prefix: str, count: int, width: int) -> tuple[ExpertWeights, ...]:
+        """From the stacks of GPT-OSS, [E, H, 2F] and [E, F, H], and a bias of each output."""
+        hidden = self.hidden
+        both = self._get(f"{prefix}.gate_up_proj", count, hidden, 2 * width)
+        both_bias = self._get(f"{prefix}.gate_up_proj_bias", count, 2 * width)
+        down = self._get(f"{prefix}.down_proj", count, width, hidden)
+        down_bias = self._get(f"{prefix}.down_proj_bias", count, hidden)
+        return tuple(
+            ExpertWeights(
+                _columns(both, e, slice(0, None, 2), width),
+                _columns(both, e, slice(1, None, 2), width),
+                _columns(down, e, slice(None), hidden),
+                gate_bias=_entries(both_bias, e, slice(0, None, 2), width),
+                up_bias=_entries(both_bias, e, slice(1, None, 2), width),
+                down_bias=_entries(down_bias, e, slice(None), hidden),
+            )
             for e in range(count)
         )
 
@@ -183,6 +204,24 @@ def _part(stack: LazyTensor, expert: int, first: int, rows: int) -> LazyTensor:
         return stack.rows(expert, expert + 1)[0][first + start : first + stop]
 
     return LazyTensor((rows, stack.shape[2]), stack.dtype, read)
+
+
+def _columns(stack: LazyTensor, expert: int, columns: slice, count: int) -> LazyTensor:
+    """Some columns of one matrix of a stack [E, in, out], as [out, in]."""
+
+    def read(start: int, stop: int) -> Tensor:
+        return stack.rows(expert, expert + 1)[0][:, columns].T[start:stop]
+
+    return LazyTensor((count, stack.shape[1]), stack.dtype, read)
+
+
+def _entries(stack: LazyTensor, expert: int, entries: slice, count: int) -> LazyTensor:
+    """Some entries of one vector of a stack [E, out]."""
+
+    def read(start: int, stop: int) -> Tensor:
+        return stack.rows(expert, expert + 1)[0][entries][start:stop]
+
+    return LazyTensor((count,), stack.dtype, read)
 
 
 def foreign_overview(model: ForeignModel) -> dict[str, Any]:
@@ -254,4 +293,6 @@ def _layer_overview(layer: LayerWeights) -> dict[str, Any]:
 
 
 def _size(expert: ExpertWeights) -> int:
-    return sum(prod(matrix.shape) for matrix in (expert.gate, expert.up, expert.down))
+    biases = (expert.gate_bias, expert.up_bias, expert.down_bias)
+    parts = (expert.gate, expert.up, expert.down, *(bias for bias in biases if bias is not None))
+    return sum(prod(part.shape) for part in parts)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_moe.analysis.families import FAMILIES, Family, RoutingRule
+from megatron_moe.analysis.family import Family, all_families
+from megatron_moe.analysis.rule import RoutingRule
 from megatron_moe.checkpoint.disk import read_json
 from megatron_moe.convert.hf_files import MANY, SIZE, whole_number
 from megatron_moe.errors import Corrupt, UsageError
@@ -32,7 +33,7 @@ class ForeignSettings:
     """Settings of a model, from its directory.
 
     Args:
-        model_type: key in `FAMILIES`.
+        model_type: key in `all_families()`.
         family: its entry.
         config: configuration object of the family's class in `transformers`.
         rule: routing rule.
@@ -78,10 +79,11 @@ def read_settings(path: Path) -> ForeignSettings:
     """
     values, source = read_json(path / CONFIG), str(path / CONFIG)
     kind = values.get("model_type")
-    family = FAMILIES.get(kind) if isinstance(kind, str) else None
+    families = all_families()
+    family = families.get(kind) if isinstance(kind, str) else None
     if family is None:
         fix = "OpenMoE and Llama are read by tools/convert_checkpoint.py --from hf"
-        raise UsageError(f"model_type in {source}", kind, f"one of {', '.join(FAMILIES)}", fix)
+        raise UsageError(f"model_type in {source}", kind, f"one of {', '.join(families)}", fix)
     # What counts is the weights: programs that convert them leave this field behind.
     values.pop("quantization_config", None)
     _check_numbers(values, source)

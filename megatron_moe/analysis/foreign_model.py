@@ -17,8 +17,17 @@ from torch import Tensor
 
 from megatron_moe.analysis.foreign import ForeignModel, describe_routing, open_foreign
 from megatron_moe.analysis.foreign_routing import ForeignRunner, load_foreign
-from megatron_moe.analysis.model import ExpertWeights, LayerWeights, MoEModel, MoERunner, Sizes
+from megatron_moe.analysis.model import (
+    ExpertPass,
+    ExpertWeights,
+    LayerWeights,
+    MoEModel,
+    MoERunner,
+    Sizes,
+    check_experts,
+)
 from megatron_moe.analysis.observation import Observation, TokenBatch
+from megatron_moe.inference.scoring import LOGITS
 
 
 class ForeignMoEModel(MoEModel):
@@ -79,7 +88,7 @@ class ForeignMoEModel(MoEModel):
 
     def load(self, device: str, dtype: torch.dtype) -> ForeignMoERunner:
         """See `MoEModel.load`."""
-        return ForeignMoERunner(load_foreign(self._found, device=device, dtype=dtype))
+        return ForeignMoERunner(load_foreign(self._found, device=device, dtype=dtype), self.sizes)
 
 
 class ForeignMoERunner(MoERunner):
@@ -87,44 +96,58 @@ class ForeignMoERunner(MoERunner):
 
     Args:
         runner: the loaded model.
+        sizes: its sizes.
     """
 
-    def __init__(self, runner: ForeignRunner) -> None:
-        self._runner = runner
+    def __init__(self, runner: ForeignRunner, sizes: Sizes) -> None:
+        self._runner, self.sizes = runner, sizes
 
     def run(
         self, batch: TokenBatch, *, inputs: Collection[int] = (), predictions: bool = False
     ) -> Observation:
         """See `MoERunner.run`."""
-        tokens_BS = torch.from_numpy(batch.tokens_BS)
-        found = self._runner.run(tokens_BS, inputs=bool(inputs), logits=predictions)
-        best = loss = None
-        if found.logits_BSV is not None:
-            logits_TV = found.logits_BSV.flatten(0, 1)
-            next_T = torch.from_numpy(batch.next_BS).flatten().to(logits_TV.device)
-            best = logits_TV.argmax(-1)
-            loss = torch.nn.functional.cross_entropy(logits_TV.float(), next_T, reduction="none")
+        found = self._runner.run(torch.from_numpy(batch.tokens_BS), inputs=inputs)
+        best, loss = self._predictions(found.hidden_BSH, batch) if predictions else (None, None)
         return Observation(batch=batch, layers=tuple(found.routing), predicted_T=best, loss_T=loss)
 
-    def expert_outputs(self, layer: int, x_TH: Tensor, experts: Sequence[int]) -> Tensor:
-        """See `MoERunner.expert_outputs`."""
-        raise NotImplementedError
+    def _predictions(self, hidden_BSH: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """In parts: the logits of a whole batch are often larger than the model."""
+        x_TH = hidden_BSH.flatten(0, 1)
+        next_T = torch.from_numpy(batch.next_BS).flatten().to(x_TH.device)
+        step = max(1, LOGITS // self._runner.model.settings.config.vocab_size)
+        best, loss = [], []
+        for x, labels in zip(x_TH.split(step), next_T.split(step), strict=True):
+            logits = self._runner.logits(x).float()
+            best.append(logits.argmax(dim=-1))
+            loss.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
+        return torch.cat(best), torch.cat(loss)
+
+    @torch.no_grad()
+    def expert(self, layer: int, x_TH: Tensor, expert: int) -> ExpertPass:
+        """See `MoERunner.expert`."""
+        family = self._runner.model.settings.family
+        return family.expert(self._runner.block(layer).experts, expert, x_TH)
 
     @contextmanager
-    def forced(self, layer: int, ids_TK: Tensor, weights_TK: Tensor) -> Iterator[None]:
-        """See `MoERunner.forced`."""
-        raise NotImplementedError
-        yield
+    def forced(
+        self, layer: int, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None = None
+    ) -> Iterator[None]:
+        """See `MoERunner.forced`; a choice that is not kept has weight 0."""
+        if kept_TK is not None:
+            weights_TK = weights_TK * kept_TK
+        with self._runner.forced(layer, ids_TK, weights_TK):
+            yield
 
     @contextmanager
     def without(self, experts: Mapping[int, Sequence[int]]) -> Iterator[None]:
         """See `MoERunner.without`."""
-        raise NotImplementedError
-        yield
+        check_experts(experts, self.sizes)
+        with self._runner.without(experts):
+            yield
 
 
 def open_foreign_model(path: Path, label: str | None) -> ForeignMoEModel:
-    """Open a checkpoint of one of `FAMILIES`.
+    """Open a checkpoint of one of the families.
 
     Raises:
         UsageError: see `open_foreign`.

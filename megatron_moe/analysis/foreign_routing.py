@@ -9,7 +9,8 @@ vocabulary.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +20,26 @@ from torch import Tensor
 from megatron_moe.analysis.foreign import ForeignModel
 from megatron_moe.analysis.foreign_config import transformers
 from megatron_moe.analysis.observation import LayerRouting
+from megatron_moe.analysis.probe import check_router, probe_tokens
+from megatron_moe.analysis.rule import choose, scores_of
 from megatron_moe.errors import Corrupt, UsageError
+
+Choices = tuple[Tensor, Tensor, Tensor]
+"""What a router of `transformers` returns: logits [T, E], combine weights and ids [T, K]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForeignOutput:
-    """Result of a forward pass: one record per MoE layer, and logits [B, S, V] if requested."""
+    """Result of a forward pass.
+
+    Args:
+        routing: a record for each MoE layer.
+        hidden_BSH: input of the output layer.
+        logits_BSV: logits, if requested.
+    """
 
     routing: list[LayerRouting]
+    hidden_BSH: Tensor
     logits_BSV: Tensor | None
 
 
@@ -37,16 +50,24 @@ class ForeignRunner:
         self.model = model
         self.module = module
 
+    def block(self, layer: int) -> Any:
+        """The module that contains router and experts of a layer."""
+        return self.module.model.layers[layer].mlp
+
+    def router(self, layer: int) -> Any:
+        """The router of a layer."""
+        return getattr(self.block(layer), self.model.settings.family.router)
+
     @torch.no_grad()
     def run(
-        self, tokens_BS: Tensor, *, inputs: bool = False, logits: bool = False
+        self, tokens_BS: Tensor, *, inputs: bool | Collection[int] = False, logits: bool = False
     ) -> ForeignOutput:
         """One causal forward pass over full rows.
 
         Args:
             tokens_BS: ids, without padding.
-            inputs: record the inputs of the routers.
-            logits: compute the logits.
+            inputs: layers whose router's inputs are recorded; true for all.
+            logits: compute the logits of all tokens at once.
 
         Raises:
             UsageError: an id is not in the vocabulary.
@@ -55,30 +76,52 @@ class ForeignRunner:
         outside = tokens_BS[(tokens_BS < 0) | (tokens_BS >= size)]
         if len(outside):
             raise UsageError("token id", int(outside[0]), f"from 0 to {size - 1}")
-        recorded: list[tuple[Tensor, tuple[Tensor, Tensor, Tensor]]] = []
+        layers = [weights.layer for weights in self.model.layers]
+        recorded, hidden_BSH = self._pass(
+            tokens_BS, set(layers if inputs is True else inputs or ())
+        )
+        records = [self._record(layer, *recorded[layer]) for layer in layers]
+        logits_BSV = self.logits(hidden_BSH) if logits else None
+        return ForeignOutput(routing=records, hidden_BSH=hidden_BSH, logits_BSV=logits_BSV)
+
+    def _pass(
+        self, tokens_BS: Tensor, inputs: set[int]
+    ) -> tuple[dict[int, tuple[Tensor | None, Choices]], Tensor]:
+        """Inputs and results of the routers by layer, and the input of the output layer."""
+        recorded: dict[int, tuple[Tensor | None, Choices]] = {}
         with ExitStack() as hooks:
             for weights in self.model.layers:
-                router = self.module.model.layers[weights.layer].mlp.gate
-                handle = router.register_forward_hook(
-                    lambda _, inputs_, outputs: recorded.append((inputs_[0], outputs))
-                )
-                hooks.callback(handle.remove)
-            body = self.module if logits else self.module.model
-            found = body(tokens_BS.to(self.module.device), use_cache=False)
-        records = [
-            self._record(weights.layer, given, result, inputs)
-            for weights, (given, result) in zip(self.model.layers, recorded, strict=True)
-        ]
-        return ForeignOutput(routing=records, logits_BSV=found.logits if logits else None)
+                layer = weights.layer
+                record = _recorder(recorded, layer, layer in inputs)
+                hooks.callback(self.router(layer).register_forward_hook(record).remove)
+            found = self.module.model(tokens_BS.to(self.module.device), use_cache=False)
+        return recorded, found.last_hidden_state
 
-    def _record(
-        self,
-        layer: int,
-        given: Tensor,
-        result: tuple[Tensor, Tensor, Tensor],
-        inputs: bool,
-    ) -> LayerRouting:
-        """From the input of a router and its result: logits [T, E], weights and ids [T, K]."""
+    @torch.no_grad()
+    def check_routers(self) -> None:
+        """Check what the routers return on a few tokens; see `probe.py`.
+
+        Raises:
+            UsageError: a router does not choose by the family's rule.
+        """
+        settings = self.model.settings
+        tokens_BS = probe_tokens(
+            settings.config.vocab_size, settings.config.max_position_embeddings
+        )
+        recorded, _ = self._pass(tokens_BS, set(settings.moe_layers))
+        for weights in self.model.layers:
+            x_TH, result = recorded[weights.layer]
+            assert x_TH is not None
+            check_router(self.model.path, settings.rule, weights, x_TH, result)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [.., V] from inputs [.., H] of the output layer."""
+        logits: Tensor = self.module.get_output_embeddings()(hidden)
+        return logits
+
+    def _record(self, layer: int, given_TH: Tensor | None, result: Choices) -> LayerRouting:
+        """From the input of a router and its result."""
         logits_TE, weights_TK, ids_TK = result
         # Not every router sorts its choices. After sorting by expert, the stable sort by weight
         # breaks ties in the order of the experts.
@@ -86,8 +129,7 @@ class ForeignRunner:
         weights_TK = weights_TK.float().gather(1, order_TK)
         weights_TK, order_TK = weights_TK.sort(dim=-1, descending=True, stable=True)
         ids_TK = ids_TK.gather(1, order_TK)
-        soft = self.model.settings.rule.score == "softmax"
-        probs_TE = logits_TE.float().softmax(-1) if soft else logits_TE.float().sigmoid()
+        probs_TE = scores_of(self.model.settings.rule, logits_TE)
         return LayerRouting(
             layer=layer,
             router_probs_TE=probs_TE,
@@ -96,8 +138,62 @@ class ForeignRunner:
             weights_TK=weights_TK,
             kept_TK=torch.ones_like(ids_TK, dtype=torch.bool),
             counts_E=ids_TK.flatten().bincount(minlength=self.model.settings.num_experts),
-            inputs_TH=given.flatten(0, -2) if inputs else None,
+            inputs_TH=given_TH,
         )
+
+    @contextmanager
+    def forced(self, layer: int, ids_TK: Tensor, weights_TK: Tensor) -> Iterator[None]:
+        """Within this context the router of a layer gives these choices and combine weights."""
+
+        def replace(_module: Any, _given: Any, result: Choices) -> Choices:
+            logits_TE, own_TK, own_ids_TK = result
+            if len(ids_TK) != len(own_ids_TK):
+                raise ValueError(f"choices of {len(ids_TK)} tokens for {len(own_ids_TK)}")
+            return logits_TE, weights_TK.to(own_TK), ids_TK.to(own_ids_TK)
+
+        handle = self.router(layer).register_forward_hook(replace)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def without(self, experts: Mapping[int, Sequence[int]]) -> Iterator[None]:
+        """Within this context some experts cannot be chosen; see `MoERunner.without`."""
+        with ExitStack() as hooks:
+            for layer, ids in experts.items():
+                if ids:
+                    hook = self._router_without(layer, ids)
+                    hooks.callback(self.router(layer).register_forward_hook(hook).remove)
+            yield
+
+    def _router_without(self, layer: int, ids: Sequence[int]) -> Any:
+        settings = self.model.settings
+        excluded_E = torch.zeros(settings.num_experts, dtype=torch.bool)
+        excluded_E[list(ids)] = True
+        weights = next(each for each in self.model.layers if each.layer == layer)
+        bias_E = None if weights.bias is None else weights.bias.whole()
+
+        def replace(_module: Any, _given: Any, result: Choices) -> Choices:
+            logits_TE, own_TK, own_ids_TK = result
+            device = logits_TE.device
+            ids_TK, weights_TK = choose(
+                settings.rule,
+                logits_TE,
+                None if bias_E is None else bias_E.to(device),
+                excluded_E.to(device),
+            )
+            logits_TE = logits_TE.masked_fill(excluded_E.to(device), -torch.inf)
+            return logits_TE, weights_TK.to(own_TK.dtype), ids_TK.to(own_ids_TK.dtype)
+
+        return replace
+
+
+def _recorder(recorded: dict[int, tuple[Tensor | None, Choices]], layer: int, inputs: bool) -> Any:
+    def record(_module: Any, given: tuple[Any, ...], result: Choices) -> None:
+        recorded[layer] = (given[0].flatten(0, -2) if inputs else None, result)
+
+    return record
 
 
 def load_foreign(
@@ -111,7 +207,8 @@ def load_foreign(
         dtype: dtype of the weights; `None` means that of its settings.
 
     Raises:
-        UsageError: the tensors of the files are not those of the class.
+        UsageError: the tensors of the files are not those of the class, or its routers do not
+            choose by the family's rule (see `probe.py`).
     """
     settings = model.settings
     module, report = settings.family.model_class(transformers()).from_pretrained(
@@ -133,4 +230,6 @@ def load_foreign(
             found = f"{fault.replace('_', ' ')}: {names}"
             expected = f"a checkpoint with the tensors of {settings.family.label}"
             raise Corrupt(str(model.path), found, expected)
-    return ForeignRunner(model, module.to(device).eval().requires_grad_(False))
+    runner = ForeignRunner(model, module.to(device).eval().requires_grad_(False))
+    runner.check_routers()
+    return runner

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron_moe.analysis.observation import Observation, TokenBatch
 from megatron_moe.convert.model import LazyTensor
+from megatron_moe.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,31 @@ class ExpertWeights:
     """`down(act(gate x) * up x)`: gate and up [F, H], down [H, F].
 
     Released OpenMoE has a third projection: `down(linear x * silu(gate x) * up x)`; `linear` is
-    `None` elsewhere.
+    `None` elsewhere. GPT-OSS adds a bias to each projection, [F], [F] and [H]; else `None`.
     """
 
     gate: LazyTensor
     up: LazyTensor
     down: LazyTensor
     linear: LazyTensor | None = None
+    gate_bias: LazyTensor | None = None
+    up_bias: LazyTensor | None = None
+    down_bias: LazyTensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertPass:
+    """What one expert computes for T tokens, in fp32.
+
+    Args:
+        activation_TF: the activated projection, `act(gate x)`.
+        inner_TF: input of the down projection.
+        output_TH: output, before the router's weight.
+    """
+
+    activation_TF: Tensor
+    inner_TF: Tensor
+    output_TH: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +63,7 @@ class LayerWeights:
         layer: index in the network, from 0.
         router: [E, H].
         bias: [E], added to the scores for the selection only; `None` if the rule has none.
+        router_bias: [E], added to the logits; `None` if the router has none.
         experts: E of them.
         shared: the shared expert; files store several as a single wide one.
         shared_gate: [1, H], gives the logit of the sigmoid gate on the shared expert's output.
@@ -55,6 +75,7 @@ class LayerWeights:
     experts: tuple[ExpertWeights, ...]
     shared: ExpertWeights | None
     shared_gate: LazyTensor | None
+    router_bias: LazyTensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +144,13 @@ class MoEModel(ABC):
 
 
 class MoERunner(ABC):
-    """A loaded model in evaluation mode."""
+    """A loaded model in evaluation mode.
+
+    Attributes:
+        sizes: its sizes.
+    """
+
+    sizes: Sizes
 
     @abstractmethod
     def run(
@@ -138,6 +165,15 @@ class MoERunner(ABC):
         """
 
     @abstractmethod
+    def expert(self, layer: int, x_TH: Tensor, expert: int) -> ExpertPass:
+        """One expert on any inputs, whether or not the router would choose it, in fp32.
+
+        Args:
+            layer: index in the network.
+            x_TH: inputs of the experts, as recorded.
+            expert: its id.
+        """
+
     def expert_outputs(self, layer: int, x_TH: Tensor, experts: Sequence[int]) -> Tensor:
         """Outputs of experts before the router's weight, [len(experts), T, H] in fp32.
 
@@ -146,20 +182,51 @@ class MoERunner(ABC):
             x_TH: inputs of the experts, as recorded.
             experts: their ids.
         """
+        return torch.stack([self.expert(layer, x_TH, e).output_TH for e in experts])
 
     @abstractmethod
     def forced(
-        self, layer: int, ids_TK: Tensor, weights_TK: Tensor
+        self, layer: int, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None = None
     ) -> AbstractContextManager[None]:
-        """Within this context the layer uses these choices and combine weights."""
+        """Within this context the layer uses these choices and combine weights.
+
+        Args:
+            layer: index in the network.
+            ids_TK: experts of every token of the batches that run in the context.
+            weights_TK: their combine weights.
+            kept_TK: choices that find a slot; `None` for all, whatever the capacity.
+        """
 
     @abstractmethod
     def without(self, experts: Mapping[int, Sequence[int]]) -> AbstractContextManager[None]:
         """Within this context some experts cannot be chosen.
 
-        A token that would choose one takes its next best expert, with the weights that the routing
-        rule gives then.
+        They are routed as if their logits were -inf: a token that would choose one takes its next
+        best expert, with the weights that the routing rule gives then. Shared experts stay.
 
         Args:
             experts: ids by layer.
+
+        Raises:
+            UsageError: a layer or an expert that is not there, or fewer than K experts are left.
         """
+
+
+def check_experts(experts: Mapping[int, Sequence[int]], sizes: Sizes) -> None:
+    """Check experts that are to be left out, by layer.
+
+    Raises:
+        UsageError: a layer without experts, an expert that is not there, or too few are left.
+    """
+    for layer, ids in experts.items():
+        if layer not in sizes.moe_layers:
+            layers = ", ".join(str(each) for each in sizes.moe_layers)
+            raise UsageError("layer of an expert to leave out", layer, f"an MoE layer: {layers}")
+        for expert in ids:
+            if not 0 <= expert < sizes.num_experts:
+                expected = f"from 0 to {sizes.num_experts - 1}"
+                raise UsageError(f"expert to leave out of layer {layer}", expert, expected)
+        most = sizes.num_experts - sizes.topk
+        if len(set(ids)) > most:
+            expected = f"at most {most}, since each token chooses {sizes.topk}"
+            raise UsageError(f"experts to leave out of layer {layer}", len(set(ids)), expected)

@@ -8,15 +8,24 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_moe.analysis.model import ExpertWeights, LayerWeights, MoEModel, MoERunner, Sizes
+from megatron_moe.analysis.model import (
+    ExpertPass,
+    ExpertWeights,
+    LayerWeights,
+    MoEModel,
+    MoERunner,
+    Sizes,
+    check_experts,
+)
 from megatron_moe.analysis.observation import LayerRouting, Observation, TokenBatch
+from megatron_moe.analysis.rerouting import Decide, rerouted
 from megatron_moe.config.moe import moe_layer_pattern
 from megatron_moe.convert import formats
 from megatron_moe.convert.model import LazyTensor, LogicalModel, row_of
@@ -26,6 +35,7 @@ from megatron_moe.inference.scoring import LOGITS
 from megatron_moe.model.logical import expert_width
 from megatron_moe.model.reference import Routing
 from megatron_moe.model.reference.ffn import MoE, gated
+from megatron_moe.model.reference.routing import full_precision, route
 
 
 class NativeModel(MoEModel):
@@ -93,7 +103,7 @@ class NativeModel(MoEModel):
         names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
         options = replace(self._options, device=device, dtype=names[dtype])
         self._loaded = load(options)
-        return NativeRunner(self._loaded)
+        return NativeRunner(self._loaded, self.sizes)
 
 
 _MATRICES = ("gate", "up", "down")
@@ -133,10 +143,11 @@ class NativeRunner(MoERunner):
 
     Args:
         loaded: model, configuration and tokenizer.
+        sizes: its sizes.
     """
 
-    def __init__(self, loaded: LoadedModel) -> None:
-        self.loaded = loaded
+    def __init__(self, loaded: LoadedModel, sizes: Sizes) -> None:
+        self.loaded, self.sizes = loaded, sizes
         parts = (module for module in loaded.model.modules() if isinstance(module, MoE))
         self._moe = {part.layer: part for part in parts}
 
@@ -184,23 +195,47 @@ class NativeRunner(MoERunner):
         return torch.cat(best), torch.cat(loss)
 
     @torch.no_grad()
-    def expert_outputs(self, layer: int, x_TH: Tensor, experts: Sequence[int]) -> Tensor:
-        """See `MoERunner.expert_outputs`."""
-        own, model = self._moe[layer].experts, self.loaded.config.model
-        inner = (gated(x_TH @ own.gate[e], x_TH @ own.up[e], model) @ own.down[e] for e in experts)
-        return torch.stack([each.float() for each in inner])
+    def expert(self, layer: int, x_TH: Tensor, expert: int) -> ExpertPass:
+        """See `MoERunner.expert`."""
+        own, x_TH = self._moe[layer].experts, x_TH.float()
+        gate, up = x_TH @ own.gate[expert].float(), x_TH @ own.up[expert].float()
+        model = self.loaded.config.model
+        activation = torch.nn.functional.silu(gate.chunk(model.gate_blocks, dim=-1)[-1])
+        inner = gated(gate, up, model)
+        output = inner @ own.down[expert].float()
+        return ExpertPass(activation_TF=activation, inner_TF=inner, output_TH=output)
 
     @contextmanager
-    def forced(self, layer: int, ids_TK: Tensor, weights_TK: Tensor) -> Iterator[None]:
+    def forced(
+        self, layer: int, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None = None
+    ) -> Iterator[None]:
         """See `MoERunner.forced`."""
-        raise NotImplementedError
-        yield
+        kept = torch.ones_like(ids_TK, dtype=torch.bool) if kept_TK is None else kept_TK
+        counts = ids_TK.flatten().bincount(minlength=self.sizes.num_experts)
+        given = {"ids_TK": ids_TK, "probs_TK": weights_TK, "kept_TK": kept, "counts_E": counts}
+        with rerouted(self._moe[layer], lambda _x_TH, _rows: given):
+            yield
 
     @contextmanager
     def without(self, experts: Mapping[int, Sequence[int]]) -> Iterator[None]:
-        """See `MoERunner.without`."""
-        raise NotImplementedError
-        yield
+        """See `MoERunner.without`; capacity decides anew which choices are kept."""
+        check_experts(experts, self.sizes)
+        with ExitStack() as contexts:
+            for layer, ids in experts.items():
+                if ids:
+                    part = self._moe[layer]
+                    contexts.enter_context(rerouted(part, _excluding(part, ids)))
+            yield
+
+
+def _excluding(part: MoE, ids: Sequence[int]) -> Decide:
+    def decide(x_TH: Tensor, rows: int) -> dict[str, Any]:
+        logits_TE = full_precision(x_TH) @ full_precision(part.router.weight).T
+        logits_TE[:, list(ids)] = -torch.inf
+        routing = route(logits_TE, rows, part.moe, part.layer, training_capacity=False)
+        return {field.name: getattr(routing, field.name) for field in fields(routing)}
+
+    return decide
 
 
 def _recorder(recorded: dict[int, Tensor], layer: int) -> Any:

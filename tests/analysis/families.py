@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import transformers
 
-from megatron_moe.analysis import families
+from megatron_moe.analysis.families import deepseek
 
 VOCAB = 50
 _BASE: dict[str, Any] = {
@@ -69,6 +69,32 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {**_LATENT, "n_shared_experts": 2, "topk_method": "group_limited_greedy"},
     "deepseek_v3": {**_LATENT, "n_shared_experts": 1},
+    "flex_olmo": {**_BASE, "intermediate_size": 12, "num_experts": 6},
+    "glm4_moe": {
+        **_WIDE,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "head_dim": 8,
+    },
+    "gpt_oss": {
+        **_BASE,
+        "intermediate_size": 12,
+        "num_local_experts": 6,
+        "head_dim": 8,
+        "sliding_window": 4,
+        "swiglu_limit": 0.8,
+    },
+    "minimax_m2": {
+        **_BASE,
+        "intermediate_size": 12,
+        "num_local_experts": 6,
+        "head_dim": 8,
+        "rotary_dim": 4,
+    },
 }
 CLASSES = {
     "mixtral": "Mixtral",
@@ -77,6 +103,10 @@ CLASSES = {
     "qwen3_moe": "Qwen3Moe",
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
+    "flex_olmo": "FlexOlmo",
+    "glm4_moe": "Glm4Moe",
+    "gpt_oss": "GptOss",
+    "minimax_m2": "MiniMaxM2",
 }
 
 
@@ -84,8 +114,8 @@ def make(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random model of a family, its routers decided enough for choices to be clear."""
     settings = {**SETTINGS[kind], **changes}
     if kind == "deepseek":
-        config = families._deepseek_configuration(transformers, settings, "the test")
-        model = families._deepseek_model_class(transformers)(config).eval()
+        config = deepseek.deepseek_configuration(transformers, settings, "the test")
+        model = deepseek.deepseek_model_class(transformers)(config).eval()
     else:
         begin = CLASSES[kind]
         config = getattr(transformers, f"{begin}Config")(**settings)
@@ -96,7 +126,9 @@ def make(kind: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
             if "inv_freq" in name:
                 continue
             scale = 0.2 if "e_score" in name else 0.5
-            value.copy_(torch.randn(value.shape, generator=generator) * scale + ("norm" in name))
+            if value.is_floating_point():
+                drawn = torch.randn(value.shape, generator=generator)
+                value.copy_(drawn * scale + ("norm" in name))
     return model.to(dtype)
 
 

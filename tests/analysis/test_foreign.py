@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_moe.analysis.families import FAMILIES
+from megatron_moe.analysis.family import all_families
 from megatron_moe.analysis.foreign import ForeignModel, open_foreign
 from megatron_moe.errors import UsageError
 from tests.analysis.families import SETTINGS, make, save
@@ -24,6 +24,10 @@ LAYERS = {
     "deepseek": [1, 2],
     "deepseek_v2": [1, 2],
     "deepseek_v3": [1, 2],
+    "flex_olmo": [0, 1, 2],
+    "glm4_moe": [1, 2],
+    "gpt_oss": [0, 1, 2],
+    "minimax_m2": [0, 1, 2],
 }
 
 
@@ -37,15 +41,27 @@ def check(found: ForeignModel, model: Any) -> None:
             assert torch.equal(getattr(dense, name).whole(), own)
     for weights in found.layers:
         block = model.model.layers[weights.layer].mlp
-        assert torch.equal(weights.router.whole(), block.gate.weight)
+        router = getattr(block, "gate", None) or block.router
+        assert torch.equal(weights.router.whole(), router.weight)
+        logit_bias = getattr(router, "bias", None)
+        assert (weights.router_bias is None) == (logit_bias is None)
+        if logit_bias is not None:
+            assert torch.equal(weights.router_bias.whole(), logit_bias)
         both, down = block.experts.gate_up_proj, block.experts.down_proj
         assert len(weights.experts) == found.settings.num_experts == len(both)
         for e, expert in enumerate(weights.experts):
-            gate, up = both[e].chunk(2)
+            if logit_bias is None:
+                (gate, up), its_down = both[e].chunk(2), down[e]
+            else:  # GPT-OSS: transposed, in alternating columns
+                gate, up, its_down = both[e].T[::2], both[e].T[1::2], down[e].T
+                biases = block.experts.gate_up_proj_bias[e]
+                assert torch.equal(expert.gate_bias.whole(), biases[::2])
+                assert torch.equal(expert.up_bias.whole(), biases[1::2])
+                assert torch.equal(expert.down_bias.whole(), block.experts.down_proj_bias[e])
             assert torch.equal(expert.gate.whole(), gate)
             assert torch.equal(expert.up.whole(), up)
             assert torch.equal(expert.up.rows(3, 7), up[3:7])
-            assert torch.equal(expert.down.whole(), down[e])
+            assert torch.equal(expert.down.whole(), its_down)
         shared = getattr(block, "shared_experts", getattr(block, "shared_expert", None))
         assert (weights.shared is None) == (shared is None)
         if shared is not None:
@@ -56,13 +72,14 @@ def check(found: ForeignModel, model: Any) -> None:
         assert (weights.shared_gate is None) == (gated is None)
         if gated is not None:
             assert torch.equal(weights.shared_gate.whole(), gated.weight)
-        bias = getattr(block.gate, "e_score_correction_bias", None)
+        bias = getattr(router, "e_score_correction_bias", None)
+        bias = getattr(block, "e_score_correction_bias", bias)
         assert (weights.bias is None) == (bias is None)
         if bias is not None:
             assert torch.equal(weights.bias.whole(), bias)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", all_families())
 @pytest.mark.parametrize("original", [True, False], ids=["published names", "stacked"])
 def test_weights_are_the_class_s_own(tmp_path: Path, kind: str, original: bool) -> None:
     model = make(kind, torch.bfloat16)
@@ -104,7 +121,7 @@ def _edit(path: Path, **changes: Any) -> None:
     [
         (
             {"model_type": "llama"},
-            r"model_type .* must be one of mixtral, olmoe, qwen2_m.* \(got 'llama'\)",
+            r"model_type .* must be one of deepseek, .*, mixtral, olmoe, qwen2_m.* \(got 'llama'\)",
         ),
         ({"model_type": None}, r"model_type .* must be one of .* \(got None\)"),
         ({"model_type": ["mixtral"]}, "model_type"),
@@ -164,7 +181,7 @@ def test_without_the_package_one_line_says_so(
 
 
 def test_the_table_is_tested_whole() -> None:
-    assert set(FAMILIES) == set(SETTINGS) == set(LAYERS)
+    assert set(all_families()) == set(SETTINGS) == set(LAYERS)
 
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}

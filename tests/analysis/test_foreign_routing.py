@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moe.analysis.families import FAMILIES, RoutingRule
+from megatron_moe.analysis.family import all_families
 from megatron_moe.analysis.foreign import ExpertWeights, LayerWeights, open_foreign
 from megatron_moe.analysis.foreign_routing import LayerRouting, load_foreign
+from megatron_moe.analysis.rule import RoutingRule
 from megatron_moe.errors import UsageError
-from tests.analysis.families import VOCAB, make, save
+from tests.analysis.families import SETTINGS, VOCAB, make, save
 
 TOKENS = torch.randint(VOCAB, (2, 9), generator=torch.Generator().manual_seed(4))
 
@@ -43,7 +44,14 @@ def chosen(rule: RoutingRule, logits: list[float], bias: list[float]) -> dict[in
 
 def applied(expert: ExpertWeights, x_TH: Tensor) -> Tensor:
     gate, up, down = (m.whole().double() for m in (expert.gate, expert.up, expert.down))
-    return (F.silu(x_TH @ gate.T) * (x_TH @ up.T)) @ down.T
+    if expert.gate_bias is None:
+        return (F.silu(x_TH @ gate.T) * (x_TH @ up.T)) @ down.T
+    biases = (expert.gate_bias, expert.up_bias, expert.down_bias)
+    gate_bias, up_bias, down_bias = (m.whole().double() for m in biases)  # type: ignore
+    limit = SETTINGS["gpt_oss"]["swiglu_limit"]
+    g = torch.minimum(x_TH @ gate.T + gate_bias, torch.tensor(limit))
+    u = torch.clip(x_TH @ up.T + up_bias, -limit, limit)
+    return ((u + 1) * g * torch.sigmoid(1.702 * g)) @ down.T + down_bias
 
 
 def mixture(weights: LayerWeights, record: LayerRouting, x_TH: Tensor) -> Tensor:
@@ -60,18 +68,25 @@ def mixture(weights: LayerWeights, record: LayerRouting, x_TH: Tensor) -> Tensor
     return out
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", all_families())
 def test_choices_and_weights(tmp_path: Path, kind: str) -> None:
     model = make(kind)
     opened = open_foreign(save(model, tmp_path))
     entered: dict[int, Tensor] = {}
     left: dict[int, Tensor] = {}
     for i, layer in enumerate(model.model.layers):  # the test's own ear, at other modules
-        layer.post_attention_layernorm.register_forward_hook(
-            lambda _, given, said, i=i: entered.__setitem__(i, said.detach().flatten(0, 1))
-        )
+        if kind == "flex_olmo":  # its norms follow attention and experts
+            layer.mlp.register_forward_pre_hook(
+                lambda _, given, i=i: entered.__setitem__(i, given[0].detach().flatten(0, 1))
+            )
+        else:
+            layer.post_attention_layernorm.register_forward_hook(
+                lambda _, given, said, i=i: entered.__setitem__(i, said.detach().flatten(0, 1))
+            )
         layer.mlp.register_forward_hook(
-            lambda _, given, said, i=i: left.__setitem__(i, said.detach().flatten(0, 1))
+            lambda _, given, said, i=i: left.__setitem__(
+                i, (said[0] if isinstance(said, tuple) else said).detach().flatten(0, 1)
+            )
         )
     with torch.no_grad():
         logits = model(TOKENS).logits
@@ -83,6 +98,8 @@ def test_choices_and_weights(tmp_path: Path, kind: str) -> None:
         near = {"rtol": 1e-4, "atol": 1e-4}
         torch.testing.assert_close(record.inputs_TH.double(), x_TH, **near)  # type: ignore
         logits_TE = x_TH @ weights.router.whole().double().T
+        if weights.router_bias is not None:
+            logits_TE += weights.router_bias.whole().double()
         bias = (
             [0.0] * opened.settings.num_experts
             if weights.bias is None
@@ -94,7 +111,7 @@ def test_choices_and_weights(tmp_path: Path, kind: str) -> None:
             assert set(ids) == set(expected)
             assert said == sorted(said, reverse=True)
             assert said == pytest.approx([expected[e] for e in ids], rel=1e-4)
-        sigmoid = kind == "deepseek_v3"
+        sigmoid = kind in ("deepseek_v3", "glm4_moe", "minimax_m2")
         probs_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
         torch.testing.assert_close(record.router_probs_TE.double(), probs_TE, **near)
         picked = record.router_probs_TE.gather(1, record.ids_TK)
