@@ -64,7 +64,7 @@ def open_foreign(path: str | Path) -> ForeignModel:
     path = Path(path)
     settings = read_settings(path)
     tensors = open_files(path)
-    _check_not_quantized(path, tensors)
+    check_not_quantized(path, tensors)
     reader = _Reader(path, settings, tensors)
     return ForeignModel(
         path=path,
@@ -88,7 +88,12 @@ _SCALES = (
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _check_not_quantized(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+def check_not_quantized(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Check that all matrices are plain floating-point numbers.
+
+    Raises:
+        UsageError: one is quantized.
+    """
     for name, tensor in tensors.items():
         is_matrix = name.endswith(".weight") and tensor.dtype not in _FLOATS
         if is_matrix or name.endswith(_SCALES):

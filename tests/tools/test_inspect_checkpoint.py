@@ -210,4 +210,4 @@ def test_two_of_another_program_s(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert "must be absent for " in capsys.readouterr().err
     (second / "config.json").write_text('{"model_type": "grok"}')
     assert main([str(second)]) == 2
-    assert "must be one of mixtral, olmoe" in capsys.readouterr().err
+    assert "must be one of deepseek, deepseek_v2" in capsys.readouterr().err
