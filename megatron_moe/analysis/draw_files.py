@@ -100,6 +100,8 @@ def _write(panels: Mapping[str, Panel], path: Path) -> None:
         # A font lacks glyphs of some token pieces; SVG contains the text itself.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         drawn = _arrange(panels)
+        drawn.get_layout_engine().execute(drawn)
+        drawn.set_layout_engine("none")  # once, not for each file
         for suffix in ("svg", "png"):
             content = io.BytesIO()
             metadata = {"Date": None} if suffix == "svg" else {"Software": None}
@@ -111,12 +113,13 @@ def _arrange(panels: Mapping[str, Panel]) -> Any:
     """A page with all panels, their names above them, and one legend or colour bar."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Page
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     kinds = list(panels.values())
     rows, columns, size = _grid(kinds)
-    page = Page(figsize=size, layout="constrained")
+    engine = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.03)
+    page = Page(figsize=size, layout=engine)
     FigureCanvasAgg(page)
-    page.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.03)
     images = []
     for place, (name, panel) in enumerate(panels.items()):
         polar = {"projection": "polar"} if isinstance(panel, Radar) else {}
@@ -137,7 +140,9 @@ def _grid(panels: list[Panel]) -> tuple[int, int, tuple[float, float]]:
     if count == 1:
         width, height = _single(first)
         return 1, 1, (width, min(PAGE_HEIGHT, height + legend))
-    columns = 1 if isinstance(first, Flow) else min(count, 2 if count <= 4 else 3 if count <= 9 else 4)
+    columns = (
+        1 if isinstance(first, Flow) else min(count, 2 if count <= 4 else 3 if count <= 9 else 4)
+    )
     if isinstance(first, Bars) and _bars_of(first) > 48:
         columns = min(columns, 2)
     rows = -(-count // columns)
@@ -171,7 +176,9 @@ def _legend_entries(panels: list[Panel]) -> list[str]:
     names: list[str] = []
     for panel in panels:
         if isinstance(panel, Lines | Bars | Scatter):
-            names += [label(e.name) for e in panel.series] + [label(r.label) for r in panel.references]
+            names += [label(e.name) for e in panel.series] + [
+                label(r.label) for r in panel.references
+            ]
         elif isinstance(panel, Radar):
             names += [label(each.name) for each in panel.series]
             names += [] if panel.reference is None else [label(panel.reference.label)]

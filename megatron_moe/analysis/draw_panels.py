@@ -126,7 +126,7 @@ def _points(axes: Any, panel: Lines | Scatter) -> None:
         else:
             width = 0.9 if each.dashed else 1.2
             kind |= {"linestyle": _DASH[dash], "linewidth": width, "markersize": 3}
-            if not (panel.markers or len(x) < 2):
+            if not ((panel.markers and not each.dashed) or len(x) < 2):
                 kind["marker"] = ""
         axes.plot(x, y, label=label(each.name), **kind)
         if each.low is not None and each.high is not None:
@@ -158,7 +158,9 @@ def _bars(axes: Any, panel: Bars) -> None:
         y = np.nan_to_num(np.asarray(each.y, float))
         kind = {"color": colour, "hatch": hatches[dash], "label": label(each.name), "linewidth": 0}
         if panel.stacked:
-            base = np.array([(up if h >= 0 else down).get(p, 0.0) for p, h in zip(x, y, strict=True)])
+            base = np.array(
+                [(up if h >= 0 else down).get(p, 0.0) for p, h in zip(x, y, strict=True)]
+            )
             for p, h in zip(x, y, strict=True):
                 heap = up if h >= 0 else down
                 heap[p] = heap.get(p, 0.0) + h

@@ -42,13 +42,16 @@ from megatron_moe.analysis.style import (
 Values = dict[str, Any]
 HEIGHT = 360
 """Pixels of a plot without its legend."""
+CATEGORY = 20
+"""Characters of a category at an axis."""
 
 
 def web_figure(figure: Figure) -> Values:
     """The panels of a figure.
 
     Returns:
-        `selector`, and `panels`: a list of `name`, `data`, `layout` and `height` in pixels.
+        `selector`, and `panels`: a list of `name`, `data`, `layout`, `height` in pixels, and
+        whether a heat map is `square`.
     """
     panels = with_common_ranges(figure.panels)
     drawn = [{"name": printable(name), **_panel(panel)} for name, panel in panels.items()]
@@ -69,6 +72,7 @@ def _panel(panel: Panel) -> Values:
         "shapes": [_reference(each) for each in panel.references],
     }
     if isinstance(panel, Bars):
+        layout["xaxis"]["showgrid"] = False
         layout |= {"barmode": "relative" if panel.stacked else "group", "bargap": 0.25}
     if isinstance(panel, Scatter) and panel.diagonal:
         layout["shapes"].append(_diagonal(panel))
@@ -76,15 +80,20 @@ def _panel(panel: Panel) -> Values:
     return {"data": data, "layout": layout, "height": HEIGHT}
 
 
-def _label(text: object) -> str:
-    return html.escape(printable(text), quote=False)
+def _label(text: object, limit: int = 80) -> str:
+    """A text that Plotly shows literally: it reads tags, and formulas between dollar signs."""
+    return html.escape(printable(text, limit), quote=False).replace("$", "&#36;")
+
+
+def _categories(names: Sequence[object]) -> list[str]:
+    return distinct([_label(name, CATEGORY) for name in names])
 
 
 def _numbers(values: Any) -> list[Any]:
     """Numbers of five significant digits; what is not finite is null."""
     kept = np.asarray(values)
     if kept.dtype.kind in "OUS":
-        return [_label(v) for v in values]
+        return [_label(v, CATEGORY) for v in values]
     if kept.dtype.kind in "iub":
         return list(kept.tolist())
     return [float(f"{v:.5g}") if np.isfinite(v) else None for v in kept.tolist()]
@@ -153,13 +162,13 @@ def _points(panel: Lines | Scatter) -> list[Values]:
             data += _band(each, colour, str(place))
         elif each.low is not None and each.high is not None:
             trace["error_y"] = _interval(each)
-        few = len(each.x) <= 40
         if isinstance(panel, Scatter):
             size = 7 if len(each.x) <= 300 else 4
             trace["mode"] = "markers"
             trace["marker"] = {"color": colour, "symbol": marker, "size": size, "opacity": 0.75}
         else:
-            trace["mode"] = "lines+markers" if panel.markers or (few and len(each.x) < 2) else "lines"
+            marked = (panel.markers and not each.dashed) or len(each.x) < 2
+            trace["mode"] = "lines+markers" if marked else "lines"
             trace["line"] = {"color": colour, "dash": dash, "width": 1.5 if each.dashed else 2}
             trace["marker"] = {"color": colour, "symbol": marker, "size": 6}
         data.append(trace)
@@ -215,7 +224,7 @@ def _heatmap(panel: Heatmap) -> Values:
     scale = SEQUENTIAL if panel.centre is None else DIVERGING
     values = np.asarray(panel.values, float)
     low, high = colour_range(panel) or (0.0, 1.0)
-    rows, columns = (distinct([_label(v) for v in part]) for part in (panel.rows, panel.columns))
+    rows, columns = _categories(panel.rows), _categories(panel.columns)
     trace: Values = {
         "type": "heatmap",
         "z": [_numbers(row) for row in values],
@@ -225,7 +234,7 @@ def _heatmap(panel: Heatmap) -> Values:
         "zmax": high,
         "colorscale": [[i / (len(scale) - 1), colour] for i, colour in enumerate(scale)],
         "colorbar": {
-            "title": {"text": _label(panel.colour), "side": "right"},
+            "title": {"text": _label(panel.colour), "side": "top"},
             "thickness": 12,
             "outlinewidth": 0,
         },
@@ -240,12 +249,14 @@ def _heatmap(panel: Heatmap) -> Values:
     if len(rows) == len(columns):
         x |= {"constrain": "domain"}
         y |= {"constrain": "domain", "scaleanchor": "x"}
-    height = 460 if len(rows) == len(columns) else min(900, max(220, 130 + 16 * len(rows)))
-    return {"data": [trace], "layout": {"xaxis": x, "yaxis": y}, "height": height}
+    square = len(rows) == len(columns)
+    height = 460 if square else min(900, max(220, 130 + 16 * len(rows)))
+    layout = {"xaxis": x, "yaxis": y}
+    return {"data": [trace], "layout": layout, "height": height, "square": square}
 
 
 def _radar(panel: Radar) -> Values:
-    categories = distinct([_label(name) for name in panel.categories])
+    categories = _categories(panel.categories)
     around = [*categories, *categories[:1]]
     data: list[Values] = []
     for each, (colour, dash, _) in zip(panel.series, styles(panel.series), strict=True):
@@ -273,13 +284,19 @@ def _radar(panel: Radar) -> Values:
                 "tickangle": 90,
                 "rangemode": "tozero",
                 "nticks": 5,
-                "title": {"text": _label(panel.radius)},
             },
             "angularaxis": {"type": "category", "direction": "clockwise", "rotation": 90},
         },
+        "annotations": [_corner(f"radius: {panel.radius}")],
         "showlegend": True,
     }
     return {"data": data, "layout": layout, "height": 460}
+
+
+def _corner(text: str) -> Values:
+    """A text below the plot."""
+    place = {"x": 0, "y": 0, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "top"}
+    return {"text": _label(text), **place, "yshift": -8, "showarrow": False}
 
 
 def _flow(panel: Flow) -> Values:

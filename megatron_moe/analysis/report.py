@@ -123,15 +123,16 @@ def as_script(value: Any) -> str:
 def _model(model: MoEModel) -> Values:
     sizes = model.sizes
     shown = (
-        *(sizes.num_layers, len(sizes.moe_layers), sizes.num_experts, sizes.topk),
-        *(sizes.hidden_size, sizes.expert_width, sizes.vocab_size),
+        f"{len(sizes.moe_layers)} of {sizes.num_layers}",
+        f"{sizes.topk} of {sizes.num_experts}",
+        *(f"{size:,}" for size in (sizes.hidden_size, sizes.expert_width, sizes.vocab_size)),
     )
     return {
         "label": printable(model.label),
         "family": printable(model.family),
         "step": _MISSING if model.step is None else f"{model.step:,}",
         "routing": printable(model.routing, 200),
-        "sizes": [f"{size:,}" for size in shown],
+        "sizes": shown,
     }
 
 
@@ -185,7 +186,7 @@ def _section(out: Path, analysis: Analysis, found: Mapping[str, Result]) -> Valu
 def _figures(out: Path, key: str, figures: Sequence[Figure], labels: Sequence[str]) -> list[Values]:
     names = file_names(figure.key for figure in figures)
     rows = [row_of(figure.key, labels) for figure in figures]
-    made = []
+    made: list[Values] = []
     for figure, row in zip(figures, rows, strict=True):
         files = write_figure(figure, out / FIGURES / key, names[figure.key])
         values = web_figure(figure)

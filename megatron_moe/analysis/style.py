@@ -10,11 +10,20 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from megatron_moe.analysis.plot import Axis, Bars, Flow, Heatmap, Lines, Panel, Radar, Scatter, Series
+from megatron_moe.analysis.plot import (
+    Axis,
+    Bars,
+    Flow,
+    Heatmap,
+    Lines,
+    Panel,
+    Scatter,
+    Series,
+)
 from megatron_moe.console import escape_controls
 
 CATEGORICAL = (
@@ -46,8 +55,6 @@ DIVERGING = (
 DASHES = ("solid", "dot", "dashdot", "longdash")
 """Of the lines that share a colour."""
 MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
-
-_Kind = TypeVar("_Kind", Lines, Bars, Scatter)
 
 
 def scale_colour(place: float, scale: Sequence[str] = SEQUENTIAL) -> str:
@@ -154,7 +161,7 @@ def _common_heights(panels: Iterable[Any]) -> list[Lines | Bars | Scatter]:
     return [_with_y_range(panel, ends) for panel in found]
 
 
-def _with_y_range(panel: _Kind, ends: tuple[float, float]) -> _Kind:
+def _with_y_range(panel: Any, ends: tuple[float, float]) -> Any:
     axis: Axis = replace(panel.y, range=ends)
     return replace(panel, y=axis)
 
@@ -198,7 +205,7 @@ def file_names(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def positions(values: Sequence[Any]) -> list[Any] | None:
+def positions(values: Iterable[Any]) -> list[Any] | None:
     """The categories if an axis has texts; `None` if it has numbers."""
     kept = list(values)
     return [str(v) for v in kept] if any(isinstance(v, str) for v in kept) else None

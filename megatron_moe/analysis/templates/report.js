@@ -22,13 +22,24 @@
     return figure.content;
   }
 
-  // Colours of a trace for a dark page.
+  // A colour for a dark page: dark ones become lighter.
+  function lifted(colour) {
+    if (ON_DARK[colour]) return ON_DARK[colour];
+    const found = /^#(..)(..)(..)$/.exec(colour);
+    if (!found) return colour;
+    const parts = found.slice(1).map((part) => parseInt(part, 16));
+    const light = 0.3 * parts[0] + 0.6 * parts[1] + 0.1 * parts[2];
+    const share = Math.max(0, 0.45 - light / 200);
+    return `rgb(${parts.map((part) => Math.round(part + share * (255 - part))).join(",")})`;
+  }
+
+  // The colours of a trace for a dark page.
   function recoloured(value) {
     if (Array.isArray(value) || value === null || typeof value !== "object") return value;
     const made = {};
     for (const [key, part] of Object.entries(value)) {
-      if (key === "color" && typeof part === "string") made[key] = ON_DARK[part] || part;
-      else if (key === "color" && Array.isArray(part)) made[key] = part.map((c) => ON_DARK[c] || c);
+      if (key === "color" && typeof part === "string") made[key] = lifted(part);
+      else if (key === "color" && Array.isArray(part)) made[key] = part.map(lifted);
       else made[key] = ["marker", "line", "node", "error_y"].includes(key) ? recoloured(part) : part;
     }
     return made;
@@ -48,7 +59,7 @@
     const legend = legendHeight(panel, width);
     const layout = {
       ...given,
-      height: panel.height + legend,
+      height: panel.square ? Math.min(Math.max(width - 70, 260), 560) : panel.height + legend,
       autosize: true,
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: text },
@@ -64,11 +75,12 @@
       layout.annotations = given.annotations.map((each) => ({ ...each, font: { size } }));
       layout.margin = { l: 12, r: 12, t: 34, b: 12 };
     }
+    if (panel.square) layout.margin.t = 24;
     if (given.polar) {
       const around = { ...given.polar.angularaxis, gridcolor: grid, linecolor: line, tickfont: { size: narrow ? 10 : 12 } };
       const radius = { ...given.polar.radialaxis, gridcolor: grid, linecolor: line, tickfont: { size: 10, color: line } };
       layout.polar = { bgcolor: "rgba(0,0,0,0)", angularaxis: around, radialaxis: radius };
-      layout.margin = { l: 48, r: 48, t: 30, b: 30 };
+      layout.margin = { l: 48, r: 48, t: 30, b: 44 };
       layout.legend.y = 1.08;
     }
     return layout;
