@@ -91,6 +91,11 @@ def uniform_loads(
     return tokens * topk / experts + centred * np.sqrt(experts / (experts - 1))
 
 
+def p_value(observed: float, drawn_R: Array) -> float:
+    """Share of draws that reach the observed value, itself counted as one of them."""
+    return float(((drawn_R >= observed).sum() + 1) / (len(drawn_R) + 1))
+
+
 def entropy(shares: Array) -> Array:
     """Entropy in nats of the distribution over the last axis; it need not be normalised."""
     total = shares.sum(-1, keepdims=True)
@@ -107,7 +112,7 @@ def gini(loads: Array) -> Array:
     return (ordered * weights).sum(-1) / (n * ordered.sum(-1))
 
 
-def independent_pairs(loads_E: Array, topk: int, rounds: int = 1000) -> Array:
+def independent_pairs(loads: Array, topk: int, rounds: int = 500) -> Array:
     """Pairs of experts that a router with these loads and no preference for pairs would choose.
 
     The symmetric matrix a_i a_j, with an empty diagonal, whose rows sum to (K - 1) times the loads:
@@ -115,20 +120,22 @@ def independent_pairs(loads_E: Array, topk: int, rounds: int = 1000) -> Array:
     load (K - 1) / (E - 1).
 
     Args:
-        loads_E: tokens of each expert.
+        loads: tokens of each expert, [..., E].
         topk: K.
         rounds: most rounds of the fixed-point iteration.
+
+    Returns:
+        [..., E, E].
     """
-    target = (topk - 1) * loads_E.astype(np.float64)
-    if target.sum() == 0:
-        return np.zeros((len(loads_E), len(loads_E)))
-    a = target / np.sqrt(target.sum())
+    target = (topk - 1) * loads.astype(np.float64)
+    total = np.maximum(target.sum(-1, keepdims=True), 1e-300)
+    a = target / np.sqrt(total)
     for _ in range(rounds):
-        rest = a.sum() - a
+        rest = a.sum(-1, keepdims=True) - a
         new = np.sqrt(a * np.divide(target, rest, out=np.zeros_like(a), where=rest > 0))
-        if np.allclose(new, a, rtol=1e-12, atol=0):
-            break
+        done = np.allclose(new, a, rtol=1e-9, atol=0)
         a = new
-    pairs = np.outer(a, a)
-    np.fill_diagonal(pairs, 0.0)
-    return pairs
+        if done:
+            break
+    pairs = a[..., :, None] * a[..., None, :]
+    return pairs * (1.0 - np.eye(loads.shape[-1]))

@@ -20,6 +20,7 @@ from megatron_moe.analysis.grids import (
     layer_lines,
     mean_of,
 )
+from megatron_moe.analysis.nulls import p_value
 from megatron_moe.analysis.plot import Axis, Bars, Figure, Radar, Reference, Series
 from megatron_moe.analysis.result import Result
 
@@ -58,6 +59,7 @@ class DomainSpecialization(Analysis):
         tokens_D1 = tokens_DG.sum(1)[:, None]
         topk, experts = setting.sizes.topk, setting.sizes.num_experts
         arrays: dict[str, Array] = {"kept_LDE": counts["kept_LDE"] / tokens_D1}
+        p_values = {}
         for name in ("chosen", "first"):
             count_LDGE = counts[f"{name}_LDGE"]
             arrays[f"{name}_LDE"] = count_LDGE.sum(2) / tokens_D1
@@ -67,7 +69,9 @@ class DomainSpecialization(Analysis):
             arrays[f"{name}_strength_L"] = strength_L
             arrays[f"{name}_null_L"] = null_RL.mean(0)
             arrays[f"{name}_null_high_L"] = np.quantile(null_RL, 0.95, axis=0)
-            arrays[f"{name}_p_L"] = ((null_RL >= strength_L).sum(0) + 1) / (material.draws + 1)
+            columns = zip(strength_L, null_RL.T, strict=True)
+            arrays[f"{name}_p_L"] = np.array([p_value(one, drawn) for one, drawn in columns])
+            p_values[name] = p_value(strength_L.mean(), null_RL.mean(1))
         share_LDE = arrays["chosen_LDE"]
         overall_LE = counts["chosen_LDGE"].sum((1, 2)) / tokens_DG.sum()
         ratio = np.divide(
@@ -85,9 +89,7 @@ class DomainSpecialization(Analysis):
         for name, words in (("chosen", "all choices"), ("first", "first choices")):
             for array, what in (("strength", "strength"), ("null", "strength by chance")):
                 numbers[f"{what}, {words}"] = float(arrays[f"{name}_{array}_L"].mean())
-            numbers[f"layers above chance, {words} (p < 0.05)"] = float(
-                (arrays[f"{name}_p_L"] < 0.05).sum()
-            )
+            numbers[f"p-value of the strength, {words}"] = p_values[name]
         return Result(
             analysis=self.key,
             numbers=numbers,
@@ -281,13 +283,11 @@ def _sentence(label: str, result: Result) -> str:
     if len(result.arrays["domains"]) < 2:
         return f"{label}: one domain alone shows no specialization."
     strength, null = (mean_of(result, f"chosen_{name}_L") for name in ("strength", "null"))
-    above = int((result.arrays["chosen_p_L"] < 0.05).sum())
-    layers = len(result.arrays["layers"])
     text = (
         f"{label}: {100 * strength:.1f}% of choices depend on the domain, against "
-        f"{100 * null:.1f}% by chance; {above} of {layers} layers are above chance"
+        f"{100 * null:.1f}% by chance"
     )
-    if above <= max(1, layers // 10) or strength <= null:
+    if result.numbers["p-value of the strength, all choices"] >= 0.05:
         return f"{text}. Like OpenMoE, this model shows no specialization in domains."
     if strength - null < 0.05:
         return (
