@@ -325,6 +325,11 @@ class LoggingConfig:
     routing_log_file: Annotated[str | None, OmittedAtDefault] = None
     """JSON Lines file with the routing statistics of all MoE layers, a line at every
     `--log-interval` and for every probe."""
+    routing_log_interval: Annotated[int, NonNegative, OmittedAtDefault] = 100
+    """Steps between probes of the routing: fixed rows of the validation data, or else of the
+    training data, through the model as in an evaluation; 0 for none."""
+    routing_probe_rows: Annotated[int, AtLeastOne, OmittedAtDefault] = 8
+    """Rows of a probe, spread over the domains of the data; at least one for each."""
     log_failure_policy: Annotated[Literal["continue", "stop"], OmittedAtDefault] = "continue"
     """What happens if the metrics file, TensorBoard or W&B cannot be written any more, e.g. because
     the disk is full: `continue` warns once and goes on without it, `stop` saves after the step and

@@ -25,6 +25,7 @@ from megatron_moe.data.identity import described
 from megatron_moe.data.indexed.check import Source
 from megatron_moe.data.loader import BatchShard, MicroBatchSampler, Packed, build_loader, to_batch
 from megatron_moe.data.objectives.select import ObjectivePlan, plan_objective
+from megatron_moe.data.probe import ProbeSource, probe_domains, probe_source
 from megatron_moe.errors import UsageError
 from megatron_moe.tokenizer.base import Tokenizer
 from megatron_moe.tokenizer.build import build_tokenizer
@@ -50,6 +51,10 @@ class Data:
     on every rank. Empty for training, and for data of one domain, whose loss is the split's."""
     extra: tuple[str, ...]
     """What batches contain besides tokens, labels and loss mask."""
+    probe_domains: tuple[str, ...]
+    """The domains of the rows on which routing is watched; the same on every rank."""
+    probe: ProbeSource | None
+    """Where these rows come from; `None` if this rank does not read."""
     loaders: dict[str, DataLoader[Packed]]
     """Of the evaluation splits and, as `SPLIT/DOMAIN`, their domains; empty if this rank does not
     read."""
@@ -128,6 +133,10 @@ def build_data(
     if reads_data:
         builder = _LoaderBuilder(config, tokenizer, plan, sources, shard)
         loaders = builder.loaders(blends, parts, consumed_train_samples)
+    evaluates, probe = config.train.eval_iters > 0, None
+    own = {name: tuple(found) for name, found in parts.items()}
+    if reads_data:
+        probe = probe_source(blends, loaders, own, evaluates)
     train, extra = loaders.pop("train", None), extra_planes(config)
     train_blend = blends["train"]
     assert train_blend is not None
@@ -143,6 +152,8 @@ def build_data(
             for name, own in parts.items()
         },
         extra=extra,
+        probe_domains=probe_domains(blends, own, evaluates),
+        probe=probe,
         loaders=loaders,
     )
 

@@ -27,6 +27,8 @@ KEY = "stages"
 """Key of the records in a checkpoint's `TrainState.extra`."""
 DATA = "data"
 """Key of what the training data was, in a checkpoint's `TrainState.extra`."""
+PROBE = "routing_probe"
+"""Key of the first and the last probe of the routing, in a checkpoint's `TrainState.extra`."""
 _DECIDE = {
     "objective": (
         "objective",
@@ -87,6 +89,7 @@ def saved_extra(
     has_phases: bool,
     data: Mapping[str, Any],
     spikes: SpikeWatch | None = None,
+    probe: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All of `TrainState.extra` of a checkpoint; `Trainer.save` writes nothing else there.
 
@@ -99,10 +102,12 @@ def saved_extra(
         has_phases: whether the run has a phase table; the records are saved only then.
         data: what the training data is, see `data.identity`; for errors that name a difference.
         spikes: of a run with `--loss-spike-policy`.
+        probe: of a run that has taken a probe of its routing, see `RoutingProbe.to_json`.
     """
     stages = {KEY: [asdict(record) for record in records]} if has_phases else {}
     judged = {SPIKES: spikes.to_json()} if spikes is not None else {}
-    return {**stages, DATA: dict(data), **judged}
+    probed = {PROBE: dict(probe)} if probe is not None else {}
+    return {**stages, DATA: dict(data), **judged, **probed}
 
 
 def has_records(state: TrainState) -> bool:

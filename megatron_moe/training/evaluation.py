@@ -67,7 +67,7 @@ def evaluate(
 ) -> Evaluation:
     """Mean cross entropy over ``iterations`` global batches; the same value on every rank."""
     sums = torch.zeros(3, dtype=torch.float64, device=run.ctx.platform.device)
-    with _restored(run), torch.no_grad():
+    with undisturbed(run), torch.no_grad():
         for _ in range(iterations):
             batches = next_batches()
             forward = forward_function(run, None, len(batches))
@@ -81,8 +81,10 @@ def evaluate(
 
 
 @contextlib.contextmanager
-def _restored(run: TrainingRun) -> Iterator[None]:
-    """Evaluation mode; everything that training depends on is restored at the end."""
+def undisturbed(run: TrainingRun) -> Iterator[None]:
+    """Evaluation mode; everything that training and its reports depend on is restored at the end:
+    random states, modes and statistics of routing.
+    """
     states = rng_states()
     routed = {counter: counter.sums.clone() for counter in counters(run.chunks).values()}
     for chunk in run.wrapped:

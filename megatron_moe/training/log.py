@@ -21,6 +21,7 @@ from megatron_moe.model.counting import count_parameters
 from megatron_moe.moe.layer import MoELayer
 from megatron_moe.training.metrics import Evaluation, Interval, Summary
 from megatron_moe.training.phases import Phase, RunSchedule, differences, phase_lines
+from megatron_moe.training.probe_statistics import ProbeResult
 from megatron_moe.training.run import TrainingRun
 
 
@@ -52,6 +53,10 @@ class LogSink:
     def evaluation(self, name: str, iteration: int, result: Evaluation) -> None:
         """One line for the evaluation."""
         print_line(evaluation_line(name, iteration, result))
+
+    def probe(self, result: ProbeResult) -> None:
+        """One line for the probe."""
+        print_line(probe_line(result))
 
     def end(self, summary: Summary) -> None:
         """Losses, speed, and where to look."""
@@ -210,6 +215,22 @@ def evaluation_line(name: str, iteration: int, result: Evaluation) -> str:
         f"targets {result.targets}",
         *(f"{domain} {part.lm_loss:.6E}" for domain, part in result.domains.items()),
     ]
+    return " | ".join(parts)
+
+
+def probe_line(result: ProbeResult) -> str:
+    """Means over the MoE layers of a probe of the routing."""
+    layers = result.layers.values()
+    parts = [f" routing at iteration {result.iteration}", f"tokens {result.tokens}"]
+    for name in ("previous", "first"):
+        same = [getattr(layer, name) for layer in layers]
+        if None not in same:
+            parts.append(f"agreement with {name} probe {mean(s.choices for s in same):.1%}")
+    parts.append(f"chance {result.chance:.1%}")
+    shares = [layer.token_share for layer in layers if layer.token_share is not None]
+    chances = [x.token_share_chance for x in layers if x.token_share_chance is not None]
+    if shares:
+        parts.append(f"explained by token id {mean(shares):.1%}, by chance {mean(chances):.1%}")
     return " | ".join(parts)
 
 

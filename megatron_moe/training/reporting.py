@@ -18,6 +18,7 @@ from megatron_moe.training.log import LogSink, print_line
 from megatron_moe.training.metrics import Evaluation, Interval, Summary
 from megatron_moe.training.outputs import drop_later_steps
 from megatron_moe.training.phases import Phase, RunSchedule
+from megatron_moe.training.probe_statistics import ProbeResult
 from megatron_moe.training.routing_log import RoutingLogSink
 from megatron_moe.training.run import TrainingRun
 from megatron_moe.training.sinks import Sink
@@ -78,6 +79,10 @@ class Reporter:
     def evaluation(self, name: str, iteration: int, result: Evaluation) -> None:
         """See `Sink.evaluation`."""
         self._each(lambda sink: sink.evaluation(name, iteration, result))
+
+    def probe(self, result: ProbeResult) -> None:
+        """See `Sink.probe`."""
+        self._each(lambda sink: sink.probe(result))
 
     def end(self, summary: Summary) -> None:
         """See `Sink.end`."""
@@ -150,6 +155,9 @@ class MetricsFileSink:
             line = {"iteration": iteration, "evaluation": name, **result.to_json()}
             with self._path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
+
+    def probe(self, result: ProbeResult) -> None:
+        """Nothing: the file is for programs that compare steps."""
 
     def start(self, run: TrainingRun, schedule: RunSchedule, data: Data, state: TrainState) -> None:
         """Nothing: the file is for programs that compare steps."""

@@ -4,7 +4,11 @@ A line at every `--log-interval`, with all MoE layers by their 0-based number:
 
     {"iteration": 100, "layers": {"3": {"load": [...], "drop_rate": 0.41, ...}, ...}}
 
-The keys of a layer are those of `LayerStatistics.to_json`.
+and one for each probe:
+
+    {"iteration": 100, "probe": {"tokens": 2048, "chance": 0.25, "layers": {"3": {...}}}}
+
+The keys of a layer are those of `LayerStatistics.to_json` and of `LayerProbe`.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from megatron_moe.data.pipeline import Data
 from megatron_moe.training.metrics import Evaluation, Interval, Summary
 from megatron_moe.training.outputs import drop_later_steps
 from megatron_moe.training.phases import Phase, RunSchedule
+from megatron_moe.training.probe_statistics import ProbeResult
 from megatron_moe.training.run import TrainingRun
 
 
@@ -40,6 +45,10 @@ class RoutingLogSink:
         if interval.layers:
             layers = {str(n): layer.to_json() for n, layer in interval.layers.items()}
             self._append({"iteration": interval.records[-1].iteration, "layers": layers})
+
+    def probe(self, result: ProbeResult) -> None:
+        """A line with the layers."""
+        self._append({"iteration": result.iteration, "probe": result.to_json()})
 
     def _append(self, line: dict[str, Any]) -> None:
         with self._path.open("a") as file:

@@ -18,6 +18,7 @@ from megatron_moe.moe.statistics import LayerStatistics
 from megatron_moe.training.log import phase_change_lines
 from megatron_moe.training.metrics import Evaluation, Interval, StepRecord, Summary
 from megatron_moe.training.phases import Phase, RunSchedule
+from megatron_moe.training.probe_statistics import LayerProbe, ProbeResult
 from megatron_moe.training.run import TrainingRun
 
 
@@ -39,6 +40,9 @@ class Sink(Protocol):
 
     def evaluation(self, name: str, iteration: int, result: Evaluation) -> None:
         """An evaluation after ``iteration`` steps; ``name`` is `validation` or `test`."""
+
+    def probe(self, result: ProbeResult) -> None:
+        """A probe of the routing, every `--routing-log-interval` steps."""
 
     def end(self, summary: Summary) -> None:
         """The last event; not called if an exception ends the run."""
@@ -105,6 +109,16 @@ class BoardSink(ABC):
             values[f"{name}/lm loss of {domain}"] = part.lm_loss
         self.add(values, iteration)
 
+    def probe(self, result: ProbeResult) -> None:
+        """Agreements, shares of the token id and drift by layer; bars by layer and domain."""
+        for number, layer in result.layers.items():
+            prefix = f"moe/layer {number:02d}"
+            values = {f"{prefix}/{tag}": value for tag, value in _probe_values(layer).items()}
+            self.add(values, result.iteration)
+            for name, shares in zip(result.domains, layer.domain_shares, strict=True):
+                tag = f"{prefix}/share per expert" + (f" of {name}" if name else "")
+                self.add_bars(tag, shares, result.iteration)
+
     def end(self, summary: Summary) -> None:
         """Write everything."""
         self.close()
@@ -167,4 +181,18 @@ def _layer_values(layer: LayerStatistics) -> dict[str, float]:
     }
     for rank, rate in enumerate(layer.drop_rate_by_choice, 1):
         values[f"drop rate of choice {rank}"] = rate
+    return {tag: value for tag, value in values.items() if value is not None}
+
+
+def _probe_values(layer: LayerProbe) -> dict[str, float]:
+    """The scalars of one MoE layer at a probe, by the end of their tag."""
+    values = {
+        "router logit drift": layer.logit_drift,
+        "token id share": layer.token_share,
+        "token id share by chance": layer.token_share_chance,
+    }
+    for name, same in (("previous", layer.previous), ("first", layer.first)):
+        if same is not None:
+            values[f"agreement with {name} probe"] = same.choices
+            values[f"top-1 agreement with {name} probe"] = same.top1
     return {tag: value for tag, value in values.items() if value is not None}

@@ -52,7 +52,7 @@ class TensorBoardSink(BoardSink):
         """
         positions = range(len(values))
         self._board.add_histogram_raw(
-            tag,
+            printable(tag),
             min=-0.5,
             max=len(values) - 0.5,
             num=int(sum(values)),

@@ -20,13 +20,14 @@ from megatron_moe.moe.statistics import (
     collect_statistics,
     reset_statistics,
 )
-from megatron_moe.training.consumed import record_of, saved_extra
+from megatron_moe.training.consumed import PROBE, record_of, saved_extra
 from megatron_moe.training.dataloaders import PhaseDataLoaders
 from megatron_moe.training.diagnosis import diagnose
 from megatron_moe.training.evaluation import evaluate_split
 from megatron_moe.training.exit_request import LOG_FAILURE, ExitRequest
 from megatron_moe.training.metrics import Evaluation, Interval, Meter, Summary
 from megatron_moe.training.phases import Phase, RunSchedule
+from megatron_moe.training.probe import RoutingProbe, moe_layer_numbers
 from megatron_moe.training.replicas import ReplicaError, check_replicas
 from megatron_moe.training.reporting import Reporter
 from megatron_moe.training.resume import ResumePoint, identity_of
@@ -91,6 +92,10 @@ class Trainer:
         saved = resume.state.extra.get(SPIKES)
         self.spikes = SpikeWatch(schedule.config.train, saved) if watches else None
         """Judges each step, with `--loss-spike-policy`."""
+        self.probe: RoutingProbe | None = None
+        """Watches the routing, every `--routing-log-interval` steps."""
+        if schedule.config.logging.routing_log_interval and moe_layer_numbers(run.config):
+            self.probe = RoutingProbe(schedule.config, resume.state.extra.get(PROBE))
 
     def train(self) -> Summary:
         """Train until the end of the run, a request to exit or a number that is not finite.
@@ -162,6 +167,8 @@ class Trainer:
             # length, by which the meter counts tokens, and other held-out data.
             if phase_ends or iteration % config.logging.log_interval == 0:
                 self.report()
+            if self.probe is not None and self.probe.due(iteration):
+                self.take_probe(self.probe)
             # Before the evaluation, which may take longer than the steps since the last save.
             if save_interval and iteration % save_interval == 0:
                 self.save()
@@ -321,6 +328,15 @@ class Trainer:
             found = f"{bad[0].lm_loss} at iteration {bad[0].iteration}"
             raise NonFiniteError(f"training loss must be finite (got {found})")
 
+    def take_probe(self, probe: RoutingProbe) -> None:
+        """Watch the routing of the probe's rows, without effect on training."""
+        self.meter.pause()
+        with self.run.timers.paused():
+            result = probe.take(self.run, self.dataloaders.current, self.state.iteration)
+        if result is not None:
+            self.reporter.probe(result)
+        self.meter.resume()
+
     def evaluate(self, name: Literal["validation", "test"]) -> None:
         """Evaluate held-out data of the current phase; nothing if there is none.
 
@@ -369,6 +385,7 @@ class Trainer:
             has_phases=self.schedule.has_phases,
             data=data.described,
             spikes=self.spikes,
+            probe=None if self.probe is None else self.probe.to_json(),
         )
         self.checkpoints.save(
             replace(self.state, extra=extra),

@@ -32,6 +32,9 @@ class Notes:
     def evaluation(self, name: str, iteration: int, result: Any) -> None:
         self.events.append((self.name, "evaluation", name, iteration, result))
 
+    def probe(self, result: Any) -> None:
+        self.events.append((self.name, "probe", result))
+
     def end(self, summary: Any) -> None:
         self.events.append((self.name, "end", summary))
 
@@ -41,7 +44,8 @@ EVENTS: dict[str, tuple[Any, ...]] = {
     "phase": (5, 6, 7, 8),
     "interval": (9,),
     "evaluation": ("test", 10, 11),
-    "end": (12,),
+    "probe": (12,),
+    "end": (13,),
 }
 
 
