@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.analysis.model import MoERunner, Sizes
-from megatron_moe.analysis.observation import Observation
+from megatron_moe.analysis.observation import Observation, TokenBatch
 from megatron_moe.analysis.sample import Sample
 
 State = dict[str, npt.NDArray[Any]]
@@ -58,6 +58,10 @@ class Collector(ABC):
 
     needs_inputs: tuple[int, ...] = ()
     needs_predictions: bool = False
+
+    def inputs_for(self, batch: TokenBatch) -> Collection[int]:
+        """Layers whose inputs it reads of a batch: recorded, they stay in memory for its pass."""
+        return self.needs_inputs
 
     @abstractmethod
     def add(self, seen: Observation, runner: MoERunner) -> None:

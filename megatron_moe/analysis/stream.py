@@ -45,11 +45,11 @@ def stream(
     """
     done = _restore(state, fingerprint, collectors)
     advance(done)
-    inputs = sorted({layer for each in collectors.values() for layer in each.needs_inputs})
     predictions = any(each.needs_predictions for each in collectors.values())
     saved = time.monotonic()
     for batch in sample.batches(done):
-        seen = runner.run(batch, inputs=inputs, predictions=predictions)
+        inputs = {layer for each in collectors.values() for layer in each.inputs_for(batch)}
+        seen = runner.run(batch, inputs=sorted(inputs), predictions=predictions)
         for each in collectors.values():
             each.add(seen, runner)
         advance(1)

@@ -13,7 +13,14 @@ from torch import Tensor
 
 from megatron_moe.analysis.base import Analysis, Material
 from megatron_moe.analysis.collector import Collector, Setting, make_collector
-from megatron_moe.analysis.model import ExpertWeights, LayerWeights, MoEModel, MoERunner, Sizes
+from megatron_moe.analysis.model import (
+    ExpertPass,
+    ExpertWeights,
+    LayerWeights,
+    MoEModel,
+    MoERunner,
+    Sizes,
+)
 from megatron_moe.analysis.observation import LayerRouting, Observation, TokenBatch
 from megatron_moe.analysis.result import Result
 from megatron_moe.analysis.sample import Sample, read_sample
@@ -116,11 +123,11 @@ class PlantedRunner(MoERunner):
             inputs_TH=None,
         )
 
-    def expert_outputs(self, layer: int, x_TH: Tensor, experts: Sequence[int]) -> Tensor:
+    def expert(self, layer: int, x_TH: Tensor, expert: int) -> ExpertPass:
         raise AssertionError("not planted")
 
     def forced(
-        self, layer: int, ids_TK: Tensor, weights_TK: Tensor
+        self, layer: int, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None = None
     ) -> AbstractContextManager[None]:
         raise AssertionError("not planted")
 
