@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import gc
 import importlib
+import multiprocessing
 import pickle
 import signal
 import sys
@@ -133,10 +134,24 @@ def _clean_up() -> None:
     torch.set_default_dtype(torch.float32)
     if torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(False)
+    _end_children()
     gc.collect()
     # Each wakes a hundred times in a second: those of a hundred tests would take both cores.
     left = _gloo_threads()
     assert left < MOST_GROUPS, f"{left} process groups outlive calls: something refers to them"
+
+
+def _end_children() -> None:
+    """End processes that a call has left, which would outlive this one when it is killed.
+
+    Megatron-Core's writer of distributed checkpoints starts one and keeps a queue in it.
+    """
+    for child in multiprocessing.active_children():
+        child.terminate()
+        child.join()
+    writer = sys.modules.get("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    if writer is not None:
+        writer._results_queue = None  # type: ignore[attr-defined]
 
 
 def _gloo_threads() -> int:
