@@ -110,7 +110,7 @@ class ExpertSimilarity(Analysis):
             title="Mean similarity of two experts",
             y="mean cosine similarity",
             values="mean_LP",
-            chance="random_order_LP",
+            chance={"random_order_LP": "in random order"},
             references=[Reference(value=3 * deviation, label="random matrices, 3 sd")],
             caption="Dashed: if the neurons of each expert were in random order.",
         )

@@ -19,7 +19,7 @@ from megatron_moe.analysis.weights.figures import (
     others_table,
     similarity_maps,
 )
-from megatron_moe.analysis.weights.reading import depth_trend, sentence_for_each
+from megatron_moe.analysis.weights.reading import depth_trend, listed, sentence_for_each
 from megatron_moe.analysis.weights.statistics import (
     cosines,
     largest_by_chance,
@@ -134,11 +134,7 @@ def _reading(result: Result) -> str:
             f"Average neurons of different experts are as different as random vectors: the mean "
             f"cosine is {mean:.2g}, and chance is within {chance:.2g} of 0."
         )
-    parts = ", ".join(
-        f"{name.rpartition(' ')[2]} {value:.2f}"
-        for name, value in result.numbers.items()
-        if name.startswith("mean cosine, ")
-    )
+    parts = listed(result.numbers, "mean cosine, ")
     return (
         f"Average neurons of two experts have a mean cosine of {mean:.2f} ({parts}; random vectors "
         f"{deviation:.2f} for one pair), so experts lean in the same directions, which their whole "

@@ -131,64 +131,66 @@ class NeuronMatching(Analysis):
 
     def figures(self, results: Mapping[str, Result]) -> Sequence[Figure]:
         """Before, after and tau over depth; heat maps of matched similarity."""
-        found = [
-            layer_lines(
-                results,
-                key="matched-by-layer",
-                title="Mean cosine of matched neurons",
-                y="mean cosine similarity",
-                values="after_LQ",
-                chance="after_mixtures_LQ",
-                projections="kinds",
-                references=[
-                    Reference(
-                        value=max(
-                            float(r.arrays["after_white_noise_LQ"].max()) for r in results.values()
-                        ),
-                        label="white noise",
-                    )
-                ],
-                caption="Dashed: neurons of one expert replaced by mixtures of them.",
-            ),
-            layer_lines(
-                results,
-                key="unmatched-by-layer",
-                title="Mean cosine of neurons at the same place",
-                y="mean cosine similarity",
-                values="before_LQ",
-                projections="kinds",
-                references=[Reference(value=0.0, label="random orders")],
-            ),
-            layer_lines(
-                results,
-                key="tau-by-layer",
-                title="How far matched neurons keep their place",
-                y="Kendall's tau",
-                values="tau_LQ",
-                projections="kinds",
-                references=[
-                    Reference(value=0.0, label="random orders"),
-                    Reference(value=0.75, label="Mixtral, in the paper"),
-                ],
-                caption="Experts that began as copies keep the order of their neurons.",
-            ),
+        return [
+            *_lines(results),
+            *(each for label, result in results.items() for each in _maps(label, result)),
         ]
-        for label, result in results.items():
-            for name, words in (("before", "at the same place"), ("after", "matched")):
-                found += similarity_maps(
-                    result,
-                    key=f"neurons-{name}-{label}",
-                    title=f"Mean cosine of neurons {words}, {label}",
-                    values_LPRR=result.arrays[f"{name}_LQXX"],
-                    names_LR=np.tile(result.arrays["experts"], (len(result.arrays["layers"]), 1)),
-                    projections=result.arrays["kinds"].tolist(),
-                    caption="All panels of a projection show the same pairs of experts.",
-                )
-        return found
 
     def reading(self, results: Mapping[str, Result]) -> str:
         """Whether the order of neurons hides equal experts, and whether it was kept."""
         return sentence_for_each({label: _reading(result) for label, result in results.items()})
+
+
+def _lines(results: Mapping[str, Result]) -> list[Figure]:
+    return [
+        layer_lines(
+            results,
+            key="matched-by-layer",
+            title="Mean cosine of matched neurons",
+            y="mean cosine similarity",
+            values="after_LQ",
+            chance={"after_mixtures_LQ": "mixtures", "after_white_noise_LQ": "white noise"},
+            projections="kinds",
+            caption="Dashed: chance, by mixtures of one expert's neurons and by white noise.",
+        ),
+        layer_lines(
+            results,
+            key="unmatched-by-layer",
+            title="Mean cosine of neurons at the same place",
+            y="mean cosine similarity",
+            values="before_LQ",
+            projections="kinds",
+            references=[Reference(value=0.0, label="random orders")],
+        ),
+        layer_lines(
+            results,
+            key="tau-by-layer",
+            title="How far matched neurons keep their place",
+            y="Kendall's tau",
+            values="tau_LQ",
+            projections="kinds",
+            references=[
+                Reference(value=0.0, label="random orders"),
+                Reference(value=0.75, label="Mixtral, in the paper"),
+            ],
+            caption="Experts that began as copies keep the order of their neurons.",
+        ),
+    ]
+
+
+def _maps(label: str, result: Result) -> list[Figure]:
+    found = []
+    for name, words in (("before", "at the same place"), ("after", "matched")):
+        found += similarity_maps(
+            result,
+            key=f"neurons-{name}-{label}",
+            title=f"Mean cosine of neurons {words}, {label}",
+            values_LPRR=result.arrays[f"{name}_LQXX"],
+            names_LR=np.tile(result.arrays["experts"], (len(result.arrays["layers"]), 1)),
+            projections=result.arrays["kinds"].tolist(),
+            caption="All panels show the same pairs of experts.",
+        )
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

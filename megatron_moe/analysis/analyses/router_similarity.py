@@ -14,7 +14,7 @@ from megatron_moe.analysis.base import Analysis, Material, register
 from megatron_moe.analysis.plot import Axis, Figure, Panel, Reference, Scatter, Series
 from megatron_moe.analysis.result import Result
 from megatron_moe.analysis.weights.figures import TITLES, layer_lines, layer_table, similarity_map
-from megatron_moe.analysis.weights.reading import sentence_for_each
+from megatron_moe.analysis.weights.reading import listed, sentence_for_each
 from megatron_moe.analysis.weights.statistics import cosines, mantel, mean_of, pairs_of
 
 LEVEL = 0.05
@@ -90,7 +90,7 @@ class RouterSimilarity(Analysis):
                 title="Agreement of router and experts",
                 y="squared correlation r^2",
                 values="square_LP",
-                chance="chance_LP",
+                chance={"chance_LP": "by chance"},
                 references=[Reference(value=0.0, label="none")],
                 caption="Dashed: the mean over random names of the experts.",
             )
@@ -166,15 +166,15 @@ def _reading(result: Result) -> str:
     if all(math.isnan(value) for value in squares.values()):
         return "There are too few experts for a correlation."
     best = max(squares, key=lambda name: -1.0 if math.isnan(squares[name]) else squares[name])
-    listed = ", ".join(f"{name} {value:.2f}" for name, value in squares.items())
+    values = listed(result.numbers, prefix)
     share = result.numbers[f"share of layers with p < {LEVEL}, {best}"]
     if share <= 2 * LEVEL:
         return (
-            f"The router's rows do not go with the experts' neurons (r^2: {listed}; by chance "
+            f"The router's rows do not go with the experts' neurons (r^2: {values}; by chance "
             f"{chance:.2f}), unlike in the paper."
         )
     return (
         f"Experts with similar rows in the router have similar neurons, most of all in the "
-        f"{TITLES[best]} (r^2: {listed}; by chance {chance:.2f}; p < {LEVEL} in {share:.0%} of the "
+        f"{TITLES[best]} (r^2: {values}; by chance {chance:.2f}; p < {LEVEL} in {share:.0%} of the "
         "layers): as in the paper, which concludes that neurons act like fine-grained experts."
     )

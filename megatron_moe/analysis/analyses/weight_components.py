@@ -95,7 +95,7 @@ class WeightComponents(Analysis):
                 title=f"First component of {kind}",
                 y="share of the variance",
                 values=f"{kind}_first_LP",
-                chance=f"{kind}_chance_LP",
+                chance={f"{kind}_chance_LP": "random weights"},
                 caption="Dashed: random weights of the same sizes.",
             )
             for kind in ("matrices", "neurons")

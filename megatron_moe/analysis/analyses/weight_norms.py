@@ -14,18 +14,22 @@ from megatron_moe.analysis.base import Analysis, Material, register
 from megatron_moe.analysis.plot import Axis, Bars, Figure, Panel, Series
 from megatron_moe.analysis.result import Result, Table
 from megatron_moe.analysis.weights.figures import TITLES, layer_lines, layer_table
-from megatron_moe.analysis.weights.reading import sentence_for_each
+from megatron_moe.analysis.weights.reading import listed, sentence_for_each
 from megatron_moe.analysis.weights.statistics import (
     Array,
     effective_rank,
+    largest_of,
     mean_of,
     random_effective_rank,
 )
+from megatron_moe.analysis.weights.survey import LayerSurvey
 
 ROUTER = "router"
 ROUTER_SPREAD = "spread of the router's norms"
 EXPERT_SPREAD = "spread of the experts' norms"
 """Headline numbers: standard deviation over mean, averaged over the layers."""
+SMALLEST = "smallest effective rank over that of random weights"
+"""A headline number."""
 COLLAPSED = 0.5
 """Share of the effective rank of random weights below which experts count as collapsed."""
 
@@ -51,33 +55,13 @@ class WeightNorms(Analysis):
     def compute(self, material: Material) -> Result:
         """Norms and effective ranks by layer."""
         survey = material.survey
-        names, layers = survey.projections, [layer.layer for layer in survey.layers]
-        experts = survey.num_experts
-        router_LE = np.sqrt(np.array([np.diag(layer.router_gram_EE) for layer in survey.layers]))
-        square_LPE = np.array(
-            [
-                [np.diag(p.gram_RR)[:experts] for p in la.projections.values()]
-                for la in survey.layers
-            ]
-        )
-        rms_LPE = np.sqrt(square_LPE / survey.size)
-        rank_LX = np.array(
-            [
-                [
-                    *(
-                        effective_rank(p.gram_RR[:experts, :experts])
-                        for p in la.projections.values()
-                    ),
-                    effective_rank(la.router_gram_EE),
-                ]
-                for la in survey.layers
-            ]
-        )
-        kinds = (*names, ROUTER)
-        random_X = [random_effective_rank(experts, survey.size)] * len(names)
+        layers, experts = [layer.layer for layer in survey.layers], survey.num_experts
+        kinds = (*survey.projections, ROUTER)
+        size_LXE = np.array([_sizes(layer, survey.size) for layer in survey.layers])
+        rank_LX = np.array([_ranks(layer) for layer in survey.layers])
+        random_X = [random_effective_rank(experts, survey.size)] * len(survey.projections)
         random_X.append(random_effective_rank(experts, survey.hidden))
         chance_LX = np.tile(np.array(random_X), (len(layers), 1))
-        size_LXE = np.concatenate([rms_LPE, router_LE[:, None]], axis=1)
         spread_LX = _spread(size_LXE)
         columns = {
             "effective_rank": rank_LX,
@@ -88,20 +72,15 @@ class WeightNorms(Analysis):
             "effective number of experts, for random weights of the same sizes too, and standard "
             "deviation of the experts' norms over their mean"
         )
-        share_LX = rank_LX / chance_LX
-        numbers = {
-            f"effective rank, {kind}": mean_of(rank_LX[:, x]) for x, kind in enumerate(kinds)
-        }
+        ranks = {f"effective rank, {k}": mean_of(rank_LX[:, x]) for x, k in enumerate(kinds)}
         return Result(
             analysis=self.key,
             numbers={
                 "experts": float(experts),
-                **numbers,
+                **ranks,
                 "effective rank of random experts": random_X[0],
                 "effective rank of a random router": random_X[-1],
-                "smallest effective rank over that of random weights": float(np.nanmin(share_LX))
-                if not np.isnan(share_LX).all()
-                else math.nan,
+                SMALLEST: -largest_of(-rank_LX / chance_LX),
                 ROUTER_SPREAD: mean_of(spread_LX[:, -1]),
                 EXPERT_SPREAD: mean_of(spread_LX[:, :-1]),
             },
@@ -128,7 +107,7 @@ class WeightNorms(Analysis):
                 title="Effective number of experts",
                 y="effective rank",
                 values="rank_LX",
-                chance="chance_LX",
+                chance={"chance_LX": "random weights"},
                 projections="kinds",
                 caption="Dashed: random weights of the same sizes. 1 means that all are equal.",
             ),
@@ -147,6 +126,22 @@ class WeightNorms(Analysis):
     def reading(self, results: Mapping[str, Result]) -> str:
         """Whether experts have collapsed."""
         return sentence_for_each({label: _reading(result) for label, result in results.items()})
+
+
+def _sizes(layer: LayerSurvey, elements: int) -> list[Array]:
+    """Of the experts: root mean squares of each projection, norms of the router's rows."""
+    squares = [np.diag(each.gram_RR)[: layer.num_experts] for each in layer.projections.values()]
+    return [
+        *(np.sqrt(square_E / elements) for square_E in squares),
+        np.sqrt(np.diag(layer.router_gram_EE)),
+    ]
+
+
+def _ranks(layer: LayerSurvey) -> list[float]:
+    """Effective rank of each projection and of the router."""
+    experts = slice(layer.num_experts)
+    grams = [each.gram_RR[experts, experts] for each in layer.projections.values()]
+    return [effective_rank(gram) for gram in (*grams, layer.router_gram_EE)]
 
 
 def _spread(size_LXE: Array) -> Array:
@@ -192,14 +187,10 @@ def _bars(results: Mapping[str, Result], x: int, kind: str) -> Figure:
 
 def _reading(result: Result) -> str:
     numbers = result.numbers
-    smallest = numbers["smallest effective rank over that of random weights"]
+    smallest = numbers[SMALLEST]
     if math.isnan(smallest):
         return "An expert consists of zeros, so there is no effective number of experts."
-    ranks = ", ".join(
-        f"{name.rpartition(' ')[2]} {value:.1f}"
-        for name, value in numbers.items()
-        if name.startswith("effective rank, ")
-    )
+    ranks = listed(numbers, "effective rank, ", ".1f")
     state = (
         "no sign of collapse"
         if smallest > 0.9

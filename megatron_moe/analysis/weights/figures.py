@@ -117,7 +117,7 @@ def layer_lines(
     title: str,
     y: str,
     values: str,
-    chance: str = "",
+    chance: Mapping[str, str] | None = None,
     projections: str = "projections",
     references: Sequence[Reference] = (),
     caption: str = "",
@@ -131,7 +131,7 @@ def layer_lines(
         title: of the figure.
         y: title of the y-axis.
         values: name of an array [L, P].
-        chance: name of another one; empty for none.
+        chance: names of further ones, and what they are called in the legend.
         projections: name of the array with the P names.
         references: constant lines.
         caption: what to look at.
@@ -148,10 +148,10 @@ def layer_lines(
             place, layers = known.index(name), result.arrays["layers"].tolist()
             found = result.arrays[values][:, place]
             series.append(Series(name=label, x=layers, y=found, group=label))
-            if chance:
-                null = result.arrays[chance][:, place]
-                dashed = Series(name=f"{label}, chance", x=layers, y=null, group=label, dashed=True)
-                series.append(dashed)
+            for array, words in (chance or {}).items():
+                null = result.arrays[array][:, place]
+                title = f"{label}, {words}"
+                series.append(Series(name=title, x=layers, y=null, group=label, dashed=True))
         panels[TITLES.get(name, name)] = Lines(
             series=series,
             x=Axis(title="layer"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -22,6 +23,15 @@ def sentence_for_each(readings: Mapping[str, str]) -> str:
     return " ".join(f"{label}: {text}" for label, text in readings.items())
 
 
+def listed(numbers: Mapping[str, float], prefix: str, form: str = ".2f") -> str:
+    """Headline numbers that begin with ``prefix``: `up 0.12, gate 0.10, down undefined`."""
+    return ", ".join(
+        f"{name.removeprefix(prefix)} {'undefined' if math.isnan(value) else format(value, form)}"
+        for name, value in numbers.items()
+        if name.startswith(prefix)
+    )
+
+
 def depth_trend(mean_L: Array) -> str:
     """How similarity changes with depth, beside what Lo et al. found; empty for few layers."""
     if len(mean_L) < _FEWEST or np.isnan(mean_L).any():
@@ -32,6 +42,8 @@ def depth_trend(mean_L: Array) -> str:
         trend = f"Similarity falls with depth (rank correlation {found:.2f}), as in the paper"
     elif found > _CLEAR:
         trend = f"Similarity rises with depth (rank correlation {found:.2f}), unlike in the paper"
+    elif math.isnan(found):
+        return ""
     else:
         trend = f"Similarity has no clear trend over depth (rank correlation {found:.2f})"
     rises = mean_L[-1] > mean_L[-2]

@@ -183,5 +183,11 @@ def over_pairs(values_LPNN: Array, statistic: Callable[[Array], float]) -> Array
 
 
 def rank_correlation(x_N: Array, y_N: Array) -> float:
-    """Spearman's rank correlation of values without ties; NaN for fewer than three."""
-    return pearson(x_N.argsort().argsort().astype(float), y_N.argsort().argsort().astype(float))
+    """Spearman's rank correlation; NaN for fewer than three, or if all are equal."""
+    return pearson(_ranks(x_N), _ranks(y_N))
+
+
+def _ranks(x_N: Array) -> Array:
+    """Equal values share the mean of their ranks."""
+    below, equal = x_N[:, None] > x_N, x_N[:, None] == x_N
+    return np.asarray(below.sum(1) + (equal.sum(1) - 1) / 2, dtype=np.float64)

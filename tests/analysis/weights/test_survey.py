@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from megatron_moe.analysis.analyses.neuron_matching import NeuronMatching
 from megatron_moe.analysis.analyses.router_similarity import RouterSimilarity
 from megatron_moe.analysis.analyses.weight_components import WeightComponents
 from megatron_moe.analysis.analyses.weight_norms import WeightNorms
+from megatron_moe.analysis.base import Analysis
 from megatron_moe.analysis.families import FAMILIES
 from megatron_moe.analysis.opening import open_model
 from megatron_moe.analysis.weights import survey as module
@@ -195,3 +197,17 @@ def test_the_project_s_own_model(tmp_path: Path, released: bool) -> None:
 
 def _tensor(source: LogicalModel, name: str) -> np.ndarray:
     return source.tensors[name].whole().double().numpy()
+
+
+@pytest.mark.parametrize("made", ANALYSES)
+def test_experts_of_zeros(tmp_path: Path, made: type[Analysis]) -> None:
+    """As upcycling leaves the down projections; warnings are errors."""
+    generator = torch.Generator().manual_seed(0)
+    experts = [dict(random_expert(6, 8, generator)) for _ in range(3)]
+    for each in experts:
+        each["down"] = torch.zeros(8, 6)
+    model = ToyModel([torch.randn(3, 8)] * 6, [experts] * 6)
+    with np.errstate(all="raise"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = stored(made(), model, tmp_path)
+        assert "nan" not in made().reading({"a": found})
