@@ -124,10 +124,12 @@ def _arrange(panels: Mapping[str, Panel]) -> Any:
     for place, (name, panel) in enumerate(panels.items()):
         polar = {"projection": "polar"} if isinstance(panel, Radar) else {}
         axes = page.add_subplot(rows, columns, place + 1, **polar)
-        images.append((axes, draw_panel(axes, panel)))
+        images.append((axes, draw_panel(axes, panel, alone=len(panels) == 1)))
         if len(panels) > 1:
             axes.set_title(label(name), fontsize=7 if columns > 2 else 8)
             _keep_outer(axes, place, columns, len(panels))
+    if isinstance(kinds[0], Radar):
+        page.supxlabel(f"radius: {label(kinds[0].radius, 60)}", fontsize=7)
     _legend(page, kinds)
     _colour_bars(page, images, kinds)
     return page
@@ -136,18 +138,20 @@ def _arrange(panels: Mapping[str, Panel]) -> Any:
 def _grid(panels: list[Panel]) -> tuple[int, int, tuple[float, float]]:
     """Rows, columns, and inches of the page."""
     count, first = len(panels), panels[0]
-    legend = 0.16 * _legend_rows(panels)
+    above = 0.0 if _beside(panels) else 0.16 * _legend_rows(panels)
     if count == 1:
         width, height = _single(first)
-        return 1, 1, (width, min(PAGE_HEIGHT, height + legend))
-    columns = (
-        1 if isinstance(first, Flow) else min(count, 2 if count <= 4 else 3 if count <= 9 else 4)
-    )
+        width = max(width, 0.75 * PAGE) if _beside(panels) else width
+        return 1, 1, (width, min(PAGE_HEIGHT, height + above))
+    columns = 1 if isinstance(first, Flow) else 2 if count <= 4 else 3 if count <= 9 else 4
     if isinstance(first, Bars) and _bars_of(first) > 48:
-        columns = min(columns, 2)
+        columns = 2
+    columns = min(columns, count)
     rows = -(-count // columns)
-    shape = 1.05 if isinstance(first, Heatmap | Radar) else 0.45 if columns == 1 else 0.72
-    height = rows * (PAGE / columns * shape + 0.1) + 0.3 + legend
+    shape = 0.92 if isinstance(first, Heatmap) else 1.05 if isinstance(first, Radar) else 0.68
+    if isinstance(first, Flow | Bars) and columns < 3:
+        shape = 0.5
+    height = rows * (PAGE / columns * shape + 0.1) + 0.3 + above
     return rows, columns, (PAGE, min(PAGE_HEIGHT, height))
 
 
@@ -164,7 +168,14 @@ def _single(panel: Panel) -> tuple[float, float]:
         width = PAGE if columns > 40 else COLUMN
         return width, float(np.clip(0.9 + 0.14 * rows, 1.6, 7.0))
     wide = isinstance(panel, Bars) and _bars_of(panel) > 24
-    return (PAGE if wide else COLUMN), 2.3
+    names = [v for each in panel.series for v in each.x if isinstance(v, str)]
+    longest = min(18, max(map(len, names), default=0))
+    return (PAGE if wide else COLUMN), 2.3 + 0.06 * longest
+
+
+def _beside(panels: list[Panel]) -> bool:
+    """Whether the legend stands beside the panel: many entries above it would take its place."""
+    return len(panels) == 1 and _legend_rows(panels) > 4
 
 
 def _bars_of(panel: Bars) -> int:
@@ -206,6 +217,8 @@ def _legend(page: Any, panels: list[Panel]) -> None:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(name, handle)
     kind = {"loc": "outside upper center", "ncols": _legend_columns(panels)}
+    if _beside(panels):
+        kind = {"loc": "outside right upper", "ncols": 1}
     page.legend(found.values(), found.keys(), columnspacing=1.2, borderaxespad=0.2, **kind)
 
 

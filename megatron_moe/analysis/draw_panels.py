@@ -49,20 +49,21 @@ def label(text: object, limit: int = _LABEL) -> str:
     return printable(text, limit).replace("$", r"\$")
 
 
-def draw_panel(axes: Any, panel: Panel) -> Any:
+def draw_panel(axes: Any, panel: Panel, *, alone: bool) -> Any:
     """Draw a panel.
 
     Args:
         axes: polar for a `Radar`, else Cartesian.
         panel: what to draw.
+        alone: whether it has the page for itself, and room for more names.
 
     Returns:
         The image of a `Heatmap`, for a colour bar; `None` for others.
     """
     if isinstance(panel, Heatmap):
-        return _heatmap(axes, panel)
+        return _heatmap(axes, panel, alone)
     if isinstance(panel, Radar):
-        return _radar(axes, panel)
+        return _radar(axes, panel, alone)
     if isinstance(panel, Flow):
         return _flow(axes, panel)
     if isinstance(panel, Bars):
@@ -179,7 +180,7 @@ def _bars(axes: Any, panel: Bars) -> None:
         axes.set_xticks(every[::few], whole[::few])
 
 
-def _heatmap(axes: Any, panel: Heatmap) -> Any:
+def _heatmap(axes: Any, panel: Heatmap, alone: bool) -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
     scale = SEQUENTIAL if panel.centre is None else DIVERGING
@@ -194,8 +195,8 @@ def _heatmap(axes: Any, panel: Heatmap) -> Any:
         aspect="equal" if square else "auto",
         interpolation="nearest",
     )
-    _ticks(axes.xaxis, panel.columns, 12)
-    _ticks(axes.yaxis, panel.rows, 16)
+    _ticks(axes.xaxis, panel.columns, 16 if alone and square else 9)
+    _ticks(axes.yaxis, panel.rows, 48 if alone and not square else 16 if alone else 10)
     axes.set_xlabel(label(panel.x.title, 60))
     axes.set_ylabel(label(panel.y.title, 60))
     axes.grid(visible=False)
@@ -204,7 +205,7 @@ def _heatmap(axes: Any, panel: Heatmap) -> Any:
     return image
 
 
-def _radar(axes: Any, panel: Radar) -> None:
+def _radar(axes: Any, panel: Radar, alone: bool) -> None:
     angles = np.linspace(0, 2 * np.pi, len(panel.categories), endpoint=False)
     around = np.append(angles, angles[:1])
     axes.set_theta_zero_location("N")
@@ -218,14 +219,13 @@ def _radar(axes: Any, panel: Radar) -> None:
         kind = {"color": NEUTRAL, "linestyle": "--", "linewidth": 0.9}
         level = np.full(circle.shape, panel.reference.value)
         axes.plot(circle, level, label=label(panel.reference.label), **kind)
-    step = max(1, -(-len(angles) // 32))
+    step = max(1, -(-len(angles) // (32 if alone else 16)))
     axes.set_xticks(angles[::step], [label(name, 16) for name in panel.categories[::step]])
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_locator(_few_ticks())
     axes.set_rlabel_position(0)
     axes.tick_params(axis="x", pad=-2)
     axes.tick_params(axis="y", labelsize=6, labelcolor="#444444")
-    axes.set_title(label(panel.radius, 60), fontsize=7, color="#444444")
 
 
 def _few_ticks() -> Any:

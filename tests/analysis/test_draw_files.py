@@ -1,0 +1,131 @@
+"""Figures as files: one page or a file per panel, literal texts, and the same bytes each time."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from megatron_moe.analysis.draw_files import COLUMN, PAGE, write_figure
+from megatron_moe.analysis.plot import Axis, Bars, Figure, Lines, Series
+from megatron_moe.errors import UsageError
+from tests.analysis import synthetic
+from tests.analysis.synthetic import HOSTILE, Dims
+
+SMALL = Dims(layers=2, experts=4)
+KINDS = {
+    "heatmap": synthetic.heatmap(SMALL, "a"),
+    "scatter": synthetic.scatter(SMALL),
+    "pieces": synthetic.pieces(SMALL),
+    "categories": synthetic.categories(SMALL),
+    "bars": synthetic.bars(SMALL),
+    "stacked": synthetic.stacked(SMALL),
+    "lines": synthetic.lines(SMALL, ["a", "b"]),
+    "many lines": synthetic.many_lines(SMALL),
+    "radar": synthetic.radar(SMALL),
+    "flow": synthetic.flow(SMALL),
+}
+
+
+def svg_texts(path: Path) -> list[str]:
+    """The text elements of an SVG file; raises if it is no valid XML."""
+    root = ElementTree.parse(path).getroot()
+    return ["".join(each.itertext()) for each in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_is_drawn_as_text_and_fits_a_page(kind: str, tmp_path: Path) -> None:
+    figure = KINDS[kind]
+    files = write_figure(figure, tmp_path, "plot")
+    assert files == dict.fromkeys(figure.panels, "plot")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plot.png", "plot.svg"]
+    with Image.open(tmp_path / "plot.png") as image:
+        width, height = (pixels / 300 for pixels in image.size)
+        colours = image.convert("RGB").getcolors(1 << 24)
+    assert COLUMN - 0.01 <= width <= PAGE + 0.01
+    assert height <= 9.01
+    assert colours is not None
+    assert len(colours) > 20
+    texts = svg_texts(tmp_path / "plot.svg")
+    for name in figure.panels if len(figure.panels) > 1 else ():
+        assert name in texts
+
+
+def test_the_same_figure_gives_the_same_bytes(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        write_figure(synthetic.bars(SMALL), tmp_path / folder, "plot")
+    for name in ("plot.svg", "plot.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert b"<dc:date>" not in (tmp_path / "a" / "plot.svg").read_bytes()
+
+
+def test_texts_are_literal(tmp_path: Path) -> None:
+    write_figure(synthetic.pieces(SMALL), tmp_path, "plot")
+    content = (tmp_path / "plot.svg").read_text()
+    assert "<script" not in content
+    texts = svg_texts(tmp_path / "plot.svg")
+    assert "$x$" in texts
+    assert "</script>" in texts
+    assert HOSTILE not in texts  # too long, so its middle is left out
+    assert any(text.startswith("<script>") and "…" in text for text in texts)
+
+
+def test_controls_and_lone_surrogates_do_not_break_the_file(tmp_path: Path) -> None:
+    panel = Bars(
+        series=[Series(name="\x1b[0m\udce9", x=["\x00", "b"], y=[1, 2])], x=Axis(), y=Axis()
+    )
+    write_figure(Figure(key="k", title="t", panels={"all": panel}), tmp_path, "plot")
+    assert "\\x00" in svg_texts(tmp_path / "plot.svg")
+
+
+def test_a_line_is_where_its_values_are(tmp_path: Path) -> None:
+    """The path of a line in the file, scaled back, gives its values."""
+    x, y = np.array([0.0, 1.0, 2.0, 4.0]), np.array([1.0, 3.0, 2.0, 5.0])
+    panel = Lines(series=[Series(name="a", x=x, y=y)], x=Axis(), y=Axis())
+    write_figure(Figure(key="k", title="t", panels={"all": panel}), tmp_path, "plot")
+    root = ElementTree.parse(tmp_path / "plot.svg").getroot()
+    paths = [
+        each.get("d", "")
+        for each in root.iter("{http://www.w3.org/2000/svg}path")
+        if "stroke: #0072b2" in each.get("style", "")
+    ]
+    assert len(paths) == 1
+    words = paths[0].replace("M", "").replace("L", "").split()
+    found = np.array(words, float).reshape(-1, 2)
+    assert len(found) == 4
+    for column, values, sign in ((0, x, 1), (1, y, -1)):
+        place = sign * found[:, column]
+        scaled = (place - place.min()) / np.ptp(place)
+        np.testing.assert_allclose(scaled, (values - values.min()) / np.ptp(values), atol=1e-4)
+
+
+def test_more_panels_than_a_page_holds_become_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_moe.analysis.draw_files.MOST_PANELS", 2)
+    files = write_figure(synthetic.scatter(Dims(layers=3, experts=4)), tmp_path, "plot")
+    names = ["plot-layer-0", "plot-layer-1", "plot-layer-2"]
+    assert list(files.values()) == names
+    assert {p.name for p in tmp_path.iterdir()} == {
+        f"{n}.{k}" for n in names for k in ("png", "svg")
+    }
+
+
+def test_without_matplotlib_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **others: Any) -> Any:
+        if name.split(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return real(name, *args, **others)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(UsageError, match=r"matplotlib must be installed .*pip install"):
+        write_figure(KINDS["flow"], tmp_path, "plot")
