@@ -15,7 +15,7 @@ Array = npt.NDArray[Any]
 Statistic = Callable[[Array], Array]
 """From the share of tokens that choose each expert, [..., E], to a value, [...]."""
 
-_TOKENS_OF_DRAWS = 40_000
+_TOKENS_OF_DRAWS = 20_000
 """Tokens that are drawn for a size of group, at least: `draws` is lowered for large groups."""
 _LARGEST = 16_384
 """Groups above this are treated as if they had this many tokens: by then noise is below 1%."""
@@ -45,35 +45,41 @@ def drawn_shares(
 def by_size(
     pool_TK: Array,
     experts: int,
-    sizes_V: Array,
+    largest: int,
     statistic: Statistic,
     *,
     draws: int,
     rng: np.random.Generator,
-) -> Array:
-    """Expected value of a statistic for groups of given sizes drawn from a pool, [V].
+) -> Callable[[Array], Array]:
+    """Expected value of a statistic for groups drawn from a pool, as a function of their sizes.
 
     It is simulated for sizes 1 to 16 and then for each 1.2 times larger one, and interpolated.
 
     Args:
         pool_TK: choices of all tokens.
         experts: E.
-        sizes_V: tokens of each group, at least 1.
+        largest: size up to which it is needed.
         statistic: function of the shares.
         draws: groups drawn of each size.
         rng: source of randomness.
+
+    Returns:
+        From sizes, [V], each at least 1, to values, [V].
     """
-    largest = int(min(max(sizes_V.max(), 1), _LARGEST))
-    top = max(largest, 17)
-    steps = np.geomspace(16, top, 2 + int(np.log(top / 16) / np.log(1.2)))
+    top = int(min(max(largest, 1), _LARGEST))
+    steps = np.geomspace(16, max(top, 17), 2 + int(np.log(max(top, 17) / 16) / np.log(1.2)))
     grid = np.unique(np.concatenate([np.arange(1, 17), np.round(steps)]).astype(np.int64))
-    grid = grid[grid <= largest]
+    grid = grid[grid <= top]
     values = []
-    for tokens in grid:
-        number = max(4, min(draws, _TOKENS_OF_DRAWS // int(tokens)))
-        shares = drawn_shares(pool_TK, experts, int(tokens), number, rng)
+    for tokens in grid.tolist():
+        number = max(4, min(draws, _TOKENS_OF_DRAWS // tokens))
+        shares = drawn_shares(pool_TK, experts, tokens, number, rng)
         values.append(float(np.mean(statistic(shares))))
-    return np.interp(np.log(np.minimum(sizes_V, largest)), np.log(grid), values)
+
+    def at(sizes_V: Array) -> Array:
+        return np.interp(np.log(np.clip(sizes_V, 1, top)), np.log(grid), values)
+
+    return at
 
 
 def uniform_loads(
