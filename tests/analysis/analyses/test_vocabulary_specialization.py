@@ -41,19 +41,19 @@ def test_a_hash_of_the_id_is_fully_specialized(tmp_path: Path) -> None:
 
 
 def test_a_random_router_is_at_chance(tmp_path: Path) -> None:
-    """Many ids occur once or twice, so that the chance level is far above k/E."""
+    """Ids occur ten times, so that the chance level is far above k/E."""
     model = PlantedModel(random_rule(8, 2), experts=8, topk=2)
-    sample = random_sample(tmp_path, tokens=4000, vocab=700)
+    sample = random_sample(tmp_path, tokens=4000, vocab=400)
     result = result_of(VocabularySpecialization(), model, sample, draws=200)
     for rule in ("chosen", "first"):
         found, null = result.arrays[f"{rule}_LXC"], result.arrays[f"{rule}_null_LXC"]
-        np.testing.assert_allclose(found[:, :, :2], null[:, :, :2], rtol=0.06)
-    assert result.arrays["chosen_LXC"][0, 0, 0] > 0.5
+        np.testing.assert_allclose(found[:, :, :2], null[:, :, :2], rtol=0.05)
+    assert result.arrays["chosen_LXC"][0, 0, 0] > 0.4
     assert "unlike in OLMoE" in VocabularySpecialization().reading({"m": result})
     assert any("No id occurs 50 times" in note for note in result.notes)
     context = result_of(ContextIndependence(), model, sample, draws=200)
     np.testing.assert_allclose(context.arrays["chosen_beyond_LX"], 0, atol=0.01)
-    assert context.arrays["chosen_LX"].min() > 0.15
+    assert context.arrays["chosen_LX"].min() > 0.05
     assert "unlike in OpenMoE" in ContextIndependence().reading({"m": context})
 
 
