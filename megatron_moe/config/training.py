@@ -330,6 +330,14 @@ class LoggingConfig:
     training data, through the model as in an evaluation; 0 for none."""
     routing_probe_rows: Annotated[int, AtLeastOne, OmittedAtDefault] = 8
     """Rows of a probe, spread over the domains of the data; at least one for each."""
+    routing_trace_dir: Annotated[str | None, OmittedAtDefault] = None
+    """Directory for traces of the steps of `--routing-trace-steps`: every choice of every token, as
+    Parquet; needs the extra `[data]`."""
+    routing_trace_steps: Annotated[tuple[str, ...], OmittedAtDefault] = ()
+    """Steps that are traced, from 1: `STEP`, `FIRST:LAST` or `FIRST:LAST:EVERY`."""
+    routing_replay_dir: Annotated[str | None, OmittedAtDefault] = None
+    """Directory with traces of a run of the same data: the steps that it has traces of make their
+    choices."""
     log_failure_policy: Annotated[Literal["continue", "stop"], OmittedAtDefault] = "continue"
     """What happens if the metrics file, TensorBoard or W&B cannot be written any more, e.g. because
     the disk is full: `continue` warns once and goes on without it, `stop` saves after the step and

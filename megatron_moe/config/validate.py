@@ -15,9 +15,10 @@ from collections.abc import Sequence
 
 from megatron_moe.config.fields import fields_of
 from megatron_moe.config.model import ModelConfig
-from megatron_moe.config.moe import MoEConfig
+from megatron_moe.config.moe import MoEConfig, moe_layer_pattern
 from megatron_moe.config.phases import PhaseSpec, errors_of_phase, read_phases
 from megatron_moe.config.run import RunConfig, flag_of
+from megatron_moe.config.steps import StepSet
 from megatron_moe.config.training import (
     CheckpointConfig,
     LoggingConfig,
@@ -41,6 +42,7 @@ def validate(config: RunConfig) -> None:
     _check_spikes(config)
     _check_wandb(config.logging)
     _check_profile(config.logging)
+    _check_traces(config)
     train = config.train
     _requires(
         "manual_gc_interval", train.manual_gc_interval or None, "--manual-gc", train.manual_gc
@@ -130,6 +132,19 @@ def _check_wandb(settings: LoggingConfig) -> None:
         _requires(name, getattr(settings, name) or None, "--wandb-project", used)
     if used and not settings.wandb_exp_name:
         raise UsageError("--wandb-exp-name", settings.wandb_exp_name, "a name with --wandb-project")
+
+
+def _check_traces(config: RunConfig) -> None:
+    settings = config.logging
+    directory, steps = settings.routing_trace_dir, settings.routing_trace_steps
+    _requires("routing_trace_steps", steps or None, "--routing-trace-dir", directory is not None)
+    if directory is not None and not steps:
+        raise UsageError("--routing-trace-steps", None, "steps with --routing-trace-dir")
+    StepSet.of("--routing-trace-steps", steps)
+    pattern = moe_layer_pattern(config.moe.moe_layer_freq, config.model.num_layers)
+    for name in ("routing_trace_dir", "routing_replay_dir"):
+        if getattr(settings, name) is not None and not any(pattern):
+            raise UsageError(flag_of(name), getattr(settings, name), "unset without MoE layers")
 
 
 def _check_profile(settings: LoggingConfig) -> None:

@@ -66,6 +66,15 @@ def extra_planes(config: RunConfig) -> tuple[str, ...]:
     return (*reset_planes(objective), *(("padding",) if pads else ()))
 
 
+def every_stage_reads(config: RunConfig) -> bool:
+    """Return whether middle pipeline stages need batches: for their extra planes, or to write or
+    replay traces, which contain the tokens.
+    """
+    logging = config.logging
+    traces = (logging.routing_trace_dir, logging.routing_replay_dir)
+    return bool(extra_planes(config)) or any(name is not None for name in traces)
+
+
 def document_planes(
     begins: npt.NDArray[np.bool_], names: tuple[str, ...]
 ) -> dict[str, npt.NDArray[np.int64]]:

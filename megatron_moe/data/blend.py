@@ -19,6 +19,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_moe.config import DataConfig
 from megatron_moe.data.indexed.check import Source
@@ -59,6 +60,19 @@ class Blend:
             weights=weights,
             domains=(name,) * len(own),
         )
+
+
+def domains_of_samples(blend: Blend, dataset: Any, samples: Sequence[int]) -> list[str]:
+    """Return the domain of each sample of the data set of a blend, by number.
+
+    Args:
+        blend: its sources.
+        dataset: of Megatron-Core: one source, or a blend with the number of each sample's source.
+        samples: numbers.
+    """
+    names = blend.domains or ("",) * len(blend.prefixes)
+    sources = getattr(dataset, "dataset_index", None)
+    return [names[0 if sources is None else int(sources[sample])] for sample in samples]
 
 
 def blends_of(data: DataConfig) -> dict[str, Blend | None]:

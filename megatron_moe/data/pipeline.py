@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from megatron_moe.config import RunConfig
 from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.data.batch import Batch, extra_planes
-from megatron_moe.data.blend import Blend
+from megatron_moe.data.blend import Blend, domains_of_samples
 from megatron_moe.data.composition import Share, shares_of, text_per_row
 from megatron_moe.data.datasets import build_split, open_sources
 from megatron_moe.data.identity import described
@@ -55,6 +55,8 @@ class Data:
     """The domains of the rows on which routing is watched; the same on every rank."""
     probe: ProbeSource | None
     """Where these rows come from; `None` if this rank does not read."""
+    train_domains: Callable[[Sequence[int]], list[str]]
+    """Return the domain of each training sample, by number; only where this rank reads."""
     loaders: dict[str, DataLoader[Packed]]
     """Of the evaluation splits and, as `SPLIT/DOMAIN`, their domains; empty if this rank does not
     read."""
@@ -154,6 +156,9 @@ def build_data(
         extra=extra,
         probe_domains=probe_domains(blends, own, evaluates),
         probe=probe,
+        train_domains=partial(
+            domains_of_samples, train_blend, None if train is None else train.dataset
+        ),
         loaders=loaders,
     )
 

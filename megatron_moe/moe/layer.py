@@ -62,6 +62,7 @@ class MoELayer(nn.Module):
         experts: weights and GEMMs.
         losses: balance and z-loss.
         statistics: counts every pass.
+        replace_scores: called with the scores of each pass, to return others; see `moe/replay.py`.
         on_routing: called with the `RoutingDecision` of each forward pass, if not `None`.
 
     Raises:
@@ -100,6 +101,7 @@ class MoELayer(nn.Module):
         self.experts = Experts(model, moe, groups, params_dtype, device)
         self.losses = RouterLosses(moe, num_moe_layers, groups.tp)
         self.statistics = RoutingCounter(layer_number, moe.num_experts, moe.moe_router_topk, device)
+        self.replace_scores: Callable[[Scores], Scores] | None = None
         self.on_routing: Callable[[RoutingDecision], None] | None = None
         # Raises now, not in the first step, if the requested kernels are not available.
         kernels_for(moe, self.router.weight.device.type)
@@ -134,6 +136,8 @@ class MoELayer(nn.Module):
             scores, x_TH = self.router(x_TH)
         if self.moe.moe_router_force_load_balancing:
             scores = force_balance(scores, self.layer_number)
+        if self.replace_scores is not None:
+            scores = self.replace_scores(scores)
         return scores, x_TH
 
     def _observe(

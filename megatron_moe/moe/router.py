@@ -90,6 +90,15 @@ class Router(nn.Module):
         """
         return route(x_TH, self.weight, self.topk)
 
+    def weights_of(self, probs_TE: Tensor, choices_TK: Tensor) -> Tensor:
+        """The combine weights [T, K] of given choices: what `forward` would give them.
+
+        Args:
+            probs_TE: probabilities over all experts.
+            choices_TK: expert ids.
+        """
+        return probs_TE.gather(1, choices_TK)
+
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Fill with the model's standard deviation, for a layer outside of a model."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_moe.config import RunConfig
 from megatron_moe.config.phases import errors_of_phase
-from megatron_moe.data.batch import extra_planes
+from megatron_moe.data.batch import every_stage_reads
 from megatron_moe.data.identity import data_differences
 from megatron_moe.data.pipeline import Data, build_data
 from megatron_moe.errors import UsageError
@@ -99,8 +99,8 @@ def open_data(config: RunConfig, layout: Layout, rank: int, consumed_samples: in
         dp_size=layout.dp,
         num_microbatches=layout.num_microbatches,
         consumed_train_samples=consumed_samples,
-        # Middle stages need document boundaries and padding; reading costs less than sending them.
-        reads_data=tp_rank == 0 and (pp_rank in (0, layout.pp - 1) or bool(extra_planes(config))),
+        # Middle stages may need planes or tokens; reading costs less than sending them.
+        reads_data=tp_rank == 0 and (pp_rank in (0, layout.pp - 1) or every_stage_reads(config)),
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_moe.config import RunConfig
 from megatron_moe.errors import UsageError
+from megatron_moe.moe.trace import require_pyarrow, traced_steps
 from megatron_moe.text import printable
 from megatron_moe.training.wandb_run import check_wandb, wandb_directory
 
@@ -24,6 +25,7 @@ def check_outputs(config: RunConfig) -> None:
     for flag, directory in (
         ("--save", config.checkpoint.save),
         ("--tensorboard-dir", config.logging.tensorboard_dir),
+        ("--routing-trace-dir", config.logging.routing_trace_dir),
     ):
         if directory is not None and printable(directory) != directory:
             fix = "the libraries that open its files support no other name"
@@ -36,8 +38,22 @@ def check_outputs(config: RunConfig) -> None:
     if switch is not None and os.path.exists(switch):
         fix = "the run would end after its first step; delete it to train"
         raise UsageError("--kill-switch-file", switch, "a file that does not exist yet", fix)
+    _check_traces(config.logging.routing_trace_dir, config.logging.routing_replay_dir)
     _file("--metrics-file", config.logging.metrics_file)
     _file("--routing-log-file", config.logging.routing_log_file)
+
+
+def _check_traces(written: str | None, replayed: str | None) -> None:
+    if written is not None:
+        require_pyarrow("--routing-trace-dir", written)
+    if replayed is None:
+        return
+    require_pyarrow("--routing-replay-dir", replayed)
+    if not traced_steps(replayed):
+        expected = "a directory with files of --routing-trace-dir"
+        raise UsageError("--routing-replay-dir", replayed, expected)
+    if written is not None and os.path.realpath(written) == os.path.realpath(replayed):
+        raise UsageError("--routing-trace-dir", written, "another than --routing-replay-dir")
 
 
 def _file(flag: str, path: str | None) -> None:

@@ -29,7 +29,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor, nn
 
 from megatron_moe.config import OptimizerConfig
-from megatron_moe.data.batch import Batch, extra_planes, fetch_step
+from megatron_moe.data.batch import Batch, every_stage_reads, extra_planes, fetch_step
 from megatron_moe.parallel.schedule import forward_backward
 from megatron_moe.training.optim.build import chained_optimizers
 from megatron_moe.training.run import TrainingRun
@@ -75,7 +75,7 @@ def fetch_batches(
     layout = run.ctx.layout
     num_microbatches = batch_size // (layout.micro_batch_size * layout.dp)
     extra = extra_planes(run.config)
-    if not run.ctx.needs_data and not extra:
+    if not run.ctx.needs_data and not every_stage_reads(run.config):
         return [None] * num_microbatches
     return fetch_step(
         batches,

@@ -36,6 +36,7 @@ from megatron_moe.training.save_directory import continues_save
 from megatron_moe.training.spikes import SPIKES, LossSpikeError, Spike, SpikeWatch
 from megatron_moe.training.step import NonFiniteError, fetch_batches, train_step
 from megatron_moe.training.step_hook import Hook
+from megatron_moe.training.tracing import RoutingTraces
 
 _FAILURES = (NonFiniteError, NonFinite, LossSpikeError, ReplicaError, LedgerError)
 """Errors that all ranks raise at the same place: the run reports what it has, and saves nothing."""
@@ -96,6 +97,7 @@ class Trainer:
         """Watches the routing, every `--routing-log-interval` steps."""
         if schedule.config.logging.routing_log_interval and moe_layer_numbers(run.config):
             self.probe = RoutingProbe(schedule.config, resume.state.extra.get(PROBE))
+        self.traces = RoutingTraces(schedule.config, reporter.leave_out)
 
     def train(self) -> Summary:
         """Train until the end of the run, a request to exit or a number that is not finite.
@@ -225,8 +227,12 @@ class Trainer:
             batches = fetch_batches(self.run, self.dataloaders.current.train, batch_size)
         rate = self.phase.rate(state.iteration)
         takes_update = None if self.spikes is None else self.spikes.takes_update
+        step, first = state.iteration + 1, state.consumed_train_samples
+        samples = first, first - self.phase.first_sample
+        traced = self.traces.around(self.run, self.dataloaders.current, batches, step, samples)
         try:
-            result = train_step(self.run, batches, rate, state.iteration + 1, takes_update)
+            with traced:
+                result = train_step(self.run, batches, rate, step, takes_update)
         except NonFiniteError as error:
             with self.run.timers.paused():
                 found = diagnose(self.run, batches, state.consumed_train_samples)

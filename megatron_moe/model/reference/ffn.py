@@ -85,6 +85,8 @@ class MoE(nn.Module):
         super().__init__()
         self.moe = moe
         self.layer = layer
+        self.forced_TK: Tensor | None = None
+        """Experts that replace the router's choices; see `reference/replay.py`."""
         self.router = nn.Linear(model.hidden_size, moe.num_experts, bias=False)
         self.experts = Experts(model, moe)
 
@@ -101,7 +103,14 @@ class MoE(nn.Module):
         x_TH = x_BSH.flatten(0, 1)
         logits_TE = F.linear(full_precision(x_TH), full_precision(self.router.weight))
         rows = x_BSH.shape[0]
-        routing = route(logits_TE, rows, self.moe, self.layer, training_capacity=training_capacity)
+        routing = route(
+            logits_TE,
+            rows,
+            self.moe,
+            self.layer,
+            training_capacity=training_capacity,
+            forced_TK=self.forced_TK,
+        )
         if valid_BS is not None:
             routing = replace(routing, kept_TK=routing.kept_TK & valid_BS.flatten()[:, None])
         y_TH = self.experts(x_TH, routing.ids_TK, routing.probs_TK, routing.kept_TK)

@@ -50,7 +50,13 @@ class Routing:
 
 
 def route(
-    logits_TE: Tensor, rows: int, moe: MoEConfig, layer: int, *, training_capacity: bool
+    logits_TE: Tensor,
+    rows: int,
+    moe: MoEConfig,
+    layer: int,
+    *,
+    training_capacity: bool,
+    forced_TK: Tensor | None = None,
 ) -> Routing:
     """Route the tokens of a micro-batch: softmax, top-k, capacity.
 
@@ -60,6 +66,8 @@ def route(
         moe: the expert part of the configuration.
         layer: index of the layer, recorded in `Routing.layer`.
         training_capacity: the capacity factor of training rather than evaluation.
+        forced_TK: experts that replace the K largest, e.g. of a trace; weights and slots follow
+            from them as usual.
 
     Raises:
         UsageError: a router or drop policy that only the parallel model has.
@@ -76,6 +84,8 @@ def route(
     best_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
     probs_TK = best_TE.values[:, : moe.moe_router_topk]
     ids_TK = best_TE.indices[:, : moe.moe_router_topk]
+    if forced_TK is not None:
+        ids_TK, probs_TK = forced_TK, probs_TE.gather(1, forced_TK)
     if moe.moe_router_type == "topk_softmax":
         # Equal to a softmax over the K chosen logits alone: the normaliser over all E cancels.
         probs_TK = probs_TK / probs_TK.sum(dim=-1, keepdim=True)

@@ -27,3 +27,8 @@ class TopkSoftmaxRouter(Router):
         # The best of E probabilities is at least 1 / E, so the sum is never 0.
         weights_TK = scores.weights_TK / scores.weights_TK.sum(dim=1, keepdim=True)
         return replace(scores, weights_TK=weights_TK), x_TH
+
+    def weights_of(self, probs_TE: Tensor, choices_TK: Tensor) -> Tensor:
+        """As `Router.weights_of`; they sum to 1."""
+        weights_TK = super().weights_of(probs_TE, choices_TK)
+        return weights_TK / weights_TK.sum(dim=1, keepdim=True)
