@@ -24,7 +24,10 @@ def projections_of(layer: LayerWeights) -> tuple[str, ...]:
 
 def neurons_of(expert: ExpertWeights, projection: str) -> Tensor:
     """One projection as [F, H], a row per neuron: what it reads, or for `down` what it writes."""
-    matrix = getattr(expert, projection).whole()
+    matrix: Tensor = getattr(expert, projection).whole()
+    if matrix.untyped_storage().nbytes() > matrix.numel() * matrix.element_size():
+        # Part of a wider matrix in the files, which would stay in memory as long as the part.
+        matrix = matrix.clone()
     return matrix.t() if projection == "down" else matrix
 
 

@@ -21,6 +21,7 @@ from megatron_moe.analysis.base import Analysis
 from megatron_moe.analysis.families import FAMILIES
 from megatron_moe.analysis.opening import open_model
 from megatron_moe.analysis.weights import survey as module
+from megatron_moe.analysis.weights.projections import neurons_of, projections_of
 from megatron_moe.analysis.weights.survey import WeightSurvey, survey
 from megatron_moe.convert.model import LogicalModel
 from megatron_moe.convert.native import write_native
@@ -211,3 +212,14 @@ def test_experts_of_zeros(tmp_path: Path, made: type[Analysis]) -> None:
         warnings.simplefilter("error")
         found = stored(made(), model, tmp_path)
         assert "nan" not in made().reading({"a": found})
+
+
+def test_a_part_of_a_matrix_does_not_keep_the_whole(tmp_path: Path) -> None:
+    """The released gate is half of a matrix, and so are gate and up of stacked files."""
+    write_native(model_of(CONFIG), tmp_path / "m", 1 << 30, lambda _: None)
+    save(make("olmoe"), tmp_path / "stacked", save_original_format=False)
+    for folder, layer in (("m", 1), ("stacked", 0)):
+        weights = open_model(tmp_path / folder).weights(layer)
+        for name in projections_of(weights):
+            found = neurons_of(weights.experts[1], name)
+            assert found.untyped_storage().nbytes() == found.numel() * found.element_size()
