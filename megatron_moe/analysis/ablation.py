@@ -1,0 +1,135 @@
+"""Losses of a model without some of its experts.
+
+    losses = evaluate_without(runner, sample, {3: [5, 7]})
+
+Shapes: R rows, S tokens of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_moe.analysis.model import MoERunner, Sizes, check_experts
+from megatron_moe.analysis.sample import Sample
+from megatron_moe.errors import UsageError
+
+Array = npt.NDArray[Any]
+ALL = "all"
+"""Name of all domains together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainLoss:
+    """Loss of a domain.
+
+    Args:
+        tokens: number of predicted tokens.
+        rows_R: mean cross entropy of each row in nats, fp64.
+    """
+
+    tokens: int
+    rows_R: Array
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy in nats per token."""
+        return float(self.rows_R.mean())
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that is not a number of fp64."""
+        return math.exp(self.loss) if self.loss < 709 else math.inf
+
+
+def evaluate(runner: MoERunner, sample: Sample) -> dict[str, DomainLoss]:
+    """Losses by domain, and of `ALL` tokens together, which is the last entry."""
+    rows: dict[str, list[Array]] = {name: [] for name in sample.names}
+    for batch in sample.batches():
+        seen = runner.run(batch, predictions=True)
+        assert seen.loss_T is not None
+        loss_BS = seen.loss_T.double().reshape(batch.tokens_BS.shape)
+        rows[sample.names[batch.domain]].append(loss_BS.mean(1).cpu().numpy())
+    found = {name: np.concatenate(parts) for name, parts in rows.items()}
+    found[ALL] = np.concatenate(list(found.values()))
+    return {
+        name: DomainLoss(tokens=len(rows_R) * sample.seq_length, rows_R=rows_R)
+        for name, rows_R in found.items()
+    }
+
+
+def evaluate_without(
+    runner: MoERunner, sample: Sample, experts: Mapping[int, Sequence[int]]
+) -> dict[str, DomainLoss]:
+    """Losses by domain without some experts, see `MoERunner.without`.
+
+    Args:
+        runner: the loaded model.
+        sample: the tokens.
+        experts: ids to leave out, by layer; none gives the losses of the whole model.
+
+    Raises:
+        UsageError: a layer or an expert that is not there, or too few experts are left.
+    """
+    with runner.without(experts):
+        return evaluate(runner, sample)
+
+
+def change_of(
+    whole_R: Array, without_R: Array, draws: int, seed: int
+) -> tuple[float, float, float]:
+    """Mean change of the loss, and its 95% interval by a bootstrap over rows.
+
+    Args:
+        whole_R: losses of rows by the whole model.
+        without_R: those of the same rows without the experts.
+        draws: of the bootstrap.
+        seed: of the draws.
+
+    Returns:
+        Change, and the ends of the interval; these are NaN for fewer than two rows.
+    """
+    change_R = without_R - whole_R
+    if len(change_R) < 2 or draws < 1:
+        return float(change_R.mean()), math.nan, math.nan
+    drawn = np.random.default_rng(seed).integers(len(change_R), size=(draws, len(change_R)))
+    low, high = np.quantile(change_R[drawn].mean(1), [0.025, 0.975])
+    return float(change_R.mean()), float(low), float(high)
+
+
+def part_of(sample: Sample, tokens: int) -> Sample:
+    """A sample with at most about so many tokens: rows spread evenly over each domain."""
+    each = max(1, tokens // (max(1, len(sample.domains)) * sample.seq_length))
+    domains = tuple(
+        replace(domain, starts=domain.starts[_spread(len(domain.starts), each)])
+        for domain in sample.domains
+    )
+    return replace(sample, domains=domains)
+
+
+def _spread(count: int, wanted: int) -> npt.NDArray[np.int64]:
+    wanted = min(count, wanted)
+    return np.arange(wanted, dtype=np.int64) * count // wanted
+
+
+def parse_experts(words: Sequence[str], sizes: Sizes) -> dict[int, list[int]]:
+    """Experts of a command line, `LAYER:EXPERT` or `LAYER:EXPERT,EXPERT`, by layer.
+
+    Raises:
+        UsageError: a word of another form, a layer or an expert that is not there, or too few
+            experts are left.
+    """
+    found: dict[int, list[int]] = {}
+    for word in words:
+        layer, separator, ids = word.partition(":")
+        numbers = [layer, *ids.split(",")]
+        if not separator or not all(n.isascii() and n.isdigit() for n in numbers):
+            raise UsageError("--ablate", word, "LAYER:EXPERT or LAYER:EXPERT,EXPERT")
+        found.setdefault(int(layer), []).extend(int(n) for n in numbers[1:])
+    check_experts(found, sizes)
+    return {layer: sorted(set(ids)) for layer, ids in found.items()}

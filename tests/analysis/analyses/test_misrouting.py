@@ -1,0 +1,118 @@
+"""Exchanges of an expert for the last token of a window, against passes forced by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_moe.analysis.analyses import misrouting
+from megatron_moe.analysis.analyses.misrouting import Misrouting, ranked_others, windows_of
+from megatron_moe.analysis.observation import TokenBatch
+from megatron_moe.errors import UsageError
+from tests.analysis.expert_cases import planted, result_of, setting_of, texts
+
+
+def _alone(batch: TokenBatch, row: int) -> TokenBatch:
+    at = slice(row, row + 1)
+    return TokenBatch(
+        tokens_BS=batch.tokens_BS[at],
+        next_BS=batch.next_BS[at],
+        documents_BS=batch.documents_BS[at],
+        domain=0,
+        number=0,
+    )
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "deepseek_v2"])
+def test_shares_are_those_of_single_windows(tmp_path: Path, kind: str) -> None:
+    model, sample = planted(tmp_path, kind), texts(tmp_path, rows=5, batch_size=2)
+    found = result_of(Misrouting(), model, sample, tmp_path)
+    runner, batch, topk = model.load("cpu", torch.float32), windows_of(sample), model.sizes.topk
+    assert len(batch.tokens_BS) == 10
+    others = min(topk, model.sizes.num_experts - topk)
+    for place, layer in enumerate(found.arrays["layers"]):
+        better, improved, changes = [], [], []
+        for row in range(10):
+            one = _alone(batch, row)
+            plain = runner.run(one, predictions=True)
+            record = plain.layers[model.sizes.moe_layers.index(layer)]
+            scores = record.router_probs_TE[-1].tolist()
+            ids = record.ids_TK[-1].tolist()
+            rest = [e for e in np.argsort([-s for s in scores]).tolist() if e not in ids]
+            gains = []
+            for expert in rest[:others][:4]:
+                changed = record.ids_TK.clone()
+                changed[-1, -1] = expert
+                with runner.forced(int(layer), changed, record.weights_TK):
+                    loss = runner.run(one, predictions=True).loss_T
+                gains.append(float(plain.loss_T[-1] - loss[-1]))  # type: ignore[index]
+            better += [gain > 0 for gain in gains]
+            improved.append(max(gains) > 0)
+            changes += [-gain for gain in gains]
+        assert found.arrays["better_L"][place] == pytest.approx(np.mean(better))
+        assert found.arrays["any_better_L"][place] == pytest.approx(np.mean(improved))
+        assert found.arrays["mean_loss_change_L"][place] == pytest.approx(
+            np.mean(changes), abs=1e-4
+        )
+
+
+def test_a_better_expert_next_in_rank_is_found(tmp_path: Path) -> None:
+    """Expert 1 always comes second and alone knows what the next token is."""
+
+    def plant(model: Any) -> None:
+        for layer in model.model.layers:
+            layer.mlp.router.weight.zero_()
+            layer.mlp.router.bias.copy_(torch.tensor([9.0, 8.0, 1, 1, 1, 1]))
+            layer.mlp.experts.down_proj.zero_()
+            layer.mlp.experts.down_proj_bias.zero_()
+        model.model.layers[2].mlp.experts.down_proj_bias[1, 4] = 500
+        model.model.norm.weight.fill_(1)
+        model.lm_head.weight.mul_(0.1)
+        model.lm_head.weight[:, 4] = 0
+        model.lm_head.weight[9, 4] = 3
+
+    model = planted(tmp_path, "gpt_oss", plant, num_experts_per_tok=1)
+    from tests.analysis.planted import sample_of
+
+    sample = sample_of(tmp_path, {"nines": [[9] * 12] * 12}, seq_length=12, vocab_size=300)
+    found = result_of(Misrouting(), model, sample, tmp_path)
+    assert found.arrays["better_L"][2] == 1
+    assert found.arrays["any_better_L"][2] == 1
+    # Experts behind rank 2k add nothing, as expert 0 does.
+    assert found.arrays["better_random_L"][2] == 0
+    assert found.arrays["mean_loss_change_L"][2] < -1
+
+
+def test_dropped_choices_are_not_exchanged(tmp_path: Path) -> None:
+    model, sample = planted(tmp_path, "native"), texts(tmp_path, rows=10, batch_size=4)
+    runner = model.load("cpu", torch.float32)
+    batch = windows_of(sample)
+    record = runner.run(batch).layers[0]
+    kept_BK = record.kept_TK[11::12]
+    assert not bool(kept_BK.any(1).all())
+    found = result_of(Misrouting(), model, sample, tmp_path)
+    each = misrouting._exchanges(runner, batch, 1, setting_of(model, sample))
+    assert np.isnan(each.gain_JB).any(0).tolist() == (~kept_BK.any(1)).tolist()
+    assert (each.gain_JB[:, kept_BK.any(1).numpy()] != 0).all()
+    assert 0 <= found.arrays["better_L"][0] <= 1
+
+
+def test_windows_are_spread_and_others_are_ranked(tmp_path: Path) -> None:
+    sample = texts(tmp_path, rows=100, length=80, batch_size=7)
+    batch = windows_of(sample)
+    assert batch.tokens_BS.shape == (32, 64)
+    rows = np.concatenate([each.tokens_BS for each in sample.batches()])
+    assert np.array_equal(batch.tokens_BS, rows[np.arange(32) * 200 // 32, :64])
+    (tmp_path / "other").mkdir()
+    model = planted(tmp_path, "olmoe")
+    with pytest.raises(UsageError, match=r"rows of --data must be >= 8"):
+        Misrouting().check(setting_of(model, texts(tmp_path / "other", rows=3)))
+    record = model.load("cpu", torch.float32).run(_alone(batch, 0)).layers[0]
+    order = ranked_others(record, torch.tensor([5]))[0].tolist()
+    scores = record.router_probs_TE[5]
+    assert sorted([*order, *record.ids_TK[5].tolist()]) == list(range(6))
+    assert scores[order].tolist() == sorted(scores[order].tolist(), reverse=True)
