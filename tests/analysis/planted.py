@@ -58,20 +58,28 @@ def random_sample(
     rng = np.random.default_rng(5)
     ids = rng.integers(vocab, size=(domains, tokens // 40 + 1, 40))
     named = {f"d{i}": each.tolist() for i, each in enumerate(ids)}
-    return sample_of(folder, named, **options)
+    return sample_of(folder, named, **{"batch_size": 50, **options})
+
+
+def _scrambled(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """A well mixed function of each number (splitmix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def random_rule(experts: int, topk: int, seed: int = 0) -> Rule:
-    """Any K experts, whatever the token; a function of the place of the token in its domain."""
+    """Any K experts; a function of the whole row and the position, whatever the batch is."""
 
     def rule(batch: TokenBatch, layer: int) -> Ids:
-        rows = [
-            np.random.default_rng([seed, layer, batch.domain, *row[:8].tolist()]).permuted(
-                np.tile(np.arange(experts), (len(row), 1)), axis=1
-            )[:, :topk]
-            for row in batch.tokens_BS
-        ]
-        return np.concatenate(rows)
+        length = batch.tokens_BS.shape[1]
+        start = ((seed * 1000 + layer) * 1000 + batch.domain) << 20
+        places = _scrambled(np.arange(start, start + length, dtype=np.uint64))
+        mixed_BS = batch.tokens_BS.astype(np.uint64) * places
+        row_B1 = _scrambled(mixed_BS.sum(1, keepdims=True, dtype=np.uint64))
+        token_T1 = _scrambled(row_B1 + places).reshape(-1, 1)
+        keys_TE = _scrambled(token_T1 + np.arange(experts, dtype=np.uint64))
+        return np.argsort(keys_TE, axis=1)[:, :topk].astype(np.int64)
 
     return rule
 

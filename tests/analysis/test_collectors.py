@@ -42,7 +42,7 @@ def test_sums_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     for size in (1, 4, 1000):
         (tmp_path / str(size)).mkdir()
         sample = random_sample(
-            tmp_path / str(size), tokens=600, domains=2, batch_size=size, seq_length=S
+            tmp_path / str(size), tokens=200, domains=2, batch_size=size, seq_length=S
         )
         found = collected(_model(), sample, NAMES)
         states.append({f"{n}/{k}": v for n, c in found.items() for k, v in c.state().items()})
@@ -57,7 +57,10 @@ def test_sums_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_restored_collector_goes_on(name: str, tmp_path: Path) -> None:
-    model, sample = _model(), random_sample(tmp_path, tokens=400, domains=2, seq_length=S)
+    model, sample = (
+        _model(),
+        random_sample(tmp_path, tokens=400, domains=2, seq_length=S, batch_size=3),
+    )
     setting = Setting(sizes=model.sizes, sample=sample, layers=(1, 3), seed=1)
     runner = model.load("cpu", torch.float32)
     first, second = make_collector(name, setting), make_collector(name, setting)

@@ -1,0 +1,59 @@
+"""Checkpoints of one run in the order of training, for analyses that compare them.
+
+Each result stores its step and what makes it comparable in arrays of these names; see `identity`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_moe.analysis.base import Material
+from megatron_moe.analysis.result import Result
+
+Array = npt.NDArray[Any]
+
+
+def identity(material: Material) -> dict[str, Array]:
+    """Arrays of a result by which `in_order` finds the checkpoints that can be compared."""
+    sizes, setting = material.setting.sizes, material.setting
+    step = material.model.step
+    return {
+        "step": np.array(-1 if step is None else step),
+        "sample": np.array(setting.sample.fingerprint),
+        "shape": np.array([sizes.num_experts, sizes.topk, *setting.layers]),
+        "layers": np.array(setting.layers),
+    }
+
+
+def in_order(results: Mapping[str, Result]) -> dict[str, Result]:
+    """The results that can be compared with the last one, by step.
+
+    The last is the one with the highest step, or the last given where a step is unknown. Results
+    of other tokens, or of another number of layers, experts or choices, are left out.
+    """
+    steps = [int(result.arrays["step"]) for result in results.values()]
+    labels = list(results)
+    if min(steps) >= 0:
+        labels = [label for _, label in sorted(zip(steps, labels, strict=True), key=lambda x: x[0])]
+    last = results[labels[-1]].arrays
+    return {
+        label: results[label]
+        for label in labels
+        if results[label].arrays["sample"] == last["sample"]
+        and np.array_equal(results[label].arrays["shape"], last["shape"])
+    }
+
+
+def axis_of(results: Mapping[str, Result]) -> tuple[list[Any], str]:
+    """Values of an x-axis for checkpoints in order, and its title.
+
+    Percent of the last step where steps are known and differ, else the labels.
+    """
+    steps = [int(result.arrays["step"]) for result in results.values()]
+    if min(steps) < 0 or len(set(steps)) < len(steps) or steps[-1] == 0:
+        return list(results), "checkpoint"
+    return [100 * step / steps[-1] for step in steps], "training (% of the last checkpoint's steps)"
