@@ -18,7 +18,7 @@ from megatron_moe.analysis.analyses.router_similarity import RouterSimilarity
 from megatron_moe.analysis.analyses.weight_components import WeightComponents
 from megatron_moe.analysis.analyses.weight_norms import WeightNorms
 from megatron_moe.analysis.base import Analysis
-from megatron_moe.analysis.families import FAMILIES
+from megatron_moe.analysis.family import all_families
 from megatron_moe.analysis.opening import open_model
 from megatron_moe.analysis.weights import survey as module
 from megatron_moe.analysis.weights.projections import neurons_of, projections_of
@@ -130,7 +130,28 @@ def test_a_sample_of_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+def _numpy(weight: torch.Tensor) -> np.ndarray:
+    return weight.detach().double().numpy()
+
+
+def _own_neurons(block: Any, kind: str) -> dict[str, list[np.ndarray]]:
+    """Matrices [F, H] of each expert, from the stacks of the family's class."""
+    both, down = _numpy(block.experts.gate_up_proj), _numpy(block.experts.down_proj)
+    if kind == "gpt_oss":  # [E, H, 2F] in alternating columns, and [E, F, H]
+        return {
+            "gate": [each.T[::2] for each in both],
+            "up": [each.T[1::2] for each in both],
+            "down": list(down),
+        }
+    width = down.shape[2]
+    return {
+        "gate": [each[:width] for each in both],
+        "up": [each[width:] for each in both],
+        "down": [each.T for each in down],
+    }
+
+
+@pytest.mark.parametrize("kind", all_families())
 def test_every_family(tmp_path: Path, kind: str) -> None:
     """Against the parameters of the family's own class, in its orientation of gate and up."""
     module = make(kind)
@@ -138,27 +159,18 @@ def test_every_family(tmp_path: Path, kind: str) -> None:
     rows: dict[tuple[int, str], list[np.ndarray]] = {}
     for index in model.sizes.moe_layers:
         block = module.model.layers[index].mlp
-        experts = list(range(model.sizes.num_experts))
-        pairs = [block.experts.gate_up_proj[e].detach().double().numpy() for e in experts]
-        down = [block.experts.down_proj[e].detach().double().numpy().T for e in experts]
-        own = {
-            "gate": [p[: len(p) // 2] for p in pairs],
-            "up": [p[len(p) // 2 :] for p in pairs],
-            "down": down,
-        }
+        own = _own_neurons(block, kind)
         shared = getattr(block, "shared_experts", getattr(block, "shared_expert", None))
         dense = [i for i in range(model.sizes.num_layers) if i not in model.sizes.moe_layers]
-        nearest = min(dense, key=lambda i: (abs(i - index), i)) if dense else None
-        others = [
-            m
-            for m in (shared, None if nearest is None else module.model.layers[nearest].mlp)
-            if m is not None
-        ]
+        others = [] if shared is None else [shared]
+        if dense:
+            nearest = min(dense, key=lambda i: (abs(i - index), i))
+            others.append(module.model.layers[nearest].mlp)
         for name, matrices in own.items():
-            extra = [getattr(m, f"{name}_proj").weight.detach().double().numpy() for m in others]
-            rows[index, name] = matrices + [w.T if name == "down" else w for w in extra]
+            extra = [_numpy(getattr(each, f"{name}_proj").weight) for each in others]
+            rows[index, name] = [*matrices, *(w.T if name == "down" else w for w in extra)]
         found = survey(model, (index,), 0).layers[0]
-        router = block.gate.weight.detach().double().numpy()
+        router = _numpy((getattr(block, "gate", None) or block.router).weight)
         np.testing.assert_allclose(found.router_gram_EE, router @ router.T, atol=1e-9)
     check_grams(survey(model, model.sizes.moe_layers, 0), rows)
     for made in ANALYSES:
