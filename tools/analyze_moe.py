@@ -25,6 +25,7 @@ from megatron_moe.errors import UsageError, exit_on_usage_error
 
 if TYPE_CHECKING:
     from megatron_moe.analysis.base import Analysis
+    from megatron_moe.analysis.dense import DenseModel
     from megatron_moe.analysis.model import MoEModel
     from megatron_moe.analysis.run import RunOptions
     from megatron_moe.analysis.sample import Sample
@@ -47,6 +48,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--analyses", nargs="+", metavar="NAME", help="some analyses (all; see --list)")
     add("--layers", nargs="+", type=int, metavar="L", help="some MoE layers, from 0 (all)")
     add("--figures", choices=("openmoe", "olmoe", "closer-look"), help="a paper's figures as well")
+    add("--dense", metavar="DIR", help="a dense Llama-style model to compare the experts with")
     add("--ablate", nargs="+", metavar="LAYER:EXPERT", help="the loss without these experts")
     add("--list", action="store_true", help="print the analyses and exit")
     add = parser.add_argument_group("how").add_argument
@@ -103,6 +105,7 @@ def run(options: argparse.Namespace) -> None:
     layers = layers_of(options.layers, models)
     analyses = without_data(options, analyses)
     sample = sample_of(options, models)
+    beside = dense_beside(options.dense, models)
     from megatron_moe.analysis.run import RunOptions
     from megatron_moe.inference.loading import DTYPES, check_device
 
@@ -114,6 +117,7 @@ def run(options: argparse.Namespace) -> None:
         layers=layers,
         seed=options.seed,
         draws=options.draws,
+        beside=beside,
     )
     if options.ablate:
         ablate(options.ablate, models, sample, how)
@@ -158,6 +162,24 @@ def open_all(words: Sequence[str]) -> list[MoEModel]:
             fix = "name them: --load A=DIR B=DIR"
             raise UsageError("--load", model.label, "a different label for each checkpoint", fix)
     return models
+
+
+def dense_beside(path: str | None, models: Sequence[MoEModel]) -> DenseModel | None:
+    """The dense model of `--dense`.
+
+    Raises:
+        UsageError: it cannot be read, or has another hidden size than a model.
+    """
+    from megatron_moe.analysis.dense import open_dense
+
+    if path is None:
+        return None
+    found = open_dense(path)
+    for model in models:
+        if found.hidden_size != model.sizes.hidden_size:
+            expected = f"a model with the hidden size of {model.label} ({model.sizes.hidden_size})"
+            raise UsageError("--dense", found.hidden_size, expected)
+    return found
 
 
 def parts_of(word: str) -> tuple[str | None, str, int | None]:

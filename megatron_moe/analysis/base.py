@@ -18,6 +18,7 @@ from typing import ClassVar
 
 from megatron_moe.analysis import analyses
 from megatron_moe.analysis.collector import Collector, Setting
+from megatron_moe.analysis.dense import DenseModel
 from megatron_moe.analysis.model import MoEModel, MoERunner
 from megatron_moe.analysis.plot import Figure
 from megatron_moe.analysis.result import Result
@@ -34,6 +35,7 @@ class Material:
         collected: the collectors of `Analysis.uses`, by name, after the pass.
         runner: the loaded model; `None` if no requested analysis makes forward passes.
         draws: random draws of a permutation test or bootstrap.
+        beside: a dense model whose layers are compared with the experts.
     """
 
     model: MoEModel
@@ -41,11 +43,12 @@ class Material:
     collected: Mapping[str, Collector]
     runner: MoERunner | None
     draws: int
+    beside: DenseModel | None = None
 
     @cached_property
     def survey(self) -> WeightSurvey:
         """The weights of the layers, read once for all analyses of weights."""
-        return survey(self.model, self.setting.layers, self.setting.seed)
+        return survey(self.model, self.setting.layers, self.setting.seed, self.beside)
 
 
 class Analysis(ABC):

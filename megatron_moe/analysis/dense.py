@@ -5,6 +5,7 @@ Shapes: F width, H hidden. Matrices are [out, in].
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ class DenseModel:
         layers: weights of each layer, read when needed.
         hidden_size: H.
         width: F.
+        identity: hash of size and time of each file.
     """
 
     label: str
@@ -39,6 +41,7 @@ class DenseModel:
     layers: Mapping[int, ExpertWeights]
     hidden_size: int
     width: int
+    identity: str
 
 
 def open_dense(path: str | Path, label: str | None = None) -> DenseModel:
@@ -69,12 +72,15 @@ def open_dense(path: str | Path, label: str | None = None) -> DenseModel:
         names = [f"model.layers.{layer}.mlp.{name}.weight" for name in _NAMES]
         found = (_get(path, tensors, *pair) for pair in zip(names, shapes, strict=True))
         layers[layer] = ExpertWeights(*found)
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    sizes = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return DenseModel(
         label=label or path.resolve().name,
         path=path,
         layers=layers,
         hidden_size=hidden,
         width=width,
+        identity=hashlib.sha256(repr(sizes).encode()).hexdigest(),
     )
 
 

@@ -22,6 +22,7 @@ import torch
 from megatron_moe import __version__
 from megatron_moe.analysis.base import Analysis, Material
 from megatron_moe.analysis.collector import Collector, Setting, make_collector
+from megatron_moe.analysis.dense import DenseModel
 from megatron_moe.analysis.model import MoEModel, MoERunner
 from megatron_moe.analysis.result import Result, read_result, write_result
 from megatron_moe.analysis.sample import Sample
@@ -42,6 +43,7 @@ class RunOptions:
         layers: MoE layers to analyse; `None` for all.
         seed: of everything that is drawn.
         draws: random draws of a permutation test or bootstrap.
+        beside: a dense model whose layers are compared with the experts.
     """
 
     out: Path
@@ -50,6 +52,7 @@ class RunOptions:
     layers: tuple[int, ...] | None = None
     seed: int = 1234
     draws: int = 200
+    beside: DenseModel | None = None
 
 
 def analyse(
@@ -136,13 +139,20 @@ def _material(
         mark = hashlib.sha256(repr(parts).encode()).hexdigest()
         stream(runner, sample, collected, state=folder / PASS, fingerprint=mark, advance=advance)
     return Material(
-        model=model, setting=setting, collected=collected, runner=runner, draws=options.draws
+        model=model,
+        setting=setting,
+        collected=collected,
+        runner=runner,
+        draws=options.draws,
+        beside=options.beside,
     )
 
 
 def _fingerprint(model: MoEModel, sample: Sample, analysis: Analysis, options: RunOptions) -> str:
     data = sample.fingerprint if analysis.needs_data else ""
-    parts = (analysis.key, model.identity, data, options.layers, options.seed, options.draws)
+    beside = options.beside if analysis.group == "weights" else None
+    dense = () if beside is None else (beside.label, beside.identity)
+    parts = (analysis.key, model.identity, data, options.layers, options.seed, options.draws, dense)
     return hashlib.sha256(repr((*parts, str(options.dtype), __version__)).encode()).hexdigest()
 
 

@@ -179,17 +179,21 @@ def others_table(
     }
     kinds: dict[str, list[float]] = {}
     for place, layer in enumerate(survey.layers):
-        for row, name in enumerate(layer.names[survey.num_experts :], survey.num_experts):
+        for row, kind in enumerate(layer.kinds, survey.num_experts):
             for p, projection in enumerate(survey.projections):
                 found_E = cosine_LPRR[place, p, row, : survey.num_experts]
                 mean = mean_of(found_E)
                 if np.isnan(mean):
                     continue
-                cells = (layer.layer, projection, name, mean, largest_of(found_E))
+                cells = (layer.layer, projection, layer.names[row], mean, largest_of(found_E))
                 for column, cell in zip(columns.values(), cells, strict=True):
                     column.append(cell)
-                kinds.setdefault(name.split(" ")[0], []).append(mean)
-    titles = {"shared": "the shared expert", "dense": "the nearest dense layer"}
+                kinds.setdefault(kind, []).append(mean)
+    titles = {
+        "shared": "the shared expert",
+        "dense": "the nearest dense layer",
+        "beside": "the same layer of the dense model",
+    }
     about = "cosines of the experts of a layer with another network: mean and largest"
     return Table(name="others", about=about, columns=columns), {
         f"mean cosine with {titles[kind]}": float(np.mean(each)) for kind, each in kinds.items()

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_moe.analysis.dense import DenseModel
 from megatron_moe.analysis.model import ExpertWeights, LayerWeights
+from megatron_moe.errors import UsageError
 
 PROJECTIONS = ("up", "gate", "down", "linear")
 """In the order of plots. `gate` is what the activation function is applied to; only released
@@ -36,27 +38,49 @@ class Other:
     """A network without router beside the experts of a layer.
 
     Args:
-        name: `shared`, or `dense` and its layer.
+        name: `shared`, or the name and the layer of a dense network.
+        kind: `shared`, `dense` or `beside`, for a layer of another model.
         weights: its matrices.
         comparable: whether they have the shape of an expert's. Those of another width still have
             an average neuron.
     """
 
     name: str
+    kind: str
     weights: ExpertWeights
     comparable: bool
 
 
-def others_of(layer: LayerWeights, dense: Mapping[int, ExpertWeights]) -> tuple[Other, ...]:
-    """The shared expert and the nearest dense layer, as far as there are any.
+def others_of(
+    layer: LayerWeights, dense: Mapping[int, ExpertWeights], beside: DenseModel | None
+) -> tuple[Other, ...]:
+    """The shared expert, the nearest dense layer and the same layer of a dense model, if any.
 
     Args:
         layer: an MoE layer.
         dense: feed-forward networks of the layers without experts.
+        beside: another model.
+
+    Raises:
+        UsageError: the other model has another hidden size.
     """
-    candidates = {} if layer.shared is None else {"shared": layer.shared}
+    found: list[tuple[str, str, ExpertWeights]] = []
+    if layer.shared is not None:
+        found.append(("shared", "shared", layer.shared))
     if dense:
         nearest = min(dense, key=lambda index: (abs(index - layer.layer), index))
-        candidates[f"dense {nearest}"] = dense[nearest]
-    shape = layer.experts[0].up.shape
-    return tuple(Other(name, each, each.up.shape == shape) for name, each in candidates.items())
+        found.append((f"dense {nearest}", "dense", dense[nearest]))
+    hidden = layer.router.shape[1]
+    if beside is not None and beside.hidden_size != hidden:
+        what = f"hidden size of {beside.path}"
+        raise UsageError(what, beside.hidden_size, f"that of the MoE model ({hidden})")
+    if beside is not None and layer.layer in beside.layers:
+        name = f"{beside.label} {layer.layer}"
+        found.append((name, "beside", beside.layers[layer.layer]))
+    shape, linear = layer.experts[0].up.shape, layer.experts[0].linear
+    return tuple(
+        Other(
+            name, kind, each, each.up.shape == shape and (each.linear is None) == (linear is None)
+        )
+        for name, kind, each in found
+    )

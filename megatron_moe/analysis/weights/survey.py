@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_moe.analysis.dense import DenseModel
 from megatron_moe.analysis.model import ExpertWeights, LayerWeights, MoEModel
 from megatron_moe.analysis.weights.projections import (
     Other,
@@ -61,7 +62,8 @@ class LayerSurvey:
 
     Args:
         layer: index in the network.
-        names: of the rows: numbers of the experts, then `shared`, `dense I`.
+        names: of the rows: numbers of the experts, then names of the others, see `Other`.
+        kinds: of the others.
         widths: neurons of each row.
         router_gram_EE: inner products of the router's rows.
         projections: by name, in the order of `PROJECTIONS`.
@@ -69,6 +71,7 @@ class LayerSurvey:
 
     layer: int
     names: tuple[str, ...]
+    kinds: tuple[str, ...]
     widths: tuple[int, ...]
     router_gram_EE: Array
     projections: dict[str, ProjectionSurvey]
@@ -111,12 +114,16 @@ class WeightSurvey:
     def notes(self) -> list[str]:
         """Networks that could not be compared, a sentence each."""
         different = {
-            (name.split(" ")[0], width)
+            (kind, width)
             for layer in self.layers
-            for name, width in zip(layer.names, layer.widths, strict=True)
+            for kind, width in zip(layer.kinds, layer.widths[layer.num_experts :], strict=True)
             if width != self.width
         }
-        subjects = {"shared": "The shared expert is", "dense": "Dense layers are"}
+        subjects = {
+            "shared": "The shared expert is",
+            "dense": "Dense layers are",
+            "beside": "Layers of the dense model are",
+        }
         return [
             f"{subjects[kind]} {width} neurons wide and experts {self.width}: only their average "
             "neurons are compared."
@@ -124,19 +131,25 @@ class WeightSurvey:
         ]
 
 
-def survey(model: MoEModel, layers: Sequence[int], seed: int) -> WeightSurvey:
+def survey(
+    model: MoEModel, layers: Sequence[int], seed: int, beside: DenseModel | None = None
+) -> WeightSurvey:
     """Read the weights of some MoE layers.
 
     Args:
         model: the checkpoint.
         layers: indices of MoE layers.
         seed: of the sample of neurons.
+        beside: a dense model whose layers are compared with the experts.
+
+    Raises:
+        UsageError: the dense model has another hidden size.
     """
     dense = model.dense_weights()
     found = []
     for index in layers:
         layer = model.weights(index)
-        found.append(_survey_layer(layer, others_of(layer, dense), seed))
+        found.append(_survey_layer(layer, others_of(layer, dense, beside), seed))
     return WeightSurvey(
         layers=tuple(found), width=model.sizes.expert_width, hidden=model.sizes.hidden_size
     )
@@ -156,6 +169,7 @@ def _survey_layer(layer: LayerWeights, others: Sequence[Other], seed: int) -> La
     return LayerSurvey(
         layer=layer.layer,
         names=(*(str(e) for e in range(experts)), *(other.name for other in others)),
+        kinds=tuple(other.kind for other in others),
         widths=(width,) * experts + tuple(other.weights.up.shape[0] for other in others),
         router_gram_EE=(router_EH @ router_EH.T).numpy(),
         projections={

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,10 @@ import pytest
 import torch
 
 from megatron_moe.analysis.analyses.expert_similarity import ExpertSimilarity
+from megatron_moe.analysis.dense import DenseModel
+from megatron_moe.analysis.model import ExpertWeights
+from megatron_moe.convert.model import of_tensor
+from megatron_moe.errors import UsageError
 from tests.analysis.weights.toy import (
     ToyModel,
     near,
@@ -96,6 +101,27 @@ def test_rows_of_other_networks(tmp_path: Path) -> None:
     assert [row[2] for row in found.tables[1].rows] == ["shared"] * 3 + ["dense 0"] * 3
     # Other networks do not count as experts.
     assert found.numbers["mean cosine"] == pytest.approx(1 / 1.25, abs=0.03)
+
+
+def test_a_dense_model_beside(tmp_path: Path) -> None:
+    """The experts began as copies of its layers; each layer is compared with the same one there."""
+    generator = torch.Generator().manual_seed(0)
+    layers = [random_expert(20, 16, generator) for _ in range(4)]
+    experts = [[near(layers[i], 0.5, generator) for _ in range(3)] for i in (1, 3)]
+    model = ToyModel([torch.randn(3, 16)] * 2, experts)
+    weights = {
+        i: ExpertWeights(**{n: of_tensor(w) for n, w in each.items()})
+        for i, each in enumerate(layers)
+    }
+    dense = DenseModel(
+        label="base", path=Path("base"), layers=weights, hidden_size=16, width=20, identity=""
+    )
+    found = stored(ExpertSimilarity(), model, tmp_path, beside=dense)
+    assert found.arrays["names_LR"].tolist() == [[*"012", "base 1"], [*"012", "base 3"]]
+    same = found.numbers["mean cosine with the same layer of the dense model"]
+    assert same == pytest.approx(1 / math.sqrt(1.25), abs=0.03)
+    with pytest.raises(UsageError, match=r"hidden size of base must be .*\(16\) \(got 8\)"):
+        stored(ExpertSimilarity(), model, tmp_path, beside=replace(dense, hidden_size=8))
 
 
 def test_a_dense_layer_of_another_width_is_named(tmp_path: Path) -> None:

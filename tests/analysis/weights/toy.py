@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_moe.analysis.base import Analysis, Material
 from megatron_moe.analysis.collector import Setting
+from megatron_moe.analysis.dense import DenseModel
 from megatron_moe.analysis.model import ExpertWeights, LayerWeights, MoEModel, MoERunner, Sizes
 from megatron_moe.analysis.result import Result, read_result, write_result
 from megatron_moe.analysis.sample import Sample
@@ -133,19 +135,25 @@ def upcycled_model(
 
 
 def material_of(
-    model: MoEModel, layers: Sequence[int] | None = None, draws: int = 50, seed: int = 3
+    model: MoEModel,
+    layers: Sequence[int] | None = None,
+    draws: int = 50,
+    seed: int = 3,
+    beside: DenseModel | None = None,
 ) -> Material:
     """Of weights alone."""
     chosen = model.sizes.moe_layers if layers is None else tuple(layers)
     sample = Sample(domains=(), seq_length=1, batch_size=1)
     setting = Setting(sizes=model.sizes, sample=sample, layers=chosen, seed=seed)
-    return Material(model=model, setting=setting, collected={}, runner=None, draws=draws)
+    return Material(
+        model=model, setting=setting, collected={}, runner=None, draws=draws, beside=beside
+    )
 
 
-def stored(analysis: Analysis, model: MoEModel, folder: Path, **options: int) -> Result:
+def stored(analysis: Analysis, model: MoEModel, folder: Path, **options: Any) -> Result:
     """The result, written and read again, with all its figures and its reading made."""
     analysis.check(material_of(model).setting)
-    result = analysis.compute(material_of(model, **options))  # type: ignore[arg-type]
+    result = analysis.compute(material_of(model, **options))
     write_result(folder, result, "mark")
     again = read_result(folder, "mark")
     assert again is not None
