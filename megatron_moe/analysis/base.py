@@ -23,6 +23,7 @@ from megatron_moe.analysis.model import MoEModel, MoERunner
 from megatron_moe.analysis.plot import Figure
 from megatron_moe.analysis.result import Result
 from megatron_moe.analysis.weights.survey import WeightSurvey, survey
+from megatron_moe.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,7 @@ class Analysis(ABC):
         uses: names of the collectors.
         needs_data: whether it reads tokens at all.
         min_checkpoints: how many it compares.
+        least_choices: choices per expert, on average, below which it says nothing.
     """
 
     key: ClassVar[str]
@@ -75,13 +77,20 @@ class Analysis(ABC):
     uses: ClassVar[tuple[str, ...]] = ()
     needs_data: ClassVar[bool] = True
     min_checkpoints: ClassVar[int] = 1
+    least_choices: ClassVar[int] = 0
 
-    def check(self, setting: Setting) -> None:  # noqa: B027 (most have no minimum)
+    def check(self, setting: Setting) -> None:
         """Called before the pass over the tokens.
 
         Raises:
-            UsageError: the sample is too small for this analysis, or lacks domains.
+            UsageError: the sample is too small for this analysis.
         """
+        experts, topk = setting.sizes.num_experts, setting.sizes.topk
+        least = -(-self.least_choices * experts // topk)
+        if setting.sample.tokens < least:
+            expected = f">= {least}, {self.least_choices} choices for each of {experts} experts"
+            fix = f"more --data or --tokens, or --analyses without {self.key}"
+            raise UsageError("tokens of --data", setting.sample.tokens, expected, fix)
 
     @abstractmethod
     def compute(self, material: Material) -> Result:

@@ -54,6 +54,7 @@ class Coactivation(Analysis):
     source = "Muennighoff et al., OLMoE (arXiv 2409.02060), section 5.2, figure 21"
     group = "routing"
     uses = ("coactivation",)
+    least_choices = 10
 
     def compute(self, material: Material) -> Result:
         """Shares, lifts and strength by layer."""

@@ -40,6 +40,7 @@ class Collapse(Analysis):
     )
     group = "routing"
     uses = ("load",)
+    least_choices = 10
 
     def compute(self, material: Material) -> Result:
         """Indicators of every layer, beside those of random routing."""

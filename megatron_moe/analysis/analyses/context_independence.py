@@ -44,6 +44,7 @@ class ContextIndependence(Analysis):
     )
     group = "routing"
     uses = ("tokens", "choices")
+    least_choices = 10
 
     def compute(self, material: Material) -> Result:
         """Shares explained by the id that is read, follows or is predicted."""

@@ -50,6 +50,7 @@ class DomainSpecialization(Analysis):
     )
     group = "routing"
     uses = ("domains",)
+    least_choices = 10
 
     def compute(self, material: Material) -> Result:
         """Shares, intervals and strength."""

@@ -38,6 +38,7 @@ class Drops(Analysis):
     source = "Xue et al., OpenMoE (arXiv 2402.01739), section 4.4, figure 12"
     group = "routing"
     uses = ("positions",)
+    least_choices = 10
 
     def compute(self, material: Material) -> Result:
         """Shares by layer, domain and group of positions; ratio of last to first quarter."""

@@ -44,6 +44,7 @@ class EarlyRouting(Analysis):
     source = "Xue et al., OpenMoE (arXiv 2402.01739), section 4.3, figure 11"
     group = "training"
     uses = ("tokens",)
+    least_choices = 10
     min_checkpoints = 2
 
     def compute(self, material: Material) -> Result:

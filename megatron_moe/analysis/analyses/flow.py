@@ -45,6 +45,7 @@ class CrossLayerFlow(Analysis):
     source = "Muennighoff et al., OLMoE (arXiv 2409.02060), appendix, figures 33 to 36"
     group = "routing"
     uses = ("flow",)
+    least_choices = 10
 
     def compute(self, material: Material) -> Result:
         """Counts, strength and the most preferred transitions."""

@@ -41,6 +41,7 @@ class RoutingLocality(Analysis):
     )
     group = "routing"
     uses = ("locality", "choices", "load")
+    least_choices = 10
 
     def compute(self, material: Material) -> Result:
         """Overlap by distance and hit rates by segment."""

@@ -48,6 +48,7 @@ class PositionSpread(Analysis):
     source = "Xue et al., OpenMoE (arXiv 2402.01739), figures 9 and 13"
     group = "routing"
     uses = ("positions",)
+    least_choices = 10
 
     def compute(self, material: Material) -> Result:
         """Spread by layer and position."""

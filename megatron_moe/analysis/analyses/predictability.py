@@ -40,6 +40,7 @@ class LoadPredictability(Analysis):
     source = "no paper's figure; the question of prefetching experts"
     group = "routing"
     uses = ("flow",)
+    least_choices = 10
 
     def compute(self, material: Material) -> Result:
         """Accuracy and information of each pair of layers."""

@@ -39,6 +39,7 @@ class RouterSaturation(Analysis):
     source = "Muennighoff et al., OLMoE (arXiv 2409.02060), section 5.1, figure 20"
     group = "training"
     uses = ("choices",)
+    least_choices = 10
     min_checkpoints = 2
 
     def compute(self, material: Material) -> Result:

@@ -44,6 +44,7 @@ class StandingCommittee(Analysis):
     )
     group = "routing"
     uses = ("domains", "choices", "load")
+    least_choices = 10
 
     def compute(self, material: Material) -> Result:
         """Main experts of each domain, the committee, overlap, Gini, coverage."""

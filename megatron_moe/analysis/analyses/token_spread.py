@@ -46,6 +46,7 @@ class TokenSpread(Analysis):
     source = "Xue et al., OpenMoE (arXiv 2402.01739), figures 10 and 14, tables 9 and 10"
     group = "routing"
     uses = ("tokens",)
+    least_choices = 10
 
     def compute(self, material: Material) -> Result:
         """Spread of the frequent ids; top tokens of each expert."""

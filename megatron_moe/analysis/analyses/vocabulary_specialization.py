@@ -47,6 +47,7 @@ class VocabularySpecialization(Analysis):
     source = "Muennighoff et al., OLMoE (arXiv 2409.02060), section 5.4, figure 23 and table 8"
     group = "routing"
     uses = ("tokens", "choices")
+    least_choices = 10
 
     def compute(self, material: Material) -> Result:
         """Specialization by layer, kind and minimum count; by expert; examples."""
