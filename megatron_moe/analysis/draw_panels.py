@@ -208,8 +208,6 @@ def _heatmap(axes: Any, panel: Heatmap, alone: bool) -> Any:
 def _radar(axes: Any, panel: Radar, alone: bool) -> None:
     angles = np.linspace(0, 2 * np.pi, len(panel.categories), endpoint=False)
     around = np.append(angles, angles[:1])
-    axes.set_theta_zero_location("N")
-    axes.set_theta_direction(-1)
     for each, (colour, dash, _) in zip(panel.series, styles(panel.series), strict=True):
         y = np.asarray(each.y, float)
         kind = {"color": colour, "linestyle": _DASH[dash], "linewidth": 1.1}
@@ -223,7 +221,7 @@ def _radar(axes: Any, panel: Radar, alone: bool) -> None:
     axes.set_xticks(angles[::step], [label(name, 16) for name in panel.categories[::step]])
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_locator(_few_ticks())
-    axes.set_rlabel_position(0)
+    axes.set_rlabel_position(90)
     axes.tick_params(axis="x", pad=-2)
     axes.tick_params(axis="y", labelsize=6, labelcolor="#444444")
 

@@ -285,7 +285,7 @@ def _radar(panel: Radar) -> Values:
                 "rangemode": "tozero",
                 "nticks": 5,
             },
-            "angularaxis": {"type": "category", "direction": "clockwise", "rotation": 90},
+            "angularaxis": {"type": "category", "direction": "counterclockwise"},
         },
         "annotations": [_corner(f"radius: {panel.radius}")],
         "showlegend": True,

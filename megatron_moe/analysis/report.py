@@ -11,6 +11,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,18 @@ from megatron_moe.analysis.base import Analysis, all_analyses
 from megatron_moe.analysis.draw_files import require_matplotlib, write_figure
 from megatron_moe.analysis.draw_web import web_figure
 from megatron_moe.analysis.model import MoEModel
+from megatron_moe.analysis.paper import Drawn, Entry, Given, Missing, Paper
 from megatron_moe.analysis.plot import Figure, Heatmap, Radar
-from megatron_moe.analysis.result import RESULT, Result, Table, replace_file
-from megatron_moe.analysis.run import by_analysis
+from megatron_moe.analysis.result import RESULT, Result, Table, replace_file, write_table
+from megatron_moe.analysis.run import COMPARED, by_analysis
 from megatron_moe.analysis.sample import Sample
 from megatron_moe.analysis.style import ON_DARK, file_names, printable
 from megatron_moe.errors import UsageError
 
 REPORT, FIGURES = "report.html", "figures"
 TEMPLATES = Path(__file__).parent / "templates"
+TOGETHER = "together"
+"""Heading of what several checkpoints show together."""
 SHOWN_ROWS = 25
 """Rows of a table in the page; its CSV file has all."""
 _MISSING = "–"  # noqa: RUF001
@@ -44,6 +48,8 @@ def write_report(
     sample: Sample | None,
     results: Mapping[str, Mapping[str, Result]],
     *,
+    compared: Mapping[str, Result] | None = None,
+    paper: Paper | None = None,
     analyses: Mapping[str, Analysis] | None = None,
     title: str = "Mixture-of-experts report",
 ) -> Path:
@@ -54,6 +60,8 @@ def write_report(
         models: the checkpoints.
         sample: the tokens; `None` if only weights were analysed.
         results: by label of the checkpoint, then by key of the analysis.
+        compared: what several checkpoints show together, by key of the analysis.
+        paper: whose figures are drawn as well.
         analyses: by key; `None` for those of this package.
         title: heading.
 
@@ -69,8 +77,14 @@ def write_report(
     found = {key: each for key, each in by_analysis(results).items() if key in known}
     groups: dict[str, list[Values]] = {}
     for key in (key for key in known if key in found):
-        section = _section(out, known[key], found[key])
+        together = (compared or {}).get(key)
+        section = _section(out, known[key], found[key], together)
         groups.setdefault(known[key].group, []).append(section)
+    if paper is not None:
+        given = Given(models=models, sample=sample, results=found, analyses=known)
+        groups[f"Figures of {paper.title}"] = [
+            _paper_section(out, paper, entry, given) for entry in paper.entries
+        ]
     script = (TEMPLATES / "report.js").read_text()
     script = script.replace("/*ON_DARK*/{}", json.dumps(ON_DARK))
     environment = jinja2.Environment(
@@ -137,7 +151,7 @@ def _model(model: MoEModel) -> Values:
 
 
 def _domains(sample: Sample | None) -> list[Values]:
-    if sample is None:
+    if sample is None or not sample.domains:
         return []
     length = sample.seq_length
     rows = {domain.name: len(domain.starts) for domain in sample.domains}
@@ -152,13 +166,20 @@ def _domains(sample: Sample | None) -> list[Values]:
     ]
 
 
-def _section(out: Path, analysis: Analysis, found: Mapping[str, Result]) -> Values:
+def _section(
+    out: Path, analysis: Analysis, found: Mapping[str, Result], together: Result | None
+) -> Values:
     """What the template shows of one analysis."""
     labels = list(found)
     figures = list(analysis.figures(found))
+    places = {label: f"{label}/{analysis.key}" for label in labels}
+    shown = dict(found)
+    if together is not None:
+        shown[TOGETHER] = together
+        places[TOGETHER] = f"{COMPARED}/{analysis.key}"
     notes = [
-        note if len(labels) == 1 else f"{printable(label)}: {note}"
-        for label, result in found.items()
+        note if len(shown) == 1 else f"{printable(label)}: {note}"
+        for label, result in shown.items()
         for note in result.notes
     ]
     return {
@@ -168,18 +189,49 @@ def _section(out: Path, analysis: Analysis, found: Mapping[str, Result]) -> Valu
         "definition": analysis.definition,
         "source": analysis.source,
         "reading": printable(analysis.reading(found), 4000),
+        "differs": "",
         "figures": _figures(out, analysis.key, figures, labels),
-        "labels": [printable(label) for label in labels],
-        "numbers": _numbers(found),
+        "labels": [printable(label) for label, result in shown.items() if result.numbers],
+        "numbers": _numbers({k: result for k, result in shown.items() if result.numbers}),
         "notes": [printable(note, 2000) for note in notes],
         "tables": [
-            _table(label, analysis.key, table, len(labels) > 1)
-            for label, result in found.items()
+            _table(table, places[label], f" of {printable(label)}" if len(shown) > 1 else "")
+            for label, result in shown.items()
             for table in result.tables
         ],
         "files": [
-            (printable(label), quote(f"{label}/{analysis.key}/{RESULT}")) for label in labels
+            (printable(label), quote(f"{place}/{RESULT}")) for label, place in places.items()
         ],
+    }
+
+
+def _paper_section(out: Path, paper: Paper, entry: Entry, given: Given) -> Values:
+    """What the template shows of a figure or table of a paper."""
+    try:
+        drawn = entry.draw(given)
+    except Missing as missing:
+        drawn = Drawn(notes=[f"Not drawn: {missing}."])
+    name = file_names([entry.number])[entry.number].lower()
+    folder = f"{FIGURES}/{paper.key}"
+    names = file_names(table.name for table in drawn.tables)
+    tables = [replace(table, name=names[table.name]) for table in drawn.tables]
+    for table in tables:
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        write_table(out / folder / f"{table.name}.csv", table)
+    return {
+        "anchor": f"{paper.key}-{name}",
+        "title": f"{entry.number}: {entry.title}",
+        "question": "",
+        "definition": f"Drawn from: {', '.join(entry.needs)}." if entry.needs else "",
+        "source": f"{paper.source}, {entry.number[0].lower()}{entry.number[1:]}",
+        "reading": entry.finding,
+        "figures": _figures(out, paper.key, drawn.figures, given.labels),
+        "labels": [],
+        "numbers": [],
+        "notes": [printable(note, 2000) for note in drawn.notes],
+        "differs": entry.differs,
+        "tables": [_table(table, folder, "") for table in tables],
+        "files": [],
     }
 
 
@@ -253,15 +305,15 @@ def _shown(value: Any) -> str:
     return f"{value:.4g}"
 
 
-def _table(label: str, key: str, table: Table, several: bool) -> Values:
+def _table(table: Table, folder: str, of: str) -> Values:
     rows = table.rows
     return {
-        "title": f"{table.name} of {printable(label)}" if several else table.name,
+        "title": printable(table.name) + of,
         "about": table.about,
         "count": len(rows),
         "columns": list(table.columns),
         "rows": [[_plain(cell) for cell in row] for row in rows[:SHOWN_ROWS]],
-        "file": quote(f"{label}/{key}/{table.name}.csv"),
+        "file": quote(f"{folder}/{table.name}.csv"),
     }
 
 

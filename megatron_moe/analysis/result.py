@@ -75,11 +75,7 @@ def write_result(folder: Path, result: Result, fingerprint: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RESULT).unlink(missing_ok=True)
     for table in result.tables:
-        cells = io.StringIO(newline="")
-        writer = csv.writer(cells)
-        writer.writerow(table.columns)
-        writer.writerows([_cell(value) for value in row] for row in table.rows)
-        replace_file(folder / f"{table.name}.csv", cells.getvalue().encode())
+        write_table(folder / f"{table.name}.csv", table)
     binary = io.BytesIO()
     np.savez_compressed(binary, **result.arrays)  # type: ignore[arg-type]
     replace_file(folder / ARRAYS, binary.getvalue())
@@ -99,6 +95,15 @@ def write_result(folder: Path, result: Result, fingerprint: str) -> None:
     }
     text = json.dumps(values, indent=1, allow_nan=False) + "\n"
     replace_file(folder / RESULT, text.encode())
+
+
+def write_table(path: Path, table: Table) -> None:
+    """Write a table as CSV."""
+    cells = io.StringIO(newline="")
+    writer = csv.writer(cells)
+    writer.writerow(table.columns)
+    writer.writerows([_cell(value) for value in row] for row in table.rows)
+    replace_file(path, cells.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def replace_file(path: Path, content: bytes) -> None:
