@@ -94,13 +94,17 @@ def run(options: argparse.Namespace) -> None:
         UsageError: a flag, a checkpoint or the data is invalid.
     """
     from megatron_moe.analysis.base import all_analyses
+    from megatron_moe.analysis.paper import papers
 
     known = all_analyses()
     if options.list:
         print_list(known.values())
         return
     check(options)
-    analyses = selected(options.analyses, known)
+    names = options.analyses
+    if names and options.figures:
+        names = [*names, *(key for key in papers()[options.figures].needs if key in known)]
+    analyses = selected(names, known)
     models = open_all([*options.load, *options.compare])
     layers = layers_of(options.layers, models)
     analyses = without_data(options, analyses)
@@ -256,6 +260,8 @@ def analyse_all(
     figures: str | None,
 ) -> None:
     """Analyse every checkpoint, compare them, write the report."""
+    from megatron_moe.analysis.paper import papers
+    from megatron_moe.analysis.report import write_report
     from megatron_moe.analysis.run import analyse, compare, steps_of
     from megatron_moe.data.progress import progress_bar
 
@@ -264,7 +270,10 @@ def analyse_all(
     with progress_bar(steps_of(sample, analyses) * len(models), "steps") as bar:
         for model in models:
             results[model.label] = analyse(model, sample, analyses, how, bar.update)
-    compare(analyses, results, how.out)
+    compared = compare(analyses, results, how.out)
+    paper = papers()[figures] if figures else None
+    path = write_report(how.out, models, sample, results, compared=compared, paper=paper)
+    print_safely(f"report: {path}")
 
 
 def ablate(

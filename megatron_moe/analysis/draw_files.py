@@ -22,6 +22,8 @@ from megatron_moe.errors import UsageError
 
 COLUMN, PAGE, PAGE_HEIGHT = 3.25, 6.75, 9.0
 """Inches: width of a column and of the text of a page in two columns, and most height."""
+DPI = 300
+"""Of PNG files."""
 MOST_PANELS = 24
 """Panels of a file."""
 _STYLE: dict[str, Any] = {
@@ -95,6 +97,8 @@ def write_figure(figure: Figure, folder: Path, name: str) -> dict[str, str]:
 
 def _write(panels: Mapping[str, Panel], path: Path) -> None:
     from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     with rc_context(_STYLE), warnings.catch_warnings():
         # A font lacks glyphs of some token pieces; SVG contains the text itself.
@@ -102,11 +106,14 @@ def _write(panels: Mapping[str, Panel], path: Path) -> None:
         drawn = _arrange(panels)
         drawn.get_layout_engine().execute(drawn)
         drawn.set_layout_engine("none")  # once, not for each file
-        for suffix in ("svg", "png"):
-            content = io.BytesIO()
-            metadata = {"Date": None} if suffix == "svg" else {"Software": None}
-            drawn.savefig(content, format=suffix, dpi=300, metadata=metadata)
-            replace_file(path.with_name(f"{path.name}.{suffix}"), content.getvalue())
+        # `savefig` would draw each file twice, to place again what has its place.
+        content = io.BytesIO()
+        FigureCanvasSVG(drawn).print_svg(content, metadata={"Date": None})
+        replace_file(path.with_name(f"{path.name}.svg"), content.getvalue())
+        drawn.dpi = DPI
+        content = io.BytesIO()
+        FigureCanvasAgg(drawn).print_png(content, metadata={"Software": None})
+        replace_file(path.with_name(f"{path.name}.png"), content.getvalue())
 
 
 def _arrange(panels: Mapping[str, Panel]) -> Any:
@@ -143,7 +150,7 @@ def _grid(panels: list[Panel]) -> tuple[int, int, tuple[float, float]]:
         width, height = _single(first)
         width = max(width, 0.75 * PAGE) if _beside(panels) else width
         return 1, 1, (width, min(PAGE_HEIGHT, height + above))
-    columns = 1 if isinstance(first, Flow) else 2 if count <= 4 else 3 if count <= 9 else 4
+    columns = 1 if isinstance(first, Flow) else 2 if count in (2, 4) else 3 if count <= 9 else 4
     if isinstance(first, Bars) and _bars_of(first) > 48:
         columns = 2
     columns = min(columns, count)

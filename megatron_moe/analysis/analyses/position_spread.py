@@ -75,6 +75,7 @@ class PositionSpread(Analysis):
             "fixed_L": np.full(len(found), fixed_experts(topk, experts)),
             "share_LQE": shown_LQE / np.maximum(shown_LQE.sum(2, keepdims=True), 1),
             "shown_Q": position_P[[g[0] for g in groups]],
+            **_paper_positions(counts["chosen_LPE"], setting.sample.seq_length, width),
         }
         notes = []
         rows = int(size_P.max()) // width
@@ -117,6 +118,16 @@ class PositionSpread(Analysis):
     def reading(self, results: Mapping[str, Result]) -> str:
         """Spread beyond chance against that of fixed experts."""
         return " ".join(_sentence(label, result) for label, result in results.items())
+
+
+def _paper_positions(chosen_LPE: Array, length: int, width: int) -> dict[str, Array]:
+    """Shares at the positions of figure 9: every eighth of the row, and the first and its next."""
+    step = max(1, length // 8)
+    spaced = {step * i for i in range(1, 8)}
+    places = sorted(p for p in spaced | set(range(step, step + 4)) if p < length)
+    chosen_LWE = chosen_LPE[:, [p // width for p in places]]
+    share_LWE = chosen_LWE / np.maximum(chosen_LWE.sum(2, keepdims=True), 1)
+    return {"paper_positions_W": np.array(places, np.int64), "paper_share_LWE": share_LWE}
 
 
 def _curves(results: Mapping[str, Result]) -> Figure:
