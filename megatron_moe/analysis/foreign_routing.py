@@ -196,6 +196,19 @@ def _recorder(recorded: dict[int, tuple[Tensor | None, Choices]], layer: int, in
     return record
 
 
+@contextmanager
+def _without_progress_bar(package: Any) -> Iterator[None]:
+    """Commands show one of their own."""
+    logging = package.utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def load_foreign(
     model: ForeignModel, *, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> ForeignRunner:
@@ -210,18 +223,19 @@ def load_foreign(
         UsageError: the tensors of the files are not those of the class, or its routers do not
             choose by the family's rule (see `probe.py`).
     """
-    settings = model.settings
-    module, report = settings.family.model_class(transformers()).from_pretrained(
-        model.path,
-        config=settings.config,
-        dtype=dtype or "auto",
-        experts_implementation="eager",  # the grouped GEMM supports only some widths
-        local_files_only=True,
-        trust_remote_code=False,
-        weights_only=True,
-        ignore_mismatched_sizes=True,  # reported below, in one line
-        output_loading_info=True,
-    )
+    settings, package = model.settings, transformers()
+    with _without_progress_bar(package):
+        module, report = settings.family.model_class(package).from_pretrained(
+            model.path,
+            config=settings.config,
+            dtype=dtype or "auto",
+            experts_implementation="eager",  # the grouped GEMM supports only some widths
+            local_files_only=True,
+            trust_remote_code=False,
+            weights_only=True,
+            ignore_mismatched_sizes=True,  # reported below, in one line
+            output_loading_info=True,
+        )
     # `from_pretrained` initialises missing tensors at random and only warns.
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         inside = [str(name) for name in report[fault] if not model.is_outside(str(name))]

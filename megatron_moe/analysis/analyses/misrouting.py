@@ -53,7 +53,7 @@ class Misrouting(Analysis):
         "the share of these exchanges that lower the loss of the token, and the share of tokens "
         "for which one of the tried experts does. Chance: the same with experts drawn from those "
         "behind rank 2k; if the exchanged experts were equivalent, half of the exchanges would "
-        "lower the loss."
+        "lower the loss, and one of j would for 1 - 1/2^j of the tokens."
     )
     source = "Defined here; related: Lo et al. (arXiv 2406.18219), section 4.3"
     group = "experts"
@@ -91,15 +91,20 @@ class Misrouting(Analysis):
             "tokens that one exchange behind rank 2k improves": _nanmean(
                 columns["any_better_random"]
             ),
+            "tokens that one exchange improves, equivalent experts": 1
+            - 0.5 ** len(tried[0].gain_JB),
             "mean change of the loss": _nanmean(columns["mean_loss_change"]),
             "mean change of the loss behind rank 2k": _nanmean(columns["mean_loss_change_random"]),
             "standard error of the share": 0.5 / math.sqrt(len(layers) * len(batch.tokens_BS)),
             "tokens": float(len(batch.tokens_BS)),
             "experts tried for a token": float(tried[0].gain_JB.shape[0]),
         }
+        few = "There are no experts behind rank 2k, so that only one half is left as chance level."
+        has_behind = setting.sizes.num_experts > 2 * setting.sizes.topk
         return Result(
             analysis=self.key,
             numbers=numbers,
+            notes=[] if has_behind else [few],
             tables=[
                 Table(
                     name="misrouting",
@@ -286,5 +291,9 @@ def _reading(result: Result) -> str:
             "loss: the router's last choice is worse than the next ones"
         )
     beside = "" if math.isnan(random) else f" (experts behind rank 2k: {100 * random:.0f}%)"
-    improved = n["tokens that one exchange improves"]
-    return f"{said}{beside}; for {100 * improved:.0f}% of the tokens one of those tried is better."
+    improved = 100 * n["tokens that one exchange improves"]
+    equivalent = 100 * n["tokens that one exchange improves, equivalent experts"]
+    return (
+        f"{said}{beside}; for {improved:.0f}% of the tokens one of those tried is better "
+        f"({equivalent:.0f}% if experts were equivalent)."
+    )

@@ -216,15 +216,10 @@ def _losses(material: Material, left_out: Sequence[tuple[int, int]]) -> dict[str
     whole = evaluate(runner, sample)[ALL]
     without = evaluate_without(runner, sample, experts)[ALL]
     change, low, high = change_of(whole.rows_R, without.rows_R, material.draws, setting.seed)
-    rng = np.random.default_rng(setting.seed)
-    random = []
-    for _ in range(DRAWS):
-        drawn = {}
-        for layer, ids in experts.items():
-            others = np.setdiff1d(np.arange(setting.sizes.num_experts), ids)
-            count = min(len(ids), len(others))
-            drawn[layer] = rng.choice(others, count, replace=False).tolist()
-        random.append(evaluate_without(runner, sample, drawn)[ALL].loss - whole.loss)
+    random = [
+        evaluate_without(runner, sample, drawn)[ALL].loss - whole.loss
+        for drawn in _random_sets(experts, setting)
+    ]
     return {
         "loss of the whole model": whole.loss,
         _CHANGE: change,
@@ -235,6 +230,20 @@ def _losses(material: Material, left_out: Sequence[tuple[int, int]]) -> dict[str
         "perplexity of the whole model": whole.perplexity,
         "perplexity without them": without.perplexity,
     }
+
+
+def _random_sets(
+    experts: Mapping[int, Sequence[int]], setting: Setting
+) -> list[dict[int, list[int]]]:
+    """As many others of each layer, in several draws that differ where there are enough."""
+    rng, drawn = np.random.default_rng(setting.seed), [dict[int, list[int]]() for _ in range(DRAWS)]
+    for layer, ids in experts.items():
+        others = rng.permutation(np.setdiff1d(np.arange(setting.sizes.num_experts), ids))
+        count = min(len(ids), len(others))
+        for draw, chosen in enumerate(drawn):
+            places = (draw * count + np.arange(count)) % len(others)
+            chosen[layer] = others[places].tolist()
+    return drawn
 
 
 def _dimension(at_LE3: Array, left_out: Sequence[tuple[int, int]]) -> tuple[int, int]:
