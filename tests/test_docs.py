@@ -109,7 +109,8 @@ def navigation(entries: list[Any]) -> list[str]:
 
 def test_every_page_is_in_the_navigation_of_the_site(hooks: ModuleType) -> None:
     pages = navigation(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
-    own = [path.name for path in (ROOT / "docs").glob("*.md")]
+    docs = ROOT / "docs"
+    own = [path.relative_to(docs).as_posix() for path in docs.rglob("*.md")]
     assert sorted(pages) == sorted([*own, *hooks.PAGES.values(), *hooks.api_pages()])
     assert pages[0] == "index.md"
 
