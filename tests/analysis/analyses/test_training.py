@@ -11,6 +11,7 @@ import pytest
 from megatron_moe.analysis.analyses.early_routing import EarlyRouting, between_ids, distance, noise
 from megatron_moe.analysis.analyses.saturation import RouterSaturation, agreement
 from megatron_moe.analysis.observation import TokenBatch
+from megatron_moe.analysis.report import write_report
 from megatron_moe.analysis.result import Result
 from megatron_moe.analysis.run import COMPARED, compare
 from megatron_moe.analysis.sample import Sample
@@ -179,3 +180,16 @@ def test_rare_ids_cannot_be_compared(tmp_path: Path) -> None:
     )
     assert EarlyRouting().combine(results) is None and "32 times" in results["a"].notes[0]
     assert "occur often" in EarlyRouting().reading(results)
+
+
+def test_the_report_shows_what_checkpoints_show_together(tmp_path: Path) -> None:
+    analysis, sample = RouterSaturation(), random_sample(tmp_path, tokens=1000)
+    rule = random_rule(8, 2)
+    results = _results(analysis, {"a": (rule, 1), "b": (rule, 2)}, sample)
+    by_label = {label: {"saturation": result} for label, result in results.items()}
+    compare([analysis], by_label, tmp_path)
+    page = write_report(
+        tmp_path, [], sample, by_label, analyses={"saturation": analysis}
+    ).read_text()
+    assert "compared/saturation/saturation.csv" in page
+    assert "by chance, all k choices" in page
