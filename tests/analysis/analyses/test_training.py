@@ -187,9 +187,8 @@ def test_the_report_shows_what_checkpoints_show_together(tmp_path: Path) -> None
     rule = random_rule(8, 2)
     results = _results(analysis, {"a": (rule, 1), "b": (rule, 2)}, sample)
     by_label = {label: {"saturation": result} for label, result in results.items()}
-    compare([analysis], by_label, tmp_path)
-    page = write_report(
-        tmp_path, [], sample, by_label, analyses={"saturation": analysis}
-    ).read_text()
-    assert "compared/saturation/saturation.csv" in page
-    assert "by chance, all k choices" in page
+    both = compare([analysis], by_label, tmp_path)
+    known = {"saturation": analysis}
+    page = write_report(tmp_path, [], sample, by_label, compared=both, analyses=known)
+    assert "compared/saturation/saturation.csv" in page.read_text()
+    assert "by chance, all k choices" in page.read_text()
