@@ -179,18 +179,15 @@ def _lines(results: Mapping[str, Result]) -> list[Figure]:
 
 
 def _maps(label: str, result: Result) -> list[Figure]:
-    found = []
-    for name, words in (("before", "at the same place"), ("after", "matched")):
-        found += similarity_maps(
-            result,
-            key=f"neurons-{name}-{label}",
-            title=f"Mean cosine of neurons {words}, {label}",
-            values_LPRR=result.arrays[f"{name}_LQXX"],
-            names_LR=np.tile(result.arrays["experts"], (len(result.arrays["layers"]), 1)),
-            projections=result.arrays["kinds"].tolist(),
-            caption="All panels show the same pairs of experts.",
-        )
-    return found
+    return similarity_maps(
+        result,
+        key=f"matched-{label}",
+        title=f"Mean cosine of matched neurons, {label}",
+        values_LPRR=result.arrays["after_LQXX"],
+        names_LR=np.tile(result.arrays["experts"], (len(result.arrays["layers"]), 1)),
+        projections=result.arrays["kinds"].tolist(),
+        caption="The mean over neurons of the cosine with the partner.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

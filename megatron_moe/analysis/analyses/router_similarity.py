@@ -15,10 +15,18 @@ from megatron_moe.analysis.plot import Axis, Figure, Panel, Reference, Scatter, 
 from megatron_moe.analysis.result import Result
 from megatron_moe.analysis.weights.figures import TITLES, layer_lines, layer_table, similarity_map
 from megatron_moe.analysis.weights.reading import listed, sentence_for_each
-from megatron_moe.analysis.weights.statistics import cosines, mantel, mean_of, pairs_of
+from megatron_moe.analysis.weights.statistics import (
+    combined_p_value,
+    cosines,
+    mantel,
+    mean_of,
+    pairs_of,
+)
 
 LEVEL = 0.05
-"""p-value below which a layer counts as associated."""
+"""p-value below which router and experts count as associated."""
+COMBINED = "p-value of all layers, "
+"""Headline numbers: Fisher's, for one projection."""
 
 
 @register
@@ -32,7 +40,7 @@ class RouterSimilarity(Analysis):
         "Pearson's r between two similarities of the pairs of experts of a layer: the cosine of "
         "their rows in the router, and the cosine of their average neurons. Chance: r^2 and its "
         "p-value when the experts of one side are named at random (Mantel's test); r^2 is then "
-        "about 1 / (pairs - 1)."
+        "about 1 / (pairs - 1). Fisher's method combines the p-values of the layers."
     )
     source = "Lo et al., A Closer Look into Mixture-of-Experts (arXiv 2406.18219), section 3.3"
     group = "weights"
@@ -62,8 +70,7 @@ class RouterSimilarity(Analysis):
         about = "Pearson's r over the pairs of experts, with Mantel's p-value, and r^2 by chance"
         squares = {f"mean r^2, {n}": mean_of(r_LP[:, p] ** 2) for p, n in enumerate(names)}
         significant = {
-            f"share of layers with p < {LEVEL}, {name}": float((p_LP[:, p] < LEVEL).mean())
-            for p, name in enumerate(names)
+            f"{COMBINED}{name}": combined_p_value(p_LP[:, p]) for p, name in enumerate(names)
         }
         return Result(
             analysis=self.key,
@@ -165,16 +172,22 @@ def _reading(result: Result) -> str:
     squares = {k[len(prefix) :]: v for k, v in result.numbers.items() if k.startswith(prefix)}
     if all(math.isnan(value) for value in squares.values()):
         return "There are too few experts for a correlation."
-    best = max(squares, key=lambda name: -1.0 if math.isnan(squares[name]) else squares[name])
     values = listed(result.numbers, prefix)
-    share = result.numbers[f"share of layers with p < {LEVEL}, {best}"]
-    if share <= 2 * LEVEL:
+    p_values = {name: result.numbers[f"{COMBINED}{name}"] for name in squares}
+    # The best of several projections is looked for.
+    found = {k: len(squares) * v for k, v in p_values.items() if len(squares) * v < LEVEL}
+    if not found:
         return (
             f"The router's rows do not go with the experts' neurons (r^2: {values}; by chance "
-            f"{chance:.2f}), unlike in the paper."
+            f"{chance:.2f}): no association as in the paper shows here."
         )
+    best = max(found, key=lambda name: squares[name])
+    place = result.arrays["projections"].tolist().index(best)
+    alike = mean_of(result.arrays["r_LP"][:, place]) > 0
     return (
-        f"Experts with similar rows in the router have similar neurons, most of all in the "
-        f"{TITLES[best]} (r^2: {values}; by chance {chance:.2f}; p < {LEVEL} in {share:.0%} of the "
-        "layers): as in the paper, which concludes that neurons act like fine-grained experts."
+        f"Experts with similar rows in the router have {'similar' if alike else 'different'} "
+        f"neurons, most of all in the {TITLES[best]} (r^2: {values}; by chance {chance:.2f}; "
+        f"p = {found[best]:.1g}): "
+        + ("as in the paper, which concludes" if alike else "unlike in the paper, which concludes")
+        + " that neurons act like fine-grained experts."
     )

@@ -158,6 +158,22 @@ def mantel(
     return found, (1 + as_large) / (1 + draws), float((drawn_D**2).mean())
 
 
+def combined_p_value(p_L: Array) -> float:
+    """One p-value for several independent tests of the same statement (Fisher, 1925).
+
+    -2 sum log p has a chi-squared distribution with 2 L degrees of freedom if none is true, of
+    which the tail at x is exp(-x / 2) sum_{i < L} (x / 2)^i / i!. NaN values are left out.
+    """
+    known = p_L[~np.isnan(p_L)]
+    if not known.size:
+        return math.nan
+    half = float(-np.log(known).sum())
+    terms = [
+        i * math.log(half) - math.lgamma(i + 1) - half if half else 0.0 for i in range(len(known))
+    ]
+    return min(1.0, sum(map(math.exp, terms))) if half else 1.0
+
+
 def kendall(order_N: npt.NDArray[np.int64]) -> float:
     """Kendall's tau between a sequence of different numbers and its ascending order.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -49,9 +50,18 @@ def test_the_definition(tmp_path: Path) -> None:
 def test_a_router_that_goes_with_the_gates(tmp_path: Path) -> None:
     found = stored(RouterSimilarity(), _tied(4), tmp_path)
     assert found.numbers["mean r^2, gate"] > 0.8
-    assert found.numbers["share of layers with p < 0.05, gate"] == 1
+    assert found.numbers["p-value of all layers, gate"] < 1e-3
+    assert found.numbers["p-value of all layers, up"] > 0.01
     assert found.numbers["mean r^2 by chance"] == pytest.approx(1 / 27, abs=0.02)
     assert "most of all in the gate projection" in RouterSimilarity().reading({"a": found})
+
+
+def test_a_correlation_below_zero_is_not_that_of_the_paper(tmp_path: Path) -> None:
+    found = stored(RouterSimilarity(), _tied(4), tmp_path)
+    turned = replace(found, arrays={**found.arrays, "r_LP": -found.arrays["r_LP"]})
+    assert "have similar neurons" in RouterSimilarity().reading({"a": found})
+    text = RouterSimilarity().reading({"a": turned})
+    assert "have different neurons" in text and "unlike in the paper" in text
 
 
 def test_random_weights_are_at_chance(tmp_path: Path) -> None:
@@ -62,6 +72,7 @@ def test_random_weights_are_at_chance(tmp_path: Path) -> None:
     assert (p <= 0.05).mean() < 0.15
     squares = found.arrays["r_LP"] ** 2
     assert squares.mean() == pytest.approx(found.numbers["mean r^2 by chance"], rel=0.5)
+    assert min(found.numbers[f"p-value of all layers, {n}"] for n in ("up", "gate", "down")) > 0.05
     assert "do not go with" in RouterSimilarity().reading({"a": found})
 
 

@@ -92,6 +92,14 @@ def test_mantel_has_the_level_of_its_p_value() -> None:
     assert found[:, 2].mean() == pytest.approx(1 / 27, abs=0.006)  # 28 pairs
 
 
+def test_combined_p_values() -> None:
+    for values in ([0.3], [0.01, 0.2, 0.7], [0.005] * 40, [1.0, 1.0]):
+        expected = stats.combine_pvalues(values).pvalue
+        assert own.combined_p_value(np.array(values)) == pytest.approx(expected)
+    assert own.combined_p_value(np.array([0.2, np.nan])) == pytest.approx(0.2)
+    assert math.isnan(own.combined_p_value(np.array([np.nan])))
+
+
 def test_correlations_that_are_not_defined() -> None:
     for size in (1, 2):
         assert all(
