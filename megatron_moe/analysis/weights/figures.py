@@ -195,7 +195,7 @@ def others_table(
     titles = {
         "shared": "the shared expert",
         "dense": "the nearest dense layer",
-        "beside": "the same layer of the dense model",
+        "beside": "a layer of the dense model",
     }
     about = "cosines of the experts of a layer with another network: mean and largest"
     return Table(name="others", about=about, columns=columns), {
