@@ -303,7 +303,7 @@ PAPER = Paper(
             finding="In OLMoE, few experts were chosen together often, so there was little "
             "redundancy.",
             differs="The published code counts only pairs of consecutive ranks, 7 of the 28 pairs "
-            "of 8 choices; `exact` counts them all. Both show the 16 experts of the strongest "
+            "of 8 choices; “exact” counts them all. Both show the 16 experts of the strongest "
             "pairs by their own count.",
         ),
         Entry(
@@ -322,7 +322,7 @@ PAPER = Paper(
             finding="In OLMoE, later layers specialized more in predicted ids, and the first ones "
             "in input ids.",
             differs="The published averages include ids that occur once, each of which scores "
-            "100%; `exact` needs 10 occurrences. In the published panel per expert, the curves of "
+            "100%; “exact” needs 10 occurrences. In the published panel per expert, the curves of "
             "predicted and of true output tokens have each other's names. Here that panel counts "
             "all k choices of ids with at least 10 occurrences.",
         ),
@@ -350,7 +350,7 @@ PAPER = Paper(
             finding="In OLMoE, tokens of one expert went to many experts of a later layer, with "
             "some preferred paths.",
             differs="The published code pairs the choice of each rank with that of the same rank, "
-            "k of the k² pairs; `exact` counts them all.",
+            "k of the k² pairs; “exact” counts them all.",
         ),
     ],
 )
