@@ -159,7 +159,16 @@ def test_a_change_of_the_width_fits_the_plots(browser: Any, report: Path) -> Non
     figure.scroll_into_view_if_needed()
     opened.page.wait_for_timeout(500)
     box = figure.locator(".main-svg").first.bounding_box()
+    assert 300 < box["width"]
     assert box["x"] + box["width"] <= 400
+    assert box["height"] > 300
+    opened.page.set_viewport_size({"width": 1280, "height": 2000})
+    opened.page.wait_for_timeout(500)
+    box = figure.locator(".main-svg").first.bounding_box()
+    assert box["width"] > 800
+    assert box["height"] > 300
+    opened.page.set_viewport_size({"width": 400, "height": 900})
+    opened.page.wait_for_timeout(500)
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= 400
     opened.page.close()
 
