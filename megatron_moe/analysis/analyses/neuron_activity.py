@@ -109,29 +109,37 @@ class NeuronActivity(Analysis):
 
     def figures(self, results: Mapping[str, Result]) -> Sequence[Figure]:
         """Lines by layer, and experts against sorted neurons."""
-        lines = Figure(
-            key="neuron-activity-by-layer",
-            title="Active neurons",
-            panels={
-                "activity": layer_lines(
-                    results,
-                    {"active for a token": "mean_L"},
-                    {"dead": "dead_L", "always active": "always_L"},
-                    Axis(title="neurons (%)"),
-                    factor=100,
-                    references=_references(results, _DENSE_ACTIVE),
-                ),
-                "intermediate state": layer_lines(
-                    results,
-                    {"largest tenth of the neurons": "largest_L"},
-                    {},
-                    Axis(title="part of the absolute values (%)"),
-                    factor=100,
-                    references=_references(results, _DENSE_LARGEST),
-                ),
-            },
-            selector="measure",
+        activity = layer_lines(
+            results,
+            {"active for a token": "mean_L"},
+            {"dead": "dead_L", "always active": "always_L"},
+            Axis(title="neurons (%)"),
+            factor=100,
+            references=_references(results, _DENSE_ACTIVE),
         )
+        largest = layer_lines(
+            results,
+            {"largest tenth of the neurons": "largest_L"},
+            {},
+            Axis(title="part of the absolute values (%)"),
+            factor=100,
+            references=[
+                Reference(value=100 * LARGEST, label="equal neurons"),
+                *_references(results, _DENSE_LARGEST),
+            ],
+        )
+        lines = [
+            Figure(
+                key="neuron-activity-by-layer",
+                title="Active neurons",
+                panels={"all": activity},
+            ),
+            Figure(
+                key="neuron-states-by-layer",
+                title="Concentration of intermediate states",
+                panels={"all": largest},
+            ),
+        ]
         maps = [
             figure
             for label, result in results.items()
@@ -140,7 +148,7 @@ class NeuronActivity(Analysis):
                 _figure(label, result, results, "states", "Intermediate states", "inner_LEF"),
             )
         ]
-        return [lines, *maps]
+        return [*lines, *maps]
 
     def reading(self, results: Mapping[str, Result]) -> str:
         """Activity, dead neurons, and whether neurons differ."""
@@ -214,7 +222,7 @@ def _figure(
             values=100 * shown if is_activity else shown,
             rows=[str(e) for e in range(len(shown))],
             columns=[str(c * width // columns) for c in range(columns)],
-            x=Axis(title="neurons of each expert, largest first"),
+            x=Axis(title="neurons, sorted"),
             y=Axis(title="expert"),
             colour="tokens (%)" if is_activity else "mean absolute value",
             range=(0.0, 100.0) if is_activity else None,
