@@ -374,6 +374,12 @@ class LoggingConfig:
     """With `--use-pytorch-profiler`, record the shapes of operands."""
     pytorch_profiler_collect_callstack: Annotated[bool, OmittedAtDefault] = False
     """With `--use-pytorch-profiler`, record Python's call stack."""
+    log_boards: Annotated[tuple[str, ...], OmittedAtDefault] = ()
+    """Further boards with the values of TensorBoard, as `NAME=PROJECT`: `mlflow=EXPERIMENT`,
+    `trackio=PROJECT`, or another file of `megatron_moe/training/boards/`; each needs the extra of
+    its name."""
+    log_run_name: Annotated[str | None, OmittedAtDefault] = None
+    """Name of the run on `--log-boards`; `None`: the board chooses one."""
     wandb_project: Annotated[str | None, OmittedAtDefault] = None
     """Project of Weights & Biases to log to; needs `--wandb-exp-name` and the extra `[wandb]`."""
     wandb_exp_name: Annotated[str | None, OmittedAtDefault] = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_moe.config.boards import boards_of
 from megatron_moe.config.fields import fields_of
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig, moe_layer_pattern
@@ -43,6 +44,8 @@ def validate(config: RunConfig) -> None:
     _check_wandb(config.logging)
     _check_profile(config.logging)
     _check_traces(config)
+    boards = boards_of(config.logging.log_boards)
+    _requires("log_run_name", config.logging.log_run_name, "--log-boards", bool(boards))
     train = config.train
     _requires(
         "manual_gc_interval", train.manual_gc_interval or None, "--manual-gc", train.manual_gc

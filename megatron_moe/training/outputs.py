@@ -11,6 +11,7 @@ from megatron_moe.config import RunConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.moe.trace import require_pyarrow, traced_steps
 from megatron_moe.text import printable
+from megatron_moe.training.board_registry import check_boards
 from megatron_moe.training.wandb_run import check_wandb, wandb_directory
 
 
@@ -34,6 +35,7 @@ def check_outputs(config: RunConfig) -> None:
     if config.logging.wandb_project:
         check_wandb()
         _directory("--wandb-save-dir", wandb_directory(config))
+    check_boards(config)
     switch = config.train.kill_switch_file
     if switch is not None and os.path.exists(switch):
         fix = "the run would end after its first step; delete it to train"

@@ -1,19 +1,23 @@
-"""Where a run reports to: log, metrics file, TensorBoard, Weights & Biases. Only rank 0 writes.
+"""Where a run reports to: log, files, TensorBoard, Weights & Biases, boards. Only rank 0 writes.
 
-Each destination is a `Sink`, one class with a method for each event. To add one, write the class in
-a file of its own and add it to `build_reporter`; the `Trainer` needs no change.
+Each destination is a `Sink`, one class with a method for each event. A board that plots numbers
+against steps is a file of `training/boards/`; for any other sink, write the class in a file of its
+own and add it to `build_reporter`. The `Trainer` needs no change.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 from megatron_moe.checkpoint import TrainState
 from megatron_moe.config import RunConfig
+from megatron_moe.config.boards import boards_of
 from megatron_moe.data.pipeline import Data
 from megatron_moe.errors import UsageError
+from megatron_moe.training.board_registry import BOARDS, FLAG
 from megatron_moe.training.log import LogSink, print_line
 from megatron_moe.training.metrics import Evaluation, Interval, Summary
 from megatron_moe.training.outputs import drop_later_steps
@@ -125,6 +129,9 @@ def build_reporter(config: RunConfig, iterations: int, rank: int, first_iteratio
         )
     if logging.wandb_project:
         reporter.add(f"--wandb-project {logging.wandb_project}", lambda: WandbSink(config))
+    for name, project in boards_of(logging.log_boards).items():
+        opens = partial(BOARDS[name].open_sink, config, project)
+        reporter.add(f"{FLAG} {name}={project}", opens)
     if reporter.failed() and logging.log_failure_policy == "stop":
         expected = "continue while a destination of the log cannot be written"
         raise UsageError("--log-failure-policy", "stop", expected)

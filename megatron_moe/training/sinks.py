@@ -1,8 +1,8 @@
-"""Destinations of reports. To add one, write it in a file and name it in `build_reporter`.
+"""Destinations of reports. To add a board, write a file of `training/boards/`.
 
 `Sink` is what the trainer reports to. `BoardSink` is the base of those that plot numbers against
-steps, TensorBoard and Weights & Biases: it decides which numbers, under which tags, and a new one
-of them has four short methods. The tags are listed in docs/training.md.
+steps, TensorBoard, Weights & Biases and others: it decides which numbers, under which tags, and a
+new one of them has four short methods. The tags are listed in docs/training.md.
 """
 
 from __future__ import annotations

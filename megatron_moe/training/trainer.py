@@ -97,7 +97,7 @@ class Trainer:
         """Watches the routing, every `--routing-log-interval` steps."""
         if schedule.config.logging.routing_log_interval and moe_layer_numbers(run.config):
             self.probe = RoutingProbe(schedule.config, resume.state.extra.get(PROBE))
-        self.traces = RoutingTraces(schedule.config, reporter.leave_out)
+        self.traces = RoutingTraces(schedule.config, lambda *why: self.reporter.leave_out(*why))
 
     def train(self) -> Summary:
         """Train until the end of the run, a request to exit or a number that is not finite.
