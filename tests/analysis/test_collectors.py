@@ -157,6 +157,20 @@ def test_blocks_of_a_domain_add_up_to_it(tmp_path: Path) -> None:
     )
 
 
+def test_blocks_are_neighbouring_rows(tmp_path: Path) -> None:
+    """Rows have ids 1 to 70; the first 35 choose expert 0 and fill the first 32 of 64 blocks."""
+
+    def rule(batch: TokenBatch, layer: int) -> Ids:
+        return (batch.tokens_BS.reshape(-1, 1) > 35).astype(np.int64)
+
+    texts = {"long": [[1 + i // S for i in range(70 * S + 1)]]}
+    sample = sample_of(tmp_path, texts, seq_length=S)
+    found = collected(PlantedModel(rule, experts=2, topk=1), sample, ["domains"])["domains"]
+    first_GE = found.state()["first_LDGE"][0, 0]
+    assert (first_GE[:32, 0] > 0).all() and not first_GE[:32, 1].any()
+    assert (first_GE[32:, 1] > 0).all() and not first_GE[32:, 0].any()
+
+
 def test_stored_choices_are_those_of_evenly_spread_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
