@@ -224,6 +224,8 @@ def _sentence(label: str, result: Result) -> str:
     )
     if near - chance < 0.02:
         return f"{text}. A cache of experts gains nothing from the order of tokens."
+    if near - chance < 0.1:
+        return f"{text}. Routing is hardly local, so a cache of experts gains little."
     if near - document < 0.5 * (near - chance):
         return f"{text}. Most of it comes from what a document is about."
     return f"{text}. Most of it is local, so a cache of recently used experts gains from it."

@@ -22,6 +22,8 @@ Array = npt.NDArray[Any]
 HALF = 0.5
 """Share of a domain's choices that its main experts take."""
 TOKENS_COVERED = 0.9
+BUSY = 2.0
+"""Times the mean load that members of a standing committee have."""
 
 
 @register
@@ -228,6 +230,12 @@ def _sentence(label: str, result: Result) -> str:
     if numbers["Gini of the loads"] < 2 * numbers["Gini of the loads by chance"]:
         return f"{text}. Loads are as even as at random, so main experts are a matter of noise."
     overlap_, chance = numbers["overlap of domains"], numbers["overlap of domains by chance"]
-    if overlap_ - chance > 0.5 * (1 - chance):
-        return f"{text}. A standing committee serves all domains."
-    return f"{text}. Domains use experts of their own more than a common committee."
+    if overlap_ - chance <= 0.5 * (1 - chance):
+        return f"{text}. Domains use experts of their own more than a common committee."
+    members = mean_of(result, "committee_L") / experts
+    if numbers["choices that the committee takes"] < BUSY * members:
+        return (
+            f"{text}. The same experts are the busiest in all domains, but loads are too even to "
+            "call them a standing committee."
+        )
+    return f"{text}. A standing committee serves all domains."

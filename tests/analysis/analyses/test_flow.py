@@ -66,6 +66,8 @@ def test_measures_by_hand() -> None:
     table = np.array([[3, 1], [1, 3]])
     assert strength_of(table) == 0.25
     assert accuracy(table) == 0.75
+    # The first expert tells the next one for all tokens, the next one the first for 4 of 6.
+    assert accuracy(np.array([[2, 0], [0, 1], [3, 0]])) == 1.0
     left = -(0.75 * np.log2(0.75) + 0.25 * np.log2(0.25))
     assert information(table) == pytest.approx(1 - left)
     assert information(np.array([[5, 0], [3, 0]])) == 0.0

@@ -82,6 +82,19 @@ def test_a_planted_committee(tmp_path: Path) -> None:
     assert "standing committee serves" in StandingCommittee().reading({"m": result})
 
 
+def test_even_loads_are_no_committee(tmp_path: Path) -> None:
+    """Four experts take 60% of the choices of both domains, six of ten the rest."""
+
+    def rule(batch: TokenBatch, layer: int) -> Ids:
+        place = np.arange(batch.size)
+        return np.where(place % 5 < 3, place % 4, 4 + place % 6)[:, None]
+
+    sample = random_sample(tmp_path, tokens=2000, domains=2)
+    result = result_of(StandingCommittee(), PlantedModel(rule, experts=10, topk=1), sample)
+    assert result.numbers["overlap of domains"] == 1.0
+    assert "too even" in StandingCommittee().reading({"m": result})
+
+
 def test_domain_experts_are_no_committee(tmp_path: Path) -> None:
     def rule(batch: TokenBatch, layer: int) -> Ids:
         return 4 * batch.domain + (np.arange(batch.size)[:, None] + np.arange(2)) % 4

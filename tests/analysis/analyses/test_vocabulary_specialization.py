@@ -90,11 +90,11 @@ def test_values_and_examples_of_experts(tmp_path: Path) -> None:
 
 
 def test_explained_share_by_hand() -> None:
-    """Two ids, one fixed, one split between two experts: half of one bit is left."""
-    table = np.array([[4, 0], [2, 2]])
-    whole = entropy(np.array([6, 2]))
-    share = explained(table, np.array([4, 4]), entropy(table), 1)
-    assert share == pytest.approx((whole - 0.5 * np.log(2)) / whole)
+    """Two ids, one fixed, one split between two experts: a bit is left for 4 of 12 tokens."""
+    table = np.array([[8, 0], [2, 2]])
+    whole = entropy(np.array([10, 2]))
+    share = explained(table, np.array([8, 4]), entropy(table), 1)
+    assert share == pytest.approx((whole - np.log(2) / 3) / whole)
     assert np.isnan(explained(np.array([[3, 3]]), np.array([3]), np.array([0.0]), 2))
 
 
