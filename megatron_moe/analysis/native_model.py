@@ -29,6 +29,7 @@ from megatron_moe.analysis.rerouting import Decide, rerouted
 from megatron_moe.config.moe import moe_layer_pattern
 from megatron_moe.convert import formats
 from megatron_moe.convert.model import LazyTensor, LogicalModel, row_of
+from megatron_moe.errors import UsageError
 from megatron_moe.inference.loading import LoadedModel, LoadOptions, format_of, load
 from megatron_moe.inference.perplexity import batch_of
 from megatron_moe.inference.scoring import LOGITS
@@ -102,7 +103,13 @@ class NativeModel(MoEModel):
         """See `MoEModel.load`."""
         names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
         options = replace(self._options, device=device, dtype=names[dtype])
-        self._loaded = load(options)
+        try:
+            self._loaded = load(options)
+        except UsageError as error:
+            if (error.what, error.found) != ("--tokenizer-model", None):
+                raise
+            # Weights without any tokenizer: everything but the text of tokens can be analysed.
+            self._loaded = load(replace(options, tokenizer_type="NullTokenizer"))
         return NativeRunner(self._loaded, self.sizes)
 
 
