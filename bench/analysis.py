@@ -4,9 +4,10 @@
 
 The model is the tiny preset in its released variant (24M parameters), the worst case: what is
 counted for a token depends on its layers and choices alone, while the arithmetic of a larger model
-grows with its width. The plain pass computes the loss of every token, as tools/evaluate.py does; the other
-runs every collector of every analysis. Both are timed at two lengths: analyses of single experts
-look at a bounded number of tokens, so that the cost of 1M tokens is extrapolated along a line.
+grows with its width. The plain pass computes the loss of every token, as tools/evaluate.py does;
+the other runs every collector of every analysis. Both are timed at two lengths: analyses of single
+experts look at a bounded number of tokens, so that the cost of 1M tokens is extrapolated along a
+line.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ kept, so that an interrupted command goes on and a report grows.
     python tools/analyze_moe.py --load Mixtral-8x7B --analyses similarity matching --out weights
     python tools/analyze_moe.py --load OLMoE-1B-7B --data c4=data/c4 --figures olmoe --out report
     python tools/analyze_moe.py --load run --data data/wiki --ablate 3:17 3:4 --out ablation
+    python tools/analyze_moe.py --load run --data data/wiki --routing-trace-dir traces --out traces
     python tools/analyze_moe.py --list
 """
 
@@ -50,6 +51,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--figures", choices=("openmoe", "olmoe", "closer-look"), help="a paper's figures as well")
     add("--dense", metavar="DIR", help="a dense Llama-style model to compare the experts with")
     add("--ablate", nargs="+", metavar="LAYER:EXPERT", help="the loss without these experts")
+    more = "write every choice as Parquet (docs/routing_trace.md)"
+    add("--routing-trace-dir", type=Path, metavar="DIR", help=more)
     add("--list", action="store_true", help="print the analyses and exit")
     add = parser.add_argument_group("how").add_argument
     add("--out", type=Path, metavar="DIR", help="results and report.html; those there are kept")
@@ -123,9 +126,11 @@ def run(options: argparse.Namespace) -> None:
         draws=options.draws,
         beside=beside,
     )
+    if options.routing_trace_dir:
+        trace(options.routing_trace_dir, models, sample, how)
     if options.ablate:
         ablate(options.ablate, models, sample, how)
-    else:
+    if not options.routing_trace_dir and not options.ablate:
         analyse_all(models, sample, analyses, how, options.figures)
 
 
@@ -223,9 +228,14 @@ def without_data(options: argparse.Namespace, analyses: Sequence[Analysis]) -> l
     if options.data:
         return list(analyses)
     needing = [each.key for each in analyses if each.needs_data]
-    if options.ablate or (options.analyses and needing):
-        what = "--ablate" if options.ablate else f"--analyses {needing[0]}"
-        raise UsageError("--data", None, f"given with {what}", "e.g. --data text=data/text")
+    asked = {
+        "--ablate": options.ablate,
+        "--routing-trace-dir": options.routing_trace_dir,
+        f"--analyses {needing[0] if needing else ''}": options.analyses and needing,
+    }
+    for flag, given in asked.items():
+        if given:
+            raise UsageError("--data", None, f"given with {flag}", "e.g. --data text=data/text")
     if needing:
         print_safely(f"no --data: only the analyses of weights; left out: {', '.join(needing)}")
     return [each for each in analyses if not each.needs_data]
@@ -279,8 +289,33 @@ def analyse_all(
 def ablate(
     words: Sequence[str], models: Sequence[MoEModel], sample: Sample, how: RunOptions
 ) -> None:
-    """Print the losses with and without experts."""
-    raise NotImplementedError
+    """Print the losses with and without experts, by domain, and write them as a table."""
+    from megatron_moe.analysis.ablation import loss_table, parse_experts
+    from megatron_moe.analysis.result import write_table
+
+    wanted = [parse_experts(words, model.sizes) for model in models]
+    for model, experts in zip(models, wanted, strict=True):
+        runner = model.load(how.device, how.dtype)
+        table = loss_table(runner, sample, experts, how.draws, how.seed)
+        folder = how.out / model.label
+        folder.mkdir(parents=True, exist_ok=True)
+        write_table(folder / "ablation.csv", table)
+        print_safely(f"{model.label} without {' '.join(words)}")
+        for row in (tuple(table.columns), *table.rows):
+            cells = (f"{v:.4f}" if isinstance(v, float) else str(v) for v in row)
+            print_safely("  " + "  ".join(f"{cell:>12}" for cell in cells))
+
+
+def trace(directory: Path, models: Sequence[MoEModel], sample: Sample, how: RunOptions) -> None:
+    """Write the choices of every token, in a folder for each checkpoint."""
+    from megatron_moe.analysis.traces import write_traces
+    from megatron_moe.data.progress import progress_bar
+
+    with progress_bar(sample.num_batches * len(models), "batches") as bar:
+        for model in models:
+            runner = model.load(how.device, how.dtype)
+            write_traces(directory / model.label, model, runner, sample, bar.update)
+    print_safely(f"traces: {directory}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

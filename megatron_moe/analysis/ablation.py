@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.analysis.model import MoERunner, Sizes, check_experts
+from megatron_moe.analysis.result import Table
 from megatron_moe.analysis.sample import Sample
 from megatron_moe.errors import UsageError
 
@@ -78,6 +79,35 @@ def evaluate_without(
     """
     with runner.without(experts):
         return evaluate(runner, sample)
+
+
+def loss_table(
+    runner: MoERunner, sample: Sample, experts: Mapping[int, Sequence[int]], draws: int, seed: int
+) -> Table:
+    """Losses by domain with and without experts, and the change with its 95% interval.
+
+    Args:
+        runner: the loaded model.
+        sample: the tokens.
+        experts: ids to leave out, by layer.
+        draws: of the bootstrap over rows.
+        seed: of the draws.
+    """
+    whole, without = evaluate(runner, sample), evaluate_without(runner, sample, experts)
+    changes = [change_of(whole[n].rows_R, without[n].rows_R, draws, seed) for n in whole]
+    return Table(
+        name="ablation",
+        about="loss in nats per token; the interval is a bootstrap over rows",
+        columns={
+            "domain": list(whole),
+            "tokens": [loss.tokens for loss in whole.values()],
+            "loss": [loss.loss for loss in whole.values()],
+            "loss_without": [without[name].loss for name in whole],
+            "change": [change for change, _, _ in changes],
+            "low": [low for _, low, _ in changes],
+            "high": [high for _, _, high in changes],
+        },
+    )
 
 
 def change_of(

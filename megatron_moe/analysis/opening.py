@@ -28,5 +28,5 @@ def open_model(path: str | Path, step: int | None = None, label: str | None = No
     foreign = kind not in (None, "openmoe", "llama")
     model = open_foreign_model(path, label) if foreign else open_native_model(path, step, label)
     if not model.sizes.moe_layers:
-        raise UsageError("MoE layers of", str(path), "at least one", "it is a dense model")
+        raise UsageError(f"MoE layers of {path}", 0, "at least one", "it is a dense model")
     return model

@@ -21,8 +21,9 @@ from tests.soak.disk import empty, fill
 from tests.soak.processes import MARK, Process, Role, end_all, processes
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 90.0
-"""Seconds that a start may take to end after a fault: two limits for hangs, and a save."""
+PATIENCE = 180.0
+"""Seconds that a start may take to end after a fault. Ranks wait 120 for one that is stopped while
+they start (`STARTUP_TIMEOUT`), and a busy machine needs more."""
 ORPHAN_PATIENCE = 20.0
 """Seconds that processes may outlive the launcher."""
 _STEP = re.compile(r" iteration (\d+)/")

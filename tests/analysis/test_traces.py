@@ -1,0 +1,66 @@
+"""Routing traces of a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_moe.analysis.opening import open_model
+from megatron_moe.analysis.traces import write_traces
+from megatron_moe.errors import UsageError
+from megatron_moe.moe.trace import read_step
+from tests.analysis.planted import random_sample
+from tests.inference.cases import save
+
+
+def test_a_trace_is_what_the_model_decides(tmp_path: Path) -> None:
+    model = open_model(save(tmp_path / "checkpoint"))  # has an evaluation capacity: drops tokens
+    runner = model.load("cpu", torch.float32)
+    sample = random_sample(tmp_path, tokens=300, domains=2, seq_length=20, batch_size=3)
+    steps: list[int] = []
+    write_traces(tmp_path / "traces", model, runner, sample, steps.append)
+    assert sum(steps) == sample.num_batches
+    trace, about = read_step(tmp_path / "traces", 7)
+    assert (about.experts, about.topk, about.layers) == (4, 2, (1,))
+    seen = [(batch, runner.run(batch).layers[0]) for batch in sample.batches()]
+    assert len(trace) == sample.tokens
+    for name, expected in (
+        ("token_id", [batch.tokens_BS.ravel() for batch, _ in seen]),
+        ("experts", [layer.ids_TK.numpy() for _, layer in seen]),
+        ("probabilities", [layer.probs_TK.numpy() for _, layer in seen]),
+        ("kept", [layer.kept_TK.numpy() for _, layer in seen]),
+        ("domain", [np.repeat(sample.names[batch.domain], batch.size) for batch, _ in seen]),
+    ):
+        assert (getattr(trace, name) == np.concatenate(expected)).all(), name
+    assert not trace.kept.all()
+    assert (trace.position == np.tile(np.arange(20), sample.tokens // 20)).all()
+    assert (trace.sample == np.repeat(np.arange(sample.tokens // 20), 20)).all()
+
+
+def test_files_of_another_trace_are_not_mixed_in(tmp_path: Path) -> None:
+    model = open_model(save(tmp_path / "checkpoint"))
+    runner = model.load("cpu", torch.float32)
+    sample = random_sample(tmp_path, tokens=300, seq_length=20, batch_size=3)
+    write_traces(tmp_path / "traces", model, runner, sample, lambda _: None)
+    other = random_sample(tmp_path, tokens=300, seq_length=10, batch_size=3)
+    with pytest.raises(UsageError, match="--routing-trace-dir must be empty, or with traces of"):
+        write_traces(tmp_path / "traces", model, runner, other, lambda _: None)
+
+
+def test_what_an_interruption_left_is_kept(tmp_path: Path) -> None:
+    model = open_model(save(tmp_path / "checkpoint"))
+    runner = model.load("cpu", torch.float32)
+    sample = random_sample(tmp_path, tokens=300, seq_length=20, batch_size=3)
+    folder = tmp_path / "traces"
+    write_traces(folder, model, runner, sample, lambda _: None)
+    whole = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    removed = sorted(folder.iterdir())[2]
+    content = read_step(folder, 7)[0]
+    removed.unlink()
+    write_traces(folder, model, runner, sample, lambda _: None)
+    again = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert [name for name in whole if whole[name] != again[name]] == [removed.name]
+    assert (read_step(folder, 7)[0].experts == content.experts).all()

@@ -1,0 +1,148 @@
+"""`tools/analyze_moe.py`, from the command line."""
+
+from __future__ import annotations
+
+import csv
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from megatron_moe.data.indexed.writer import IndexedWriter
+from tests.inference.cases import CONFIG, save
+from tools.analyze_moe import main, parts_of
+
+
+@pytest.fixture(name="folder", scope="module")
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps of a run, and two datasets of bytes."""
+    folder = tmp_path_factory.mktemp("analyze")
+    for step in (3, 7):
+        save(folder / "run", step=step)
+    for name, first in (("code", 40), ("text", 90)):
+        with IndexedWriter(str(folder / name), 259) as writer:
+            for document in range(30):
+                writer.add_document([first + (document * i) % 31 for i in range(40)])
+    return folder
+
+
+def _main(folder: Path, words: str) -> int:
+    """Exit code; FOLDER in the words is the folder."""
+    try:
+        main(words.replace("FOLDER", str(folder)).split())
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+DATA = "--data code=FOLDER/code text=FOLDER/text --seq-length 20 --tokens 800 --draws 5"
+
+
+def test_a_report_of_two_steps_and_nothing_twice(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"--load a=FOLDER/run@3 FOLDER/run@7 {DATA} --analyses domains similarity"
+    assert _main(folder, f"{command} --out {tmp_path}") == 0
+    assert f"report: {tmp_path / 'report.html'}" in capsys.readouterr().out
+    for label in ("a", "run@7"):
+        rows = list(csv.DictReader((tmp_path / label / "domains" / "shares.csv").open()))
+        assert {row["domain"] for row in rows} == {"code", "text"}
+    assert list((tmp_path / "figures" / "domains").glob("*.svg"))
+    results = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
+    assert _main(folder, f"{command} --out {tmp_path}") == 0
+    assert results == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
+
+
+def test_weights_need_no_data(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main(folder, f"--load FOLDER/run --out {tmp_path}") == 0
+    assert "no --data: only the analyses of weights; left out: " in capsys.readouterr().out
+    assert (tmp_path / "run@7" / "similarity" / "result.json").is_file()
+    assert not (tmp_path / "run@7" / "pass.npz").exists()
+
+
+def test_losses_without_an_expert(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _main(folder, f"--load FOLDER/run {DATA} --out {tmp_path} --ablate 1:2") == 0
+    assert "run@7 without 1:2" in capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "run@7" / "ablation.csv").open()))
+    assert [row["domain"] for row in rows] == ["code", "text", "all"]
+    for row in rows:
+        change = float(row["loss_without"]) - float(row["loss"])
+        assert change == pytest.approx(float(row["change"]), abs=1e-9) and change != 0
+
+
+def test_the_analyses_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _main(folder, "--list") == 0
+    out = capsys.readouterr().out
+    assert "domains" in out and "Do experts specialize in domains?" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--out OUT", "--load must be given"),
+        ("--load FOLDER/run", "--out must be a directory for the results"),
+        ("--load FOLDER/none --out OUT", "checkpoint directory .*none must be"),
+        ("--load FOLDER/run@5 --out OUT", "--ckpt-step must be a complete step"),
+        ("--load FOLDER/dense --out OUT", "MoE layers of .*dense must be at least one"),
+        ("--load FOLDER/other --out OUT", "model_type in .*config.json must be one of .*olmoe"),
+        ("--load FOLDER/run --analyses foo --out OUT", "--analyses must be some of .*domains"),
+        ("--load FOLDER/run --layers 0 --out OUT", "--layers must be MoE layers of run@7: 1"),
+        ("--load FOLDER/run FOLDER/run@7 --out OUT", "--load must be a different label"),
+        ("--load FOLDER/run --compare FOLDER/run FOLDER/run --out OUT", "--compare must be absent"),
+        ("--load FOLDER/run --analyses domains --out OUT", "--data must be given with --analyses"),
+        ("--load FOLDER/run --ablate 1:2 --out OUT", "--data must be given with --ablate"),
+        (f"--load FOLDER/run {DATA} --ablate 1:9 --out OUT", "expert to leave out of layer 1 must"),
+        (f"--load FOLDER/run {DATA} --ablate 0:1 --out OUT", "must be an MoE layer: 1 "),
+        (f"--load FOLDER/run {DATA} --ablate x --out OUT", "--ablate must be LAYER:EXPERT"),
+        ("--load FOLDER/run --data FOLDER/none --out OUT", "data path must be the prefix"),
+        ("--load FOLDER/run --data FOLDER/code --seq-length 41 --out OUT", "--seq-length must be"),
+        ("--load FOLDER/run --draws 0 --out OUT", "--draws must be >= 1"),
+        ("--load FOLDER/run --out FOLDER/code.bin", "--out must be a directory"),
+        ("--load FOLDER/run --device nothing --out OUT", "--device must be a device"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_work(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, said: str
+) -> None:
+    if not (folder / "dense").exists():
+        moe = replace(CONFIG.moe, moe_layer_freq="[0,0]")
+        save_dense(folder / "dense", replace(CONFIG, moe=moe))
+        (folder / "other").mkdir()
+        (folder / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    out = tmp_path / "out"
+    assert _main(folder, words.replace("OUT", str(out))) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("analyze_moe.py: error: ") and error.count("\n") == 1
+    assert re.search(said, error), error
+    assert not out.exists()
+
+
+def save_dense(directory: Path, config: object) -> None:
+    """A checkpoint of a model without experts."""
+    from megatron_moe.convert.formats import ConversionTarget, write
+    from megatron_moe.convert.model import LogicalModel, of_tensor
+    from megatron_moe.model.reference import ReferenceOpenMoE
+    from tests.inference.cases import PADDED, TOKENIZER
+
+    model = ReferenceOpenMoE(config.model, config.moe, PADDED, seed=1)  # type: ignore[attr-defined]
+    source = LogicalModel(
+        source="the case",
+        config=config,  # type: ignore[arg-type]
+        vocab_size=PADDED,
+        tensors={name: of_tensor(t) for name, t in model.state_dict().items()},
+        step=1,
+        tokenizer_hash=TOKENIZER.identity,
+    )
+    write(source, ConversionTarget(format="native", path=directory), lambda _: None)
+
+
+def test_a_directory_with_a_mark_in_its_name(tmp_path: Path) -> None:
+    (tmp_path / "a=b@3").mkdir()
+    assert parts_of(str(tmp_path / "a=b@3")) == (None, str(tmp_path / "a=b@3"), None)
+    assert parts_of(f"x={tmp_path}@3") == ("x", str(tmp_path), 3)
+    assert parts_of(f"{tmp_path}@3") == (None, str(tmp_path), 3)
