@@ -132,14 +132,23 @@ def change_of(
     return float(change_R.mean()), float(low), float(high)
 
 
-def part_of(sample: Sample, tokens: int) -> Sample:
-    """A sample with at most about so many tokens: rows spread evenly over each domain."""
-    each = max(1, tokens // (max(1, len(sample.domains)) * sample.seq_length))
+def part_of(sample: Sample, tokens: int, length: int | None = None) -> Sample:
+    """A part of a sample: beginnings of rows that are spread evenly over each domain.
+
+    Args:
+        sample: the whole.
+        tokens: most tokens, about; each domain has at least one row.
+        length: most tokens of a row; `None` for whole rows.
+    """
+    length = min(sample.seq_length, length or sample.seq_length)
+    each = max(1, tokens // (max(1, len(sample.domains)) * length))
     domains = tuple(
         replace(domain, starts=domain.starts[_spread(len(domain.starts), each)])
         for domain in sample.domains
     )
-    return replace(sample, domains=domains)
+    # As many tokens of a batch as before, so that short rows are no slower.
+    batch_size = max(1, sample.batch_size * sample.seq_length // length)
+    return replace(sample, domains=domains, seq_length=length, batch_size=batch_size)
 
 
 def _spread(count: int, wanted: int) -> npt.NDArray[np.int64]:

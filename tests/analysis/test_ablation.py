@@ -84,6 +84,12 @@ def test_part_of_a_sample_is_spread(tmp_path: Path) -> None:
         assert domain.starts.tolist() == whole.starts[[0, 2, 5, 7]].tolist()
     assert part_of(sample, 10**9).tokens == sample.tokens
     assert part_of(sample, 1).tokens == 2 * 12
+    short = part_of(sample, 2 * 5 * 4, 5)
+    assert [len(domain.starts) for domain in short.domains] == [4, 4]
+    assert (short.seq_length, short.tokens) == (5, 40)
+    rows = np.concatenate([batch.tokens_BS for batch in short.batches()])
+    whole = np.concatenate([batch.tokens_BS for batch in part.batches()])
+    assert np.array_equal(rows, whole[:, :5])
 
 
 def test_words_of_a_command_line(tmp_path: Path) -> None:

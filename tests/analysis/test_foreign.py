@@ -16,6 +16,7 @@ from megatron_moe.analysis.foreign import ForeignModel, open_foreign
 from megatron_moe.errors import UsageError
 from tests.analysis.families import SETTINGS, make, save
 
+DOCUMENTATION = Path(__file__).parents[2] / "docs/analyses/families.md"
 LAYERS = {
     "mixtral": [0, 1, 2],
     "olmoe": [0, 1, 2],
@@ -182,6 +183,35 @@ def test_without_the_package_one_line_says_so(
 
 def test_the_table_is_tested_whole() -> None:
     assert set(all_families()) == set(SETTINGS) == set(LAYERS)
+
+
+def test_every_family_is_documented() -> None:
+    rows = DOCUMENTATION.read_text().partition("|---|")[2].splitlines()
+    listed = [row.split("`")[1] for row in rows if row.startswith("| `")]
+    assert sorted(listed) == list(all_families())
+
+
+def test_a_file_in_the_folder_is_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe of the documentation, for a model that is OLMoE under another name."""
+    from megatron_moe.analysis import families, family
+
+    recipe = (
+        DOCUMENTATION.read_text().split("```python\n")[1].split("```")[0].replace("NewMoe", "Olmoe")
+    )
+    sizes = recipe.replace("rule=plain", 'width="intermediate_size", rule=plain')
+    (tmp_path / "new_moe.py").write_text(sizes)
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(tmp_path)])
+    monkeypatch.setattr(family, "_FAMILIES", dict(family.all_families()))
+    family.all_families.cache_clear()
+    try:
+        assert "new_moe" in family.all_families()
+        save(make("olmoe"), tmp_path / "m")
+        _edit(tmp_path / "m/config.json", model_type="new_moe")
+        assert open_foreign(tmp_path / "m").settings.family.label == "New-MoE"
+    finally:
+        family.all_families.cache_clear()
+        monkeypatch.undo()
+        sys.modules.pop("megatron_moe.analysis.families.new_moe")
 
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}

@@ -25,6 +25,8 @@ from megatron_moe.errors import UsageError
 Array = npt.NDArray[Any]
 TOKENS = 2048
 """Tokens that are evaluated for each expert, about."""
+LENGTH = 256
+"""Tokens of a row, at most: more and shorter rows make intervals narrower."""
 EXPERTS = 24
 """Experts that are left out, at most: each costs a pass over these tokens."""
 LAYERS = 3
@@ -61,7 +63,7 @@ class ExpertAblation(Analysis):
         """Change of the loss for each expert that is left out."""
         runner, setting = material.runner, material.setting
         assert runner is not None
-        sample = part_of(setting.sample, max(TOKENS, _LEAST_ROWS * setting.sample.seq_length))
+        sample = part_of(setting.sample, TOKENS, LENGTH)
         whole = evaluate(runner, sample)[ALL]
         load_LE = _loads(material, sample)
         places = _chosen(setting)

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.analysis.ablation import ALL, change_of, evaluate, evaluate_without, part_of
-from megatron_moe.analysis.analyses.expert_ablation import check_can_leave_out
+from megatron_moe.analysis.analyses.expert_ablation import LENGTH, check_can_leave_out
 from megatron_moe.analysis.base import Analysis, Material, register
 from megatron_moe.analysis.collector import Setting
 from megatron_moe.analysis.collectors.expert_passes import ExpertPasses, check_rows
@@ -211,7 +211,7 @@ def _losses(material: Material, left_out: Sequence[tuple[int, int]]) -> dict[str
     """Losses of the whole model, without these experts, and without as many random ones."""
     runner, setting = material.runner, material.setting
     assert runner is not None
-    sample = part_of(setting.sample, max(TOKENS, setting.sample.seq_length))
+    sample = part_of(setting.sample, TOKENS, LENGTH)
     experts = _grouped(left_out, setting.layers)
     whole = evaluate(runner, sample)[ALL]
     without = evaluate_without(runner, sample, experts)[ALL]
