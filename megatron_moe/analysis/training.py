@@ -12,9 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.analysis.base import Material
+from megatron_moe.analysis.plot import Axis
 from megatron_moe.analysis.result import Result
 
 Array = npt.NDArray[Any]
+PERCENT = "training (% of the last checkpoint's steps)"
 
 
 def identity(material: Material) -> dict[str, Array]:
@@ -56,4 +58,9 @@ def axis_of(results: Mapping[str, Result]) -> tuple[list[Any], str]:
     steps = [int(result.arrays["step"]) for result in results.values()]
     if min(steps) < 0 or len(set(steps)) < len(steps) or steps[-1] == 0:
         return list(results), "checkpoint"
-    return [100 * step / steps[-1] for step in steps], "training (% of the last checkpoint's steps)"
+    return [100 * step / steps[-1] for step in steps], PERCENT
+
+
+def training_axis(title: str) -> Axis:
+    """The x-axis of that title."""
+    return Axis(title=title, range=(0, 100) if title == PERCENT else None)

@@ -115,10 +115,9 @@ class Coactivation(Analysis):
             Figure(key="strength", title="How much experts go together", panels={"all": lines})
         ]
         for label, result in results.items():
-            chance = 100 * result.numbers["chance for equal loads, (k-1)/(E-1)"]
             for array, title, centre in (
-                ("share", "Experts chosen together", chance),
-                ("published", "Experts chosen together, counted as published", chance),
+                ("share", "Experts chosen together", None),
+                ("published", "Experts chosen together, counted as published", None),
                 ("lift", "Experts chosen together, over what their loads give", 1.0),
             ):
                 found.append(
@@ -244,7 +243,7 @@ def _shown(values_EE: Array) -> list[int]:
     return list(dict.fromkeys(members.tolist()))[:SHOWN]
 
 
-def _heatmaps(result: Result, array: str, centre: float) -> dict[str, Heatmap]:
+def _heatmaps(result: Result, array: str, centre: float | None) -> dict[str, Heatmap]:
     lift = array == "lift"
     found = {}
     for row, layer in enumerate(result.arrays["layers"]):

@@ -19,6 +19,8 @@ from megatron_moe.analysis.result import Result
 
 Array = npt.NDArray[Any]
 
+RANDOM = "Dashed: a router that chooses at random."
+
 
 @register
 class Collapse(Analysis):
@@ -110,23 +112,19 @@ class Collapse(Analysis):
 
     def figures(self, results: Mapping[str, Result]) -> Sequence[Figure]:
         """Indicators by layer; loads by expert."""
-        panels = {
-            title: _indicator(results, array, title, factor)
-            for title, array, factor in (
-                ("MaxVio", "max_violation", 1.0),
-                ("effective experts", "effective", 1.0),
-                ("dead experts", "dead", 1.0),
-                ("confidence (%)", "confidence", 100.0),
-                ("router entropy (% of log E)", "entropy", 100.0),
-            )
-        }
         found = [
             Figure(
-                key="indicators",
-                title="Load and confidence by layer",
-                panels=panels,
-                selector="indicator",
-                caption="Dashed: a router that chooses at random.",
+                key=array.replace("_", "-"),
+                title=f"{title} by layer",
+                panels={"all": _indicator(results, array, axis, factor)},
+                caption=caption,
+            )
+            for array, title, axis, factor, caption in (
+                ("max_violation", "MaxVio", "MaxVio", 1.0, RANDOM),
+                ("effective", "Effective experts", "experts", 1.0, RANDOM),
+                ("dead", "Dead experts", "experts", 1.0, RANDOM),
+                ("confidence", "Confidence", "score of the first choice (%)", 100.0, ""),
+                ("entropy", "Router entropy", "share of log E (%)", 100.0, ""),
             )
         ]
         return found + [_loads(label, result, results) for label, result in results.items()]

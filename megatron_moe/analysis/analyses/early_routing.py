@@ -15,7 +15,7 @@ from megatron_moe.analysis.base import Analysis, Material, register
 from megatron_moe.analysis.grids import grid_table
 from megatron_moe.analysis.plot import Axis, Bars, Figure, Lines, Reference, Series
 from megatron_moe.analysis.result import Result
-from megatron_moe.analysis.training import axis_of, identity, in_order
+from megatron_moe.analysis.training import axis_of, identity, in_order, training_axis
 
 Array = npt.NDArray[Any]
 
@@ -133,7 +133,7 @@ class EarlyRouting(Analysis):
                         y=100 * arrays["distance_NL"][:, row],
                     )
                 ],
-                x=Axis(title=title),
+                x=training_axis(title),
                 y=Axis(title="choices of an id (%)"),
                 references=[
                     Reference(value=100 * float(arrays["others_L"][row]), label="between ids"),

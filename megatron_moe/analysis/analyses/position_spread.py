@@ -179,7 +179,6 @@ def _heatmaps(label: str, result: Result, results: Mapping[str, Result]) -> Figu
             x=Axis(title="position"),
             y=Axis(title="expert"),
             colour="choices (%)",
-            centre=100 / experts,
         )
         for row, layer in enumerate(arrays["layers"])
     }

@@ -15,7 +15,7 @@ from megatron_moe.analysis.base import Analysis, Material, register
 from megatron_moe.analysis.grids import grid_table
 from megatron_moe.analysis.plot import Axis, Figure, Lines, Reference, Series
 from megatron_moe.analysis.result import Result
-from megatron_moe.analysis.training import axis_of, identity, in_order
+from megatron_moe.analysis.training import axis_of, identity, in_order, training_axis
 
 Array = npt.NDArray[Any]
 
@@ -126,7 +126,7 @@ class RouterSaturation(Analysis):
                     )
                     for row, layer in enumerate(arrays["layers"])
                 ],
-                x=Axis(title=title),
+                x=training_axis(title),
                 y=y,
                 references=references,
                 markers=True,

@@ -106,24 +106,28 @@ class StandingCommittee(Analysis):
 
     def figures(self, results: Mapping[str, Result]) -> Sequence[Figure]:
         """Measures by layer; loads of the experts by domain, sorted by their least one."""
-        panels = {
-            title: layer_lines(
-                results,
-                {"observed": f"{array}_L"},
-                {"chance": f"{array}_null_L"},
-                Axis(title=title),
+        found = [
+            Figure(
+                key=array,
+                title=title,
+                panels={
+                    "all": layer_lines(
+                        results,
+                        {"observed": f"{array}_L"},
+                        {"chance": f"{array}_null_L"},
+                        Axis(title=axis),
+                    )
+                },
             )
-            for title, array in (
-                ("experts of the committee", "committee"),
-                ("overlap of domains", "overlap"),
-                ("Gini of the loads", "gini"),
-                ("main experts of a domain", "main"),
-                ("experts that are main in one domain", "single"),
-                ("experts that cover 90% of tokens", "cover"),
+            for array, title, axis in (
+                ("committee", "Experts of the committee", "experts"),
+                ("overlap", "Overlap of the main experts of domains", "Jaccard index"),
+                ("gini", "Inequality of the loads", "Gini coefficient"),
+                ("main", "Main experts of a domain", "experts"),
+                ("single", "Experts that are main in one domain", "experts"),
+                ("cover", "Experts that cover 90% of tokens", "experts"),
             )
-        }
-        title = "Experts of all domains and of one"
-        found = [Figure(key="committee", title=title, panels=panels, selector="measure")]
+        ]
         return found + [_heatmaps(label, result, results) for label, result in results.items()]
 
     def reading(self, results: Mapping[str, Result]) -> str:
@@ -207,7 +211,6 @@ def _heatmaps(label: str, result: Result, results: Mapping[str, Result]) -> Figu
             x=Axis(title="expert"),
             y=Axis(title="domain"),
             colour="choices of the domain (%)",
-            centre=100 / load_DE.shape[1],
         )
     return Figure(
         key=figure_key("loads", label, results),

@@ -213,7 +213,6 @@ def _heatmaps(label: str, result: Result, results: Mapping[str, Result]) -> Figu
             x=Axis(title="expert"),
             y=Axis(title="token"),
             colour="choices of the token (%)",
-            centre=100 / experts,
         )
         for row, layer in enumerate(arrays["layers"])
     }

@@ -241,7 +241,7 @@ def _lines(results: Mapping[str, Result], rule: str, column: int) -> Lines:
                         group=label if len(results) > 1 else kind,
                     )
                 )
-    y = Axis(title="occurrences at the favourite expert (%)")
+    y = Axis(title="at the favourite (%)")
     return Lines(series=series, x=Axis(title="layer"), y=y, markers=True)
 
 
