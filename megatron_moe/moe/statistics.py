@@ -74,7 +74,7 @@ class LayerStatistics:
     @property
     def max_violation(self) -> float:
         """MaxVio: (load of the busiest expert - mean load) / mean load; 0 when balanced (Wang et
-        al., arXiv 2408.15664, section 4.1).
+        al., arXiv 2408.15664).
         """
         return max(self.max_over_mean_load - 1.0, 0.0)
 
