@@ -64,6 +64,7 @@ class Analysis(ABC):
         group: part of the report: `weights`, `experts`, `routing` or `training`.
         uses: names of the collectors.
         needs_data: whether it reads tokens at all.
+        reads_dense: whether `Material.beside` decides its result, besides those of weights.
         min_checkpoints: how many it compares.
         least_choices: choices per expert, on average, below which it says nothing.
     """
@@ -76,6 +77,7 @@ class Analysis(ABC):
     group: ClassVar[str]
     uses: ClassVar[tuple[str, ...]] = ()
     needs_data: ClassVar[bool] = True
+    reads_dense: ClassVar[bool] = False
     min_checkpoints: ClassVar[int] = 1
     least_choices: ClassVar[int] = 0
 

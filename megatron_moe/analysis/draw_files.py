@@ -1,12 +1,15 @@
 """Figures as PNG and SVG files for a paper: as wide as a column or a page, with text as text.
 
 The panels of a figure stand side by side with common axes and one legend; a figure with more panels
-than a page holds becomes a file per panel. The same results give the same bytes.
+than a page holds becomes a file per panel. The same results give the same bytes; files that show
+what is to be drawn already are kept.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from megatron_moe.analysis.draw_panels import draw_panel, label
+from megatron_moe.analysis.draw_web import web_figure
 from megatron_moe.analysis.plot import Bars, Figure, Flow, Heatmap, Lines, Panel, Radar, Scatter
 from megatron_moe.analysis.result import replace_file
 from megatron_moe.analysis.style import file_names, with_common_ranges
@@ -95,7 +99,29 @@ def write_figure(figure: Figure, folder: Path, name: str) -> dict[str, str]:
     return made
 
 
+def _digest(panels: Mapping[str, Panel]) -> str:
+    """Of what a file shows, and of what draws it."""
+    digest = hashlib.sha256()
+    for name in ("draw_files.py", "draw_panels.py", "style.py"):
+        digest.update((Path(__file__).parent / name).read_bytes())
+    figure = Figure(key="", title="", panels=panels)
+    digest.update(json.dumps(web_figure(figure), sort_keys=True).encode())
+    return f"data {digest.hexdigest()}"
+
+
+def _is_drawn(path: Path, digest: str) -> bool:
+    """Whether an earlier report has drawn the same."""
+    svg, png = (path.with_name(f"{path.name}.{suffix}") for suffix in ("svg", "png"))
+    if not (svg.is_file() and png.is_file()):
+        return False
+    with svg.open("rb") as file:
+        return digest.encode() in file.read(4096)
+
+
 def _write(panels: Mapping[str, Panel], path: Path) -> None:
+    digest = _digest(panels)
+    if _is_drawn(path, digest):
+        return
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -108,7 +134,7 @@ def _write(panels: Mapping[str, Panel], path: Path) -> None:
         drawn.set_layout_engine("none")  # once, not for each file
         # `savefig` would draw each file twice, to place again what has its place.
         content = io.BytesIO()
-        FigureCanvasSVG(drawn).print_svg(content, metadata={"Date": None})
+        FigureCanvasSVG(drawn).print_svg(content, metadata={"Date": None, "Description": digest})
         replace_file(path.with_name(f"{path.name}.svg"), content.getvalue())
         drawn.dpi = DPI
         content = io.BytesIO()

@@ -70,8 +70,10 @@ def draw_panel(axes: Any, panel: Panel, *, alone: bool) -> Any:
         _bars(axes, panel)
     else:
         _points(axes, panel)
-    for each in panel.references:
-        _reference(axes, each)
+    for place, each in enumerate(panel.references):
+        _reference(axes, place, each)
+    if not any(np.nan_to_num(np.asarray(s.y, float)).any() for s in panel.series):
+        axes.set_ylim(0, 1)
     _set_axis(axes, panel.x, "x")
     _set_axis(axes, panel.y, "y")
     axes.grid(visible=True, axis="both" if isinstance(panel, Scatter) else "y")
@@ -86,8 +88,10 @@ def _set_axis(axes: Any, axis: Axis, name: str) -> None:
         getattr(axes, f"set_{name}lim")(*axis.range)
 
 
-def _reference(axes: Any, reference: Reference) -> None:
-    style = {"color": NEUTRAL, "linestyle": "--", "linewidth": 0.9, "zorder": 3}
+def _reference(axes: Any, place: int, reference: Reference) -> None:
+    dashes = ("--", ":", "-.", (0, (7, 3)))
+    dash = dashes[place % len(dashes)]
+    style = {"color": NEUTRAL, "linestyle": dash, "linewidth": 0.9, "zorder": 3}
     axes.axhline(reference.value, label=label(reference.label), **style)
 
 

@@ -69,8 +69,10 @@ def _panel(panel: Panel) -> Values:
     layout: Values = {
         "xaxis": _axis(panel.x, [each.x for each in panel.series]),
         "yaxis": _axis(panel.y, []),
-        "shapes": [_reference(each) for each in panel.references],
+        "shapes": [_reference(i, each) for i, each in enumerate(panel.references)],
     }
+    if _is_flat(panel):
+        layout["yaxis"]["rangemode"] = "nonnegative"
     if isinstance(panel, Bars):
         layout["xaxis"]["showgrid"] = False
         layout |= {"barmode": "relative" if panel.stacked else "group", "bargap": 0.25}
@@ -78,6 +80,11 @@ def _panel(panel: Panel) -> Values:
         layout["shapes"].append(_diagonal(panel))
     layout["showlegend"] = len(panel.series) > 1 or bool(layout["shapes"])
     return {"data": data, "layout": layout, "height": HEIGHT}
+
+
+def _is_flat(panel: Lines | Bars | Scatter) -> bool:
+    """Whether all values are 0, around which an axis would have negative values."""
+    return not any(np.nan_to_num(np.asarray(each.y, float)).any() for each in panel.series)
 
 
 def _label(text: object, limit: int = 80) -> str:
@@ -115,8 +122,9 @@ def _axis(axis: Axis, columns: Sequence[Any]) -> Values:
     return found
 
 
-def _reference(reference: Reference) -> Values:
-    line = {"color": NEUTRAL, "width": 1.5, "dash": "dash"}
+def _reference(place: int, reference: Reference) -> Values:
+    dashes = ("dash", "dot", "dashdot", "longdash")
+    line = {"color": NEUTRAL, "width": 1.5, "dash": dashes[place % len(dashes)]}
     ends = {"xref": "paper", "x0": 0, "x1": 1, "y0": reference.value, "y1": reference.value}
     return {
         "type": "line",
@@ -233,11 +241,7 @@ def _heatmap(panel: Heatmap) -> Values:
         "zmin": low,
         "zmax": high,
         "colorscale": [[i / (len(scale) - 1), colour] for i, colour in enumerate(scale)],
-        "colorbar": {
-            "title": {"text": _label(panel.colour), "side": "top"},
-            "thickness": 12,
-            "outlinewidth": 0,
-        },
+        "colorbar": {"thickness": 12, "outlinewidth": 0},
         "hoverongaps": False,
         "hovertemplate": "row %{y}, column %{x}: %{z:.4g}<extra></extra>",
     }
@@ -251,8 +255,15 @@ def _heatmap(panel: Heatmap) -> Values:
         y |= {"constrain": "domain", "scaleanchor": "x"}
     square = len(rows) == len(columns)
     height = 460 if square else min(900, max(220, 130 + 16 * len(rows)))
-    layout = {"xaxis": x, "yaxis": y}
+    layout = {"xaxis": x, "yaxis": y, "annotations": [_scale_title(panel.colour)]}
     return {"data": [trace], "layout": layout, "height": height, "square": square}
+
+
+def _scale_title(text: str) -> Values:
+    """What colours mean, above the plot on the right."""
+    place = {"x": 1, "y": 1, "xref": "paper", "yref": "paper", "xanchor": "right"}
+    shown = {"text": f"colour: {_label(text)}", "showarrow": False}
+    return {**shown, **place, "yanchor": "bottom", "yshift": 6}
 
 
 def _radar(panel: Radar) -> Values:

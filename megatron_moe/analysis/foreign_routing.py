@@ -9,9 +9,10 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -224,26 +225,59 @@ def load_foreign(
             choose by the family's rule (see `probe.py`).
     """
     settings, package = model.settings, transformers()
+    module, report = load_class(
+        package,
+        settings.family.model_class(package),
+        model.path,
+        config=settings.config,
+        dtype=dtype or "auto",
+        experts_implementation="eager",  # the grouped GEMM supports only some widths
+    )
+    check_loaded(report, model.path, settings.family.label, model.is_outside)
+    runner = ForeignRunner(model, module.to(device))
+    runner.check_routers()
+    return runner
+
+
+def load_class(package: Any, model_class: Any, path: Path, **options: Any) -> tuple[Any, Any]:
+    """A model in evaluation mode from local files, weights only, and what did not fit.
+
+    Args:
+        package: `transformers`.
+        model_class: class of the model.
+        path: directory.
+        options: further arguments of `from_pretrained`.
+    """
     with _without_progress_bar(package):
-        module, report = settings.family.model_class(package).from_pretrained(
-            model.path,
-            config=settings.config,
-            dtype=dtype or "auto",
-            experts_implementation="eager",  # the grouped GEMM supports only some widths
+        module, report = model_class.from_pretrained(
+            path,
             local_files_only=True,
             trust_remote_code=False,
             weights_only=True,
-            ignore_mismatched_sizes=True,  # reported below, in one line
+            ignore_mismatched_sizes=True,  # reported in one line by `check_loaded`
             output_loading_info=True,
+            **options,
         )
-    # `from_pretrained` initialises missing tensors at random and only warns.
+    return module.eval().requires_grad_(False), report
+
+
+def check_loaded(
+    report: Any, path: Path, label: str, is_outside: Callable[[str], bool] = lambda name: False
+) -> None:
+    """Check that all tensors were found: `from_pretrained` draws missing ones and only warns.
+
+    Args:
+        report: from `load_class`.
+        path: directory.
+        label: name of the family.
+        is_outside: whether a tensor is known not to belong to the network.
+
+    Raises:
+        UsageError: tensors are missing, unexpected or of another shape.
+    """
     for fault in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        inside = [str(name) for name in report[fault] if not model.is_outside(str(name))]
+        inside = [str(name) for name in report[fault] if not is_outside(str(name))]
         if inside:
             names = ", ".join(sorted(inside)[:5])
             found = f"{fault.replace('_', ' ')}: {names}"
-            expected = f"a checkpoint with the tensors of {settings.family.label}"
-            raise Corrupt(str(model.path), found, expected)
-    runner = ForeignRunner(model, module.to(device).eval().requires_grad_(False))
-    runner.check_routers()
-    return runner
+            raise Corrupt(str(path), found, f"a checkpoint with the tensors of {label}")

@@ -238,6 +238,9 @@ def _paper_section(out: Path, paper: Paper, entry: Entry, given: Given) -> Value
 def _figures(out: Path, key: str, figures: Sequence[Figure], labels: Sequence[str]) -> list[Values]:
     names = file_names(figure.key for figure in figures)
     rows = [row_of(figure.key, labels) for figure in figures]
+    # Figures of a row follow each other.
+    order = sorted(range(len(rows)), key=lambda i: rows.index(rows[i]))
+    figures, rows = [figures[i] for i in order], [rows[i] for i in order]
     made: list[Values] = []
     for figure, row in zip(figures, rows, strict=True):
         files = write_figure(figure, out / FIGURES / key, names[figure.key])

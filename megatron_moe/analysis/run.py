@@ -150,7 +150,8 @@ def _material(
 
 def _fingerprint(model: MoEModel, sample: Sample, analysis: Analysis, options: RunOptions) -> str:
     data = sample.fingerprint if analysis.needs_data else ""
-    beside = options.beside if analysis.group == "weights" else None
+    reads_dense = analysis.group == "weights" or analysis.reads_dense
+    beside = options.beside if reads_dense else None
     dense = () if beside is None else (beside.label, beside.identity)
     parts = (analysis.key, model.identity, data, options.layers, options.seed, options.draws, dense)
     return hashlib.sha256(repr((*parts, str(options.dtype), __version__)).encode()).hexdigest()

@@ -17,10 +17,10 @@ from megatron_moe.errors import UsageError
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
-def dense(kind: str, folder: Path) -> Any:
+def dense(kind: str, folder: Path, vocab_size: int = 30) -> Any:
     begin = CLASSES[kind]
     config = getattr(transformers, f"{begin}Config")(
-        vocab_size=30,
+        vocab_size=vocab_size,
         hidden_size=16,
         intermediate_size=20,
         num_hidden_layers=2,

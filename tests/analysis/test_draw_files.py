@@ -64,6 +64,18 @@ def test_the_same_figure_gives_the_same_bytes(tmp_path: Path) -> None:
     assert b"<dc:date>" not in (tmp_path / "a" / "plot.svg").read_bytes()
 
 
+def test_only_what_changed_is_drawn_again(tmp_path: Path) -> None:
+    write_figure(synthetic.bars(SMALL), tmp_path, "plot")
+    svg, png = tmp_path / "plot.svg", tmp_path / "plot.png"
+    png.write_bytes(b"kept")
+    write_figure(synthetic.bars(SMALL), tmp_path, "plot")
+    assert png.read_bytes() == b"kept"
+    before = svg.read_bytes()
+    write_figure(synthetic.bars(Dims(layers=2, experts=5)), tmp_path, "plot")
+    assert png.read_bytes() != b"kept"
+    assert svg.read_bytes() != before
+
+
 def test_texts_are_literal(tmp_path: Path) -> None:
     write_figure(synthetic.pieces(SMALL), tmp_path, "plot")
     content = (tmp_path / "plot.svg").read_text()

@@ -5,6 +5,7 @@ Debian's chromium, driven by Playwright. A missing browser is an error and not a
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from megatron_moe.analysis.report import write_report
 from tests.analysis import synthetic
 from tests.analysis.synthetic import Dims
 
-BROWSER = Path("/usr/bin/chromium")
+BROWSER = Path(shutil.which("chromium") or "/usr/bin/chromium")
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -159,7 +160,16 @@ def test_a_change_of_the_width_fits_the_plots(browser: Any, report: Path) -> Non
     figure.scroll_into_view_if_needed()
     opened.page.wait_for_timeout(500)
     box = figure.locator(".main-svg").first.bounding_box()
+    assert box["width"] > 300
     assert box["x"] + box["width"] <= 400
+    assert box["height"] > 300
+    opened.page.set_viewport_size({"width": 1280, "height": 2000})
+    opened.page.wait_for_timeout(500)
+    box = figure.locator(".main-svg").first.bounding_box()
+    assert box["width"] > 800
+    assert box["height"] > 300
+    opened.page.set_viewport_size({"width": 400, "height": 900})
+    opened.page.wait_for_timeout(500)
     assert opened.page.evaluate("document.documentElement.scrollWidth") <= 400
     opened.page.close()
 

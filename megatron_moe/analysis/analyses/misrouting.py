@@ -18,10 +18,10 @@ from torch import Tensor
 from megatron_moe.analysis.analyses.expert_ablation import check_can_leave_out, spread_layers
 from megatron_moe.analysis.base import Analysis, Material, register
 from megatron_moe.analysis.collector import Setting
-from megatron_moe.analysis.grids import layer_lines
+from megatron_moe.analysis.grids import layer_lines, series_name
 from megatron_moe.analysis.model import MoERunner
 from megatron_moe.analysis.observation import LayerRouting, TokenBatch
-from megatron_moe.analysis.plot import Axis, Figure, Reference
+from megatron_moe.analysis.plot import Axis, Figure, Lines, Reference, Series
 from megatron_moe.analysis.result import Result, Table
 from megatron_moe.analysis.sample import Sample
 from megatron_moe.analysis.weights.reading import sentence_for_each
@@ -120,35 +120,60 @@ class Misrouting(Analysis):
 
     def figures(self, results: Mapping[str, Result]) -> Sequence[Figure]:
         """Shares by layer."""
-        panels = {
-            "exchanges": layer_lines(
-                results,
-                {"ranks k+1 to 2k": "better_L"},
-                {"behind rank 2k": "better_random_L", "95% from": "low_L", "to": "high_L"},
-                Axis(title="exchanges that lower the loss (%)"),
-                factor=100,
-                references=[Reference(value=50.0, label="equivalent experts")],
-            ),
-            "tokens": layer_lines(
-                results,
-                {"ranks k+1 to 2k": "any_better_L"},
-                {"behind rank 2k": "any_better_random_L"},
-                Axis(title="tokens that one exchange improves (%)"),
-                factor=100,
-            ),
-        }
+        improved = layer_lines(
+            results,
+            {"ranks k+1 to 2k": "any_better_L"},
+            {"behind rank 2k": "any_better_random_L"},
+            Axis(title="tokens that one exchange improves (%)"),
+            factor=100,
+        )
         return [
             Figure(
-                key="misrouting",
+                key="misrouting-exchanges",
                 title="Exchanges of an expert that lower the loss",
-                panels=panels,
-                selector="measure",
-            )
+                panels={"all": _exchange_lines(results)},
+                caption="Intervals: 95%, bootstrap over tokens.",
+            ),
+            Figure(
+                key="misrouting-tokens",
+                title="Tokens for which an exchanged expert is better",
+                panels={"all": improved},
+            ),
         ]
 
     def reading(self, results: Mapping[str, Result]) -> str:
         """Beside equivalent experts and experts of low ranks."""
         return sentence_for_each({label: _reading(result) for label, result in results.items()})
+
+
+def _exchange_lines(results: Mapping[str, Result]) -> Lines:
+    series = []
+    for label, result in results.items():
+        values = {name: 100 * array for name, array in result.arrays.items() if name != "layers"}
+        layers = result.arrays["layers"]
+        near = Series(
+            name=series_name("ranks k+1 to 2k", label, results),
+            x=layers,
+            y=values["better_L"],
+            low=values["low_L"],
+            high=values["high_L"],
+            group=label,
+        )
+        behind = Series(
+            name=series_name("behind rank 2k", label, results),
+            x=layers,
+            y=values["better_random_L"],
+            dashed=True,
+            group=label,
+        )
+        series += [near, behind]
+    return Lines(
+        series=series,
+        x=Axis(title="layer"),
+        y=Axis(title="exchanges that lower the loss (%)"),
+        references=[Reference(value=50.0, label="equivalent experts")],
+        markers=True,
+    )
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ import numpy.typing as npt
 from megatron_moe.analysis.base import Analysis, Material, register
 from megatron_moe.analysis.collector import Setting
 from megatron_moe.analysis.collectors.expert_passes import ACTIVE, ExpertPasses, check_rows
+from megatron_moe.analysis.dense_activity import dense_activity
 from megatron_moe.analysis.grids import figure_key, figure_title, grid_table, layer_lines
-from megatron_moe.analysis.plot import Axis, Figure, Heatmap
-from megatron_moe.analysis.result import Result
+from megatron_moe.analysis.plot import Axis, Figure, Heatmap, Reference
+from megatron_moe.analysis.result import Result, Table
 from megatron_moe.analysis.weights.reading import sentence_for_each
 
 Array = npt.NDArray[Any]
@@ -48,6 +49,7 @@ class NeuronActivity(Analysis):
     source = "Lo et al., A Closer Look into Mixture-of-Experts (arXiv 2406.18219), sections 4.1-4.2"
     group = "experts"
     uses = ("expert_passes",)
+    reads_dense = True
 
     def check(self, setting: Setting) -> None:
         """See `Analysis.check`."""
@@ -79,9 +81,11 @@ class NeuronActivity(Analysis):
             "part of the intermediate state in a tenth of the neurons": concentration_LE.mean(),
             "tokens": tokens,
         }
+        dense = _beside(material)
         return Result(
             analysis=self.key,
-            numbers={name: float(value) for name, value in numbers.items()},
+            numbers={name: float(value) for name, value in numbers.items()} | dict(dense.numbers),
+            notes=dense.notes,
             tables=[
                 grid_table(
                     "neurons",
@@ -89,7 +93,8 @@ class NeuronActivity(Analysis):
                     "part of the intermediate state in the largest tenth of the neurons",
                     {"layer": layers, "expert": range(share_LEF.shape[1])},
                     by_expert,
-                )
+                ),
+                *dense.tables,
             ],
             arrays={
                 "layers": np.array(layers),
@@ -104,27 +109,37 @@ class NeuronActivity(Analysis):
 
     def figures(self, results: Mapping[str, Result]) -> Sequence[Figure]:
         """Lines by layer, and experts against sorted neurons."""
-        lines = Figure(
-            key="neuron-activity-by-layer",
-            title="Active neurons",
-            panels={
-                "activity": layer_lines(
-                    results,
-                    {"active for a token": "mean_L"},
-                    {"dead": "dead_L", "always active": "always_L"},
-                    Axis(title="neurons (%)"),
-                    factor=100,
-                ),
-                "intermediate state": layer_lines(
-                    results,
-                    {"largest tenth of the neurons": "largest_L"},
-                    {},
-                    Axis(title="part of the absolute values (%)"),
-                    factor=100,
-                ),
-            },
-            selector="measure",
+        activity = layer_lines(
+            results,
+            {"active for a token": "mean_L"},
+            {"dead": "dead_L", "always active": "always_L"},
+            Axis(title="neurons (%)"),
+            factor=100,
+            references=_references(results, _DENSE_ACTIVE),
         )
+        largest = layer_lines(
+            results,
+            {"largest tenth of the neurons": "largest_L"},
+            {},
+            Axis(title="part of the absolute values (%)"),
+            factor=100,
+            references=[
+                Reference(value=100 * LARGEST, label="equal neurons"),
+                *_references(results, _DENSE_LARGEST),
+            ],
+        )
+        lines = [
+            Figure(
+                key="neuron-activity-by-layer",
+                title="Active neurons",
+                panels={"all": activity},
+            ),
+            Figure(
+                key="neuron-states-by-layer",
+                title="Concentration of intermediate states",
+                panels={"all": largest},
+            ),
+        ]
         maps = [
             figure
             for label, result in results.items()
@@ -133,15 +148,53 @@ class NeuronActivity(Analysis):
                 _figure(label, result, results, "states", "Intermediate states", "inner_LEF"),
             )
         ]
-        return [lines, *maps]
+        return [*lines, *maps]
 
     def reading(self, results: Mapping[str, Result]) -> str:
         """Activity, dead neurons, and whether neurons differ."""
         return sentence_for_each({label: _reading(result) for label, result in results.items()})
 
 
+_DENSE_ACTIVE = "active neurons of a token, dense model"
+_DENSE_LARGEST = "part of the intermediate state in a tenth of the neurons, dense model"
+
+
+def _beside(material: Material) -> Result:
+    """The same of the layers of a dense model, if one is put beside."""
+    dense, setting = material.beside, material.setting
+    if dense is None:
+        return Result(analysis="")
+    found = dense_activity(dense, setting.sample, setting.seed)
+    if found is None:
+        what = (
+            f"The dense model {dense.label} was not run: its vocabulary lacks some of the tokens."
+        )
+        return Result(analysis="", notes=[what])
+    active_L = found.active_LF.mean(1) / found.tokens
+    largest_L = concentration(found.inner_LF)
+    table = Table(
+        name="dense",
+        about=f"shares in the layers of {dense.label}, as in the table of neurons",
+        columns={
+            "layer": list(dense.layers),
+            "active": active_L.tolist(),
+            "dead": (found.active_LF == 0).mean(1).tolist(),
+            "always_active": (found.active_LF == found.tokens).mean(1).tolist(),
+            "largest_tenth": largest_L.tolist(),
+        },
+    )
+    numbers = {_DENSE_ACTIVE: float(active_L.mean()), _DENSE_LARGEST: float(largest_L.mean())}
+    return Result(analysis="", numbers=numbers, tables=[table])
+
+
+def _references(results: Mapping[str, Result], number: str) -> list[Reference]:
+    """A line for the dense model, which all checkpoints share."""
+    found = [result.numbers[number] for result in results.values() if number in result.numbers]
+    return [Reference(value=100 * found[0], label="dense model")] if found else []
+
+
 def concentration(inner_LEF: Array) -> Array:
-    """Part of the sum over neurons that the largest tenth holds, [L, E]; NaN if all are 0."""
+    """Part of the sum over neurons that the largest tenth holds, [..]; NaN if all are 0."""
     largest = max(1, round(LARGEST * inner_LEF.shape[-1]))
     top = np.sort(inner_LEF, -1)[..., -largest:].sum(-1)
     total = inner_LEF.sum(-1)
@@ -169,7 +222,7 @@ def _figure(
             values=100 * shown if is_activity else shown,
             rows=[str(e) for e in range(len(shown))],
             columns=[str(c * width // columns) for c in range(columns)],
-            x=Axis(title="neurons of each expert, largest first"),
+            x=Axis(title="neurons, sorted"),
             y=Axis(title="expert"),
             colour="tokens (%)" if is_activity else "mean absolute value",
             range=(0.0, 100.0) if is_activity else None,
@@ -208,4 +261,6 @@ def _reading(result: Result) -> str:
     part = n["part of the intermediate state in a tenth of the neurons"]
     if not math.isnan(part):
         said += f"; a tenth of them hold {100 * part:.0f}% of the intermediate state"
+    if _DENSE_ACTIVE in n:
+        said += f". In the dense model {100 * n[_DENSE_ACTIVE]:.0f}% are active"
     return said + "."

@@ -108,30 +108,33 @@ class OutputNorms(Analysis):
     def figures(self, results: Mapping[str, Result]) -> Sequence[Figure]:
         """Lines by layer, rank against rank, and means of each expert."""
         chance = max(result.numbers["overlap by chance"] for result in results.values())
-        lines = Figure(
-            key="norm-rank-by-layer",
-            title="Agreement of output norms and gate scores",
-            panels={
-                "rank correlation": layer_lines(
-                    results,
-                    {"score and norm": "spearman_L"},
-                    {"scores of other tokens": "shuffled_spearman_L"},
-                    Axis(title="rank correlation of a token"),
-                    references=[Reference(value=0.0, label="unrelated")],
-                ),
-                "overlap": layer_lines(
-                    results,
-                    {"score and norm": "overlap_L"},
-                    {"scores of other tokens": "shuffled_overlap_L"},
-                    Axis(title="k largest norms among the k largest scores (%)"),
-                    factor=100,
-                    references=[Reference(value=100 * chance, label="k/E")],
-                ),
-            },
-            selector="measure",
+        correlation = layer_lines(
+            results,
+            {"score and norm": "spearman_L"},
+            {"scores of other tokens": "shuffled_spearman_L"},
+            Axis(title="rank correlation of a token"),
+            references=[Reference(value=0.0, label="unrelated")],
+        )
+        shared = layer_lines(
+            results,
+            {"score and norm": "overlap_L"},
+            {"scores of other tokens": "shuffled_overlap_L"},
+            Axis(title="k largest norms among the k largest scores (%)"),
+            factor=100,
+            references=[Reference(value=100 * chance, label="k/E")],
         )
         return [
-            lines,
+            Figure(
+                key="norm-rank-correlation",
+                title="Rank correlation of output norms and gate scores",
+                panels={"all": correlation},
+                caption="Dashed: what experts that are large for any token contribute.",
+            ),
+            Figure(
+                key="norm-rank-overlap",
+                title="Overlap of the k largest norms and scores",
+                panels={"all": shared},
+            ),
             *(_ranks(label, result, results) for label, result in results.items()),
             _means(results),
         ]

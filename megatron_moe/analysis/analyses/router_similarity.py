@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from megatron_moe.analysis.base import Analysis, Material, register
-from megatron_moe.analysis.plot import Axis, Figure, Panel, Reference, Scatter, Series
+from megatron_moe.analysis.plot import Axis, Figure, Panel, Scatter, Series
 from megatron_moe.analysis.result import Result
 from megatron_moe.analysis.weights.figures import TITLES, layer_lines, layer_table, similarity_map
 from megatron_moe.analysis.weights.reading import listed, sentence_for_each
@@ -98,7 +98,6 @@ class RouterSimilarity(Analysis):
                 y="squared correlation r^2",
                 values="square_LP",
                 chance={"chance_LP": "by chance"},
-                references=[Reference(value=0.0, label="none")],
                 caption="Dashed: the mean over random names of the experts.",
             )
         ]

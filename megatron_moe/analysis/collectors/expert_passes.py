@@ -41,7 +41,7 @@ ACTIVE = 1e-3
 
 
 @dataclass(frozen=True)
-class _Chosen:
+class ChosenTokens:
     """Positions in a row, ascending, and which of them belong to what."""
 
     positions_N: npt.NDArray[np.int64]
@@ -49,7 +49,7 @@ class _Chosen:
     short_N: npt.NDArray[np.bool_]
 
 
-def chosen_tokens(sample: Sample, seed: int) -> dict[tuple[int, int], _Chosen]:
+def chosen_tokens(sample: Sample, seed: int) -> dict[tuple[int, int], ChosenTokens]:
     """Positions by domain and row of the domain: a function of sample and seed, not of batches."""
     found = {}
     budget = max(LEAST, TOKENS // max(1, len(sample.domains)))
@@ -62,10 +62,33 @@ def chosen_tokens(sample: Sample, seed: int) -> dict[tuple[int, int], _Chosen]:
             drawn = rng.choice(places, each, replace=False)
             short = places[:SHORT] if row == 0 else places[:0]
             positions = np.unique(np.concatenate([[0], drawn, short]))
-            found[index, row] = _Chosen(
+            found[index, row] = ChosenTokens(
                 positions, np.isin(positions, drawn), np.isin(positions, short)
             )
     return found
+
+
+class ChosenRows:
+    """The chosen tokens of a sample, batch by batch.
+
+    Args:
+        sample: the tokens.
+        seed: of the draws.
+    """
+
+    def __init__(self, sample: Sample, seed: int) -> None:
+        self._chosen = chosen_tokens(sample, seed)
+        self._batch_size, self._first_batch_of = sample.batch_size, [0]
+        for domain in sample.domains:
+            count = -(-len(domain.starts) // sample.batch_size)
+            self._first_batch_of.append(self._first_batch_of[-1] + count)
+
+    def of(self, batch: TokenBatch) -> list[tuple[int, ChosenTokens]]:
+        """Index of each chosen row of a batch, and its tokens."""
+        first = (batch.number - self._first_batch_of[batch.domain]) * self._batch_size
+        rows = range(len(batch.tokens_BS))
+        found = ((row, self._chosen.get((batch.domain, first + row))) for row in rows)
+        return [(row, chosen) for row, chosen in found if chosen is not None]
 
 
 def check_rows(setting: Setting) -> None:
@@ -109,11 +132,7 @@ class ExpertPasses(Collector):
     def __init__(self, setting: Setting) -> None:
         sizes, sample = setting.sizes, setting.sample
         self._setting = setting
-        self._chosen = chosen_tokens(sample, setting.seed)
-        firsts = [0]
-        for domain in sample.domains:
-            firsts.append(firsts[-1] + -(-len(domain.starts) // sample.batch_size))
-        self._first_batch_of = firsts
+        self._rows = ChosenRows(sample, setting.seed)
         layers, experts, domains = len(setting.layers), sizes.num_experts, len(sample.domains)
         by_expert, square = (layers, experts), (layers, experts, experts)
         self.tokens = np.zeros(1, np.int64)
@@ -136,23 +155,14 @@ class ExpertPasses(Collector):
         self.output_at_LE3 = np.full((*by_expert, 3), -1, np.int64)
         self.inner_max_LE = np.zeros(by_expert)
 
-    def _rows(self, batch: TokenBatch) -> list[tuple[int, _Chosen]]:
-        """The chosen rows of a batch."""
-        first = batch.number - self._first_batch_of[batch.domain]
-        start = first * self._setting.sample.batch_size
-        rows = (
-            (r, self._chosen.get((batch.domain, start + r))) for r in range(len(batch.tokens_BS))
-        )
-        return [(row, chosen) for row, chosen in rows if chosen is not None]
-
     def inputs_for(self, batch: TokenBatch) -> Collection[int]:
         """See `Collector.inputs_for`."""
-        return self._setting.layers if self._rows(batch) else ()
+        return self._setting.layers if self._rows.of(batch) else ()
 
     def add(self, seen: Observation, runner: MoERunner) -> None:
         """See `Collector.add`."""
         batch = seen.batch
-        for row, chosen in self._rows(batch):
+        for row, chosen in self._rows.of(batch):
             self.tokens += int(chosen.sampled_N.sum())
             self.short_D[batch.domain] += int(chosen.short_N.sum())
             ids_N = batch.tokens_BS[row, chosen.positions_N]
@@ -230,7 +240,7 @@ class _Passes:
 
 
 def _row_passes(
-    layer: LayerRouting, places_N: Tensor, chosen: _Chosen, runner: MoERunner
+    layer: LayerRouting, places_N: Tensor, chosen: ChosenTokens, runner: MoERunner
 ) -> _Passes:
     assert layer.inputs_TH is not None
     device = layer.inputs_TH.device

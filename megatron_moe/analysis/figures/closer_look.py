@@ -6,7 +6,6 @@ The paper has no numbers that fit other models' layers, so entries have the name
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import numpy as np
 
@@ -15,20 +14,13 @@ from megatron_moe.analysis.plot import Axis, Figure, Heatmap, Panel
 from megatron_moe.analysis.result import Result
 
 
-def _maps(key: str, beginning: str, title: str) -> Callable[[Given], Drawn]:
+def _maps(key: str, beginning: str) -> Callable[[Given], Drawn]:
     """The heat maps or points of an analysis for each checkpoint."""
 
     def draw(given: Given) -> Drawn:
-        labels = list(given.of(key))
-        found = [
-            figure
-            for label in labels
-            for figure in given.drawn_by(key, beginning)
-            if label in figure.key or len(labels) == 1
-        ]
-        unique = {figure.key: figure for figure in found}
-        made = [replace(f, title=f.title.replace("Similarity", title, 1)) for f in unique.values()]
-        return Drawn(figures=made)
+        labels = given.of(key)
+        found = given.drawn_by(key, beginning)
+        return Drawn(figures=[f for f in found if any(label in f.key for label in labels)])
 
     return draw
 
@@ -175,7 +167,7 @@ PAPER = Paper(
             number="Matrix level",
             title="Similarity of whole matrices",
             needs=("similarity",),
-            draw=_maps("similarity", "similarity-", "Similarity"),
+            draw=_maps("similarity", "similarity-"),
             finding="In the paper, the experts of Mixtral were similar, and those of DeepSeekMoE "
             "and Grok were not.",
         ),
@@ -183,14 +175,14 @@ PAPER = Paper(
             number="Neuron level, averaged",
             title="Similarity of average neurons",
             needs=("averages",),
-            draw=_maps("averages", "averages-", "Similarity"),
+            draw=_maps("averages", "averages-"),
             finding="In the paper, averages showed the same groups of experts as whole matrices.",
         ),
         Entry(
             number="Neuron level, reordered",
             title="Similarity after matching neurons",
             needs=("matching",),
-            draw=_maps("matching", "matching-", "Similarity"),
+            draw=_maps("matching", "matched-"),
             finding="In the paper, matching raised the similarity of Mixtral's experts little: "
             "their neurons were in the same order already, as after upcycling.",
             differs="The paper matches each projection alone, which changes what an expert "
@@ -200,7 +192,7 @@ PAPER = Paper(
             number="Router",
             title="Router against experts",
             needs=("router-experts",),
-            draw=_maps("router-experts", "router-", "Similarity"),
+            draw=_maps("router-experts", "router-"),
             finding="In the paper, the router agreed most with the gate projections.",
             differs="The paper gives r alone; with 8 experts chance gives r² of 0.04, so the "
             "p-value of Mantel's test stands beside it.",
@@ -209,7 +201,7 @@ PAPER = Paper(
             number="Principal components",
             title="Principal components of matrices and neurons",
             needs=("components",),
-            draw=_maps("components", "", "Similarity"),
+            draw=_maps("components", ""),
         ),
         Entry(
             number="Expert outputs",

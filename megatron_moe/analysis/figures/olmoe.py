@@ -54,55 +54,35 @@ def _figure(number: str, label: str, what: str, panels: dict[str, Panel], **more
 
 def _saturation(given: Given) -> Drawn:
     """Figure 20: the share of a token's final experts that are chosen at earlier checkpoints."""
-    found = given.of("saturation")
-    if len(found) < 2:
+    analysis, found = given.analyses["saturation"], given.of("saturation")
+    combined = analysis.combine(found) if len(found) > 1 else None
+    if combined is None:
         raise Missing("needs several checkpoints of one run: --load run@1000 run@20000")
-    steps = {model.label: model.step for model in given.models}
-    labels = list(found)
-    known = [steps.get(label) for label in labels]
-    if all(step is not None for step in known):
-        labels.sort(key=lambda label: steps[label] or 0)
-    last = labels[-1]
-    total = steps.get(last) or 0
-    x: list[Any] = [
-        100 * (steps[label] or 0) / total if all(known) and total else label
-        for label in labels[:-1]
-    ]
-    final_LTK = found[last].arrays["ids_LTK"]
-    layers = found[last].arrays["layers"].tolist()
-    panels: dict[str, Panel] = {}
-    for topk in dict.fromkeys((1, final_LTK.shape[2])):
-        values = np.array(
-            [saturation(found[n].arrays["ids_LTK"], final_LTK, topk) for n in labels[:-1]]
-        )
-        panels[f"Top-k={topk}"] = Lines(
+    arrays, topk = combined.arrays, given.models[-1].sizes.topk
+    numbers = np.asarray(arrays["axis_N"]).dtype.kind in "fiu"
+    panels: dict[str, Panel] = {
+        f"Top-k={count}": Lines(
             series=[
-                Series(name=str(layer), x=x, y=100 * values[:, row])
-                for row, layer in enumerate(layers)
+                Series(name=str(layer), x=arrays["axis_N"], y=100 * arrays[f"{rule}_NL"][:, row])
+                for row, layer in enumerate(arrays["layers"])
             ],
-            x=Axis(title="Pretraining stage (%)" if all(known) and total else "checkpoint"),
+            x=Axis(title="Pretraining stage (%)" if numbers else "checkpoint"),
             y=Axis(title="Router saturation (%)"),
-            references=[Reference(value=100 * topk / _experts(given), label="chance, k/E")],
+            references=[
+                Reference(value=100 * float(arrays[f"{rule}_null_NL"].mean()), label="chance")
+            ],
             markers=True,
         )
+        for rule, count in (("top-1", 1), ("top-k", topk))
+    }
     figure = Figure(
         key="figure-20",
         title="Figure 20, one line per layer",
         panels=panels,
         selector="choices",
-        caption=f"Choices that agree with those of {last}.",
+        caption="Choices that agree with those of the last checkpoint.",
     )
-    return Drawn(figures=[figure])
-
-
-def saturation(early_LTK: Array, final_LTK: Array, topk: int) -> Array:
-    """Mean over the tokens of |E_t and E_T| / k for the k first choices, [L]."""
-    early, final = early_LTK[:, :, :topk, None], final_LTK[:, :, None, :topk]
-    return np.asarray((early == final).any(3).mean((1, 2)))
-
-
-def _experts(given: Given) -> int:
-    return given.models[-1].sizes.num_experts
+    return Drawn(figures=[figure], notes=combined.notes)
 
 
 def _coactivation(given: Given) -> Drawn:
@@ -303,7 +283,7 @@ PAPER = Paper(
             finding="In OLMoE, few experts were chosen together often, so there was little "
             "redundancy.",
             differs="The published code counts only pairs of consecutive ranks, 7 of the 28 pairs "
-            "of 8 choices; `exact` counts them all. Both show the 16 experts of the strongest "
+            "of 8 choices; “exact” counts them all. Both show the 16 experts of the strongest "
             "pairs by their own count.",
         ),
         Entry(
@@ -322,7 +302,7 @@ PAPER = Paper(
             finding="In OLMoE, later layers specialized more in predicted ids, and the first ones "
             "in input ids.",
             differs="The published averages include ids that occur once, each of which scores "
-            "100%; `exact` needs 10 occurrences. In the published panel per expert, the curves of "
+            "100%; “exact” needs 10 occurrences. In the published panel per expert, the curves of "
             "predicted and of true output tokens have each other's names. Here that panel counts "
             "all k choices of ids with at least 10 occurrences.",
         ),
@@ -350,7 +330,7 @@ PAPER = Paper(
             finding="In OLMoE, tokens of one expert went to many experts of a later layer, with "
             "some preferred paths.",
             differs="The published code pairs the choice of each rank with that of the same rank, "
-            "k of the k² pairs; `exact` counts them all.",
+            "k of the k² pairs; “exact” counts them all.",
         ),
     ],
 )

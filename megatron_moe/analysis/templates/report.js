@@ -60,7 +60,7 @@
     const layout = {
       ...given,
       height: panel.square ? Math.min(Math.max(width - 70, 260), 560) : panel.height + legend,
-      autosize: true,
+      width,
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: text },
       margin: { l: 12, r: 12, t: 14, b: 12 },
@@ -71,7 +71,7 @@
     if (given.xaxis) layout.xaxis = joined(given.xaxis);
     if (given.yaxis) layout.yaxis = joined(given.yaxis);
     if (given.annotations) {
-      const size = narrow ? 9 : 12;
+      const size = narrow ? 10 : 12;
       layout.annotations = given.annotations.map((each) => ({ ...each, font: { size } }));
       layout.margin = { l: 12, r: 12, t: 34, b: 12 };
     }
@@ -103,10 +103,11 @@
     const data = onDark ? panel.data.map(recoloured) : panel.data;
     const file = figure.element.id;
     const config = {
-      responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
+      displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
       toImageButtonOptions: { format: "svg", filename: file },
     };
     figure.drawn = true;
+    figure.width = canvas.clientWidth;
     return Plotly.react(canvas, data, layoutOf(panel, canvas.clientWidth), config).then(() => {
       canvas.style.minHeight = "";
       canvas.dataset.drawn = panel.name;
@@ -147,8 +148,19 @@
     }
   }, { rootMargin: "300px" });
 
+  // Plots follow the width of the page; a legend of other lines changes their height as well.
+  const resized = new ResizeObserver((entries) => {
+    for (const entry of entries) {
+      const figure = figures.find((each) => each.canvas === entry.target);
+      if (figure.drawn && figure.canvas.clientWidth !== figure.width) {
+        requestAnimationFrame(() => draw(figure));
+      }
+    }
+  });
+
   for (const figure of figures) {
     seen.observe(figure.canvas);
+    resized.observe(figure.canvas);
     if (!figure.select) continue;
     figure.select.selectedIndex = 0; // browsers keep choices when a page is loaded again
     figure.select.addEventListener("change", () => choose(figure, figure.select.selectedIndex));
@@ -180,7 +192,6 @@
 
   const redraw = () => { for (const figure of figures) if (figure.drawn) draw(figure); };
   dark.addEventListener("change", redraw);
-  wide.addEventListener("change", redraw);
   addEventListener("beforeprint", () => { printing = true; for (const figure of figures) draw(figure); });
   addEventListener("afterprint", () => { printing = false; redraw(); });
 })();

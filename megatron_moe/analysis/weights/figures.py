@@ -16,6 +16,8 @@ from megatron_moe.analysis.result import Result, Table
 from megatron_moe.analysis.weights.statistics import largest_of, mean_of
 from megatron_moe.analysis.weights.survey import WeightSurvey
 
+HIGH = 0.5
+"""Share of the largest cosine from which on the smallest one has the other end of the colours."""
 TITLES = {
     "up": "up projection",
     "gate": "gate projection",
@@ -95,9 +97,10 @@ def similarity_maps(
 
 
 def similarity_map(values_RR: npt.NDArray[Any], names: Sequence[str]) -> Heatmap:
-    """A heat map of cosines whose colours are symmetric around 0."""
-    known = np.abs(values_RR[~np.isnan(values_RR)])
-    largest = float(known.max()) if known.size and known.max() > 0 else 1.0
+    """A heat map of cosines whose colours are symmetric around 0, unless all are far above it."""
+    known = values_RR[~np.isnan(values_RR)]
+    largest = float(np.abs(known).max()) if known.size and known.any() else 1.0
+    is_high = known.size > 0 and known.min() > HIGH * largest
     return Heatmap(
         values=values_RR,
         rows=names,
@@ -105,8 +108,8 @@ def similarity_map(values_RR: npt.NDArray[Any], names: Sequence[str]) -> Heatmap
         x=Axis(title="expert"),
         y=Axis(title="expert"),
         colour="cosine similarity",
-        range=(-largest, largest),
-        centre=0.0,
+        range=(float(known.min()), largest) if is_high else (-largest, largest),
+        centre=None if is_high else 0.0,
     )
 
 
@@ -192,7 +195,7 @@ def others_table(
     titles = {
         "shared": "the shared expert",
         "dense": "the nearest dense layer",
-        "beside": "the same layer of the dense model",
+        "beside": "a layer of the dense model",
     }
     about = "cosines of the experts of a layer with another network: mean and largest"
     return Table(name="others", about=about, columns=columns), {

@@ -54,7 +54,7 @@ class Other:
 def others_of(
     layer: LayerWeights, dense: Mapping[int, ExpertWeights], beside: DenseModel | None
 ) -> tuple[Other, ...]:
-    """The shared expert, the nearest dense layer and the same layer of a dense model, if any.
+    """The shared expert, the nearest dense layer and that of a dense model, if any.
 
     Args:
         layer: an MoE layer.
@@ -68,15 +68,15 @@ def others_of(
     if layer.shared is not None:
         found.append(("shared", "shared", layer.shared))
     if dense:
-        nearest = min(dense, key=lambda index: (abs(index - layer.layer), index))
+        nearest = _nearest(dense, layer.layer)
         found.append((f"dense {nearest}", "dense", dense[nearest]))
     hidden = layer.router.shape[1]
     if beside is not None and beside.hidden_size != hidden:
         what = f"hidden size of {beside.path}"
         raise UsageError(what, beside.hidden_size, f"that of the MoE model ({hidden})")
-    if beside is not None and layer.layer in beside.layers:
-        name = f"{beside.label} {layer.layer}"
-        found.append((name, "beside", beside.layers[layer.layer]))
+    if beside is not None:
+        nearest = _nearest(beside.layers, layer.layer)
+        found.append((f"{beside.label} {nearest}", "beside", beside.layers[nearest]))
     shape, linear = layer.experts[0].up.shape, layer.experts[0].linear
     return tuple(
         Other(
@@ -84,3 +84,8 @@ def others_of(
         )
         for name, kind, each in found
     )
+
+
+def _nearest(layers: Mapping[int, ExpertWeights], layer: int) -> int:
+    """The same layer if it is there, else the nearest; of two the earlier."""
+    return min(layers, key=lambda index: (abs(index - layer), index))

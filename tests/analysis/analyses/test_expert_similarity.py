@@ -118,7 +118,7 @@ def test_a_dense_model_beside(tmp_path: Path) -> None:
     )
     found = stored(ExpertSimilarity(), model, tmp_path, beside=dense)
     assert found.arrays["names_LR"].tolist() == [[*"012", "base 1"], [*"012", "base 3"]]
-    same = found.numbers["mean cosine with the same layer of the dense model"]
+    same = found.numbers["mean cosine with a layer of the dense model"]
     assert same == pytest.approx(1 / math.sqrt(1.25), abs=0.03)
     with pytest.raises(UsageError, match=r"hidden size of base must be .*\(16\) \(got 8\)"):
         stored(ExpertSimilarity(), model, tmp_path, beside=replace(dense, hidden_size=8))
