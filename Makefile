@@ -17,7 +17,7 @@ DOCS_STAMP := $(VENV)/.docs-$(KEY)
 
 SCRIPTS := $(wildcard examples/*.sh examples/*.sbatch) .ci/run
 
-.PHONY: help setup quickstart test test-all test-gpu check format compare soak bench fuzz docs clean distclean
+.PHONY: help setup quickstart test test-all test-gpu check format compare soak planted bench fuzz docs clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ compare: $(STAMP) ## Compare with a revision, bit for bit: BASE=<revision> [ONLY
 soak: $(STAMP) ## 2000 steps with random faults against an undisturbed run, and soak.json
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m tests.soak
 
+planted: $(STAMP) ## Plant faults and see their tests fail, a table and planted.json: [ONLY="case-3 feature-4"]
+	@$(BIN)/python -m tests.planted $(if $(ONLY),--only $(ONLY))
+
 bench: $(STAMP) ## Every benchmark, as a table and bench.json
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m bench.run
 
@@ -95,7 +98,7 @@ docs: $(DOCS_STAMP) ## Build the documentation site, with the API reference, in 
 	@echo "docs: site/index.html; with search: $(BIN)/python -m http.server --directory site"
 
 clean: ## Remove what runs and tools have written, except .venv
-	rm -rf quickstart bench.json fuzz.json fuzz-crashes site build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf quickstart bench.json fuzz.json fuzz-crashes planted.json site build dist ./*.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove .venv as well

@@ -287,6 +287,28 @@ def test_of_several_runs_that_start_at_once_one_writes(tmp_path, before):
     assert names(directory) == [NAME]
 
 
+def test_a_lock_that_another_run_took_over_a_moment_ago_is_not_replaced(tmp_path, monkeypatch):
+    """It did so after this one found the owner dead, and before this one replaced the lock."""
+    write_lock(tmp_path, replace(Owner.of_this_process(), key="dead", ticks=1))
+    first, second = WriterLock(tmp_path, NEVER), WriterLock(tmp_path, NEVER)
+    is_alive, looked = Owner.is_alive, []
+
+    def look(owner: Owner, here: Owner) -> bool | None:
+        alive = is_alive(owner, here)
+        if not looked:
+            looked.append(owner.key)
+            first.acquire()
+        return alive
+
+    monkeypatch.setattr(Owner, "is_alive", look)
+    with pytest.raises(CheckpointError, match="that no other run writes to"):
+        second.acquire()
+    assert looked == ["dead"]
+    first.check()
+    first.release()
+    assert names(tmp_path) == []
+
+
 def test_a_guard_of_a_killed_contender_is_removed_after_the_lease(tmp_path):
     write_lock(tmp_path, ELSEWHERE, age=1000.0)
     (tmp_path / f"{NAME}.taking").touch()

@@ -87,6 +87,21 @@ def test_progress_is_read_back_exactly(tmp_path):
     assert opened.optimizer == {"step": 10}
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("iteration", "10"), ("iteration", True), ("iteration", 10.0), ("extra", []), ("extra", 3)],
+)
+def test_progress_of_another_type_is_rejected(tmp_path, key, value):
+    """Otherwise it would be an error, or another step, somewhere in the run that resumes."""
+    path = toy.save(tmp_path, 10)
+    state = json.loads((path / "state.json").read_text())
+    state["train"][key] = value
+    (path / "state.json").write_text(json.dumps(state))
+    _sealed(path)
+    with pytest.raises(CheckpointError, match=rf"{key} in .* must be of type \w+ \(got "):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize("optimizer", [{"step": "7"}, {"step": -1}, {"step": 10**40}, 3, [1]])
 def test_a_step_count_that_is_none_is_rejected(tmp_path, optimizer):
     path = toy.save(tmp_path, 10)

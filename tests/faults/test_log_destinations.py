@@ -140,8 +140,9 @@ def test_a_restart_on_a_full_disk_keeps_the_file_of_the_steps_before(scarce, cap
     assert not list(directory.glob("*.tmp"))
 
 
-def test_tensorboards_thread_prints_no_traceback(tmp_path, capfd):
-    hook = threading.excepthook
+def test_tensorboards_thread_prints_no_traceback(tmp_path, capfd, monkeypatch):
+    hook = threading.__excepthook__  # Python's own, which prints; pytest has one that does not
+    monkeypatch.setattr(threading, "excepthook", hook)
     sink = TensorBoardSink(str(tmp_path), 0, LoggingConfig(tensorboard_queue_size=1))
     sink.add({"a": 1.0}, 1)
     (events,) = tmp_path.glob("events*")

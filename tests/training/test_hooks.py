@@ -122,7 +122,7 @@ def _check(config: RunConfig) -> None:
 
 
 def deterministic_run(rank: int, world_size: int, *, argv: list[str]) -> tuple[int, bool, str]:
-    """Exit code, whether algorithms were deterministic during the run, and NCCL's algorithm."""
+    """Exit code, whether other operations were errors during the run, and NCCL's algorithm."""
     from megatron_moe.training.trainer import Trainer
 
     seen = []
@@ -130,7 +130,9 @@ def deterministic_run(rank: int, world_size: int, *, argv: list[str]) -> tuple[i
 
     def noted(self):
         algorithm = os.environ.get("NCCL_ALGO", "")
-        seen.append((torch.are_deterministic_algorithms_enabled(), algorithm))
+        holds = torch.are_deterministic_algorithms_enabled()
+        holds &= not torch.is_deterministic_algorithms_warn_only_enabled()
+        seen.append((holds, algorithm))
         step(self)
 
     Trainer.train_step = noted
