@@ -24,6 +24,7 @@ from megatron_moe.analysis.style import (
     NEUTRAL,
     SEQUENTIAL,
     colour_range,
+    known_levels,
     many_colours,
     node_sizes,
     positions,
@@ -70,7 +71,7 @@ def draw_panel(axes: Any, panel: Panel, *, alone: bool) -> Any:
         _bars(axes, panel)
     else:
         _points(axes, panel)
-    for place, each in enumerate(panel.references):
+    for place, each in enumerate(known_levels(panel.references)):
         _reference(axes, place, each)
     if not any(np.nan_to_num(np.asarray(s.y, float)).any() for s in panel.series):
         axes.set_ylim(0, 1)

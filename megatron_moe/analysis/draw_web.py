@@ -31,6 +31,7 @@ from megatron_moe.analysis.style import (
     SEQUENTIAL,
     colour_range,
     distinct,
+    known_levels,
     many_colours,
     node_sizes,
     positions,
@@ -69,7 +70,7 @@ def _panel(panel: Panel) -> Values:
     layout: Values = {
         "xaxis": _axis(panel.x, [each.x for each in panel.series]),
         "yaxis": _axis(panel.y, []),
-        "shapes": [_reference(i, each) for i, each in enumerate(panel.references)],
+        "shapes": [_reference(i, each) for i, each in enumerate(known_levels(panel.references))],
     }
     if _is_flat(panel):
         layout["yaxis"]["rangemode"] = "nonnegative"
@@ -117,7 +118,7 @@ def _axis(axis: Axis, columns: Sequence[Any]) -> Values:
         if len(ticks) <= 12:
             found |= {"tickvals": ticks, "ticktext": [str(v) for v in ticks]}
     if axis.range is not None:
-        low, high = axis.range
+        low, high = map(float, axis.range)
         found["range"] = [float(np.log10(low)), float(np.log10(high))] if axis.log else [low, high]
     return found
 
@@ -125,7 +126,8 @@ def _axis(axis: Axis, columns: Sequence[Any]) -> Values:
 def _reference(place: int, reference: Reference) -> Values:
     dashes = ("dash", "dot", "dashdot", "longdash")
     line = {"color": NEUTRAL, "width": 1.5, "dash": dashes[place % len(dashes)]}
-    ends = {"xref": "paper", "x0": 0, "x1": 1, "y0": reference.value, "y1": reference.value}
+    level = float(reference.value)
+    ends = {"xref": "paper", "x0": 0, "x1": 1, "y0": level, "y1": level}
     return {
         "type": "line",
         **ends,
@@ -283,8 +285,8 @@ def _radar(panel: Radar) -> Values:
             "hovertemplate": "%{theta}: %{r:.4g}",
         }
         data.append(trace)
-    if panel.reference is not None:
-        circle = [panel.reference.value] * len(around)
+    if panel.reference is not None and np.isfinite(panel.reference.value):
+        circle = [float(panel.reference.value)] * len(around)
         line = {"color": NEUTRAL, "dash": "dash", "width": 1.5}
         extra = {"name": _label(panel.reference.label), "r": circle, "theta": around, "line": line}
         data.append({"type": "scatterpolar", "mode": "lines", "hoverinfo": "skip", **extra})

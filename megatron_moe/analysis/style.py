@@ -21,6 +21,7 @@ from megatron_moe.analysis.plot import (
     Heatmap,
     Lines,
     Panel,
+    Reference,
     Scatter,
     Series,
 )
@@ -126,8 +127,8 @@ def colour_range(panel: Heatmap) -> tuple[float, float] | None:
 
     `None` if there is no finite value.
     """
-    if panel.range is not None:
-        return panel.range
+    if panel.range is not None and np.isfinite(panel.range).all():
+        return float(panel.range[0]), float(panel.range[1])
     values = np.asarray(panel.values, float)
     finite = values[np.isfinite(values)]
     if not finite.size:
@@ -167,10 +168,15 @@ def _with_y_range(panel: Any, ends: tuple[float, float]) -> Any:
 
 
 def _heights(panel: Lines | Bars | Scatter) -> np.ndarray[Any, np.dtype[np.float64]]:
-    parts = [[reference.value for reference in panel.references]]
+    parts = [[reference.value for reference in known_levels(panel.references)]]
     for each in panel.series:
         parts += [list(v) for v in (each.y, each.low, each.high) if v is not None]
     return np.concatenate([np.asarray(part, float) for part in parts])
+
+
+def known_levels(references: Sequence[Reference]) -> list[Reference]:
+    """Without those of statistics that are undefined."""
+    return [each for each in references if np.isfinite(each.value)]
 
 
 def printable(text: object, limit: int = 80) -> str:

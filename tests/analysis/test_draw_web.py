@@ -10,7 +10,18 @@ import plotly.graph_objects as go
 import pytest
 
 from megatron_moe.analysis.draw_web import web_figure
-from megatron_moe.analysis.plot import Axis, Bars, Figure, Flow, Heatmap, Panel, Series
+from megatron_moe.analysis.plot import (
+    Axis,
+    Bars,
+    Figure,
+    Flow,
+    Heatmap,
+    Lines,
+    Panel,
+    Radar,
+    Reference,
+    Series,
+)
 from megatron_moe.analysis.style import many_colours, scale_colour, styles
 from tests.analysis.synthetic import HOSTILE
 from tests.analysis.test_draw_files import KINDS
@@ -56,6 +67,37 @@ def test_a_centre_is_in_the_middle_of_the_scale() -> None:
     trace = drawn(panel)["data"][0]
     assert trace["zmax"] - 0.25 == pytest.approx(0.65)
     assert 0.25 - trace["zmin"] == pytest.approx(0.65)
+
+
+def test_undefined_levels_are_left_out_and_numbers_of_any_type_are_json() -> None:
+    two: Any = np.float32(2)
+    levels = [Reference(value=float("nan"), label="undefined"), Reference(value=two, label="a")]
+    lines = Lines(
+        series=[Series(name="a", x=np.arange(3), y=np.arange(3, dtype=np.float32))],
+        x=Axis(range=(two, two + two)),
+        y=Axis(),
+        references=levels,
+    )
+    nothing = Heatmap(
+        values=np.full((2, 2), np.nan),
+        rows="ab",
+        columns="cd",
+        x=Axis(),
+        y=Axis(),
+        colour="",
+        range=(float("nan"), float("nan")),
+    )
+    undefined = Reference(value=float("nan"), label="undefined")
+    circle = Radar(
+        categories="abc",
+        series=[Series(name="a", x=(), y=[1, 2, 3])],
+        radius="r",
+        reference=undefined,
+    )
+    for panel in (lines, nothing, circle):
+        json.dumps(drawn(panel), allow_nan=False)
+    assert [shape["name"] for shape in drawn(lines)["layout"]["shapes"]] == ["a"]
+    assert len(drawn(circle)["data"]) == 1
 
 
 def test_equal_categories_stay_apart() -> None:
