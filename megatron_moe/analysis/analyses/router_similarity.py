@@ -13,18 +13,25 @@ import numpy as np
 from megatron_moe.analysis.base import Analysis, Material, register
 from megatron_moe.analysis.plot import Axis, Figure, Panel, Scatter, Series
 from megatron_moe.analysis.result import Result
-from megatron_moe.analysis.weights.figures import TITLES, layer_lines, layer_table, similarity_map
+from megatron_moe.analysis.weights.figures import (
+    TITLES,
+    layer_lines,
+    layer_table,
+    shown_layers,
+    similarity_map,
+)
 from megatron_moe.analysis.weights.reading import listed, sentence_for_each
 from megatron_moe.analysis.weights.statistics import (
     combined_p_value,
     cosines,
     mantel,
     mean_of,
-    pairs_of,
 )
 
 LEVEL = 0.05
 """p-value below which router and experts count as associated."""
+PAIRS = 1000
+"""Most pairs of experts of a layer in a scatter plot."""
 COMBINED = "p-value of all layers, "
 """Headline numbers: Fisher's, for one projection."""
 
@@ -108,20 +115,24 @@ class RouterSimilarity(Analysis):
     def _scatter(self, label: str, result: Result) -> Figure:
         names = [str(name) for name in result.arrays["projections"]]
         panels: dict[str, Panel] = {}
-        for place, layer in enumerate(result.arrays["layers"]):
+        layers, experts = result.arrays["layers"].tolist(), result.arrays["router_LEE"].shape[1]
+        rows, columns = np.triu_indices(experts, 1)
+        # Evenly spread, without a pattern that repeats with the experts.
+        chosen = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), PAIRS)).astype(int))
+        rows, columns = rows[chosen], columns[chosen]
+        texts = [f"experts {i} and {j}" for i, j in zip(rows, columns, strict=True)]
+        for place in shown_layers(layers, len(rows) * len(names)):
             router_EE = result.arrays["router_LEE"][place]
-            rows, columns = np.triu_indices(len(router_EE), 1)
-            texts = [f"experts {i} and {j}" for i, j in zip(rows, columns, strict=True)]
             series = [
                 Series(
                     name=f"{name}, r = {result.arrays['r_LP'][place, p]:.2f}",
-                    x=pairs_of(router_EE),
-                    y=pairs_of(result.arrays["mean_LPEE"][place, p]),
+                    x=router_EE[rows, columns],
+                    y=result.arrays["mean_LPEE"][place, p][rows, columns],
                     text=texts,
                 )
                 for p, name in enumerate(names)
             ]
-            panels[f"layer {layer}"] = Scatter(
+            panels[f"layer {layers[place]}"] = Scatter(
                 series=series,
                 x=Axis(title="cosine of rows in the router"),
                 y=Axis(title="cosine of average neurons"),
@@ -131,17 +142,18 @@ class RouterSimilarity(Analysis):
             title=f"Pairs of experts in router and weights, {label}",
             panels=panels,
             caption="Each point is a pair of experts. A slope means that the router and the "
-            "neurons draw the same distinctions.",
+            "neurons draw the same distinctions."
+            + (f" {PAIRS} of the pairs, evenly spread." if len(rows) == PAIRS else ""),
         )
 
     def _map(self, label: str, result: Result) -> Figure:
+        layers, router_LEE = result.arrays["layers"].tolist(), result.arrays["router_LEE"]
         panels: dict[str, Panel] = {}
-        for router_EE, layer in zip(
-            result.arrays["router_LEE"], result.arrays["layers"], strict=True
-        ):
-            shown = router_EE.copy()
+        for place in shown_layers(layers, router_LEE[0].size):
+            shown = router_LEE[place].copy()
             np.fill_diagonal(shown, np.nan)
-            panels[f"layer {layer}"] = similarity_map(shown, [str(e) for e in range(len(shown))])
+            names = [str(e) for e in range(len(shown))]
+            panels[f"layer {layers[place]}"] = similarity_map(shown, names)
         return Figure(
             key=f"router-rows-{label}",
             title=f"Similarity of the router's rows, {label}",

@@ -13,7 +13,7 @@ import numpy as np
 from megatron_moe.analysis.base import Analysis, Material, register
 from megatron_moe.analysis.plot import Axis, Figure, Panel, Scatter, Series
 from megatron_moe.analysis.result import Result
-from megatron_moe.analysis.weights.figures import TITLES, layer_lines, layer_table
+from megatron_moe.analysis.weights.figures import TITLES, layer_lines, layer_table, shown_layers
 from megatron_moe.analysis.weights.reading import sentence_for_each
 from megatron_moe.analysis.weights.statistics import Array, mean_of, random_first_share
 
@@ -127,11 +127,12 @@ def _between(place_LPEGC: Array) -> Array:
 
 def _matrices(label: str, result: Result, p: int, name: str) -> Figure:
     panels: dict[str, Panel] = {}
-    for row, layer in enumerate(result.arrays["layers"]):
+    layers = result.arrays["layers"].tolist()
+    for row in shown_layers(layers, result.arrays["matrices_LPEC"].shape[2]):
         place_EC = result.arrays["matrices_LPEC"][row, p]
         texts = [f"expert {e}" for e in range(len(place_EC))]
         series = Series(name="experts", x=place_EC[:, 0], y=place_EC[:, 1], text=texts)
-        panels[f"layer {layer}"] = _plane([series])
+        panels[f"layer {layers[row]}"] = _plane([series])
     return Figure(
         key=f"matrices-{label}-{name}",
         title=f"Components of the experts' matrices, {TITLES[name]}, {label}",
@@ -143,9 +144,10 @@ def _matrices(label: str, result: Result, p: int, name: str) -> Figure:
 
 def _neurons(label: str, result: Result, p: int, name: str) -> Figure:
     panels: dict[str, Panel] = {}
-    for row, layer in enumerate(result.arrays["layers"]):
-        place_EGC = result.arrays["neurons_LPEGC"][row, p]
-        panels[f"layer {layer}"] = _plane(
+    layers, (_, _, experts, count, _) = result.arrays["layers"].tolist(), _neurons_of(result).shape
+    for row in shown_layers(layers, experts * count):
+        place_EGC = _neurons_of(result)[row, p]
+        panels[f"layer {layers[row]}"] = _plane(
             [
                 Series(name=f"expert {e}", x=place_GC[:, 0], y=place_GC[:, 1])
                 for e, place_GC in enumerate(place_EGC)
@@ -157,6 +159,10 @@ def _neurons(label: str, result: Result, p: int, name: str) -> Figure:
         panels=panels,
         caption="Each point is a neuron, coloured by its expert.",
     )
+
+
+def _neurons_of(result: Result) -> Array:
+    return result.arrays["neurons_LPEGC"]
 
 
 def _plane(series: Sequence[Series]) -> Scatter:

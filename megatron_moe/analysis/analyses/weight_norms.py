@@ -13,7 +13,7 @@ import numpy as np
 from megatron_moe.analysis.base import Analysis, Material, register
 from megatron_moe.analysis.plot import Axis, Bars, Figure, Panel, Series
 from megatron_moe.analysis.result import Result, Table
-from megatron_moe.analysis.weights.figures import TITLES, layer_lines, layer_table
+from megatron_moe.analysis.weights.figures import TITLES, layer_lines, layer_table, shown_layers
 from megatron_moe.analysis.weights.reading import listed, sentence_for_each
 from megatron_moe.analysis.weights.statistics import (
     Array,
@@ -169,9 +169,9 @@ def _kinds(results: Mapping[str, Result]) -> list[tuple[int, str]]:
 
 
 def _bars(results: Mapping[str, Result], x: int, kind: str) -> Figure:
-    layers = dict.fromkeys(int(n) for r in results.values() for n in r.arrays["layers"])
+    layers = sorted({int(n) for r in results.values() for n in r.arrays["layers"]})
     panels: dict[str, Panel] = {}
-    for layer in layers:
+    for layer in (layers[place] for place in shown_layers(layers, 1)):
         series = []
         for label, result in results.items():
             kinds, own = result.arrays["kinds"].tolist(), result.arrays["layers"].tolist()

@@ -16,6 +16,10 @@ from megatron_moe.analysis.result import Result, Table
 from megatron_moe.analysis.weights.statistics import largest_of, mean_of
 from megatron_moe.analysis.weights.survey import WeightSurvey
 
+PANELS = 12
+"""Most layers that a plot with a panel for each layer shows."""
+CELLS = 100_000
+"""Most cells or points of such a plot, unless three layers have more."""
 HIGH = 0.5
 """Share of the largest cosine from which on the smallest one has the other end of the colours."""
 TITLES = {
@@ -27,6 +31,22 @@ TITLES = {
     "joint": "all projections together",
 }
 """In titles of plots."""
+
+
+def shown_layers(layers: Sequence[int], cells: int) -> list[int]:
+    """Places of the layers that have a panel: evenly spread, the first and the last among them.
+
+    A report of a model with many layers and experts would have more cells than a browser draws;
+    tables and arrays have all layers, and `--layers` chooses others.
+
+    Args:
+        layers: indices.
+        cells: cells or points of one panel.
+    """
+    most = min(PANELS, max(3, CELLS // max(1, cells)), len(layers))
+    if most == 1:
+        return [0]
+    return [round(place * (len(layers) - 1) / (most - 1)) for place in range(most)]
 
 
 def layer_table(
@@ -81,10 +101,11 @@ def similarity_maps(
     figures = []
     for place, projection in enumerate(projections):
         panels: dict[str, Panel] = {}
-        for row, layer in enumerate(result.arrays["layers"]):
+        layers = result.arrays["layers"].tolist()
+        for row in shown_layers(layers, values_LPRR.shape[-1] ** 2):
             shown = values_LPRR[row, place].copy()
             np.fill_diagonal(shown, np.nan)
-            panels[f"layer {layer}"] = similarity_map(shown, [str(n) for n in names_LR[row]])
+            panels[f"layer {layers[row]}"] = similarity_map(shown, [str(n) for n in names_LR[row]])
         figures.append(
             Figure(
                 key=f"{key}-{projection}",
