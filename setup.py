@@ -49,6 +49,10 @@ PLOTS = ["jinja2>=3.1,<4", "matplotlib>=3.10,<4", "plotly>=7,<8"]
 # Weights & Biases (--wandb-project).
 WANDB = ["wandb>=0.30,<1"]
 
+# MLflow without its server and models, and trackio (--log-boards).
+MLFLOW = ["mlflow-skinny>=3.17,<4"]
+TRACKIO = ["trackio>=0.43,<1"]
+
 # The documentation site. `make docs` installs it; `make setup` does not.
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<2"]
 
@@ -64,6 +68,8 @@ EXTRAS = {
     "analysis": ["scipy", *PLOTS, *HF],
     "eval": EVAL,
     "wandb": WANDB,
+    "mlflow": MLFLOW,
+    "trackio": TRACKIO,
     "docs": DOCS,
     "fuzz": FUZZ,
     "dev": [
