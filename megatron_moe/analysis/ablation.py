@@ -167,7 +167,7 @@ def parse_experts(words: Sequence[str], sizes: Sizes) -> dict[int, list[int]]:
     for word in words:
         layer, separator, ids = word.partition(":")
         numbers = [layer, *ids.split(",")]
-        if not separator or not all(n.isascii() and n.isdigit() for n in numbers):
+        if not separator or not all(n.isascii() and n.isdigit() and len(n) < 10 for n in numbers):
             raise UsageError("--ablate", word, "LAYER:EXPERT or LAYER:EXPERT,EXPERT")
         found.setdefault(int(layer), []).extend(int(n) for n in numbers[1:])
     check_experts(found, sizes)

@@ -96,7 +96,7 @@ def test_words_of_a_command_line(tmp_path: Path) -> None:
     sizes = planted(tmp_path, "olmoe").sizes
     assert parse_experts(["2:5,1", "0:3", "2:1"], sizes) == {2: [1, 5], 0: [3]}
     assert parse_experts([], sizes) == {}
-    for word in ("2", "2:", "a:1", "2:-1", ":1", "2:1,", "2:1:3", "2:²"):
+    for word in ("2", "2:", "a:1", "2:-1", ":1", "2:1,", "2:1:3", "2:²", "9" * 5000 + ":1"):
         with pytest.raises(UsageError, match="--ablate must be LAYER:EXPERT"):
             parse_experts([word], sizes)
     with pytest.raises(UsageError, match=r"must be an MoE layer: 0, 1, 2 \(got 7\)"):
