@@ -161,6 +161,7 @@ def _arrange(panels: Mapping[str, Panel]) -> Any:
         if len(panels) > 1:
             axes.set_title(label(name), fontsize=7 if columns > 2 else 8)
             _keep_outer(axes, place, columns, len(panels))
+    _common_title(page, kinds)
     if isinstance(kinds[0], Radar):
         page.supxlabel(f"radius: {label(kinds[0].radius, 60)}", fontsize=7)
     _legend(page, kinds)
@@ -271,6 +272,15 @@ def _colour_bars(page: Any, images: list[tuple[Any, Any]], panels: list[Panel]) 
     for (axes, image), title in zip(drawn, titles, strict=True):
         bar = page.colorbar(image, ax=axes, fraction=0.05, label=title)
         bar.outline.set_visible(False)
+
+
+def _common_title(page: Any, panels: list[Panel]) -> None:
+    """The title of the y-axis once for all rows of panels, where one row has no room for it."""
+    titles = {axes.get_ylabel() for axes in page.axes} - {""}
+    if len(panels) > 1 and len(titles) == 1 and page.axes[-1].get_gridspec().nrows > 1:
+        for axes in page.axes:
+            axes.set_ylabel("")
+        page.supylabel(titles.pop(), fontsize=8)
 
 
 def _keep_outer(axes: Any, place: int, columns: int, count: int) -> None:

@@ -30,6 +30,7 @@ from megatron_moe.analysis.style import (
     positions,
     printable,
     styles,
+    whole_numbers,
 )
 
 _DASH = {"solid": "-", "dot": ":", "dashdot": "-.", "longdash": (0, (7, 3)), "dash": "--"}
@@ -77,6 +78,8 @@ def draw_panel(axes: Any, panel: Panel, *, alone: bool) -> Any:
         axes.set_ylim(0, 1)
     _set_axis(axes, panel.x, "x")
     _set_axis(axes, panel.y, "y")
+    if isinstance(panel, Lines) and not panel.x.log and whole_numbers(panel.series):
+        axes.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 1.5
     axes.grid(visible=True, axis="both" if isinstance(panel, Scatter) else "y")
     return None
 

@@ -223,3 +223,12 @@ def node_sizes(panel: Flow) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
     first = [flows[0].sum(axis=1)] if flows else []
     middle = [np.maximum(a.sum(axis=0), b.sum(axis=1)) for a, b in pairwise(flows)]
     return first + middle + ([flows[-1].sum(axis=0)] if flows else [])
+
+
+def whole_numbers(series: Sequence[Series]) -> bool:
+    """Whether all x are whole numbers, such as layers, so that ticks between them mean nothing."""
+    values = [np.asarray(each.x) for each in series]
+    return all(
+        each.dtype.kind in "iu" or (each.dtype.kind == "f" and bool((each == each.round()).all()))
+        for each in values
+    )

@@ -141,3 +141,16 @@ def test_without_matplotlib_the_error_says_what_to_install(
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(UsageError, match=r"matplotlib must be installed .*pip install"):
         write_figure(KINDS["flow"], tmp_path, "plot")
+
+
+def test_layers_have_no_ticks_between_them_and_rows_share_a_title(tmp_path: Path) -> None:
+    lines = Lines(
+        series=[Series(name="a", x=[1, 3], y=[10, 20])],
+        x=Axis(title="layer"),
+        y=Axis(title="a title of the axis"),
+    )
+    panels = {f"panel {name}": lines for name in "abcde"}  # two rows
+    write_figure(Figure(key="x", title="", panels=panels), tmp_path, "x")
+    texts = svg_texts(tmp_path / "x.svg")
+    assert texts.count("a title of the axis") == 1
+    assert {"1", "2", "3"} <= set(texts) and "1.5" not in texts
