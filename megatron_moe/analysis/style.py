@@ -187,12 +187,15 @@ def printable(text: object, limit: int = 80) -> str:
 
 
 def distinct(labels: Sequence[str]) -> list[str]:
-    """The labels, with a number after those that occur again: axes merge equal categories."""
+    """The labels, with spaces of no width after those that occur again.
+
+    Axes merge equal categories.
+    """
     seen: dict[str, int] = {}
     found = []
     for label in labels:
         seen[label] = seen.get(label, 0) + 1
-        found.append(label if seen[label] == 1 else f"{label} ({seen[label]})")
+        found.append(label + "\u200b" * (seen[label] - 1))
     return found
 
 
