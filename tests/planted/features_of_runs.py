@@ -11,7 +11,32 @@ _DIRECTORY = "tests/training/test_save_directory.py::"
 _REPORT = "tests/parallel/test_failure_report.py::"
 _LOGS = "tests/faults/test_log_destinations.py::"
 
-SIGNALS = ()
+SIGNALS = (
+    Planted(
+        row="feature 1",
+        fault="data-loader workers receive exit signals",
+        file="megatron_moe/data/loader.py",
+        old="with exit_signals_blocked():  # starts the workers",
+        new="with contextlib.nullcontext():",
+        test="tests/platform/test_signals.py::test_workers_go_on_when_every_process_of_a_rank_is_signalled",
+    ),
+    Planted(
+        row="feature 1",
+        fault="the second of two signals ends a rank, however close",
+        file="megatron_moe/training/exit_request.py",
+        old="if now - self._first > REPEAT_SECONDS and",
+        new="if now > self._first and",
+        test="tests/training/test_signals.py::test_signals_close_together_are_one_request",
+    ),
+    Planted(
+        row="feature 1",
+        fault="a rank that fails after its save counts as preempted",
+        file="tools/torchrun.py",
+        old="if launcher == FAILED and noted != USAGE_EXIT_CODE:",
+        new="if launcher == FAILED and noted == 0:",
+        test="tests/parallel/test_launch.py::test_a_failure_counts_more_than_what_ranks_noted_before",
+    ),
+)
 
 FINITE = ()
 

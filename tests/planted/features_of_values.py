@@ -161,6 +161,14 @@ BOMBS = (
         new="        if window > _LARGEST_WINDOW:",
         test=_READING + "test_zstd_windows_up_to_two_gib",
     ),
+    Planted(
+        row="feature 11",
+        fault="a record of PyTorch's files may be compressed",
+        file="megatron_moe/convert/hf_files.py",
+        old="if info.compress_type != zipfile.ZIP_STORED or info.file_size > size:",
+        new="if info.compress_type != zipfile.ZIP_STORED and info.file_size > size:",
+        test="tests/convert/test_hf_files.py::test_records_of_a_bin_file_are_not_compressed",
+    ),
 )
 
 COUNTS = (
@@ -234,6 +242,14 @@ SECURITY = (
         new=""".encode(errors="surrogateescape")
     except MemoryError:""",
         test="tests/fuzz/test_seeds.py::test_seeds[run-config]",
+    ),
+    Planted(
+        row="feature 13",
+        fault="the names that an error line shows are not escaped",
+        file="megatron_moe/errors.py",
+        old="(in_line(text, _PARTS[name]) for name, text in parts.items())",
+        new="(_cut(text, _PARTS[name]) for name, text in parts.items())",
+        test="tests/fuzz/test_seeds.py::test_seeds[hf-index]",
     ),
 )
 

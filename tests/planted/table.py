@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from tests.planted.cases_of_data import CASES_OF_DATA
+from tests.planted.cases_of_runs import CASES_OF_RUNS
 from tests.planted.entry import Planted
 from tests.planted.features_of_runs import FEATURES_OF_RUNS
 from tests.planted.features_of_values import FEATURES_OF_VALUES
 
 PLANTED: tuple[Planted, ...] = (
+    *CASES_OF_RUNS,
     *CASES_OF_DATA,
     *FEATURES_OF_RUNS,
     *FEATURES_OF_VALUES,
@@ -16,21 +18,9 @@ PLANTED: tuple[Planted, ...] = (
 NONE: dict[str, str] = {
     "case 1": "not tried yet",
     "case 2": "not tried yet",
-    "case 3": "not tried yet",
-    "case 4": "not tried yet",
-    "case 5": "not tried yet",
-    "case 6": "not tried yet",
-    "case 7": "not tried yet",
     "case 8": "not tried yet",
-    "case 9": "not tried yet",
-    "case 10": "not tried yet",
-    "case 11": "not tried yet",
     "case 12": "not tried yet",
-    "case 13": "not tried yet",
-    "case 14": "not tried yet",
     "case 20": "not tried yet",
-    "case 21": "not tried yet",
-    "feature 1": "not tried yet",
     "feature 2": "not tried yet",
     "feature 3": "not tried yet",
     "feature 14": "none: takes an hour",
