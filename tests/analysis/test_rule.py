@@ -42,9 +42,9 @@ def test_a_bias_does_not_bring_an_expert_back() -> None:
 
 def test_where_too_few_are_left_in_the_best_groups_the_rest_has_no_weight() -> None:
     rule = RoutingRule(topk=2, groups=2, kept_groups=1)
-    ids, weights = choose(rule, of(5.0, 4.0, 1.0, 0.0), None, out(1))
-    # Group 0 is the best by expert 0, the only one left in it.
-    assert ids[0, 0].item() == 0
+    ids, weights = choose(rule, of(1.0, 0.0, 4.0, 5.0), None, out(2))
+    # Group 1 is the best by expert 3, the only one left in it; experts of group 0 do not count.
+    assert ids[0, 0].item() == 3
     total = math.exp(5) + math.exp(1) + 1
     assert weights[0].tolist() == pytest.approx([math.exp(5) / total, 0.0])
 
