@@ -121,6 +121,7 @@ def _report(run: Any, folder: str) -> Callable[[], None]:
     from megatron_moe.moe.statistics import collect_statistics
     from megatron_moe.training.metrics import Interval, StepRecord, Throughput
     from megatron_moe.training.routing_log import RoutingLogSink
+    from megatron_moe.training.sinks import Sink
     from megatron_moe.training.tensorboard import TensorBoardSink
 
     step = StepRecord(
@@ -140,7 +141,10 @@ def _report(run: Any, folder: str) -> Callable[[], None]:
         mfu=None,
         memory_bytes=0,
     )
-    sinks = [TensorBoardSink(f"{folder}/board", 0), RoutingLogSink(Path(folder) / "routing", 0)]
+    sinks: list[Sink] = [
+        TensorBoardSink(f"{folder}/board", 0),
+        RoutingLogSink(Path(folder) / "routing", 0),
+    ]
 
     def report() -> None:
         layers = collect_statistics(run.chunks, run.ctx.pgs)
