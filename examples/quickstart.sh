@@ -7,6 +7,7 @@
 # 4. pretrain   the tiny preset under torchrun, experts spread over 2 ranks, held-out evaluation
 # 5. resume     the same run from its checkpoint, in new processes
 # 6. sample     text from the checkpoint, by the single-device model
+# 7. report     what its experts do, on code against text, as one page for a browser
 #
 # Everything is written to quickstart/, which is emptied first. QUICKSTART_DIR and QUICKSTART_ITERS
 # set another folder and length.
@@ -32,14 +33,14 @@ mkdir -p "$OUT/data" "$OUT/logs"
 touch "$OUT/.quickstart"
 TOKENIZER=(--tokenizer-type SentencePieceTokenizer --tokenizer-model "$OUT/tokenizer.model")
 
-say "1/6 Corpus: standard-library sources (code), docstrings and help texts (text)"
+say "1/7 Corpus: standard-library sources (code), docstrings and help texts (text)"
 python tools/make_demo_corpus.py --output-dir "$OUT/corpus"
 
-say "2/6 Tokenizer: $VOCAB pieces"
+say "2/7 Tokenizer: $VOCAB pieces"
 python tools/train_tokenizer.py --input "$OUT"/corpus/{code,text}.jsonl \
   --output "$OUT/tokenizer.model" --vocab-size "$VOCAB"
 
-say "3/6 Tokenized data"
+say "3/7 Tokenized data"
 for domain in code text; do
   python tools/preprocess_data.py --input "$OUT/corpus/$domain.jsonl" \
     --output-prefix "$OUT/data/$domain" "${TOKENIZER[@]}" --append-eod --workers 2
@@ -64,19 +65,25 @@ export OMP_NUM_THREADS=1 # two ranks on two cores
 # The address, because a machine's own host name may not resolve.
 TORCHRUN=(torchrun --standalone --local-addr 127.0.0.1 --nproc-per-node 2)
 
-say "4/6 Pretraining: $ITERS steps on 2 ranks, expert parallel 2"
+say "4/7 Pretraining: $ITERS steps on 2 ranks, expert parallel 2"
 "${TORCHRUN[@]}" pretrain_openmoe.py "${RUN[@]}" --train-iters "$ITERS" 2>&1 |
   tee "$OUT/logs/pretrain.log"
 
-say "5/6 Resuming from the checkpoint: $MORE more steps in new processes"
+say "5/7 Resuming from the checkpoint: $MORE more steps in new processes"
 "${TORCHRUN[@]}" pretrain_openmoe.py "${RUN[@]}" --train-iters $((ITERS + MORE)) \
   --load "$OUT/checkpoint" 2>&1 | tee "$OUT/logs/continue.log"
 
 python tools/unigram_loss.py "${RUN[@]}" --train-iters "$ITERS" | tee "$OUT/logs/unigram.log"
 
-say "6/6 A sample"
+say "6/7 A sample"
 python tools/generate.py --load "$OUT/checkpoint" --prompt "def read(self, size):" \
   --max-new-tokens 64 --temperature 0.8 --top-p 0.9 | tee "$OUT/logs/sample.txt"
+
+say "7/7 A report of its experts"
+# One process now.
+OMP_NUM_THREADS=2 python tools/analyze_moe.py --load "$OUT/checkpoint" --tokens 32768 --draws 100 \
+  --data code="$OUT/data/code_text_document" text="$OUT/data/text_text_document" \
+  --out "$OUT/report"
 
 say "Done"
 python examples/quickstart_summary.py "$OUT"

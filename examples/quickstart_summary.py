@@ -72,6 +72,7 @@ def report(results: Results, folder: Path) -> str:
             f"logs            {folder}/logs, TensorBoard events in {folder}/tensorboard, "
             f"checkpoints in {folder}/checkpoint",
             f"view them       .venv/bin/tensorboard --logdir {folder}/tensorboard",
+            f"its experts     {folder}/report/report.html, read it with docs/analysis.md",
         )
     )
 

@@ -17,7 +17,7 @@ from examples.quickstart_summary import MARGIN, main, read
 from megatron_moe.config.cli import parse_args
 from megatron_moe.parallel.layout import resolve_layout
 from megatron_moe.training.plan import resolve_plan
-from tools import preprocess_data
+from tools import analyze_moe, preprocess_data
 
 ROOT = Path(__file__).resolve().parents[2]
 RECORD = '() { printf "%s\\0" "$FUNCNAME" "$@" $\'\\n\' >> "$CALLS"; }'
@@ -87,6 +87,20 @@ def test_unigram_model_sees_the_same_data(calls: list[list[str]]) -> None:
         for arguments in (after(calls, "pretrain_openmoe.py")[0], unigram)
     )
     assert baseline == training
+
+
+def test_the_report_is_of_the_checkpoint_on_both_domains(
+    calls: list[list[str]], tmp_path: Path
+) -> None:
+    (arguments,) = after(calls, "tools/analyze_moe.py")
+    options = analyze_moe.parse(arguments)
+    analyze_moe.check(options)
+    saved = parse_args(after(calls, "pretrain_openmoe.py")[-1]).config
+    assert options.load == [saved.checkpoint.save]
+    pairs = [word.split("=", 1) for word in options.data]
+    assert [name for name, _ in pairs] == ["code", "text"]
+    assert all(prefix in saved.data.data_path for _, prefix in pairs)
+    assert options.out == tmp_path / "out/report"
 
 
 def test_a_folder_that_is_not_a_quickstart_is_left_alone(tmp_path: Path) -> None:
