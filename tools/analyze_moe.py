@@ -66,6 +66,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+RESERVED = ("compared", "figures")
+"""Folders of `--out` that are no checkpoint's."""
 LONGEST_ROW = 2048
 """Tokens of a row unless `--seq-length` says more: memory of attention grows with its square."""
 
@@ -170,6 +172,9 @@ def open_all(words: Sequence[str]) -> list[MoEModel]:
         if [other.label for other in models].count(model.label) > 1:
             fix = "name them: --load A=DIR B=DIR"
             raise UsageError("--load", model.label, "a different label for each checkpoint", fix)
+        if model.label in RESERVED:
+            expected = f"another label than {' and '.join(RESERVED)}, folders of --out"
+            raise UsageError("--load", model.label, expected, "name it: --load A=DIR")
     return models
 
 

@@ -93,6 +93,7 @@ def test_the_analyses_are_listed(folder: Path, capsys: pytest.CaptureFixture[str
         ("--load FOLDER/run --analyses foo --out OUT", "--analyses must be some of .*domains"),
         ("--load FOLDER/run --layers 0 --out OUT", "--layers must be MoE layers of run@7: 1"),
         ("--load FOLDER/run FOLDER/run@7 --out OUT", "--load must be a different label"),
+        ("--load figures=FOLDER/run --out OUT", "--load must be another label than compared and"),
         ("--load FOLDER/run --compare FOLDER/run FOLDER/run --out OUT", "--compare must be absent"),
         ("--load FOLDER/run --analyses domains --out OUT", "--data must be given with --analyses"),
         ("--load FOLDER/run --ablate 1:2 --out OUT", "--data must be given with --ablate"),
