@@ -37,6 +37,14 @@ DATA = (
         test=_CAUSAL + "test_short_reads",
     ),
     Planted(
+        row="case 15",
+        fault="an index without document bounds is read",
+        file="megatron_moe/data/indexed/check.py",
+        old="    if bounds < 1:",
+        new="    if bounds < 0:",
+        test=_CHECK + "test_refused_at_open",
+    ),
+    Planted(
         row="case 16",
         fault="an id equal to the vocabulary's size passes the scan",
         file="megatron_moe/data/indexed/scan.py",

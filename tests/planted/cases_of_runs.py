@@ -16,7 +16,24 @@ _PIPELINE = "tests/data/test_pipeline.py::"
 _FLAGS = "tests/training/test_checkpoint_flags.py::"
 _LOADER = "megatron_moe/data/loader.py"
 
-REPEATED = ()
+REPEATED = (
+    Planted(
+        row="case 1",
+        fault="torch's generator is not seeded at the start of a run",
+        file="megatron_moe/parallel/context.py",
+        old="    torch.manual_seed(stage_seed)\n    model_parallel_cuda_manual_seed(stage_seed)\n",
+        new="    model_parallel_cuda_manual_seed(torch.seed() % 2**31)\n",
+        test=_RESUME + "test_twenty_steps_repeat",
+    ),
+    Planted(
+        row="case 2",
+        fault="every rank restores the random states of rank 0",
+        file="megatron_moe/checkpoint/load.py",
+        old="    file = rank_file(ctx.rank)",
+        new="    file = rank_file(0)",
+        test=_LOAD + "test_random_states_of_every_rank_come_back",
+    ),
+)
 
 KILLED = (
     Planted(
@@ -111,6 +128,14 @@ KILLED = (
         + "test_a_write_that_fails_reports_step_and_bytes_and_leaves_nothing[one file-100-save]",
     ),
     Planted(
+        row="case 6",
+        fault="the bytes needed are named for an exceeded quota alone",
+        file="megatron_moe/checkpoint/save.py",
+        old="_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)",
+        new="_NO_SPACE = (errno.EDQUOT,)",
+        test=_FAULTS + "test_a_full_disk_is_an_error_and_the_old_checkpoint_stays[one file-save]",
+    ),
+    Planted(
         row="case 7",
         fault="a loader that resumes begins at sample 0",
         file=_LOADER,
@@ -157,12 +182,42 @@ WRONG = (
         test="tests/training/test_replicas.py::test_the_hash_sees_every_bit_and_every_exchange",
     ),
     Planted(
+        row="case 12",
+        fault="squares are added over all ranks, replicas included",
+        file="megatron_moe/training/whole_model.py",
+        old="torch.distributed.all_reduce(found, group=part.get_grad_stats_parallel_group())",
+        new="torch.distributed.all_reduce(found)",
+        test=_STEP + "test_loss_and_gradient_norm_are_the_reference_models[DP2]",
+    ),
+    Planted(
         row="case 13",
         fault="a choice more is kept than there are slots",
         file="megatron_moe/moe/plan.py",
         old="kept_GA = rank_GA < capacity.slots",
         new="kept_GA = rank_GA <= capacity.slots",
         test="tests/moe/test_plan.py::test_slots_are_full_before_anything_drops",
+    ),
+    Planted(
+        row="case 14",
+        fault="a norm is checked for infinity alone",
+        file="megatron_moe/training/step.py",
+        old="        if not math.isfinite(norm):",
+        new="        if math.isinf(norm):",
+        test=_STEP + "test_a_nan_stops_every_rank_before_anything_changes[DP2-1-1]",
+    ),
+    Planted(
+        row="case 14",
+        fault="a rank's own gradients are looked at after they are reduced",
+        file="megatron_moe/parallel/schedule.py",
+        old="""        if before_reduction is not None:
+            before_reduction()
+        finalize_gradients(ctx, chunks)
+""",
+        new="""        finalize_gradients(ctx, chunks)
+        if before_reduction is not None:
+            before_reduction()
+""",
+        test=_STEP + "test_a_nan_stops_every_rank_before_anything_changes[DP2-1-1]",
     ),
     Planted(
         row="case 14",
@@ -175,6 +230,14 @@ WRONG = (
 )
 
 HANGS = (
+    Planted(
+        row="case 20",
+        fault="a rank does not ask to end with its launcher",
+        file="megatron_moe/processes.py",
+        old="    if launcher is None or launcher.pid == os.getppid():",
+        new="    if launcher is None or launcher.pid == os.getpid():",
+        test="tests/faults/test_orphans.py::test_a_rank_ends_with_its_launcher",
+    ),
     Planted(
         row="case 21",
         fault="a signal during a save ends the process",

@@ -38,9 +38,53 @@ SIGNALS = (
     ),
 )
 
-FINITE = ()
+FINITE = (
+    Planted(
+        row="feature 2",
+        fault="moments are not checked for NaN before a save",
+        file="megatron_moe/checkpoint/finite.py",
+        old="    for part in parts:\n        by_dtype",
+        new="    for part in (p for p in parts if p.kind == 'model'):\n        by_dtype",
+        test=_FINITE
+        + "test_the_last_good_checkpoint_stays_the_newest[1-flags0-moment-exp_avg_sq of ]",
+    ),
+    Planted(
+        row="feature 2",
+        fault="a finite number counts as infinite if its square is",
+        file="megatron_moe/checkpoint/finite.py",
+        old="int((~part.values.isfinite()).sum())",
+        new="int((~part.values.square().isfinite()).sum())",
+        test=_FINITE + "test_large_finite_numbers_are_no_error",
+    ),
+    Planted(
+        row="feature 2",
+        fault="a spike must be one of loss and of norm",
+        file="megatron_moe/training/spikes.py",
+        old="return lm_loss > self._limit(self.losses) or grad_norm",
+        new="return lm_loss > self._limit(self.losses) and grad_norm",
+        test=_SPIKES + "test_limits_are_mean_and_deviations_of_the_window",
+    ),
+)
 
 SAVES = (
+    Planted(
+        row="feature 3",
+        fault="the last evaluation comes before the last save",
+        file="megatron_moe/training/trainer.py",
+        old="""        self.save()
+        self.checkpoints.finish()
+        if self.finished:
+            self.evaluate("validation")
+            self.evaluate("test")
+""",
+        new="""        if self.finished:
+            self.evaluate("validation")
+            self.evaluate("test")
+        self.save()
+        self.checkpoints.finish()
+""",
+        test="tests/faults/test_killed_runs.py::test_a_run_killed_in_its_last_evaluation_has_its_last_step",
+    ),
     Planted(
         row="feature 4",
         fault="a living owner whose heartbeat is old is replaced",
@@ -230,6 +274,14 @@ FAILURES = (
         old="name = group.group_desc or group.group_name",
         new="name = group.group_name",
         test=_REPORT + "test_the_collective_and_the_group_of_a_thread_that_waits",
+    ),
+    Planted(
+        row="feature 7",
+        fault="a rank that is no process any more is not reported",
+        file="megatron_moe/processes.py",
+        old="if r != mine and states.get(r, ENDED)}",
+        new="if r != mine and states.get(r)}",
+        test="tests/faults/test_orphans.py::test_ranks_of_this_node_that_cannot_answer",
     ),
     Planted(
         row="feature 7",

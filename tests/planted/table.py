@@ -16,13 +16,7 @@ PLANTED: tuple[Planted, ...] = (
 )
 
 NONE: dict[str, str] = {
-    "case 1": "not tried yet",
-    "case 2": "not tried yet",
     "case 8": "not tried yet",
-    "case 12": "not tried yet",
-    "case 20": "not tried yet",
-    "feature 2": "not tried yet",
-    "feature 3": "not tried yet",
     "feature 14": "none: takes an hour",
 }
 """Rows without a fault, with what the page says instead."""
