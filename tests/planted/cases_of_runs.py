@@ -87,6 +87,28 @@ KILLED = (
     ),
     Planted(
         row="case 4",
+        fault="the first damaged file alone is named",
+        file="megatron_moe/checkpoint/directory.py",
+        old="for name, fault in zip(chosen, faults, strict=True) if fault]",
+        new="for name, fault in zip(chosen, faults, strict=True) if fault][:1]",
+        test=_SAVE + "test_every_damaged_file_is_named_at_once",
+    ),
+    Planted(
+        row="case 4",
+        fault="tensors are loaded before their files are verified",
+        file="megatron_moe/checkpoint/load.py",
+        old="""    if selected is None or not selected.verified:
+        verify_tensors(opened, ranks)
+    ranks.run_on_all(lambda: _fill(opened, parts))
+""",
+        new="""    ranks.run_on_all(lambda: _fill(opened, parts))
+    if selected is None or not selected.verified:
+        verify_tensors(opened, ranks)
+""",
+        test=_LOAD + "test_a_flipped_bit_is_rejected_on_every_rank_before_anything_changes",
+    ),
+    Planted(
+        row="case 4",
         fault="a manifest is not compared with its own digest",
         file="megatron_moe/checkpoint/directory.py",
         old='    if content.get("digest") != (digest := _digest(content)):',
@@ -170,6 +192,14 @@ ELASTIC = (
         new='_MOE_MATHS = ("moe_router_topk",)',
         test=_LOAD + "test_a_run_resumes_only_with_the_router_and_the_padding_that_it_had",
     ),
+    Planted(
+        row="case 10",
+        fault="shapes of tensors are compared, and dtypes are not",
+        file="megatron_moe/checkpoint/compare.py",
+        old="elif (tensor.shape, tensor.dtype) != (shape, dtype):",
+        new="elif tensor.shape != shape:",
+        test=_LOAD + "test_no_silent_cast",
+    ),
 )
 
 WRONG = (
@@ -196,6 +226,14 @@ WRONG = (
         old="kept_GA = rank_GA < capacity.slots",
         new="kept_GA = rank_GA <= capacity.slots",
         test="tests/moe/test_plan.py::test_slots_are_full_before_anything_drops",
+    ),
+    Planted(
+        row="case 13",
+        fault="counts are not added over data-parallel ranks",
+        file="megatron_moe/moe/statistics.py",
+        old="    for group in (tp, dp, pp):",
+        new="    for group in (tp, pp):",
+        test="tests/training/test_reporting.py::test_every_choice_of_every_token_is_in_the_load_histogram",
     ),
     Planted(
         row="case 14",

@@ -64,6 +64,19 @@ FINITE = (
         new="return lm_loss > self._limit(self.losses) and grad_norm",
         test=_SPIKES + "test_limits_are_mean_and_deviations_of_the_window",
     ),
+    Planted(
+        row="feature 2",
+        fault="the policy is asked after the update",
+        file="megatron_moe/training/step.py",
+        old="""        if takes_update is None or takes_update(iteration, sums, norm):
+            _update(run, learning_rate, norm, iteration)
+""",
+        new="""        _update(run, learning_rate, norm, iteration)
+        if takes_update is not None:
+            takes_update(iteration, sums, norm)
+""",
+        test=_SPIKES + "test_a_skipped_step_changes_no_bit_of_weights_and_moments",
+    ),
 )
 
 SAVES = (
