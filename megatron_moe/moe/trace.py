@@ -73,7 +73,7 @@ class Trace:
         sample: [N] number of the sequence, from 0: in the order of training, or of the analysis.
         position: [N] place in the sequence, from 0.
         document: [N] document of the sequence, from 0, within which attention stays; 0 where a
-            sequence is one document to the model.
+            sequence is one document to the model. In traces of the analysis, of the text.
         token_id: [N] input id.
         experts: [N, K] choices, best first.
         probabilities: [N, K] their probabilities by the softmax over all E experts.
