@@ -174,8 +174,8 @@ def layer_lines(
             series.append(Series(name=label, x=layers, y=found, group=label))
             for array, words in (chance or {}).items():
                 null = result.arrays[array][:, place]
-                title = f"{label}, {words}"
-                series.append(Series(name=title, x=layers, y=null, group=label, dashed=True))
+                dashed = f"{label}, {words}"
+                series.append(Series(name=dashed, x=layers, y=null, group=label, dashed=True))
         panels[TITLES.get(name, name)] = Lines(
             series=series,
             x=Axis(title="layer"),

@@ -149,3 +149,10 @@ def test_the_trend_over_depth(tmp_path: Path) -> None:
     turned = ToyModel([torch.randn(3, 16)] * 6, [*layers[4::-1], layers[5]])
     text = ExpertSimilarity().reading({"a": stored(ExpertSimilarity(), turned, tmp_path)})
     assert "rises with depth" in text and "unlike in the paper" in text
+
+
+def test_titles_and_panels_are_not_those_of_a_series(tmp_path: Path) -> None:
+    result = stored(ExpertSimilarity(), random_model(layers=2, experts=3), tmp_path)
+    first, *_ = ExpertSimilarity().figures({"a model": result})
+    assert "a model" not in first.title
+    assert list(first.panels) == ["up projection", "gate projection", "down projection"]
