@@ -177,6 +177,22 @@ KILLED = (
 
 ELASTIC = (
     Planted(
+        row="case 8",
+        fault="a rank's part of the moments is written as if it began at 0",
+        file="megatron_moe/model/sharding/parts.py",
+        old="yield from _flat_parts(kind, shard, flat, state.start)",
+        new="yield from _flat_parts(kind, shard, flat, 0)",
+        test=_LAYOUTS + "test_every_layout_loads_and_saves_the_same_tensors[DP4 distributed]",
+    ),
+    Planted(
+        row="case 8",
+        fault="tied embeddings are written by both stages",
+        file="megatron_moe/model/sharding/parts.py",
+        old="        if not shard.writer:\n            continue\n",
+        new="",
+        test=_LAYOUTS + "test_tied_embeddings_are_written_once_and_read_on_both_stages",
+    ),
+    Planted(
         row="case 9",
         fault="each rank reads a block of all its micro-batches",
         file=_LOADER,

@@ -16,7 +16,6 @@ PLANTED: tuple[Planted, ...] = (
 )
 
 NONE: dict[str, str] = {
-    "case 8": "not tried yet",
     "feature 14": "none: takes an hour",
 }
 """Rows without a fault, with what the page says instead."""
