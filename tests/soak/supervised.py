@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.soak.disk import empty, fill
 from tests.soak.processes import MARK, Process, Role, end_all, processes
@@ -27,6 +28,8 @@ they start (`STARTUP_TIMEOUT`), and a busy machine needs more."""
 ORPHAN_PATIENCE = 20.0
 """Seconds that processes may outlive the launcher."""
 _STEP = re.compile(r" iteration (\d+)/")
+_NO_METRICS = "WARNING: --metrics-file"
+"""Begins the line of a start that goes on without the file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,8 @@ class Record:
     slowest_end: float = 0.0
     """Seconds from a fault to the end of the last process."""
     violations: list[str] = field(default_factory=list)
+    without_metrics: set[int] = field(default_factory=set)
+    """Steps whose metrics a start left out, as it said, since the disk was full."""
     samples: list[Sample] = field(default_factory=list)
 
 
@@ -181,14 +186,18 @@ class Supervised:
     def _read(self, process: subprocess.Popen[str], mark: str, log: Path) -> None:
         """Follow the log of a start: its steps, and what the ranks use at some of them."""
         assert process.stdout is not None
+        without = False
         with log.with_suffix(".out").open("w") as copy:
             for line in process.stdout:
                 copy.write(line)
                 copy.flush()
+                without = without or _NO_METRICS in line
                 if found := _STEP.match(line):
                     self._step = int(found.group(1))
                     if not self._faults and self._step % 50 == 0:
                         self._sample(mark)
+                if without:  # the step before the warning may be the one that was not written
+                    self.record.without_metrics.add(self._step)
 
     def _sample(self, mark: str) -> None:
         ranks = [process for process in processes(mark) if process.role == "rank"]
@@ -234,6 +243,6 @@ def _signal(process: Process, number: int) -> bool:
     return False
 
 
-def metrics_of(directory: Path) -> list[dict[str, object]]:
+def metrics_of(directory: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics file."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
