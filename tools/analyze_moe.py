@@ -48,6 +48,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--analyses", nargs="+", metavar="NAME", help="some analyses (all; see --list)")
     add("--layers", nargs="+", type=int, metavar="L", help="some MoE layers, from 0 (all)")
+    more = "some experts in figures (all); tables have all"
+    add("--experts", nargs="+", type=int, metavar="E", help=more)
     add("--figures", choices=("openmoe", "olmoe", "closer-look"), help="a paper's figures as well")
     add("--dense", metavar="DIR", help="a dense Llama-style model to compare the experts with")
     add("--ablate", nargs="+", metavar="LAYER:EXPERT", help="the loss without these experts")
@@ -111,6 +113,7 @@ def run(options: argparse.Namespace) -> None:
         names = [*names, *(key for key in papers()[options.figures].needs if key in known)]
     analyses = selected(names, known)
     models = open_all([*options.load, *options.compare])
+    check_experts(options.experts, models)
     layers = layers_of(options.layers, models)
     analyses = without_data(options, analyses)
     sample = sample_of(options, models)
@@ -133,7 +136,7 @@ def run(options: argparse.Namespace) -> None:
     if options.ablate:
         ablate(options.ablate, models, sample, how)
     if not options.routing_trace_dir and not options.ablate:
-        analyse_all(models, sample, analyses, how, options.figures)
+        analyse_all(models, sample, analyses, how, options.figures, options.experts)
 
 
 def print_list(analyses: object) -> None:
@@ -176,6 +179,19 @@ def open_all(words: Sequence[str]) -> list[MoEModel]:
             expected = f"another label than {' and '.join(RESERVED)}, folders of --out"
             raise UsageError("--load", model.label, expected, "name it: --load A=DIR")
     return models
+
+
+def check_experts(wanted: Sequence[int] | None, models: Sequence[MoEModel]) -> None:
+    """Check the experts of `--experts`.
+
+    Raises:
+        UsageError: a model has no expert of that number.
+    """
+    for model in models:
+        for expert in wanted or ():
+            if not 0 <= expert < model.sizes.num_experts:
+                expected = f"from 0 to {model.sizes.num_experts - 1}, experts of {model.label}"
+                raise UsageError("--experts", expert, expected)
 
 
 def dense_beside(path: str | None, models: Sequence[MoEModel]) -> DenseModel | None:
@@ -273,6 +289,7 @@ def analyse_all(
     analyses: Sequence[Analysis],
     how: RunOptions,
     figures: str | None,
+    experts: Sequence[int] | None = None,
 ) -> None:
     """Analyse every checkpoint, compare them, write the report."""
     from megatron_moe.analysis.paper import papers
@@ -287,7 +304,9 @@ def analyse_all(
             results[model.label] = analyse(model, sample, analyses, how, bar.update)
     compared = compare(analyses, results, how.out)
     paper = papers()[figures] if figures else None
-    path = write_report(how.out, models, sample, results, compared=compared, paper=paper)
+    path = write_report(
+        how.out, models, sample, results, compared=compared, paper=paper, experts=experts
+    )
     print_safely(f"report: {path}")
 
 

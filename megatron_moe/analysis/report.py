@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,6 +29,7 @@ from megatron_moe.analysis.plot import Figure, Heatmap, Radar
 from megatron_moe.analysis.result import RESULT, Result, Table, replace_file, write_table
 from megatron_moe.analysis.run import COMPARED, by_analysis
 from megatron_moe.analysis.sample import Sample
+from megatron_moe.analysis.selection import with_experts
 from megatron_moe.analysis.style import ON_DARK, file_names, printable
 from megatron_moe.errors import UsageError
 
@@ -51,6 +52,7 @@ def write_report(
     compared: Mapping[str, Result] | None = None,
     paper: Paper | None = None,
     analyses: Mapping[str, Analysis] | None = None,
+    experts: Collection[int] | None = None,
     title: str = "Mixture-of-experts report",
 ) -> Path:
     """Write `report.html` and `figures/<analysis>/<figure>.png` and `.svg`.
@@ -63,6 +65,7 @@ def write_report(
         compared: what several checkpoints show together, by key of the analysis.
         paper: whose figures are drawn as well.
         analyses: by key; `None` for those of this package.
+        experts: that figures with an axis of experts show; `None` for all. A paper's show all.
         title: heading.
 
     Returns:
@@ -78,7 +81,7 @@ def write_report(
     groups: dict[str, list[Values]] = {}
     for key in (key for key in known if key in found):
         together = (compared or {}).get(key)
-        section = _section(out, known[key], found[key], together)
+        section = _section(out, known[key], found[key], together, experts)
         groups.setdefault(known[key].group, []).append(section)
     if paper is not None:
         given = Given(models=models, sample=sample, results=found, analyses=known)
@@ -167,11 +170,17 @@ def _domains(sample: Sample | None) -> list[Values]:
 
 
 def _section(
-    out: Path, analysis: Analysis, found: Mapping[str, Result], together: Result | None
+    out: Path,
+    analysis: Analysis,
+    found: Mapping[str, Result],
+    together: Result | None,
+    experts: Collection[int] | None,
 ) -> Values:
     """What the template shows of one analysis."""
     labels = list(found)
     figures = list(analysis.figures(found))
+    if experts is not None:
+        figures = [with_experts(figure, experts) for figure in figures]
     places = {label: f"{label}/{analysis.key}" for label in labels}
     shown = dict(found)
     if together is not None:

@@ -54,6 +54,15 @@ def test_a_report_of_two_steps_and_nothing_twice(
     assert results == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("result.json")}
 
 
+def test_two_checkpoints_side_by_side_with_some_experts(folder: Path, tmp_path: Path) -> None:
+    command = f"--compare FOLDER/run@3 FOLDER/run@7 {DATA} --analyses domains --experts 1 3"
+    assert _main(folder, f"{command} --out {tmp_path}") == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "run@3" in page and "run@7" in page
+    bars = re.findall(r'"type":"bar","name":"[^"]*","x":\[([^\]]*)\]', page)
+    assert bars and set(bars) == {"1,3"}
+
+
 def test_weights_need_no_data(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,6 +111,7 @@ def test_the_analyses_are_listed(folder: Path, capsys: pytest.CaptureFixture[str
         (f"--load FOLDER/run {DATA} --ablate x --out OUT", "--ablate must be LAYER:EXPERT"),
         ("--load FOLDER/run --data FOLDER/none --out OUT", "data path must be the prefix"),
         ("--load FOLDER/run --data FOLDER/code --seq-length 41 --out OUT", "--seq-length must be"),
+        ("--load FOLDER/run --experts 1 4 --out OUT", "--experts must be from 0 to 3, experts of"),
         ("--load FOLDER/run --draws 0 --out OUT", "--draws must be >= 1"),
         ("--load FOLDER/run --out FOLDER/code.bin", "--out must be a directory"),
         ("--load FOLDER/run --device nothing --out OUT", "--device must be a device"),
