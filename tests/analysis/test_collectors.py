@@ -143,12 +143,12 @@ class _Loops:
 
 
 def test_blocks_of_a_domain_add_up_to_it(tmp_path: Path) -> None:
-    """The short domain has three rows, so three blocks; the other 70 rows in 64 blocks."""
+    """At most 64 blocks of 70 rows: two rows each. Three rows fill one block and half of another."""
     texts = {"long": [[1] * (70 * S + 1)], "short": [[2] * (3 * S + 1)]}
     found = collected(_model(), sample_of(tmp_path, texts, seq_length=S), ["domains", "load"])
     blocks, load = found["domains"].state(), found["load"].state()
-    assert blocks["tokens_DG"][1].tolist() == [S] * 3 + [0] * 61
-    assert sorted(set(blocks["tokens_DG"][0].tolist())) == [S, 2 * S]
+    assert blocks["tokens_DG"][1].tolist() == [2 * S, S] + [0] * 33
+    assert blocks["tokens_DG"][0].tolist() == [2 * S] * 35
     assert blocks["tokens_DG"].sum(1).tolist() == [70 * S, 3 * S]
     np.testing.assert_array_equal(blocks["chosen_LDGE"].sum((1, 2)), load["chosen_LE"])
     np.testing.assert_array_equal(blocks["first_LDGE"].sum((1, 2)), load["first_LE"])
@@ -158,17 +158,17 @@ def test_blocks_of_a_domain_add_up_to_it(tmp_path: Path) -> None:
 
 
 def test_blocks_are_neighbouring_rows(tmp_path: Path) -> None:
-    """Rows have ids 1 to 70; the first 35 choose expert 0 and fill the first 32 of 64 blocks."""
+    """Rows have ids 1 to 70; the first 36 choose expert 0 and fill the first 18 of 35 blocks."""
 
     def rule(batch: TokenBatch, layer: int) -> Ids:
-        return (batch.tokens_BS.reshape(-1, 1) > 35).astype(np.int64)
+        return (batch.tokens_BS.reshape(-1, 1) > 36).astype(np.int64)
 
     texts = {"long": [[1 + i // S for i in range(70 * S + 1)]]}
     sample = sample_of(tmp_path, texts, seq_length=S)
     found = collected(PlantedModel(rule, experts=2, topk=1), sample, ["domains"])["domains"]
     first_GE = found.state()["first_LDGE"][0, 0]
-    assert (first_GE[:32, 0] > 0).all() and not first_GE[:32, 1].any()
-    assert (first_GE[32:, 1] > 0).all() and not first_GE[32:, 0].any()
+    assert (first_GE[:18, 0] > 0).all() and not first_GE[:18, 1].any()
+    assert (first_GE[18:, 1] > 0).all() and not first_GE[18:, 0].any()
 
 
 def test_stored_choices_are_those_of_evenly_spread_rows(

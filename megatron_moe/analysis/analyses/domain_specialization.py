@@ -42,7 +42,8 @@ class DomainSpecialization(Analysis):
         "N_e(domain) / N(domain); uniform routing gives k/E. Intervals: 95%, from resampled blocks "
         "of neighbouring rows. The strength of a layer is the share of choices that would have to "
         "go to other experts for a domain to be routed like all domains together (total variation "
-        "distance, mean over the domains). Its chance level exchanges blocks between the domains."
+        "distance, mean over the domains). Its chance level exchanges blocks between the domains; "
+        "both are of blocks of as many rows each, so up to one block of a domain is left out."
     )
     source = (
         "Muennighoff et al., OLMoE (arXiv 2409.02060), section 5.3; "
@@ -71,8 +72,8 @@ class DomainSpecialization(Analysis):
             arrays[f"{name}_null_L"] = null_RL.mean(0)
             arrays[f"{name}_null_high_L"] = np.quantile(null_RL, 0.95, axis=0)
             columns = zip(strength_L, null_RL.T, strict=True)
-            arrays[f"{name}_p_L"] = np.array([p_value(one, drawn) for one, drawn in columns])
-            p_values[name] = p_value(strength_L.mean(), null_RL.mean(1))
+            arrays[f"{name}_p_L"] = np.array([_p_value(one, drawn) for one, drawn in columns])
+            p_values[name] = _p_value(strength_L.mean(), null_RL.mean(1))
         share_LDE = arrays["chosen_LDE"]
         overall_LE = counts["chosen_LDGE"].sum((1, 2)) / tokens_DG.sum()
         ratio = np.divide(
@@ -101,7 +102,7 @@ class DomainSpecialization(Analysis):
                 "layers": np.array(layers),
                 "domains": np.array(names),
             },
-            notes=_notes(tokens_DG, names),
+            notes=_notes(tokens_DG, names, setting.sample.seq_length),
         )
 
     def figures(self, results: Mapping[str, Result]) -> Sequence[Figure]:
@@ -158,6 +159,11 @@ def intervals(
     return low, high
 
 
+def full_blocks(tokens_DG: Array) -> Array:
+    """Which blocks have all their rows, [D, G]: the last one of a domain may have fewer."""
+    return np.asarray((tokens_DG > 0) & (tokens_DG == tokens_DG.max()))
+
+
 def strength_of(count_LDE: Array) -> Array:
     """Mean over domains of the total variation distance to all domains together, [L]."""
     share_LDE = count_LDE / np.maximum(count_LDE.sum(2, keepdims=True), 1)
@@ -169,12 +175,24 @@ def strength_of(count_LDE: Array) -> Array:
 def permuted(
     count_LDGE: Array, tokens_DG: Array, draws: int, rng: np.random.Generator
 ) -> tuple[Array, Array]:
-    """The strength by layer, [L], and that after exchanging blocks between domains, [R, L]."""
-    domain_X, block_X = np.nonzero(tokens_DG)
+    """The strength by layer, [L], and that after exchanging blocks between domains, [R, L].
+
+    Both are of the full blocks alone: were a domain's blocks smaller than another's, exchanging
+    them would even out the noise that a small domain has, and chance would come out too low.
+    Domains without a full block do not count; with several domains but fewer than two that count,
+    there is no strength: NaN.
+    """
+    full_DG = full_blocks(tokens_DG)
+    counted_D = full_DG.any(1)
+    if counted_D.sum() < min(2, len(tokens_DG)):
+        nothing_L = np.full(len(count_LDGE), np.nan)
+        return nothing_L, np.tile(nothing_L, (draws, 1))
+    count_LDGE = count_LDGE[:, counted_D] * full_DG[counted_D][:, :, None]
+    domain_X, block_X = np.nonzero(full_DG[counted_D])
     count_LXE = count_LDGE[:, domain_X, block_X]
     null_RL = np.empty((draws, len(count_LXE)))
     for draw in range(draws):
-        member_DX = (rng.permutation(domain_X) == np.arange(len(tokens_DG))[:, None]).astype(float)
+        member_DX = (rng.permutation(domain_X) == np.arange(counted_D.sum())[:, None]).astype(float)
         null_RL[draw] = strength_of(np.einsum("dx,lxe->lde", member_DX, count_LXE, optimize=True))
     return strength_of(count_LDGE.sum(2)), null_RL
 
@@ -212,16 +230,22 @@ def _tables(
     ]
 
 
-def _notes(tokens_DG: Array, names: Sequence[str]) -> list[str]:
+def _p_value(observed: float, drawn_R: Array) -> float:
+    return float("nan") if np.isnan(observed) else p_value(observed, drawn_R)
+
+
+def _notes(tokens_DG: Array, names: Sequence[str], seq_length: int) -> list[str]:
     notes = []
     if len(names) < 2:
         notes.append("There is one domain, so nothing to compare: give several with --data.")
-    blocks = (tokens_DG > 0).sum(1)
+    blocks = full_blocks(tokens_DG).sum(1)
+    rows = int(tokens_DG.max()) // seq_length
     if len(names) > 1 and blocks.min() < FEW_BLOCKS:
         name = names[int(blocks.argmin())]
         notes.append(
-            f"{name} has {blocks.min()} blocks of rows; intervals and the permutation test need "
-            f"about {FEW_BLOCKS} in each domain, that is {FEW_BLOCKS} rows."
+            f"{name} has {blocks.min()} full blocks of {rows} rows; intervals and the permutation "
+            f"test need about {FEW_BLOCKS} in each domain, that is {FEW_BLOCKS * rows} rows, or "
+            "domains of more similar size. A domain without any does not count in the strength."
         )
     return notes
 
@@ -284,6 +308,10 @@ def _sentence(label: str, result: Result) -> str:
     if len(result.arrays["domains"]) < 2:
         return f"{label}: one domain alone shows no specialization."
     strength, null = (mean_of(result, f"chosen_{name}_L") for name in ("strength", "null"))
+    if np.isnan(strength):
+        return (
+            f"{label}: the domains are too small beside the largest one to compare their routing."
+        )
     text = (
         f"{label}: {100 * strength:.1f}% of choices depend on the domain, against "
         f"{100 * null:.1f}% by chance"

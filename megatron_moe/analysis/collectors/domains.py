@@ -16,7 +16,8 @@ from megatron_moe.analysis.observation import Observation
 from megatron_moe.analysis.sample import first_rows
 
 BLOCKS = 64
-"""Most blocks of a domain; one with fewer rows has a block for each row."""
+"""Most blocks of a domain. A block has as many rows in each domain, so that blocks of different
+domains can be exchanged; the last one of a domain may have fewer."""
 
 
 @collector("domains")
@@ -33,7 +34,8 @@ class Domains(Tallies):
         self._places, self._experts = setting.places(), setting.sizes.num_experts
         self._rows = [len(domain.starts) for domain in setting.sample.domains]
         self._first_rows = first_rows(setting.sample)
-        blocks = min(BLOCKS, max(self._rows))
+        self._block = -(-max(self._rows) // BLOCKS)
+        blocks = -(-max(self._rows) // self._block)
         shape = (len(self._places), len(self._rows), blocks, self._experts)
         sums = {name: torch.zeros(shape, dtype=torch.int64) for name in ("chosen", "first")}
         super().__init__(
@@ -50,9 +52,8 @@ class Domains(Tallies):
         device = seen.layers[0].ids_TK.device
         sums = self.on(device)
         domain, (rows, length) = seen.batch.domain, seen.batch.tokens_BS.shape
-        blocks = min(sums["tokens_DG"].shape[1], self._rows[domain])
         row_B = self._first_rows[seen.batch.number] + torch.arange(rows, device=device)
-        block_T = (row_B * blocks // self._rows[domain]).repeat_interleave(length)
+        block_T = (row_B // self._block).repeat_interleave(length)
         tally(sums["tokens_DG"][domain], block_T)
         for row, place in enumerate(self._places):
             layer = seen.layers[place]

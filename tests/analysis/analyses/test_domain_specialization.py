@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from megatron_moe.analysis.analyses.domain_specialization import (
     DomainSpecialization,
@@ -67,7 +68,7 @@ def test_shares_and_strength_by_hand(tmp_path: Path) -> None:
     # All: 10/16, 2/16, 2/16, 2/16. Both domains are 0.375 away.
     assert result.numbers["strength, all choices"] == 0.375
     assert np.isnan(result.arrays["chosen_low_LDE"]).all()
-    assert "1 blocks" in result.notes[0]
+    assert "1 full blocks of 1 rows" in result.notes[0]
     shares = result.tables[1]
     assert shares.rows[4][:4] == (0, "b", 0, 1.0)
 
@@ -105,6 +106,45 @@ def test_intervals_and_permutations_use_whole_blocks() -> None:
         null.mean(), 0.5 * np.sqrt(2 / np.pi) * np.sqrt(2) * spread, rtol=0.2
     )
     assert strength < np.quantile(null, 0.999)
+
+
+@pytest.mark.parametrize("rows", [(64, 512), (10, 512)])
+def test_domains_of_unequal_size_without_a_preference(
+    rows: tuple[int, int], tmp_path: Path
+) -> None:
+    """Each row has an expert of its own, whatever its domain; 5% of the layers have p < 0.05."""
+    layers, length = 200, 4
+
+    def rule(batch: TokenBatch, layer: int) -> Ids:
+        first_B1 = batch.tokens_BS[:, :1]
+        drawn = np.random.default_rng(layer).integers(4, size=1000)
+        return np.repeat(drawn[first_B1], length, axis=0)
+
+    texts = {
+        name: [[begin + i // length for i in range(number * length + 1)]]
+        for name, number, begin in (("small", rows[0], 0), ("large", rows[1], rows[0]))
+    }
+    sample = sample_of(tmp_path, texts, seq_length=length, batch_size=64)
+    model = PlantedModel(rule, experts=4, topk=1, layers=range(layers))
+    result = result_of(DomainSpecialization(), model, sample, draws=99)
+    assert 0.01 < (result.arrays["chosen_p_L"] < 0.05).mean() < 0.09
+    strength, null = (result.arrays[f"chosen_{n}_L"] for n in ("strength", "null"))
+    np.testing.assert_allclose(strength.mean(), null.mean(), rtol=0.1)
+
+
+def test_a_domain_smaller_than_a_block_is_not_compared() -> None:
+    """Blocks of 100 tokens; the third domain has 50 tokens, the first 30 more than two blocks."""
+    tokens = np.array([[100, 100, 30], [100, 100, 0], [50, 0, 0]])
+    share = np.zeros((3, 3, 2))
+    share[0] = [[1, 0], [1, 0], [0, 1]]
+    share[1:] = [0, 1]
+    count = (share * tokens[:, :, None])[None]
+    strength, null = permuted(count, tokens, 200, np.random.default_rng(0))
+    assert strength.tolist() == [0.5]
+    # Of the 6 ways to give each domain two blocks, 2 keep the domains apart and 4 mix them.
+    assert set(null[:, 0].tolist()) == {0.0, 0.5} and 0.2 < null.mean() / 0.5 < 0.46
+    strength, null = permuted(count[:, ::2], tokens[::2], 5, np.random.default_rng(0))
+    assert np.isnan(strength).all() and np.isnan(null).all()
 
 
 def test_figures_of_one_and_two_checkpoints(tmp_path: Path) -> None:
