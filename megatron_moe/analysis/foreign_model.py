@@ -128,6 +128,10 @@ class ForeignMoERunner(MoERunner):
         family = self._runner.model.settings.family
         return family.expert(self._runner.block(layer).experts, expert, x_TH)
 
+    def ranking(self, layer: int, scores_TE: Tensor) -> Tensor:
+        """See `MoERunner.ranking`."""
+        return self._runner.ranking(layer, scores_TE)
+
     @contextmanager
     def forced(
         self, layer: int, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None = None

@@ -22,7 +22,7 @@ from megatron_moe.analysis.foreign import ForeignModel
 from megatron_moe.analysis.foreign_config import transformers
 from megatron_moe.analysis.observation import LayerRouting
 from megatron_moe.analysis.probe import check_router, probe_tokens
-from megatron_moe.analysis.rule import choose, scores_of
+from megatron_moe.analysis.rule import choose, ranking_of, scores_of
 from megatron_moe.errors import Corrupt, UsageError
 
 Choices = tuple[Tensor, Tensor, Tensor]
@@ -168,12 +168,21 @@ class ForeignRunner:
                     hooks.callback(self.router(layer).register_forward_hook(hook).remove)
             yield
 
+    def ranking(self, layer: int, scores_TE: Tensor) -> Tensor:
+        """What the router of a layer maximises, [T, E]; see `ranking_of`."""
+        bias_E = self._bias(layer)
+        on_device = None if bias_E is None else bias_E.to(scores_TE.device)
+        return ranking_of(self.model.settings.rule, scores_TE, on_device)
+
+    def _bias(self, layer: int) -> Tensor | None:
+        weights = next(each for each in self.model.layers if each.layer == layer)
+        return None if weights.bias is None else weights.bias.whole()
+
     def _router_without(self, layer: int, ids: Sequence[int]) -> Any:
         settings = self.model.settings
         excluded_E = torch.zeros(settings.num_experts, dtype=torch.bool)
         excluded_E[list(ids)] = True
-        weights = next(each for each in self.model.layers if each.layer == layer)
-        bias_E = None if weights.bias is None else weights.bias.whole()
+        bias_E = self._bias(layer)
 
         def replace(_module: Any, _given: Any, result: Choices) -> Choices:
             logits_TE, own_TK, own_ids_TK = result

@@ -174,6 +174,15 @@ class MoERunner(ABC):
             expert: its id.
         """
 
+    def ranking(self, layer: int, scores_TE: Tensor) -> Tensor:
+        """What the choice of a layer maximises, [T, E]: the scores, if nothing else is added.
+
+        Args:
+            layer: index in the network.
+            scores_TE: of all experts, as recorded.
+        """
+        return scores_TE
+
     def expert_outputs(self, layer: int, x_TH: Tensor, experts: Sequence[int]) -> Tensor:
         """Outputs of experts before the router's weight, [len(experts), T, H] in fp32.
 

@@ -49,7 +49,9 @@ class Misrouting(Analysis):
     question = "How often would a token's loss be lower with another expert?"
     definition = (
         "An expert of the router's ranks k+1 to 2k takes the place and the weight of a token's "
-        "last kept choice in one layer; everything before the token stays as it is. Reported are "
+        "last kept choice in one layer; everything before the token stays as it is. Ranks are by "
+        "what the router maximises, bias included; experts of groups that it does not keep come "
+        "last. Reported are "
         "the share of these exchanges that lower the loss of the token, and the share of tokens "
         "for which one of the tried experts does. Chance: the same with experts drawn from those "
         "behind rank 2k; if the exchanged experts were equivalent, half of the exchanges would "
@@ -214,7 +216,7 @@ def _exchanges(runner: MoERunner, batch: TokenBatch, layer: int, setting: Settin
     last_B = torch.arange(length - 1, rows * length, length, device=record.ids_TK.device)
     loss_B = plain.loss_T[last_B].double()
     experts, topk = setting.sizes.num_experts, setting.sizes.topk
-    order_BE = ranked_others(record, last_B)
+    order_BE = ranked_others(runner, record, last_B)
     near = order_BE[:, : min(topk, experts - topk)]
     behind = order_BE[:, near.shape[1] :]
     tried = near[:, _places(near.shape[1], ALTERNATIVES)]
@@ -230,12 +232,18 @@ def _exchanges(runner: MoERunner, batch: TokenBatch, layer: int, setting: Settin
     return _Exchanges(gains[0], gains[1])
 
 
-def ranked_others(record: LayerRouting, tokens_B: Tensor) -> Tensor:
-    """Experts that a token did not choose, best score first, [B, E - K]."""
-    scores_BE = record.router_probs_TE[tokens_B].clone()
-    scores_BE.scatter_(1, record.ids_TK[tokens_B], -torch.inf)
-    count = scores_BE.shape[1] - record.ids_TK.shape[1]
-    return scores_BE.argsort(dim=1, descending=True, stable=True)[:, :count]
+def ranked_others(runner: MoERunner, record: LayerRouting, tokens_B: Tensor) -> Tensor:
+    """Experts that a token did not choose, as the router ranks them, best first, [B, E - K].
+
+    Those outside the groups that the router keeps come last, by their scores.
+    """
+    ids_BK, scores_BE = record.ids_TK[tokens_B], record.router_probs_TE[tokens_B]
+    ranking_BE = runner.ranking(record.layer, scores_BE).scatter(1, ids_BK, -torch.inf)
+    scores_BE = scores_BE.scatter(1, ids_BK, -torch.inf)
+    by_score_BE = scores_BE.argsort(dim=1, descending=True, stable=True)
+    # The stable sort leaves experts that cannot be chosen by score, and the chosen ones at the end.
+    again_BE = ranking_BE.gather(1, by_score_BE).argsort(dim=1, descending=True, stable=True)
+    return by_score_BE.gather(1, again_BE)[:, : scores_BE.shape[1] - ids_BK.shape[1]]
 
 
 def _places(count: int, most: int) -> list[int]:

@@ -11,7 +11,8 @@ import torch
 
 from megatron_moe.analysis.analyses import misrouting
 from megatron_moe.analysis.analyses.misrouting import Misrouting, ranked_others, windows_of
-from megatron_moe.analysis.observation import TokenBatch
+from megatron_moe.analysis.model import MoEModel
+from megatron_moe.analysis.observation import LayerRouting, TokenBatch
 from megatron_moe.errors import UsageError
 from tests.analysis.expert_cases import planted, result_of, setting_of, texts
 
@@ -27,6 +28,21 @@ def _alone(batch: TokenBatch, row: int) -> TokenBatch:
     )
 
 
+def _ranked(model: MoEModel, record: LayerRouting, token: int, groups: int) -> list[int]:
+    """Experts that a token did not choose: those of its best two groups, then others by score."""
+    bias = model.weights(record.layer).bias
+    scores = record.router_probs_TE[token].double().numpy()
+    ranked = scores + (0 if bias is None else bias.whole().double().numpy())
+    size = len(scores) // groups
+    parts = np.sort(ranked.reshape(groups, size), axis=1)
+    worth = parts[:, -1] if bias is None else parts[:, -2:].sum(1)
+    kept = set(np.argsort(-worth)[:2].tolist())
+    rest = set(range(len(scores))) - set(record.ids_TK[token].tolist())
+    able = sorted((e for e in rest if e // size in kept), key=lambda e: -ranked[e])
+    unable = sorted((e for e in rest if e // size not in kept), key=lambda e: -scores[e])
+    return [*able, *unable]
+
+
 @pytest.mark.parametrize("kind", ["olmoe", "deepseek_v2"])
 def test_shares_are_those_of_single_windows(tmp_path: Path, kind: str) -> None:
     model, sample = planted(tmp_path, kind), texts(tmp_path, rows=5, batch_size=2)
@@ -40,9 +56,7 @@ def test_shares_are_those_of_single_windows(tmp_path: Path, kind: str) -> None:
             one = _alone(batch, row)
             plain = runner.run(one, predictions=True)
             record = plain.layers[model.sizes.moe_layers.index(layer)]
-            scores = record.router_probs_TE[-1].tolist()
-            ids = record.ids_TK[-1].tolist()
-            rest = [e for e in np.argsort([-s for s in scores]).tolist() if e not in ids]
+            rest = _ranked(model, record, -1, 4 if kind == "deepseek_v2" else 1)
             gains = []
             for expert in rest[:others][:4]:
                 changed = record.ids_TK.clone()
@@ -111,8 +125,27 @@ def test_windows_are_spread_and_others_are_ranked(tmp_path: Path) -> None:
     model = planted(tmp_path, "olmoe")
     with pytest.raises(UsageError, match=r"rows of --data must be >= 8"):
         Misrouting().check(setting_of(model, texts(tmp_path / "other", rows=3)))
-    record = model.load("cpu", torch.float32).run(_alone(batch, 0)).layers[0]
-    order = ranked_others(record, torch.tensor([5]))[0].tolist()
+    runner = model.load("cpu", torch.float32)
+    record = runner.run(_alone(batch, 0)).layers[0]
+    order = ranked_others(runner, record, torch.tensor([5]))[0].tolist()
     scores = record.router_probs_TE[5]
     assert sorted([*order, *record.ids_TK[5].tolist()]) == list(range(6))
     assert scores[order].tolist() == sorted(scores[order].tolist(), reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups"), [("deepseek_v2", 4), ("deepseek_v3", 4), ("glm4_moe", 4), ("minimax_m2", 1)]
+)
+def test_others_are_ranked_as_the_router_ranks(tmp_path: Path, kind: str, groups: int) -> None:
+    """By score plus bias; experts of the two groups of four that were not kept come last."""
+    model = planted(tmp_path, kind)
+    runner = model.load("cpu", torch.float32)
+    seen = runner.run(windows_of(texts(tmp_path, rows=6)))
+    differ = 0
+    for record in seen.layers:
+        orders = ranked_others(runner, record, torch.arange(len(record.ids_TK)))
+        for token, order in enumerate(orders.tolist()):
+            assert order == _ranked(model, record, token, groups)
+            scores = record.router_probs_TE[token].tolist()
+            differ += order != sorted(order, key=lambda e: -scores[e])
+    assert differ > 10  # the order of the scores is another one
