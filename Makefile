@@ -39,7 +39,7 @@ $(STAMP): | $(BIN)/python
 	  --constraint constraints.txt --editable ".[dev]"
 	@rm -f $(VENV)/.installed-* && touch $@
 
-quickstart: $(STAMP) ## Corpus, tokenizer, pretraining on 2 ranks, evaluation, sample: under 10 minutes
+quickstart: $(STAMP) ## Corpus, tokenizer, pretraining on 2 ranks, evaluation, sample, report: under 10 minutes
 	@bash examples/quickstart.sh
 
 test: $(STAMP) ## All tests except the slow ones: JOBS=<files at once>

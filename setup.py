@@ -87,6 +87,7 @@ COMMANDS = [
     "openmoe-inspect-data = megatron_moe_tools.inspect_data:main",
     "openmoe-train-tokenizer = megatron_moe_tools.train_tokenizer:main",
     "openmoe-evaluate = megatron_moe_tools.evaluate:main",
+    "openmoe-analyze = megatron_moe_tools.analyze_moe:main",
     "openmoe-generate = megatron_moe_tools.generate:main",
     "openmoe-inspect-checkpoint = megatron_moe_tools.inspect_checkpoint:main",
     "openmoe-convert = megatron_moe_tools.convert_checkpoint:main",

@@ -78,7 +78,7 @@ def _observed(model: MoEModel, runner: MoERunner, sample: Sample, analyses: list
     names = sorted({name for each in analyses for name in each.uses})
     made = {name: make_collector(name, setting) for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        state = Path(folder) / "pass.npz"
+        state = Path(folder) / "pass"
         stream(runner, sample, made, state=state, fingerprint="", advance=lambda _: None)
 
 

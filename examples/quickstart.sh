@@ -81,7 +81,7 @@ python tools/generate.py --load "$OUT/checkpoint" --prompt "def read(self, size)
 
 say "7/7 A report of its experts"
 # One process now.
-OMP_NUM_THREADS=2 python tools/analyze_moe.py --load "$OUT/checkpoint" --tokens 32768 --draws 100 \
+OMP_NUM_THREADS=2 python tools/analyze_moe.py --load "$OUT/checkpoint" --tokens 32768 \
   --data code="$OUT/data/code_text_document" text="$OUT/data/text_text_document" \
   --out "$OUT/report"
 

@@ -76,8 +76,14 @@ class UsageError(Exception):
         super().__init__(f"{line}; {fix}" if fix else line)
 
 
+MOST_ERRORS = 60
+"""Lines of `UsageErrors`: more than any public launch script needs, and what a terminal keeps."""
+
+
 class UsageErrors(UsageError):
     """Several errors of one command line: a first line with their number, then one line each.
+
+    The text has the first `MOST_ERRORS`; `errors` has all.
 
     Args:
         errors: at least two.
@@ -87,7 +93,10 @@ class UsageErrors(UsageError):
         self.errors = tuple(errors)
         first = self.errors[0]
         super().__init__(first.what, first.found, first.expected, first.fix)
-        self.args = ("\n  ".join([f"{len(errors)} errors:", *map(str, errors)]),)
+        lines = [f"{len(errors)} errors:", *map(str, errors[:MOST_ERRORS])]
+        if len(errors) > MOST_ERRORS:
+            lines.append(f"and {len(errors) - MOST_ERRORS} more")
+        self.args = ("\n  ".join(lines),)
 
 
 def raise_errors(errors: Sequence[UsageError]) -> None:

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from megatron_moe.errors import CheckpointError, UsageError, echoed, exit_on_usage_error
+from megatron_moe.errors import (
+    MOST_ERRORS,
+    CheckpointError,
+    UsageError,
+    UsageErrors,
+    echoed,
+    exit_on_usage_error,
+    raise_errors,
+)
 
 
 def nested(depth: int) -> Any:
@@ -69,3 +77,12 @@ def test_usual_lines_are_as_they_were() -> None:
     assert line == "--lr must be >= 0 (got -1.0); give another"
     assert echoed("schön\n") == r"'schön\n'"
     assert echoed(sys.maxsize) == str(sys.maxsize)
+
+
+def test_of_many_errors_the_first_are_printed() -> None:
+    errors = [UsageError(f"--flag-{number}", None, "known") for number in range(500)]
+    with pytest.raises(UsageErrors) as raised:
+        raise_errors(errors)
+    lines = str(raised.value).splitlines()
+    assert lines[0] == "500 errors:" and lines[-1] == f"  and {500 - MOST_ERRORS} more"
+    assert len(lines) == MOST_ERRORS + 2 and len(raised.value.errors) == 500

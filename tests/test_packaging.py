@@ -149,6 +149,7 @@ def test_installed_commands_start_anywhere(wheel: Path, tmp_path: Path) -> None:
     subprocess.run([*command, str(wheel)], check=True)
     commands = sorted(path.name for path in (site / "bin").iterdir())
     assert commands == [
+        "openmoe-analyze",
         "openmoe-convert",
         "openmoe-evaluate",
         "openmoe-generate",

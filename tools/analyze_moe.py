@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from megatron_moe.command_line import Parser
 from megatron_moe.console import print_safely
 from megatron_moe.errors import UsageError, exit_on_usage_error
+from megatron_moe.files import is_file_name
 
 if TYPE_CHECKING:
     from megatron_moe.analysis.base import Analysis
@@ -68,8 +69,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-RESERVED = ("compared", "figures")
-"""Folders of `--out` that are no checkpoint's."""
+RESERVED = ("compared", "figures", "report.html")
+"""What `--out` has besides a folder for each checkpoint."""
 LONGEST_ROW = 2048
 """Tokens of a row unless `--seq-length` says more: memory of attention grows with its square."""
 
@@ -115,6 +116,7 @@ def run(options: argparse.Namespace) -> None:
     models = open_all([*options.load, *options.compare])
     check_experts(options.experts, models)
     layers = layers_of(options.layers, models)
+    analyses = for_checkpoints(options, analyses, len(models))
     analyses = without_data(options, analyses)
     sample = sample_of(options, models)
     beside = dense_beside(options.dense, models)
@@ -172,13 +174,22 @@ def open_all(words: Sequence[str]) -> list[MoEModel]:
         label, path, step = parts_of(word)
         models.append(open_model(path, step, label))
     for model in models:
-        if [other.label for other in models].count(model.label) > 1:
+        check_label(model.label)
+        if [other.label.casefold() for other in models].count(model.label.casefold()) > 1:
             fix = "name them: --load A=DIR B=DIR"
             raise UsageError("--load", model.label, "a different label for each checkpoint", fix)
-        if model.label in RESERVED:
-            expected = f"another label than {' and '.join(RESERVED)}, folders of --out"
-            raise UsageError("--load", model.label, expected, "name it: --load A=DIR")
     return models
+
+
+def check_label(label: str) -> None:
+    """Check that a label can be the name of a folder of `--out`.
+
+    Raises:
+        UsageError: it is a path, too long, or a name that the report needs.
+    """
+    if not is_file_name(label) or label.casefold() in RESERVED:
+        expected = f"a label that is a file name, and none of {', '.join(RESERVED)}"
+        raise UsageError("--load", label, expected, "name it: --load A=DIR")
 
 
 def check_experts(wanted: Sequence[int] | None, models: Sequence[MoEModel]) -> None:
@@ -240,6 +251,21 @@ def layers_of(wanted: Sequence[int] | None, models: Sequence[MoEModel]) -> tuple
     return tuple(sorted(set(wanted)))
 
 
+def for_checkpoints(
+    options: argparse.Namespace, analyses: Sequence[Analysis], count: int
+) -> list[Analysis]:
+    """The analyses that so many checkpoints allow.
+
+    Raises:
+        UsageError: an analysis that was asked for compares more.
+    """
+    for each in analyses:
+        if each.key in (options.analyses or ()) and each.min_checkpoints > count:
+            expected = f"at least {each.min_checkpoints} checkpoints for --analyses {each.key}"
+            raise UsageError("--load", count, expected, "e.g. --load run@1000 run@20000")
+    return [each for each in analyses if each.min_checkpoints <= count]
+
+
 def without_data(options: argparse.Namespace, analyses: Sequence[Analysis]) -> list[Analysis]:
     """The analyses that can run: without `--data`, those of weights.
 
@@ -297,7 +323,6 @@ def analyse_all(
     from megatron_moe.analysis.run import analyse, compare, steps_of
     from megatron_moe.data.progress import progress_bar
 
-    analyses = [each for each in analyses if each.min_checkpoints <= len(models)]
     results = {}
     with progress_bar(steps_of(sample, analyses) * len(models), "steps") as bar:
         for model in models:
@@ -321,6 +346,7 @@ def ablate(
     for model, experts in zip(models, wanted, strict=True):
         runner = model.load(how.device, how.dtype)
         table = loss_table(runner, sample, experts, how.draws, how.seed)
+        del runner  # before the next model is loaded
         folder = how.out / model.label
         folder.mkdir(parents=True, exist_ok=True)
         write_table(folder / "ablation.csv", table)
@@ -338,7 +364,9 @@ def trace(directory: Path, models: Sequence[MoEModel], sample: Sample, how: RunO
     with progress_bar(sample.num_batches * len(models), "batches") as bar:
         for model in models:
             runner = model.load(how.device, how.dtype)
-            write_traces(directory / model.label, model, runner, sample, bar.update)
+            folder = directory / model.label
+            write_traces(folder, model, runner, sample, how.dtype, bar.update)
+            del runner  # before the next model is loaded
     print_safely(f"traces: {directory}")
 
 

@@ -33,6 +33,7 @@ from megatron_moe.errors import UsageError
 from megatron_moe.inference.loading import LoadedModel, LoadOptions, format_of, load
 from megatron_moe.inference.perplexity import batch_of
 from megatron_moe.inference.scoring import LOGITS
+from megatron_moe.inference.text import TextTokenizer
 from megatron_moe.model.logical import expert_width
 from megatron_moe.model.reference import Routing
 from megatron_moe.model.reference.ffn import MoE, gated
@@ -50,8 +51,10 @@ class NativeModel(MoEModel):
 
     def __init__(self, found: LogicalModel, options: LoadOptions, label: str | None) -> None:
         config = found.config
-        self._found, self._options = found, options
-        self._loaded: LoadedModel | None = None
+        # The step that was found, though the run may save another one in the meantime.
+        step = found.step if format_of(options) == "native" else None
+        self._found, self._options = found, replace(options, step=step)
+        self._tokenizer: TextTokenizer | None = None
         self.path, self.step, self.family = options.path, found.step or None, "OpenMoE"
         name = options.path.resolve().name
         self.label = label or (name if self.step is None else f"{name}@{self.step}")
@@ -97,20 +100,21 @@ class NativeModel(MoEModel):
 
     def piece(self, token: int) -> str:
         """See `MoEModel.piece`; pieces are known once the model is loaded."""
-        return f"<{token}>" if self._loaded is None else str(self._loaded.tokenizer.piece(token))
+        return f"<{token}>" if self._tokenizer is None else str(self._tokenizer.piece(token))
 
     def load(self, device: str, dtype: torch.dtype) -> NativeRunner:
         """See `MoEModel.load`."""
         names = {torch.float32: "fp32", torch.bfloat16: "bf16"}
         options = replace(self._options, device=device, dtype=names[dtype])
         try:
-            self._loaded = load(options)
+            loaded = load(options)
         except UsageError as error:
             if (error.what, error.found) != ("--tokenizer-model", None):
                 raise
             # Weights without any tokenizer: everything but the text of tokens can be analysed.
-            self._loaded = load(replace(options, tokenizer_type="NullTokenizer"))
-        return NativeRunner(self._loaded, self.sizes)
+            loaded = load(replace(options, tokenizer_type="NullTokenizer"))
+        self._tokenizer = loaded.tokenizer  # and no reference to the model, which the runner owns
+        return NativeRunner(loaded, self.sizes)
 
 
 _MATRICES = ("gate", "up", "down")
@@ -183,7 +187,8 @@ class NativeRunner(MoERunner):
             )
         found = self._predictions(x_BSH, made.labels_BS) if predictions else (None, None)
         return Observation(
-            batch=batch,
+            # The ids that were read: a run's rows may begin with a start token.
+            batch=replace(batch, tokens_BS=made.tokens_BS.numpy()),
             layers=tuple(_record(each, recorded.get(each.layer)) for each in routing),
             predicted_T=found[0],
             loss_T=found[1],

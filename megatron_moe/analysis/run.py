@@ -1,7 +1,7 @@
 """Analyse checkpoints: what has to be computed, in order, and where the results lie.
 
     OUT/<label>/<analysis>/result.json, *.csv, arrays.npz    a checkpoint's results
-    OUT/<label>/pass.npz                                     state of the pass over the tokens
+    OUT/<label>/pass/<collector>.npz                         state of the pass over the tokens
     OUT/compared/<analysis>/result.json, *.csv, arrays.npz   several checkpoints together
     OUT/figures/<analysis>/<figure>.png, .svg
     OUT/report.html
@@ -12,6 +12,7 @@ was interrupted goes on, and further analyses or checkpoints are added to a repo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from megatron_moe.analysis.result import Result, read_result, write_result
 from megatron_moe.analysis.sample import Sample
 from megatron_moe.analysis.stream import stream
 
-PASS = "pass.npz"
+PASS = "pass"
 COMPARED = "compared"
 
 
@@ -135,9 +136,9 @@ def _material(
     runner: MoERunner | None = None
     if any(each.needs_data for each in analyses):
         runner = model.load(options.device, options.dtype)
-        parts = (model.identity, sample.fingerprint, layers, options.seed, names, __version__)
-        mark = hashlib.sha256(repr(parts).encode()).hexdigest()
-        stream(runner, sample, collected, state=folder / PASS, fingerprint=mark, advance=advance)
+        mark = _mark(options, model.identity, sample.fingerprint, layers, options.seed)
+        state = folder / PASS
+        stream(runner, sample, collected, state=state, fingerprint=mark, advance=advance)
     return Material(
         model=model,
         setting=setting,
@@ -154,7 +155,27 @@ def _fingerprint(model: MoEModel, sample: Sample, analysis: Analysis, options: R
     beside = options.beside if reads_dense else None
     dense = () if beside is None else (beside.label, beside.identity)
     parts = (analysis.key, model.identity, data, options.layers, options.seed, options.draws, dense)
-    return hashlib.sha256(repr((*parts, str(options.dtype), __version__)).encode()).hexdigest()
+    return _mark(options, *parts)
+
+
+def _mark(options: RunOptions, *parts: object) -> str:
+    """Of the parts, of how the model computes, and of the code."""
+    how = (str(options.dtype), torch.device(options.device).type, code_version())
+    return hashlib.sha256(repr((*parts, *how)).encode()).hexdigest()
+
+
+_DRAWING = ("draw_", "report", "style", "selection", "paper")
+
+
+@functools.cache
+def code_version() -> str:
+    """Hash of the sources that compute results; those that only draw them do not count."""
+    root = Path(__file__).parent
+    found = hashlib.sha256(__version__.encode())
+    for path in sorted(root.rglob("*.py")):
+        if not path.name.startswith(_DRAWING) and path.parent.name != "figures":
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 def by_analysis(results: Mapping[str, Mapping[str, Result]]) -> dict[str, dict[str, Result]]:

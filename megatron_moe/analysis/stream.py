@@ -1,6 +1,7 @@
 """The pass over the tokens: every batch once through the model, every collector on each batch.
 
-Its state is written from time to time, so that a pass that was interrupted goes on where it was.
+The state of each collector is written from time to time, so that a pass that was interrupted goes
+on where it was, and one with further collectors counts for these alone.
 """
 
 from __future__ import annotations
@@ -32,53 +33,52 @@ def stream(
     advance: Callable[[int], object],
     save_seconds: float = SAVE_SECONDS,
 ) -> None:
-    """Run the pass, from where the state of an earlier one ends.
+    """Run the pass, from where the states of an earlier one end.
 
     Args:
         runner: the model.
         sample: the tokens.
-        collectors: by name.
-        state: file of the state; it is left complete, so that a repeated pass reads nothing.
-        fingerprint: of model, sample and collectors; a state with another one is ignored.
+        collectors: by name; without any, or if all are complete, no batch is read.
+        state: folder of the states; they are left complete, so that a repeated pass reads nothing.
+        fingerprint: of model, sample and code; a state with another one is ignored.
         advance: called with the number of batches done, those of an earlier pass included.
         save_seconds: seconds between two saves.
     """
-    done = _restore(state, fingerprint, collectors)
-    advance(done)
-    predictions = any(each.needs_predictions for each in collectors.values())
+    done = {n: _restore(state / f"{n}.npz", fingerprint, c) for n, c in collectors.items()}
+    first = min(done.values(), default=sample.num_batches)
+    advance(first)
     saved = time.monotonic()
-    for batch in sample.batches(done):
-        inputs = {layer for each in collectors.values() for layer in each.inputs_for(batch)}
-        seen = runner.run(batch, inputs=sorted(inputs), predictions=predictions)
-        for each in collectors.values():
+    for batch in sample.batches(first):
+        waiting = [each for name, each in collectors.items() if done[name] <= batch.number]
+        inputs = sorted({layer for each in waiting for layer in each.inputs_for(batch)})
+        predictions = any(each.needs_predictions for each in waiting)
+        seen = runner.run(batch, inputs=inputs, predictions=predictions)
+        for each in waiting:
             each.add(seen, runner)
         advance(1)
-        if time.monotonic() - saved > save_seconds:
-            _save(state, fingerprint, collectors, batch.number + 1)
+        complete = batch.number + 1
+        if time.monotonic() - saved > save_seconds or complete == sample.num_batches:
+            for name, each in collectors.items():
+                if done[name] < complete:
+                    _save(state / f"{name}.npz", fingerprint, each, complete)
             saved = time.monotonic()
-    if done < sample.num_batches:
-        _save(state, fingerprint, collectors, sample.num_batches)
 
 
-def _save(state: Path, fingerprint: str, collectors: Mapping[str, Collector], done: int) -> None:
+def _save(state: Path, fingerprint: str, collector: Collector, done: int) -> None:
     arrays = {_DONE: np.array(done), _FINGERPRINT: np.array(fingerprint)}
-    for name, each in collectors.items():
-        arrays |= {f"{name}/{key}": value for key, value in each.state().items()}
     content = io.BytesIO()
-    np.savez(content, **arrays)  # type: ignore[arg-type]
+    np.savez(content, **arrays, **collector.state())  # type: ignore[arg-type]
     state.parent.mkdir(parents=True, exist_ok=True)
     replace_file(state, content.getvalue())
 
 
-def _restore(state: Path, fingerprint: str, collectors: Mapping[str, Collector]) -> int:
-    """Batches that the state contains, after restoring the collectors; 0 if there is none."""
+def _restore(state: Path, fingerprint: str, collector: Collector) -> int:
+    """Batches that the state contains, after restoring the collector; 0 if there is none."""
     if not state.is_file():
         return 0
     with np.load(state, allow_pickle=False) as found:
         if str(found[_FINGERPRINT]) != fingerprint:
             return 0
-        for name, each in collectors.items():
-            prefix = f"{name}/"
-            keys = [key for key in found.files if key.startswith(prefix)]
-            each.restore({key.removeprefix(prefix): found[key] for key in keys})
+        own = set(found.files) - {_DONE, _FINGERPRINT}
+        collector.restore({key: found[key] for key in own})
         return int(found[_DONE])

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from megatron_moe import __version__
 from megatron_moe.analysis.model import MoEModel, MoERunner
@@ -27,6 +28,7 @@ def write_traces(
     model: MoEModel,
     runner: MoERunner,
     sample: Sample,
+    dtype: torch.dtype,
     advance: Callable[[int], object],
 ) -> None:
     """Write the traces of a checkpoint.
@@ -36,12 +38,13 @@ def write_traces(
         model: the checkpoint.
         runner: the same, loaded.
         sample: the tokens.
+        dtype: of the computation.
         advance: called with the number of batches done.
 
     Raises:
         UsageError: pyarrow is not installed, or the folder has traces of something else.
     """
-    about = about_of(model, sample)
+    about = about_of(model, sample, dtype)
     folder.mkdir(parents=True, exist_ok=True)
     present = check_folder(folder, model, about)
     first_row = 0
@@ -53,14 +56,15 @@ def write_traces(
         advance(1)
 
 
-def about_of(model: MoEModel, sample: Sample) -> TraceAbout:
-    """The metadata of a checkpoint's traces."""
+def about_of(model: MoEModel, sample: Sample, dtype: torch.dtype) -> TraceAbout:
+    """The metadata of a checkpoint's traces; other weights have other metadata."""
+    how = f"{str(dtype).removeprefix('torch.')}, {model.identity[:16]}"
     return TraceAbout(
         experts=model.sizes.num_experts,
         topk=model.sizes.topk,
         layers=model.sizes.moe_layers,
         data=sample.fingerprint,
-        producer=f"megatron_moe {__version__} analyze_moe, {model.label}",
+        producer=f"megatron_moe {__version__} analyze_moe, {model.label}, {how}",
         files=sample.num_batches,
     )
 

@@ -339,9 +339,9 @@ class LoggingConfig:
     """Directory with traces of a run of the same data: the steps that it has traces of make their
     choices."""
     log_failure_policy: Annotated[Literal["continue", "stop"], OmittedAtDefault] = "continue"
-    """What happens if the metrics file, TensorBoard or W&B cannot be written any more, e.g. because
-    the disk is full: `continue` warns once and goes on without it, `stop` saves after the step and
-    exits with code 1."""
+    """What happens if a metrics file, a trace, TensorBoard or a board cannot be written any more,
+    e.g. because the disk is full: `continue` warns once and goes on without it, `stop` saves after
+    the step and exits with code 1."""
     log_params_norm: Annotated[bool, OmittedAtDefault] = False
     """Log the norm of all parameters after each step."""
     log_num_zeros_in_grad: Annotated[bool, OmittedAtDefault] = False

@@ -76,7 +76,8 @@ class Trace:
             sequence is one document to the model. In traces of the analysis, of the text.
         token_id: [N] input id.
         experts: [N, K] choices, best first.
-        probabilities: [N, K] their probabilities by the softmax over all E experts.
+        probabilities: [N, K] their probabilities by the softmax over all E experts; of other
+            families, scores by their rule.
         kept: [N, K] whether an expert computed the choice.
         domain: [N] name of the source's domain; empty if it has none.
     """

@@ -59,7 +59,7 @@ def passed(
     """The collectors after a pass, and the runner."""
     setting, runner = setting_of(model, sample), model.load("cpu", torch.float32)
     made = {name: make_collector(name, setting) for name in names}
-    stream(runner, sample, made, state=folder / "pass.npz", fingerprint="", advance=lambda _: None)
+    stream(runner, sample, made, state=folder / "pass", fingerprint="", advance=lambda _: None)
     return made, runner
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_moe.analysis.base import Analysis, Material, all_analyses
 from megatron_moe.analysis.opening import open_model
@@ -71,6 +74,7 @@ def test_a_result_is_computed_once_until_something_else_decides_it(
     assert again() == 0
     assert again(seed=5) == 1
     assert again(layers=(1,)) == 1
+    assert again(dtype=torch.bfloat16) == 1
 
 
 def test_an_interrupted_pass_goes_on(
@@ -119,3 +123,41 @@ def test_a_stored_result_is_the_result(tmp_path: Path) -> None:
     assert read_result(tmp_path, "another mark") is None
     (tmp_path / RESULT).unlink()  # interrupted before the last file
     assert read_result(tmp_path, "mark") is None
+
+
+def test_a_pass_counts_for_new_collectors_alone(
+    model: Any, sample: Sample, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, known, read = RunOptions(out=tmp_path / "out"), all_analyses(), []
+    runner = type(model.load("cpu", options.dtype))
+    original = runner.run
+
+    def run(self: Any, batch: Any, **more: Any) -> Any:
+        read.append(batch.number)
+        return original(self, batch, **more)
+
+    monkeypatch.setattr(runner, "run", run)
+
+    def passes(*keys: str) -> int:
+        before = len(read)
+        analyse(model, sample, [known[key] for key in keys], options, lambda _: None)
+        return len(read) - before
+
+    assert passes("domains", "collapse") == sample.num_batches
+    (tmp_path / "out" / model.label / "domains" / RESULT).unlink()
+    assert passes("domains", "collapse") == 0  # from the states of the pass
+    assert passes("domains", "locality") == sample.num_batches
+    for path in (tmp_path / "out" / model.label / "pass").glob("domains.npz"):
+        path.unlink()
+    assert passes("domains", "collapse", "locality") == 0  # results are there
+
+
+def test_the_model_is_the_one_that_was_opened_and_is_not_kept(tmp_path: Path) -> None:
+    opened = open_model(save(tmp_path / "run", step=7))
+    save(tmp_path / "run", step=9)
+    runner: Any = opened.load("cpu", torch.float32)
+    assert runner.loaded.step == opened.step == 7
+    network = weakref.ref(runner.loaded.model)
+    del runner
+    gc.collect()
+    assert network() is None

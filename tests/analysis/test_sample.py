@@ -9,6 +9,7 @@ import pytest
 
 from megatron_moe.analysis.opening import open_model
 from megatron_moe.analysis.sample import Sample, check_sample, read_sample
+from megatron_moe.data.indexed.manifest import Manifest, write_manifest
 from megatron_moe.data.indexed.writer import IndexedWriter
 from megatron_moe.errors import UsageError
 from tests.inference.cases import save
@@ -90,3 +91,31 @@ def test_data_that_a_model_cannot_read_is_named(tmp_path: Path) -> None:
         sample = read_sample([str(tmp_path / name)], tokens=None, seq_length=length, batch_size=2)
         with pytest.raises(UsageError, match=said):
             check_sample(sample, model)
+
+
+def test_data_of_another_tokenizer_is_named(tmp_path: Path) -> None:
+    model = open_model(save(tmp_path / "checkpoint"))
+    assert model.tokenizer_hash
+    sample = _sample(tmp_path)
+    check_sample(sample, model)  # without a manifest nothing is known
+    prefix = str(tmp_path / "x")
+    manifest = Manifest(
+        tokenizer="SentencePieceTokenizer",
+        tokenizer_hash="another",
+        vocab_size=300,
+        key="text",
+        append_eod=True,
+        text_documents="file",
+        domain=None,
+        inputs=(),
+        documents=5,
+        sequences=5,
+        tokens=20,
+    )
+    write_manifest(prefix, manifest)
+    with pytest.raises(UsageError, match=r"tokenizer of .*x must be .*another"):
+        check_sample(_reread(prefix), model)
+
+
+def _reread(prefix: str) -> Sample:
+    return read_sample([f"a={prefix}"], tokens=None, seq_length=4, batch_size=2)

@@ -21,7 +21,7 @@ def test_a_trace_is_what_the_model_decides(tmp_path: Path) -> None:
     runner = model.load("cpu", torch.float32)
     sample = random_sample(tmp_path, tokens=300, domains=2, seq_length=20, batch_size=3)
     steps: list[int] = []
-    write_traces(tmp_path / "traces", model, runner, sample, steps.append)
+    write_traces(tmp_path / "traces", model, runner, sample, torch.float32, steps.append)
     assert sum(steps) == sample.num_batches
     trace, about = read_step(tmp_path / "traces", 7)
     assert (about.experts, about.topk, about.layers) == (4, 2, (1,))
@@ -44,10 +44,10 @@ def test_files_of_another_trace_are_not_mixed_in(tmp_path: Path) -> None:
     model = open_model(save(tmp_path / "checkpoint"))
     runner = model.load("cpu", torch.float32)
     sample = random_sample(tmp_path, tokens=300, seq_length=20, batch_size=3)
-    write_traces(tmp_path / "traces", model, runner, sample, lambda _: None)
+    write_traces(tmp_path / "traces", model, runner, sample, torch.float32, lambda _: None)
     other = random_sample(tmp_path, tokens=300, seq_length=10, batch_size=3)
     with pytest.raises(UsageError, match="--routing-trace-dir must be empty, or with traces of"):
-        write_traces(tmp_path / "traces", model, runner, other, lambda _: None)
+        write_traces(tmp_path / "traces", model, runner, other, torch.float32, lambda _: None)
 
 
 def test_what_an_interruption_left_is_kept(tmp_path: Path) -> None:
@@ -55,12 +55,25 @@ def test_what_an_interruption_left_is_kept(tmp_path: Path) -> None:
     runner = model.load("cpu", torch.float32)
     sample = random_sample(tmp_path, tokens=300, seq_length=20, batch_size=3)
     folder = tmp_path / "traces"
-    write_traces(folder, model, runner, sample, lambda _: None)
+    write_traces(folder, model, runner, sample, torch.float32, lambda _: None)
     whole = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     removed = sorted(folder.iterdir())[2]
     content = read_step(folder, 7)[0]
     removed.unlink()
-    write_traces(folder, model, runner, sample, lambda _: None)
+    write_traces(folder, model, runner, sample, torch.float32, lambda _: None)
     again = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert [name for name in whole if whole[name] != again[name]] == [removed.name]
     assert (read_step(folder, 7)[0].experts == content.experts).all()
+
+
+def test_other_weights_under_the_same_label_are_not_taken_for_these(tmp_path: Path) -> None:
+    sample = random_sample(tmp_path, tokens=300, seq_length=20, batch_size=3)
+    for number, said in enumerate((None, "--routing-trace-dir must be empty")):
+        model = open_model(save(tmp_path / f"checkpoint {number}"), label="a")
+        runner = model.load("cpu", torch.float32)
+        folder = tmp_path / "traces"
+        if said is None:
+            write_traces(folder, model, runner, sample, torch.float32, lambda _: None)
+        else:
+            with pytest.raises(UsageError, match=said):
+                write_traces(folder, model, runner, sample, torch.float32, lambda _: None)

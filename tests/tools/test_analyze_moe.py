@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_moe.data.indexed.writer import IndexedWriter
+from megatron_moe.moe.trace import read_step
 from tests.inference.cases import CONFIG, save
 from tools.analyze_moe import main, parts_of
 
@@ -63,13 +64,31 @@ def test_two_checkpoints_side_by_side_with_some_experts(folder: Path, tmp_path: 
     assert bars and set(bars) == {"1,3"}
 
 
+def test_figures_of_a_paper_say_what_they_need(folder: Path, tmp_path: Path) -> None:
+    command = f"--load FOLDER/run {DATA} --analyses domains coactivation --figures olmoe"
+    assert _main(folder, f"{command} --out {tmp_path}") == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "Figure 21" in page
+    assert "Not drawn: needs several checkpoints of one run: --load run@1000 run@20000." in page
+
+
+def test_traces_of_every_token(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = f"--load FOLDER/run {DATA} --routing-trace-dir {tmp_path / 'traces'}"
+    assert _main(folder, f"{command} --out {tmp_path / 'out'}") == 0
+    assert f"traces: {tmp_path / 'traces'}" in capsys.readouterr().out
+    trace, about = read_step(tmp_path / "traces" / "run@7", 7)
+    assert len(trace) == 1600 and set(trace.domain) == {"code", "text"} and about.topk == 2
+
+
 def test_weights_need_no_data(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _main(folder, f"--load FOLDER/run --out {tmp_path}") == 0
     assert "no --data: only the analyses of weights; left out: " in capsys.readouterr().out
     assert (tmp_path / "run@7" / "similarity" / "result.json").is_file()
-    assert not (tmp_path / "run@7" / "pass.npz").exists()
+    assert not (tmp_path / "run@7" / "pass").exists()
 
 
 def test_losses_without_an_expert(
@@ -100,9 +119,11 @@ def test_the_analyses_are_listed(folder: Path, capsys: pytest.CaptureFixture[str
         ("--load FOLDER/dense --out OUT", "MoE layers of .*dense must be at least one"),
         ("--load FOLDER/other --out OUT", "model_type in .*config.json must be one of .*olmoe"),
         ("--load FOLDER/run --analyses foo --out OUT", "--analyses must be some of .*domains"),
+        (f"--load FOLDER/run {DATA} --analyses saturation --out OUT", "at least 2 checkpoints for"),
         ("--load FOLDER/run --layers 0 --out OUT", "--layers must be MoE layers of run@7: 1"),
         ("--load FOLDER/run FOLDER/run@7 --out OUT", "--load must be a different label"),
-        ("--load figures=FOLDER/run --out OUT", "--load must be another label than compared and"),
+        ("--load figures=FOLDER/run --out OUT", "--load must be a label that is a file name"),
+        ("--load ../x=FOLDER/run --out OUT", "--load must be a label that is a file name"),
         ("--load FOLDER/run --compare FOLDER/run FOLDER/run --out OUT", "--compare must be absent"),
         ("--load FOLDER/run --analyses domains --out OUT", "--data must be given with --analyses"),
         ("--load FOLDER/run --ablate 1:2 --out OUT", "--data must be given with --ablate"),

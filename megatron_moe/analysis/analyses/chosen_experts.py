@@ -1,4 +1,4 @@
-"""A9: which experts a text uses, token by token.
+"""Which experts a text uses, token by token.
 
 Shapes: D domains, L layers, N tokens of a passage, E experts.
 """

@@ -1,4 +1,4 @@
-"""C2: which experts are chosen together.
+"""Which experts are chosen together.
 
 Shapes: L layers, E experts, T tokens, R draws.
 """

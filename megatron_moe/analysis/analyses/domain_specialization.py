@@ -1,4 +1,4 @@
-"""C3 and C5: how much an expert prefers the tokens of one domain.
+"""How much an expert prefers the tokens of one domain.
 
 Shapes: L layers, D domains, E experts, G blocks of neighbouring rows, R draws, X blocks of all
 domains.

@@ -1,4 +1,4 @@
-"""B4: which tokens lose their experts to full capacity.
+"""Which tokens lose their experts to full capacity.
 
 Shapes: L layers, D domains, P positions, Q groups of positions, K choices.
 """

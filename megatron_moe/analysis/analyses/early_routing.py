@@ -1,4 +1,4 @@
-"""B3: how early in training a token id has the experts that it has at the end.
+"""How early in training a token id has the experts that it has at the end.
 
 Shapes: L layers, I ids that are shown and compared, E experts, N checkpoints.
 """

@@ -1,4 +1,4 @@
-"""A1: cosine similarity of the experts' matrices.
+"""Cosine similarity of the experts' matrices.
 
 Shapes: L layers, P projections, R rows (experts, then other networks), E experts.
 """

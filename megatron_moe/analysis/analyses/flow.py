@@ -1,4 +1,4 @@
-"""C6: which expert of the next layer follows which one, and how far it can be predicted.
+"""Which expert of the next layer follows which one, and how far it can be predicted.
 
 Shapes: M pairs of consecutive analysed layers, E experts, R draws.
 """

@@ -1,4 +1,4 @@
-"""A8: how many neurons of an expert are active, and how large they are.
+"""How many neurons of an expert are active, and how large they are.
 
 Shapes: L layers, E experts, F width, C columns of a heat map.
 """

@@ -1,4 +1,4 @@
-"""A2: cosine similarity of the experts' average neurons.
+"""Cosine similarity of the experts' average neurons.
 
 Shapes: L layers, P projections, R rows (experts, then other networks), E experts.
 """

@@ -1,4 +1,4 @@
-"""A3: neurons of two experts assigned to each other.
+"""Neurons of two experts assigned to each other.
 
 Shapes: L layers, Q ways to match (each projection, and all together), X matched experts, F neurons
 of an expert, S sampled ones, H hidden.

@@ -1,4 +1,4 @@
-"""A7: do routers choose the experts with the largest outputs.
+"""Do routers choose the experts with the largest outputs.
 
 Shapes: L layers, E experts.
 """

@@ -1,4 +1,4 @@
-"""A6: how similar are the outputs of two experts for the same token.
+"""How similar are the outputs of two experts for the same token.
 
 Shapes: L layers, D domains, E experts.
 """

@@ -1,4 +1,4 @@
-"""B1 and figure 9 of OpenMoE: whether a position in the row prefers certain experts.
+"""Figures 9 and 13 of OpenMoE: whether a position in the row prefers certain experts.
 
 Shapes: L layers, P positions (buckets where rows are very long), E experts, D domains.
 """

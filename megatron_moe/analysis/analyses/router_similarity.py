@@ -1,4 +1,4 @@
-"""A4: whether experts that the router treats alike have similar weights.
+"""Whether experts that the router treats alike have similar weights.
 
 Shapes: L layers, P projections, E experts, N pairs of experts.
 """

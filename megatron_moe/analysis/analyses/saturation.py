@@ -1,4 +1,4 @@
-"""C1: how early in training the router's choices are those of the last checkpoint.
+"""How early in training the router's choices are those of the last checkpoint.
 
 Shapes: L layers, T tokens, K choices, N checkpoints before the last.
 """

@@ -1,4 +1,4 @@
-"""B1, B2 and figure 10 of OpenMoE: which experts a token id prefers, and whose tokens are whose.
+"""Figures 10 and 14 of OpenMoE: which experts a token id prefers, and whose tokens are whose.
 
 Shapes: L layers, V ids that occur often enough, E experts, I ids that are shown.
 """

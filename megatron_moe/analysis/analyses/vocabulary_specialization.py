@@ -1,4 +1,4 @@
-"""C4: whether a token id always goes to the same expert, and which tokens an expert is for.
+"""Whether a token id always goes to the same expert, and which tokens an expert is for.
 
 Shapes: L layers, V ids, E experts, K choices, C minimum counts.
 """

@@ -1,4 +1,4 @@
-"""A5: principal components of the experts' matrices, and of their neurons.
+"""Principal components of the experts' matrices, and of their neurons.
 
 Shapes: L layers, P projections, E experts, G sampled neurons of an expert, C components.
 """

@@ -54,10 +54,13 @@ def _figure(number: str, label: str, what: str, panels: dict[str, Panel], **more
 
 def _saturation(given: Given) -> Drawn:
     """Figure 20: the share of a token's final experts that are chosen at earlier checkpoints."""
+    several = Missing("needs several checkpoints of one run: --load run@1000 run@20000")
+    if len(given.models) < 2:  # the analysis did not run at all
+        raise several
     analysis, found = given.analyses["saturation"], given.of("saturation")
     combined = analysis.combine(found) if len(found) > 1 else None
     if combined is None:
-        raise Missing("needs several checkpoints of one run: --load run@1000 run@20000")
+        raise several
     arrays, topk = combined.arrays, given.models[-1].sizes.topk
     numbers = np.asarray(arrays["axis_N"]).dtype.kind in "fiu"
     panels: dict[str, Panel] = {

@@ -1,4 +1,4 @@
-"""A9: weights along a text."""
+"""Weights along a text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A1 on planted models, against loops over pairs."""
+"""The analysis on planted models, against loops over pairs."""
 
 from __future__ import annotations
 

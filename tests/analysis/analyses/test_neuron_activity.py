@@ -1,4 +1,4 @@
-"""A8: dead neurons, and where the intermediate state is."""
+"""Dead neurons, and where the intermediate state is."""
 
 from __future__ import annotations
 

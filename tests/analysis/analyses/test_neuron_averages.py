@@ -1,4 +1,4 @@
-"""A2 on planted models."""
+"""The analysis on planted models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A3 on planted models."""
+"""The analysis on planted models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A7: ranks of norms and scores."""
+"""Ranks of norms and scores."""
 
 from __future__ import annotations
 

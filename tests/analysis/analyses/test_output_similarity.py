@@ -1,4 +1,4 @@
-"""A6: copies, unrelated experts, and experts that ignore the token."""
+"""Copies, unrelated experts, and experts that ignore the token."""
 
 from __future__ import annotations
 

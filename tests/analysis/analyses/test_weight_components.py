@@ -1,4 +1,4 @@
-"""A5 on planted models."""
+"""The analysis on planted models."""
 
 from __future__ import annotations
 
