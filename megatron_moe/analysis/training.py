@@ -25,6 +25,7 @@ def identity(material: Material) -> dict[str, Array]:
     step = material.model.step
     return {
         "step": np.array(-1 if step is None else step),
+        "run": np.array(str(material.model.path.resolve())),
         "sample": np.array(setting.sample.fingerprint),
         "shape": np.array([sizes.num_experts, sizes.topk, *setting.layers]),
         "layers": np.array(setting.layers),
@@ -35,7 +36,9 @@ def in_order(results: Mapping[str, Result]) -> dict[str, Result]:
     """The results that can be compared with the last one, by step.
 
     The last is the one with the highest step, or the last given where a step is unknown. Results
-    of other tokens, or of another number of layers, experts or choices, are left out.
+    of other tokens, or of another number of layers, experts or choices, are left out, and those of
+    another directory: nothing else tells that checkpoints are of one run, and another run numbers
+    its experts differently.
     """
     steps = [int(result.arrays["step"]) for result in results.values()]
     labels = list(results)
@@ -43,11 +46,33 @@ def in_order(results: Mapping[str, Result]) -> dict[str, Result]:
         labels = [label for _, label in sorted(zip(steps, labels, strict=True), key=lambda x: x[0])]
     last = results[labels[-1]].arrays
     return {
-        label: results[label]
-        for label in labels
-        if results[label].arrays["sample"] == last["sample"]
-        and np.array_equal(results[label].arrays["shape"], last["shape"])
+        label: results[label] for label in labels if not difference(results[label].arrays, last)
     }
+
+
+def difference(arrays: Mapping[str, Array], last: Mapping[str, Array]) -> str:
+    """What keeps a result from being compared with the last one, as a verb phrase; else empty."""
+    if arrays["run"] != last["run"]:
+        return "is in another directory, so perhaps of another run, which numbers experts otherwise"
+    if arrays["sample"] != last["sample"]:
+        return "read other tokens"
+    return "" if np.array_equal(arrays["shape"], last["shape"]) else "has other sizes"
+
+
+def left_out(results: Mapping[str, Result], ordered: Mapping[str, Result]) -> list[str]:
+    """A note for each result that `in_order` left out of ``ordered``."""
+    last = list(ordered)[-1]
+    return [
+        f"{label} {difference(result.arrays, ordered[last].arrays)}: not compared with {last}."
+        for label, result in results.items()
+        if label not in ordered
+    ]
+
+
+def none_to_compare(results: Mapping[str, Result]) -> str:
+    """Why `in_order` leaves nothing to compare, as sentences; empty if it leaves something."""
+    ordered = in_order(results)
+    return " ".join(left_out(results, ordered)) if len(ordered) < 2 else ""
 
 
 def axis_of(results: Mapping[str, Result]) -> tuple[list[Any], str]:

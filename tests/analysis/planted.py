@@ -156,8 +156,9 @@ class PlantedModel(MoEModel):
         step: int | None = 100,
         label: str = "planted",
         kept: Kept | None = None,
+        run: str = "run",
     ) -> None:
-        self.label, self.path, self.step = label, Path(label), step
+        self.label, self.path, self.step = label, Path(run), step
         self.family, self.routing, self.identity, self.tokenizer_hash = "planted", "", label, ""
         self.sizes = Sizes(
             num_layers=max(layers) + 1,

@@ -143,7 +143,7 @@ class _Loops:
 
 
 def test_blocks_of_a_domain_add_up_to_it(tmp_path: Path) -> None:
-    """At most 64 blocks of 70 rows: two rows each. Three rows fill one block and half of another."""
+    """At most 64 blocks of 70 rows: two rows each. Three rows: one and a half."""
     texts = {"long": [[1] * (70 * S + 1)], "short": [[2] * (3 * S + 1)]}
     found = collected(_model(), sample_of(tmp_path, texts, seq_length=S), ["domains", "load"])
     blocks, load = found["domains"].state(), found["load"].state()

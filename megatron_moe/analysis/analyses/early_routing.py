@@ -15,7 +15,14 @@ from megatron_moe.analysis.base import Analysis, Material, register
 from megatron_moe.analysis.grids import grid_table
 from megatron_moe.analysis.plot import Axis, Bars, Figure, Lines, Reference, Series
 from megatron_moe.analysis.result import Result
-from megatron_moe.analysis.training import axis_of, identity, in_order, training_axis
+from megatron_moe.analysis.training import (
+    axis_of,
+    identity,
+    in_order,
+    left_out,
+    none_to_compare,
+    training_axis,
+)
 
 Array = npt.NDArray[Any]
 
@@ -113,7 +120,13 @@ class EarlyRouting(Analysis):
         }
         numbers["choices that differ between ids"] = float(others_L.mean())
         numbers["expected of noise alone"] = float(noise_L.mean())
-        return Result(analysis=self.key, numbers=numbers, tables=[table], arrays=arrays)
+        return Result(
+            analysis=self.key,
+            numbers=numbers,
+            tables=[table],
+            arrays=arrays,
+            notes=left_out(results, ordered),
+        )
 
     def figures(self, results: Mapping[str, Result]) -> Sequence[Figure]:
         """Shares of single ids, checkpoints overlaid; distance in the course of training."""
@@ -150,7 +163,10 @@ class EarlyRouting(Analysis):
         """The first checkpoint, beside OpenMoE's finding."""
         combined = self.combine(results)
         if combined is None:
-            return "Early routing learning needs several checkpoints and ids that occur often."
+            return (
+                none_to_compare(results)
+                or "Early routing learning needs several checkpoints and ids that occur often."
+            )
         arrays = combined.arrays
         moved, noise_level, others = (
             float(each.mean())

@@ -15,7 +15,14 @@ from megatron_moe.analysis.base import Analysis, Material, register
 from megatron_moe.analysis.grids import grid_table
 from megatron_moe.analysis.plot import Axis, Figure, Lines, Reference, Series
 from megatron_moe.analysis.result import Result
-from megatron_moe.analysis.training import axis_of, identity, in_order, training_axis
+from megatron_moe.analysis.training import (
+    axis_of,
+    identity,
+    in_order,
+    left_out,
+    none_to_compare,
+    training_axis,
+)
 
 Array = npt.NDArray[Any]
 
@@ -33,8 +40,8 @@ class RouterSaturation(Analysis):
         "|E_t(x) n E_T(x)| / k, averaged over the same tokens x: the share of a token's experts at "
         "checkpoint t that it still has at the last one, T; for all k choices and for the first "
         "alone. Chance: choices with the loads of both checkpoints that do not depend on the "
-        "token, sum over e of pi_t(e) pi_T(e) / k, which is k/E for equal loads. One run only: "
-        "another one numbers its experts differently."
+        "token, sum over e of pi_t(e) pi_T(e) / k, which is k/E for equal loads. One run only, "
+        "that is one directory: another run numbers its experts differently."
     )
     source = "Muennighoff et al., OLMoE (arXiv 2409.02060), section 5.1, figure 20"
     group = "training"
@@ -85,11 +92,7 @@ class RouterSaturation(Analysis):
                 for suffix, array in (("", ""), ("_chance", "_null"))
             },
         )
-        left_out = [label for label in results if label not in ordered]
-        notes = [
-            f"{label} read other tokens or has other sizes than {last}, and is left out."
-            for label in left_out
-        ]
+        notes = left_out(results, ordered)
         if title == "checkpoint":
             notes.append("Steps are unknown or equal; the last checkpoint given is the reference.")
         numbers = {
@@ -160,7 +163,10 @@ class RouterSaturation(Analysis):
         """The first checkpoint, beside OLMoE and OpenMoE."""
         combined = self.combine(results)
         if combined is None:
-            return "One checkpoint alone shows no saturation: give several with --load."
+            return (
+                none_to_compare(results)
+                or "One checkpoint alone shows no saturation: give several with --load."
+            )
         arrays = combined.arrays
         share = float(arrays["top-k_NL"][0].mean())
         chance = float(arrays["top-k_null_NL"][0].mean())

@@ -31,11 +31,14 @@ def _results(
     rules: Mapping[str, tuple[Rule, int | None]],
     sample: Sample,
     experts: int = 8,
+    run: str = "run",
 ) -> dict[str, Result]:
     return {
         label: result_of(
             analysis,
-            PlantedModel(rule, experts=experts, topk=2, layers=(0, 2, 4), step=step, label=label),
+            PlantedModel(
+                rule, experts=experts, topk=2, layers=(0, 2, 4), step=step, label=label, run=run
+            ),
             sample,
         )
         for label, (rule, step) in rules.items()
@@ -130,6 +133,23 @@ def test_what_cannot_be_compared_is_left_out(tmp_path: Path) -> None:
     assert RouterSaturation().combine({"a": one["a"]}) is None
     assert "several" in RouterSaturation().reading({"a": one["a"]})
     assert RouterSaturation().figures({"a": one["a"]}) == []
+
+
+@pytest.mark.parametrize("analysis", [RouterSaturation(), EarlyRouting()])
+def test_models_of_two_runs_are_not_compared(
+    analysis: RouterSaturation | EarlyRouting, tmp_path: Path
+) -> None:
+    """Expert 3 of one run has nothing to do with expert 3 of another."""
+    sample, rule = random_sample(tmp_path, vocab=20), random_rule(8, 2)
+    one = _results(analysis, {"a": (rule, 1), "b": (rule, 2)}, sample)
+    other = _results(analysis, {"c": (random_rule(8, 2, 5), 3)}, sample, run="elsewhere")
+    assert analysis.combine({"b": one["b"], **other}) is None
+    said = analysis.reading({"b": one["b"], **other})
+    assert "b is in another directory" in said and "final" not in said
+    other = _results(analysis, {"c": (random_rule(8, 2, 5), 0)}, sample, run="elsewhere")
+    combined = analysis.combine({**one, **other})
+    assert combined is not None and combined.arrays["labels"].tolist() == ["a"]
+    assert combined.notes[0].startswith("c is in another directory")
 
 
 def test_early_routing_of_ids(tmp_path: Path) -> None:
