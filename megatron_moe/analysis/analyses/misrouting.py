@@ -36,6 +36,8 @@ ALTERNATIVES = 4
 """Experts that are tried for a token, at most; each costs a pass over the windows."""
 LAYERS = 3
 """Layers, at most: the first, the last, and one between."""
+NO_CHANGE = 1e-5
+"""Nats: a loss that changes by at most this is unchanged, since fp32 rounds a loss by as much."""
 LEAST = 8
 """Tokens from which shares are reported."""
 
@@ -54,7 +56,7 @@ class Misrouting(Analysis):
         "last. Reported are "
         "the share of these exchanges that lower the loss of the token, and the share of tokens "
         "for which one of the tried experts does. Chance: the same with experts drawn from those "
-        "behind rank 2k; if the exchanged experts were equivalent, half of the exchanges would "
+        "behind rank 2k. An exchange that does not change the loss counts as one half; if the exchanged experts were equivalent, half of the exchanges would "
         "lower the loss, and one of j would for 1 - 1/2^j of the tokens."
     )
     source = "Defined here; related: Lo et al. (arXiv 2406.18219), section 4.3"
@@ -77,8 +79,8 @@ class Misrouting(Analysis):
         layers = spread_layers(setting.layers, LAYERS)
         tried = [_exchanges(runner, batch, layer, setting) for layer in layers]
         columns = {
-            "better": [_mean(each.gain_JB > 0, each.gain_JB) for each in tried],
-            "better_random": [_mean(each.random_JB > 0, each.random_JB) for each in tried],
+            "better": [_mean(lowered(each.gain_JB), each.gain_JB) for each in tried],
+            "better_random": [_mean(lowered(each.random_JB), each.random_JB) for each in tried],
             "any_better": [_any(each.gain_JB) for each in tried],
             "any_better_random": [_any(each.random_JB) for each in tried],
             "mean_loss_change": [-_mean(each.gain_JB, each.gain_JB) for each in tried],
@@ -88,6 +90,9 @@ class Misrouting(Analysis):
         low_L, high_L = (np.array(column) for column in zip(*share, strict=True))
         numbers = {
             "exchanges that lower the loss": _nanmean(columns["better"]),
+            "exchanges that do not change the loss": _nanmean(
+                [_mean(np.abs(each.gain_JB) <= NO_CHANGE, each.gain_JB) for each in tried]
+            ),
             "exchanges with experts behind rank 2k that do": _nanmean(columns["better_random"]),
             "tokens that one exchange improves": _nanmean(columns["any_better"]),
             "tokens that one exchange behind rank 2k improves": _nanmean(
@@ -278,15 +283,25 @@ def _mean(values_JB: Array, present_JB: Array) -> float:
     return float(found.mean()) if found.size else math.nan
 
 
+def lowered(gain_JB: Array) -> Array:
+    """1 where the loss is lower, 0 where it is higher, and 1/2 where it does not change."""
+    return np.where(np.abs(gain_JB) <= NO_CHANGE, 0.5, gain_JB > 0)
+
+
 def _any(gain_JB: Array) -> float:
-    """Share of tokens with a gain, of those that had an exchange."""
+    """Share of tokens that an exchange improves, of those that had one.
+
+    Of n exchanges that do not change the loss, one counts as better with 1 - 1/2^n.
+    """
     present_B = np.isfinite(gain_JB).all(0)
-    return float((gain_JB[:, present_B] > 0).any(0).mean()) if present_B.any() else math.nan
+    if not present_B.any():
+        return math.nan
+    return float((1 - (1 - lowered(gain_JB[:, present_B])).prod(0)).mean())
 
 
 def _interval(gain_JB: Array, draws: int, seed: int) -> tuple[float, float]:
     """95% interval of the share of exchanges that lower the loss: a bootstrap over tokens."""
-    better_B = (gain_JB > 0).mean(0)[np.isfinite(gain_JB).all(0)]
+    better_B = lowered(gain_JB).mean(0)[np.isfinite(gain_JB).all(0)]
     if len(better_B) < 2 or draws < 1:
         return math.nan, math.nan
     drawn = np.random.default_rng(seed).integers(len(better_B), size=(draws, len(better_B)))
@@ -307,6 +322,13 @@ def _reading(result: Result) -> str:
     )
     if math.isnan(found):
         return "None of the tokens had a choice that found a slot."
+    same = n["exchanges that do not change the loss"]
+    if same > 0.5:
+        return (
+            f"{100 * same:.0f}% of the exchanges with an expert of ranks k+1 to 2k do not change "
+            f"the loss (by at most {NO_CHANGE:g} nats): the experts are as good as each other, or "
+            "the last choice has next to no weight."
+        )
     noise = 2 * n["standard error of the share"]
     if abs(found - 0.5) <= noise:
         said = (

@@ -178,6 +178,8 @@ def _reading(result: Result) -> str:
     )
     if math.isnan(chance):
         return "There are no two experts to compare."
+    if first == 0:
+        return "The experts are identical: their matrices do not vary."
     ratio = first / chance
     matrices = (
         f"The first component of the experts' matrices has {first:.0%} of their variance, "

@@ -64,6 +64,7 @@ def test_shares_are_those_of_single_windows(tmp_path: Path, kind: str) -> None:
                 with runner.forced(int(layer), changed, record.weights_TK):
                     loss = runner.run(one, predictions=True).loss_T
                 gains.append(float(plain.loss_T[-1] - loss[-1]))  # type: ignore[index]
+            assert min(abs(gain) for gain in gains) > misrouting.NO_CHANGE
             better += [gain > 0 for gain in gains]
             improved.append(max(gains) > 0)
             changes += [-gain for gain in gains]
@@ -97,7 +98,7 @@ def test_a_better_expert_next_in_rank_is_found(tmp_path: Path) -> None:
     assert found.arrays["better_L"][2] == 1
     assert found.arrays["any_better_L"][2] == 1
     # Experts behind rank 2k add nothing, as expert 0 does.
-    assert found.arrays["better_random_L"][2] == 0
+    assert found.arrays["better_random_L"][2] == 0.5
     assert found.arrays["mean_loss_change_L"][2] < -1
 
 
@@ -149,3 +150,26 @@ def test_others_are_ranked_as_the_router_ranks(tmp_path: Path, kind: str, groups
             scores = record.router_probs_TE[token].tolist()
             differ += order != sorted(order, key=lambda e: -scores[e])
     assert differ > 10  # the order of the scores is another one
+
+
+def test_exchanges_of_identical_experts_change_nothing(tmp_path: Path) -> None:
+    def plant(model: Any) -> None:
+        for layer in model.model.layers:
+            for stack in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj):
+                stack.copy_(stack[:1].expand_as(stack).clone())
+
+    model, sample = planted(tmp_path, "olmoe", plant), texts(tmp_path, rows=6)
+    found = result_of(Misrouting(), model, sample, tmp_path)
+    tried = found.numbers["experts tried for a token"]
+    assert found.arrays["better_L"].tolist() == [0.5] * 3
+    assert found.arrays["low_L"].tolist() == found.arrays["high_L"].tolist() == [0.5] * 3
+    assert found.arrays["any_better_L"].tolist() == pytest.approx([1 - 0.5**tried] * 3)
+    assert found.numbers["exchanges that do not change the loss"] == 1
+    said = Misrouting().reading({"a": found})
+    assert said.startswith("100% of the exchanges") and "do not change the loss" in said
+
+
+def test_an_unchanged_loss_counts_as_one_half() -> None:
+    gain_JB = np.array([[0.1, 0.0, -0.1, 0.0], [-0.1, 5e-6, -0.2, 0.3]])
+    assert misrouting.lowered(gain_JB).tolist() == [[1, 0.5, 0, 0.5], [0, 0.5, 0, 1]]
+    assert misrouting._any(gain_JB) == (1 + 0.75 + 0 + 1) / 4

@@ -70,3 +70,9 @@ def test_neurons_that_cluster_by_expert(tmp_path: Path) -> None:
     between = [row[-1] for row in found.tables[0].rows]
     assert between[2] > 0.9 and max(between[:2]) < 0.2
     assert "20 of 20 of each expert" in found.notes[0]
+
+
+def test_identical_experts_are_said_to_be(tmp_path: Path) -> None:
+    one = random_expert(20, 16, torch.Generator().manual_seed(0))
+    found = stored(WeightComponents(), ToyModel([torch.randn(6, 16)], [[one] * 6]), tmp_path)
+    assert "experts are identical" in WeightComponents().reading({"a": found})
