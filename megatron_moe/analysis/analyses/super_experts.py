@@ -29,6 +29,9 @@ TENTH = 0.1
 """And at least this part of the largest output of any layer (Su et al., section 3)."""
 MOST = 8
 """Experts that are left out, at most."""
+MARGIN = 2.0
+"""The model depends on super experts if the loss rises by this many times that of the worst random
+set, at least, and the interval of the change is above 0."""
 DRAWS = 3
 """Random sets of experts that are left out for comparison."""
 TOKENS = 4096
@@ -154,6 +157,7 @@ class SuperExperts(Analysis):
 
 
 _CHANGE = "change of the loss without them"
+_LOW, _HIGH = f"{_CHANGE}, low", f"{_CHANGE}, high"
 _RANDOM = "change of the loss without random experts"
 
 
@@ -223,8 +227,8 @@ def _losses(material: Material, left_out: Sequence[tuple[int, int]]) -> dict[str
     return {
         "loss of the whole model": whole.loss,
         _CHANGE: change,
-        f"{_CHANGE}, low": low,
-        f"{_CHANGE}, high": high,
+        _LOW: low,
+        _HIGH: high,
         _RANDOM: float(np.mean(random)),
         f"{_RANDOM}, largest": float(np.max(random)),
         "perplexity of the whole model": whole.perplexity,
@@ -312,17 +316,22 @@ def _reading(result: Result) -> str:
             f"median of its layer. Without that expert the loss changes by {change:+.3f} nats, "
             f"without a random one by {random:+.3f}."
         )
-    more = change > n[f"{_RANDOM}, largest"] and change > 0
     named = "super expert has an output" if count == 1 else "super experts have outputs"
     said = (
         f"{count} {named} up to {ratio:.0f} times the median of the layer, "
         f"{int(n['experts left out whose largest output is there'])} of "
         f"{int(n['experts left out'])} in hidden dimension "
         f"{int(n['hidden dimension of the largest outputs'])}. Without them the loss changes by "
-        f"{change:+.3f} nats, without random experts by {random:+.3f}"
+        f"{change:+.3f} nats (95% interval {n[_LOW]:+.3f} to {n[_HIGH]:+.3f}), without random "
+        f"experts by {random:+.3f}"
     )
-    return said + (
-        ": the model depends on them, as in the paper."
-        if more
-        else ": they matter no more than others, unlike in the paper."
-    )
+    return said + _conclusion(change, n[_LOW], n[_HIGH], n[f"{_RANDOM}, largest"])
+
+
+def _conclusion(change: float, low: float, high: float, random: float) -> str:
+    """What a change of the loss, its interval and the worst random set say."""
+    if not (low > 0 or high < 0):
+        return ": too few rows to tell whether the model depends on them."
+    if low > 0 and change > MARGIN * max(random, 0.0):
+        return ": the model depends on them, as in the paper."
+    return ": they matter little more than others or not at all, unlike in the paper."

@@ -26,6 +26,8 @@ OF_EXPERTS = 10
 """The same for the values of single experts and the examples."""
 EXAMPLES = 5
 """Ids of an expert in the table."""
+MARGIN = 0.02
+"""Shares beyond chance that differ by less are called equal."""
 NAMES = {"input": "input token", "next": "next token", "predicted": "predicted token"}
 WORDS = {"chosen": "any of the k choices", "first": "first choice"}
 
@@ -274,9 +276,16 @@ def _sentence(label: str, result: Result) -> str:
         f"{label}: an id's favourite expert gets {100 * found[:, 0].mean():.0f}% of its "
         f"occurrences, against {100 * null[:, 0].mean():.0f}% by chance"
     )
-    if np.nanmean(over) < 0.02:
+    if np.nanmean(over) < MARGIN:
         return f"{text}: experts do not specialize in vocabulary, unlike in OLMoE."
     last = over[-1]
+    if np.isnan(last[[0, 2]]).any():
+        return (
+            f"{text}. No predicted id occurs {LEAST[1]} times, so which token the last layer "
+            "follows cannot be told."
+        )
+    if abs(last[2] - last[0]) < MARGIN:
+        return f"{text}. The last layer follows the input and the predicted token about equally."
     if last[2] > last[0]:
         return f"{text}. As in OLMoE, the last layer follows the predicted token more."
     return f"{text}. Even the last layer follows the input token, as OpenMoE reports."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from megatron_moe.analysis.analyses.super_experts import SuperExperts, ratios, super_experts
+from megatron_moe.analysis.result import Result
 from megatron_moe.analysis.sample import Sample
 from tests.analysis.expert_cases import planted, result_of
 from tests.analysis.families import make
@@ -83,6 +85,36 @@ def test_a_random_model_has_none(tmp_path: Path) -> None:
     assert found.numbers["experts left out"] == 1
     assert any("No expert is a super expert" in note for note in found.notes)
     assert "There are no super experts" in SuperExperts().reading({"a": found})
+
+
+@pytest.mark.parametrize(
+    ("change", "low", "high", "largest", "said"),
+    [
+        (0.30, 0.10, 0.50, 0.02, "depends on them, as in the paper"),
+        (0.30, 0.10, 0.50, -0.02, "depends on them, as in the paper"),
+        (0.30, -0.10, 0.70, 0.02, "too few rows"),
+        (0.30, math.nan, math.nan, 0.02, "too few rows"),
+        (0.30, 0.10, 0.50, 0.28, "little more than others"),
+        (-0.30, -0.50, -0.10, -0.40, "not at all, unlike"),
+    ],
+)
+def test_a_dependence_needs_its_interval_and_a_margin_over_random_sets(
+    change: float, low: float, high: float, largest: float, said: str
+) -> None:
+    name = "change of the loss without"
+    numbers = {
+        "super experts": 1.0,
+        "largest ratio to the median of a layer": 50.0,
+        "hidden dimension of the largest outputs": 3.0,
+        "experts left out whose largest output is there": 1.0,
+        "experts left out": 1.0,
+        f"{name} them": change,
+        f"{name} them, low": low,
+        f"{name} them, high": high,
+        f"{name} random experts": largest - 0.01,
+        f"{name} random experts, largest": largest,
+    }
+    assert said in SuperExperts().reading({"a": Result(analysis="super-experts", numbers=numbers)})
 
 
 def test_ratios_and_both_conditions_by_hand() -> None:

@@ -11,6 +11,7 @@ from megatron_moe.analysis.analyses.context_independence import ContextIndepende
 from megatron_moe.analysis.analyses.vocabulary_specialization import VocabularySpecialization
 from megatron_moe.analysis.nulls import entropy
 from megatron_moe.analysis.observation import TokenBatch
+from megatron_moe.analysis.result import Result
 from tests.analysis.planted import (
     Ids,
     PlantedModel,
@@ -55,6 +56,28 @@ def test_a_random_router_is_at_chance(tmp_path: Path) -> None:
     np.testing.assert_allclose(context.arrays["chosen_beyond_LX"], 0, atol=0.01)
     assert context.arrays["chosen_LX"].min() > 0.05
     assert "unlike in OpenMoE" in ContextIndependence().reading({"m": context})
+
+
+@pytest.mark.parametrize(
+    ("predicted", "said"),
+    [
+        (0.50, "As in OLMoE, the last layer follows the predicted token more"),
+        (0.41, "about equally"),
+        (0.39, "about equally"),
+        (0.30, "Even the last layer follows the input token"),
+        (np.nan, "cannot be told"),
+    ],
+)
+def test_the_last_layer_is_read_with_a_margin(predicted: float, said: str) -> None:
+    """Beyond chance; the input token is 40 points above, the predicted one as given."""
+    found, null = np.full((2, 3, 3), 0.5), np.full((2, 3, 3), 0.1)
+    found[-1, 2, 1], null[-1, 2, 1] = predicted + 0.2, 0.2
+    arrays = {"chosen_LXC": found, "chosen_null_LXC": null}
+    result = Result(analysis="vocabulary", arrays=arrays, numbers={})
+    text = VocabularySpecialization().reading({"m": result})
+    assert said in text
+    # One of the conclusions, not two.
+    assert sum(each in text for each in ("As in OLMoE", "equally", "Even", "be told")) == 1
 
 
 def test_specialization_by_hand(tmp_path: Path) -> None:
