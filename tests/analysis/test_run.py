@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from megatron_moe.analysis.base import Analysis, Material, all_analyses
+from megatron_moe.analysis.observation import TokenBatch
 from megatron_moe.analysis.opening import open_model
 from megatron_moe.analysis.plot import Figure
 from megatron_moe.analysis.result import RESULT, Result, Table, read_result, write_result
 from megatron_moe.analysis.run import RunOptions, analyse, steps_of
 from megatron_moe.analysis.sample import Sample
 from tests.analysis.planted import random_sample
-from tests.inference.cases import save
+from tests.inference.cases import CONFIG, save
 
 
 class Count(Analysis):
@@ -161,3 +162,15 @@ def test_the_model_is_the_one_that_was_opened_and_is_not_kept(tmp_path: Path) ->
     del runner
     gc.collect()
     assert network() is None
+
+
+def test_the_ids_of_an_observation_are_those_that_the_model_read(tmp_path: Path) -> None:
+    objective = replace(CONFIG.objective, decoder_start_token_id=5)
+    runner = open_model(save(tmp_path / "run", replace(CONFIG, objective=objective))).load(
+        "cpu", torch.float32
+    )
+    ids = np.arange(40, 48).reshape(1, 8)
+    batch = TokenBatch(
+        tokens_BS=ids, next_BS=ids + 1, documents_BS=np.zeros_like(ids), domain=0, number=0
+    )
+    assert runner.run(batch).batch.tokens_BS.tolist() == [[5, *range(41, 48)]]
