@@ -64,9 +64,17 @@ class Coactivation(Analysis):
         loads_LE = np.diagonal(counts["pairs_LEE"], axis1=1, axis2=2)
         pairs_LEE = counts["pairs_LEE"] * (1 - np.eye(experts, dtype=np.int64))
         adjacent_LEE = counts["adjacent_LEE"] + counts["adjacent_LEE"].swapaxes(1, 2)
-        expected_LEE = independent_pairs(loads_LE, topk)
-        rng = np.random.default_rng(setting.seed)
-        null_RL = drawn_strength(expected_LEE, material.draws, rng) * set_factor(experts, topk)
+        known = loads_decide(experts, topk)
+        expected_LEE = pairs_LEE if known else independent_pairs(loads_LE, topk)
+        strength_L = strength_of(pairs_LEE, expected_LEE)
+        null_RL = np.full((material.draws, len(strength_L)), np.nan)
+        p = math.nan
+        if known:
+            strength_L = np.full(len(strength_L), np.nan)
+        else:
+            rng = np.random.default_rng(setting.seed)
+            null_RL = drawn_strength(expected_LEE, material.draws, rng) * set_factor(experts, topk)
+            p = p_value(strength_L.mean(), null_RL.mean(1))
         arrays = {
             "layers": np.array(setting.layers),
             "tokens_LEE": pairs_LEE,
@@ -75,7 +83,7 @@ class Coactivation(Analysis):
             "lift_LEE": _masked(
                 np.where(expected_LEE >= LEAST_EXPECTED, _divided(pairs_LEE, expected_LEE), np.nan)
             ),
-            "strength_L": strength_of(pairs_LEE, expected_LEE),
+            "strength_L": strength_L,
             "null_L": null_RL.mean(0),
             "null_high_L": np.quantile(null_RL, 0.95, axis=0),
         }
@@ -87,11 +95,16 @@ class Coactivation(Analysis):
             "largest lift of a pair": _largest(lift_LEE),
             "strength": float(arrays["strength_L"].mean()),
             "strength by chance": float(arrays["null_L"].mean()),
-            "p-value of the strength": p_value(arrays["strength_L"].mean(), null_RL.mean(1)),
+            "p-value of the strength": p,
         }
         notes = []
         if topk == 1:
             notes.append("The router chooses one expert per token, so there are no pairs.")
+        elif known:
+            notes.append(
+                f"A token misses at most one of the {experts} experts, so the loads alone decide "
+                "how often each pair is chosen: there is no strength."
+            )
         elif np.isnan(lift_LEE).sum() > lift_LEE.shape[0] * experts:
             notes.append(
                 f"Pairs that loads alone would give fewer than {LEAST_EXPECTED:.0f} tokens "
@@ -155,6 +168,11 @@ def strength_of(pairs: Array, expected: Array) -> Array:
     return np.asarray(0.5 * np.abs(pairs - expected).sum((-2, -1)) / total)
 
 
+def loads_decide(experts: int, topk: int) -> bool:
+    """Whether loads decide the pairs: N_ij = N_i + N_j - T if one is missing."""
+    return topk >= 2 and topk >= experts - 1
+
+
 def set_factor(experts: int, topk: int) -> float:
     """How much less the pairs of sets of K scatter than as many single pairs.
 
@@ -171,7 +189,8 @@ def set_factor(experts: int, topk: int) -> float:
 def drawn_strength(expected_LEE: Array, draws: int, rng: np.random.Generator) -> Array:
     """Strength of tables of as many pairs that are drawn from the expected ones, [R, L].
 
-    Each is compared with what its own loads give, as the observed table is.
+    Each is compared with what its own loads give, as the observed table is, and that is found with
+    as many rounds: what the iteration is short of is then the same in both.
     """
     experts = expected_LEE.shape[1]
     rows, columns = np.triu_indices(experts, 1)
@@ -187,7 +206,7 @@ def drawn_strength(expected_LEE: Array, draws: int, rng: np.random.Generator) ->
                 round(mean_P.sum()), mean_P / mean_P.sum(), size=size
             )
             table += table.swapaxes(1, 2)
-            own = independent_pairs(table.sum(2), 2, rounds=50)
+            own = independent_pairs(table.sum(2), 2)
             found[start : start + size, layer] = strength_of(table, own)
     return found
 
@@ -266,6 +285,8 @@ def _sentence(label: str, result: Result) -> str:
     strength, null = mean_of(result, "strength_L"), mean_of(result, "null_L")
     if not result.arrays["tokens_LEE"].any():
         return f"{label}: the router chooses one expert per token."
+    if math.isnan(strength):
+        return f"{label}: each token misses at most one expert, so loads decide which go together."
     text = (
         f"{label}: loads alone leave {100 * strength:.1f}% of pairs unexplained, against "
         f"{100 * null:.1f}% by chance"

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_moe.analysis.analyses.coactivation import Coactivation
+from megatron_moe.analysis.analyses.coactivation import Coactivation, drawn_strength
 from megatron_moe.analysis.nulls import independent_pairs
 from megatron_moe.analysis.observation import TokenBatch
 from tests.analysis.planted import Ids, PlantedModel, random_rule, random_sample, result_of
@@ -76,6 +76,51 @@ def test_one_choice_has_no_pairs(tmp_path: Path) -> None:
     result = result_of(Coactivation(), model, random_sample(tmp_path, tokens=400))
     assert "no pairs" in result.notes[0] and result.numbers["strength"] == 0
     assert "one expert" in Coactivation().reading({"m": result})
+
+
+@pytest.mark.parametrize(("experts", "topk"), [(8, 7), (8, 8), (3, 2), (2, 2)])
+def test_no_strength_where_loads_decide_the_pairs(experts: int, topk: int, tmp_path: Path) -> None:
+    """One expert is missing, more often the later ones: N_ij = N_i + N_j - T, whatever happens."""
+
+    def rule(batch: TokenBatch, layer: int) -> Ids:
+        weight_E = np.arange(1, experts + 1)
+        missing_T = batch.tokens_BS.reshape(-1) % weight_E.sum()
+        last_T = np.searchsorted(weight_E.cumsum(), missing_T, side="right")
+        order_TE = (last_T[:, None] + 1 + np.arange(experts)) % experts
+        return order_TE[:, :topk]
+
+    model = PlantedModel(rule, experts=experts, topk=topk)
+    sample = random_sample(tmp_path, vocab=360, tokens=8000)
+    result = result_of(Coactivation(), model, sample)
+    pairs, tokens = result.arrays["tokens_LEE"][0], sum(b.size for b in sample.batches())
+    loads = pairs.sum(1) / (topk - 1)
+    for i in range(experts):
+        for j in range(i):
+            assert pairs[i, j] == pytest.approx(loads[i] + loads[j] - tokens)
+    for name in ("strength", "strength by chance", "p-value of the strength"):
+        assert np.isnan(result.numbers[name])
+    lift = result.arrays["lift_LEE"]
+    assert (lift[~np.isnan(lift)] == 1).all()
+    assert "misses at most one" in result.notes[0]
+    assert "loads decide" in Coactivation().reading({"m": result})
+    assert Coactivation().figures({"m": result})
+
+
+def test_all_but_two_experts_have_a_strength(tmp_path: Path) -> None:
+    model = PlantedModel(random_rule(8, 6), experts=8, topk=6, layers=range(8))
+    result = result_of(Coactivation(), model, random_sample(tmp_path, tokens=4000))
+    strength, null = (result.numbers[n] for n in ("strength", "strength by chance"))
+    assert null > 0
+    np.testing.assert_allclose(strength, null, rtol=0.2)
+
+
+def test_chance_is_as_exact_as_the_observed_table() -> None:
+    """Expert 0 has nearly half of ten million choices, where the iteration is slow."""
+    loads = np.array([4.9e6, 2e6, 2e6, 1.1e6])
+    expected = independent_pairs(loads, 2)
+    null = drawn_strength(expected[None], 10, np.random.default_rng(0))
+    # Noise alone: about 1 / sqrt(5e6) for the few pairs.
+    assert null.max() < 1e-3
 
 
 def test_pairs_by_loads_alone() -> None:
