@@ -292,9 +292,9 @@ def sample_of(options: argparse.Namespace, models: Sequence[MoEModel]) -> Sample
     """The tokens, checked against every model.
 
     Raises:
-        UsageError: see `read_sample` and `check_sample`.
+        UsageError: see `read_sample`, `check_sample` and `in_whole_groups`.
     """
-    from megatron_moe.analysis.sample import check_sample, read_sample
+    from megatron_moe.analysis.sample import check_sample, in_whole_groups, read_sample
 
     longest = min(model.sizes.max_length for model in models)
     sample = read_sample(
@@ -306,6 +306,7 @@ def sample_of(options: argparse.Namespace, models: Sequence[MoEModel]) -> Sample
     if sample.domains:
         for model in models:
             check_sample(sample, model)
+        sample = in_whole_groups(sample, models)
     return sample
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from megatron_moe.analysis.model import MoERunner, Sizes, check_experts
 from megatron_moe.analysis.result import Table
-from megatron_moe.analysis.sample import Sample
+from megatron_moe.analysis.sample import Sample, spread
 from megatron_moe.errors import UsageError
 
 Array = npt.NDArray[Any]
@@ -138,22 +138,20 @@ def part_of(sample: Sample, tokens: int, length: int | None = None) -> Sample:
     Args:
         sample: the whole.
         tokens: most tokens, about; each domain has at least one row.
-        length: most tokens of a row; `None` for whole rows.
+        length: most tokens of a row; `None` for whole rows. Rows that compete for the slots of
+            experts stay whole, and so do their groups.
     """
+    group = sample.group_rows or 1
     length = min(sample.seq_length, length or sample.seq_length)
-    each = max(1, tokens // (max(1, len(sample.domains)) * length))
+    length = length if sample.group_rows is None else sample.seq_length
+    each = max(1, tokens // (max(1, len(sample.domains)) * length * group)) * group
     domains = tuple(
-        replace(domain, starts=domain.starts[_spread(len(domain.starts), each)])
+        replace(domain, starts=domain.starts[spread(len(domain.starts), each)])
         for domain in sample.domains
     )
     # As many tokens of a batch as before, so that short rows are no slower.
     batch_size = max(1, sample.batch_size * sample.seq_length // length)
     return replace(sample, domains=domains, seq_length=length, batch_size=batch_size)
-
-
-def _spread(count: int, wanted: int) -> npt.NDArray[np.int64]:
-    wanted = min(count, wanted)
-    return np.arange(wanted, dtype=np.int64) * count // wanted
 
 
 def parse_experts(words: Sequence[str], sizes: Sizes) -> dict[int, list[int]]:

@@ -138,6 +138,20 @@ class MoEModel(ABC):
     def piece(self, token: int) -> str:
         """The text of a token id, made printable; the id in angle brackets without a tokenizer."""
 
+    def rows_per_group(self, seq_length: int) -> int | None:
+        """Rows that compete for the slots of experts; a batch has a multiple of them.
+
+        Args:
+            seq_length: tokens of a row.
+
+        Returns:
+            `None` if batches have any number of rows, of any length.
+
+        Raises:
+            UsageError: groups have a number of tokens that rows of this length do not fit.
+        """
+        return None
+
     @abstractmethod
     def load(self, device: str, dtype: torch.dtype) -> MoERunner:
         """Load the whole model."""

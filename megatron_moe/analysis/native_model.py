@@ -37,7 +37,7 @@ from megatron_moe.inference.text import TextTokenizer
 from megatron_moe.model.logical import expert_width
 from megatron_moe.model.reference import Routing
 from megatron_moe.model.reference.ffn import MoE, gated
-from megatron_moe.model.reference.routing import full_precision, route
+from megatron_moe.model.reference.routing import capacity_factor, full_precision, route
 
 
 class NativeModel(MoEModel):
@@ -101,6 +101,17 @@ class NativeModel(MoEModel):
     def piece(self, token: int) -> str:
         """See `MoEModel.piece`; pieces are known once the model is loaded."""
         return f"<{token}>" if self._tokenizer is None else str(self._tokenizer.piece(token))
+
+    def rows_per_group(self, seq_length: int) -> int | None:
+        """See `MoEModel.rows_per_group`: of `--moe-capacity-group-size`."""
+        moe = self._found.config.moe
+        size = moe.moe_capacity_group_size
+        if size is None or capacity_factor(moe, training_capacity=False) is None:
+            return None
+        if seq_length % size and size % seq_length:
+            expected = f"a divisor or a multiple of {size}, a capacity group of {self.label}"
+            raise UsageError("--seq-length", seq_length, expected)
+        return max(1, size // seq_length)
 
     def load(self, device: str, dtype: torch.dtype) -> NativeRunner:
         """See `MoEModel.load`."""

@@ -9,8 +9,9 @@ Shapes: B rows, S tokens of a row.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -48,11 +49,14 @@ class Sample:
         domains: none if only weights are analysed.
         seq_length: S.
         batch_size: most rows of a batch.
+        group_rows: each batch has a multiple of this number of rows, and rows cannot be shortened;
+            `None` if batches have any number of rows, of any length.
     """
 
     domains: tuple[Domain, ...]
     seq_length: int
     batch_size: int
+    group_rows: int | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,7 +72,7 @@ class Sample:
     def fingerprint(self) -> str:
         """Hash of everything that decides the tokens."""
         parts = [(d.name, d.source.fingerprint, d.starts.tobytes()) for d in self.domains]
-        text = repr((self.seq_length, self.batch_size, parts))
+        text = repr((self.seq_length, self.batch_size, self.group_rows, parts))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def vocabulary(self) -> npt.NDArray[np.int64]:
@@ -154,6 +158,42 @@ def _domain(name: str, source: Source, tokens: int | None, seq_length: int) -> D
     bounds = np.concatenate([[0], np.cumsum(source.lengths(), dtype=np.int64)])
     ends = bounds[np.asarray(source.document_bounds()[1:], dtype=np.int64)]
     return Domain(name=name, source=source, starts=chosen * seq_length, ends=ends)
+
+
+def in_whole_groups(sample: Sample, models: Sequence[MoEModel]) -> Sample:
+    """The sample in batches that every model can read, see `MoEModel.rows_per_group`.
+
+    Of a domain whose rows are no whole groups, evenly spread ones are left out.
+
+    Raises:
+        UsageError: rows do not fit a model's groups, or a batch or a domain has less than a group.
+    """
+    groups = [model.rows_per_group(sample.seq_length) for model in models]
+    needed = [group for group in groups if group is not None]
+    if not needed:
+        return sample
+    rows = math.lcm(*needed)
+    if sample.batch_size < rows:
+        expected = f">= {rows}, the rows of a capacity group"
+        raise UsageError("--batch-size", sample.batch_size, expected)
+    for domain in sample.domains:
+        if len(domain.starts) < rows:
+            expected = f">= {rows}, a capacity group"
+            fix = f"--tokens {rows * sample.seq_length} or more, if there are as many"
+            raise UsageError(f"rows of {domain.name}", len(domain.starts), expected, fix)
+    domains = tuple(
+        replace(domain, starts=domain.starts[spread(count, count // rows * rows)])
+        for domain in sample.domains
+        for count in [len(domain.starts)]
+    )
+    batch_size = sample.batch_size // rows * rows
+    return replace(sample, domains=domains, batch_size=batch_size, group_rows=rows)
+
+
+def spread(count: int, wanted: int) -> npt.NDArray[np.int64]:
+    """At most ``wanted`` of ``count`` places, evenly from the first on."""
+    wanted = min(count, wanted)
+    return np.arange(wanted, dtype=np.int64) * count // max(1, wanted)
 
 
 def first_rows(sample: Sample) -> list[int]:

@@ -23,7 +23,7 @@ from megatron_moe.analysis.model import MoERunner
 from megatron_moe.analysis.observation import LayerRouting, TokenBatch
 from megatron_moe.analysis.plot import Axis, Figure, Lines, Reference, Series
 from megatron_moe.analysis.result import Result, Table
-from megatron_moe.analysis.sample import Sample
+from megatron_moe.analysis.sample import Sample, spread
 from megatron_moe.analysis.weights.reading import sentence_for_each
 from megatron_moe.errors import UsageError
 
@@ -56,8 +56,9 @@ class Misrouting(Analysis):
         "last. Reported are "
         "the share of these exchanges that lower the loss of the token, and the share of tokens "
         "for which one of the tried experts does. Chance: the same with experts drawn from those "
-        "behind rank 2k. An exchange that does not change the loss counts as one half; if the exchanged experts were equivalent, half of the exchanges would "
-        "lower the loss, and one of j would for 1 - 1/2^j of the tokens."
+        "behind rank 2k. An exchange that does not change the loss counts as one half; if the "
+        "exchanged experts were equivalent, half of the exchanges would lower the loss, and one "
+        "of j would for 1 - 1/2^j of the tokens."
     )
     source = "Defined here; related: Lo et al. (arXiv 2406.18219), section 4.3"
     group = "experts"
@@ -192,10 +193,17 @@ class _Exchanges:
 
 
 def windows_of(sample: Sample) -> TokenBatch:
-    """The beginnings of rows that are spread over all domains, as one batch."""
+    """The beginnings of rows that are spread over all domains, as one batch.
+
+    Whole rows and groups of them, where they compete for the slots of experts: then at most as
+    many as a batch has, but not fewer than are needed.
+    """
     rows = sum(len(domain.starts) for domain in sample.domains)
-    wanted = set((np.arange(min(WINDOWS, rows)) * rows // min(WINDOWS, rows)).tolist())
-    length, place = min(CONTEXT, sample.seq_length), 0
+    count, length, group = min(WINDOWS, rows), min(CONTEXT, sample.seq_length), sample.group_rows
+    if group is not None:
+        least = -(-LEAST // group) * group
+        count, length = min(rows, max(least, sample.batch_size)), sample.seq_length
+    wanted, place = set(spread(rows, count).tolist()), 0
     tokens, labels = [], []
     for batch in sample.batches():
         picked = [r for r in range(len(batch.tokens_BS)) if place + r in wanted]
