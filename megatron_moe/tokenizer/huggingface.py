@@ -64,6 +64,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.no_truncation()
         self._model.no_padding()
         self._vocabulary: dict[str, int] = self._model.get_vocab(with_added_tokens=True)
+        if not self._vocabulary:
+            raise UsageError(
+                "--tokenizer-model", path, "a tokenizer with a vocabulary", "it is empty"
+            )
         self.vocab_size = max(self._vocabulary.values()) + 1
         self.extra_ids = count_sentinels(self._model.id_to_token, self.vocab_size)
         names = _configured_names(file)

@@ -98,8 +98,8 @@ def _manifest(folder: Path) -> Opened:
     def read() -> None:
         found = read_manifest(str(folder / "a"))
         assert found is not None
-        assert found.tokens_per_byte + found.vocab_size + len(found.key + str(found.domain))
-        assert sum(part.end - part.start for part in found.inputs) + 1
+        assert found.tokens_per_byte + found.vocab_size + len(found.key + str(found.domain)) >= 0
+        assert sum(part.end - part.start for part in found.inputs) is not None
 
     return Opened(folder / "a.json", read)
 
@@ -181,6 +181,11 @@ def _sentencepiece(folder: Path) -> Opened:
     return Opened(folder / "tokenizer.model", lambda: _use(data))
 
 
+_NO_VOCABULARY = b"""{"version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+"normalizer": null, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": null,
+"decoder": null, "model": {"type": "WordLevel", "vocab": {}, "unk_token": "<unk>"}}"""
+
+
 def _huggingface(name: str) -> Callable[[Path], Opened]:
     def make(folder: Path) -> Opened:
         from tokenizers import Tokenizer, models, pre_tokenizers
@@ -253,7 +258,7 @@ def _targets() -> Sequence[Target]:
                (*HOSTILE, *prompts)),
         Target("prompts-text", _file("p.txt", "one\ntwo\n", _prompts), HOSTILE),
         Target("sentencepiece", _sentencepiece),
-        Target("tokenizer-json", _huggingface("tokenizer.json"), HOSTILE),
+        Target("tokenizer-json", _huggingface("tokenizer.json"), (*HOSTILE, _NO_VOCABULARY)),
         Target("tokenizer-config", _huggingface("tokenizer_config.json"), HOSTILE),
         Target("gpt2-vocab", _gpt2("vocab.json"), HOSTILE),
         Target("gpt2-merges", _gpt2("merges.txt"), HOSTILE),

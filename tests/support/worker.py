@@ -142,13 +142,14 @@ def _clean_up() -> None:
 
 
 def _end_children() -> None:
-    """End processes that a call has left, which would outlive this one when it is killed.
+    """End the process that Megatron-Core's writer of distributed checkpoints keeps a queue in.
 
-    Megatron-Core's writer of distributed checkpoints starts one and keeps a queue in it.
+    It would outlive this one, which is killed at the end. Workers of data loaders end with them.
     """
     for child in multiprocessing.active_children():
-        child.terminate()
-        child.join()
+        if child.name.startswith("SyncManager"):
+            child.kill()
+            child.join()
     writer = sys.modules.get("megatron.core.dist_checkpointing.strategies.filesystem_async")
     if writer is not None:
         writer._results_queue = None  # type: ignore[attr-defined]
