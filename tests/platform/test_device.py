@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import multiprocessing
-from typing import Any
 
 import pytest
 import torch
