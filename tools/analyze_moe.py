@@ -2,7 +2,7 @@ r"""Analyse the routing and the experts of MoE checkpoints: tables, plots and on
 
 Checkpoints of any format: a run of this project (a step with @STEP), OpenMoE weights of Hugging
 Face, and the families that docs/analyses/families.md lists. Results that are there already are
-kept, so that an interrupted command goes on and a report grows.
+kept, so that an interrupted command continues and a report grows.
 
     python tools/analyze_moe.py --load checkpoints --data code=data/code text=data/text --out report
     python tools/analyze_moe.py --load run@1000 run@20000 --data data/wiki --out report

@@ -1,7 +1,7 @@
 """Interfaces of what a pass over the tokens collects, and the registry of the collectors.
 
 A collector adds up integers, or sums in fp64, over any number of batches; its state is a few
-arrays, so that an interrupted pass goes on. Several analyses share one: it is made once for a
+arrays, so that an interrupted pass continues. Several analyses share one: it is made once for a
 checkpoint.
 
 Shapes: L MoE layers, E experts, K choices, D domains.

@@ -59,7 +59,7 @@ def dense_activity(
     module, report = load_class(package, made, dense.path, dtype="auto")
     check_loaded(report, dense.path, dense.label)
     module = module.to(device)
-    if sample.vocabulary()[-1] >= module.config.vocab_size:
+    if sample.vocabulary[-1] >= module.config.vocab_size:
         return None
     shape = (len(dense.layers), dense.width)
     active_LF, inner_LF, tokens = np.zeros(shape, np.int64), np.zeros(shape), 0

@@ -20,8 +20,8 @@ import numpy as np
 from megatron_moe.analysis.draw_panels import draw_panel, label
 from megatron_moe.analysis.draw_web import web_figure
 from megatron_moe.analysis.plot import Bars, Figure, Flow, Heatmap, Lines, Panel, Radar, Scatter
-from megatron_moe.analysis.result import replace_file
 from megatron_moe.analysis.style import file_names, with_common_ranges
+from megatron_moe.checkpoint.disk import replace_bytes
 from megatron_moe.errors import UsageError
 
 COLUMN, PAGE, PAGE_HEIGHT = 3.25, 6.75, 9.0
@@ -135,11 +135,11 @@ def _write(panels: Mapping[str, Panel], path: Path) -> None:
         # `savefig` would draw each file twice, to place again what has its place.
         content = io.BytesIO()
         FigureCanvasSVG(drawn).print_svg(content, metadata={"Date": None, "Description": digest})
-        replace_file(path.with_name(f"{path.name}.svg"), content.getvalue())
+        replace_bytes(path.with_name(f"{path.name}.svg"), content.getvalue())
         drawn.dpi = DPI
         content = io.BytesIO()
         FigureCanvasAgg(drawn).print_png(content, metadata={"Software": None})
-        replace_file(path.with_name(f"{path.name}.png"), content.getvalue())
+        replace_bytes(path.with_name(f"{path.name}.png"), content.getvalue())
 
 
 def _arrange(panels: Mapping[str, Panel]) -> Any:

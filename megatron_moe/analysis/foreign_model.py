@@ -27,7 +27,7 @@ from megatron_moe.analysis.model import (
     check_experts,
 )
 from megatron_moe.analysis.observation import Observation, TokenBatch
-from megatron_moe.inference.scoring import LOGITS
+from megatron_moe.inference.scoring import in_parts
 
 
 class ForeignMoEModel(MoEModel):
@@ -112,15 +112,14 @@ class ForeignMoERunner(MoERunner):
 
     def _predictions(self, hidden_BSH: Tensor, batch: TokenBatch) -> tuple[Tensor, Tensor]:
         """In parts: the logits of a whole batch are often larger than the model."""
-        x_TH = hidden_BSH.flatten(0, 1)
-        next_T = torch.from_numpy(batch.next_BS).flatten().to(x_TH.device)
-        step = max(1, LOGITS // self._runner.model.settings.config.vocab_size)
-        best, loss = [], []
-        for x, labels in zip(x_TH.split(step), next_T.split(step), strict=True):
-            logits = self._runner.logits(x).float()
-            best.append(logits.argmax(dim=-1))
-            loss.append(torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
-        return torch.cat(best), torch.cat(loss)
+        size = self._runner.model.settings.config.vocab_size
+        next_T = torch.from_numpy(batch.next_BS).flatten().to(hidden_BSH.device)
+
+        def logits(x: Tensor) -> Tensor:
+            return self._runner.logits(x).float()
+
+        found, best = in_parts(logits, hidden_BSH.flatten(0, 1), next_T, size, size)
+        return best, -found
 
     @torch.no_grad()
     def expert(self, layer: int, x_TH: Tensor, expert: int) -> ExpertPass:

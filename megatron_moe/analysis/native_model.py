@@ -32,7 +32,7 @@ from megatron_moe.convert.model import LazyTensor, LogicalModel, row_of
 from megatron_moe.errors import UsageError
 from megatron_moe.inference.loading import LoadedModel, LoadOptions, format_of, load
 from megatron_moe.inference.perplexity import batch_of
-from megatron_moe.inference.scoring import LOGITS
+from megatron_moe.inference.scoring import in_parts
 from megatron_moe.inference.text import TextTokenizer
 from megatron_moe.model.logical import expert_width
 from megatron_moe.model.reference import Routing
@@ -206,16 +206,10 @@ class NativeRunner(MoERunner):
         )
 
     def _predictions(self, x_BSH: Tensor, labels_BS: Tensor) -> tuple[Tensor, Tensor]:
-        model = self.loaded.model
-        x_TH, labels_T = x_BSH.flatten(0, 1), labels_BS.flatten().to(x_BSH.device)
-        step = max(1, LOGITS // model.vocab_size)
-        best, loss = [], []
-        for x, labels in zip(x_TH.split(step), labels_T.split(step), strict=True):
-            logits = model.logits(x)
-            target = logits.gather(-1, labels[:, None])[:, 0]
-            loss.append(logits.logsumexp(dim=-1) - target)
-            best.append(logits[:, : self.loaded.tokenizer.size].argmax(dim=-1))
-        return torch.cat(best), torch.cat(loss)
+        model, labels_T = self.loaded.model, labels_BS.flatten().to(x_BSH.device)
+        sizes = (model.vocab_size, self.loaded.tokenizer.size)
+        found, best = in_parts(model.logits, x_BSH.flatten(0, 1), labels_T, *sizes)
+        return best, -found
 
     @torch.no_grad()
     def expert(self, layer: int, x_TH: Tensor, expert: int) -> ExpertPass:

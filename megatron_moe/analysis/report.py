@@ -26,11 +26,12 @@ from megatron_moe.analysis.draw_web import web_figure
 from megatron_moe.analysis.model import MoEModel
 from megatron_moe.analysis.paper import Drawn, Entry, Given, Missing, Paper
 from megatron_moe.analysis.plot import Figure, Heatmap, Radar
-from megatron_moe.analysis.result import RESULT, Result, Table, replace_file, write_table
+from megatron_moe.analysis.result import RESULT, Result, Table, write_table
 from megatron_moe.analysis.run import COMPARED, by_analysis
 from megatron_moe.analysis.sample import Sample
 from megatron_moe.analysis.selection import with_experts
 from megatron_moe.analysis.style import ON_DARK, file_names, printable
+from megatron_moe.checkpoint.disk import replace_bytes
 from megatron_moe.errors import UsageError
 
 REPORT, FIGURES = "report.html", "figures"
@@ -109,7 +110,7 @@ def write_report(
         script_hashes=" ".join(_hash(text) for text in (plotly, script)),
     )
     out.mkdir(parents=True, exist_ok=True)
-    replace_file(out / REPORT, page.encode("utf-8", "backslashreplace"))
+    replace_bytes(out / REPORT, page.encode("utf-8", "backslashreplace"))
     return out / REPORT
 
 

@@ -1,7 +1,7 @@
 """What an analysis found: tables, arrays and numbers, on disk as CSV, JSON and NPZ.
 
 A result is complete or absent: its `result.json` is written last, and names what decided it, so
-that an interrupted analysis goes on and a changed one is computed again.
+that an interrupted analysis continues and a changed one is computed again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import csv
 import io
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_moe.checkpoint.disk import read_json
+from megatron_moe.checkpoint.disk import read_json, replace_bytes
 
 RESULT = "result.json"
 ARRAYS = "arrays.npz"
@@ -78,7 +77,7 @@ def write_result(folder: Path, result: Result, fingerprint: str) -> None:
         write_table(folder / f"{table.name}.csv", table)
     binary = io.BytesIO()
     np.savez_compressed(binary, **result.arrays)  # type: ignore[arg-type]
-    replace_file(folder / ARRAYS, binary.getvalue())
+    replace_bytes(folder / ARRAYS, binary.getvalue())
     values = {
         "analysis": result.analysis,
         "fingerprint": fingerprint,
@@ -94,7 +93,7 @@ def write_result(folder: Path, result: Result, fingerprint: str) -> None:
         ],
     }
     text = json.dumps(values, indent=1, allow_nan=False) + "\n"
-    replace_file(folder / RESULT, text.encode())
+    replace_bytes(folder / RESULT, text.encode())
 
 
 def write_table(path: Path, table: Table) -> None:
@@ -103,17 +102,7 @@ def write_table(path: Path, table: Table) -> None:
     writer = csv.writer(cells)
     writer.writerow(table.columns)
     writer.writerows([_cell(value) for value in row] for row in table.rows)
-    replace_file(path, cells.getvalue().encode("utf-8", "backslashreplace"))
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file under another name and rename it, so that readers never see a part of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_bytes(path, cells.getvalue().encode("utf-8", "backslashreplace"))
 
 
 def read_result(folder: Path, fingerprint: str) -> Result | None:

@@ -7,7 +7,7 @@
     OUT/report.html
 
 A result that is there and was decided by the same things is not computed again, so that a run that
-was interrupted goes on, and further analyses or checkpoints are added to a report.
+was interrupted continues, and further analyses or checkpoints are added to a report.
 """
 
 from __future__ import annotations

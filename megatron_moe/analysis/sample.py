@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -68,13 +69,14 @@ class Sample:
         """Tokens that the model reads."""
         return sum(len(domain.starts) for domain in self.domains) * self.seq_length
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Hash of everything that decides the tokens."""
         parts = [(d.name, d.source.fingerprint, d.starts.tobytes()) for d in self.domains]
         text = repr((self.seq_length, self.batch_size, self.group_rows, parts))
         return hashlib.sha256(text.encode()).hexdigest()
 
+    @cached_property
     def vocabulary(self) -> npt.NDArray[np.int64]:
         """The ids that occur, inputs and labels, ascending."""
         rows = (
@@ -224,7 +226,7 @@ def check_sample(sample: Sample, model: MoEModel) -> None:
                 tokenizer_hash=model.tokenizer_hash,
                 needs_eod=False,
             )
-    largest = int(sample.vocabulary()[-1])
+    largest = int(sample.vocabulary[-1])
     if largest >= sizes.vocab_size:
         expected = f"< {sizes.vocab_size}, the vocabulary of {model.label}"
         raise UsageError("largest token id of --data", largest, expected)

@@ -15,8 +15,8 @@ import numpy as np
 
 from megatron_moe.analysis.collector import Collector
 from megatron_moe.analysis.model import MoERunner
-from megatron_moe.analysis.result import replace_file
 from megatron_moe.analysis.sample import Sample
+from megatron_moe.checkpoint.disk import replace_bytes
 
 SAVE_SECONDS = 60.0
 """Between two saves of the state."""
@@ -69,7 +69,7 @@ def _save(state: Path, fingerprint: str, collector: Collector, done: int) -> Non
     content = io.BytesIO()
     np.savez(content, **arrays, **collector.state())  # type: ignore[arg-type]
     state.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(state, content.getvalue())
+    replace_bytes(state, content.getvalue())
 
 
 def _restore(state: Path, fingerprint: str, collector: Collector) -> int:

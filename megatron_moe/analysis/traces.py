@@ -2,7 +2,7 @@
 
 The format is that of pretraining's `--routing-trace-dir` (`moe/trace.py`, docs/routing_trace.md),
 with a file for each batch. A file that is there already is kept, so that an interrupted command
-goes on.
+continues.
 
 Shapes: B rows, S tokens of a row, T = B S tokens row by row, L MoE layers, N = L T, K choices.
 """
@@ -20,7 +20,7 @@ from megatron_moe.analysis.model import MoEModel, MoERunner
 from megatron_moe.analysis.observation import LayerRouting, Observation
 from megatron_moe.analysis.sample import Sample
 from megatron_moe.errors import UsageError
-from megatron_moe.moe.trace import Trace, TraceAbout, file_name, read_trace, write_trace
+from megatron_moe.moe.trace import Trace, TraceAbout, file_name, read_about, write_trace
 
 
 def write_traces(
@@ -77,7 +77,7 @@ def check_folder(folder: Path, model: MoEModel, about: TraceAbout) -> set[str]:
     """
     found = sorted(folder.glob(f"step-{model.step or 0:08d}-part-*.parquet"))
     for path in found:
-        _, theirs = read_trace(path, layers=[])
+        theirs = read_about(path)
         if theirs != about:
             fix = "remove them, or give another directory"
             expected = f"empty, or with traces of {model.label} and this --data alone"

@@ -37,7 +37,7 @@ def in_order(results: Mapping[str, Result]) -> dict[str, Result]:
 
     The last is the one with the highest step, or the last given where a step is unknown. Results
     of other tokens, or of another number of layers, experts or choices, are left out, and those of
-    another directory: nothing else tells that checkpoints are of one run, and another run numbers
+    another directory: nothing else shows that checkpoints are of one run, and another run numbers
     its experts differently.
     """
     steps = [int(result.arrays["step"]) for result in results.values()]

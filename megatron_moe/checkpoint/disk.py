@@ -160,6 +160,11 @@ def write_json(path: Path, value: Any) -> FileRecord:
 
 
 def replace_text(path: Path, text: str) -> None:
+    """`replace_bytes` of a text in UTF-8."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
     """Replace a small file atomically: readers see the old content or the new.
 
     Raises:
@@ -168,7 +173,7 @@ def replace_text(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
     try:
-        write_stream(temporary, iter([memoryview(text.encode())]))
+        write_stream(temporary, iter([memoryview(content)]))
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)

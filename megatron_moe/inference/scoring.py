@@ -8,7 +8,7 @@ Shapes: B rows, S tokens of a row, H hidden, V vocabulary, N scored labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,15 +68,32 @@ def predictions(
         **{name: None if plane is None else plane.to(device) for name, plane in planes.items()},
     )
     scored = scored_BS.to(device)
-    x_NH, labels_N = x_BSH[scored], labels_BS.to(device)[scored]
-    step = max(1, LOGITS // model.vocab_size)
-    found, greedy = [], []
+    labels_N = labels_BS.to(device)[scored]
+    sizes = (model.vocab_size, loaded.tokenizer.size)
+    found, best = in_parts(model.logits, x_BSH[scored], labels_N, *sizes)
+    return found.cpu(), (best == labels_N).cpu()
+
+
+def in_parts(
+    logits: Callable[[Tensor], Tensor], x_NH: Tensor, labels_N: Tensor, vocab_size: int, ids: int
+) -> tuple[Tensor, Tensor]:
+    """Log probability of each label and the most probable id, with `LOGITS` logits at a time.
+
+    Args:
+        logits: from hidden states [n, H] to logits [n, V] in fp32.
+        x_NH: hidden states.
+        labels_N: ids whose probability is wanted.
+        vocab_size: V.
+        ids: only ids below it are candidates for the most probable one; the rest is padding.
+    """
+    found, best = [], []
+    step = max(1, LOGITS // vocab_size)
     for x, labels in zip(x_NH.split(step), labels_N.split(step), strict=True):
-        logits = model.logits(x)
-        target = logits.gather(-1, labels[:, None])[:, 0]
-        found.append(target - logits.logsumexp(dim=-1))
-        greedy.append(logits[:, : loaded.tokenizer.size].argmax(dim=-1) == labels)
-    return torch.cat(found).cpu(), torch.cat(greedy).cpu()
+        logits_NV = logits(x)
+        target = logits_NV.gather(-1, labels[:, None])[:, 0]
+        found.append(target - logits_NV.logsumexp(dim=-1))
+        best.append(logits_NV[:, :ids].argmax(dim=-1))
+    return torch.cat(found), torch.cat(best)
 
 
 @dataclass(frozen=True)

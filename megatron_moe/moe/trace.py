@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -230,13 +231,30 @@ def read_step(
     return trace, about
 
 
+def read_about(path: Path) -> TraceAbout:
+    """The metadata of a file, without its rows.
+
+    Raises:
+        UsageError: it does not exist, or is no trace.
+    """
+    with _readable(path) as parquet:
+        return _about(path, parquet.read_schema(path).metadata or {})
+
+
 def _read_file(path: Path, layers: list[int] | None) -> tuple[Trace, TraceAbout]:
-    pyarrow, parquet = _arrow("routing trace", str(path))
-    try:
-        about = _about(path, parquet.read_schema(path).metadata or {})
+    about = read_about(path)
+    with _readable(path) as parquet:
         chosen = None if layers is None else [("layer", "in", layers)]
         table = parquet.read_table(path, columns=list(COLUMNS), filters=chosen)
         return _columns(table, about.topk), about
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[Any]:
+    """The Parquet library; whatever it raises for a file is a usage error."""
+    pyarrow, parquet = _arrow("routing trace", str(path))
+    try:
+        yield parquet
     except FileNotFoundError:
         raise UsageError("routing trace", path, "an existing file") from None
     except (pyarrow.ArrowException, KeyError, TypeError, ValueError, OSError) as error:

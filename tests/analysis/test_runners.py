@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_moe.analysis import foreign_model
 from megatron_moe.analysis.family import all_families
 from megatron_moe.analysis.model import MoERunner
 from megatron_moe.analysis.observation import Observation, TokenBatch
 from megatron_moe.analysis.opening import open_model
 from megatron_moe.errors import UsageError
+from megatron_moe.inference import scoring
 from tests.analysis.families import VOCAB, make, save
 from tests.inference import cases
 
@@ -169,7 +169,7 @@ def test_predictions_in_parts_are_those_of_all_logits(
     logits = make(kind)(torch.from_numpy(given.tokens_BS), use_cache=False).logits.flatten(0, 1)
     expected = F.cross_entropy(logits, torch.from_numpy(given.next_BS).flatten(), reduction="none")
     for size in (3 * VOCAB, 1, 1 << 26):
-        monkeypatch.setattr(foreign_model, "LOGITS", size)
+        monkeypatch.setattr(scoring, "LOGITS", size)
         seen = seen_by(runner)
         torch.testing.assert_close(seen.loss_T, expected, rtol=1e-4, atol=1e-4)
         assert torch.equal(seen.predicted_T, logits.argmax(-1))  # type: ignore[arg-type]

@@ -44,7 +44,7 @@ def test_every_row_with_its_next_tokens_documents_and_domain(tmp_path: Path) -> 
     assert (following == tokens + 1).all()
     documents = np.concatenate([batch.documents_BS for batch in first]).ravel().tolist()
     assert documents == [0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 2, 3, 4, 4, 4, 4]
-    assert sample.tokens == 32 and sample.vocabulary().tolist() == list(range(1, 18))
+    assert sample.tokens == 32 and sample.vocabulary.tolist() == list(range(1, 18))
 
 
 def test_fewer_rows_are_spread_over_the_file(tmp_path: Path) -> None:

@@ -49,14 +49,18 @@ def model(moe: MoEConfig = DROPLESS) -> ReferenceOpenMoE:
 
 
 def save(
-    directory: Path, config: RunConfig = CONFIG, layout: str = "native", step: int = 7
+    directory: Path,
+    config: RunConfig = CONFIG,
+    layout: str = "native",
+    step: int = 7,
+    made: ReferenceOpenMoE | None = None,
 ) -> Path:
-    """A checkpoint of `model()`, which was trained with the tokenizer of ``config``."""
+    """A checkpoint of ``made``, or of `model()`, trained with the tokenizer of ``config``."""
     source = LogicalModel(
         source="the case",
         config=config,
         vocab_size=PADDED,
-        tensors={name: of_tensor(t) for name, t in model().state_dict().items()},
+        tensors={name: of_tensor(t) for name, t in (made or model()).state_dict().items()},
         step=step,
         tokenizer_hash=build_tokenizer(config.data).identity,
     )

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from megatron_moe.data.indexed.writer import IndexedWriter
+from megatron_moe.model.reference import ReferenceOpenMoE
 from megatron_moe.moe.trace import read_step
-from tests.inference.cases import CONFIG, save
+from tests.inference.cases import CONFIG, PADDED, save
 from tools.analyze_moe import main, parts_of
 
 
@@ -142,8 +143,9 @@ def test_bad_input_is_one_line_before_any_work(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, said: str
 ) -> None:
     if not (folder / "dense").exists():
-        moe = replace(CONFIG.moe, moe_layer_freq="[0,0]")
-        save_dense(folder / "dense", replace(CONFIG, moe=moe))
+        config = replace(CONFIG, moe=replace(CONFIG.moe, moe_layer_freq="[0,0]"))
+        dense = ReferenceOpenMoE(config.model, config.moe, PADDED, seed=1)
+        save(folder / "dense", config, made=dense)
         (folder / "other").mkdir()
         (folder / "other" / "config.json").write_text('{"model_type": "gpt2"}')
     out = tmp_path / "out"
@@ -152,25 +154,6 @@ def test_bad_input_is_one_line_before_any_work(
     assert error.startswith("analyze_moe.py: error: ") and error.count("\n") == 1
     assert re.search(said, error), error
     assert not out.exists()
-
-
-def save_dense(directory: Path, config: object) -> None:
-    """A checkpoint of a model without experts."""
-    from megatron_moe.convert.formats import ConversionTarget, write
-    from megatron_moe.convert.model import LogicalModel, of_tensor
-    from megatron_moe.model.reference import ReferenceOpenMoE
-    from tests.inference.cases import PADDED, TOKENIZER
-
-    model = ReferenceOpenMoE(config.model, config.moe, PADDED, seed=1)  # type: ignore[attr-defined]
-    source = LogicalModel(
-        source="the case",
-        config=config,  # type: ignore[arg-type]
-        vocab_size=PADDED,
-        tensors={name: of_tensor(t) for name, t in model.state_dict().items()},
-        step=1,
-        tokenizer_hash=TOKENIZER.identity,
-    )
-    write(source, ConversionTarget(format="native", path=directory), lambda _: None)
 
 
 def test_a_directory_with_a_mark_in_its_name(tmp_path: Path) -> None:

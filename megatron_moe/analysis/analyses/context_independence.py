@@ -34,7 +34,7 @@ class ContextIndependence(Analysis):
     question = "How much of the routing does the token id alone decide?"
     definition = (
         "(H(e) - H(e | id)) / (H(e) - log k), with entropies of the share of choices of each "
-        "expert: 1 if the id decides the experts, 0 if it tells nothing. Chance, which is above 0 "
+        "expert: 1 if the id decides the experts, 0 if it says nothing. Chance, which is above 0 "
         "because rare ids are seen few times: groups of as many tokens drawn from all. Beyond "
         "chance: (observed - chance) / (1 - chance)."
     )

@@ -143,7 +143,7 @@ class ExpertAblation(Analysis):
         ]
 
     def reading(self, results: Mapping[str, Result]) -> str:
-        """How many experts matter, and whether load tells which."""
+        """How many experts matter, and whether load predicts which."""
         return sentence_for_each({label: _reading(result) for label, result in results.items()})
 
 

@@ -72,7 +72,7 @@ class Tokens(Tallies):
 
 def _read(seen: Observation) -> dict[str, Tensor]:
     """Ids [T] of each kind."""
-    assert seen.predicted_T is not None, "the pass was told to predict"
+    assert seen.predicted_T is not None, "the pass makes predictions"
     return {
         "input": torch.from_numpy(np.ascontiguousarray(seen.batch.tokens_BS).reshape(-1)),
         "next": torch.from_numpy(np.ascontiguousarray(seen.batch.next_BS).reshape(-1)),
@@ -82,7 +82,7 @@ def _read(seen: Observation) -> dict[str, Tensor]:
 
 def _ids(setting: Setting) -> npt.NDArray[np.int64]:
     """The ids of the rows, ascending."""
-    found = setting.sample.vocabulary()
+    found = setting.sample.vocabulary
     most = most_ids(setting)
     if len(found) <= most:
         return found
