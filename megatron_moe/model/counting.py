@@ -200,7 +200,7 @@ def parameters_per_rank(
     per_chunk = model.num_layers // (pp * vp)
     dense, expert = [0] * pp, [0] * pp
     for name, parameter in logical_parameters(model, moe, vocab_size).items():
-        for stage in _stages(name, per_chunk, pp, model.untie_embeddings_and_output_weights):
+        for stage in stages_of(name, per_chunk, pp, model.untie_embeddings_and_output_weights):
             if parameter.kind == "expert":
                 expert[stage] += parameter.numel // (ep * etp)
             else:
@@ -217,8 +217,16 @@ def _dense_share(parameter: LogicalParameter, tp: int) -> int:
     return parameter.numel if whole else parameter.numel // tp
 
 
-def _stages(name: str, per_chunk: int, pp: int, untied: bool) -> set[int]:
-    """Pipeline stages that hold a logical tensor."""
+def stages_of(name: str, per_chunk: int, pp: int, untied: bool) -> set[int]:
+    """Pipeline stages that hold a logical tensor.
+
+    Args:
+        name: of the logical tensor.
+        per_chunk: layers of a model chunk.
+        pp: pipeline stages.
+        untied: whether the logits matrix is not the embedding, which is then on the first stage
+            alone.
+    """
     owner, _, rest = name.partition(".")
     if owner == "layers":
         return {int(rest.partition(".")[0]) // per_chunk % pp}
