@@ -3,6 +3,7 @@
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig, capacity_group_tokens, moe_layer_pattern
 from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.config.precision import PrecisionConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.config.training import (
     CheckpointConfig,
@@ -22,6 +23,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PrecisionConfig",
     "RunConfig",
     "TrainConfig",
     "capacity_group_tokens",

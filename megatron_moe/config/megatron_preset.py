@@ -10,6 +10,7 @@ Megatron-LM has none, the script must say what it wants. Some defaults follow fr
     --moe-eval-capacity-factor   --moe-expert-capacity-factor: there is one for both
     --moe-layer-freq             no MoE layer without --num-experts
     --lr-decay-samples           --train-samples: a schedule in sequences
+    --fp8-recipe                 delayed, with --fp8-format
 
 Without the preset, `unsaid` lists the same differences. Source: arguments.py and
 transformer_config.py of Megatron-LM, core 0.16.1.
@@ -91,6 +92,8 @@ def completed(config: RunConfig, given: Collection[str], has_model: bool = False
     samples, rate = config.train.train_samples, config.optimizer
     if samples is not None and rate.lr_decay_iters is None and rate.lr_decay_samples is None:
         config = replace(config, optimizer=replace(rate, lr_decay_samples=samples))
+    if config.precision.fp8_format is not None and "--fp8-recipe" not in given:
+        config = replace(config, precision=replace(config.precision, fp8_recipe="delayed"))
     return config if has_model else _complete_model(config, given)
 
 
@@ -165,6 +168,8 @@ def _differs(given: Collection[str]) -> Iterator[tuple[str, Any, Any]]:
     of_samples = {"--train-samples", "--lr-decay-samples", "--lr-decay-iters"} & set(given)
     if of_samples == {"--train-samples"}:
         yield "--lr-decay-samples", "the learning rate counts steps", "--train-samples"
+    if {"--fp8-format", "--fp8-recipe"} & set(given) == {"--fp8-format"}:
+        yield "--fp8-recipe", here.precision.fp8_recipe, "delayed"
     for entry in entries():
         if entry.unsaid and not {entry.flags[0], *entry.unless} & set(given):
             yield entry.flags[0], " ".join(entry.values or ("given",)), entry.unsaid

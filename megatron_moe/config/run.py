@@ -13,6 +13,7 @@ from megatron_moe.config.fields import ConfigField, fields_of
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.config.precision import PrecisionConfig
 from megatron_moe.config.training import (
     CheckpointConfig,
     DataConfig,
@@ -32,6 +33,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     moe: MoEConfig = field(default_factory=MoEConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -47,8 +49,9 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries, ready for JSON.
 
-        A field marked with `OmittedAtDefault` is left out while it has its default. The default is
-        the section's, not a preset's: `from_dict` has no other value for an absent key.
+        A field marked with `OmittedAtDefault` is left out while it has its default, and so is a
+        section of which nothing is left. The default is the section's, not a preset's: `from_dict`
+        has no other value for an absent key.
         """
         values = dataclasses.asdict(self)
         for name, section in self.sections.items():
@@ -56,7 +59,7 @@ class RunConfig:
             for key, known in fields_of(type(section)).items():
                 if known.omitted_at_default and getattr(section, key) == getattr(default, key):
                     del values[name][key]
-        return values
+        return {name: content for name, content in values.items() if content}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str) -> RunConfig:

@@ -18,6 +18,7 @@ from megatron_moe.config.fields import fields_of
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig, moe_layer_pattern
 from megatron_moe.config.phases import PhaseSpec, errors_of_phase, read_phases
+from megatron_moe.config.precision import PrecisionConfig
 from megatron_moe.config.run import RunConfig, flag_of
 from megatron_moe.config.steps import StepSet
 from megatron_moe.config.training import (
@@ -38,6 +39,7 @@ def validate(config: RunConfig) -> None:
     """
     check_ranges(config)
     _check_attention(config.model)
+    _check_fp8(config)
     _check_checkpoints(config.checkpoint)
     _check_length(config)
     _check_spikes(config)
@@ -92,6 +94,35 @@ def _requires(name: str, value: object, other: str, given: bool) -> None:
 def _check_attention(model: ModelConfig) -> None:
     scope = None if model.qk_layernorm_scope == "head" else model.qk_layernorm_scope
     _requires("qk_layernorm_scope", scope, "--qk-layernorm", model.qk_layernorm)
+
+
+def _check_fp8(config: RunConfig) -> None:
+    fp8, default = config.precision, PrecisionConfig()
+    changed = {
+        name: getattr(fp8, name)
+        for name in fields_of(PrecisionConfig)
+        if getattr(fp8, name) != getattr(default, name)
+    }
+    used = changed.pop("fp8_format", None) is not None
+    if changed and not used:
+        name, value = next(iter(changed.items()))
+        raise UsageError(flag_of(name), value, "used with --fp8-format")
+    delayed = fp8.fp8_recipe == "delayed"
+    for name in ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo"):
+        _requires(name, changed.get(name), "--fp8-recipe delayed", delayed)
+    if not fp8.first_last_layers_bf16:
+        for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+            if name in changed:
+                raise UsageError(flag_of(name), changed[name], "used with --first-last-layers-bf16")
+    elif delayed:
+        expected = "unset with --fp8-recipe delayed"
+        fix = "Megatron-Core updates delayed scales for all layers together; use another recipe"
+        raise UsageError("--first-last-layers-bf16", True, expected, fix)
+    layers = config.model.num_layers
+    if used and not any(fp8.in_fp8(layer, layers) for layer in range(layers)):
+        kept = fp8.num_layers_at_start_in_bf16 + fp8.num_layers_at_end_in_bf16
+        expected = f"set for fewer than the {layers} layers of the model"
+        raise UsageError("--first-last-layers-bf16", kept, expected, "no layer is left in FP8")
 
 
 def _check_checkpoints(settings: CheckpointConfig) -> None:

@@ -12,7 +12,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 
-from megatron_moe.config import ModelConfig, RunConfig, moe_layer_pattern
+from megatron_moe.config import ModelConfig, PrecisionConfig, RunConfig, moe_layer_pattern
 from megatron_moe.model.attention import RotaryCoreAttention
 from megatron_moe.model.layer import OpenMoELayer, OpenMoELayerSubmodules
 from megatron_moe.model.logical import expert_width
@@ -84,6 +84,7 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         **_expert_settings(config),
+        **fp8_settings(config.precision),
         **_layout_settings(config, degrees),
     )
     core.rotary_base = model.rotary_base  # type: ignore[attr-defined]
@@ -104,6 +105,22 @@ def _expert_settings(config: RunConfig) -> dict[str, Any]:
         "moe_router_pre_softmax": True,
         "moe_ffn_hidden_size": expert_width(config.model, config.moe),
         "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def fp8_settings(precision: PrecisionConfig) -> dict[str, Any]:
+    """Settings of FP8 for layers of Transformer Engine; none without FP8."""
+    if precision.fp8_format is None:
+        return {}
+    return {
+        "fp8": precision.fp8_format,
+        "fp8_recipe": precision.fp8_recipe,
+        "fp8_margin": precision.fp8_margin,
+        "fp8_amax_history_len": precision.fp8_amax_history_len,
+        "fp8_amax_compute_algo": precision.fp8_amax_compute_algo,
+        "first_last_layers_bf16": precision.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
     }
 
 

@@ -17,6 +17,7 @@ from megatron_moe.model.logical import check_sizes
 from megatron_moe.parallel.layout_rules import (
     check_experts,
     check_interleaving,
+    check_layers_in_bf16,
     check_overlap,
     check_recomputation,
     check_widths,
@@ -89,6 +90,7 @@ def resolve_layout(
     check_experts(config, tp, ep, etp, has_moe)
     vp = virtual_stages(parallel, model.num_layers, pp)
     layers_per_chunk = model.num_layers // (pp * (vp or 1))
+    check_layers_in_bf16(config.precision, model.num_layers // pp)
     check_overlap(parallel)
     has_shared = moe.moe_shared_expert_intermediate_size is not None
     check_recomputation(parallel, layers_per_chunk, has_moe, has_shared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from megatron_moe.config.parallel import ParallelConfig
+from megatron_moe.config.precision import PrecisionConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import UsageError
 
@@ -124,6 +125,19 @@ def virtual_stages(parallel: ParallelConfig, num_layers: int, pp: int) -> int | 
             "the interleaved schedule needs several stages",
         )
     return stages
+
+
+def check_layers_in_bf16(precision: PrecisionConfig, layers_per_stage: int) -> None:
+    """Check that layers kept in bf16 are those of one stage, as Megatron-Core requires."""
+    if not precision.first_last_layers_bf16:
+        return
+    for flag, layers in (
+        ("--num-layers-at-start-in-bf16", precision.num_layers_at_start_in_bf16),
+        ("--num-layers-at-end-in-bf16", precision.num_layers_at_end_in_bf16),
+    ):
+        if layers > layers_per_stage:
+            expected = f"<= {layers_per_stage}, the layers of one pipeline stage"
+            raise UsageError(flag, layers, expected)
 
 
 def check_interleaving(vp: int | None, pp: int, num_microbatches: int, step: int) -> None:

@@ -32,7 +32,7 @@ def test_all_that_is_wrong_is_shown_at_once_each_with_its_reason() -> None:
     line = (
         "--multi-latent-attention --lr fast --kv-lora-rank 512 --mtp-num-layers 1 --optimizer muon "
         "--context-parallel-size 2 --hidden-sizes 8 --min-lr slow --normalization LayerNorm "
-        "--fp8-format hybrid --num-layers 3 --colour blue --warmup 3"
+        "--fp8-param-gather --num-layers 3 --colour blue --warmup 3"
     )
     with pytest.raises(UsageError) as error:
         parse_args(line.split())
@@ -47,7 +47,7 @@ def test_all_that_is_wrong_is_shown_at_once_each_with_its_reason() -> None:
         "--optimizer must be one of adam, sgd, adafactor (got 'muon'); Muon",
         "--context-parallel-size must be 1 (got '2'); context parallelism is not built",
         "--normalization must be RMSNorm (got 'LayerNorm'); LayerNorm is not built",
-        "--fp8-format must be left out (got 'hybrid'); FP8 is not built",
+        "--fp8-param-gather must be left out (got True); weights are kept and gathered in the",
         "--warmup must be left out (got '3'); the flag is --lr-warmup-iters",
         "--lr must be a number (got 'fast')",
         "--min-lr must be a number (got 'slow')",
@@ -90,6 +90,9 @@ ACCEPTED = {
     "--dataloader-type cyclic": "",
     "--encoder-seq-length 64": "--seq-length 64",
     "--layernorm-epsilon 1e-5": "--norm-epsilon 1e-5",
+    "--fp8-hybrid": "--fp8-format hybrid",
+    "--fp8-interval 1": "",
+    "--moe-router-padding-for-fp8": "",
     "--exit-on-missing-checkpoint": "--no-allow-missing-load",
 }
 

@@ -75,6 +75,18 @@ def test_what_the_script_says_stays() -> None:
     assert config.model.untie_embeddings_and_output_weights
 
 
+def test_scales_are_delayed_unless_the_script_says_otherwise() -> None:
+    def recipe(line: str) -> str:
+        return parse_args((PRESET + SIZES + MODEL + line).split()).config.precision.fp8_recipe
+
+    assert recipe("--fp8-format hybrid") == recipe("--fp8-hybrid") == "delayed"
+    assert recipe("--fp8-format hybrid --fp8-recipe blockwise") == "blockwise"
+    assert recipe("") == "tensorwise"
+    notes = parse_args(["--swiglu", "--fp8-format", "hybrid"]).notes
+    assert any("--fp8-recipe: tensorwise, in Megatron-LM delayed" in line for line in notes)
+    assert not any("--fp8-recipe" in line for line in parse_args(["--swiglu"]).notes)
+
+
 def test_a_script_without_experts_is_a_dense_model() -> None:
     config = parse_args((PRESET + SIZES + MODEL).split()).config
     assert config.moe.moe_layer_freq == "[0]*4"

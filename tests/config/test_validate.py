@@ -22,6 +22,30 @@ INVALID = {
         "--qk-layernorm-scope must be used with --qk-layernorm (got 'projection')"
     ),
     "--group-query-attention --num-query-groups 0": "--num-query-groups must be >= 1 (got 0)",
+    "--fp8-recipe mxfp8": "--fp8-recipe must be used with --fp8-format (got 'mxfp8')",
+    "--num-layers-at-start-in-bf16 0": (
+        "--num-layers-at-start-in-bf16 must be used with --fp8-format (got 0)"
+    ),
+    "--fp8-format e4m3 --fp8-margin 1": (
+        "--fp8-margin must be used with --fp8-recipe delayed (got 1)"
+    ),
+    "--fp8-format e4m3 --fp8-amax-history-len 1024 --fp8-recipe blockwise": (
+        "--fp8-amax-history-len must be used with --fp8-recipe delayed (got 1024)"
+    ),
+    "--fp8-format e4m3 --fp8-amax-compute-algo max": (
+        "--fp8-amax-compute-algo must be used with --fp8-recipe delayed (got 'max')"
+    ),
+    "--fp8-format e4m3 --num-layers-at-end-in-bf16 0": (
+        "--num-layers-at-end-in-bf16 must be used with --first-last-layers-bf16 (got 0)"
+    ),
+    "--fp8-format hybrid --fp8-recipe delayed --first-last-layers-bf16": (
+        "--first-last-layers-bf16 must be unset with --fp8-recipe delayed (got True);"
+        " Megatron-Core updates delayed scales for all layers together; use another recipe"
+    ),
+    "--fp8-format e4m3 --first-last-layers-bf16 --num-layers-at-start-in-bf16 3": (
+        "--first-last-layers-bf16 must be set for fewer than the 4 layers of the model (got 4);"
+        " no layer is left in FP8"
+    ),
     "--train-iters 3 --train-samples 8": (
         "--train-iters must be used without --train-samples (got 3); give one of the two"
     ),
@@ -124,6 +148,10 @@ def test_flags_that_contradict_each_other_are_rejected_by_name(line: str) -> Non
         "--min-lr 0.1 --lr 0.1",
         "--lr-decay-style WSD --lr-wsd-decay-iters 4",
         "--optimizer adafactor --weight-decay 0",
+        "--fp8-format hybrid --fp8-recipe delayed --fp8-margin 1 --fp8-amax-history-len 1024"
+        " --fp8-amax-compute-algo max",
+        "--fp8-format e4m3 --first-last-layers-bf16 --num-layers-at-start-in-bf16 0"
+        " --num-layers-at-end-in-bf16 3",
     ],
 )
 def test_flags_that_fit_each_other_are_accepted(line: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_moe.config import RunConfig
+from megatron_moe.config import PrecisionConfig, RunConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.parallel.layout import Layout, resolve_layout
 
@@ -288,6 +288,20 @@ def test_a_layout_that_does_not_fit_is_rejected_by_name(
         resolve_layout(config(**changes), world_size)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+def test_layers_in_bf16_are_those_of_one_stage() -> None:
+    fp8 = PrecisionConfig(
+        fp8_format="e4m3", first_last_layers_bf16=True, num_layers_at_end_in_bf16=3
+    )
+    layers = replace(config(num_layers=8, moe_layer_freq="2"), precision=fp8)
+    assert resolve_layout(layers, 1).pp == 1
+    split = replace(layers, parallel=replace(layers.parallel, **{PP: 4}))
+    with pytest.raises(UsageError) as caught:
+        resolve_layout(split, 4)
+    assert str(caught.value) == (
+        "--num-layers-at-end-in-bf16 must be <= 2, the layers of one pipeline stage (got 3)"
+    )
 
 
 def test_a_padded_vocabulary_must_divide() -> None:
