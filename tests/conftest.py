@@ -14,6 +14,8 @@ ON_GPU = os.environ.get("MEGATRON_MOE_TEST_GPU") == "1"
 if not ON_GPU:
     # Before torch looks; the ranks of the pool inherit it. With a GPU in sight all would take it.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Before Triton looks: its kernels then run, slowly, on tensors of the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

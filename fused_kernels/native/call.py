@@ -25,25 +25,6 @@ def computed(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def runs_on(*tensors: Tensor) -> bool:
-    """Whether the tensors have memory. Fake ones have only a shape; for them the reference
-    implementation computes the shape of the result.
-
-    Raises:
-        TypeError: a tensor of another class, whose memory may mean anything.
-    """
-    others = [x for x in tensors if type(x) not in (Tensor, torch.nn.Parameter)]
-    if not others:
-        return True
-    # Imported here: it takes a second, and only dry runs have such tensors.
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    for x in others:
-        if not isinstance(x, FakeTensor):
-            raise TypeError(f"native kernels take plain tensors, found {type(x).__name__}")
-    return False
-
-
 def operation(
     name: str, dtype: torch.dtype | None, operands: Sequence[Operand], *numbers: int
 ) -> Callable[[], None]:

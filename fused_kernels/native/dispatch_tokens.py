@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_kernels.native.call import Operand, operation, runs_on
+from fused_kernels.native.call import Operand, operation
+from fused_kernels.plain_tensors import runs_on
 from fused_kernels.reference import dispatch_tokens as reference
 
 

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fused_kernels.native.call import Operand, operation, runs_on
+from fused_kernels.native.call import Operand, operation
+from fused_kernels.plain_tensors import runs_on
 from fused_kernels.reference import gated_silu as reference
 
 OVERWRITES_GRADIENT = False

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_kernels.native.call import Operand, operation, runs_on
+from fused_kernels.native.call import Operand, operation
+from fused_kernels.plain_tensors import runs_on
 from fused_kernels.reference import rank_in_expert as reference
 
 

@@ -93,12 +93,13 @@ class MoEConfig:
     """Units of both coefficients. `openmoe`: the load-balancing loss is k when balanced, and both
     losses are averaged over MoE layers. `megatron`: it is 1 when balanced, and both are summed over
     MoE layers, as in Megatron-LM."""
-    moe_dispatch_impl: Annotated[Literal["auto", "native", "reference"], Flag("--kernel-impl")] = (
-        "auto"
-    )
+    moe_dispatch_impl: Annotated[
+        Literal["auto", "native", "triton", "reference"], Flag("--kernel-impl")
+    ] = "auto"
     """Kernels of MoE dispatch and combine, and of the gate of every feed-forward layer, dense ones
-    included: `native` is C++ for CPUs, compiled at first use, `reference` is plain PyTorch; `auto`
-    logs its choice at startup. `--moe-dispatch-impl` is accepted as well."""
+    included: `native` is C++ for CPUs and `triton` is Triton for GPUs, both compiled at first use,
+    `reference` is plain PyTorch; `auto` logs its choice at startup. `--moe-dispatch-impl` is
+    accepted as well."""
     moe_expert_impl: Literal["auto", "loop", "batched"] = "auto"
     """Expert GEMMs: one per expert over its filled rows (`loop`), or one batched GEMM over the
     whole fixed-shape buffer (`batched`, without host reads, for GPUs and dry runs)."""

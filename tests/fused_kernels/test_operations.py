@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import Any, get_type_hints
 
 import pytest
 
-from fused_kernels import registry, select
+from fused_kernels import registry
 from fused_kernels.operations import Kernels
 
 
@@ -22,12 +23,14 @@ def functions(thing: Any) -> dict[str, list[str]]:
     }
 
 
+@pytest.mark.parametrize("implementation", registry.IMPLEMENTATIONS)
 @pytest.mark.parametrize("operation", registry.OPERATIONS)
 def test_functions_and_arguments_are_those_of_the_protocol(
     operation: str, implementation: str
 ) -> None:
     protocol = get_type_hints(Kernels)[operation]
-    found = functions(select(operation, implementation).module)
+    module = importlib.import_module(f"fused_kernels.{implementation}.{operation}")
+    found = functions(module)
     expected = functions(protocol)
     assert expected
     assert {name: found.get(name) for name in expected} == expected

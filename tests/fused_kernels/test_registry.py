@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from fused_kernels import KernelUnavailable, load_kernels, native, registry, select
+from fused_kernels import KernelUnavailable, load_kernels, native, registry, select, triton
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -20,8 +25,9 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_gives_its_selection_and_reason(operation: str, device: str, compiled: None) -> None:
     kernel = select(operation, device_type=device)
     names = ["native", "reference"] if device == "cpu" else ["reference"]
+    passed = "" if device == "cpu" else "; no triton: no CUDA device"
     assert kernel.implementation == names[0]
-    assert kernel.reason == f"auto: first of {', '.join(names)} on {device}"
+    assert kernel.reason == f"auto: first of {', '.join(names)} on {device}{passed}"
     assert callable(kernel.module.forward)
     assert kernel.module.__name__ == f"fused_kernels.{names[0]}.{operation}"
 
@@ -44,8 +50,48 @@ def test_an_implementation_is_taken_by_name(compiled: None) -> None:
 
 
 def test_an_unknown_implementation_is_rejected_with_valid_names() -> None:
-    with pytest.raises(KernelUnavailable, match="'triton' is not available: use auto or reference"):
+    valid = "'cutlass' is not available: use auto or triton or reference on cuda"
+    with pytest.raises(KernelUnavailable, match=valid):
+        select("gated_silu", "cutlass", "cuda")
+
+
+@pytest.mark.parametrize("operation", registry.OPERATIONS)
+def test_triton_is_preferred_where_it_runs(monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
+    """As on a machine with a GPU; nothing is launched."""
+    monkeypatch.setattr(triton, "unavailable", lambda: None)
+    kernel = select(operation, device_type="cuda")
+    assert (kernel.implementation, kernel.reason) == (
+        "triton",
+        "auto: first of triton, reference on cuda",
+    )
+    assert kernel.module.__name__ == f"fused_kernels.triton.{operation}"
+
+
+def test_triton_on_a_cpu_is_rejected() -> None:
+    with pytest.raises(KernelUnavailable, match="use auto or native or reference on cpu"):
+        select("gated_silu", "triton", "cpu")
+
+
+def test_triton_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton.unavailable.cache_clear()
+    assert triton.unavailable() == "no CUDA device"
+    with pytest.raises(KernelUnavailable, match="use auto or reference on cuda; no triton: no CUD"):
         select("gated_silu", "triton", "cuda")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    triton.unavailable.cache_clear()
+    assert triton.unavailable() == 'triton is not installed (pip install "triton==3.7.1")'
+    triton.unavailable.cache_clear()
+
+
+def test_triton_is_not_imported_where_it_is_not_selected() -> None:
+    program = (
+        "import sys; from fused_kernels import load_kernels; load_kernels('reference', 'cpu'); "
+        "load_kernels('auto', 'cuda'); print('triton' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
 
 
 def test_an_implementation_for_other_devices_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
