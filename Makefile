@@ -17,7 +17,7 @@ DOCS_STAMP := $(VENV)/.docs-$(KEY)
 
 SCRIPTS := $(wildcard examples/*.sh examples/*.sbatch) .ci/run
 
-.PHONY: help setup quickstart test test-all test-gpu check format compare soak planted bench fuzz docs clean distclean
+.PHONY: help setup quickstart test test-all test-gpu check check-kernels format compare soak planted bench fuzz docs clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ check: $(STAMP) ## Lint, format, types, architecture, shell scripts
 	$(BIN)/mypy
 	$(BIN)/python tools/check_architecture.py
 	$(BIN)/shellcheck -x $(SCRIPTS)
+
+check-kernels: $(STAMP) ## Compile every Triton kernel for three generations of GPUs, without one
+	@$(BIN)/python tools/check_kernels.py
 
 format: $(STAMP) ## Rewrite the sources in the project's format
 	$(BIN)/ruff check --fix .
