@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_kernels.reference.combine_tokens import rows_of_kept
+
 
 def forward(x_TH: Tensor, source_R: Tensor) -> Tensor:
     """Copy each row's token into the buffer.
@@ -27,7 +29,7 @@ def backward(grad_RH: Tensor, rows_TK: Tensor, kept_TK: Tensor) -> Tensor:
     """Gradient of the tokens: the sum over their kept choices.
 
     Args:
-        grad_RH: gradient of the buffer.
+        grad_RH: gradient of the buffer. Rows that no kept choice names may hold anything.
         rows_TK: int64 row of each choice; any valid row where the choice is dropped.
         kept_TK: bool, whether the choice has that row.
 
@@ -35,4 +37,6 @@ def backward(grad_RH: Tensor, rows_TK: Tensor, kept_TK: Tensor) -> Tensor:
         The gradient of x, [T, H].
     """
     weight_TK = kept_TK.to(grad_RH.dtype)
-    return F.embedding_bag(rows_TK, grad_RH, mode="sum", per_sample_weights=weight_TK)
+    rows_TK, none_T1 = rows_of_kept(rows_TK, kept_TK)
+    dx_TH = F.embedding_bag(rows_TK, grad_RH, mode="sum", per_sample_weights=weight_TK)
+    return dx_TH.masked_fill_(none_T1, 0.0)

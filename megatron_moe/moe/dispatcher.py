@@ -116,7 +116,12 @@ class _CopyToRows(torch.autograd.Function):
     def forward(ctx: Any, x_TH: Tensor, placement: Placement, kernel: DispatchTokens) -> Tensor:
         ctx.save_for_backward(placement.rows_TK, placement.owned_TK)
         ctx.kernel = kernel
-        return kernel.forward(x_TH, placement.source_R)
+        rows_RH = kernel.forward(x_TH, placement.source_R)
+        if placement.empty_R is not None:
+            # An expert computes its empty rows as well. With a token that another expert was
+            # chosen for, its output may overflow, and zero gradients times infinity are NaN.
+            rows_RH.masked_fill_(placement.empty_R.unsqueeze(1), 0.0)
+        return rows_RH
 
     @staticmethod
     @once_differentiable
@@ -141,7 +146,10 @@ class _SumRows(torch.autograd.Function):
 
 
 def copy_to_rows(x_TH: Tensor, placement: Placement, kernel: DispatchTokens) -> Tensor:
-    """Copy tokens into their rows, [R, H]. The gradient sums over a token's rows."""
+    """Copy tokens into their rows, [R, H]. The gradient sums over a token's rows.
+
+    Empty rows are zero where experts compute them, else arbitrary.
+    """
     return _CopyToRows.apply(x_TH, placement, kernel)
 
 

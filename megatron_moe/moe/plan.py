@@ -268,12 +268,14 @@ class Placement:
         owned_TK: bool, whether the choice has a row on this rank.
         kept_TK: bool, whether it has a row on any rank that shares the tokens: not dropped.
         source_R: int64 token of each row; 0 in empty rows.
+        empty_R: bool, which rows hold no token; `None` if the experts do not compute those.
     """
 
     rows_TK: Tensor
     owned_TK: Tensor
     kept_TK: Tensor
     source_R: Tensor
+    empty_R: Tensor | None
 
 
 def place(slots: Slots, batch: int, capacity: Capacity, layout: BufferLayout) -> Placement:
@@ -284,11 +286,13 @@ def place(slots: Slots, batch: int, capacity: Capacity, layout: BufferLayout) ->
     owned_TK = target_TK < layout.rows
     shared = slots.owned_GA is not slots.kept_GA
     kept_TK = by_token(slots.kept_GA, batch, capacity) if shared else owned_TK
-    # The token of each row is the inverse of this map, without the spare row.
+    # The token of each row is the inverse of this map, without the spare row; -1 in empty rows.
     tokens, topk = target_TK.shape
     token_A = torch.arange(tokens, device=target_TK.device).repeat_interleave(topk)
-    source_R = target_TK.new_zeros(layout.rows + 1).scatter_(0, target_TK.reshape(-1), token_A)
-    return Placement(target_TK * owned_TK, owned_TK, kept_TK, source_R[: layout.rows])
+    inverse_R = target_TK.new_full((layout.rows + 1,), -1)
+    source_R = inverse_R.scatter_(0, target_TK.reshape(-1), token_A)[: layout.rows]
+    empty_R = None if layout.kind == "packed" else source_R < 0
+    return Placement(target_TK * owned_TK, owned_TK, kept_TK, source_R.clamp_(min=0), empty_R)
 
 
 def _first_rows(filled_GE: Tensor, layout: BufferLayout) -> Tensor:

@@ -178,7 +178,9 @@ def micro_batch_loss(batch: Batch, scale: Tensor | None, z_coeff: float) -> Loss
     """
 
     def loss(losses_2BS: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        sums = (losses_2BS.float() * batch.loss_mask_BS).sum(dim=(1, 2))
+        # Chosen, not multiplied: zero times a loss that is infinite would be NaN.
+        counted_2BS = losses_2BS.float().where(batch.loss_mask_BS > 0, 0.0)
+        sums = counted_2BS.sum(dim=(1, 2))
         total = sums[0] + z_coeff * sums[1]
         if scale is not None:
             total = total * scale

@@ -111,6 +111,29 @@ def test_at_random(
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_rows_without_a_kept_choice_may_hold_anything(
+    dispatch: ModuleType, combine: ModuleType, case: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Rows 2 and 5, and row 0 once token 0 loses its second choice: what is dropped names it."""
+    kept, rows, weights = case["kept"].clone(), case["rows"], case["weights"].float()
+    kept[0, 1] = False
+    clean, grad = torch.randn(7, 5).to(dtype), torch.randn(4, 5).to(dtype)
+    spoiled = clean.clone()
+    spoiled[[0, 2]], spoiled[5] = torch.inf, torch.nan
+    found, expected = (
+        (
+            combine.forward(out, weights, rows, kept),
+            *combine.backward(grad, out, weights, rows, kept, case["source"]),
+            dispatch.backward(out, rows, kept),
+        )
+        for out in (spoiled, clean)
+    )
+    for value, same in zip(found, expected, strict=True):
+        assert torch.equal(value, same)
+    assert not found[0][2].any(), "token 2 lost both choices"
+
+
 @pytest.mark.parametrize("block", [1 << 17, 2000])
 def test_combine_sums_the_gradient_of_its_weights_in_their_dtype(
     combine: ModuleType, case: dict[str, Tensor], block: int, monkeypatch: pytest.MonkeyPatch

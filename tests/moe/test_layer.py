@@ -131,6 +131,27 @@ def test_all_tokens_to_one_expert(impl: str) -> None:
     assert layer.experts.weight_in.grad[[0, 1, 3]].abs().max() == 0
 
 
+@pytest.mark.parametrize("kernels", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ["loop", "batched", "auto"])
+@pytest.mark.parametrize("huge", [[0, 1, 3], [3]])
+def test_experts_without_tokens_add_no_nan(huge: list[int], impl: str, kernels: str) -> None:
+    """They would overflow for any token: infinity, and NaN where it is multiplied by zero.
+
+    Expert 0 has row 0 of the buffer, which dropped choices name.
+    """
+    need(kernels)
+    moe = moe_config(moe_router_topk=1, moe_expert_impl=impl, moe_dispatch_impl=kernels)
+    layer = layer_of(moe)
+    with torch.no_grad():
+        layer.router.weight.zero_()
+        layer.router.weight[2] = 5.0
+        layer.experts.weight_in[huge] = 1e200
+        layer.experts.weight_out[huge] = 1e200
+    compare(layer, tokens(5).abs())
+    assert layer.experts.weight_in.grad is not None
+    assert layer.experts.weight_in.grad[[0, 1, 3]].abs().max() == 0
+
+
 @pytest.mark.parametrize("impl", ["loop", "batched", "auto"])
 def test_a_token_dropped_twice_gets_exactly_zero(impl: str) -> None:
     layer = layer_of(moe_config(moe_expert_impl=impl))

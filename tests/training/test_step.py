@@ -13,7 +13,9 @@ from functools import cache
 import pytest
 import torch
 
+from megatron_moe.data.batch import Batch
 from megatron_moe.model.reference import ReferenceOpenMoE
+from megatron_moe.training.step import micro_batch_loss
 from tests.training.ranks import (
     PADDED_VOCAB,
     global_batch,
@@ -115,3 +117,15 @@ def test_a_nan_stops_every_rank_before_anything_changes(name, poisoned, named, p
         assert "nan at iteration 3" in values["message"]
         assert f"non-finite local gradients: {named};" in values["message"]
         assert values["unchanged"]
+
+
+def test_an_infinite_loss_that_does_not_count_is_left_out():
+    tokens = torch.zeros(1, 3, dtype=torch.int64)
+    batch = Batch(tokens, tokens, torch.tensor([[1.0, 0.0, 1.0]]))
+    losses = torch.tensor([[[2.0, math.inf, 3.0]], [[4.0, math.nan, 1.0]]], requires_grad=True)
+    total, reported = micro_batch_loss(batch, torch.tensor(0.5), 0.1)(losses)
+    total.backward()
+    assert reported["sums"].tolist() == [5.0, 5.0, 2.0]
+    assert total.item() == pytest.approx(0.5 * (5.0 + 0.1 * 5.0))
+    expected = torch.tensor([[[0.5, 0.0, 0.5]], [[0.05, 0.0, 0.05]]])
+    torch.testing.assert_close(losses.grad, expected)
