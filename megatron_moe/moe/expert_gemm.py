@@ -9,7 +9,7 @@ Both compute one `GemmGroup` of rows after the other, through all GEMMs of a pas
 GEMM writes is still in the cache when the gate reads it. They save only the input rows and the
 gate's input for the backward pass, which computes the gated product again. When Megatron-Core's
 data-parallel wrapper has given a weight its `main_grad`, gradients are accumulated straight into
-it, by Megatron-Core's protocol (`grad_added_to_main_grad`).
+it, by Megatron-Core's protocol (`grad_added_to_main_grad`); in fp32 also where weights are bf16.
 
 Shapes: R buffer rows (or rows of one group), H hidden, E experts of this rank, F their width,
 M = blocks * F. X and Y stand for any of H, F and M.
@@ -158,6 +158,33 @@ def _groups(filled: list[ExpertRows], width: int) -> list[GemmGroup]:
     return [GemmGroup(run[0].start, [r.expert for r in run], [r.rows for r in run]) for run in runs]
 
 
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def _adds_to(main: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products of operands of a dtype can be added to ``main`` without rounding them."""
+    return main.dtype == dtype or (main.dtype == torch.float32 and dtype in _HALVES)
+
+
+def _added(out: Tensor, left: Tensor, right: Tensor) -> Step:
+    """Add left^T right to ``out``, products and sums in the dtype of ``out``.
+
+    A GPU's GEMM takes bf16 operands and adds to fp32 (cuBLAS; `out_dtype`). PyTorch has no such
+    GEMM for CPUs: the operands of one GEMM, a few rows, are copied to fp32, which is exact too, and
+    their products are added by an fp32 GEMM. The result differs by the order of sums alone.
+    """
+    add: Callable[..., Tensor] = torch.addmm if out.dim() == 2 else torch.baddbmm
+    if out.dtype == left.dtype:
+        return partial(add, out, left.mT, right, out=out)
+    if out.is_cuda:
+        return partial(add, out, left.mT, right, out_dtype=out.dtype, out=out)
+
+    def step() -> None:
+        add(out, left.mT.to(out.dtype), right.to(out.dtype), out=out)
+
+    return step
+
+
 class _WeightGradient:
     """The gradient of a stacked weight: a new tensor, or Megatron-Core's `main_grad`.
 
@@ -172,7 +199,7 @@ class _WeightGradient:
         if getattr(weight, "grad_added_to_main_grad", None) is None:
             main = None  # Not wrapped by Megatron-Core, which would clear and read it.
         self.weight = weight
-        self.fused = main is not None and main.dtype == weight.dtype
+        self.fused = main is not None and _adds_to(main, weight.dtype)
         self.target = main if main is not None and self.fused else torch.empty_like(weight)
         self.started: set[int] = set(range(weight.shape[0])) if self.fused else set()
 
@@ -183,11 +210,10 @@ class _WeightGradient:
         targets = group.weights(self.target)
         for experts, left, right, out in zip(group.experts, lefts, rights, targets, strict=True):
             each = {experts} if isinstance(experts, int) else {*experts}
-            plain, add = (torch.mm, torch.addmm) if out.dim() == 2 else (torch.bmm, torch.baddbmm)
             if each <= self.started:
-                yield partial(add, out, left.mT, right, out=out)
+                yield _added(out, left, right)
             else:
-                yield partial(plain, left.mT, right, out=out)
+                yield partial(torch.mm if out.dim() == 2 else torch.bmm, left.mT, right, out=out)
                 self.started |= each
 
     def finish(self) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fused_kernels.reference import gated_silu
 from megatron_moe.moe import expert_gemm
 from megatron_moe.moe.expert_gemm import ExpertBucket, ExpertRows, make_buckets
+from tests.support.emulated_gpu import emulated_gpu
 
 HIDDEN, FFN = 5, 3
 
@@ -138,7 +139,8 @@ def test_with_megatrons_wrapper_gradients_are_added_to_main_grad_once(way: str) 
         torch.testing.assert_close(weight.main_grad, 1 + 2 * grad)
 
 
-def test_a_main_grad_of_another_dtype_is_left_to_megatron_core() -> None:
+def test_a_main_grad_of_less_precision_is_left_to_megatron_core() -> None:
+    """fp64 weights, as in these tests alone."""
     w_in, w_out = (nn.Parameter(w.detach()) for w in weights(1, 2))
     w_in.main_grad = torch.zeros_like(w_in, dtype=torch.float32)
     w_in.grad_added_to_main_grad = False
@@ -147,3 +149,65 @@ def test_a_main_grad_of_another_dtype_is_left_to_megatron_core() -> None:
     assert w_in.grad is not None
     assert not w_in.grad_added_to_main_grad
     assert w_in.main_grad.abs().max() == 0
+
+
+def _half_precision_weights() -> tuple[nn.Parameter, nn.Parameter]:
+    """bf16 weights with an fp32 sum of earlier gradients, which bf16 could not hold."""
+    w_in, w_out = (nn.Parameter(w.detach().bfloat16()) for w in weights(2, 3))
+    for weight in (w_in, w_out):
+        weight.main_grad = torch.full_like(weight, 1000.25, dtype=torch.float32)
+        weight.grad_added_to_main_grad = False
+    return w_in, w_out
+
+
+def _accumulated(way: str, device: str) -> tuple[list[Tensor], Tensor]:
+    """Sums after two micro-batches, and the input's gradient."""
+    pair = _half_precision_weights()
+    if device == "cuda":
+        mains = [weight.main_grad.to(device) for weight in pair]
+        pair = tuple(nn.Parameter(weight.detach().to(device)) for weight in pair)
+        for weight, main in zip(pair, mains, strict=True):
+            weight.main_grad, weight.grad_added_to_main_grad = main, False
+    torch.manual_seed(3)
+    for _ in range(2):
+        x = torch.randn(8, HIDDEN).bfloat16().to(device).requires_grad_()
+        if way == "loop":
+            y = expert_gemm.loop(x, *pair, expert_gemm.filled_rows([[5, 3]], 8), gated_silu)
+        else:
+            y = expert_gemm.batched(x, *pair, [ExpertBucket(2, 4)], gated_silu)
+        y.backward(torch.randn(8, HIDDEN).bfloat16().to(device))
+    assert all(weight.grad_added_to_main_grad for weight in pair)
+    assert x.grad is not None
+    return [weight.main_grad.cpu() for weight in pair], x.grad.cpu()
+
+
+@torch.no_grad()
+def _recomputed(way: str) -> list[Tensor]:
+    """The same sums in fp64, from the bf16 operands that the GEMMs of both passes have."""
+    w_in, w_out = _half_precision_weights()
+    sums = [weight.main_grad.double() for weight in (w_in, w_out)]
+    sizes = [5, 3] if way == "loop" else [4, 4]
+    torch.manual_seed(3)
+    for _ in range(2):
+        x, dy = torch.randn(8, HIDDEN).bfloat16(), torch.randn(8, HIDDEN).bfloat16()
+        for expert, (mine, grad) in enumerate(zip(x.split(sizes), dy.split(sizes), strict=True)):
+            z = mine @ w_in[expert]
+            dz, h = gated_silu.backward(grad @ w_out[expert].mT, z, 3)
+            sums[0][expert] += mine.double().t() @ dz.double()
+            sums[1][expert] += h.double().t() @ grad.double()
+    return [total.detach() for total in sums]
+
+
+@pytest.mark.parametrize("device", ["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("way", ["loop", "batched"])
+def test_bf16_products_are_added_to_an_fp32_main_grad_unrounded(way: str, device: str) -> None:
+    """To fp32's precision at 1000, where numbers of bf16 are 4 apart."""
+    if device == "emulated":
+        with emulated_gpu(gradients=True):
+            found, _ = _accumulated(way, "cuda")
+    else:
+        found, _ = _accumulated(way, device)
+    # A GPU's own GEMMs may round the operands of these products elsewhere.
+    within = 5e-5 if device == "cuda" else 3e-7
+    for value, expected in zip(found, _recomputed(way), strict=True):
+        torch.testing.assert_close(value.double(), expected, rtol=within, atol=0.0)

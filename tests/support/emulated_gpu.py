@@ -2,9 +2,9 @@
 
 A tensor on it wraps one in ordinary memory, where every operation really runs, so that values can
 be compared. What is an error on a CUDA device is one here: operands on two devices, except scalars,
-indices and copies, and a NumPy view of its memory. What is not emulated: autograd, streams, speed,
-sums in another order. It shows that code leaves nothing behind on the host, not that it runs on a
-GPU.
+indices and copies, and a NumPy view of its memory. GEMMs with an output dtype, which CPUs lack, are
+computed in that dtype. What is not emulated: streams, speed, sums in another order. It shows that
+code leaves nothing behind on the host, not that it runs on a GPU.
 """
 
 from __future__ import annotations
@@ -77,13 +77,39 @@ class OnGpu(Tensor):
         kwargs = dict(kwargs or {})
         _reject_two_devices(func, args, kwargs)
         inner_args, inner_kwargs = pytree.tree_map_only(OnGpu, lambda t: t.inner, (args, kwargs))
-        out = func(*inner_args, **inner_kwargs)
+        run = _gemm_with_dtype(func) or func
+        out = run(*inner_args, **inner_kwargs)
         if func is torch.ops.aten.copy_.default:
             return args[0]
         known = {id(t.inner): t for t in pytree.tree_leaves((args, kwargs)) if type(t) is OnGpu}
         return pytree.tree_map_only(
             Tensor, lambda t: known[id(t)] if id(t) in known else OnGpu(t), out
         )
+
+
+_GEMMS = ("mm", "bmm", "addmm", "baddbmm")
+
+
+def _gemm_with_dtype(func: Any) -> Callable[..., Tensor] | None:
+    """What an overload of a GEMM with an output dtype computes; `None` for another operation."""
+    if func._overloadname not in ("dtype", "dtype_out"):
+        return None
+    name = func._schema.name.partition("::")[2]
+    if name not in _GEMMS:
+        return None
+
+    def run(*args: Any, out: Tensor | None = None, **scales: Any) -> Tensor:
+        *operands, dtype = args
+        factors = operands[-2:]
+        if dtype != torch.float32 or any(t.dtype not in _HALVES for t in factors):
+            raise RuntimeError("out_dtype must be the same as input dtype or fp32 for fp16/bf16")
+        result: Tensor = getattr(torch, name)(*(t.to(dtype) for t in operands), **scales)
+        return result if out is None else out.copy_(result)
+
+    return run
+
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def _reject_two_devices(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -167,17 +193,20 @@ def _moved(tensor: Tensor, place: str) -> Tensor:
 
 
 @contextmanager
-def emulated_gpu() -> Iterator[None]:
-    """Inside, `cuda` is such a device; without gradients.
+def emulated_gpu(gradients: bool = False) -> Iterator[None]:
+    """Inside, `cuda` is such a device.
 
     Tensors get there by `to`, not by `cuda()`: in a process without a GPU the platform module, once
     active, lets them stay where they are.
+
+    Args:
+        gradients: whether operations are recorded for a backward pass.
     """
     # A module's parameters are replaced when it moves: they change their type.
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
-        with torch.no_grad(), _Factories():
+        with torch.set_grad_enabled(gradients), _Factories():
             yield
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(before)

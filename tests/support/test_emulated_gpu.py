@@ -65,3 +65,25 @@ def test_operands_on_two_devices_are_rejected(mixed: Callable[[Tensor, Tensor], 
 def test_its_memory_is_no_array() -> None:
     with emulated_gpu(), pytest.raises(TypeError, match="numpy"):
         torch.ones(2, device="cuda").numpy()
+
+
+def test_a_gemm_may_have_an_output_dtype_as_on_a_gpu() -> None:
+    torch.manual_seed(0)
+    left, right = torch.randn(2, 3, 4).bfloat16(), torch.randn(2, 4, 5).bfloat16()
+    total = torch.ones(2, 3, 5)
+    exact = 1 + left.double() @ right.double()
+    with emulated_gpu():
+        there, a, b = total.to("cuda"), left.to("cuda"), right.to("cuda")
+        torch.baddbmm(there, a, b, out_dtype=torch.float32, out=there)
+        torch.testing.assert_close(there.cpu().double(), exact, rtol=1e-6, atol=1e-6)
+        with pytest.raises(RuntimeError, match="out_dtype must be"):
+            torch.baddbmm(there, a.float(), b.float(), out_dtype=torch.float32)
+
+
+def test_gradients_stay_there() -> None:
+    weight, x = torch.randn(3, 4), torch.randn(2, 3)
+    with emulated_gpu(gradients=True):
+        there = weight.to("cuda").requires_grad_()
+        (x.to("cuda") @ there).sum().backward()
+        assert isinstance(there.grad, OnGpu)
+        torch.testing.assert_close(there.grad.cpu(), x.sum(0).unsqueeze(1).expand(3, 4))
