@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from megatron_moe.config.fields import AtLeastOne, Positive
+from megatron_moe.config.fields import AtLeastOne, OmittedAtDefault, Positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +20,18 @@ class ParallelConfig:
     """Layers of one model chunk of the interleaved pipeline schedule; `None` means one chunk."""
     num_virtual_stages_per_pipeline_rank: Annotated[int | None, AtLeastOne] = None
     """The same as the number of model chunks per rank; give one of the two."""
+    decoder_first_pipeline_num_layers: Annotated[int | None, AtLeastOne, OmittedAtDefault] = None
+    """Layers of the first pipeline stage; the stages without such a flag share the rest evenly."""
+    decoder_last_pipeline_num_layers: Annotated[int | None, AtLeastOne, OmittedAtDefault] = None
+    """Layers of the last pipeline stage, which also computes the logits and the loss."""
+    account_for_embedding_in_pipeline_split: Annotated[bool, OmittedAtDefault] = False
+    """Count the embedding as a layer when layers are divided among pipeline stages."""
+    account_for_loss_in_pipeline_split: Annotated[bool, OmittedAtDefault] = False
+    """Count the logits and the loss as a layer when layers are divided among pipeline stages."""
+    pipeline_model_parallel_layout: Annotated[str | None, OmittedAtDefault] = None
+    """What each model chunk holds, in the order of the model: `E` the embedding, `t` a layer, `L`
+    the logits and the loss, `|` between chunks, `x*n` and `(...)*n` repeat. Chunk c is on stage
+    c % PP, e.g. `Et*3|t*2|t*2|tL`. Sets the chunks per rank as well."""
     expert_model_parallel_size: Annotated[int, AtLeastOne] = 1
     """Ranks over which the experts of a layer are distributed."""
     expert_tensor_parallel_size: Annotated[int | None, AtLeastOne] = None

@@ -37,6 +37,10 @@ class Degrees(Protocol):
         """Chunks per stage, ``None`` without interleaving."""
 
     @property
+    def chunk_layers(self) -> tuple[int, ...]:
+        """Layers of every model chunk, in the order of the model."""
+
+    @property
     def ep(self) -> int:
         """Expert-parallel size."""
 
@@ -131,6 +135,7 @@ def _layout_settings(config: RunConfig, degrees: Degrees) -> dict[str, Any]:
         "tensor_model_parallel_size": degrees.tp,
         "pipeline_model_parallel_size": degrees.pp,
         "virtual_pipeline_model_parallel_size": degrees.vp,
+        "pipeline_model_parallel_layout": _stage_layout(degrees),
         "expert_model_parallel_size": degrees.ep,
         "expert_tensor_parallel_size": degrees.etp,
         "sequence_parallel": parallel.sequence_parallel and degrees.tp > 1,
@@ -139,6 +144,16 @@ def _layout_settings(config: RunConfig, degrees: Degrees) -> dict[str, Any]:
         "recompute_num_layers": parallel.recompute_num_layers,
         "recompute_modules": list(parallel.recompute_modules) if selective else None,
     }
+
+
+def _stage_layout(degrees: Degrees) -> list[list[str]] | None:
+    """What each model chunk holds in Megatron-Core's words; `None` if all have as many layers."""
+    if len(set(degrees.chunk_layers)) == 1:
+        return None
+    chunks = [["decoder"] * count for count in degrees.chunk_layers]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
 
 
 def layer_spec(config: RunConfig, pgs: ProcessGroupCollection) -> ModuleSpec:

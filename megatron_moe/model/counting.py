@@ -10,6 +10,7 @@ V vocabulary, E experts, K choices per token, S sequence.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_moe.config.model import ModelConfig
@@ -149,6 +150,47 @@ def flops_per_token(
     `training * tokens/s / peak`.
     """
     pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
+    return _flops(model, moe, pattern, seq_length, 2 * model.hidden_size * vocab_size)
+
+
+def flops_per_stage(
+    model: ModelConfig,
+    moe: MoEConfig,
+    vocab_size: int,
+    seq_length: int,
+    chunk_layers: Sequence[int],
+    pp: int,
+) -> tuple[TokenFlops, ...]:
+    """`flops_per_token` of each pipeline stage; the last one has the logits.
+
+    Args:
+        model: the dense part.
+        moe: the expert part.
+        vocab_size: V, padded.
+        seq_length: S.
+        chunk_layers: layers of every model chunk, in the order of the model.
+        pp: stages; chunk c is on stage c % ``pp``.
+    """
+    pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
+    of_stage: list[list[bool]] = [[] for _ in range(pp)]
+    for layer, stage in enumerate(stages_of_layers(chunk_layers, pp)):
+        of_stage[stage].append(pattern[layer])
+    logits = 2 * model.hidden_size * vocab_size
+    return tuple(
+        _flops(model, moe, mine, seq_length, logits if stage == pp - 1 else 0)
+        for stage, mine in enumerate(of_stage)
+    )
+
+
+def stages_of_layers(chunk_layers: Sequence[int], pp: int) -> list[int]:
+    """The pipeline stage of each layer; arguments as for `flops_per_stage`."""
+    return [chunk % pp for chunk, count in enumerate(chunk_layers) for _ in range(count)]
+
+
+def _flops(
+    model: ModelConfig, moe: MoEConfig, pattern: Sequence[bool], seq_length: int, logits: int
+) -> TokenFlops:
+    """Of some layers, of each whether it is an MoE layer, and of the logits if they are there."""
     moe_layers, layers = sum(pattern), len(pattern)
     inner = model.num_attention_heads * model.kv_channels
     shared_heads = model.key_value_heads * model.kv_channels
@@ -162,7 +204,7 @@ def flops_per_token(
         router=moe_layers * 2 * model.hidden_size * moe.num_experts,
         experts=moe_layers * moe.moe_router_topk * per_width * expert_width(model, moe),
         shared=moe_layers * per_width * shared,
-        logits=2 * model.hidden_size * vocab_size,
+        logits=logits,
     )
 
 
@@ -173,7 +215,7 @@ def parameters_per_rank(
     *,
     tp: int = 1,
     pp: int = 1,
-    vp: int = 1,
+    chunk_layers: Sequence[int] | None = None,
     ep: int = 1,
     etp: int = 1,
 ) -> tuple[RankParameters, ...]:
@@ -189,18 +231,19 @@ def parameters_per_rank(
         vocab_size: V, padded.
         tp: tensor-parallel size.
         pp: pipeline stages.
-        vp: model chunks per stage; chunk c holds the c-th block of layers.
+        chunk_layers: layers of every model chunk, in the order of the model; chunk c is on stage
+            c % ``pp``. `None`: one chunk per stage, with as many layers each.
         ep: expert-parallel size.
         etp: expert-tensor-parallel size.
 
     Raises:
         UsageError: a degree does not divide what it splits.
     """
-    _check_divisible(model, moe, vocab_size, tp, pp * vp, ep, etp)
-    per_chunk = model.num_layers // (pp * vp)
+    _check_divisible(model, moe, vocab_size, tp, 1 if chunk_layers else pp, ep, etp)
+    of_layers = stages_of_layers(chunk_layers or [model.num_layers // pp] * pp, pp)
     dense, expert = [0] * pp, [0] * pp
     for name, parameter in logical_parameters(model, moe, vocab_size).items():
-        for stage in stages_of(name, per_chunk, pp, model.untie_embeddings_and_output_weights):
+        for stage in stages_of(name, of_layers, pp, model.untie_embeddings_and_output_weights):
             if parameter.kind == "expert":
                 expert[stage] += parameter.numel // (ep * etp)
             else:
@@ -217,19 +260,19 @@ def _dense_share(parameter: LogicalParameter, tp: int) -> int:
     return parameter.numel if whole else parameter.numel // tp
 
 
-def stages_of(name: str, per_chunk: int, pp: int, untied: bool) -> set[int]:
+def stages_of(name: str, of_layers: Sequence[int], pp: int, untied: bool) -> set[int]:
     """Pipeline stages that hold a logical tensor.
 
     Args:
         name: of the logical tensor.
-        per_chunk: layers of a model chunk.
+        of_layers: the stage of each layer, from `stages_of_layers`.
         pp: pipeline stages.
         untied: whether the logits matrix is not the embedding, which is then on the first stage
             alone.
     """
     owner, _, rest = name.partition(".")
     if owner == "layers":
-        return {int(rest.partition(".")[0]) // per_chunk % pp}
+        return {of_layers[int(rest.partition(".")[0])]}
     if owner == "embedding":
         return {0} if untied else {0, pp - 1}
     return {pp - 1}

@@ -25,8 +25,8 @@ from megatron_moe.parallel.layout_rules import (
     degree,
     expert_tensor_size,
     global_batch_sequences,
-    virtual_stages,
 )
+from megatron_moe.parallel.stages import split_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +57,24 @@ class Layout:
     """Sequences."""
     seq_length: int
     """Tokens of one sequence."""
-    layers_per_chunk: int
+    chunk_layers: tuple[int, ...]
+    """Layers of every model chunk, in the order of the model; chunk c is on stage c % PP."""
 
     @property
     def num_chunks(self) -> int:
         """Model chunks on each rank."""
         return self.vp or 1
+
+    def layers_of_chunk(self, stage: int, number: int) -> range:
+        """Layers (from 0) of a rank's model chunk.
+
+        Args:
+            stage: pipeline stage of the rank.
+            number: of its chunk, from 0.
+        """
+        chunk = number * self.pp + stage
+        first = sum(self.chunk_layers[:chunk])
+        return range(first, first + self.chunk_layers[chunk])
 
 
 def resolve_layout(
@@ -88,23 +100,22 @@ def resolve_layout(
     _check_model(config, has_moe)
     check_widths(config, tp, padded_vocab_size)
     check_experts(config, tp, ep, etp, has_moe)
-    vp = virtual_stages(parallel, model.num_layers, pp)
-    layers_per_chunk = model.num_layers // (pp * (vp or 1))
+    split = split_layers(parallel, model.num_layers, pp)
     check_layers_in_bf16(config.precision, model.num_layers // pp)
     check_overlap(parallel)
     has_shared = moe.moe_shared_expert_intermediate_size is not None
-    check_recomputation(parallel, layers_per_chunk, has_moe, has_shared)
+    check_recomputation(parallel, split.chunk_layers, has_moe, has_shared)
     dp = world_size // (tp * pp)
     micro = degree("--micro-batch-size", config.train.micro_batch_size)
     global_batch = global_batch_sequences(config.train.global_batch_size, micro, dp)
     num_microbatches = global_batch // (micro * dp)
-    check_interleaving(vp, pp, num_microbatches, micro * dp)
-    _check_rampup(config, global_batch, micro * dp, pp if vp else 1)
+    check_interleaving(split.vp, pp, num_microbatches, micro * dp)
+    _check_rampup(config, global_batch, micro * dp, pp if split.vp else 1)
     return Layout(
         world_size=world_size,
         tp=tp,
         pp=pp,
-        vp=vp,
+        vp=split.vp,
         ep=ep,
         etp=etp,
         dp=dp,
@@ -115,7 +126,7 @@ def resolve_layout(
         micro_batch_size=micro,
         global_batch_size=global_batch,
         seq_length=config.data.seq_length,
-        layers_per_chunk=layers_per_chunk,
+        chunk_layers=split.chunk_layers,
     )
 
 

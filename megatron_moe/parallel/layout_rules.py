@@ -15,13 +15,14 @@ def degree(flag: str, value: int) -> int:
     return value
 
 
-def _divides(flag: str, size: int, of_flag: str, total: int) -> None:
+def divides(flag: str, size: int, of_flag: str, total: int) -> None:
     """Check that ``total`` is a multiple of ``size``."""
     if total % size:
-        raise UsageError(flag, size, f"a divisor of {of_flag} ({total}): {_divisors(total)}")
+        raise UsageError(flag, size, f"a divisor of {of_flag} ({total}): {divisors(total)}")
 
 
-def _divisors(total: int) -> str:
+def divisors(total: int) -> str:
+    """The divisors of a size in words, the first twelve."""
     found = [str(d) for d in range(1, min(total, 4096) + 1) if total % d == 0]
     return ", ".join(found[:12]) + (", ..." if len(found) > 12 else "")
 
@@ -49,30 +50,30 @@ def check_world(world_size: int, tp: int, pp: int, ep: int, etp: int) -> None:
     )
     if world_size % (tp * pp):
         raise UsageError(
-            dense, f"{tp} x {pp}", f"a divisor of the {world_size} ranks: {_divisors(world_size)}"
+            dense, f"{tp} x {pp}", f"a divisor of the {world_size} ranks: {divisors(world_size)}"
         )
     if world_size % (etp * ep * pp):
         raise UsageError(
             expert,
             f"{etp} x {ep} x {pp}",
-            f"a divisor of the {world_size} ranks: {_divisors(world_size)}",
+            f"a divisor of the {world_size} ranks: {divisors(world_size)}",
         )
 
 
 def check_widths(config: RunConfig, tp: int, padded_vocab_size: int | None) -> None:
     """Check that tensor parallelism divides the sizes that it splits."""
     flag, model = "--tensor-model-parallel-size", config.model
-    _divides(flag, tp, "--num-attention-heads", model.num_attention_heads)
+    divides(flag, tp, "--num-attention-heads", model.num_attention_heads)
     if model.group_query_attention:
-        _divides(flag, tp, "--num-query-groups", model.num_query_groups)
-    _divides(flag, tp, "--ffn-hidden-size", model.ffn_hidden_size)
+        divides(flag, tp, "--num-query-groups", model.num_query_groups)
+    divides(flag, tp, "--ffn-hidden-size", model.ffn_hidden_size)
     shared = config.moe.moe_shared_expert_intermediate_size
     if shared is not None:
-        _divides(flag, tp, "--moe-shared-expert-intermediate-size", shared)
+        divides(flag, tp, "--moe-shared-expert-intermediate-size", shared)
     if padded_vocab_size is not None:
-        _divides(flag, tp, "the padded vocabulary", padded_vocab_size)
+        divides(flag, tp, "the padded vocabulary", padded_vocab_size)
     if config.parallel.sequence_parallel:
-        _divides(flag, tp, "--seq-length", config.data.seq_length)
+        divides(flag, tp, "--seq-length", config.data.seq_length)
 
 
 def check_experts(config: RunConfig, tp: int, ep: int, etp: int, has_moe: bool) -> None:
@@ -81,12 +82,12 @@ def check_experts(config: RunConfig, tp: int, ep: int, etp: int, has_moe: bool) 
         if ep > 1:
             raise UsageError("--expert-model-parallel-size", ep, "1 in a model without MoE layers")
         return
-    _divides("--expert-model-parallel-size", ep, "--num-experts", config.moe.num_experts)
+    divides("--expert-model-parallel-size", ep, "--num-experts", config.moe.num_experts)
     width = config.moe.moe_ffn_hidden_size
     if width is None:
-        _divides("--expert-tensor-parallel-size", etp, "--ffn-hidden-size", _ffn(config))
+        divides("--expert-tensor-parallel-size", etp, "--ffn-hidden-size", _ffn(config))
     else:
-        _divides("--expert-tensor-parallel-size", etp, "--moe-ffn-hidden-size", width)
+        divides("--expert-tensor-parallel-size", etp, "--moe-ffn-hidden-size", width)
     if tp > 1 and not config.parallel.sequence_parallel:
         expected = f"set for MoE layers with --tensor-model-parallel-size {tp}"
         raise UsageError("--sequence-parallel", False, expected)
@@ -94,37 +95,6 @@ def check_experts(config: RunConfig, tp: int, ep: int, etp: int, has_moe: bool) 
 
 def _ffn(config: RunConfig) -> int:
     return config.model.ffn_hidden_size
-
-
-def virtual_stages(parallel: ParallelConfig, num_layers: int, pp: int) -> int | None:
-    """Chunks per rank, `None` for one. Checks that the layers can be divided."""
-    layers_flag = "--num-layers-per-virtual-pipeline-stage"
-    stages_flag = "--num-virtual-stages-per-pipeline-rank"
-    layers = parallel.num_layers_per_virtual_pipeline_stage
-    stages = parallel.num_virtual_stages_per_pipeline_rank
-    _divides("--pipeline-model-parallel-size", pp, "--num-layers", num_layers)
-    per_rank = num_layers // pp
-    if layers is not None and stages is not None:
-        raise UsageError(stages_flag, stages, f"used without {layers_flag}", "give one of the two")
-    if layers is not None:
-        degree(layers_flag, layers)
-        _divides(layers_flag, layers, "the layers of one pipeline rank", per_rank)
-        stages = per_rank // layers
-    if stages is None:
-        return None
-    degree(stages_flag, stages)
-    _divides(stages_flag, stages, "the layers of one pipeline rank", per_rank)
-    if stages == 1:
-        return None
-    if pp == 1:
-        flag, value = (layers_flag, layers) if layers is not None else (stages_flag, stages)
-        raise UsageError(
-            flag,
-            value,
-            "used with --pipeline-model-parallel-size >= 2",
-            "the interleaved schedule needs several stages",
-        )
-    return stages
 
 
 def check_layers_in_bf16(precision: PrecisionConfig, layers_per_stage: int) -> None:
@@ -177,17 +147,25 @@ def check_overlap(parallel: ParallelConfig) -> None:
 
 
 def check_recomputation(
-    parallel: ParallelConfig, layers_per_chunk: int, has_moe: bool, has_shared: bool = True
+    parallel: ParallelConfig,
+    chunk_layers: tuple[int, ...],
+    has_moe: bool,
+    has_shared: bool = True,
 ) -> None:
-    """Check that the flags of recomputation fit each other and the layers of a model chunk."""
+    """Check that the flags of recomputation fit each other and the layers of the model chunks."""
     method, layers = parallel.recompute_method, parallel.recompute_num_layers
     if parallel.recompute_granularity == "full":
         if method is None:
             raise UsageError(
                 "--recompute-method", None, "uniform or block with --recompute-granularity full"
             )
-        if layers is None or not 1 <= layers <= layers_per_chunk:
-            expected = f">= 1 and <= {layers_per_chunk}, the layers of one model chunk"
+        most = max(chunk_layers)
+        if layers is None or not 1 <= layers <= most:
+            expected = f">= 1 and <= {most}, the layers of one model chunk"
+            raise UsageError("--recompute-num-layers", layers, expected)
+        if method == "uniform" and any(count % layers for count in chunk_layers):
+            counts = ", ".join(map(str, sorted(set(chunk_layers))))
+            expected = f"a divisor of the layers of every model chunk ({counts})"
             raise UsageError("--recompute-num-layers", layers, expected)
         return
     for flag, value in (("--recompute-method", method), ("--recompute-num-layers", layers)):

@@ -22,8 +22,10 @@ from megatron_moe.model.counting import (
     TokenFlops,
     count_parameters,
     fewest_ranks,
+    flops_per_stage,
     flops_per_token,
     parameters_per_rank,
+    stages_of_layers,
 )
 from megatron_moe.model.logical import expert_width
 from megatron_moe.parallel.launch import launched
@@ -56,10 +58,18 @@ class Description:
     layout: Layout
     per_stage: tuple[RankParameters, ...]
     """Parameters on each rank of every pipeline stage."""
+    stage_flops: tuple[TokenFlops, ...]
+    """`flops` of every pipeline stage."""
     shares: tuple[Share, ...]
     """The sources of the training data; empty if none is named."""
     schedule: RunSchedule | None = None
     """The phases of the run; `None` without `--phases`. Everything else describes the first one."""
+
+    @property
+    def imbalance(self) -> float:
+        """FLOPs of the busiest pipeline stage over the mean of all: 1 where all have the same."""
+        forward = [stage.forward for stage in self.stage_flops]
+        return max(forward) * len(forward) / sum(forward)
 
     def text(self) -> str:
         """For people: one block of lines for each section."""
@@ -68,6 +78,7 @@ class Description:
             self._parameter_lines(),
             self._flops_lines(),
             self._layout_lines(),
+            *([self._stage_lines()] if self.layout.pp > 1 else []),
             *self._data_sections(),
             *([_phase_section(self.schedule)] if self.schedule is not None else []),
             self._config_lines(),
@@ -99,6 +110,11 @@ class Description:
                 {"stage": stage, **dataclasses.asdict(rank), "total": rank.total}
                 for stage, rank in enumerate(self.per_stage)
             ],
+            "flops_per_token_of_stages": [
+                {"stage": stage, "forward": flops.forward, "training": flops.training}
+                for stage, flops in enumerate(self.stage_flops)
+            ],
+            "stage_imbalance": self.imbalance,
         }
         if self.schedule is not None:
             values["stages"] = [_phase_values(phase) for phase in self.schedule.phases]
@@ -162,12 +178,29 @@ class Description:
             f"Layout of {layout.world_size} ranks",
             f"  dense         TP {layout.tp} x PP {layout.pp} x DP {layout.dp}",
             f"  experts       ETP {layout.etp} x EP {layout.ep} x PP {layout.pp} x DP {layout.edp}",
-            f"  model chunks  {layout.num_chunks} a rank, {layout.layers_per_chunk} layers each",
+            f"  model chunks  {layout.num_chunks} a rank, {_layers_each(layout)}",
             f"  batch         {layout.global_batch_size} sequences = {layout.micro_batch_size}"
             f" x DP {layout.dp} x {layout.num_microbatches} micro-batches",
             "",
             *_table("Parameters per rank", ("dense", "expert", "all"), rows),
         ]
+
+    def _stage_lines(self) -> list[str]:
+        """The work of each stage; looking up embeddings takes no FLOPs."""
+        layers = stages_of_layers(self.layout.chunk_layers, self.layout.pp)
+        rows = []
+        for stage, flops in enumerate(self.stage_flops):
+            held = [name for name, here in self._ends(stage) if here]
+            name = f"stage {stage}" + f" with {' and '.join(held)}" * bool(held)
+            forward = flops.forward - flops.logits, flops.logits, flops.forward
+            rows.append((name, layers.count(stage), *forward))
+        columns = "layers", "FLOPs of layers", "of logits", "all"
+        title = "Forward FLOPs per token of each pipeline stage"
+        more = f"the busiest stage has {100 * (self.imbalance - 1):.1f}% more than the mean"
+        return [*_table(title, columns, rows), f"  imbalance     {self.imbalance:.3f}: {more}"]
+
+    def _ends(self, stage: int) -> list[tuple[str, bool]]:
+        return [("embedding", stage == 0), ("logits", stage == self.layout.pp - 1)]
 
     def _data_sections(self) -> list[list[str]]:
         if not self.shares or self.schedule is not None:
@@ -236,10 +269,11 @@ def describe_layout(
             *sizes,
             tp=layout.tp,
             pp=layout.pp,
-            vp=layout.num_chunks,
+            chunk_layers=layout.chunk_layers,
             ep=layout.ep,
             etp=layout.etp,
         ),
+        stage_flops=flops_per_stage(*sizes, config.data.seq_length, layout.chunk_layers, layout.pp),
     )
 
 
@@ -268,6 +302,13 @@ def _default_world_size(config: RunConfig) -> int:
     }
     # A degree below one is an error in `resolve_layout`, which names its flag.
     return fewest_ranks(**{name: max(degree, 1) for name, degree in degrees.items()})
+
+
+def _layers_each(layout: Layout) -> str:
+    counts = layout.chunk_layers
+    if len(set(counts)) == 1:
+        return f"{counts[0]} layers each"
+    return f"{' '.join(map(str, counts))} layers in the order of the model"
 
 
 def _attention(model: ModelConfig) -> str:

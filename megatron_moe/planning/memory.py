@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_moe.config import RunConfig
-from megatron_moe.model.counting import parameters_per_rank, stages_of
+from megatron_moe.model.counting import parameters_per_rank, stages_of, stages_of_layers
 from megatron_moe.model.logical import LogicalParameter, logical_parameters
 from megatron_moe.parallel.layout import Layout
 
@@ -90,7 +90,7 @@ def state_memory(
         vocab_size,
         tp=layout.tp,
         pp=layout.pp,
-        vp=layout.num_chunks,
+        chunk_layers=layout.chunk_layers,
         ep=layout.ep,
         etp=layout.etp,
     )
@@ -135,10 +135,10 @@ def _adafactor_elements(
 ) -> Iterator[int]:
     """Numbers that Adafactor keeps of each tensor of a stage (`training/optim/factoring.py`)."""
     model = config.model
-    per_chunk = model.num_layers // (layout.pp * layout.num_chunks)
+    of_layers = stages_of_layers(layout.chunk_layers, layout.pp)
     for name, parameter in logical_parameters(model, config.moe, vocab_size).items():
         untied = model.untie_embeddings_and_output_weights
-        if stage not in stages_of(name, per_chunk, layout.pp, untied):
+        if stage not in stages_of(name, of_layers, layout.pp, untied):
             continue
         copies, matrix = 1, parameter.shape
         if parameter.kind == "expert":

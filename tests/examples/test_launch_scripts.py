@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 
+from megatron_moe.config import moe_layer_pattern
 from megatron_moe.config.cli import parse_args
-from megatron_moe.config.presets import PRESETS
+from megatron_moe.config.presets import OPENMOE_VOCAB, PRESETS
 from megatron_moe.parallel.layout import Layout, resolve_layout
-from megatron_moe.planning.describe import describe
+from megatron_moe.planning.describe import describe, describe_layout
 from megatron_moe.training.phases import resolve_run_schedule
 from tools import train_tokenizer
 
@@ -187,6 +188,23 @@ def test_every_script_can_be_described(script: str, tokenizer: str) -> None:
         line = f"phase {number}/{len(phases)} {objective}: steps "
         assert any(line in row and f"to {last}, {objective}" in row for row in text.splitlines())
         assert "/data/c4_text_document" in text, "the sources of its mixture"
+
+
+def test_the_stages_of_34b_are_balanced() -> None:
+    """In FLOPs as `--describe` counts them, and each stage holds two MoE layers."""
+    found = slurm("pretrain_34b_slurm.sbatch")
+    config = parse_args(found.arguments).config
+    layout = layout_of(found)
+    described = describe_layout(config, layout, OPENMOE_VOCAB)
+    assert described.imbalance < 1.003
+    assert layout.num_chunks == 2
+    pattern = moe_layer_pattern(config.moe.moe_layer_freq, config.model.num_layers)
+    held = [[layout.layers_of_chunk(stage, chunk) for chunk in (0, 1)] for stage in range(4)]
+    assert [sum(pattern[i] for part in parts for i in part) for parts in held] == [2] * 4
+    assert len({rank.expert for rank in described.per_stage}) == 1
+    even = replace(config.parallel, pipeline_model_parallel_layout=None)
+    before = describe_layout(replace(config, parallel=even), None, OPENMOE_VOCAB, 128)
+    assert before.imbalance == pytest.approx(1.2502, abs=1e-4)
 
 
 def test_another_phase_table_may_be_named() -> None:

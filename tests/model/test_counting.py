@@ -181,11 +181,14 @@ def test_per_rank_counts_worked_by_hand(untied: bool) -> None:
 def test_chunks_of_an_interleaved_pipeline_go_round_the_stages() -> None:
     moe = replace(SMALL_MOE, moe_layer_freq="[1,0,0,0]")
     blocks = parameters_per_rank(SMALL, moe, 64, pp=2)
-    rounds = parameters_per_rank(SMALL, moe, 64, pp=2, vp=2)
+    rounds = parameters_per_rank(SMALL, moe, 64, pp=2, chunk_layers=(1, 1, 1, 1))
     assert blocks[0].expert == rounds[0].expert == 4 * 4 * 32 * 40
     moe = replace(SMALL_MOE, moe_layer_freq="[0,0,1,0]")
     assert parameters_per_rank(SMALL, moe, 64, pp=2)[0].expert == 0
-    assert parameters_per_rank(SMALL, moe, 64, pp=2, vp=2)[0].expert == 4 * 4 * 32 * 40
+    assert (
+        parameters_per_rank(SMALL, moe, 64, pp=2, chunk_layers=(1, 1, 1, 1))[0].expert
+        == 4 * 4 * 32 * 40
+    )
 
 
 def test_one_rank_holds_everything() -> None:
@@ -199,7 +202,6 @@ def test_one_rank_holds_everything() -> None:
         ({"tp": 3}, "--num-attention-heads"),
         ({"ep": 3}, "--num-experts"),
         ({"pp": 3}, "--num-layers"),
-        ({"pp": 2, "vp": 4}, "--num-layers"),
         ({"etp": 3}, "width of an expert"),
     ],
 )

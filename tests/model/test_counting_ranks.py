@@ -35,6 +35,7 @@ CONFIG = RunConfig(
     ),
 )
 INTERLEAVED = replace(CONFIG.parallel, num_virtual_stages_per_pipeline_rank=2)
+UNEVEN = replace(CONFIG.parallel, pipeline_model_parallel_layout="E|t|tt|tL")
 SPLIT_EXPERTS = replace(
     CONFIG.parallel, expert_model_parallel_size=1, expert_tensor_parallel_size=2
 )
@@ -62,7 +63,7 @@ def test_grouped_heads_and_their_norms_are_counted(pool: Pool, scope: str) -> No
 
 
 @pytest.mark.parametrize("untied", [True, False])
-@pytest.mark.parametrize("parallel", [CONFIG.parallel, INTERLEAVED, SPLIT_EXPERTS])
+@pytest.mark.parametrize("parallel", [CONFIG.parallel, INTERLEAVED, UNEVEN, SPLIT_EXPERTS])
 def test_every_rank_holds_what_is_counted(
     pool: Pool, parallel: ParallelConfig, untied: bool
 ) -> None:
@@ -74,7 +75,7 @@ def test_every_rank_holds_what_is_counted(
         VOCAB,
         tp=2,
         pp=2,
-        vp=parallel.num_virtual_stages_per_pipeline_rank or 1,
+        chunk_layers=resolve_layout(config, 4, VOCAB).chunk_layers,
         ep=parallel.expert_model_parallel_size,
         etp=parallel.expert_tensor_parallel_size or 1,
     )

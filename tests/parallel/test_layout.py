@@ -57,7 +57,7 @@ def test_one_rank() -> None:
         micro_batch_size=2,
         global_batch_size=2,
         seq_length=64,
-        layers_per_chunk=12,
+        chunk_layers=(12,),
     )
 
 
@@ -66,7 +66,7 @@ def test_ranks_are_divided_twice_for_dense_and_expert_layers() -> None:
     layout = resolve_layout(config(**changes), 16)
     assert (layout.tp, layout.pp, layout.dp) == (2, 2, 4)
     assert (layout.etp, layout.ep, layout.edp) == (1, 4, 2)
-    assert (layout.vp, layout.layers_per_chunk, layout.num_chunks) == (3, 2, 3)
+    assert (layout.vp, layout.chunk_layers, layout.num_chunks) == (3, (2,) * 6, 3)
     assert layout.num_microbatches == 2
     assert layout.sequence_parallel
 
@@ -252,6 +252,16 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
         },
         2,
         "--recompute-num-layers must be >= 1 and <= 6, the layers of one model chunk (got 7)",
+    ),
+    (
+        {
+            "recompute_granularity": "full",
+            "recompute_method": "uniform",
+            "recompute_num_layers": 4,
+            PP: 2,
+        },
+        2,
+        "--recompute-num-layers must be a divisor of the layers of every model chunk (6) (got 4)",
     ),
     (
         {"recompute_method": "block"},

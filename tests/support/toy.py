@@ -137,16 +137,10 @@ def build_chunks(
     config = megatron_settings(ctx, dtype)
     chunks = []
     for index in range(ctx.layout.num_chunks):
-        layers = _layers_of(ctx.layout, ctx.pp_rank, index)
+        layers = ctx.layout.layers_of_chunk(ctx.pp_rank, index)
         vp_stage = index if ctx.layout.vp else None
         chunks.append(ToyChunk(config, ctx, layers, vp_stage, dropout, recompute))
     return chunks
-
-
-def _layers_of(layout: Layout, pp_rank: int, chunk: int) -> range:
-    """The layers (from 0) of one chunk: chunk c of stage r follows chunk c of stage r - 1."""
-    first = (chunk * layout.pp + pp_rank) * layout.layers_per_chunk
-    return range(first, first + layout.layers_per_chunk)
 
 
 def wrap(ctx: ParallelContext, chunks: list[Any], **ddp: Any) -> list[Any]:
