@@ -122,9 +122,15 @@ def _set_p2p_overlap(config: Any, *, interleaved: bool) -> None:
     wrong, without any error.
 
     The plain schedule, in contrast, does not support overlap.
+
+    After each batch Megatron-Core would make the host wait for the device, against a defect of old
+    versions of PyTorch (`ModelParallelConfig.batch_p2p_sync`): received tensors could be read too
+    early. Today the transfers of a batch are one NCCL group with one request, which Megatron-Core
+    waits for, and with it the stream that reads them. The host need not wait, and launches ahead.
     """
     config.overlap_p2p_comm = interleaved
     config.batch_p2p_comm = not interleaved
+    config.batch_p2p_sync = False
 
 
 def _no_sync(chunks: Sequence[nn.Module]) -> Any:

@@ -124,6 +124,23 @@ def test_interleaving_without_overlapped_transfers_is_still_wrong(
     assert largest_error(pool.run(defective, 2)) > 0.1
 
 
+def synchronizations(rank: int, world_size: int) -> int:
+    """How often the host waits for the device in a step of the plain schedule."""
+    ctx = toy.context(world_size, **{PP: world_size})
+    chunks = toy.wrap(ctx, toy.build_chunks(ctx))
+    count, wait = [], torch.cuda.synchronize
+    torch.cuda.synchronize = lambda *_: count.append(1)
+    try:
+        forward_backward(ctx, toy.forward_step, toy.micro_batches(ctx.layout, 0), chunks)
+    finally:
+        torch.cuda.synchronize = wait
+    return len(count)
+
+
+def test_the_host_does_not_wait_between_micro_batches(pool: Pool) -> None:
+    assert pool.run(synchronizations, 2) == [0, 0]
+
+
 def odd_number(rank: int, world_size: int) -> str:
     ctx = toy.context(world_size, **{PP: 2, VPP: 1})
     chunks = toy.wrap(ctx, toy.build_chunks(ctx))
