@@ -9,6 +9,7 @@ code leaves nothing behind on the host, not that it runs on a GPU.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -63,11 +64,13 @@ class OnGpu(Tensor):
     def numpy(self, *, force: bool = False) -> Any:
         """As a CUDA tensor answers."""
         if force:
+            HostReads.noticed("numpy")
             return self.inner.clone().numpy()
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
 
     def tolist(self) -> Any:
         """Its values, on the host."""
+        HostReads.noticed("tolist")
         return self.inner.tolist()
 
     @classmethod
@@ -76,6 +79,8 @@ class OnGpu(Tensor):
     ) -> Any:
         kwargs = dict(kwargs or {})
         _reject_two_devices(func, args, kwargs)
+        if _reads_values(func, args):
+            HostReads.noticed(func._schema.name)
         inner_args, inner_kwargs = pytree.tree_map_only(OnGpu, lambda t: t.inner, (args, kwargs))
         run = _gemm_with_dtype(func) or func
         out = run(*inner_args, **inner_kwargs)
@@ -85,6 +90,68 @@ class OnGpu(Tensor):
         return pytree.tree_map_only(
             Tensor, lambda t: known[id(t)] if id(t) in known else OnGpu(t), out
         )
+
+
+class HostRead(RuntimeError):
+    """A value of the device was read by the host, which a captured graph cannot do."""
+
+
+class HostReads:
+    """Notices when the host reads a value of the device, which waits for it.
+
+    That is: a value itself, a copy to the host, or a result whose shape depends on values. Inside,
+    a read is an error unless the call stack has a function of a given name.
+
+    Args:
+        allowed: names of these functions.
+
+    Attributes:
+        found: the reads that were allowed: operation, and function.
+    """
+
+    _active: HostReads | None = None
+
+    def __init__(self, allowed: tuple[str, ...] = ()) -> None:
+        self.allowed, self.found = allowed, list[tuple[str, str]]()
+
+    def __enter__(self) -> HostReads:
+        HostReads._active = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        HostReads._active = None
+
+    @staticmethod
+    def noticed(operation: str) -> None:
+        """A read happens now."""
+        reads = HostReads._active
+        if reads is None:
+            return
+        names = {frame.name for frame in traceback.extract_stack()}
+        known = [name for name in reads.allowed if name in names]
+        if not known:
+            raise HostRead(f"{operation} reads a value of the device")
+        reads.found.append((operation, known[0]))
+
+
+_READS = {
+    *("_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "equal", "is_nonzero"),
+    *("unique_dim", "_unique", "_unique2", "unique_consecutive", "unique_dim_consecutive"),
+    *("bincount", "histc", "_assert_async", "item"),
+}
+"""Operations whose result, or its shape, is read from the values."""
+
+
+def _reads_values(func: Any, args: tuple[Any, ...]) -> bool:
+    name = func._schema.name.partition("::")[2]
+    if func is torch.ops.aten.copy_.default:
+        return isinstance(args[1], OnGpu) and not isinstance(args[0], OnGpu)
+    if name in ("index", "index_put", "index_put_"):
+        indices = [index for index in args[1] if index is not None]
+        return any(index.dtype in (torch.bool, torch.uint8) for index in indices)
+    if name == "repeat_interleave":
+        return func._overloadname.endswith("Tensor")
+    return name in _READS
 
 
 _GEMMS = ("mm", "bmm", "addmm", "baddbmm")
@@ -189,6 +256,8 @@ def _moved(tensor: Tensor, place: str) -> Tensor:
     here = isinstance(tensor, OnGpu)
     if here == _is_gpu(place):
         return tensor
+    if here:
+        HostReads.noticed("copy to the host")
     return tensor.inner.clone() if here else OnGpu(tensor.clone())
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.support.emulated_gpu import GPU, OnGpu, emulated_gpu
+from tests.support.emulated_gpu import GPU, HostRead, HostReads, OnGpu, emulated_gpu
 
 
 def test_values_are_those_of_the_cpu() -> None:
@@ -87,3 +87,41 @@ def test_gradients_stay_there() -> None:
         (x.to("cuda") @ there).sum().backward()
         assert isinstance(there.grad, OnGpu)
         torch.testing.assert_close(there.grad.cpu(), x.sum(0).unsqueeze(1).expand(3, 4))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda x: x.tolist(),
+        lambda x: x.sum().item(),
+        lambda x: bool(x.sum() > 0),
+        lambda x: float(x[0, 0]),
+        lambda x: x.nonzero(),
+        lambda x: x[x > 0],
+        lambda x: x.masked_select(x > 0),
+        lambda x: x.index_put_((x > 0,), x.sum()),
+        lambda x: torch.repeat_interleave(x, x[0].long().abs(), dim=1),
+        lambda x: x.unique(),
+        lambda x: torch.equal(x, x),
+        lambda x: x.cpu(),
+        lambda x: torch.zeros(2, 2).copy_(x),
+        lambda x: x.numpy(force=True),
+    ],
+)
+def test_what_reads_values_is_noticed(read: Callable[[Tensor], object]) -> None:
+    with emulated_gpu():
+        x = torch.ones(2, 2, device="cuda")
+        read(x)
+        with HostReads(), pytest.raises(HostRead):
+            read(x)
+        with HostReads(("<lambda>",)) as reads:
+            read(x)
+        assert reads.found
+
+
+def test_fixed_shapes_read_nothing() -> None:
+    with emulated_gpu(), HostReads() as reads:
+        x = torch.ones(2, 2, device="cuda")
+        x.where(x > 0, 0.0).index_select(0, x[0].long()).masked_fill_(x > 0, 1.0)
+        x[x[0].long()] += x.argsort(1).cumsum(0)
+        assert reads.found == []
