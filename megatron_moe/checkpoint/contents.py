@@ -22,6 +22,7 @@ from megatron_moe.checkpoint.tensor_files import (
 )
 from megatron_moe.config import RunConfig
 from megatron_moe.model.sharding.blocks import Part
+from megatron_moe.model.sharding.fp8_scales import scale_parts, writes_scale
 from megatron_moe.model.sharding.optimizer_state import optimizer_shards, optimizer_step
 from megatron_moe.model.sharding.parts import Replicas, save_plan
 from megatron_moe.model.sharding.shards import model_shards
@@ -89,7 +90,10 @@ def collect_contents(
     def plan() -> list[Part]:
         shards = model_shards(chunks, config.model, config.moe)
         states = optimizer_shards(optimizer) if optimizer is not None else None
-        found = list(save_plan(shards, states, _replicas(ctx)))
+        replicas = _replicas(ctx)
+        found = list(save_plan(shards, states, replicas))
+        scales = scale_parts(chunks, config.moe.num_experts)
+        found += [part for part in scales if writes_scale(part, chunks[0], replicas)]
         check_finite(found, state.iteration, ctx.rank)
         return found
 

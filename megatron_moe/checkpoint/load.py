@@ -41,6 +41,7 @@ from megatron_moe.checkpoint.tensor_files import TensorFiles
 from megatron_moe.config import RunConfig
 from megatron_moe.errors import CheckpointError, Corrupt, with_fixes
 from megatron_moe.model.sharding.blocks import MODEL, Part
+from megatron_moe.model.sharding.fp8_scales import scale_parts
 from megatron_moe.model.sharding.optimizer_state import optimizer_shards, set_optimizer_step
 from megatron_moe.model.sharding.parts import load_plan
 from megatron_moe.model.sharding.shards import model_shards
@@ -103,7 +104,9 @@ def load_checkpoint(
 
     def plan() -> list[Part]:
         states = optimizer_shards(loaded_optimizer) if loaded_optimizer is not None else None
-        return list(load_plan(model_shards(chunks, config.model, config.moe), states))
+        found = list(load_plan(model_shards(chunks, config.model, config.moe), states))
+        scales = scale_parts(chunks, config.moe.num_experts)
+        return [*found, *(part for part in scales if _has(opened, part))]
 
     parts = ranks.run_on_all(plan)
     wanted = ranks.gather(wanted_tensors(parts))
@@ -139,6 +142,16 @@ def _open(
 
     found = ranks.broadcast(ranks.run_on_all(lambda: read() if ranks.rank == 0 else None))
     return ranks.run_on_all(lambda: parse_json_files(Path(found[0]), found[1]))
+
+
+def _has(opened: CheckpointMetadata, part: Part) -> bool:
+    """Whether a checkpoint has a tensor of the shape.
+
+    Scales of FP8 start anew where it has none, because it was in bf16 or another recipe, or where
+    the history has another length.
+    """
+    saved = opened.tensors.get((part.kind, part.name))
+    return saved is not None and saved.shape == part.shape
 
 
 def _identity_lines(

@@ -33,6 +33,9 @@ class PrecisionConfig:
     value. `delayed`: a tensor, from its largest values in earlier steps (Megatron-LM's default).
     `blockwise`: 1 x 128 elements of activations and gradients, 128 x 128 of weights. `mxfp8`: 32
     elements, with a power of two (OCP MX)."""
+    fp8_emulate: Annotated[bool, OmittedAtDefault] = False
+    """Round the operands of GEMMs to FP8 and back instead of multiplying in FP8, on any device:
+    what a recipe does to a model, without the hardware and without its speed."""
     fp8_margin: Annotated[int, NonNegative, OmittedAtDefault] = 0
     """With `delayed`: scales are divided by 2^margin, which leaves room for larger values."""
     fp8_amax_history_len: Annotated[int, AtLeastOne, OmittedAtDefault] = 1

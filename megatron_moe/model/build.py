@@ -6,7 +6,6 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -14,6 +13,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_moe.config import ModelConfig, PrecisionConfig, RunConfig, moe_layer_pattern
 from megatron_moe.model.attention import RotaryCoreAttention
+from megatron_moe.model.fp8 import emulate_fp8
+from megatron_moe.model.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_moe.model.layer import OpenMoELayer, OpenMoELayerSubmodules
 from megatron_moe.model.logical import expert_width
 from megatron_moe.model.norm import RMSNorm, SplitRMSNorm
@@ -114,7 +115,7 @@ def _expert_settings(config: RunConfig) -> dict[str, Any]:
 
 def fp8_settings(precision: PrecisionConfig) -> dict[str, Any]:
     """Settings of FP8 for layers of Transformer Engine; none without FP8."""
-    if precision.fp8_format is None:
+    if precision.fp8_format is None or precision.fp8_emulate:
         return {}
     return {
         "fp8": precision.fp8_format,
@@ -163,9 +164,9 @@ def layer_spec(config: RunConfig, pgs: ProcessGroupCollection) -> ModuleSpec:
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
+            linear_qkv=Fp8ColumnParallelLinear,
             core_attention=RotaryCoreAttention,
-            linear_proj=RowParallelLinear,
+            linear_proj=Fp8RowParallelLinear,
             q_layernorm=_qk_norm(model, model.num_attention_heads, pgs),
             k_layernorm=_qk_norm(model, model.key_value_heads, pgs),
         ),
@@ -226,5 +227,7 @@ def build_model(
         ).to(device)
         for number in numbers
     ]
+    if config.precision.fp8_emulate:
+        emulate_fp8(chunks, config, device)
     initialise(chunks, config, vocab_size)
     return chunks

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from fused_kernels.autograd import gated_silu
 from fused_kernels.operations import GatedSilu
 from megatron_moe.config import ModelConfig
+from megatron_moe.model.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 
 
 def parameter_device(config: TransformerConfig) -> torch.device:
@@ -46,7 +46,7 @@ class DenseFFN(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.blocks, self.gate = model.input_blocks, gate
-        self.linear_fc1 = ColumnParallelLinear(
+        self.linear_fc1 = Fp8ColumnParallelLinear(
             config.hidden_size,
             self.blocks * ffn_size,
             config=config,
@@ -55,7 +55,7 @@ class DenseFFN(torch.nn.Module):
             gather_output=False,
             tp_group=pgs.tp,
         )
-        self.linear_fc2 = RowParallelLinear(
+        self.linear_fc2 = Fp8RowParallelLinear(
             ffn_size,
             config.hidden_size,
             config=config,

@@ -23,6 +23,7 @@ from megatron_moe.errors import UsageError
 from megatron_moe.moe import expert_gemm
 from megatron_moe.moe.exchange import ExpertGroups, size_of
 from megatron_moe.moe.expert_gemm import ExpertBucket, make_buckets
+from megatron_moe.moe.fp8_experts import Fp8ExpertGemms, filled_rows
 from megatron_moe.moe.plan import BufferLayout, Plan, Slots
 
 PADDING_WORTH = ((30_000_000, 1.3), (100_000_000, 1.1), (math.inf, 1.02))
@@ -122,6 +123,7 @@ class Experts(nn.Module):
         weight_in: [E, H, M], blocks gate (or linear, gate) and up side by side, each divided over
             expert-tensor ranks on its own.
         weight_out: [E, F, H].
+        fp8: GEMMs in emulated FP8, if not `None`.
 
     Raises:
         UsageError: experts or their width do not divide.
@@ -146,6 +148,7 @@ class Experts(nn.Module):
             raise UsageError("--moe-ffn-hidden-size", width, expected)
         self.groups, self.requested = groups, moe.moe_expert_impl
         self.model = model
+        self.fp8: Fp8ExpertGemms | None = None
         self.num_local = moe.num_experts // ranks
         hidden, local = model.hidden_size, width // shards
         shape_in = (self.num_local, hidden, model.input_blocks * local)
@@ -167,6 +170,8 @@ class Experts(nn.Module):
 
     def choose(self, filled_E: Tensor) -> ExpertImpl:
         """The implementation for so many rows per expert, [E over all ranks] int64."""
+        if self.fp8 is not None:
+            return ExpertImpl("batched", "emulated FP8")
         readable = is_readable(filled_E)
         filled = filled_E.tolist() if readable and self.groups.sources == 1 else None
         work = ExpertWork(
@@ -202,8 +207,13 @@ class Experts(nn.Module):
             return expert_gemm.batched(rows_RH, *weights, impl.buckets, gate)
         # [source, expert, slot] -> [expert, source, slot]: a batched GEMM wants the rows of an
         # expert from all sources together.
+        if self.fp8 is not None:
+            rows_RH = rows_RH.where(filled_rows(plan, self.groups), 0.0)
         by_source = rows_RH.view(sources, self.num_local, -1, hidden)
         by_expert = by_source.transpose(0, 1).reshape(-1, hidden)
+        if self.fp8 is not None:
+            out = self.fp8(by_expert.unflatten(0, (self.num_local, -1)), *weights, plan)
+            return out.unflatten(1, (sources, -1)).transpose(0, 1).reshape(-1, hidden)
         out = expert_gemm.batched(by_expert, *weights, self._equal_buckets(by_expert), gate)
         back = out.view(self.num_local, sources, -1, hidden).transpose(0, 1)
         return back.reshape(-1, hidden)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from statistics import mean
 
 from megatron_moe.checkpoint import TrainState
-from megatron_moe.config import LoggingConfig
+from megatron_moe.config import LoggingConfig, RunConfig
 from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.data.composition import share_lines
 from megatron_moe.data.pipeline import Data
@@ -86,6 +86,19 @@ def _print(lines: list[str]) -> None:
         print_line(line)
 
 
+def _fp8_lines(config: RunConfig) -> list[str]:
+    """The format and the layers that are in it; none without FP8."""
+    fp8, layers = config.precision, range(config.model.num_layers)
+    if fp8.fp8_format is None:
+        return []
+    count = sum(fp8.in_fp8(layer, len(layers)) for layer in layers)
+    how = "emulated: operands are rounded" if fp8.fp8_emulate else "Transformer Engine"
+    return [
+        f" FP8: {fp8.fp8_format}, {fp8.fp8_recipe}, {how}; {count} of {len(layers)} layers, not the"
+        " router, logits and norms"
+    ]
+
+
 def starting_lines(
     run: TrainingRun, schedule: RunSchedule, data: Data, state: TrainState
 ) -> list[str]:
@@ -100,6 +113,7 @@ def starting_lines(
         f" model chunks per rank {layout.num_chunks}",
         f" model: {counts.total:,} parameters, {counts.activated:,} activated per token,"
         f" vocabulary {run.vocab_size}",
+        *_fp8_lines(config),
         f" step: {layout.global_batch_size} sequences of {config.data.seq_length}"
         f" = {layout.num_microbatches} micro-batches of {layout.micro_batch_size} on {layout.dp}"
         f" data-parallel ranks; {schedule.iterations} iterations",

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from megatron_moe.config import OptimizerConfig
 from megatron_moe.data.batch import Batch, every_stage_reads, extra_planes, fetch_step
+from megatron_moe.model.fp8 import update_scales
 from megatron_moe.parallel.schedule import forward_backward
 from megatron_moe.training.optim.build import chained_optimizers
 from megatron_moe.training.run import TrainingRun
@@ -121,6 +122,7 @@ def train_step(
         norm, zeros = _prepare_update(run, local, iteration)
         if takes_update is None or takes_update(iteration, sums, norm):
             _update(run, learning_rate, norm, iteration)
+    update_scales(run.chunks, run.ctx.pgs)
     square = None
     if run.config.logging.log_params_norm:
         square = params_square(run.optimizer, run.ctx.platform.device)

@@ -1,4 +1,4 @@
-"""FP8 where no device can multiply in it: one line, before anything is built."""
+"""FP8 where no device can multiply in it, and not emulated: one line before anything is built."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from tests.training.tiny import MODEL, pretrain_rank
 def test_fp8_is_an_error_where_nothing_multiplies_in_it() -> None:
     check_precision(PrecisionConfig(), "cpu")
     for device in ("cpu", "cuda"):
-        with pytest.raises(UsageError, match="--fp8-format must be unset"):
+        check_precision(PrecisionConfig(fp8_format="hybrid", fp8_emulate=True), device)
+        with pytest.raises(UsageError, match="--fp8-format must be used with --fp8-emulate"):
             check_precision(PrecisionConfig(fp8_format="hybrid"), device)
 
 
@@ -23,4 +24,4 @@ def test_a_run_on_a_cpu_ends_on_every_rank(pool: Pool) -> None:
     for code, out, error in pool.run(pretrain_rank, 2, argv=argv):
         assert (code, out) == (2, "")
         assert "\n" not in error.strip()
-        assert "--fp8-format must be unset on a CPU (got 'e4m3')" in error
+        assert "--fp8-format must be used with --fp8-emulate (got 'e4m3'); no CPU mul" in error

@@ -22,7 +22,7 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 MODEL = "model"
-"""The kind of the weights; every other kind is optimizer state."""
+"""The kind of the weights; other kinds are optimizer state, or scales of FP8 (`fp8_scales.py`)."""
 
 
 @dataclass(frozen=True)

@@ -112,7 +112,7 @@ def model_shards(chunks: Sequence[Any], model: ModelConfig, moe: MoEConfig) -> l
     """
     shards = []
     for number, wrapped in enumerate(chunks):
-        chunk = _unwrap(wrapped)
+        chunk = unwrap(wrapped)
         rank = _coordinates(chunk, model)
         layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         for name, param in chunk.named_parameters():
@@ -120,7 +120,8 @@ def model_shards(chunks: Sequence[Any], model: ModelConfig, moe: MoEConfig) -> l
     return shards
 
 
-def _unwrap(chunk: Any) -> OpenMoEModel:
+def unwrap(chunk: Any) -> OpenMoEModel:
+    """A model chunk without Megatron-Core's wrappers."""
     while hasattr(chunk, "module"):
         chunk = chunk.module
     found: OpenMoEModel = chunk

@@ -1,0 +1,70 @@
+"""The feed-forward layers of all experts with GEMMs in emulated FP8 (`--fp8-emulate`).
+
+Scales must not depend on what lies in rows without a token, which hold a copy of some token: they
+are set to zero first. A block of scales along the rows of an expert, of its weight gradients in
+`blockwise` and `mxfp8`, that is not full counts as padded with zeros, which is how Transformer
+Engine's GEMMs get the rows of a local expert: padded after the exchange, so capacity and drops stay
+as they are.
+
+Shapes: E experts of this rank, N rows of one expert (slots of all sources and groups), H hidden,
+F width, M = blocks * F.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fused_kernels.autograd import gated_silu
+from fused_kernels.fp8.gemm import Fp8Gemm, Fp8Settings
+from megatron_moe.moe.exchange import ExpertGroups
+from megatron_moe.moe.plan import Plan
+
+
+class Fp8ExpertGemms(nn.Module):
+    """Both GEMMs of all experts of a rank.
+
+    Args:
+        settings: the recipe.
+        experts: E.
+        device: of the scales.
+
+    Attributes:
+        input: x W_in.
+        down: h W_out.
+    """
+
+    def __init__(self, settings: Fp8Settings, experts: int, device: torch.device) -> None:
+        super().__init__()
+        self.input = Fp8Gemm(settings, experts, device)
+        self.down = Fp8Gemm(settings, experts, device)
+
+    def forward(self, x_ENH: Tensor, weight_in: Tensor, weight_out: Tensor, plan: Plan) -> Tensor:
+        """Outputs [E, N, H].
+
+        Args:
+            x_ENH: rows by expert, zero where empty; see `filled_rows`.
+            weight_in: [E, H, M], blocks gate (or linear, gate) and up side by side.
+            weight_out: [E, F, H].
+            plan: has the gate's kernel.
+        """
+        blocks = weight_in.shape[2] // weight_out.shape[1]
+        z_ENM = self.input(x_ENH, weight_in.mT)
+        h_NF = gated_silu(z_ENM.flatten(0, 1), blocks, plan.kernels.gated_silu)
+        h_ENF = h_NF.unflatten(0, x_ENH.shape[:2])
+        y_ENH: Tensor = self.down(h_ENF, weight_out.mT)
+        return y_ENH
+
+
+def filled_rows(plan: Plan, groups: ExpertGroups) -> Tensor:
+    """Which rows hold a token of those that arrived in the fixed layout, [R, 1] bool.
+
+    Args:
+        plan: of this pass, with the layout `fixed`.
+        groups: ranks that sent them.
+    """
+    filled_EG = plan.slots.filled_GE.t().contiguous()
+    # Of each source, the experts of this rank: rows are [source, expert, group, slot].
+    arrived = groups.to_experts(filled_EG).unsqueeze(-1)
+    place = torch.arange(plan.slots.most, device=arrived.device)
+    return (place < arrived).view(-1, 1)
