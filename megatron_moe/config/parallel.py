@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from megatron_moe.config.fields import AtLeastOne, OmittedAtDefault, Positive
 
+RecomputedModule = Literal["core_attn", "mlp", "moe", "shared_experts", "layernorm", "moe_act"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
@@ -50,11 +52,11 @@ class ParallelConfig:
     """With `full`: every N layers, or the first N of each stage."""
     recompute_num_layers: Annotated[int | None, AtLeastOne] = None
     """The N of `--recompute-method`."""
-    recompute_modules: tuple[Literal["core_attn", "mlp", "moe", "shared_experts"], ...] = (
-        "core_attn",
-    )
-    """With `selective`: which modules. `mlp` is dense feed-forward layers and the shared expert,
-    `moe` the other experts with their router, `shared_experts` the shared expert alone."""
+    recompute_modules: tuple[RecomputedModule, ...] = ("core_attn",)
+    """With `selective`: which modules. `core_attn` is attention between its projections, `mlp`
+    dense feed-forward layers and the shared expert, `moe` the other experts with their router,
+    `shared_experts` the shared expert alone, `layernorm` the norms before attention and
+    feed-forwards. `moe_act`, the gated product of experts, is always computed again."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication library; `auto` is NCCL on GPUs and gloo on CPUs; the choice is logged."""
     distributed_timeout_minutes: Annotated[float, Positive] = 10.0

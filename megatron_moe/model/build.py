@@ -143,7 +143,10 @@ def _layout_settings(config: RunConfig, degrees: Degrees) -> dict[str, Any]:
         "recompute_granularity": parallel.recompute_granularity,
         "recompute_method": parallel.recompute_method,
         "recompute_num_layers": parallel.recompute_num_layers,
-        "recompute_modules": list(parallel.recompute_modules) if selective else None,
+        # Our experts never keep their gated product; Megatron-Core asks for its own grouped GEMMs.
+        "recompute_modules": [m for m in parallel.recompute_modules if m != "moe_act"]
+        if selective
+        else None,
     }
 
 

@@ -9,6 +9,7 @@ Shapes: S sequence (this rank's part under sequence parallelism), B batch, H hid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,7 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
         modules = config.recompute_modules if config.recompute_granularity == "selective" else []
         self.recompute_mlp, self.recompute_moe = "mlp" in modules, "moe" in modules
         self.recompute_shared = self.recompute_mlp or "shared_experts" in modules
+        self.recompute_norms = "layernorm" in modules
 
     def _build_feed_forward(
         self, model: ModelConfig, moe: MoEConfig, pgs: ProcessGroupCollection
@@ -111,25 +113,44 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
             return tensor_parallel.checkpoint(module, False, *inputs)
         return module(*inputs)
 
-    def _norm(self, norm: RMSNorm, x: Tensor, documents: Documents | None) -> Tensor:
-        """The input of a sublayer, which is zero at padding if ``documents`` say where it is."""
-        normed: Tensor = norm(x)
-        return normed if documents is None else documents.without_padding(normed, self.tp_group)
+    def _norm(
+        self, norm: RMSNorm, x: Tensor, documents: Documents | None
+    ) -> tuple[Tensor, Callable[[Tensor], object]]:
+        """The input of a sublayer, which is zero at padding if ``documents`` say where it is.
+
+        Returns:
+            The input, and a function to call with the sublayer's output: with recomputation it
+            frees the input, until the backward pass has the gradient of that output.
+        """
+
+        def run(x: Tensor) -> Tensor:
+            normed: Tensor = norm(x)
+            return normed if documents is None else documents.without_padding(normed, self.tp_group)
+
+        if not (self.recompute_norms and self.training and torch.is_grad_enabled()):
+            return run(x), lambda output: None
+        again = tensor_parallel.CheckpointWithoutOutput(fp8=self.config.fp8)
+        return again.checkpoint(run, x), again.discard_output_and_register_recompute
 
     def _feed_forward(self, x: Tensor, documents: Documents | None) -> Tensor:
-        normed = self._norm(self.pre_mlp_layernorm, x, documents)
+        normed, free = self._norm(self.pre_mlp_layernorm, x, documents)
         if not self.is_moe:
-            return self._add(x, self._run(self.ffn, self.recompute_mlp, normed))
+            output = self._run(self.ffn, self.recompute_mlp, normed)
+            free(output)
+            return self._add(x, output)
         padding = None if documents is None else documents.padding_of(x, self.tp_group)
         counted = () if padding is None else (padding,)
         routed = self._run(self.moe, self.recompute_moe, normed, *counted)
-        if self.shared is None:
-            return self._add(x, routed)
-        if self.shared_norm is None:
-            return self._add(x, routed + self._run(self.shared, self.recompute_shared, normed))
+        if self.shared is not None and self.shared_norm is None:
+            routed = routed + self._run(self.shared, self.recompute_shared, normed)
+        free(routed)
         x = self._add(x, routed)
-        normed = self._norm(self.shared_norm, x, documents)
-        return self._add(x, self._run(self.shared, self.recompute_shared, normed))
+        if self.shared is None or self.shared_norm is None:
+            return x
+        normed, free = self._norm(self.shared_norm, x, documents)
+        output = self._run(self.shared, self.recompute_shared, normed)
+        free(output)
+        return self._add(x, output)
 
     def forward(
         self, hidden_states: Tensor, packed_seq_params: Documents | None = None, **unused: Any
@@ -145,11 +166,11 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
         given = [name for name, value in unused.items() if value is not None]
         if given:
             raise ValueError(f"OpenMoE layers take no {', '.join(given)}")
+        normed, free = self._norm(self.input_layernorm, hidden_states, packed_seq_params)
         attention, _ = self.self_attention(
-            self._norm(self.input_layernorm, hidden_states, packed_seq_params),
-            attention_mask=None,
-            packed_seq_params=packed_seq_params,
+            normed, attention_mask=None, packed_seq_params=packed_seq_params
         )
+        free(attention)
         output = self._feed_forward(self._add(hidden_states, attention), packed_seq_params)
         # The pipeline schedule frees outputs by replacing their storage: views would keep it.
         return make_viewless_tensor(output, output.requires_grad, keep_graph=True), None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_moe.config.parallel import ParallelConfig
+from typing import get_args
+
+from megatron_moe.config.parallel import ParallelConfig, RecomputedModule
 from megatron_moe.config.precision import PrecisionConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import UsageError
@@ -174,13 +176,14 @@ def check_recomputation(
     if parallel.recompute_granularity != "selective":
         return
     if not parallel.recompute_modules:
-        raise UsageError(
-            "--recompute-modules", (), "one or more of core_attn, mlp, moe, shared_experts"
-        )
-    if "moe" in parallel.recompute_modules and not has_moe:
-        raise UsageError("--recompute-modules", "moe", "core_attn or mlp", "no layer has experts")
+        valid = ", ".join(get_args(RecomputedModule))
+        raise UsageError("--recompute-modules", (), f"one or more of {valid}")
+    for name in ("moe", "moe_act"):
+        if name in parallel.recompute_modules and not has_moe:
+            expected = "core_attn, layernorm or mlp"
+            raise UsageError("--recompute-modules", name, expected, "no layer has experts")
     if "shared_experts" in parallel.recompute_modules and not (has_moe and has_shared):
-        expected = "core_attn, mlp or moe"
+        expected = "core_attn, layernorm, mlp or moe"
         raise UsageError(
             "--recompute-modules", "shared_experts", expected, "no layer has a shared expert"
         )

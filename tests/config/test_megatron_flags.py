@@ -117,7 +117,7 @@ REJECTED = {
     "--moe-router-score-function sigmoid": "must be softmax",
     "--moe-router-num-groups 8": "must be 1",
     "--dataloader-type external": "must be single or cyclic",
-    "--recompute-modules mlp layernorm": "must be values, each one of core_attn, mlp, moe",
+    "--recompute-modules mlp mla_up_proj": "must be values, each one of core_attn, mlp, moe",
     "--moe-router-load-balancing-type sinkhorn": "must be one of",
     "--tokenizer-type TikTokenizer": "must be one of SentencePieceTokenizer",
     "--tokenizer-type MultimodalTokenizer": "must be one of SentencePieceTokenizer",

@@ -276,7 +276,8 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     (
         {"recompute_granularity": "selective", "recompute_modules": ()},
         1,
-        "--recompute-modules must be one or more of core_attn, mlp, moe, shared_experts (got ())",
+        "--recompute-modules must be one or more of core_attn, mlp, moe, shared_experts, "
+        "layernorm, moe_act (got ())",
     ),
     (
         {
@@ -285,7 +286,7 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
             "moe_shared_expert_intermediate_size": None,
         },
         1,
-        "--recompute-modules must be core_attn, mlp or moe (got 'shared_experts')",
+        "--recompute-modules must be core_attn, layernorm, mlp or moe (got 'shared_experts')",
     ),
 ]
 

@@ -101,6 +101,14 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
         "recompute_granularity": "selective",
         "recompute_modules": ("core_attn", "mlp", "moe"),
     },
+    "norms": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ("layernorm", "moe_act"),
+    },
+    "everything": {
+        "recompute_granularity": "selective",
+        "recompute_modules": ("core_attn", "layernorm", "mlp", "moe"),
+    },
 }
 
 
@@ -112,7 +120,14 @@ def test_recomputation_changes_nothing(pool: Pool, name: str, kind: str) -> None
     check(run(pool, layout, "released", **RECOMPUTE[kind]), "released")
 
 
-@pytest.mark.parametrize("kind", RECOMPUTE)
+@pytest.mark.parametrize("name", ["1", "TP2xEP2"])
+def test_recomputed_norms_beside_a_parallel_shared_expert(pool: Pool, name: str) -> None:
+    """Which shares its norm with the routed experts."""
+    layout = next(layout for layout in LAYOUTS if layout.name == name)
+    check(run(pool, layout, "paper-port", **RECOMPUTE["norms"]), "paper-port")
+
+
+@pytest.mark.parametrize("kind", ["full", "selective"])
 @pytest.mark.parametrize("variant", GROUPED)
 def test_recomputation_of_grouped_attention(pool: Pool, variant: str, kind: str) -> None:
     layout = next(layout for layout in LAYOUTS if layout.name == "TP2xEP2")
