@@ -15,6 +15,8 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.integer]
 PERMUTATIONS = 4
 """Shuffles of the token ids whose mean is the chance level of `token_share`."""
+LEAST_ROOM = 1e-9
+"""Nats that ids can explain, at least; less is the rounding of equal entropies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,8 @@ class LayerProbe:
         previous: agreement with the probe before; `None` at the first one.
         first: agreement with the first probe of the run; `None` at the first one.
         token_share: share of the entropy of the expert that the token id alone explains,
-            I(expert; id) / H(expert); `None` if all choices are of one expert.
+            I(expert; id) / (H(expert) - log K), as in the analysis `context`; `None` if all tokens
+            choose the same experts.
         token_share_chance: the same with the ids shuffled: what a sample of this size shows if the
             id explains nothing.
         logit_rms: root of the mean squared router logit.
@@ -99,7 +102,10 @@ def agreement(now_NK: Ints, before_NK: Ints) -> Agreement:
 
 
 def token_share(ids_N: Ints, choices_NK: Ints, experts: int) -> tuple[float | None, float | None]:
-    """I(expert; id) / H(expert) over all choices, and its mean over shuffles of the ids.
+    """I(expert; id) / (H(expert) - log K) over all choices, and its mean over shuffles of the ids.
+
+    1 if the id decides the K experts of a token, which then still differ by log K; 0 if it says
+    nothing. The definition is that of the analysis of checkpoints (`context`).
 
     A small sample makes the first number large even if ids explain nothing: an id that occurs once
     seems to explain its choices completely. Example: ids 5 5 7 7 with choices 0 0 1 1 explain all,
@@ -108,14 +114,15 @@ def token_share(ids_N: Ints, choices_NK: Ints, experts: int) -> tuple[float | No
     _, index_N = np.unique(ids_N, return_inverse=True)
     size = int(index_N.max()) + 1
     entropy = _entropy(np.bincount(choices_NK.reshape(-1), minlength=experts))
-    if entropy == 0.0:
+    room = entropy - float(np.log(choices_NK.shape[1]))
+    if room < LEAST_ROOM:
         return None, None
     of_ids = _entropy(np.bincount(index_N, minlength=size))
 
     def share(order_N: Ints) -> float:
         pairs_NK = order_N[:, None] * experts + choices_NK
         joint = _entropy(np.bincount(pairs_NK.reshape(-1), minlength=size * experts))
-        return (entropy + of_ids - joint) / entropy
+        return (entropy + of_ids - joint) / room
 
     draw = np.random.default_rng(0)
     shuffled = [share(draw.permutation(index_N)) for _ in range(PERMUTATIONS)]

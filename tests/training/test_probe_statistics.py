@@ -10,6 +10,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from megatron_moe.analysis.analyses.context_independence import explained
+from megatron_moe.analysis.nulls import entropy
 from megatron_moe.training.probe_statistics import (
     Agreement,
     LayerProbe,
@@ -38,14 +40,15 @@ def test_random_choices_agree_as_often_as_chance_says() -> None:
 
 
 def by_loops(ids: list[int], choices: list[list[int]]) -> float:
-    """Sum of p(t, e) log(p(t, e) / p(t) p(e)), over H(e)."""
+    """Sum of p(t, e) log(p(t, e) / p(t) p(e)), over H(e) - log k."""
     pairs = [(t, e) for t, chosen in zip(ids, choices, strict=True) for e in chosen]
     joint, tokens, experts = Counter(pairs), *(Counter(p[i] for p in pairs) for i in (0, 1))
     n = len(pairs)
     mutual = sum(
         c / n * math.log((c / n) / (tokens[t] / n * experts[e] / n)) for (t, e), c in joint.items()
     )
-    return mutual / -sum(c / n * math.log(c / n) for c in experts.values())
+    whole = -sum(c / n * math.log(c / n) for c in experts.values())
+    return mutual / (whole - math.log(len(choices[0])))
 
 
 def test_the_share_of_the_token_id_equals_its_definition() -> None:
@@ -59,7 +62,7 @@ def test_the_share_of_the_token_id_equals_its_definition() -> None:
     for _ in range(30):
         draw.shuffle(ids)
         shuffles.append(by_loops(ids, choices))
-    assert chance == pytest.approx(sum(shuffles) / 30, abs=0.01)
+    assert chance == pytest.approx(sum(shuffles) / 30, abs=0.015)
     assert share > 2 * chance
 
 
@@ -73,6 +76,32 @@ def test_a_router_by_token_id_is_explained_and_a_random_one_is_at_chance() -> No
     assert share == pytest.approx(chance, abs=0.01)
     assert chance > 0.01, "a sample of this size explains something by chance"
     assert token_share(ids, np.zeros((4000, 1), dtype=int), 8) == (None, None)
+
+
+@pytest.mark.parametrize("topk", [1, 2, 3])
+def test_several_choices_that_the_id_decides_are_explained_and_those_of_all_are_none(
+    topk: int,
+) -> None:
+    """I / H would be two thirds for two choices of 8 experts."""
+    ids = np.random.default_rng(2).integers(0, 50, 4000)
+    share, _ = token_share(ids, (ids[:, None] * 3 + np.arange(topk)) % 8, 8)
+    assert share == pytest.approx(1.0)
+    assert token_share(ids, np.tile(np.arange(topk), (4000, 1)), 8) == (None, None)
+
+
+@pytest.mark.parametrize("topk", [1, 2, 3])
+def test_the_share_is_that_of_the_analysis_of_checkpoints(topk: int) -> None:
+    draw = np.random.default_rng(3)
+    ids = draw.integers(0, 30, 2000)
+    choices = draw.random((2000, 8)).argsort(1)[:, :topk]
+    own = (ids[:, None] * 5 + np.arange(topk)) % 8
+    choices = np.where((draw.random(2000) < 0.5)[:, None], own, choices)
+    table = np.zeros((30, 8), dtype=int)
+    np.add.at(table, (np.repeat(ids, topk), choices.reshape(-1)), 1)
+    number = np.bincount(ids, minlength=30)
+    expected = explained(table, number, entropy(table), topk)
+    assert 0.1 < expected < 0.9
+    assert token_share(ids, choices, 8)[0] == pytest.approx(expected)
 
 
 def test_shares_by_domain_by_hand() -> None:
