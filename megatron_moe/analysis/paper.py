@@ -123,8 +123,8 @@ class Paper:
 
 
 def papers() -> dict[str, Paper]:
-    """Every paper by key: `PAPER` of each file in `figures/`."""
-    found: list[Paper] = []
-    for module in sorted(each.name for each in pkgutil.iter_modules(figures.__path__)):
-        found.append(importlib.import_module(f"{figures.__name__}.{module}").PAPER)
+    """Every paper by key: `PAPER` of each file in `figures/` that has one."""
+    names = sorted(each.name for each in pkgutil.iter_modules(figures.__path__))
+    modules = [importlib.import_module(f"{figures.__name__}.{name}") for name in names]
+    found: list[Paper] = [module.PAPER for module in modules if hasattr(module, "PAPER")]
     return {paper.key: paper for paper in found}

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from megatron_moe.analysis.base import all_analyses
-from megatron_moe.analysis.figures.olmoe import shown_layers, strongest
+from megatron_moe.analysis.figures.olmoe import strongest
+from megatron_moe.analysis.figures.olmoe_vocabulary import shown_layers
 from megatron_moe.analysis.model import MoEModel
 from megatron_moe.analysis.observation import TokenBatch
 from megatron_moe.analysis.paper import Drawn, Given, Missing, papers
@@ -163,7 +164,7 @@ def test_one_checkpoint_shows_no_training(given: Given) -> None:
         with pytest.raises(Missing, match="several checkpoints"):
             drawn(alone, paper, number)
     with pytest.raises(Missing, match="needs the analysis flow"):
-        drawn(replace(given, results={}), "olmoe", "Figures 30 to 36, flow")
+        drawn(replace(given, results={}), "olmoe", "Figures 33 to 36, flow")
 
 
 def test_equal_checkpoints_are_saturated(given: Given) -> None:
@@ -208,7 +209,7 @@ def test_the_strongest_pairs_name_the_experts() -> None:
 
 def test_flow_as_published_pairs_equal_ranks(given: Given, sample: Sample) -> None:
     totals = {}
-    for figure in drawn(given, "olmoe", "Figures 30 to 36, flow").figures[:3]:
+    for figure in drawn(given, "olmoe", "Figures 33 to 36, flow").figures[:3]:
         panel = next(iter(figure.panels.values()))
         assert isinstance(panel, Flow)
         totals[figure.title.split(", ")[2]] = panel.flows[0].sum()
@@ -219,7 +220,7 @@ def test_flow_as_published_pairs_equal_ranks(given: Given, sample: Sample) -> No
 
 
 def test_domains_of_olmoe_have_all_and_first_choices(given: Given) -> None:
-    for number, level in (("Figure 22", TOPK), ("Figures 30 to 36, domains", 1)):
+    for number, level in (("Figure 22", TOPK), ("Figures 33 to 36, domains", 1)):
         figure = drawn(given, "olmoe", number).figures[0]
         assert list(figure.panels) == [f"Layer {LAYERS[i]}" for i in (0, 1, 3)]
         for panel in figure.panels.values():
@@ -234,11 +235,14 @@ def test_vocabulary_of_a_token_rule_is_complete(given: Given) -> None:
     for panel in figures[0].panels.values():
         assert isinstance(panel, Lines)
         np.testing.assert_allclose(panel.series[0].y, 100)
-    published, exact = figures[1].panels.values()
-    assert isinstance(published, Lines)
-    assert isinstance(exact, Lines)
-    np.testing.assert_array_equal(published.series[1].y, exact.series[2].y)
-    np.testing.assert_array_equal(published.series[2].y, exact.series[1].y)
+    published, own, exact = figures[1].panels.values()
+    for panel in (published, own, exact):
+        assert isinstance(panel, Bars)
+        assert list(panel.series[0].x) == [str(expert) for expert in range(EXPERTS)]
+    # With up to 12 experts all are shown, so that the published bars are their own.
+    for one, other in zip(published.series, own.series, strict=True):  # type: ignore[union-attr]
+        np.testing.assert_array_equal(one.y, other.y)
+    assert "are equal" in drawn(given, "olmoe", "Figure 23").notes[0]
     (table, _) = drawn(given, "olmoe", "Table 8").tables
     assert "(100%)" in table.columns["input_token_ids"][0]
 

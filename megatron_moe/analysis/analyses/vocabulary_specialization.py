@@ -1,6 +1,6 @@
 """Whether a token id always goes to the same expert, and which tokens an expert is for.
 
-Shapes: L layers, V ids, E experts, K choices, C minimum counts.
+Shapes: L layers, V ids, E experts, K choices, C minimum counts, X kinds of tokens, B bins.
 """
 
 from __future__ import annotations
@@ -24,6 +24,12 @@ LEAST = (1, 10, 50)
 """Occurrences that an id needs to be counted."""
 OF_EXPERTS = 10
 """The same for the values of single experts and the examples."""
+FOR_EXPERTS = (1, OF_EXPERTS)
+"""The same in the arrays of the values of single experts; 1 as published."""
+BINS = 20
+"""Equal parts of 0 to 1 in which ids are counted by their share of an expert."""
+OF_SHARES = 8
+"""Choices of an expert by an id that is counted there; as published."""
 EXAMPLES = 5
 """Ids of an expert in the table."""
 MARGIN = 0.02
@@ -46,7 +52,10 @@ class VocabularySpecialization(Analysis):
         "groups of as many tokens drawn from all, since an id that occurs once scores 100%. As "
         "published: first choices and a minimum of 1."
     )
-    source = "Muennighoff et al., OLMoE (arXiv 2409.02060), section 5.4, figure 23 and table 8"
+    source = (
+        "Muennighoff et al., OLMoE (arXiv 2409.02060), section 5.4, figures 23 and 30 to 32 and "
+        "table 8"
+    )
     group = "routing"
     uses = ("tokens", "choices")
     least_choices = 10
@@ -79,7 +88,13 @@ class VocabularySpecialization(Analysis):
                             null[row, place, column] = chance(number_V[used]).mean()
             arrays[f"{rule}_LXC"], arrays[f"{rule}_null_LXC"] = found, null
         arrays["ids_XC"] = np.array([[(n >= c).sum() for c in LEAST] for n in number_XV])
-        arrays["experts_LXE"], arrays["experts_ids_LXE"] = _by_expert(counts, len(layers))
+        for rule in RULES:
+            values = [_by_expert(counts, len(layers), rule, least)[0] for least in FOR_EXPERTS]
+            arrays[f"{rule}_experts_LXCE"] = np.stack(values, 2)
+        arrays["experts_LXE"], arrays["experts_ids_LXE"] = _by_expert(
+            counts, len(layers), "chosen", OF_EXPERTS
+        )
+        arrays["shares_LEB"] = np.stack([_shares(counts, row) for row in range(len(layers))])
         return Result(
             analysis=self.key,
             numbers=_numbers(arrays, setting.sizes.topk / experts),
@@ -130,16 +145,27 @@ def _favourite(shares: Array) -> Array:
     return np.asarray(shares.max(-1))
 
 
-def _by_expert(counts: Mapping[str, Array], layers: int) -> tuple[Array, Array]:
-    """Mean share of the ids whose favourite an expert is, and their number, [L, X, E] each."""
+def _by_expert(
+    counts: Mapping[str, Array], layers: int, rule: str, least: int
+) -> tuple[Array, Array]:
+    """Mean share of the ids whose favourite an expert is, and their number, [L, X, E] each.
+
+    Of equally frequent experts the favourite is the one with the lowest number.
+
+    Args:
+        counts: sums of the collector of tokens.
+        layers: L.
+        rule: `chosen`, all K choices, or `first`.
+        least: occurrences that an id needs.
+    """
     experts = counts["input_chosen_LVE"].shape[2]
     mean = np.full((layers, len(KINDS), experts), np.nan)
     ids = np.zeros((layers, len(KINDS), experts), np.int64)
     for place, kind in enumerate(KINDS):
-        used = counts[f"{kind}_V"][:-1] >= OF_EXPERTS
+        used = counts[f"{kind}_V"][:-1] >= least
         number_V = counts[f"{kind}_V"][:-1][used]
         for row in range(layers):
-            table_VE = counts[f"{kind}_chosen_LVE"][row, :-1][used]
+            table_VE = counts[f"{kind}_{rule}_LVE"][row, :-1][used]
             if not len(table_VE):
                 continue
             best_V = table_VE.argmax(1)
@@ -147,6 +173,21 @@ def _by_expert(counts: Mapping[str, Array], layers: int) -> tuple[Array, Array]:
             ids[row, place] = np.bincount(best_V, minlength=experts)
             np.divide(total_E, ids[row, place], out=mean[row, place], where=ids[row, place] > 0)
     return mean, ids
+
+
+def _shares(counts: Mapping[str, Array], row: int) -> Array:
+    """Input ids by the share of their occurrences that choose an expert, [E, B].
+
+    Counted for an expert are ids that chose it `OF_SHARES` times or more.
+    """
+    table_VE = counts["input_chosen_LVE"][row, :-1]
+    number_V1 = np.maximum(counts["input_V"][:-1, None], 1)
+    # In integers, so that a share at the edge of two bins is in the upper one.
+    bin_VE = np.minimum(table_VE.astype(np.int64) * BINS // number_V1, BINS - 1)
+    found_EB = np.zeros((table_VE.shape[1], BINS), np.int64)
+    ids_N, experts_N = np.nonzero(table_VE >= OF_SHARES)
+    np.add.at(found_EB, (experts_N, bin_VE[ids_N, experts_N]), 1)
+    return found_EB
 
 
 def _numbers(arrays: Mapping[str, Array], uniform: float) -> dict[str, float]:
@@ -212,10 +253,7 @@ def _examples(material: Material, counts: Mapping[str, Array], kind: str) -> Tab
 
 
 def _notes(arrays: Mapping[str, Array], counts: Mapping[str, Array]) -> list[str]:
-    notes = [
-        "The published code for single experts draws the values of the true next token under the "
-        "label of the predicted one and the other way round; here they are as labelled."
-    ]
+    notes = []
     others = int(counts["input_V"][-1])
     if others:
         share = 100 * others / int(counts["input_V"].sum())

@@ -1,20 +1,27 @@
 """Figures 20 to 23 and 30 to 36 and table 8 of OLMoE.
 
-The paper shows the first, the eighth and the last of 16 layers. Of the three that are analysed with
+Which program draws which figure is what the README of the published code says. The paper shows the
+first, the eighth and the last of 16 layers. Of the three that are analysed with
 `--layers 0 7 15` the analysis of flows has the paper's two pairs.
 
-Shapes: L layers, D domains, E experts, M pairs of layers, T tokens, K choices, X kinds of tokens,
-C minimum counts.
+Shapes: L layers, D domains, E experts, M pairs of layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_moe.analysis.figures.olmoe_vocabulary import (
+    id_shares,
+    named_figure,
+    shown_layers,
+    tokens_of_experts,
+    vocabulary,
+)
 from megatron_moe.analysis.paper import Drawn, Entry, Given, Missing, Paper
 from megatron_moe.analysis.plot import (
     Axis,
@@ -27,34 +34,20 @@ from megatron_moe.analysis.plot import (
     Reference,
     Series,
 )
-from megatron_moe.analysis.result import Result, Table
 
 Array = npt.NDArray[Any]
 
 STRONGEST = 16
 """Experts of a heat map of figure 21."""
-PER_EXPERT = 32
-"""Experts of the right panel of figure 23."""
-KINDS = ("Input tokens", "Ground-truth output tokens", "Predicted output tokens")
-"""In the order of the stored arrays: input, next, predicted."""
 FLOWS = 40
 """Largest flows that are drawn."""
 
 
-def shown_layers(count: int) -> list[int]:
-    """Rows of the first, a middle and the last layer: 0, 7 and 15 of 16."""
-    return sorted({0, (count - 1) // 2, count - 1})
-
-
-def _figure(number: str, label: str, what: str, panels: dict[str, Panel], **more: str) -> Figure:
-    key = f"{number.lower().replace(' ', '-')}-{what}-{label}" if what else f"{number}-{label}"
-    title = f"{number}, {what}, {label}" if what else f"{number}, {label}"
-    return Figure(key=key, title=title, panels=panels, **more)
-
-
 def _saturation(given: Given) -> Drawn:
     """Figure 20: the share of a token's final experts that are chosen at earlier checkpoints."""
-    several = Missing("needs several checkpoints of one run: --load run@1000 run@20000")
+    several = Missing(
+        "needs several checkpoints of one run: --load run@1000 run@20000 (see also --same-run)"
+    )
     if len(given.models) < 2:  # the analysis did not run at all
         raise several
     analysis, found = given.analyses["saturation"], given.of("saturation")
@@ -109,7 +102,7 @@ def _coactivation(given: Given) -> Drawn:
                     colour="tokens of the expert (%)",
                     range=(0.0, max(60.0, highest)),
                 )
-            made.append(_figure("Figure 21", label, what, panels))
+            made.append(named_figure("Figure 21", label, what, panels))
     return Drawn(figures=made)
 
 
@@ -150,90 +143,10 @@ def _domains(number: str, rule: str) -> Callable[[Given], Drawn]:
                 )
                 for row in shown_layers(len(arrays["layers"]))
             }
-            made.append(_figure(number, label, "", panels))
+            made.append(named_figure(number, label, "", panels))
         return Drawn(figures=made)
 
     return draw
-
-
-def _vocabulary(given: Given) -> Drawn:
-    """Figure 23: specialization by layer, and by expert in a middle layer."""
-    made = []
-    for label, result in given.of("vocabulary").items():
-        arrays, layers = result.arrays, result.arrays["layers"].tolist()
-        panels: dict[str, Panel] = {}
-        for name, rule, column in (
-            ("as published", "first", 0),
-            ("exact: at least 10 occurrences", "first", 1),
-        ):
-            series = []
-            for kind, words in enumerate(KINDS):
-                for suffix, dashed in (("", False), ("_null", True)):
-                    y = 100 * arrays[f"{rule}{suffix}_LXC"][:, kind, column]
-                    title = f"{words}, chance" if dashed else words
-                    each = Series(name=title, x=layers, y=y, group=words, dashed=dashed)
-                    series.append(each)
-            panels[name] = Lines(
-                series=series,
-                x=Axis(title="Layer ID"),
-                y=Axis(title="Token specialization (%)"),
-                markers=True,
-            )
-        more = {"selector": "count", "caption": "Dashed: groups of as many tokens drawn from all."}
-        made.append(_figure("Figure 23", label, "per layer", panels, **more))
-        made.append(_per_expert(label, result))
-    return Drawn(figures=made)
-
-
-def _per_expert(label: str, result: Result) -> Figure:
-    row = shown_layers(len(result.arrays["layers"]))[-2:][0]
-    values_XE = 100 * result.arrays["experts_LXE"][row]
-    order = np.argsort(-np.nan_to_num(values_XE[0], nan=-1.0), kind="stable")[:PER_EXPERT]
-    panels: dict[str, Panel] = {}
-    for name, kinds in (("as published", (0, 2, 1)), ("exact", (0, 1, 2))):
-        panels[name] = Lines(
-            series=[
-                Series(name=words, x=[str(e) for e in order], y=values_XE[kind, order])
-                for words, kind in zip(KINDS, kinds, strict=True)
-            ],
-            x=Axis(title="Expert ID"),
-            y=Axis(title="Token specialization (%)"),
-            markers=True,
-        )
-    what = f"per expert in layer {result.arrays['layers'][row]}"
-    return _figure("Figure 23", label, what, panels, selector="names")
-
-
-def _tokens_of_experts(given: Given) -> Drawn:
-    """Table 8: the most faithful input and predicted ids of each expert of a middle layer."""
-    tables = []
-    for label, result in given.of("vocabulary").items():
-        layers = result.arrays["layers"].tolist()
-        layer = layers[shown_layers(len(layers))[-2:][0]]
-        found = {
-            kind: _examples(result.tables, f"{kind}_tokens", layer)
-            for kind in ("input", "predicted")
-        }
-        experts = sorted(set(found["input"]) | set(found["predicted"]))
-        columns: dict[str, list[Any]] = {"expert": list(experts)}
-        for kind, rows in found.items():
-            columns[f"{kind}_token_ids"] = [", ".join(rows.get(e, [])) for e in experts]
-        about = f"ids that most faithfully choose each expert of layer {layer}, {label}"
-        tables.append(Table(name=f"table-8-{label}", about=about, columns=columns))
-    return Drawn(tables=tables)
-
-
-def _examples(tables: Sequence[Table], name: str, layer: int) -> dict[int, list[str]]:
-    """Pieces with shares by expert."""
-    table = next((each for each in tables if each.name == name), None)
-    if table is None:
-        raise Missing(f"needs the table {name} of the analysis vocabulary")
-    found: dict[int, list[str]] = {}
-    names = ("layer", "expert", "piece", "share")
-    for at, expert, piece, share in zip(*(table.columns[n] for n in names), strict=True):
-        if at == layer:
-            found.setdefault(int(expert), []).append(f"“{piece}” ({100 * share:.0f}%)")
-    return found
 
 
 def _flow(given: Given) -> Drawn:
@@ -255,15 +168,25 @@ def _flow(given: Given) -> Drawn:
             }
             caption = f"The {FLOWS} largest flows."
             more = {"selector": "layers", "caption": caption}
-            made.append(_figure("Figures 30 to 36, flow", label, what, panels, **more))
-    note = "The paper's pairs are layers 0 and 7, and 7 and 15: analyse with --layers 0 7 15."
-    return Drawn(figures=made, notes=[note])
+            made.append(named_figure("Figures 33 to 36, flow", label, what, panels, **more))
+    notes = [
+        "The paper's pairs are layers 0 and 7, and 7 and 15: analyse with --layers 0 7 15.",
+        "The paper draws each dataset apart; this is all of --data together.",
+    ]
+    return Drawn(figures=made, notes=notes)
 
 
 def _largest(table_EE: Array) -> Array:
     least = np.sort(table_EE, axis=None)[-min(FLOWS, table_EE.size)]
     return np.where(table_EE >= max(least, 1), table_EE, 0)
 
+
+_DIFFERS = (
+    "The published averages include ids that occur once, each of which scores 100%; “exact” needs "
+    "10 occurrences. The published bars of single experts are those of the expert below them for "
+    "input tokens alone: for predicted and true output tokens, bar i is that of expert i, whatever "
+    "number stands below it. “Own experts” has the same values at their own experts."
+)
 
 PAPER = Paper(
     key="olmoe",
@@ -301,32 +224,45 @@ PAPER = Paper(
             number="Figure 23",
             title="Vocabulary specialization",
             needs=("vocabulary",),
-            draw=_vocabulary,
+            draw=vocabulary("Figure 23", "first"),
             finding="In OLMoE, later layers specialized more in predicted ids, and the first ones "
             "in input ids.",
-            differs="The published averages include ids that occur once, each of which scores "
-            "100%; “exact” needs 10 occurrences. In the published panel per expert, the curves of "
-            "predicted and of true output tokens have each other's names. Here that panel counts "
-            "all k choices of ids with at least 10 occurrences.",
+            differs=_DIFFERS,
         ),
         Entry(
             number="Table 8",
             title="Token ids of experts",
             needs=("vocabulary",),
-            draw=_tokens_of_experts,
+            draw=tokens_of_experts,
             finding="In OLMoE, experts of a middle layer had ids of one kind, such as places, "
             "units or parts of names.",
         ),
         Entry(
-            number="Figures 30 to 36, domains",
+            number="Figures 30 and 31",
+            title="Vocabulary specialization, all choices",
+            needs=("vocabulary",),
+            draw=vocabulary("Figures 30 and 31", "chosen"),
+            finding="Figure 23 with all k choices: 8 of OLMoE, and 2 of Mixtral.",
+            differs=_DIFFERS,
+        ),
+        Entry(
+            number="Figure 32",
+            title="Share of the occurrences of an id that choose an expert",
+            needs=("vocabulary",),
+            draw=id_shares,
+            finding="In OLMoE, some ids nearly always chose the same expert; in Mixtral, shares "
+            "were near that of uniform routing.",
+        ),
+        Entry(
+            number="Figures 33 to 36, domains",
             title="Domain specialization, first choices",
             needs=("domains",),
-            draw=_domains("Figures 30 to 36, domains", "first"),
+            draw=_domains("Figures 33 to 36, domains", "first"),
             finding="In OLMoE, the first choices of a domain's tokens differed from uniform ones "
             "more than all choices.",
         ),
         Entry(
-            number="Figures 30 to 36, flow",
+            number="Figures 33 to 36, flow",
             title="Flow between layers",
             needs=("flow",),
             draw=_flow,

@@ -155,7 +155,9 @@ def _checkpoints(given: Given) -> Drawn:
     """Figure 11: two token ids at all checkpoints."""
     found = given.of("tokens")
     if len(found) < 2:
-        raise Missing("needs several checkpoints of one run: --load run@1000 run@20000")
+        raise Missing(
+            "needs several checkpoints of one run: --load run@1000 run@20000 (see also --same-run)"
+        )
     known = {label: [str(p) for p in r.arrays["pieces_I"]] for label, r in found.items()}
     common = [p for p in next(iter(known.values())) if all(p in each for each in known.values())]
     if not common:
