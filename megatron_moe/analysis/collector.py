@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,27 +48,41 @@ class Setting:
         return [self.sizes.moe_layers.index(layer) for layer in self.layers]
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """Inputs of experts that a collector reads.
+
+    Args:
+        layers: indices in the network.
+        places_N: tokens of the batch, row by row, ascending.
+    """
+
+    layers: tuple[int, ...]
+    places_N: npt.NDArray[np.int64]
+
+
 class Collector(ABC):
     """Adds up what analyses need.
 
     Attributes:
-        needs_inputs: layers whose `inputs_TH` it reads.
         needs_predictions: whether it reads `predicted_T` or `loss_T`.
     """
 
-    needs_inputs: tuple[int, ...] = ()
     needs_predictions: bool = False
 
-    def inputs_for(self, batch: TokenBatch) -> Collection[int]:
-        """Layers whose inputs it reads of a batch: recorded, they stay in memory for its pass."""
-        return self.needs_inputs
+    def inputs_for(self, batch: TokenBatch) -> Inputs | None:
+        """What it reads of the inputs of a batch; `None` for nothing.
+
+        Recorded inputs stay in memory for the whole pass of the batch, of all layers at once.
+        """
+        return None
 
     @abstractmethod
     def add(self, seen: Observation, runner: MoERunner) -> None:
         """Count one batch.
 
         Args:
-            seen: its forward pass.
+            seen: its forward pass; inputs are recorded at the tokens that `inputs_for` asks for.
             runner: the model, for outputs of single experts.
         """
 

@@ -27,6 +27,7 @@ from megatron_moe.analysis.model import (
     check_experts,
 )
 from megatron_moe.analysis.observation import Observation, TokenBatch
+from megatron_moe.analysis.rule import combined
 from megatron_moe.inference.scoring import in_parts
 
 
@@ -35,16 +36,17 @@ class ForeignMoEModel(MoEModel):
 
     Args:
         found: the opened directory.
+        step: training step, as the user knows it.
         label: name in reports.
     """
 
-    def __init__(self, found: ForeignModel, label: str | None) -> None:
+    def __init__(self, found: ForeignModel, step: int | None, label: str | None) -> None:
         settings = found.settings
         config, family = settings.config, settings.family
         self._found = found
         self._layers = {weights.layer: weights for weights in found.layers}
-        self.path, self.step, self.family = found.path, None, family.label
-        self.label = label or found.path.resolve().name
+        self.path, self.step, self.family = found.path, step, family.label
+        self.label = label or found.path.resolve().name + ("" if step is None else f"@{step}")
         self.routing = describe_routing(settings)
         self.sizes = Sizes(
             num_layers=config.num_hidden_layers,
@@ -103,10 +105,15 @@ class ForeignMoERunner(MoERunner):
         self._runner, self.sizes = runner, sizes
 
     def run(
-        self, batch: TokenBatch, *, inputs: Collection[int] = (), predictions: bool = False
+        self,
+        batch: TokenBatch,
+        *,
+        inputs: Collection[int] = (),
+        places: Tensor | None = None,
+        predictions: bool = False,
     ) -> Observation:
         """See `MoERunner.run`."""
-        found = self._runner.run(torch.from_numpy(batch.tokens_BS), inputs=inputs)
+        found = self._runner.run(torch.from_numpy(batch.tokens_BS), inputs=inputs, places=places)
         best, loss = self._predictions(found.hidden_BSH, batch) if predictions else (None, None)
         return Observation(batch=batch, layers=tuple(found.routing), predicted_T=best, loss_T=loss)
 
@@ -141,6 +148,10 @@ class ForeignMoERunner(MoERunner):
         with self._runner.forced(layer, ids_TK, weights_TK):
             yield
 
+    def combine_weights(self, scores_TK: Tensor) -> Tensor:
+        """See `MoERunner.combine_weights`."""
+        return combined(self._runner.model.settings.rule, scores_TK)
+
     @contextmanager
     def without(self, experts: Mapping[int, Sequence[int]]) -> Iterator[None]:
         """See `MoERunner.without`."""
@@ -149,10 +160,10 @@ class ForeignMoERunner(MoERunner):
             yield
 
 
-def open_foreign_model(path: Path, label: str | None) -> ForeignMoEModel:
+def open_foreign_model(path: Path, step: int | None, label: str | None) -> ForeignMoEModel:
     """Open a checkpoint of one of the families.
 
     Raises:
         UsageError: see `open_foreign`.
     """
-    return ForeignMoEModel(open_foreign(path), label)
+    return ForeignMoEModel(open_foreign(path), step, label)

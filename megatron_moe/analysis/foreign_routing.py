@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_moe.analysis.foreign import ForeignModel
 from megatron_moe.analysis.foreign_config import transformers
-from megatron_moe.analysis.observation import LayerRouting
+from megatron_moe.analysis.observation import LayerRouting, at_places
 from megatron_moe.analysis.probe import check_router, probe_tokens
 from megatron_moe.analysis.rule import choose, ranking_of, scores_of
 from megatron_moe.errors import Corrupt, UsageError
@@ -61,13 +61,19 @@ class ForeignRunner:
 
     @torch.no_grad()
     def run(
-        self, tokens_BS: Tensor, *, inputs: bool | Collection[int] = False, logits: bool = False
+        self,
+        tokens_BS: Tensor,
+        *,
+        inputs: bool | Collection[int] = False,
+        places: Tensor | None = None,
+        logits: bool = False,
     ) -> ForeignOutput:
         """One causal forward pass over full rows.
 
         Args:
             tokens_BS: ids, without padding.
             inputs: layers whose router's inputs are recorded; true for all.
+            places: tokens, int64 [N], at which they are; `None` for all.
             logits: compute the logits of all tokens at once.
 
         Raises:
@@ -79,21 +85,21 @@ class ForeignRunner:
             raise UsageError("token id", int(outside[0]), f"from 0 to {size - 1}")
         layers = [weights.layer for weights in self.model.layers]
         recorded, hidden_BSH = self._pass(
-            tokens_BS, set(layers if inputs is True else inputs or ())
+            tokens_BS, set(layers if inputs is True else inputs or ()), places
         )
         records = [self._record(layer, *recorded[layer]) for layer in layers]
         logits_BSV = self.logits(hidden_BSH) if logits else None
         return ForeignOutput(routing=records, hidden_BSH=hidden_BSH, logits_BSV=logits_BSV)
 
     def _pass(
-        self, tokens_BS: Tensor, inputs: set[int]
+        self, tokens_BS: Tensor, inputs: set[int], places: Tensor | None = None
     ) -> tuple[dict[int, tuple[Tensor | None, Choices]], Tensor]:
         """Inputs and results of the routers by layer, and the input of the output layer."""
         recorded: dict[int, tuple[Tensor | None, Choices]] = {}
         with ExitStack() as hooks:
             for weights in self.model.layers:
                 layer = weights.layer
-                record = _recorder(recorded, layer, layer in inputs)
+                record = _recorder(recorded, layer, layer in inputs, places)
                 hooks.callback(self.router(layer).register_forward_hook(record).remove)
             found = self.module.model(tokens_BS.to(self.module.device), use_cache=False)
         return recorded, found.last_hidden_state
@@ -121,7 +127,7 @@ class ForeignRunner:
         logits: Tensor = self.module.get_output_embeddings()(hidden)
         return logits
 
-    def _record(self, layer: int, given_TH: Tensor | None, result: Choices) -> LayerRouting:
+    def _record(self, layer: int, given_NH: Tensor | None, result: Choices) -> LayerRouting:
         """From the input of a router and its result."""
         logits_TE, weights_TK, ids_TK = result
         # Not every router sorts its choices. After sorting by expert, the stable sort by weight
@@ -139,7 +145,7 @@ class ForeignRunner:
             weights_TK=weights_TK,
             kept_TK=torch.ones_like(ids_TK, dtype=torch.bool),
             counts_E=ids_TK.flatten().bincount(minlength=self.model.settings.num_experts),
-            inputs_TH=given_TH,
+            inputs_NH=given_NH,
         )
 
     @contextmanager
@@ -199,9 +205,15 @@ class ForeignRunner:
         return replace
 
 
-def _recorder(recorded: dict[int, tuple[Tensor | None, Choices]], layer: int, inputs: bool) -> Any:
+def _recorder(
+    recorded: dict[int, tuple[Tensor | None, Choices]],
+    layer: int,
+    inputs: bool,
+    places: Tensor | None,
+) -> Any:
     def record(_module: Any, given: tuple[Any, ...], result: Choices) -> None:
-        recorded[layer] = (given[0].flatten(0, -2) if inputs else None, result)
+        x_NH = at_places(given[0], places) if inputs else None
+        recorded[layer] = (x_NH, result)
 
     return record
 

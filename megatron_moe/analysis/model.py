@@ -109,7 +109,8 @@ class MoEModel(ABC):
     Attributes:
         label: short name, unique in a report.
         path: its directory.
-        step: training step; `None` if the format does not record it.
+        step: training step; `None` if the format does not record it and nobody said it.
+        declared_run: name of its training run, if that is not what its directory says.
         family: display name of the architecture.
         routing: the routing rule in one line.
         sizes: its sizes.
@@ -120,11 +121,17 @@ class MoEModel(ABC):
     label: str
     path: Path
     step: int | None
+    declared_run: str = ""
     family: str
     routing: str
     sizes: Sizes
     identity: str
     tokenizer_hash: str
+
+    @property
+    def run(self) -> str:
+        """What checkpoints of one training run have in common: by default, their directory."""
+        return self.declared_run or str(self.path.resolve())
 
     @abstractmethod
     def weights(self, layer: int) -> LayerWeights:
@@ -168,13 +175,20 @@ class MoERunner(ABC):
 
     @abstractmethod
     def run(
-        self, batch: TokenBatch, *, inputs: Collection[int] = (), predictions: bool = False
+        self,
+        batch: TokenBatch,
+        *,
+        inputs: Collection[int] = (),
+        places: Tensor | None = None,
+        predictions: bool = False,
     ) -> Observation:
         """One forward pass, without gradients.
 
         Args:
             batch: the tokens.
-            inputs: layers whose `inputs_TH` is recorded.
+            inputs: layers whose `inputs_NH` is recorded.
+            places: indices, int64 [N], of the tokens at which it is; `None` for all T. They stay in
+                memory for all layers until the pass ends: N H values of each.
             predictions: whether `predicted_T` and `loss_T` are computed.
         """
 
@@ -218,6 +232,14 @@ class MoERunner(ABC):
             ids_TK: experts of every token of the batches that run in the context.
             weights_TK: their combine weights.
             kept_TK: choices that find a slot; `None` for all, whatever the capacity.
+        """
+
+    @abstractmethod
+    def combine_weights(self, scores_TK: Tensor) -> Tensor:
+        """Combine weights that the routing rule gives chosen experts with these scores, [T, K].
+
+        Args:
+            scores_TK: of the chosen experts, as `LayerRouting.probs_TK`.
         """
 
     @abstractmethod

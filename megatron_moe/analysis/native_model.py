@@ -24,7 +24,7 @@ from megatron_moe.analysis.model import (
     Sizes,
     check_experts,
 )
-from megatron_moe.analysis.observation import LayerRouting, Observation, TokenBatch
+from megatron_moe.analysis.observation import LayerRouting, Observation, TokenBatch, at_places
 from megatron_moe.analysis.rerouting import Decide, rerouted
 from megatron_moe.config.moe import moe_layer_pattern
 from megatron_moe.convert import formats
@@ -37,7 +37,12 @@ from megatron_moe.inference.text import TextTokenizer
 from megatron_moe.model.logical import expert_width
 from megatron_moe.model.reference import Routing
 from megatron_moe.model.reference.ffn import MoE, gated
-from megatron_moe.model.reference.routing import capacity_factor, full_precision, route
+from megatron_moe.model.reference.routing import (
+    capacity_factor,
+    combine_weights,
+    full_precision,
+    route,
+)
 
 
 class NativeModel(MoEModel):
@@ -175,7 +180,12 @@ class NativeRunner(MoERunner):
 
     @torch.no_grad()
     def run(
-        self, batch: TokenBatch, *, inputs: Collection[int] = (), predictions: bool = False
+        self,
+        batch: TokenBatch,
+        *,
+        inputs: Collection[int] = (),
+        places: Tensor | None = None,
+        predictions: bool = False,
     ) -> Observation:
         """See `MoERunner.run`."""
         model, made = self.loaded.model, batch_of(batch.tokens_BS, batch.next_BS, self.loaded)
@@ -188,9 +198,8 @@ class NativeRunner(MoERunner):
         recorded: dict[int, Tensor] = {}
         with ExitStack() as hooks:
             for layer in inputs:
-                hooks.callback(
-                    self._moe[layer].register_forward_pre_hook(_recorder(recorded, layer)).remove
-                )
+                record = _recorder(recorded, layer, places)
+                hooks.callback(self._moe[layer].register_forward_pre_hook(record).remove)
             x_BSH, routing = model.hidden_states(
                 made.tokens_BS.to(device),
                 training_capacity=False,
@@ -233,6 +242,10 @@ class NativeRunner(MoERunner):
         with rerouted(self._moe[layer], lambda _x_TH, _rows: given):
             yield
 
+    def combine_weights(self, scores_TK: Tensor) -> Tensor:
+        """See `MoERunner.combine_weights`."""
+        return combine_weights(scores_TK, self.loaded.config.moe)
+
     @contextmanager
     def without(self, experts: Mapping[int, Sequence[int]]) -> Iterator[None]:
         """See `MoERunner.without`; capacity decides anew which choices are kept."""
@@ -255,14 +268,14 @@ def _excluding(part: MoE, ids: Sequence[int]) -> Decide:
     return decide
 
 
-def _recorder(recorded: dict[int, Tensor], layer: int) -> Any:
+def _recorder(recorded: dict[int, Tensor], layer: int, places: Tensor | None) -> Any:
     def record(_module: Any, given: tuple[Any, ...]) -> None:
-        recorded[layer] = given[0].flatten(0, 1)
+        recorded[layer] = at_places(given[0], places)
 
     return record
 
 
-def _record(routing: Routing, inputs_TH: Tensor | None) -> LayerRouting:
+def _record(routing: Routing, inputs_NH: Tensor | None) -> LayerRouting:
     return LayerRouting(
         layer=routing.layer,
         router_probs_TE=routing.router_probs_TE,
@@ -271,7 +284,7 @@ def _record(routing: Routing, inputs_TH: Tensor | None) -> LayerRouting:
         weights_TK=routing.probs_TK,
         kept_TK=routing.kept_TK,
         counts_E=routing.counts_E,
-        inputs_TH=inputs_TH,
+        inputs_NH=inputs_NH,
     )
 
 

@@ -2,7 +2,8 @@
 
 Collectors and analyses read these records and know neither the model's format nor its family.
 
-Shapes: B rows, S tokens of a row, T = B S tokens row by row, E experts, K choices, H hidden.
+Shapes: B rows, S tokens of a row, T = B S tokens row by row, E experts, K choices, H hidden,
+N tokens whose inputs are recorded.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class LayerRouting:
         weights_TK: their combine weights, fp32.
         kept_TK: whether the choice found a slot; all true for models that drop no tokens.
         counts_E: choices per expert, before drops.
-        inputs_TH: input of router and experts; `None` if not requested.
+        inputs_NH: input of router and experts at the tokens that were asked for; `None` if none.
     """
 
     layer: int
@@ -60,7 +61,7 @@ class LayerRouting:
     weights_TK: Tensor
     kept_TK: Tensor
     counts_E: Tensor
-    inputs_TH: Tensor | None
+    inputs_NH: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,3 +79,9 @@ class Observation:
     layers: tuple[LayerRouting, ...]
     predicted_T: Tensor | None = None
     loss_T: Tensor | None = None
+
+
+def at_places(x: Tensor, places: Tensor | None) -> Tensor:
+    """Some tokens of activations [.., H], as [N, H] with memory of their own; all for `None`."""
+    x_TH = x.flatten(0, -2)
+    return x_TH if places is None else x_TH[places.to(x_TH.device)]

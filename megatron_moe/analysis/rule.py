@@ -88,6 +88,11 @@ def choose(
     weights_TK = scores_TE.gather(1, ids_TK)
     if excluded_E is not None:
         weights_TK = weights_TK * ranking_TE.gather(1, ids_TK).isfinite()
+    return ids_TK, combined(rule, weights_TK)
+
+
+def combined(rule: RoutingRule, scores_TK: Tensor) -> Tensor:
+    """Combine weights of chosen experts from their scores, [T, K]."""
     if rule.normalised:
-        weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-    return ids_TK, weights_TK * rule.scale
+        scores_TK = scores_TK / scores_TK.sum(-1, keepdim=True)
+    return scores_TK * rule.scale

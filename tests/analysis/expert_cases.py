@@ -13,17 +13,21 @@ import torch
 
 from megatron_moe.analysis.base import Analysis, Material
 from megatron_moe.analysis.collector import Collector, Setting, make_collector
+from megatron_moe.analysis.family import all_families
 from megatron_moe.analysis.model import ExpertWeights, MoEModel, MoERunner
 from megatron_moe.analysis.opening import open_model
 from megatron_moe.analysis.result import Result
 from megatron_moe.analysis.sample import Sample
 from megatron_moe.analysis.stream import stream
-from tests.analysis.families import VOCAB, make, save
+from megatron_moe.convert.model import LazyTensor
+from tests.analysis.families import SETTINGS, VOCAB, make, save
 from tests.analysis.planted import sample_of
 from tests.inference import cases
 
 Array = npt.NDArray[np.float64]
 SEED = 3
+KINDS = (*all_families(), "native")
+"""Every family, and a checkpoint of this project, which drops tokens."""
 
 
 def planted(
@@ -91,14 +95,36 @@ def check_shown(analysis: Analysis, results: Mapping[str, Result]) -> None:
             assert len({len(column) for column in table.columns.values()}) == 1
 
 
-def by_loops(expert: ExpertWeights, x: Array) -> tuple[Array, Array, Array]:
+class Matrices:
+    """The weights of an expert, read once, in fp64."""
+
+    def __init__(self, expert: ExpertWeights) -> None:
+        def values(tensor: LazyTensor | None) -> Array | None:
+            return None if tensor is None else tensor.whole().double().numpy()
+
+        self.gate, self.up, self.down = map(values, (expert.gate, expert.up, expert.down))
+        self.linear = values(expert.linear)
+        biases = (expert.gate_bias, expert.up_bias, expert.down_bias)
+        self.gate_bias, self.up_bias, self.down_bias = map(values, biases)
+
+
+def by_loops(expert: Matrices, x: Array) -> tuple[Array, Array, Array]:
     """Activation, input of the down projection and output for one token, in fp64."""
-    gate, up, down = (m.whole().double().numpy() for m in (expert.gate, expert.up, expert.down))
-    activation = np.array([_silu(float(row @ x)) for row in gate])
-    inner = activation * (up @ x)
-    if expert.linear is not None:
-        inner = inner * (expert.linear.whole().double().numpy() @ x)
-    return activation, inner, down @ inner
+    gate, up, down = expert.gate, expert.up, expert.down
+    assert gate is not None and up is not None and down is not None
+    if expert.gate_bias is None:
+        activation = np.array([_silu(float(row @ x)) for row in gate])
+        inner = activation * (up @ x)
+        if expert.linear is not None:
+            inner = inner * (expert.linear @ x)
+        return activation, inner, down @ inner
+    # GPT-OSS: projections with biases, clamped, and `z sigmoid(1.702 z)`.
+    limit = SETTINGS["gpt_oss"]["swiglu_limit"]
+    gated = [min(z, limit) for z in gate @ x + expert.gate_bias]
+    raised = [max(-limit, min(z, limit)) + 1 for z in up @ x + expert.up_bias]
+    activation = np.array([z / (1 + math.exp(-1.702 * z)) for z in gated])
+    inner = activation * np.array(raised)
+    return activation, inner, down @ inner + expert.down_bias
 
 
 def _silu(z: float) -> float:

@@ -98,7 +98,12 @@ class PlantedRunner(MoERunner):
         self.sizes, self.rule, self.kept = sizes, rule, kept
 
     def run(
-        self, batch: TokenBatch, *, inputs: Collection[int] = (), predictions: bool = False
+        self,
+        batch: TokenBatch,
+        *,
+        inputs: Collection[int] = (),
+        places: Tensor | None = None,
+        predictions: bool = False,
     ) -> Observation:
         layers = tuple(self._layer(batch, layer) for layer in self.sizes.moe_layers)
         predicted = (batch.next_BS.reshape(-1) + 1) % self.sizes.vocab_size
@@ -128,7 +133,7 @@ class PlantedRunner(MoERunner):
             weights_TK=probs_TK,
             kept_TK=kept_TK,
             counts_E=ids_TK.reshape(-1).bincount(minlength=experts),
-            inputs_TH=None,
+            inputs_NH=None,
         )
 
     def expert(self, layer: int, x_TH: Tensor, expert: int) -> ExpertPass:
@@ -138,6 +143,9 @@ class PlantedRunner(MoERunner):
         self, layer: int, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor | None = None
     ) -> AbstractContextManager[None]:
         raise AssertionError("not planted")
+
+    def combine_weights(self, scores_TK: Tensor) -> Tensor:
+        return scores_TK
 
     def without(self, experts: Mapping[int, Sequence[int]]) -> AbstractContextManager[None]:
         raise AssertionError("not planted")

@@ -10,12 +10,23 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_moe.analysis.collector import make_collector
+from megatron_moe.analysis.collector import Collector, Inputs, make_collector
 from megatron_moe.analysis.collectors import expert_passes
 from megatron_moe.analysis.collectors.expert_passes import ExpertPasses, chosen_tokens
-from megatron_moe.analysis.model import MoEModel
+from megatron_moe.analysis.model import MoEModel, MoERunner
+from megatron_moe.analysis.observation import Observation, TokenBatch
 from megatron_moe.analysis.sample import Sample
-from tests.analysis.expert_cases import SEED, by_loops, passed, planted, setting_of, texts
+from megatron_moe.analysis.stream import stream
+from tests.analysis.expert_cases import (
+    KINDS,
+    SEED,
+    Matrices,
+    by_loops,
+    passed,
+    planted,
+    setting_of,
+    texts,
+)
 
 
 def test_chosen_tokens_are_bounded_and_spread(tmp_path: Path, monkeypatch: Any) -> None:
@@ -60,6 +71,7 @@ def _loops(model: MoEModel, sample: Sample) -> dict[str, Any]:
         sums[f"{name}_LE"] = np.zeros((count, experts))
     sums["output_at_LE3"] = np.full((count, experts, 3), -1)
     row_of = {0: 0, 1: 0}
+    experts_of = {la: [Matrices(e) for e in model.weights(la).experts] for la in layers}
     for batch in sample.batches():
         seen = runner.run(batch, inputs=layers)
         for r in range(len(batch.tokens_BS)):
@@ -71,11 +83,11 @@ def _loops(model: MoEModel, sample: Sample) -> dict[str, Any]:
             sums["tokens"] += each.sampled_N.sum()
             sums["short_D"][batch.domain] += each.short_N.sum()
             for i, layer in enumerate(layers):
-                record, weights = seen.layers[i], model.weights(layer)
-                assert record.inputs_TH is not None
+                record = seen.layers[i]
+                assert record.inputs_NH is not None
                 at = [r * sample.seq_length + int(p) for p in each.positions_N]
-                x_NH = record.inputs_TH[at].double().numpy()
-                made = [[by_loops(e, x) for e in weights.experts] for x in x_NH]
+                x_NH = record.inputs_NH[at].double().numpy()
+                made = [[by_loops(e, x) for e in experts_of[layer]] for x in x_NH]
                 outputs = np.array([[one[2] for one in token] for token in made])
                 scores = record.router_probs_TE[at].double().numpy()
                 kept = [
@@ -136,7 +148,7 @@ def _rank(
     sums[equal][i] += set(by_score[:topk]) == set(by_norm[:topk])
 
 
-@pytest.mark.parametrize("kind", ["olmoe", "deepseek_v3", "native"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_sum_against_loops(tmp_path: Path, kind: str) -> None:
     model = planted(tmp_path, kind)
     sample = texts(tmp_path, rows=5, length=8, batch_size=2)
@@ -167,7 +179,9 @@ def test_sums_do_not_depend_on_the_batches_and_go_on(tmp_path: Path) -> None:
         if batch.number == 1:
             second.restore({k: v.copy() for k, v in first.state().items()})
         each = second if batch.number >= 1 else first
-        each.add(runner.run(batch, inputs=each.inputs_for(batch)), runner)
+        wanted = each.inputs_for(batch)
+        inputs, places = (wanted.layers, wanted.places_N) if wanted else ((), np.zeros(0, int))
+        each.add(runner.run(batch, inputs=inputs, places=torch.from_numpy(places)), runner)
     for name, value in states[-1].items():
         np.testing.assert_array_equal(second.state()[name], value, err_msg=name)
 
@@ -177,3 +191,64 @@ def test_inputs_are_recorded_only_where_they_are_read(tmp_path: Path) -> None:
     collector = make_collector("expert_passes", setting_of(model, sample))
     read = [batch.number for batch in sample.batches() if collector.inputs_for(batch)]
     assert read == [d * 64 + row * 4 for d in (0, 1) for row in range(16)]
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "native"])
+def test_only_inputs_of_chosen_tokens_stay_in_memory(tmp_path: Path, kind: str) -> None:
+    """In every layer of every batch, and with no larger storage behind them."""
+    model, sample = planted(tmp_path, kind), texts(tmp_path, rows=20, length=30, batch_size=8)
+    runner, setting = model.load("cpu", torch.float32), setting_of(model, sample)
+    seen: list[Observation] = []
+
+    class Watched(type(runner)):  # type: ignore[misc]
+        def run(self, *given: Any, **named: Any) -> Observation:
+            seen.append(super().run(*given, **named))
+            return seen[-1]
+
+    runner.__class__ = Watched
+    made = {"expert_passes": make_collector("expert_passes", setting)}
+    stream(runner, sample, made, state=tmp_path / "s", fingerprint="", advance=lambda _: None)
+    chosen = chosen_tokens(sample, SEED)
+    assert sum(len(each.layers[0].inputs_NH) for each in seen if has_inputs(each)) == sum(
+        len(each.positions_N) for each in chosen.values()
+    )
+    for each in filter(has_inputs, seen):
+        for layer in each.layers:
+            assert layer.inputs_NH is not None
+            assert len(layer.inputs_NH) < each.batch.size
+            own = layer.inputs_NH.numel() * layer.inputs_NH.element_size()
+            assert layer.inputs_NH.untyped_storage().nbytes() == own
+    bound = expert_passes.TOKENS + 2 * expert_passes.ROWS * (1 + expert_passes.SHORT)
+    assert sum(len(each.positions_N) for each in chosen.values()) <= bound
+
+
+def has_inputs(seen: Observation) -> bool:
+    return seen.layers[0].inputs_NH is not None
+
+
+def test_collectors_that_read_other_tokens_get_their_own(tmp_path: Path) -> None:
+    """One with all layers and odd tokens beside `expert_passes`, whose sums do not change."""
+    model, sample = planted(tmp_path, "olmoe"), texts(tmp_path, rows=5, length=9, batch_size=3)
+    runner, setting = model.load("cpu", torch.float32), setting_of(model, sample)
+
+    class Odd(Collector):
+        count = 0
+
+        def inputs_for(self, batch: TokenBatch) -> Inputs:
+            return Inputs((0, 2), np.arange(1, batch.size, 2))
+
+        def add(self, seen: Observation, runner: MoERunner) -> None:
+            whole = runner.run(seen.batch, inputs=(0, 2))
+            for layer in (0, 2):
+                own, every = seen.layers[layer].inputs_NH, whole.layers[layer].inputs_NH
+                assert own is not None and every is not None
+                assert torch.equal(own, every[1::2])
+            self.count += 1
+
+    odd = Odd()
+    alone, _ = passed(model, sample, ["expert_passes"], tmp_path / "alone")
+    made = {"odd": odd, "expert_passes": make_collector("expert_passes", setting)}
+    stream(runner, sample, made, state=tmp_path / "s", fingerprint="", advance=lambda _: None)
+    assert odd.count == sample.num_batches
+    for name, value in alone["expert_passes"].state().items():
+        np.testing.assert_array_equal(made["expert_passes"].state()[name], value, err_msg=name)

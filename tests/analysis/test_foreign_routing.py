@@ -96,7 +96,7 @@ def test_choices_and_weights(tmp_path: Path, kind: str) -> None:
     for weights, record in zip(opened.layers, found.routing, strict=True):
         x_TH = entered[weights.layer].double()
         near = {"rtol": 1e-4, "atol": 1e-4}
-        torch.testing.assert_close(record.inputs_TH.double(), x_TH, **near)  # type: ignore
+        torch.testing.assert_close(record.inputs_NH.double(), x_TH, **near)  # type: ignore
         logits_TE = x_TH @ weights.router.whole().double().T
         if weights.router_bias is not None:
             logits_TE += weights.router_bias.whole().double()
@@ -151,7 +151,7 @@ def test_equal_weights_are_in_the_order_of_the_experts(tmp_path: Path) -> None:
     found = load_foreign(open_foreign(save(model, tmp_path))).run(TOKENS)
     for record in found.routing:
         assert torch.equal(record.ids_TK, record.ids_TK.sort(1).values)
-        assert record.inputs_TH is None
+        assert record.inputs_NH is None
     assert found.logits_BSV is None
 
 

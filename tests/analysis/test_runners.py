@@ -179,8 +179,8 @@ def test_predictions_in_parts_are_those_of_all_logits(
 def test_only_requested_inputs_are_recorded(tmp_path: Path, kind: str) -> None:
     runner = runner_of(kind, tmp_path)
     seen = runner.run(batch(), inputs=[last(runner)])
-    assert [record.inputs_TH is not None for record in seen.layers[:-1]] == [False] * (
+    assert [record.inputs_NH is not None for record in seen.layers[:-1]] == [False] * (
         len(seen.layers) - 1
     )
-    assert seen.layers[-1].inputs_TH is not None
+    assert seen.layers[-1].inputs_NH is not None
     assert seen.loss_T is None and seen.predicted_T is None

@@ -19,7 +19,7 @@ class Load(Tallies):
     Sums:
         tokens_1: tokens.
         chosen_LE, first_LE, kept_LE: choices before drops, first ones, those that found a slot.
-        score_LE: scores, fp64.
+        score_LE: scores over their sum, fp64, which is 1 for a softmax.
         confidence_L: scores of the first choice, fp64.
         mass_L: scores of all K choices, fp64.
         entropy_L: entropies of the scores in nats, fp64.

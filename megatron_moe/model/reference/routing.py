@@ -86,9 +86,7 @@ def route(
     ids_TK = best_TE.indices[:, : moe.moe_router_topk]
     if forced_TK is not None:
         ids_TK, probs_TK = forced_TK, probs_TE.gather(1, forced_TK)
-    if moe.moe_router_type == "topk_softmax":
-        # Equal to a softmax over the K chosen logits alone: the normaliser over all E cancels.
-        probs_TK = probs_TK / probs_TK.sum(dim=-1, keepdim=True)
+    probs_TK = combine_weights(probs_TK, moe)
     return Routing(
         layer=layer,
         router_probs_TE=probs_TE,
@@ -99,6 +97,14 @@ def route(
         balance_loss=_balance(probs_TE, ids_TK, rows, moe, training_capacity),
         z_loss=logits_TE.logsumexp(dim=-1).square().mean(),
     )
+
+
+def combine_weights(probs_TK: Tensor, moe: MoEConfig) -> Tensor:
+    """Weights of the chosen experts, [T, K], from their probabilities among all experts."""
+    if moe.moe_router_type == "topk_softmax":
+        # Equal to a softmax over the K chosen logits alone: the normaliser over all E cancels.
+        return probs_TK / probs_TK.sum(dim=-1, keepdim=True)
+    return probs_TK
 
 
 def full_precision(x: Tensor) -> Tensor:
