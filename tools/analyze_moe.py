@@ -1,15 +1,18 @@
 r"""Analyse the routing and the experts of MoE checkpoints: tables, plots and one report.
 
 Checkpoints of any format: a run of this project (a step with @STEP), OpenMoE weights of Hugging
-Face, and the families that docs/analyses/families.md lists. Results that are there already are
-kept, so that an interrupted command continues and a report grows.
+Face, and the families that docs/analyses/families.md lists (@STEP says of which step they are).
+Results that are there already are kept, so that an interrupted command continues and a report
+grows.
 
     python tools/analyze_moe.py --load checkpoints --data code=data/code text=data/text --out report
     python tools/analyze_moe.py --load run@1000 run@20000 --data data/wiki --out report
+    python tools/analyze_moe.py --load hf5k@5000 hf120k@120000 --same-run --data wiki --out report
     python tools/analyze_moe.py --load Mixtral-8x7B --analyses similarity matching --out weights
     python tools/analyze_moe.py --load OLMoE-1B-7B --data c4=data/c4 --figures olmoe --out report
     python tools/analyze_moe.py --load run --data data/wiki --ablate 3:17 3:4 --out ablation
     python tools/analyze_moe.py --load run --data data/wiki --routing-trace-dir traces --out traces
+    python tools/analyze_moe.py --load run --data data/wiki --routing-replay-dir traces/run --out r
     python tools/analyze_moe.py --list
 """
 
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from megatron_moe.analysis.base import Analysis
     from megatron_moe.analysis.dense import DenseModel
     from megatron_moe.analysis.model import MoEModel
+    from megatron_moe.analysis.result import Table
     from megatron_moe.analysis.run import RunOptions
     from megatron_moe.analysis.sample import Sample
 
@@ -39,6 +43,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("what to analyse").add_argument
     more = "checkpoints, each [LABEL=]DIR[@STEP]; several are overlaid"
     add("--load", nargs="+", default=[], metavar="DIR", help=more)
+    more = "these labels, or all, are checkpoints of one training run in several directories"
+    add("--same-run", nargs="*", action="append", default=[], metavar="LABEL", help=more)
     add("--compare", nargs=2, default=[], metavar="DIR", help="two checkpoints side by side")
     add(
         "--data",
@@ -56,6 +62,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--ablate", nargs="+", metavar="LAYER:EXPERT", help="the loss without these experts")
     more = "write every choice as Parquet (docs/routing_trace.md)"
     add("--routing-trace-dir", type=Path, metavar="DIR", help=more)
+    more = "the loss with the choices of such a trace, the folder of one checkpoint"
+    add("--routing-replay-dir", type=Path, metavar="DIR", help=more)
     add("--list", action="store_true", help="print the analyses and exit")
     add = parser.add_argument_group("how").add_argument
     add("--out", type=Path, metavar="DIR", help="results and report.html; those there are kept")
@@ -114,6 +122,7 @@ def run(options: argparse.Namespace) -> None:
         names = [*names, *(key for key in papers()[options.figures].needs if key in known)]
     analyses = selected(names, known)
     models = open_all([*options.load, *options.compare])
+    declare_runs(options.same_run, models)
     check_experts(options.experts, models)
     layers = layers_of(options.layers, models)
     analyses = for_checkpoints(options, analyses, len(models))
@@ -137,7 +146,9 @@ def run(options: argparse.Namespace) -> None:
         trace(options.routing_trace_dir, models, sample, how)
     if options.ablate:
         ablate(options.ablate, models, sample, how)
-    if not options.routing_trace_dir and not options.ablate:
+    if options.routing_replay_dir:
+        replay(options.routing_replay_dir, models, sample, how)
+    if not (options.routing_trace_dir or options.ablate or options.routing_replay_dir):
         analyse_all(models, sample, analyses, how, options.figures, options.experts)
 
 
@@ -179,6 +190,25 @@ def open_all(words: Sequence[str]) -> list[MoEModel]:
             fix = "name them: --load A=DIR B=DIR"
             raise UsageError("--load", model.label, "a different label for each checkpoint", fix)
     return models
+
+
+def declare_runs(groups: Sequence[Sequence[str]], models: Sequence[MoEModel]) -> None:
+    """Tell the models of each `--same-run` that they are of one training run.
+
+    Raises:
+        UsageError: an unknown label, one in two groups, or a group of fewer than two.
+    """
+    known = {model.label: model for model in models}
+    for number, group in enumerate(groups, 1):
+        labels = list(dict.fromkeys(group or known))
+        for label in labels:
+            if label not in known:
+                raise UsageError("--same-run", label, f"some of {', '.join(known)}")
+            if known[label].declared_run:
+                raise UsageError("--same-run", label, "in one group only")
+            known[label].declared_run = f"run {number} of --same-run"
+        if len(labels) < 2:
+            raise UsageError("--same-run", " ".join(labels), "labels of at least two checkpoints")
 
 
 def check_label(label: str) -> None:
@@ -278,6 +308,7 @@ def without_data(options: argparse.Namespace, analyses: Sequence[Analysis]) -> l
     asked = {
         "--ablate": options.ablate,
         "--routing-trace-dir": options.routing_trace_dir,
+        "--routing-replay-dir": options.routing_replay_dir,
         f"--analyses {needing[0] if needing else ''}": options.analyses and needing,
     }
     for flag, given in asked.items():
@@ -341,20 +372,41 @@ def ablate(
 ) -> None:
     """Print the losses with and without experts, by domain, and write them as a table."""
     from megatron_moe.analysis.ablation import loss_table, parse_experts
-    from megatron_moe.analysis.result import write_table
 
     wanted = [parse_experts(words, model.sizes) for model in models]
     for model, experts in zip(models, wanted, strict=True):
         runner = model.load(how.device, how.dtype)
         table = loss_table(runner, sample, experts, how.draws, how.seed)
         del runner  # before the next model is loaded
-        folder = how.out / model.label
-        folder.mkdir(parents=True, exist_ok=True)
-        write_table(folder / "ablation.csv", table)
-        print_safely(f"{model.label} without {' '.join(words)}")
-        for row in (tuple(table.columns), *table.rows):
-            cells = (f"{v:.4f}" if isinstance(v, float) else str(v) for v in row)
-            print_safely("  " + "  ".join(f"{cell:>12}" for cell in cells))
+        show_table(table, how.out / model.label, f"{model.label} without {' '.join(words)}")
+
+
+def show_table(table: Table, folder: Path, title: str) -> None:
+    """Print a table, and write it as CSV in the folder of a checkpoint."""
+    from megatron_moe.analysis.result import write_table
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_table(folder / f"{table.name}.csv", table)
+    print_safely(title)
+    for row in (tuple(table.columns), *table.rows):
+        cells = (f"{v:.4f}" if isinstance(v, float) else str(v) for v in row)
+        print_safely("  " + "  ".join(f"{cell:>12}" for cell in cells))
+
+
+def replay(directory: Path, models: Sequence[MoEModel], sample: Sample, how: RunOptions) -> None:
+    """Print the losses with own choices and with those of a trace, and write them as a table."""
+    from megatron_moe.analysis.replay import Replay, replay_table
+    from megatron_moe.data.progress import progress_bar
+
+    replays = [Replay(directory, model, sample) for model in models]
+    tables = []
+    with progress_bar(2 * sample.num_batches * len(models), "batches") as bar:
+        for model, each in zip(models, replays, strict=True):
+            runner = model.load(how.device, how.dtype)
+            tables.append(replay_table(runner, sample, each, how.draws, how.seed, bar.update))
+            del runner  # before the next model is loaded
+    for model, each, table in zip(models, replays, tables, strict=True):
+        show_table(table, how.out / model.label, f"{model.label} with choices of {each.producer}")
 
 
 def trace(directory: Path, models: Sequence[MoEModel], sample: Sample, how: RunOptions) -> None:

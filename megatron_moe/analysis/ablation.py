@@ -8,7 +8,8 @@ Shapes: R rows, S tokens of a row.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moe.analysis.model import MoERunner, Sizes, check_experts
+from megatron_moe.analysis.observation import Observation, TokenBatch
 from megatron_moe.analysis.result import Table
 from megatron_moe.analysis.sample import Sample, spread
 from megatron_moe.errors import UsageError
@@ -48,12 +50,27 @@ class DomainLoss:
         return math.exp(self.loss) if self.loss < 709 else math.inf
 
 
-def evaluate(runner: MoERunner, sample: Sample) -> dict[str, DomainLoss]:
-    """Losses by domain, and of `ALL` tokens together, which is the last entry."""
+def evaluate(
+    runner: MoERunner,
+    sample: Sample,
+    *,
+    within: Callable[[TokenBatch], AbstractContextManager[None]] = lambda _: nullcontext(),
+    seen_by: Callable[[Observation], object] = lambda _: None,
+) -> dict[str, DomainLoss]:
+    """Losses by domain, and of `ALL` tokens together, which is the last entry.
+
+    Args:
+        runner: the loaded model.
+        sample: the tokens.
+        within: the context in which a batch is run, e.g. with forced choices.
+        seen_by: called with each forward pass.
+    """
     rows: dict[str, list[Array]] = {name: [] for name in sample.names}
     for batch in sample.batches():
-        seen = runner.run(batch, predictions=True)
+        with within(batch):
+            seen = runner.run(batch, predictions=True)
         assert seen.loss_T is not None
+        seen_by(seen)
         loss_BS = seen.loss_T.double().reshape(batch.tokens_BS.shape)
         rows[sample.names[batch.domain]].append(loss_BS.mean(1).cpu().numpy())
     found = {name: np.concatenate(parts) for name, parts in rows.items()}
@@ -84,7 +101,9 @@ def evaluate_without(
 def loss_table(
     runner: MoERunner, sample: Sample, experts: Mapping[int, Sequence[int]], draws: int, seed: int
 ) -> Table:
-    """Losses by domain with and without experts, and the change with its 95% interval.
+    """Losses and perplexities by domain with and without experts, and the change of the loss.
+
+    The change has its 95% interval; its exponential is the ratio of the perplexities.
 
     Args:
         runner: the loaded model.
@@ -97,7 +116,8 @@ def loss_table(
     changes = [change_of(whole[n].rows_R, without[n].rows_R, draws, seed) for n in whole]
     return Table(
         name="ablation",
-        about="loss in nats per token; the interval is a bootstrap over rows",
+        about="loss in nats per token, and perplexity, exp(loss); the interval of the change of "
+        "the loss is a bootstrap over rows",
         columns={
             "domain": list(whole),
             "tokens": [loss.tokens for loss in whole.values()],
@@ -106,6 +126,8 @@ def loss_table(
             "change": [change for change, _, _ in changes],
             "low": [low for _, low, _ in changes],
             "high": [high for _, _, high in changes],
+            "perplexity": [loss.perplexity for loss in whole.values()],
+            "perplexity_without": [without[name].perplexity for name in whole],
         },
     )
 

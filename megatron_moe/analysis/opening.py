@@ -16,7 +16,8 @@ def open_model(path: str | Path, step: int | None = None, label: str | None = No
 
     Args:
         path: the directory.
-        step: step of a native checkpoint; `None` means the tracker's.
+        step: step of a native checkpoint; `None` means the tracker's. Files of other families do
+            not say it, so that it is what the user knows.
         label: name in reports; `None` makes one of directory and step.
 
     Raises:
@@ -26,7 +27,8 @@ def open_model(path: str | Path, step: int | None = None, label: str | None = No
     config = path / "config.json"
     kind = read_json(config).get("model_type") if config.is_file() else None
     foreign = kind not in (None, "openmoe", "llama")
-    model = open_foreign_model(path, label) if foreign else open_native_model(path, step, label)
+    opener = open_foreign_model if foreign else open_native_model
+    model: MoEModel = opener(path, step, label)
     if not model.sizes.moe_layers:
         raise UsageError(f"MoE layers of {path}", 0, "at least one", "it is a dense model")
     return model

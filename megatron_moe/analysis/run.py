@@ -154,8 +154,10 @@ def _fingerprint(model: MoEModel, sample: Sample, analysis: Analysis, options: R
     reads_dense = analysis.group == "weights" or analysis.reads_dense
     beside = options.beside if reads_dense else None
     dense = () if beside is None else (beside.label, beside.identity)
-    parts = (analysis.key, model.identity, data, options.layers, options.seed, options.draws, dense)
-    return _mark(options, *parts)
+    # What others are compared by, which the user may say.
+    training = (model.run, model.step) if analysis.min_checkpoints > 1 else ()
+    how = (options.layers, options.seed, options.draws, dense, training)
+    return _mark(options, analysis.key, model.identity, data, *how)
 
 
 def _mark(options: RunOptions, *parts: object) -> str:

@@ -25,7 +25,7 @@ def identity(material: Material) -> dict[str, Array]:
     step = material.model.step
     return {
         "step": np.array(-1 if step is None else step),
-        "run": np.array(str(material.model.path.resolve())),
+        "run": np.array(material.model.run),
         "sample": np.array(setting.sample.fingerprint),
         "shape": np.array([sizes.num_experts, sizes.topk, *setting.layers]),
         "layers": np.array(setting.layers),
@@ -37,8 +37,8 @@ def in_order(results: Mapping[str, Result]) -> dict[str, Result]:
 
     The last is the one with the highest step, or the last given where a step is unknown. Results
     of other tokens, or of another number of layers, experts or choices, are left out, and those of
-    another directory: nothing else shows that checkpoints are of one run, and another run numbers
-    its experts differently.
+    another run, which numbers its experts differently: without `MoEModel.declared_run` those of
+    another directory, since nothing else shows that checkpoints are of one run.
     """
     steps = [int(result.arrays["step"]) for result in results.values()]
     labels = list(results)
@@ -53,7 +53,10 @@ def in_order(results: Mapping[str, Result]) -> dict[str, Result]:
 def difference(arrays: Mapping[str, Array], last: Mapping[str, Array]) -> str:
     """What keeps a result from being compared with the last one, as a verb phrase; else empty."""
     if arrays["run"] != last["run"]:
-        return "is in another directory, so perhaps of another run, which numbers experts otherwise"
+        return (
+            "is in another directory, so perhaps of another run, which numbers experts otherwise "
+            "(--same-run says that it is not)"
+        )
     if arrays["sample"] != last["sample"]:
         return "read other tokens"
     return "" if np.array_equal(arrays["shape"], last["shape"]) else "has other sizes"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from megatron_moe.analysis.ablation import (
     change_of,
     evaluate,
     evaluate_without,
+    loss_table,
     parse_experts,
     part_of,
 )
@@ -103,3 +105,40 @@ def test_words_of_a_command_line(tmp_path: Path) -> None:
         parse_experts(["7:1"], sizes)
     with pytest.raises(UsageError, match=r"at most 3, .* \(got 4\)"):
         parse_experts(["1:0,1,2,3"], sizes)
+
+
+def _without_expert_1(_: Any, given: tuple[Any, ...], result: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of Mixtral's router: softmax without one expert, best K divided by their sum."""
+    logits = result[0].clone()
+    logits[:, 1] = -math.inf
+    best = logits.softmax(-1).topk(result[1].shape[1])
+    return logits, best.values / best.values.sum(-1, keepdim=True), best.indices
+
+
+@torch.no_grad()
+def test_the_table_has_losses_and_perplexities_of_each_domain(tmp_path: Path) -> None:
+    """Against the class's own logits, and against those with the expert's logit at -inf."""
+    model, sample = planted(tmp_path, "mixtral"), texts(tmp_path, rows=5, batch_size=2)
+    runner, module = model.load("cpu", torch.float32), make("mixtral")
+    layer = model.sizes.moe_layers[-1]
+    found = loss_table(runner, sample, {layer: [1]}, 50, 1).columns
+    assert found["domain"] == ["d0", "d1", ALL]
+    for column in ("", "_without"):
+        losses: dict[str, list[float]] = {"d0": [], "d1": []}
+        for batch in sample.batches():
+            logits = module(torch.from_numpy(batch.tokens_BS), use_cache=False).logits
+            labels = torch.from_numpy(batch.next_BS).flatten()
+            each = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
+            losses[f"d{batch.domain}"] += each.tolist()
+        losses[ALL] = losses["d0"] + losses["d1"]
+        for place, name in enumerate(found["domain"]):
+            mean = float(np.mean(losses[name]))
+            assert found["tokens"][place] == len(losses[name])
+            assert found[f"loss{column}"][place] == pytest.approx(mean, rel=1e-4)
+            perplexity = found[f"perplexity{column}"][place]
+            assert perplexity == pytest.approx(math.exp(mean), rel=1e-3)
+        # From here on the expert's logit is -inf, by the test's own hand.
+        module.model.layers[layer].mlp.gate.register_forward_hook(_without_expert_1)
+    for place in range(3):
+        ratio = found["perplexity_without"][place] / found["perplexity"][place]
+        assert math.log(ratio) == pytest.approx(found["change"][place])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pytest
 import torch
@@ -77,3 +80,34 @@ def test_other_weights_under_the_same_label_are_not_taken_for_these(tmp_path: Pa
         else:
             with pytest.raises(UsageError, match=said):
                 write_traces(folder, model, runner, sample, torch.float32, lambda _: None)
+
+
+QUERY = re.compile(r"```sql\n(.*?)```", re.DOTALL)
+DOCUMENTATION = Path(__file__).parents[2] / "docs/routing_trace.md"
+
+
+def test_the_documented_queries_of_duckdb_count_what_the_model_decides(tmp_path: Path) -> None:
+    model = open_model(save(tmp_path / "checkpoint"))
+    runner = model.load("cpu", torch.float32)
+    sample = random_sample(tmp_path, tokens=300, domains=2, seq_length=20, batch_size=3)
+    write_traces(tmp_path / "traces", model, runner, sample, torch.float32, lambda _: None)
+    shares, drops = (
+        duckdb.sql(query.replace("traces/", f"{tmp_path}/traces/")).fetchall()
+        for query in QUERY.findall(DOCUMENTATION.read_text())
+    )
+    first: Counter[tuple[int, str, int]] = Counter()
+    tokens: Counter[str] = Counter()
+    chosen: Counter[tuple[int, int]] = Counter()
+    dropped: Counter[tuple[int, int]] = Counter()
+    for batch in sample.batches():
+        name, layer = sample.names[batch.domain], runner.run(batch).layers[0]
+        tokens[name] += batch.size
+        for ids, kept in zip(layer.ids_TK.tolist(), layer.kept_TK.tolist(), strict=True):
+            first[1, name, ids[0]] += 1
+            chosen.update((1, expert) for expert in ids)
+            dropped.update((1, e) for e, has_slot in zip(ids, kept, strict=True) if not has_slot)
+    expected = [(*key, first[key] / tokens[key[1]]) for key in sorted(first)]
+    assert [row[:3] for row in shares] == [row[:3] for row in expected]
+    assert [float(row[3]) for row in shares] == pytest.approx([row[3] for row in expected])
+    assert drops == [(*key, chosen[key], dropped[key]) for key in sorted(chosen)]
+    assert sum(dropped.values()) > 0

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_moe.data.indexed.writer import IndexedWriter
 from megatron_moe.model.reference import ReferenceOpenMoE
 from megatron_moe.moe.trace import read_step
+from tests.analysis.families import make
+from tests.analysis.families import save as save_family
 from tests.inference.cases import CONFIG, PADDED, save
 from tools.analyze_moe import main, parts_of
 
@@ -70,7 +74,57 @@ def test_figures_of_a_paper_say_what_they_need(folder: Path, tmp_path: Path) -> 
     assert _main(folder, f"{command} --out {tmp_path}") == 0
     page = (tmp_path / "report.html").read_text()
     assert "Figure 21" in page
-    assert "Not drawn: needs several checkpoints of one run: --load run@1000 run@20000." in page
+    assert "Not drawn: needs several checkpoints of one run: --load run@1000 run@20000 (see" in page
+
+
+def test_checkpoints_of_one_run_in_several_directories(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second has other weights in its last router only: there it agrees less."""
+    for name in ("early", "late"):
+        model = make("olmoe", vocab_size=300)
+        if name == "late":
+            with torch.no_grad():
+                model.model.layers[-1].mlp.gate.weight.mul_(-1)
+        save_family(model, tmp_path / name)
+    load = f"--load {tmp_path}/early@50 {tmp_path}/late@200 {DATA} --analyses saturation"
+    assert _main(folder, f"{load} --out {tmp_path / 'out'}") == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "early@50 is in another directory" in page and "--same-run" in page
+    assert not (tmp_path / "out" / "compared").exists()
+    assert _main(folder, f"{load} --same-run --out {tmp_path / 'out'}") == 0
+    table = (tmp_path / "out" / "compared" / "saturation" / "saturation.csv").open()
+    rows = list(csv.DictReader(table))
+    assert [(row["checkpoint"], row["layer"]) for row in rows] == [
+        ("early@50", str(layer)) for layer in range(3)
+    ]
+    assert [float(row["top_k"]) for row in rows[:2]] == [1, 1] and float(rows[2]["top_k"]) < 0.9
+    for words, said in (
+        ("--same-run early@50", "labels of at least two checkpoints"),
+        ("--same-run early@50 other", r"--same-run must be some of early@50, late@200 \(got other"),
+        ("--same-run --same-run late@200 early@50", "in one group only"),
+    ):
+        capsys.readouterr()
+        assert _main(folder, f"{load} --out {tmp_path / 'out'} {words}") == 2
+        assert re.search(said, capsys.readouterr().err)
+
+
+def test_a_trace_is_replayed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    traces, out = tmp_path / "traces", tmp_path / "out"
+    command = f"--load FOLDER/run {DATA} --out {out}"
+    assert _main(folder, f"{command} --routing-trace-dir {traces}") == 0
+    assert _main(folder, f"{command} --routing-replay-dir {traces}/run@7") == 0
+    assert "run@7 with choices of megatron_moe" in capsys.readouterr().out
+    rows = list(csv.DictReader((out / "run@7" / "replay.csv").open()))
+    assert [row["domain"] for row in rows] == ["code", "text", "all"]
+    for row in rows:
+        assert float(row["same_choices"]) == 1
+        assert float(row["loss_replayed"]) == pytest.approx(float(row["loss"]), rel=1e-6)
+    other = f"--load FOLDER/run@3 {DATA} --out {out} --tokens 400"
+    assert _main(folder, f"{other} --routing-replay-dir {traces}/run@7") == 2
+    assert "wrote of these tokens" in capsys.readouterr().err
 
 
 def test_traces_of_every_token(
@@ -102,6 +156,9 @@ def test_losses_without_an_expert(
     for row in rows:
         change = float(row["loss_without"]) - float(row["loss"])
         assert change == pytest.approx(float(row["change"]), abs=1e-9) and change != 0
+        for column in ("", "_without"):
+            perplexity = float(row[f"perplexity{column}"])
+            assert perplexity == pytest.approx(math.exp(float(row[f"loss{column}"])))
 
 
 def test_the_analyses_are_listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,8 @@ class Collapse(Analysis):
         "mean load, minus 1. Effective experts: exp of the entropy of the loads, E if uniform and "
         "k if the same k are always chosen. Dead: chosen by no token. Confidence: score of the "
         "first choice, mean over tokens; router entropy: of a token's scores over all experts, as "
-        "a share of log E. Chance: a router that chooses at random for as many tokens."
+        "a share of log E. Sigmoid scores are divided by their sum over all experts. Chance: a "
+        "router that chooses at random for as many tokens."
     )
     source = (
         "MaxVio: Wang et al., auxiliary-loss-free load balancing (arXiv 2408.15664), section 4.1; "

@@ -41,7 +41,7 @@ class RouterSaturation(Analysis):
         "checkpoint t that it still has at the last one, T; for all k choices and for the first "
         "alone. Chance: choices with the loads of both checkpoints that do not depend on the "
         "token, sum over e of pi_t(e) pi_T(e) / k, which is k/E for equal loads. One run only, "
-        "that is one directory: another run numbers its experts differently."
+        "since another one numbers its experts differently: one directory, or --same-run."
     )
     source = "Muennighoff et al., OLMoE (arXiv 2409.02060), section 5.1, figure 20"
     group = "training"
