@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megatron_moe.analysis.analyses.chosen_experts import ChosenExperts, same_first
-from tests.analysis.expert_cases import planted, result_of, texts
+from tests.analysis.expert_cases import KINDS, planted, result_of, texts
 
 
-@pytest.mark.parametrize("kind", ["deepseek_v3", "native"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_those_of_the_kept_choices(tmp_path: Path, kind: str) -> None:
     model, sample = planted(tmp_path, kind), texts(tmp_path, rows=3, batch_size=2)
     found = result_of(ChosenExperts(), model, sample, tmp_path)

@@ -13,10 +13,10 @@ from megatron_moe.analysis.ablation import ALL, evaluate, evaluate_without
 from megatron_moe.analysis.analyses import expert_ablation
 from megatron_moe.analysis.analyses.expert_ablation import ExpertAblation, spread_layers
 from megatron_moe.errors import UsageError
-from tests.analysis.expert_cases import planted, result_of, setting_of, texts
+from tests.analysis.expert_cases import KINDS, planted, result_of, setting_of, texts
 
 
-@pytest.mark.parametrize("kind", ["olmoe", "native"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_changes_are_differences_of_losses(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -35,8 +35,9 @@ def test_changes_are_differences_of_losses(
     places = list(zip(arrays["layers_A"].tolist(), arrays["experts_A"].tolist(), strict=True))
     if kind == "olmoe":
         assert places == [(0, 0), (0, 3), (1, 0), (1, 3), (2, 0), (2, 3)]
-    else:
+    elif kind == "native":
         assert places == [(1, 0), (1, 1), (1, 2), (1, 3)]
+    assert len(places) == min(6, len(model.sizes.moe_layers) * model.sizes.num_experts)
     for i, (layer, expert) in enumerate(places):
         without = evaluate_without(runner, sample, {layer: [expert]})[ALL].loss
         assert arrays["change_A"][i] == pytest.approx(without - whole, abs=1e-9)
