@@ -101,7 +101,10 @@ def test_checkpoints_of_one_run_in_several_directories(
     assert [float(row["top_k"]) for row in rows[:2]] == [1, 1] and float(rows[2]["top_k"]) < 0.9
     for words, said in (
         ("--same-run early@50", "labels of at least two checkpoints"),
-        ("--same-run early@50 other", r"--same-run must be some of early@50, late@200 \(got other"),
+        (
+            "--same-run early@50 other",
+            r"--same-run must be some of early@50, late@200 \(got 'other'\)",
+        ),
         ("--same-run --same-run late@200 early@50", "in one group only"),
     ):
         capsys.readouterr()
