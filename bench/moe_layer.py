@@ -72,9 +72,8 @@ def median_ratio(above: list[float], below: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
-def peak_mib(step: Step) -> float:
-    """Most memory that one pass holds at once beyond input and weights, in MiB."""
-    step.clear()
+def peak_mib(step: Callable[[], None]) -> float:
+    """Most memory that one pass holds at once beyond what exists before it, in MiB."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
     events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]

@@ -4,7 +4,7 @@ Every implementation module (`reference/<operation>.py`, `triton/<operation>.py`
 protocol of its operation. The reference's docstrings describe arguments and results in full.
 
 Shapes: T tokens, H hidden, K choices of a token, R buffer rows, G groups, A choices of a group,
-E experts, F width of a feed-forward layer, M = blocks * F.
+E experts, F width of a feed-forward layer, M = blocks * F, V vocabulary columns.
 """
 
 from __future__ import annotations
@@ -80,6 +80,34 @@ class GatedSilu(Protocol):
         """`backward` into ``grad_RM`` and ``h_RF`` when called."""
 
 
+class LinearCrossEntropy(Protocol):
+    """Numbers of each token's logits from which its cross entropy follows, over one shard of the
+    vocabulary, without a matrix of all logits.
+    """
+
+    def forward(
+        self, x_TH: Tensor, weight_VH: Tensor, target_T: Tensor, scale: float, chunk_tokens: int, /
+    ) -> tuple[Tensor, Tensor]:
+        """stats_3T (maximum, sum of exponentials, target's logit), and what `backward` takes as
+        ``kept``: any tensor, which may be empty.
+        """
+
+    def backward(
+        self,
+        x_TH: Tensor,
+        weight_VH: Tensor,
+        target_T: Tensor,
+        scale: float,
+        stats_3T: Tensor,
+        log_z_T: Tensor,
+        coefficients_2T: Tensor,
+        kept: Tensor,
+        grad_VH: Tensor | None,
+        /,
+    ) -> Tensor:
+        """Gradient of the tokens [T, H]; that of the weight is added to ``grad_VH``."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One operation as selected.
@@ -106,6 +134,7 @@ class Kernels:
         dispatch_tokens: the gather into the expert buffer.
         combine_tokens: the weighted sum out of it.
         gated_silu: the gate of feed-forward layers, dense ones included.
+        linear_cross_entropy: the logits matrix and the loss.
         selected: where each came from and why, for the log.
     """
 
@@ -113,6 +142,7 @@ class Kernels:
     dispatch_tokens: DispatchTokens
     combine_tokens: CombineTokens
     gated_silu: GatedSilu
+    linear_cross_entropy: LinearCrossEntropy
     selected: tuple[Kernel, ...]
 
 
@@ -128,6 +158,7 @@ if TYPE_CHECKING:
     from fused_kernels.reference import combine_tokens as reference_combine
     from fused_kernels.reference import dispatch_tokens as reference_dispatch
     from fused_kernels.reference import gated_silu as reference_gate
+    from fused_kernels.reference import linear_cross_entropy as reference_cross_entropy
     from fused_kernels.reference import rank_in_expert as reference_rank
     from fused_kernels.triton import combine_tokens as triton_combine
     from fused_kernels.triton import dispatch_tokens as triton_dispatch
@@ -138,3 +169,4 @@ if TYPE_CHECKING:
     _dispatches: tuple[DispatchTokens, ...] = (dispatch_tokens, reference_dispatch, triton_dispatch)
     _combines: tuple[CombineTokens, ...] = (combine_tokens, reference_combine, triton_combine)
     _gates: tuple[GatedSilu, ...] = (gated_silu, reference_gate, triton_gate)
+    _cross_entropies: tuple[LinearCrossEntropy, ...] = (reference_cross_entropy,)

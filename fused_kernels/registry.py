@@ -16,8 +16,13 @@ from typing import Any
 
 from fused_kernels.operations import Kernel, Kernels
 
-OPERATIONS = ("combine_tokens", "dispatch_tokens", "gated_silu", "rank_in_expert")
-"""What an expert layer needs besides GEMMs and communication: the attributes of `Kernels`."""
+OPERATIONS = (
+    *("combine_tokens", "dispatch_tokens", "gated_silu", "linear_cross_entropy"),
+    "rank_in_expert",
+)
+"""The attributes of `Kernels`: what an expert layer needs besides GEMMs and communication, and the
+loss.
+"""
 
 IMPLEMENTATIONS: dict[str, frozenset[str] | None] = {
     "triton": frozenset({"cuda"}),
@@ -25,6 +30,12 @@ IMPLEMENTATIONS: dict[str, frozenset[str] | None] = {
     "reference": None,
 }
 """Implementation -> device types it runs on (`None`: all), in the order `auto` prefers them."""
+
+LEFT_TO_REFERENCE = {
+    ("native", "linear_cross_entropy"): "its time is in torch's GEMMs",
+    ("triton", "linear_cross_entropy"): "its time is in torch's GEMMs",
+}
+"""(implementation, operation) -> why the reference is that implementation's own, too."""
 
 
 class KernelUnavailable(LookupError):
@@ -74,6 +85,11 @@ def select(operation: str, requested: str = "auto", device_type: str = "cpu") ->
     if operation not in OPERATIONS:
         raise ValueError(f"operation is {operation!r}, expected one of {', '.join(OPERATIONS)}")
     names = known(operation, device_type)
+    left = LEFT_TO_REFERENCE.get((requested, operation))
+    if left is not None and device_type in (IMPLEMENTATIONS.get(requested) or ()):
+        reason = f"as requested: {requested} leaves it to the reference, {left}"
+        module = importlib.import_module(f"{__package__}.reference.{operation}")
+        return Kernel(operation, "reference", reason, module)
     candidates = names if requested == "auto" else [requested]
     if not set(candidates) <= set(names):
         raise KernelUnavailable(requested, f"auto or {' or '.join(names)} on {device_type}")

@@ -57,6 +57,10 @@ class ParallelConfig:
     dense feed-forward layers and the shared expert, `moe` the other experts with their router,
     `shared_experts` the shared expert alone, `layernorm` the norms before attention and
     feed-forwards. `moe_act`, the gated product of experts, is always computed again."""
+    logits_chunk_tokens: Annotated[int | None, AtLeastOne, OmittedAtDefault] = None
+    """Tokens of a micro-batch whose logits exist at once. With fewer than a micro-batch has, logits
+    are computed again in the backward pass, all but the last chunk's. `None`: as many as 512 MiB of
+    fp32 logits, but at least 1024."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication library; `auto` is NCCL on GPUs and gloo on CPUs; the choice is logged."""
     distributed_timeout_minutes: Annotated[float, Positive] = 10.0

@@ -20,6 +20,7 @@ from megatron_moe.model.logical import expert_width
 from megatron_moe.model.norm import RMSNorm, SplitRMSNorm
 from megatron_moe.model.openmoe import OpenMoEModel
 from megatron_moe.model.sharding.shards import initialise
+from megatron_moe.moe.registry import kernels_for
 
 
 class Degrees(Protocol):
@@ -226,6 +227,8 @@ def build_model(
             first=stage == 0 and not number,
             last=stage == stages - 1 and number in (None, (degrees.vp or 1) - 1),
             pgs=pgs,
+            loss_kernel=kernels_for(config.moe, device.type).linear_cross_entropy,
+            logits_chunk_tokens=config.parallel.logits_chunk_tokens,
             vp_stage=number,
         ).to(device)
         for number in numbers

@@ -147,7 +147,7 @@ def flops_per_token(
     """FLOPs of one token, the mean over a sequence of `seq_length` tokens.
 
     All K choices count, dropped or not: the model's arithmetic, not one batch's. MFU is
-    `training * tokens/s / peak`.
+    `training * tokens/s / peak`; `training_with_drops` in place of `training` gives what was done.
     """
     pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
     return _flops(model, moe, pattern, seq_length, 2 * model.hidden_size * vocab_size)

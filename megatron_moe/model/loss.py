@@ -1,8 +1,16 @@
-"""Logits in fp32 and the vocabulary-parallel cross entropy with its z-term.
+"""The logits matrix: logits in fp32, or the cross entropy and the z-term of every token.
 
 Per token: log Z - logit[target], and (log Z)^2, whose weighted mean keeps the logits from drifting
-(OpenMoE's logit z-loss, weight 1e-4). Each rank holds V / TP columns; three all-reduces of [S, B]
-join them. Shapes: S, B tokens; V vocabulary columns of this rank; H hidden.
+(OpenMoE's logit z-loss, weight 1e-4). Each rank holds V / TP columns. Losses come from
+`fused_kernels`' `linear_cross_entropy`, which computes the logits of a chunk of tokens at a time.
+
+Ranks exchange three numbers of every token, in one all-gather of a micro-batch, however many chunks
+it has: maximum, sum of exponentials and target's logit of its columns. The backward pass, which has
+log Z by then, computes logits again and exchanges nothing but the gradient of the input, as every
+column-parallel layer does. With the gradient computed in the forward pass instead, each chunk would
+wait for two collectives.
+
+Shapes: S, B tokens, T = S B; V vocabulary columns of this rank; H hidden.
 """
 
 from __future__ import annotations
@@ -10,58 +18,216 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
 from torch import Tensor
-from torch.distributed import ProcessGroup, ReduceOp, all_reduce
+from torch.autograd.function import once_differentiable
 
-from fused_kernels.row_blocks import row_blocks
+from fused_kernels.gemm import gemm, multiplies_halves, operand, result_dtype
+from fused_kernels.operations import LinearCrossEntropy
+
+CHUNK_LOGITS = 1 << 27
+"""Logits of a chunk, 512 MiB in fp32: fewer tokens than this would hold are one chunk, and nothing
+is computed twice."""
+LEAST_CHUNK_TOKENS = 1024
+"""Every chunk reads W and adds to its gradient, about 10 bytes an element for 6 FLOPs a token: from
+about a thousand tokens on a GPU's tensor cores take longer than its memory (H100: 989 TFLOP/s over
+3.35 TB/s is 295 FLOPs a byte)."""
+
+
+def chunk_tokens(columns: int) -> int:
+    """Tokens whose logits exist at once, without `--logits-chunk-tokens`.
+
+    Args:
+        columns: of the vocabulary on this rank: V of the whole model over TP.
+    """
+    return max(LEAST_CHUNK_TOKENS, CHUNK_LOGITS // columns)
 
 
 class _Fp32Matmul(torch.autograd.Function):
-    """(scale x) W^T in fp32, keeping only the operands in their own type for the backward pass."""
+    """scale x W^T in fp32, keeping only the operands in their own type for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.scale = scale
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return torch.matmul(_scaled(x, dtype, scale), weight.to(dtype).t())
+        rows = x.flatten(0, -2)
+        out = x.new_empty(rows.shape[0], weight.shape[0], dtype=result_dtype(x.dtype))
+        gemm(out, operand(rows), operand(weight).t(), alpha=scale)
+        return out.view(*x.shape[:-1], -1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight = ctx.saved_tensors
-        (grad,) = grads
-        rows = _scaled(x.flatten(0, -2), grad.dtype, ctx.scale)
-        grad_x = _scaled(torch.matmul(grad, weight.to(grad.dtype)), grad.dtype, ctx.scale)
-        grad_weight = grad.flatten(0, -2).t().mm(rows)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+        grad = grads[0].flatten(0, -2)
+        # Rounded where the GEMMs multiply 16 bits: both gradients are rounded to that, too.
+        grad = grad.to(x.dtype) if multiplies_halves(x) else grad
+        rows = operand(x.flatten(0, -2))
+        grad_x, grad_weight = (torch.empty_like(y, dtype=grads[0].dtype) for y in (rows, weight))
+        gemm(grad_x, grad, operand(weight), alpha=ctx.scale)
+        gemm(grad_weight, grad.t(), rows, alpha=ctx.scale)
+        return grad_x.view(x.shape).to(x.dtype), grad_weight.to(weight.dtype), None
 
 
-def _scaled(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
-    """``x`` in ``dtype`` times ``scale``; itself where that changes nothing."""
-    return x.to(dtype) if scale == 1.0 else x.to(dtype) * scale
+class _LinearCrossEntropy(torch.autograd.Function):
+    """See `linear_cross_entropy`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        scale: float,
+        chunk: int,
+        kernel: LinearCrossEntropy,
+        group: dist.ProcessGroup,
+    ) -> Tensor:
+        x_TH, target_T = x.flatten(0, -2), target.reshape(-1)
+        own_T = target_T - group.rank() * weight.shape[0]
+        stats_3T, kept = kernel.forward(x_TH, weight, own_T, scale, chunk)
+        log_z_T, loss_T = _joined(stats_3T, target_T // weight.shape[0], group)
+        ctx.save_for_backward(x, weight, own_T, stats_3T, log_z_T, kept)
+        ctx.scale, ctx.kernel = scale, kernel
+        return torch.stack((loss_T, log_z_T.square())).view(2, *target.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, own_T, stats_3T, log_z_T, kept = ctx.saved_tensors
+        grad_ce_T, grad_z_T = grads[0].reshape(2, -1)
+        coefficients_2T = torch.stack((grad_ce_T + 2 * log_z_T * grad_z_T, grad_ce_T))
+        main = main_grad_of(weight, stats_3T.dtype)
+        total_VH = None
+        if ctx.needs_input_grad[1]:
+            total_VH = torch.zeros_like(weight, dtype=stats_3T.dtype) if main is None else main
+        grad_TH = ctx.kernel.backward(
+            x.flatten(0, -2),
+            weight,
+            own_T,
+            ctx.scale,
+            stats_3T,
+            log_z_T,
+            coefficients_2T,
+            kept,
+            total_VH,
+        )
+        grad_VH = _returned(weight, total_VH, fused=main is not None)
+        return grad_TH.view(x.shape), grad_VH, None, None, None, None, None
 
 
-class Fp32LogitsLayer(ColumnParallelLinear):
-    """The logits matrix, split over the vocabulary, multiplied in fp32 whatever the weights are.
+def _joined(stats_3T: Tensor, owner_T: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Each token's log Z and cross entropy, from the numbers of each rank's columns.
+
+    Args:
+        stats_3T: of `LinearCrossEntropy.forward`.
+        owner_T: the rank that has the target's column.
+        group: the ranks.
+    """
+    top_T, total_T, picked_T = stats_3T
+    if group.size() > 1:
+        all_R3T = stats_3T.new_empty(group.size(), *stats_3T.shape)
+        dist.all_gather_into_tensor(all_R3T.flatten(0, 1), stats_3T, group=group)
+        tops_RT, totals_RT, picks_RT = all_R3T.unbind(1)
+        top_T = tops_RT.amax(0)
+        below_RT = tops_RT - top_T
+        total_T = (totals_RT * below_RT.exp()).sum(0)
+        owner_1T = owner_T.clamp(0, group.size() - 1).unsqueeze(0)
+        picked_T = (picks_RT + below_RT).gather(0, owner_1T).squeeze(0)
+    log_total_T = total_T.log()
+    return log_total_T + top_T, log_total_T - picked_T
+
+
+def main_grad_of(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Megatron-Core's `main_grad`, to which gradients in ``dtype`` can be added directly.
+
+    Returns:
+        `None` if the data-parallel wrapper has given the weight none, or one of another dtype.
+    """
+    main: Tensor | None = getattr(weight, "main_grad", None)
+    if getattr(weight, "grad_added_to_main_grad", None) is None:
+        return None  # Not wrapped by Megatron-Core, which would clear and read it.
+    return main if main is not None and main.dtype == dtype else None
+
+
+def _returned(weight: Tensor, total_VH: Tensor | None, fused: bool) -> Tensor | None:
+    """What autograd gets for the weight, whose gradient is in ``total_VH``."""
+    if total_VH is None or not fused:
+        return None if total_VH is None else total_VH.to(weight.dtype)
+    # Megatron-Core's hook needs some gradient, and does not read it when the flag is set; but that
+    # of a tied embedding, which is also the embedding's, is read if `zero_out_wgrad` says so.
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    tied = getattr(weight, "zero_out_wgrad", False)
+    return torch.zeros_like(weight) if tied else torch.empty_like(weight)
+
+
+def linear_cross_entropy(
+    x_SBH: Tensor,
+    weight_VH: Tensor,
+    target_SB: Tensor,
+    kernel: LinearCrossEntropy,
+    group: dist.ProcessGroup,
+    scale: float = 1.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """Cross entropy and squared log-normaliser of every token.
+
+    Gradients of the weight are added to its `main_grad` where Megatron-Core's wrapper has made one.
+
+    Args:
+        x_SBH: all tokens of the micro-batch, on every rank.
+        weight_VH: this rank's rows of the logits matrix.
+        target_SB: token ids in the whole vocabulary.
+        kernel: the implementation.
+        group: the tensor-parallel group.
+        scale: factor of the logits.
+        chunk: tokens whose logits exist at once; `None`: `chunk_tokens`.
+
+    Returns:
+        [2, S, B] in fp32 (fp64 for fp64): cross entropy in nats, and (log Z)^2.
+    """
+    chunk = chunk_tokens(weight_VH.shape[0]) if chunk is None else chunk
+    return _LinearCrossEntropy.apply(x_SBH, weight_VH, target_SB, scale, chunk, kernel, group)
+
+
+class LogitsLayer(ColumnParallelLinear):
+    """The logits matrix, split over the vocabulary; logits are fp32 whatever the weights are.
 
     Attributes:
-        logits_scale: factor on the input, applied in fp32.
+        logits_scale: factor of the logits.
+        kernel: computes losses; set before `forward` gets targets.
+        chunk: `--logits-chunk-tokens`.
     """
 
     logits_scale = 1.0
+    kernel: LinearCrossEntropy
+    chunk: int | None = None
 
     def forward(
         self,
         input_: Tensor,
         weight: Tensor | None = None,
         runtime_gather_output: bool | None = None,
+        target_SB: Tensor | None = None,
     ) -> tuple[Tensor, None]:
-        """[S, B, H] (a shard of S under sequence parallelism) -> [S, B, V of this rank], fp32."""
+        """[S, B, H] (a shard of S under sequence parallelism) -> logits or losses.
+
+        Args:
+            input_: the residual stream.
+            weight: of the tied embedding; `None` for its own.
+            runtime_gather_output: not used; Megatron-Core's layer has it.
+            target_SB: token ids of all S.
+
+        Returns:
+            [S, B, V] logits of this rank's columns, or with targets [2, S, B] as
+            `linear_cross_entropy`; fp32. Both in one method, because Megatron-Core's hooks that
+            gather parameters run before it.
+        """
         if self.sequence_parallel:
             x = gather_from_sequence_parallel_region(
                 input_, tensor_parallel_output_grad=True, group=self.tp_group
@@ -69,55 +235,9 @@ class Fp32LogitsLayer(ColumnParallelLinear):
         else:
             x = copy_to_tensor_model_parallel_region(input_, group=self.tp_group)
         weight = self.weight if weight is None else weight
-        return _Fp32Matmul.apply(x, weight, self.logits_scale), None
-
-
-class _VocabParallelLoss(torch.autograd.Function):
-    """See `vocab_parallel_loss`.
-
-    Takes ownership of the logits: their memory holds exp(logit - max), which the backward pass
-    divides by the total while it scales it, one pass less over the logits.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, group: ProcessGroup) -> Tensor:
-        columns = logits.shape[-1]
-        exps = logits.detach().flatten(0, -2)
-        top = exps.amax(dim=-1, keepdim=True)
-        all_reduce(top, op=ReduceOp.MAX, group=group)
-        index = (target - group.rank() * columns).reshape(-1, 1)
-        ours = (index >= 0) & (index < columns)
-        index = torch.where(ours, index, 0)
-        both = top.new_empty(2, *top.shape)
-        for part, maximum, chosen, picked, total in row_blocks(columns, exps, top, index, *both):
-            torch.gather(part.sub_(maximum), 1, chosen, out=picked)
-            torch.sum(part.exp_(), 1, keepdim=True, out=total)
-        both[0].masked_fill_(~ours, 0.0)
-        all_reduce(both, group=group)
-        picked, total = both
-        log_total = total.log()
-        log_z = log_total + top
-        ctx.save_for_backward(exps, total, index, ours, log_z)
-        return torch.stack((log_total - picked, log_z.square())).view(2, *target.shape)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        exps, total, index, ours, log_z = ctx.saved_tensors
-        grad_ce, grad_z = grads[0].reshape(2, -1, 1)
-        grad = exps.mul_((grad_ce + 2 * log_z * grad_z) / total)
-        grad.scatter_add_(-1, index, -(grad_ce * ours))
-        return grad.view(*grads[0].shape[1:], -1), None, None
-
-
-def vocab_parallel_loss(logits_SBV: Tensor, target_SB: Tensor, group: ProcessGroup) -> Tensor:
-    """Cross entropy and squared log-normaliser of every token.
-
-    Args:
-        logits_SBV: this rank's columns, fp32 (or fp64). Overwritten.
-        target_SB: token ids in the whole vocabulary.
-        group: the tensor-parallel group.
-
-    Returns:
-        [2, S, B]: cross entropy in nats, and (log Z)^2.
-    """
-    return _VocabParallelLoss.apply(logits_SBV, target_SB, group)
+        if target_SB is None:
+            return _Fp32Matmul.apply(x, weight, self.logits_scale), None
+        losses = linear_cross_entropy(
+            x, weight, target_SB, self.kernel, self.tp_group, self.logits_scale, self.chunk
+        )
+        return losses, None

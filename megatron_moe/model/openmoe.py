@@ -17,9 +17,10 @@ from megatron.core.transformer.transformer_block import (
 )
 from torch import Tensor
 
+from fused_kernels.operations import LinearCrossEntropy
 from megatron_moe.config import ModelConfig
 from megatron_moe.model.attention import documents_of
-from megatron_moe.model.loss import Fp32LogitsLayer, vocab_parallel_loss
+from megatron_moe.model.loss import LogitsLayer
 from megatron_moe.model.norm import RMSNorm
 
 
@@ -34,6 +35,8 @@ class OpenMoEModel(LanguageModule):
         first: whether this chunk embeds the tokens.
         last: whether this chunk computes logits and loss.
         pgs: process groups.
+        loss_kernel: computes the losses.
+        logits_chunk_tokens: `--logits-chunk-tokens`.
         vp_stage: number of this chunk on its rank, ``None`` without interleaving.
     """
 
@@ -46,6 +49,8 @@ class OpenMoEModel(LanguageModule):
         first: bool,
         last: bool,
         pgs: ProcessGroupCollection,
+        loss_kernel: LinearCrossEntropy,
+        logits_chunk_tokens: int | None = None,
         vp_stage: int | None = None,
     ) -> None:
         super().__init__(config=config, pg_collection=pgs)
@@ -71,7 +76,7 @@ class OpenMoEModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if last:
-            self.output_layer = Fp32LogitsLayer(
+            self.output_layer = LogitsLayer(
                 config.hidden_size,
                 vocab_size,
                 config=config,
@@ -81,6 +86,8 @@ class OpenMoEModel(LanguageModule):
                 skip_weight_param_allocation=first and tied,
                 tp_group=pgs.tp,
             )
+            self.output_layer.kernel = loss_kernel
+            self.output_layer.chunk = logits_chunk_tokens
             if tied and model.scale_tied_logits:
                 # Starts as N(0, 1): right for an embedding, sqrt(H) too large for logits.
                 self.output_layer.logits_scale = 1 / math.sqrt(model.hidden_size)
@@ -126,11 +133,11 @@ class OpenMoEModel(LanguageModule):
             hidden = documents.without_padding(hidden, self.pg_collection.tp)
         shared = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if shared else None
-        logits_SBV, _ = self.output_layer(hidden, weight=weight)
         if labels_BS is None:
+            logits_SBV, _ = self.output_layer(hidden, weight=weight)
             return logits_SBV.transpose(0, 1).contiguous()
-        losses = vocab_parallel_loss(logits_SBV, labels_BS.t(), self.pg_collection.tp)
-        return losses.transpose(1, 2).contiguous()
+        losses_2SB, _ = self.output_layer(hidden, weight=weight, target_SB=labels_BS.t())
+        return losses_2SB.transpose(1, 2).contiguous()
 
 
 def _block(

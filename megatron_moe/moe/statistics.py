@@ -95,7 +95,7 @@ class LayerStatistics:
         """[P] share of choices that were dropped in each part of a row; `None` without tokens."""
         tokens = [real + pads for real, pads in zip(*self.tokens_at, strict=True)]
         kept = [sum(real) + sum(pads) for real, pads in zip(*self.kept_at, strict=True)]
-        return tuple(_dropped(k, t * self._topk) for k, t in zip(kept, tokens, strict=True))
+        return tuple(_dropped(k, t * self.topk) for k, t in zip(kept, tokens, strict=True))
 
     @property
     def drop_rate_of_real(self) -> float | None:
@@ -108,10 +108,11 @@ class LayerStatistics:
         return self._drop_rate_of(1)
 
     def _drop_rate_of(self, kind: int) -> float | None:
-        return _dropped(sum(map(sum, self.kept_at[kind])), sum(self.tokens_at[kind]) * self._topk)
+        return _dropped(sum(map(sum, self.kept_at[kind])), sum(self.tokens_at[kind]) * self.topk)
 
     @property
-    def _topk(self) -> int:
+    def topk(self) -> int:
+        """K, choices of a token."""
         return len(self.kept_at[0][0])
 
     def to_json(self) -> dict[str, Any]:

@@ -17,22 +17,23 @@ import time
 
 import torch
 
-_GPU_PEAKS: tuple[tuple[str, float, float], ...] = (
-    ("B200", 2250.0, 1125.0),
-    ("H200", 989.4, 494.7),
-    ("H100 PCIe", 756.0, 378.0),
-    ("H100 NVL", 835.5, 417.7),
-    ("H100", 989.4, 494.7),
-    ("H800", 989.4, 494.7),
-    ("A100", 312.0, 156.0),
-    ("A800", 312.0, 156.0),
-    ("L40S", 362.1, 183.2),
-    ("A40", 149.7, 74.8),
-    ("RTX 4090", 165.2, 82.6),
-    ("RTX 3090", 71.0, 35.6),
+_GPU_PEAKS: tuple[tuple[str, float, float, float], ...] = (
+    ("B200", 2250.0, 1125.0, 75.0),
+    ("H200", 989.4, 494.7, 66.9),
+    ("H100 PCIe", 756.0, 378.0, 51.2),
+    ("H100 NVL", 835.5, 417.7, 60.0),
+    ("H100", 989.4, 494.7, 66.9),
+    ("H800", 989.4, 494.7, 66.9),
+    ("A100", 312.0, 156.0, 19.5),
+    ("A800", 312.0, 156.0, 19.5),
+    ("L40S", 362.1, 183.2, 91.6),
+    ("A40", 149.7, 74.8, 37.4),
+    ("RTX 4090", 165.2, 82.6, 82.6),
+    ("RTX 3090", 71.0, 35.6, 35.6),
 )
-"""(part of the device's name, dense BF16, dense TF32) in TFLOP/s, from NVIDIA's data sheets without
-sparsity. The first part that occurs in the name counts, so more specific ones come first."""
+"""(part of the device's name, dense BF16, dense TF32, FP32 outside of tensor cores) in TFLOP/s,
+from NVIDIA's data sheets without sparsity. The first part that occurs in the name counts, so more
+specific ones come first."""
 
 
 def peak_tflops(device: torch.device, bf16: bool) -> float | None:
@@ -40,16 +41,18 @@ def peak_tflops(device: torch.device, bf16: bool) -> float | None:
 
     Args:
         device: a GPU, looked up by its name; or the CPU, where a GEMM is measured.
-        bf16: of bfloat16; otherwise of the fastest fp32 GEMM (TF32 on GPUs).
+        bf16: of bfloat16; otherwise of fp32 GEMMs as torch runs them now: in TF32 only if that is
+            on (`torch.backends.cuda.matmul.fp32_precision`), which is not torch's default.
 
     Returns:
         `None` for a GPU that is not in `_GPU_PEAKS`.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for part, bf16_peak, tf32_peak in _GPU_PEAKS:
+        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+        for part, bf16_peak, tf32_peak, fp32_peak in _GPU_PEAKS:
             if part in name:
-                return bf16_peak if bf16 else tf32_peak
+                return bf16_peak if bf16 else tf32_peak if tf32 else fp32_peak
         return None
     return _measured_gemm(torch.bfloat16 if bf16 else torch.float32)
 

@@ -18,8 +18,10 @@ from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.data.composition import share_lines
 from megatron_moe.data.pipeline import Data
 from megatron_moe.model.counting import count_parameters
+from megatron_moe.model.loss import chunk_tokens
 from megatron_moe.moe.layer import MoELayer
-from megatron_moe.training.metrics import Evaluation, Interval, Summary
+from megatron_moe.moe.registry import kernels_for
+from megatron_moe.training.metrics import Evaluation, Interval, Summary, Throughput
 from megatron_moe.training.phases import Phase, RunSchedule, differences, phase_lines
 from megatron_moe.training.probe_statistics import ProbeResult
 from megatron_moe.training.run import TrainingRun
@@ -122,6 +124,7 @@ def starting_lines(
         *_rampup_line(run.plan.batch_sizes),
         *_data_lines(data),
         *_kernel_line(run),
+        _logits_line(run),
         *_forced_routing_line(run),
         *_resume_line(run, schedule, state),
     ]
@@ -132,6 +135,21 @@ def _kernel_line(run: TrainingRun) -> list[str]:
     if layer is None:
         return []
     return [f" {layer.describe(run.ctx.layout.micro_batch_size, run.config.data.seq_length)}"]
+
+
+def _logits_line(run: TrainingRun) -> str:
+    """How many chunks of a micro-batch's logits there are, and of what size."""
+    config, layout = run.config, run.ctx.layout
+    tokens, columns = layout.micro_batch_size * config.data.seq_length, run.vocab_size // layout.tp
+    most = config.parallel.logits_chunk_tokens or chunk_tokens(columns)
+    count = -(-tokens // most)
+    size = -(-tokens // count)
+    selected = kernels_for(config.moe, run.ctx.platform.device.type).selected
+    kernel = next(kernel for kernel in selected if kernel.operation == "linear_cross_entropy")
+    return (
+        f" logits: {count} x {size} tokens, {size * columns / 2**18:.4g} MiB at a time;"
+        f" kernel: {kernel.implementation} ({kernel.reason})"
+    )
 
 
 def _forced_routing_line(run: TrainingRun) -> list[str]:
@@ -203,15 +221,24 @@ def progress_line(interval: Interval, iterations: int) -> str:
         *([f"params norm {last.params_norm:.4f}"] if last.params_norm is not None else []),
         *(["FORCED ROUTING"] if interval.forced_routing else []),
         f"{speed.tokens_per_second:.0f} tokens/s",
-        f"{speed.tflops_per_device:.4g} TFLOP/s/device",
+        *_utilization(speed),
     ]
-    if speed.mfu is not None:
-        parts.append(f"MFU {speed.mfu:.1%}")
     parts += [
         f"{speed.memory_bytes / 2**20:.0f} MiB",
         f"{speed.seconds_per_step * 1e3:.1f} ms/iter",
     ]
     return " | ".join(parts)
+
+
+def _utilization(speed: Throughput) -> list[str]:
+    """The arithmetic that the model asks for, and in brackets what was done of it."""
+    tflops = speed.done_tflops_per_device
+    done = "" if tflops is None else f" ({tflops:.4g} done)"
+    parts = [f"{speed.tflops_per_device:.4g} TFLOP/s/device{done}"]
+    if speed.mfu is not None:
+        done = "" if speed.done_mfu is None else f" ({speed.done_mfu:.1%} done)"
+        parts.append(f"MFU {speed.mfu:.1%}{done}")
+    return parts
 
 
 def timers_line(timers: Mapping[str, tuple[float, float]]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_moe.checkpoint import TrainState
 from megatron_moe.config import RunConfig
-from megatron_moe.model.counting import flops_per_token
+from megatron_moe.model.counting import TokenFlops, flops_per_token
 from megatron_moe.moe.statistics import LayerStatistics
 from megatron_moe.training.phases import Phase
 from megatron_moe.training.run import TrainingRun
@@ -75,6 +75,21 @@ class StepRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """Training FLOPs of an interval over all ranks, for tokens that are not padding.
+
+    Matrix products, forward and backward, without recomputation (`model/counting.py`).
+    """
+
+    tokens: int
+    """Positions that are not padding."""
+    asked: float
+    """What the model asks for: all K choices of every token."""
+    done: float
+    """What was done: choices without a slot are computed by no expert."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Throughput:
     """The speed of an interval. Evaluations and saves are not counted."""
 
@@ -83,12 +98,19 @@ class Throughput:
     tokens_per_second: float
     """Positions per second, over all ranks."""
     tflops_per_device: float
-    """Model TFLOP/s of one rank: the arithmetic that the model needs, without recomputation."""
+    """Model TFLOP/s of one rank: the arithmetic that the model asks for, without recomputation; of
+    a model with MoE layers without padding, see `Arithmetic`."""
     mfu: float | None
     """Model FLOP/s utilization: `tflops_per_device` over the device's peak; ``None`` if the peak is
     not known."""
     memory_bytes: int
     """Peak memory of this rank so far."""
+    done_tflops_per_device: float | None = None
+    """The same with the arithmetic that was done; ``None`` without MoE layers."""
+    done_mfu: float | None = None
+    """`done_tflops_per_device` over the device's peak."""
+    arithmetic: Arithmetic | None = None
+    """Of the interval; ``None`` without MoE layers, which count padding and drops."""
     allocated_bytes: int = 0
     """Memory of this rank that tensors hold now."""
     reserved_bytes: int = 0
@@ -201,7 +223,7 @@ class Meter:
         """
         self._sequence_length = config.data.seq_length
         flops = flops_per_token(config.model, config.moe, self._vocab_size, self._sequence_length)
-        self._flops_per_token = flops.training
+        self._flops = flops
 
     def add(
         self,
@@ -241,6 +263,30 @@ class Meter:
         """Start the clock again."""
         self._started = time.perf_counter()
 
+    def with_routing(self, speed: Throughput, layers: Mapping[int, LayerStatistics]) -> Throughput:
+        """The speed with arithmetic as the MoE layers counted it: without padding, with drops.
+
+        Args:
+            speed: from `collect`, which counts every position with all K choices.
+            layers: statistics of the same steps.
+        """
+        if not layers:
+            return speed
+        tokens, done = count_arithmetic(self._flops, layers.values())
+        positions = next(iter(layers.values())).tokens
+        asked, whole = tokens * self._flops.training, positions * self._flops.training
+        tflops = speed.tflops_per_device * asked / whole
+        done_tflops = speed.tflops_per_device * done / whole
+        peak = self._peak_tflops
+        return replace(
+            speed,
+            tflops_per_device=tflops,
+            mfu=tflops / peak if peak else None,
+            done_tflops_per_device=done_tflops,
+            done_mfu=done_tflops / peak if peak else None,
+            arithmetic=Arithmetic(tokens=int(tokens), asked=asked, done=done),
+        )
+
     @property
     def tokens_per_second(self) -> float:
         """Over all collected steps; 0 without any."""
@@ -279,7 +325,7 @@ class Meter:
 
     def _throughput(self, records: Sequence[StepRecord], seconds: float) -> Throughput:
         tokens = self._tokens(records)
-        tflops = self._flops_per_token * tokens / seconds / self._world_size / 1e12
+        tflops = self._flops.training * tokens / seconds / self._world_size / 1e12
         memory = self._platform.device_memory_stats()
         return Throughput(
             seconds_per_step=seconds / len(records),
@@ -290,6 +336,20 @@ class Meter:
             allocated_bytes=memory["allocated"],
             reserved_bytes=memory["reserved"],
         )
+
+
+def count_arithmetic(flops: TokenFlops, layers: Collection[LayerStatistics]) -> tuple[float, float]:
+    """Tokens that are not padding, and the training FLOPs that were done for them.
+
+    Args:
+        flops: of one token.
+        layers: statistics of all MoE layers over the same passes; at least one.
+    """
+    counted = [sum(layer.tokens_at[0]) for layer in layers]
+    kept = sum(sum(map(sum, layer.kept_at[0])) for layer in layers)
+    choices = sum(counted) * next(iter(layers)).topk
+    tokens = counted[0]
+    return tokens, tokens * flops.training_with_drops(kept / choices if choices else 1.0)
 
 
 def _read(values: Sequence[Tensor | None]) -> list[float | None]:

@@ -2,17 +2,23 @@
 
 A line at every `--log-interval`, with all MoE layers by their 0-based number:
 
-    {"iteration": 100, "layers": {"3": {"load": [...], "drop_rate": 0.41, ...}, ...}}
+    {"iteration": 100, "arithmetic": {"tokens": 819200, "asked": 1.8e15, "done": 1.6e15},
+     "layers": {"3": {"load": [...], "drop_rate": 0.41, ...}, ...}}
 
 and one for each probe:
 
     {"iteration": 100, "probe": {"tokens": 2048, "chance": 0.25, "layers": {"3": {...}}}}
+
+`arithmetic` has the training FLOPs of the interval over all ranks, for tokens that are not padding:
+those that the model asks for, with all K choices, and those that were done, without dropped ones.
+They are counts, the same in every run of the same steps; for speeds see the log.
 
 The keys of a layer are those of `LayerStatistics.to_json` and of `LayerProbe`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -44,7 +50,10 @@ class RoutingLogSink:
         """A line with the layers."""
         if interval.layers:
             layers = {str(n): layer.to_json() for n, layer in interval.layers.items()}
-            self._append({"iteration": interval.records[-1].iteration, "layers": layers})
+            line: dict[str, Any] = {"iteration": interval.records[-1].iteration}
+            if interval.speed.arithmetic is not None:
+                line["arithmetic"] = dataclasses.asdict(interval.speed.arithmetic)
+            self._append({**line, "layers": layers})
 
     def probe(self, result: ProbeResult) -> None:
         """A line with the layers."""

@@ -153,6 +153,10 @@ def _interval_values(interval: Interval, logging: LoggingConfig) -> dict[str, fl
         values["train/stage"] = float(interval.phase.number)
     if speed.mfu is not None:
         values["speed/MFU"] = speed.mfu
+    if speed.done_tflops_per_device is not None:
+        values["speed/done TFLOPs per device"] = speed.done_tflops_per_device
+    if speed.done_mfu is not None:
+        values["speed/MFU of done arithmetic"] = speed.done_mfu
     if logging.log_memory_to_tensorboard:
         values["memory/allocated MiB"] = speed.allocated_bytes / 2**20
         values["memory/reserved MiB"] = speed.reserved_bytes / 2**20

@@ -311,6 +311,7 @@ class Trainer:
             records = self.spikes.mark(records)
         layers = collect_statistics(self.run.chunks, self.run.ctx.pgs)
         reset_statistics(self.run.chunks)
+        speed = self.meter.with_routing(speed, layers)
         phase = self.phase if self.schedule.has_phases else None
         timers = self.run.timers.collect(len(records))
         self.reporter.interval(

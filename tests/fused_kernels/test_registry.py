@@ -24,8 +24,10 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_auto_gives_its_selection_and_reason(operation: str, device: str, compiled: None) -> None:
     kernel = select(operation, device_type=device)
-    names = ["native", "reference"] if device == "cpu" else ["reference"]
-    passed = "" if device == "cpu" else "; no triton: no CUDA device"
+    mine = "native" if device == "cpu" else "triton"
+    left = (mine, operation) in registry.LEFT_TO_REFERENCE
+    names = ["native", "reference"] if device == "cpu" and not left else ["reference"]
+    passed = "" if device == "cpu" or left else "; no triton: no CUDA device"
     assert kernel.implementation == names[0]
     assert kernel.reason == f"auto: first of {', '.join(names)} on {device}{passed}"
     assert callable(kernel.module.forward)
@@ -49,13 +51,28 @@ def test_an_implementation_is_taken_by_name(compiled: None) -> None:
         assert (chosen.implementation, chosen.reason) == (name, "as requested")
 
 
+def test_an_operation_that_an_implementation_leaves_to_the_reference_says_so(
+    compiled: None,
+) -> None:
+    left = select("linear_cross_entropy", "native")
+    assert left.implementation == "reference"
+    why = "its time is in torch's GEMMs"
+    assert left.reason == f"as requested: native leaves it to the reference, {why}"
+    assert load_kernels("native").gated_silu.__name__ == "fused_kernels.native.gated_silu"
+    with pytest.raises(KernelUnavailable, match="'native' is not available: use auto or reference"):
+        select("linear_cross_entropy", "native", "cuda")
+
+
 def test_an_unknown_implementation_is_rejected_with_valid_names() -> None:
     valid = "'cutlass' is not available: use auto or triton or reference on cuda"
     with pytest.raises(KernelUnavailable, match=valid):
         select("gated_silu", "cutlass", "cuda")
 
 
-@pytest.mark.parametrize("operation", registry.OPERATIONS)
+@pytest.mark.parametrize(
+    "operation",
+    [name for name in registry.OPERATIONS if ("triton", name) not in registry.LEFT_TO_REFERENCE],
+)
 def test_triton_is_preferred_where_it_runs(monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
     """As on a machine with a GPU; nothing is launched."""
     monkeypatch.setattr(triton, "unavailable", lambda: None)
@@ -121,7 +138,7 @@ def test_an_unknown_operation_is_an_error_of_the_caller() -> None:
 
 
 def test_all_operations_come_together() -> None:
-    """Each attribute has the module of its operation, and the log all four."""
+    """Each attribute has the module of its operation, and the log all of them."""
     kernels = load_kernels("reference")
     for operation in registry.OPERATIONS:
         module = getattr(kernels, operation)

@@ -26,6 +26,8 @@ VOCAB = 96
 SEQ = 16
 ROWS = 2
 GLOBAL_ROWS = 8
+CHUNK = 13
+"""Tokens whose logits exist at once: the 32 of a micro-batch are three chunks, of 11, 11 and 10."""
 
 
 @dataclass(frozen=True)
@@ -205,7 +207,7 @@ def run_config(variant: str, flags: dict[str, Any], **train: Any) -> RunConfig:
     return RunConfig(
         model=model,
         moe=moe,
-        parallel=ParallelConfig(**flags),
+        parallel=ParallelConfig(**{"logits_chunk_tokens": CHUNK, **flags}),
         data=DataConfig(seq_length=SEQ, vocab_size=VOCAB, make_vocab_size_divisible_by=1),
         train=TrainConfig(
             micro_batch_size=ROWS, global_batch_size=GLOBAL_ROWS, train_iters=1, seed=7, **train

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_moe.config.cli import parse_args
 from megatron_moe.data.pipeline import build_data
+from megatron_moe.model.logical import expert_width
 from megatron_moe.training.optim.schedule import learning_rate
 from megatron_moe.training.plan import rate_lengths
 from megatron_moe.training.unigram import unigram_loss
@@ -71,6 +72,7 @@ def test_tensorboard_has_what_the_documentation_promises(reported):
     expected = {f"train/{name}" for name in (*TRAIN, "consumed samples", "batch size")}
     expected |= {f"speed/{name}" for name in ("tokens per second", "seconds per step", "MFU")}
     expected |= {"speed/model TFLOPs per device", "memory/max allocated MiB"}
+    expected |= {"speed/done TFLOPs per device", "speed/MFU of done arithmetic"}
     expected |= {f"{s}/{n}" for s in ("validation", "test") for n in ("lm loss", "perplexity")}
     expected |= {f"moe/layer {layer}/{name}" for layer in ("01", "03") for name in LAYER}
     assert tags == expected
@@ -170,6 +172,29 @@ def test_throughput_is_consistent(reported):
         assert rate == pytest.approx(8 * 32 / seconds[step], rel=1e-5)
         # --device-peak-tflops is 1.
         assert reported.scalars("speed/MFU")[step] == pytest.approx(tflops[step], rel=1e-5)
+        done = reported.scalars("speed/done TFLOPs per device")[step]
+        mfu = reported.scalars("speed/MFU of done arithmetic")[step]
+        assert mfu == pytest.approx(done, rel=1e-5)
+
+
+def test_arithmetic_done_leaves_out_what_was_dropped(reported):
+    """By hand, from the choices that the routing log says were kept: all tokens are real."""
+    model, moe = reported.config.model, reported.config.moe
+    choice = 2 * (model.input_blocks + 1) * model.hidden_size * expert_width(model, moe)
+    tflops = reported.scalars("speed/model TFLOPs per device")
+    done = reported.scalars("speed/done TFLOPs per device")
+    log = reported.results[0][1].splitlines()
+    for line in reported.routing:
+        counts, step = line["arithmetic"], line["iteration"]
+        dropped = sum(sum(x["load"]) - sum(x["kept"]) for x in line["layers"].values())
+        assert dropped > 0
+        assert counts["tokens"] == 4 * 8 * 32
+        assert counts["asked"] - counts["done"] == pytest.approx(3 * choice * dropped, rel=1e-9)
+        share = counts["done"] / counts["asked"]
+        assert done[step] / tflops[step] == pytest.approx(share, rel=1e-5)
+        shown = next(part for part in log if part.startswith(f" iteration {step}/"))
+        assert f"TFLOP/s/device ({done[step]:.4g} done) | MFU " in shown
+        assert re.search(r"MFU [\d.]+% \([\d.]+% done\)", shown)
 
 
 def test_the_log_is_rank_zeros_and_ends_with_losses_and_speed(reported):
