@@ -118,6 +118,12 @@ def _check_fp8(config: RunConfig) -> None:
         expected = "unset with --fp8-recipe delayed"
         fix = "Megatron-Core updates delayed scales for all layers together; use another recipe"
         raise UsageError("--first-last-layers-bf16", True, expected, fix)
+    parallel = config.parallel
+    selective = parallel.recompute_granularity == "selective"
+    if used and delayed and selective and "layernorm" in parallel.recompute_modules:
+        expected = "other modules with --fp8-recipe delayed"
+        fix = "Megatron-Core does not recompute norms with delayed scales; use another recipe"
+        raise UsageError("--recompute-modules", "layernorm", expected, fix)
     layers = config.model.num_layers
     if used and not any(fp8.in_fp8(layer, layers) for layer in range(layers)):
         kept = fp8.num_layers_at_start_in_bf16 + fp8.num_layers_at_end_in_bf16

@@ -38,6 +38,11 @@ INVALID = {
     "--fp8-format e4m3 --num-layers-at-end-in-bf16 0": (
         "--num-layers-at-end-in-bf16 must be used with --first-last-layers-bf16 (got 0)"
     ),
+    "--fp8-format hybrid --fp8-recipe delayed --recompute-granularity selective"
+    " --recompute-modules layernorm": (
+        "--recompute-modules must be other modules with --fp8-recipe delayed (got 'layernorm');"
+        " Megatron-Core does not recompute norms with delayed scales; use another recipe"
+    ),
     "--fp8-format hybrid --fp8-recipe delayed --first-last-layers-bf16": (
         "--first-last-layers-bf16 must be unset with --fp8-recipe delayed (got True);"
         " Megatron-Core updates delayed scales for all layers together; use another recipe"
