@@ -23,7 +23,7 @@ from megatron_moe.errors import UsageError
 from megatron_moe.moe import expert_gemm
 from megatron_moe.moe.exchange import ExpertGroups, size_of
 from megatron_moe.moe.expert_gemm import ExpertBucket, make_buckets
-from megatron_moe.moe.fp8_experts import Fp8ExpertGemms, filled_rows
+from megatron_moe.moe.fp8_experts import Fp8ExpertGemms
 from megatron_moe.moe.plan import BufferLayout, Plan, Slots
 
 PADDING_WORTH = ((30_000_000, 1.3), (100_000_000, 1.1), (math.inf, 1.02))
@@ -207,8 +207,6 @@ class Experts(nn.Module):
             return expert_gemm.batched(rows_RH, *weights, impl.buckets, gate)
         # [source, expert, slot] -> [expert, source, slot]: a batched GEMM wants the rows of an
         # expert from all sources together.
-        if self.fp8 is not None:
-            rows_RH = rows_RH.where(filled_rows(plan, self.groups), 0.0)
         by_source = rows_RH.view(sources, self.num_local, -1, hidden)
         by_expert = by_source.transpose(0, 1).reshape(-1, hidden)
         if self.fp8 is not None:

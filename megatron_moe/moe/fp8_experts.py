@@ -1,10 +1,9 @@
 """The feed-forward layers of all experts with GEMMs in emulated FP8 (`--fp8-emulate`).
 
-Scales must not depend on what lies in rows without a token, which hold a copy of some token: they
-are set to zero first. A block of scales along the rows of an expert, of its weight gradients in
-`blockwise` and `mxfp8`, that is not full counts as padded with zeros, which is how Transformer
-Engine's GEMMs get the rows of a local expert: padded after the exchange, so capacity and drops stay
-as they are.
+Rows without a token arrive as zeros, so they have no part in a scale. A block of scales along the
+rows of an expert, of its weight gradients in `blockwise` and `mxfp8`, that is not full counts as
+padded with zeros, which is how Transformer Engine's GEMMs get the rows of a local expert: padded
+after the exchange, so capacity and drops stay as they are.
 
 Shapes: E experts of this rank, N rows of one expert (slots of all sources and groups), H hidden,
 F width, M = blocks * F.
@@ -17,7 +16,6 @@ from torch import Tensor, nn
 
 from fused_kernels.autograd import gated_silu
 from fused_kernels.fp8.gemm import Fp8Gemm, Fp8Settings
-from megatron_moe.moe.exchange import ExpertGroups
 from megatron_moe.moe.plan import Plan
 
 
@@ -43,7 +41,7 @@ class Fp8ExpertGemms(nn.Module):
         """Outputs [E, N, H].
 
         Args:
-            x_ENH: rows by expert, zero where empty; see `filled_rows`.
+            x_ENH: rows by expert, zero where empty.
             weight_in: [E, H, M], blocks gate (or linear, gate) and up side by side.
             weight_out: [E, F, H].
             plan: has the gate's kernel.
@@ -54,17 +52,3 @@ class Fp8ExpertGemms(nn.Module):
         h_ENF = h_NF.unflatten(0, x_ENH.shape[:2])
         y_ENH: Tensor = self.down(h_ENF, weight_out.mT)
         return y_ENH
-
-
-def filled_rows(plan: Plan, groups: ExpertGroups) -> Tensor:
-    """Which rows hold a token of those that arrived in the fixed layout, [R, 1] bool.
-
-    Args:
-        plan: of this pass, with the layout `fixed`.
-        groups: ranks that sent them.
-    """
-    filled_EG = plan.slots.filled_GE.t().contiguous()
-    # Of each source, the experts of this rank: rows are [source, expert, group, slot].
-    arrived = groups.to_experts(filled_EG).unsqueeze(-1)
-    place = torch.arange(plan.slots.most, device=arrived.device)
-    return (place < arrived).view(-1, 1)
