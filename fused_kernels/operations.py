@@ -108,6 +108,53 @@ class LinearCrossEntropy(Protocol):
         """Gradient of the tokens [T, H]; that of the weight is added to ``grad_VH``."""
 
 
+class RmsNorm(Protocol):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+
+    def forward(self, x: Tensor, weight_W: Tensor, eps: float, /) -> tuple[Tensor, Tensor]:
+        """The result, and the reciprocal roots [..., 1], the one thing that `backward` needs."""
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight_W: Tensor, inverse: Tensor, /
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of x and of the weight."""
+
+
+class Rotary(Protocol):
+    """Rotary position embedding of queries or keys."""
+
+    def forward(self, x_SBND: Tensor, cos: Tensor, sin: Tensor, /) -> Tensor:
+        """Each pair rotated by its angle."""
+
+    def backward(self, grad_SBND: Tensor, cos: Tensor, sin: Tensor, /) -> Tensor:
+        """The gradient rotated back."""
+
+
+class RouterKernel(Protocol):
+    """Logits to probabilities and choices; sums of the losses."""
+
+    def forward(
+        self, logits_ET: Tensor, topk: int, /
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """log_probs_ET, probs_ET, log_z_T, choices_KT, weights_KT."""
+
+    def backward(
+        self,
+        grad_log_z_T: Tensor | None,
+        grad_probs_ET: Tensor | None,
+        grad_weights_KT: Tensor | None,
+        probs_ET: Tensor,
+        choices_KT: Tensor,
+        /,
+    ) -> Tensor:
+        """Gradient of the logits, [E, T]."""
+
+    def loss_sums(
+        self, probs_TE: Tensor, log_z_T: Tensor, load_QE: Tensor, /
+    ) -> tuple[Tensor, Tensor]:
+        """Sums that the balance loss and the z-loss are multiples of."""
+
+
 @dataclass(frozen=True)
 class Kernel:
     """One operation as selected.
@@ -135,6 +182,9 @@ class Kernels:
         combine_tokens: the weighted sum out of it.
         gated_silu: the gate of feed-forward layers, dense ones included.
         linear_cross_entropy: the logits matrix and the loss.
+        rms_norm: every norm but that of queries and keys over a whole projection.
+        rotary: rotary positions of queries and keys.
+        router: softmax and choices of the router, sums of its losses.
         selected: where each came from and why, for the log.
     """
 
@@ -143,6 +193,9 @@ class Kernels:
     combine_tokens: CombineTokens
     gated_silu: GatedSilu
     linear_cross_entropy: LinearCrossEntropy
+    rms_norm: RmsNorm
+    rotary: Rotary
+    router: RouterKernel
     selected: tuple[Kernel, ...]
 
 
@@ -160,13 +213,22 @@ if TYPE_CHECKING:
     from fused_kernels.reference import gated_silu as reference_gate
     from fused_kernels.reference import linear_cross_entropy as reference_cross_entropy
     from fused_kernels.reference import rank_in_expert as reference_rank
+    from fused_kernels.reference import rms_norm as reference_norm
+    from fused_kernels.reference import rotary as reference_rotary
+    from fused_kernels.reference import router as reference_router
     from fused_kernels.triton import combine_tokens as triton_combine
     from fused_kernels.triton import dispatch_tokens as triton_dispatch
     from fused_kernels.triton import gated_silu as triton_gate
     from fused_kernels.triton import rank_in_expert as triton_rank
+    from fused_kernels.triton import rms_norm as triton_norm
+    from fused_kernels.triton import rotary as triton_rotary
+    from fused_kernels.triton import router as triton_router
 
     _ranks: tuple[RankInExpert, ...] = (rank_in_expert, reference_rank, triton_rank)
     _dispatches: tuple[DispatchTokens, ...] = (dispatch_tokens, reference_dispatch, triton_dispatch)
     _combines: tuple[CombineTokens, ...] = (combine_tokens, reference_combine, triton_combine)
     _gates: tuple[GatedSilu, ...] = (gated_silu, reference_gate, triton_gate)
     _cross_entropies: tuple[LinearCrossEntropy, ...] = (reference_cross_entropy,)
+    _norms: tuple[RmsNorm, ...] = (reference_norm, triton_norm)
+    _rotaries: tuple[Rotary, ...] = (reference_rotary, triton_rotary)
+    _routers: tuple[RouterKernel, ...] = (reference_router, triton_router)

@@ -18,10 +18,10 @@ from fused_kernels.operations import Kernel, Kernels
 
 OPERATIONS = (
     *("combine_tokens", "dispatch_tokens", "gated_silu", "linear_cross_entropy"),
-    "rank_in_expert",
+    *("rank_in_expert", "rms_norm", "rotary", "router"),
 )
-"""The attributes of `Kernels`: what an expert layer needs besides GEMMs and communication, and the
-loss.
+"""The attributes of `Kernels`: what a layer needs besides GEMMs, attention and communication, and
+the loss.
 """
 
 IMPLEMENTATIONS: dict[str, frozenset[str] | None] = {
@@ -34,6 +34,9 @@ IMPLEMENTATIONS: dict[str, frozenset[str] | None] = {
 LEFT_TO_REFERENCE = {
     ("native", "linear_cross_entropy"): "its time is in torch's GEMMs",
     ("triton", "linear_cross_entropy"): "its time is in torch's GEMMs",
+    ("native", "rms_norm"): "there is none in C++",
+    ("native", "rotary"): "there is none in C++",
+    ("native", "router"): "there is none in C++",
 }
 """(implementation, operation) -> why the reference is that implementation's own, too."""
 

@@ -5,7 +5,7 @@ what a kernel loads and stores, a row that it loads twice twice; `least` counts 
 every result once. Both leave out what torch itself does: clearing a buffer, a last sum.
 
 Shapes: T tokens, K choices of a token, E experts, G capacity groups, A = K T / G choices of a
-group, R buffer rows, H hidden, F width of an expert.
+group, R buffer rows, H hidden, F width of an expert, N heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fused_kernels.triton import combine_tokens, dispatch_tokens, gated_silu, rank_in_expert
+from fused_kernels.triton import (
+    combine_tokens,
+    dispatch_tokens,
+    gated_silu,
+    rank_in_expert,
+    rms_norm,
+    rotary,
+    router,
+)
 
 INDEX, FLAG, WIDE = 8, 1, 4
 """Bytes of an int64, a bool, an fp32."""
@@ -34,6 +42,8 @@ class Size:
         slots: of an expert for each group, so that R = E G slots.
         hidden: H.
         ffn: F.
+        heads: N.
+        head_dim: D.
         dtype: of activations.
     """
 
@@ -44,6 +54,8 @@ class Size:
     slots: int
     hidden: int
     ffn: int
+    heads: int
+    head_dim: int
     dtype: torch.dtype = torch.bfloat16
 
     @property
@@ -61,8 +73,28 @@ class Size:
         """Bytes of a token."""
         return self.hidden * self.dtype.itemsize
 
+    @property
+    def head_row(self) -> int:
+        """Bytes of the queries of a token."""
+        return self.heads * self.head_dim * self.dtype.itemsize
 
-OPENMOE_8B = Size(tokens=8192, topk=2, experts=32, groups=4, slots=160, hidden=2048, ffn=8192)
+    @property
+    def table(self) -> int:
+        """Bytes of the router's table of tokens and experts."""
+        return self.tokens * self.experts * WIDE
+
+
+OPENMOE_8B = Size(
+    tokens=8192,
+    topk=2,
+    experts=32,
+    groups=4,
+    slots=160,
+    hidden=2048,
+    ffn=8192,
+    heads=24,
+    head_dim=128,
+)
 """OpenMoE-8B with four rows of 2048 tokens and capacity factor 1.25: R = 20480."""
 
 
@@ -176,6 +208,78 @@ def _combine_backward_bytes(size: Size) -> int:
     return by_token + written + by_row
 
 
+def _norm(size: Size, device: torch.device) -> Callable[[], object]:
+    x_TH = values(size, device, size.tokens, size.hidden)
+    return lambda: rms_norm.forward(x_TH, x_TH[0], 1e-6)
+
+
+def _norm_backward(size: Size, device: torch.device) -> Callable[[], object]:
+    x_TH = values(size, device, size.tokens, size.hidden)
+    inverse_T1 = torch.ones(size.tokens, 1, device=device)
+    return lambda: rms_norm.backward(x_TH, x_TH, x_TH[0], inverse_T1)
+
+
+def _norm_parts(size: Size) -> int:
+    """Programs of the norm's backward pass."""
+    each = max(1, -(-size.tokens // rms_norm.PARTS))
+    return -(-size.tokens // each)
+
+
+def _norm_programs(size: Size) -> int:
+    """Programs of the norm's forward pass, each of which reads the scale, mostly from a cache."""
+    tile = max(1, rms_norm.ELEMENTS // _padded(size.hidden))
+    return -(-size.tokens // tile)
+
+
+def _padded(width: int) -> int:
+    """The least power of two that holds so many."""
+    return 1 << (width - 1).bit_length()
+
+
+def _rotary(size: Size, device: torch.device) -> Callable[[], object]:
+    length = size.tokens // size.groups
+    fused = values(size, device, length, size.groups, size.heads, 3 * size.head_dim)
+    angles = torch.ones(length, size.head_dim // 2, device=device)
+    return lambda: rotary.forward(fused[..., : size.head_dim], angles, angles)
+
+
+def _rotary_angles(size: Size) -> int:
+    """Bytes of sines and cosines of every program: those of a token are the same in all rows."""
+    together = min(_padded(size.heads), rotary.ELEMENTS // _padded(size.head_dim // 2))
+    return size.tokens * -(-size.heads // together) * size.head_dim * WIDE
+
+
+def _router(size: Size, device: torch.device) -> Callable[[], object]:
+    logits_ET = torch.ones(size.experts, size.tokens, device=device)
+    return lambda: router.forward(logits_ET, size.topk)
+
+
+def _router_backward(size: Size, device: torch.device) -> Callable[[], object]:
+    probs_ET = torch.ones(size.experts, size.tokens, device=device)
+    choices_KT = torch.zeros(size.topk, size.tokens, dtype=torch.long, device=device)
+    weights_KT = torch.ones(size.topk, size.tokens, device=device)
+    slopes = probs_ET[0], probs_ET.t().contiguous().t(), weights_KT
+    return lambda: router.backward(*slopes, probs_ET, choices_KT)
+
+
+def _loss_sums(size: Size, device: torch.device) -> Callable[[], object]:
+    probs_ET = torch.ones(size.experts, size.tokens, device=device)
+    load_QE = torch.ones(size.groups, size.experts, dtype=torch.long, device=device)
+    return lambda: router.loss_sums(probs_ET.t(), probs_ET[0], load_QE)
+
+
+def _loss_bytes(size: Size) -> int:
+    """The loads of a token's part are read for each token, from a cache."""
+    programs = -(-size.tokens // max(8, min(128, router.ELEMENTS // _padded(size.experts))))
+    loads = size.tokens * size.experts * INDEX
+    return size.table + loads + size.tokens * WIDE + 2 * WIDE * programs
+
+
+def _choice_bytes(size: Size) -> int:
+    """Of the choices, their weights and the logarithms of all tokens."""
+    return size.choices * (INDEX + WIDE) + size.tokens * WIDE
+
+
 CASES = (
     Case(
         name="dispatch_tokens.forward",
@@ -230,5 +334,48 @@ CASES = (
             copies_rows=True,
         )
         for blocks in (2, 3)
+    ),
+    Case(
+        name="rms_norm.forward",
+        run=_norm,
+        moved=lambda s: (2 * s.tokens + _norm_programs(s)) * s.row + s.tokens * WIDE,
+        least=lambda s: (2 * s.tokens + 1) * s.row + s.tokens * WIDE,
+        copies_rows=True,
+    ),
+    Case(
+        name="rms_norm.backward",
+        run=_norm_backward,
+        moved=lambda s: (
+            (3 * s.tokens + _norm_parts(s)) * s.row
+            + s.tokens * WIDE
+            + _norm_parts(s) * s.hidden * WIDE
+        ),
+        least=lambda s: (3 * s.tokens + 2) * s.row + s.tokens * WIDE,
+        copies_rows=True,
+    ),
+    Case(
+        name="rotary.forward",
+        run=_rotary,
+        moved=lambda s: 2 * s.tokens * s.head_row + _rotary_angles(s),
+        least=lambda s: 2 * s.tokens * s.head_row + s.tokens // s.groups * s.head_dim * WIDE,
+        copies_rows=True,
+    ),
+    Case(
+        name="router.forward",
+        run=_router,
+        moved=lambda s: 3 * s.table + _choice_bytes(s),
+        least=lambda s: 3 * s.table + _choice_bytes(s),
+    ),
+    Case(
+        name="router.backward",
+        run=_router_backward,
+        moved=lambda s: 3 * s.table + _choice_bytes(s),
+        least=lambda s: 3 * s.table + _choice_bytes(s),
+    ),
+    Case(
+        name="router.loss_sums",
+        run=_loss_sums,
+        moved=_loss_bytes,
+        least=lambda s: s.table + s.tokens * WIDE + s.groups * s.experts * INDEX + 2 * WIDE,
     ),
 )

@@ -96,10 +96,10 @@ class MoEConfig:
     moe_dispatch_impl: Annotated[
         Literal["auto", "native", "triton", "reference"], Flag("--kernel-impl")
     ] = "auto"
-    """Kernels of MoE dispatch and combine, and of the gate of every feed-forward layer, dense ones
-    included: `native` is C++ for CPUs and `triton` is Triton for GPUs, both compiled at first use,
-    `reference` is plain PyTorch; `auto` logs its choice at startup. `--moe-dispatch-impl` is
-    accepted as well."""
+    """Kernels of MoE dispatch and combine, of the gate of every feed-forward layer, dense ones
+    included, and of norms, rotary positions and the router: `native` is C++ for CPUs (the first
+    three) and `triton` is Triton for GPUs (all), both compiled at first use, `reference` is plain
+    PyTorch; `auto` logs its choice at startup. `--moe-dispatch-impl` is accepted as well."""
     moe_expert_impl: Literal["auto", "loop", "batched"] = "auto"
     """Expert GEMMs: one per expert over its filled rows (`loop`), or one batched GEMM over the
     whole fixed-shape buffer (`batched`, without host reads, for GPUs and dry runs)."""

@@ -26,6 +26,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from fused_kernels.autograd import rotary
+from fused_kernels.operations import Rotary
+from fused_kernels.reference import rotary as reference
+
 
 def rotary_table(
     length: int, head_dim: int, base: float, device: torch.device, dtype: torch.dtype
@@ -38,45 +42,6 @@ def rotary_table(
     position = torch.arange(length, dtype=dtype, device=device)
     angle = torch.outer(position, base**-exponent)
     return angle.cos(), angle.sin()
-
-
-def _rotated(x_SBND: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """Each pair (x_i, x_{i+D/2}) rotated by ``sign`` times its angle, in three passes."""
-    cos = torch.cat((cos, cos), -1)
-    x = x_SBND.to(cos.dtype)
-    first, second = x.chunk(2, dim=-1)
-    rotated = x * cos
-    new_first, new_second = rotated.chunk(2, dim=-1)
-    new_first.addcmul_(second, sin, value=-sign)
-    new_second.addcmul_(first, sin, value=sign)
-    return rotated.to(x_SBND.dtype)
-
-
-class _Rotation(torch.autograd.Function):
-    """Saves nothing of ``x``: the gradient is rotated back by the same angle."""
-
-    @staticmethod
-    def forward(ctx: Any, x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x_SBND, cos, sin, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(grads[0], cos, sin, -1), None, None
-
-
-def rotate(x_SBND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate each pair (x_i, x_{i+D/2}) by its angle, in fp32; the result has the type of ``x``.
-
-    Args:
-        x_SBND: queries or keys.
-        cos: [S, D/2], the same for all rows, or [S, B, D/2].
-        sin: likewise.
-    """
-    if cos.dim() == 2:
-        cos, sin = cos[:, None], sin[:, None]
-    return _Rotation.apply(x_SBND, cos[:, :, None], sin[:, :, None])
 
 
 @dataclass(frozen=True)
@@ -150,9 +115,14 @@ class RotaryCoreAttention(torch.nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any
+        self,
+        config: TransformerConfig,
+        softmax_scale: float | None = None,
+        kernel: Rotary = reference,
+        **_: Any,
     ) -> None:
         super().__init__()
+        self.kernel = kernel
         if config.kv_channels is None:
             raise ValueError("Megatron-Core's configuration has no kv_channels")
         self.sequence_parallel = config.sequence_parallel
@@ -210,12 +180,15 @@ class RotaryCoreAttention(torch.nn.Module):
             bias, positions_BS = packed_seq_params.bias(query.dtype), packed_seq_params.positions_BS
             if positions_BS is not None:
                 cos, sin = cos[positions_BS.t()], sin[positions_BS.t()]
-        q, k = rotate(query, cos, sin), rotate(key, cos, sin)
+        q, k = (rotary(x, cos, sin, self.kernel) for x in (query, key))
         if key.shape[2] != heads:
             # Repeated, rather than `enable_gqa`: with that, fp32 and masks have no fused kernel on
             # GPUs. On a CPU both take the same time (8 and 32 heads, 64 to 1024 tokens).
             repeats = heads // key.shape[2]
             k, value = (t.repeat_interleave(repeats, dim=2) for t in (k, value))
+        # Attention keeps the values for its backward pass. As a view they would keep the whole
+        # projection alive, with queries and keys that are kept rotated already.
+        value = value.contiguous()
         with self._dropout_rng():
             out = F.scaled_dot_product_attention(
                 q.permute(1, 2, 0, 3),

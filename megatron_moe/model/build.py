@@ -11,6 +11,7 @@ from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubm
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
 
+from fused_kernels.operations import Kernels, RmsNorm
 from megatron_moe.config import ModelConfig, PrecisionConfig, RunConfig, moe_layer_pattern
 from megatron_moe.model.attention import RotaryCoreAttention
 from megatron_moe.model.fp8 import emulate_fp8
@@ -161,18 +162,18 @@ def _stage_layout(degrees: Degrees) -> list[list[str]] | None:
     return chunks
 
 
-def layer_spec(config: RunConfig, pgs: ProcessGroupCollection) -> ModuleSpec:
+def layer_spec(config: RunConfig, pgs: ProcessGroupCollection, kernels: Kernels) -> ModuleSpec:
     """How Megatron-Core's block builds one of our layers."""
-    model = config.model
+    model, norm = config.model, kernels.rms_norm
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=Fp8ColumnParallelLinear,
-            core_attention=RotaryCoreAttention,
+            core_attention=ModuleSpec(RotaryCoreAttention, params={"kernel": kernels.rotary}),
             linear_proj=Fp8RowParallelLinear,
-            q_layernorm=_qk_norm(model, model.num_attention_heads, pgs),
-            k_layernorm=_qk_norm(model, model.key_value_heads, pgs),
+            q_layernorm=_qk_norm(model, model.num_attention_heads, pgs, norm),
+            k_layernorm=_qk_norm(model, model.key_value_heads, pgs, norm),
         ),
     )
     return ModuleSpec(
@@ -182,12 +183,14 @@ def layer_spec(config: RunConfig, pgs: ProcessGroupCollection) -> ModuleSpec:
     )
 
 
-def _qk_norm(model: ModelConfig, heads: int, pgs: ProcessGroupCollection) -> ModuleSpec | None:
+def _qk_norm(
+    model: ModelConfig, heads: int, pgs: ProcessGroupCollection, kernel: RmsNorm
+) -> ModuleSpec | None:
     """The norm of queries or keys, of which all ranks together have ``heads`` heads."""
     if not model.qk_layernorm:
         return None
     if model.qk_layernorm_scope == "head":
-        return ModuleSpec(module=RMSNorm)
+        return ModuleSpec(module=RMSNorm, params={"kernel": kernel})
     return ModuleSpec(module=SplitRMSNorm, params={"heads": heads, "tp_group": pgs.tp})
 
 
@@ -215,7 +218,8 @@ def build_model(
     if dtype is None:
         dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     core = transformer_config(config, degrees, device, dtype)
-    spec = layer_spec(config, pgs)
+    kernels = kernels_for(config.moe, device.type)
+    spec = layer_spec(config, pgs, kernels)
     stage, stages = pgs.pp.rank(), degrees.pp
     numbers = range(degrees.vp) if degrees.vp else [None]
     chunks = [
@@ -230,6 +234,7 @@ def build_model(
             loss_kernel=kernels_for(config.moe, device.type).linear_cross_entropy,
             logits_chunk_tokens=config.parallel.logits_chunk_tokens,
             vp_stage=number,
+            norm=ModuleSpec(module=RMSNorm, params={"kernel": kernels.rms_norm}),
         ).to(device)
         for number in numbers
     ]

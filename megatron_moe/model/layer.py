@@ -62,25 +62,30 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
         self.layer_number = layer_number + offset
         self.hidden_dropout = model.hidden_dropout
         self.tp_group = pg_collection.tp
-        self.input_layernorm = RMSNorm(config, config.hidden_size, model.norm_epsilon)
+        self.kernels = kernels_for(moe, parameter_device(config).type)
+        self.input_layernorm = self._new_norm(model)
         self.self_attention = build_module(
             submodules.self_attention,
             config=config,
             layer_number=self.layer_number,
             pg_collection=pg_collection,
         )
-        self.pre_mlp_layernorm = RMSNorm(config, config.hidden_size, model.norm_epsilon)
+        self.pre_mlp_layernorm = self._new_norm(model)
         self._build_feed_forward(model, moe, pg_collection)
         modules = config.recompute_modules if config.recompute_granularity == "selective" else []
         self.recompute_mlp, self.recompute_moe = "mlp" in modules, "moe" in modules
         self.recompute_shared = self.recompute_mlp or "shared_experts" in modules
         self.recompute_norms = "layernorm" in modules
 
+    def _new_norm(self, model: ModelConfig) -> RMSNorm:
+        config, kernel = self.config, self.kernels.rms_norm
+        return RMSNorm(config, config.hidden_size, model.norm_epsilon, kernel)
+
     def _build_feed_forward(
         self, model: ModelConfig, moe: MoEConfig, pgs: ProcessGroupCollection
     ) -> None:
         config, device = self.config, parameter_device(self.config)
-        gate = kernels_for(moe, device.type).gated_silu
+        gate = self.kernels.gated_silu
         pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
         self.is_moe = pattern[self.layer_number - 1]
         self.shared_norm: RMSNorm | None = None
@@ -103,7 +108,7 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
         width = moe.moe_shared_expert_intermediate_size
         self.shared = DenseFFN(config, model, width, pgs, gate)
         if moe.moe_shared_expert_placement == "sequential":
-            self.shared_norm = RMSNorm(config, config.hidden_size, model.norm_epsilon)
+            self.shared_norm = self._new_norm(model)
 
     def _add(self, residual: Tensor, branch: Tensor) -> Tensor:
         return residual + F.dropout(branch, self.hidden_dropout, self.training)

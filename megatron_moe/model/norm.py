@@ -11,8 +11,6 @@ the heads (`TransformerConfig.qk_layernorm`). Over the whole projection, it is `
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -21,37 +19,10 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn import functional as F
 
-
-class _CpuRMSNorm(torch.autograd.Function):
-    """Nine passes over the activations; autograd through PyTorch's CPU path takes twenty.
-
-    With u = x / r, r = sqrt(mean(x^2) + eps) and g = weight * dy: dx = (g - u mean(g u)) / r and
-    dweight = sum over rows of dy u.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
-        inverse = mean_square.div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, inverse)
-        # Cast before scaling, as T5 does: bf16 results depend on the order.
-        normalised = (wide * inverse).to(x.dtype)
-        return normalised.mul_(weight) if weight.dtype == x.dtype else normalised * weight
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, inverse = ctx.saved_tensors
-        width = x.shape[-1]
-        unit = (x.to(inverse.dtype) * inverse).reshape(-1, width)
-        grad = grads[0].to(inverse.dtype).reshape(-1, width)
-        wide_weight = weight.to(inverse.dtype)
-        product = grad * unit
-        mean = product.mv(wide_weight).div_(-width).unsqueeze(1)
-        grad_x = (grad * wide_weight).addcmul_(unit, mean).mul_(inverse.reshape(-1, 1))
-        return grad_x.view_as(x).to(x.dtype), product.sum(0).to(weight.dtype), None
+from fused_kernels.autograd import rms_norm
+from fused_kernels.operations import RmsNorm
+from fused_kernels.reference import rms_norm as reference
 
 
 class RMSNorm(torch.nn.Module):
@@ -61,21 +32,24 @@ class RMSNorm(torch.nn.Module):
         config: gives the parameter type and whether sequence parallelism is on.
         hidden_size: H.
         eps: added to the mean square.
+        kernel: the implementation.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        hidden_size: int,
+        eps: float = 1e-6,
+        kernel: RmsNorm = reference,
+    ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.kernel = eps, kernel
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise ``x`` [..., H]; the result has the type of ``x``."""
-        if x.device.type == "cpu":
-            return _CpuRMSNorm.apply(x, self.weight, self.eps)
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normalised = F.rms_norm(wide, (x.shape[-1],), None, self.eps)
-        return normalised.to(x.dtype) * self.weight
+        return rms_norm(x, self.weight, self.eps, self.kernel)
 
 
 class SplitRMSNorm(torch.nn.Module):

@@ -38,6 +38,7 @@ class OpenMoEModel(LanguageModule):
         loss_kernel: computes the losses.
         logits_chunk_tokens: `--logits-chunk-tokens`.
         vp_stage: number of this chunk on its rank, ``None`` without interleaving.
+        norm: how to build the last norm.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class OpenMoEModel(LanguageModule):
         loss_kernel: LinearCrossEntropy,
         logits_chunk_tokens: int | None = None,
         vp_stage: int | None = None,
+        norm: ModuleSpec | type[RMSNorm] = RMSNorm,
     ) -> None:
         super().__init__(config=config, pg_collection=pgs)
         self.pre_process, self.post_process, self.vp_stage = first, last, vp_stage
@@ -69,7 +71,7 @@ class OpenMoEModel(LanguageModule):
             )
         self.decoder = TransformerBlock(
             config,
-            _block(config, layer_spec, vp_stage, pgs),
+            _block(config, layer_spec, norm, vp_stage, pgs),
             pre_process=first,
             post_process=last,
             pg_collection=pgs,
@@ -141,7 +143,11 @@ class OpenMoEModel(LanguageModule):
 
 
 def _block(
-    config: TransformerConfig, spec: ModuleSpec, vp_stage: int | None, pgs: ProcessGroupCollection
+    config: TransformerConfig,
+    spec: ModuleSpec,
+    norm: ModuleSpec | type[RMSNorm],
+    vp_stage: int | None,
+    pgs: ProcessGroupCollection,
 ) -> TransformerBlockSubmodules:
     count = get_num_layers_to_build(config, vp_stage, pgs.pp.rank())
-    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=norm)

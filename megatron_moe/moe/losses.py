@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fused_kernels.operations import RouterKernel
+from fused_kernels.reference import router as reference
 from megatron_moe.config import MoEConfig
 from megatron_moe.moe.exchange import Group, rank_of
 from megatron_moe.moe.plan import Capacity, Plan
@@ -67,7 +69,8 @@ class RouterLosses:
             balance_weight=self.balance_weight,
             z_weight=self.z_weight,
         )
-        weights_TK, balance, z = attach_losses(plan.weights_TK, scores, load_QE, rule)
+        kernel = plan.kernels.router
+        weights_TK, balance, z = attach_losses(plan.weights_TK, scores, load_QE, rule, kernel)
         return weights_TK, (balance, z)
 
     def _loads(self, plan: Plan, local_tokens: int) -> tuple[Tensor, int]:
@@ -143,7 +146,11 @@ class LossRule:
 
 
 def attach_losses(
-    weights_TK: Tensor, scores: Scores, load_QE: Tensor, rule: LossRule
+    weights_TK: Tensor,
+    scores: Scores,
+    load_QE: Tensor,
+    rule: LossRule,
+    kernel: RouterKernel = reference,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`RouterLosses.attach` as a function.
 
@@ -153,11 +160,12 @@ def attach_losses(
         load_QE: int64 choices of a part of the micro-batch, over all ranks that share it: entry
             t % Q is that of the part of token t. Zeros: no balance loss.
         rule: formula and weights.
+        kernel: the implementation of the sums.
 
     Returns:
         The combine weights, and this rank's shares of the balance and the z-loss.
     """
-    return _AttachLosses.apply(weights_TK, scores.probs_TE, scores.log_z_T, load_QE, rule)
+    return _AttachLosses.apply(weights_TK, scores.probs_TE, scores.log_z_T, load_QE, rule, kernel)
 
 
 class _AttachLosses(torch.autograd.Function):
@@ -169,16 +177,16 @@ class _AttachLosses(torch.autograd.Function):
         log_z_T: Tensor,
         load_QE: Tensor,
         rule: LossRule,
+        kernel: RouterKernel,
     ) -> tuple[Tensor, Tensor, Tensor]:
         # With mass_e the summed probability of expert e: the mean over P parts of
         # E * sum_e (load_e / T_p) (mass_e / T_p), T_p = tokens / P, is the sum over tokens of
         # p_e load_e, with the load of the token's part, times E * P / tokens^2.
-        slopes, experts = load_QE.shape
+        experts = load_QE.shape[1]
         slope_QE = load_QE.to(probs_TE.dtype)
-        mass_QE = probs_TE.view(-1, slopes, experts).sum(0)
         factor = experts * rule.parts / rule.tokens**2
-        balance = torch.vdot(mass_QE.reshape(-1), slope_QE.reshape(-1)) * factor
-        z = torch.vdot(log_z_T, log_z_T) / rule.tokens
+        balance, z = kernel.loss_sums(probs_TE, log_z_T, load_QE)
+        balance, z = balance * factor, z / rule.tokens
         ctx.save_for_backward(log_z_T, slope_QE)
         ctx.tokens = probs_TE.shape[0]
         ctx.weights = rule.balance_weight * factor, 2 * rule.z_weight / rule.tokens
@@ -189,7 +197,7 @@ class _AttachLosses(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, *grads: Tensor | None
-    ) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+    ) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
         log_z_T, slope_QE = ctx.saved_tensors
         slopes, experts = slope_QE.shape
         scale = _main_loss_scale()
@@ -198,7 +206,7 @@ class _AttachLosses(torch.autograd.Function):
             for x, weight in zip((slope_QE, log_z_T), ctx.weights, strict=True)
         )
         probs_TE = slope_QE.expand(ctx.tokens // slopes, slopes, experts).reshape(-1, experts)
-        return grads[0], probs_TE, log_z_T, None, None
+        return grads[0], probs_TE, log_z_T, None, None, None
 
 
 def _main_loss_scale() -> Tensor | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fused_kernels import registry, select
+from fused_kernels import select
 from fused_kernels.autograd import gated_silu
 from fused_kernels.native.call import operation
 
@@ -44,7 +44,8 @@ def test_results_do_not_depend_on_the_number_of_threads(threads: None) -> None:
 
 
 def test_fake_tensors_get_the_shapes_of_the_results() -> None:
-    kernels = {name: select(name, "native").module for name in registry.OPERATIONS}
+    names = ("combine_tokens", "dispatch_tokens", "gated_silu", "rank_in_expert")
+    kernels = {name: select(name, "native").module for name in names}
     with FakeTensorMode():
         z, x, rows = torch.empty(6, 8), torch.empty(5, 4), torch.zeros(5, 2, dtype=torch.long)
         weights, source = torch.empty(5, 2), torch.zeros(6, dtype=torch.long)

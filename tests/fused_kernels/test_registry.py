@@ -137,6 +137,14 @@ def test_an_unknown_operation_is_an_error_of_the_caller() -> None:
         select("transpose")
 
 
+def test_what_native_lacks_is_the_reference_and_says_so(compiled: None) -> None:
+    kernels = {kernel.operation: kernel for kernel in load_kernels("native").selected}
+    found = {name for name, one in kernels.items() if one.implementation == "native"}
+    assert found == {"combine_tokens", "dispatch_tokens", "gated_silu", "rank_in_expert"}
+    reason = "as requested: native leaves it to the reference, there is none in C++"
+    assert (kernels["rms_norm"].implementation, kernels["rms_norm"].reason) == ("reference", reason)
+
+
 def test_all_operations_come_together() -> None:
     """Each attribute has the module of its operation, and the log all of them."""
     kernels = load_kernels("reference")

@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_kernels.autograd import rotary
+from fused_kernels.reference import rotary as reference
 from megatron_moe.platform import activate
+from tests.support.saved import saved_bytes
 
 activate()
 
@@ -18,7 +21,6 @@ from megatron_moe.model.attention import (  # noqa: E402
     RotaryCoreAttention,
     documents_of,
     rotary_table,
-    rotate,
 )
 
 
@@ -89,10 +91,10 @@ def test_rotation_of_bf16_uses_fp32_angles() -> None:
     x = torch.ones(1001, 1, 1, 64, dtype=torch.bfloat16)
     cos, sin = rotary_table(1001, 64, 1e4, torch.device("cpu"), torch.float32)
     exact_cos, exact_sin = rotary_table(1001, 64, 1e4, torch.device("cpu"), torch.float64)
-    found = rotate(x, cos, sin).double()
-    exact = rotate(x.double(), exact_cos, exact_sin)
+    found = rotary(x, cos, sin, reference).double()
+    exact = rotary(x.double(), exact_cos, exact_sin, reference)
     assert (found - exact).abs().max() < 2**-7
-    assert rotate(x, cos, sin).dtype == torch.bfloat16
+    assert rotary(x, cos, sin, reference).dtype == torch.bfloat16
 
 
 def test_depends_on_relative_position_only() -> None:
@@ -100,7 +102,7 @@ def test_depends_on_relative_position_only() -> None:
     torch.manual_seed(1)
     q = torch.randn(8, dtype=torch.float64).expand(9, 1, 1, 8)
     k = torch.randn(8, dtype=torch.float64).expand(9, 1, 1, 8)
-    scores = rotate(q, cos, sin)[:, 0, 0] @ rotate(k, cos, sin)[:, 0, 0].t()
+    scores = rotary(q, cos, sin, reference)[:, 0, 0] @ rotary(k, cos, sin, reference)[:, 0, 0].t()
     for distance in range(-8, 9):
         diagonal = scores.diagonal(distance)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
@@ -154,4 +156,34 @@ def test_gradient_of_the_rotation_turns_back() -> None:
     cos, sin = rotary_table(5, 6, 1e4, torch.device("cpu"), torch.float64)
     x = torch.randn(5, 2, 3, 18, dtype=torch.float64, requires_grad=True)
     # A part of a wider tensor, as Megatron-Core passes queries and keys.
-    assert torch.autograd.gradcheck(lambda y: rotate(y[..., 6:12], cos, sin), (x,))
+    assert torch.autograd.gradcheck(lambda y: rotary(y[..., 6:12], cos, sin, reference), (x,))
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_the_backward_pass_does_not_keep_the_fused_projection(groups: int) -> None:
+    """Rotated queries and keys, values, the result and its logarithms: 4 N D + N numbers a token.
+
+    As a view the values would keep queries and keys that have not been rotated as well.
+    """
+    length, batch, heads, dim = 32, 2, 4, 16
+    attend = core(None, dim)
+    fused = torch.randn(length, batch, groups, (heads // groups + 2) * dim, requires_grad=True)
+
+    def run() -> Tensor:
+        query, key, value = fused.split([heads // groups * dim, dim, dim], dim=-1)
+        return attend(query.reshape(length, batch, heads, dim), key, value)
+
+    run()  # The table of angles.
+    angles = 2 * length * dim // 2
+    assert saved_bytes(run) == 4 * (length * batch * heads * (4 * dim + 1) + angles)
+
+
+def test_values_of_a_view_give_the_results_of_a_copy_bit_for_bit() -> None:
+    """So that what is kept is all that has changed."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 50, 2, 4, 16)
+    fused = torch.randn(50, 2, 4, 48)
+    view = [x.permute(1, 2, 0, 3) for x in (q, k, fused[..., 16:32])]
+    copy = [*view[:2], fused[..., 16:32].contiguous().permute(1, 2, 0, 3)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    assert torch.equal(attend(*view, is_causal=True), attend(*copy, is_causal=True))

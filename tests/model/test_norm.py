@@ -15,6 +15,7 @@ from megatron_moe.parallel.context import initialize_parallel
 from megatron_moe.parallel.layout import resolve_layout
 from megatron_moe.platform import activate
 from tests.support.pool import Pool
+from tests.support.saved import saved_bytes
 
 activate()
 
@@ -109,3 +110,10 @@ def test_heads_on_several_ranks_have_one_mean_square(pool: Pool) -> None:
     assert whole.grad is not None and scale.grad is not None
     torch.testing.assert_close(grad, whole.grad.view_as(x))
     torch.testing.assert_close(grad_weight.flatten(), scale.grad)
+
+
+def test_the_backward_pass_keeps_the_input_and_a_number_for_each_row() -> None:
+    """In bfloat16: no fp32 copy of the activations, which would be twice their size again."""
+    layer = norm(64, torch.bfloat16)
+    x = torch.randn(9, 5, 64).bfloat16().requires_grad_()
+    assert saved_bytes(lambda: layer(x)) == 2 * x.numel() + 4 * 9 * 5 + 2 * 64

@@ -11,7 +11,18 @@ from triton.runtime.interpreter import InterpreterBuilder
 
 from fused_kernels.triton.cases import CASES, Case, Size
 
-SIZE = Size(tokens=12, topk=2, experts=4, groups=2, slots=5, hidden=48, ffn=40, dtype=torch.float32)
+SIZE = Size(
+    tokens=12,
+    topk=2,
+    experts=4,
+    groups=2,
+    slots=5,
+    hidden=48,
+    ffn=40,
+    heads=3,
+    head_dim=8,
+    dtype=torch.float32,
+)
 """R = 40 rows, of which 24 are filled."""
 
 
