@@ -17,7 +17,7 @@ DOCS_STAMP := $(VENV)/.docs-$(KEY)
 
 SCRIPTS := $(wildcard examples/*.sh examples/*.sbatch) .ci/run
 
-.PHONY: help setup quickstart test test-all test-gpu check check-kernels format compare soak planted bench fuzz docs clean distclean
+.PHONY: help setup quickstart test test-all test-gpu check check-kernels format compare soak planted bench bench-gpu fuzz docs clean distclean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ planted: $(STAMP) ## Plant faults and see their tests fail, a table and planted.
 
 bench: $(STAMP) ## Every benchmark, as a table and bench.json
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m bench.run
+
+bench-gpu: $(STAMP) ## Kernels, MoE layer and a step on a GPU, as a table; an error without one
+	@$(BIN)/python -m bench.gpu
 
 $(FUZZ_STAMP): $(STAMP)
 	@echo "Installing the fuzzer into $(VENV) ..."

@@ -22,8 +22,8 @@ from bench._own_process import in_own_process
 from bench.record import Record
 from megatron_moe.command_line import Parser
 
-HELPERS = {"record", "run"}
-"""Modules of this package that are not benchmarks."""
+HELPERS = {"gpu", "record", "run"}
+"""Modules of this package that are not benchmarks of a CPU."""
 
 
 def names() -> list[str]:
