@@ -156,6 +156,7 @@ def test_installed_commands_start_anywhere(wheel: Path, tmp_path: Path) -> None:
         "openmoe-inspect-checkpoint",
         "openmoe-inspect-data",
         "openmoe-merge-datasets",
+        "openmoe-plan",
         "openmoe-preprocess",
         "openmoe-pretrain",
         "openmoe-torchrun",

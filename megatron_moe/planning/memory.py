@@ -10,12 +10,18 @@ the state of an optimizer.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from megatron_moe.config import RunConfig
-from megatron_moe.model.counting import parameters_per_rank, stages_of, stages_of_layers
+from megatron_moe.config import ModelConfig, MoEConfig, RunConfig
+from megatron_moe.model.counting import (
+    RankParameters,
+    parameters_per_rank,
+    stages_of,
+    stages_of_layers,
+)
 from megatron_moe.model.logical import LogicalParameter, logical_parameters
 from megatron_moe.parallel.layout import Layout
 
@@ -46,11 +52,41 @@ class MemoryByCategory:
     @property
     def total(self) -> int:
         """All bytes."""
-        return sum(dataclasses.astuple(self))
+        return sum(self.values)
+
+    @property
+    def values(self) -> tuple[int, ...]:
+        """The bytes in the order of `CATEGORIES`."""
+        return (
+            self.parameters,
+            self.gradients,
+            self.optimizer,
+            self.activations,
+            self.dispatch_buffers,
+            self.logits,
+            self.communication_buffers,
+        )
+
+    @classmethod
+    def of(cls, values: Iterable[int]) -> MemoryByCategory:
+        """From the bytes in the order of `CATEGORIES`."""
+        parameters, gradients, optimizer, activations, dispatch, logits, communication = values
+        return cls(
+            parameters=parameters,
+            gradients=gradients,
+            optimizer=optimizer,
+            activations=activations,
+            dispatch_buffers=dispatch,
+            logits=logits,
+            communication_buffers=communication,
+        )
 
     def __add__(self, other: MemoryByCategory) -> MemoryByCategory:
-        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
-        return MemoryByCategory(**dict(zip(CATEGORIES, map(sum, pairs), strict=True)))
+        return MemoryByCategory.of(a + b for a, b in zip(self.values, other.values, strict=True))
+
+    def times(self, count: int) -> MemoryByCategory:
+        """So many times as much of everything."""
+        return MemoryByCategory.of(count * held for held in self.values)
 
     def to_dict(self) -> dict[str, int]:
         """The categories and their total, for JSON."""
@@ -84,21 +120,12 @@ def state_memory(
     Returns:
         One entry a stage; its other categories are 0.
     """
-    counts = parameters_per_rank(
-        config.model,
-        config.moe,
-        vocab_size,
-        tp=layout.tp,
-        pp=layout.pp,
-        chunk_layers=layout.chunk_layers,
-        ep=layout.ep,
-        etp=layout.etp,
-    )
+    counts = stage_parameters(config, layout, vocab_size)
     width, found = parameter_bytes(config), []
     for stage, count in enumerate(counts):
         parts = [(count.dense, layout.dp), (count.expert, layout.edp)]
         if config.parallel.use_distributed_optimizer:
-            parts = [(_padded(held, ranks), ranks) for held, ranks in parts]
+            parts = [(padded_buffer(held, ranks), ranks) for held, ranks in parts]
             shards = sum(held // ranks for held, ranks in parts)
         else:
             shards = count.total
@@ -113,7 +140,30 @@ def state_memory(
     return tuple(found)
 
 
-def _padded(numel: int, ranks: int) -> int:
+def stage_parameters(
+    config: RunConfig, layout: Layout, vocab_size: int
+) -> tuple[RankParameters, ...]:
+    """`parameters_per_rank` of a layout."""
+    degrees = (layout.tp, layout.pp, layout.ep, layout.etp)
+    return _parameters(config.model, config.moe, vocab_size, degrees, layout.chunk_layers)
+
+
+# A search asks for the same degrees with every micro-batch size and recomputation.
+@functools.lru_cache(maxsize=4096)
+def _parameters(
+    model: ModelConfig,
+    moe: MoEConfig,
+    vocab_size: int,
+    degrees: tuple[int, ...],
+    chunk_layers: tuple[int, ...],
+) -> tuple[RankParameters, ...]:
+    tp, pp, ep, etp = degrees
+    return parameters_per_rank(
+        model, moe, vocab_size, tp=tp, pp=pp, chunk_layers=chunk_layers, ep=ep, etp=etp
+    )
+
+
+def padded_buffer(numel: int, ranks: int) -> int:
     """Elements of a buffer that the distributed optimizer divides evenly."""
     unit = math.lcm(ranks, BUFFER_ALIGNMENT)
     return -(-numel // unit) * unit
@@ -127,40 +177,54 @@ def _optimizer_bytes(
         return masters + 8 * shards
     if settings.optimizer == "sgd":
         return masters + (4 * shards if settings.sgd_momentum else 0)
-    return masters + 4 * sum(_adafactor_elements(config, layout, vocab_size, stage))
+    degrees = (layout.tp, layout.pp, layout.ep, layout.etp)
+    kept = _adafactor_elements(
+        config.model,
+        config.moe,
+        vocab_size,
+        degrees,
+        layout.chunk_layers,
+        settings.adafactor_min_dim,
+    )
+    return masters + 4 * kept[stage]
 
 
+@functools.lru_cache(maxsize=4096)
 def _adafactor_elements(
-    config: RunConfig, layout: Layout, vocab_size: int, stage: int
-) -> Iterator[int]:
-    """Numbers that Adafactor keeps of each tensor of a stage (`training/optim/factoring.py`)."""
-    model = config.model
-    of_layers = stages_of_layers(layout.chunk_layers, layout.pp)
-    for name, parameter in logical_parameters(model, config.moe, vocab_size).items():
-        untied = model.untie_embeddings_and_output_weights
-        if stage not in stages_of(name, of_layers, layout.pp, untied):
-            continue
+    model: ModelConfig,
+    moe: MoEConfig,
+    vocab_size: int,
+    degrees: tuple[int, ...],
+    chunk_layers: tuple[int, ...],
+    least: int,
+) -> tuple[int, ...]:
+    """Numbers that Adafactor keeps on each stage (`training/optim/factoring.py`)."""
+    tp, pp, ep, etp = degrees
+    of_layers, found = stages_of_layers(chunk_layers, pp), [0] * pp
+    for name, parameter in logical_parameters(model, moe, vocab_size).items():
         copies, matrix = 1, parameter.shape
         if parameter.kind == "expert":
-            copies, matrix = parameter.shape[0] // layout.ep, parameter.shape[1:]
-        local = _local_matrix(name, parameter, matrix, layout)
-        factored = len(matrix) == 2 and min(matrix) >= config.optimizer.adafactor_min_dim
-        yield copies * (sum(local) if factored else math.prod(local))
+            copies, matrix = parameter.shape[0] // ep, parameter.shape[1:]
+        local = _local_matrix(name, parameter, matrix, tp, etp)
+        factored = len(matrix) == 2 and min(matrix) >= least
+        for stage in stages_of(name, of_layers, pp, model.untie_embeddings_and_output_weights):
+            found[stage] += copies * (sum(local) if factored else math.prod(local))
+    return tuple(found)
 
 
 def _local_matrix(
-    name: str, parameter: LogicalParameter, matrix: tuple[int, ...], layout: Layout
+    name: str, parameter: LogicalParameter, matrix: tuple[int, ...], tp: int, etp: int
 ) -> tuple[int, ...]:
     """The part of a matrix or vector on one rank: tensor parallelism divides one dimension."""
     if len(matrix) == 1:
-        return (matrix[0] // layout.tp if parameter.split else matrix[0],)
+        return (matrix[0] // tp if parameter.split else matrix[0],)
     rows, columns = matrix
     if parameter.kind == "router":
         return rows, columns
     if parameter.kind == "expert":
         if name.endswith(".down"):
-            return rows // layout.etp, columns
-        return rows, columns // layout.etp
+            return rows // etp, columns
+        return rows, columns // etp
     if name.endswith((".down.weight", ".attention.output.weight")):
-        return rows, columns // layout.tp
-    return rows // layout.tp, columns
+        return rows, columns // tp
+    return rows // tp, columns

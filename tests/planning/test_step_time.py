@@ -1,0 +1,92 @@
+"""The time of schedules whose bubble is known, and properties of the roofline."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from megatron_moe.config import RunConfig
+from megatron_moe.config.cli import parse_args
+from megatron_moe.parallel.layout import resolve_layout
+from megatron_moe.planning.cluster import load_cluster
+from megatron_moe.planning.layout_plan import LayoutPlan, evaluate
+from megatron_moe.planning.stage_schedule import passes_of, warmup_passes
+from megatron_moe.planning.step_time import gemm_seconds
+from megatron_moe.planning.work import Gemm
+
+DENSE = (
+    "--num-layers 8 --moe-layer-freq [0]*8 --hidden-size 1024 --ffn-hidden-size 4096 --bf16 "
+    "--num-attention-heads 8 --kv-channels 128 --vocab-size 1024 --seq-length 1024 "
+    "--micro-batch-size 1 --global-batch-size 32"
+)
+FREE = {"inter_bandwidth": 1e8, "inter_microseconds": 1e-6, "kernel_microseconds": 1e-6}
+"""Links and launches that cost nothing."""
+
+
+def _plan(flags: str, ranks: int) -> LayoutPlan:
+    config: RunConfig = parse_args([*DENSE.split(), *flags.split()]).config
+    layout = resolve_layout(config, ranks, 1024)
+    return evaluate(config, layout, 1024, load_cluster("h100", FREE))
+
+
+def _bubble(plan: LayoutPlan) -> float:
+    """Idle time over the busiest stage's work, with its work alone as the ideal."""
+    times = zip(plan.time.forward, plan.time.backward, strict=True)
+    work = max(sum(p.total for p in (*there, *back)) for there, back in times)
+    return plan.time.pipeline / (work * plan.layout.num_microbatches) - 1
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_the_bubble_is_that_of_the_literature(chunks: int) -> None:
+    """(P - 1) / (v M) for equal stages (Narayanan et al., arXiv 2104.04473); ours nearly are."""
+    flags = "--pipeline-model-parallel-size 4"
+    if chunks > 1:
+        flags += f" --num-virtual-stages-per-pipeline-rank {chunks}"
+    plan = _plan(flags, 4)
+    assert _bubble(plan) == pytest.approx(3 / (chunks * 32), abs=0.02)
+
+
+def test_order_of_a_stage() -> None:
+    """Two stages, two micro-batches: the first stage runs F0 F1 B0 B1, the second F0 B0 F1 B1."""
+    first, second = (
+        [(p.backward, p.micro_batch) for p in passes_of(stage, 2, 1, 2)] for stage in (0, 1)
+    )
+    assert first == [(False, 0), (False, 1), (True, 0), (True, 1)]
+    assert second == [(False, 0), (True, 0), (False, 1), (True, 1)]
+    assert warmup_passes(0, 4, 2, 8) == 2 * 3 + 4
+
+
+def test_simulating_part_of_a_long_step_is_exact() -> None:
+    """Rounds beyond the fourth repeat: 64 micro-batches take 32 times the busiest stage longer."""
+    flags = "--pipeline-model-parallel-size 4"
+    short, long = (_plan(f"{flags} --global-batch-size {size}", 4) for size in (32, 64))
+    times = zip(short.time.forward, short.time.backward, strict=True)
+    work = max(sum(p.total for p in (*there, *back)) for there, back in times)
+    assert long.time.pipeline - short.time.pipeline == pytest.approx(32 * work, rel=1e-9)
+
+
+def test_roofline() -> None:
+    cluster = load_cluster("h100")
+    large = Gemm(8448, 8192, 8192)
+    peak = cluster.peak_flops("bf16") * cluster.gemm_efficiency
+    # 66 x 32 tiles are 16 whole waves of 132.
+    assert gemm_seconds(large, cluster, 2) == pytest.approx(large.flops / peak)
+    # One tile more is a wave more.
+    assert gemm_seconds(Gemm(8449, 8192, 8192), cluster, 2) > 1.05 * large.flops / peak
+    thin = Gemm(8192, 16, 8192)
+    moved = 2 * (8192 * 8192 + 16 * 8192 + 8192 * 16)
+    bandwidth = cluster.memory_bandwidth * 1e9 * cluster.memory_efficiency
+    assert gemm_seconds(thin, cluster, 2) == pytest.approx(moved / bandwidth)
+    # In fp32 the same product takes as much longer as the peak is lower.
+    ratio = gemm_seconds(replace(large, precision="fp32"), cluster, 4) / (large.flops / peak)
+    assert ratio == pytest.approx(989.4 / 66.9)
+
+
+def test_mfu_counts_what_is_asked_and_what_is_done() -> None:
+    again = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    plain, full = _plan("", 1), _plan(again, 1)
+    assert plain.hfu == pytest.approx(plain.mfu, rel=0.02)
+    assert full.hfu / full.mfu == pytest.approx(4 / 3, rel=0.03)
+    assert full.time.total > plain.time.total
+    assert full.peak_bytes < plain.peak_bytes
