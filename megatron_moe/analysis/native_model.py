@@ -26,7 +26,6 @@ from megatron_moe.analysis.model import (
 )
 from megatron_moe.analysis.observation import LayerRouting, Observation, TokenBatch, at_places
 from megatron_moe.analysis.rerouting import Decide, rerouted
-from megatron_moe.config.moe import moe_layer_pattern
 from megatron_moe.convert import formats
 from megatron_moe.convert.model import LazyTensor, LogicalModel, row_of
 from megatron_moe.errors import UsageError
@@ -143,10 +142,9 @@ def _rows(tensor: LazyTensor, first: int, count: int) -> LazyTensor:
 
 def _sizes(found: LogicalModel) -> Sizes:
     model, moe = found.config.model, found.config.moe
-    pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
     return Sizes(
         num_layers=model.num_layers,
-        moe_layers=tuple(i for i, is_moe in enumerate(pattern) if is_moe),
+        moe_layers=found.config.moe_layers,
         num_experts=moe.num_experts,
         topk=moe.moe_router_topk,
         hidden_size=model.hidden_size,

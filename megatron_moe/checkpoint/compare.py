@@ -8,7 +8,7 @@ from typing import Any
 from megatron_moe.checkpoint.index import LogicalTensor, Name
 from megatron_moe.checkpoint.metadata import RunIdentity
 from megatron_moe.checkpoint.tensor_files import DTYPES
-from megatron_moe.config import RunConfig, moe_layer_pattern
+from megatron_moe.config import RunConfig
 from megatron_moe.config.run import flag_of
 from megatron_moe.model.logical import expert_width
 from megatron_moe.model.sharding.blocks import MODEL, Part
@@ -60,11 +60,8 @@ def config_differences(
         yield from _line(name, getattr(saved.moe, name), getattr(ours.moe, name))
     widths = [expert_width(run.model, run.moe) for run in (saved, ours)]
     yield from _line("moe_ffn_hidden_size", *widths)
-    if saved.model.num_layers == ours.model.num_layers:
-        layers = saved.model.num_layers
-        first, second = (moe_layer_pattern(r.moe.moe_layer_freq, layers) for r in (saved, ours))
-        if first != second:
-            yield from _line("moe_layer_freq", saved.moe.moe_layer_freq, ours.moe.moe_layer_freq)
+    if saved.model.num_layers == ours.model.num_layers and saved.moe_layers != ours.moe_layers:
+        yield from _line("moe_layer_freq", saved.moe.moe_layer_freq, ours.moe.moe_layer_freq)
     yield from _line("bf16", saved.train.bf16, ours.train.bf16)
     if resume:
         yield from _line("seq_length", saved.data.seq_length, ours.data.seq_length)

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from megatron_moe.config.fields import ConfigField, fields_of
 from megatron_moe.config.model import ModelConfig
-from megatron_moe.config.moe import MoEConfig
+from megatron_moe.config.moe import MoEConfig, moe_layer_pattern
 from megatron_moe.config.parallel import ParallelConfig
 from megatron_moe.config.precision import PrecisionConfig
 from megatron_moe.config.training import (
@@ -45,6 +45,12 @@ class RunConfig:
     def sections(self) -> dict[str, Any]:
         """The parts of the configuration by name."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """0-based numbers of the MoE layers of the whole model."""
+        pattern = moe_layer_pattern(self.moe.moe_layer_freq, self.model.num_layers)
+        return tuple(number for number, is_moe in enumerate(pattern) if is_moe)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries, ready for JSON.

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from megatron_moe.config.boards import boards_of
 from megatron_moe.config.fields import fields_of
 from megatron_moe.config.model import ModelConfig
-from megatron_moe.config.moe import MoEConfig, moe_layer_pattern
+from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.phases import PhaseSpec, errors_of_phase, read_phases
 from megatron_moe.config.precision import PrecisionConfig
 from megatron_moe.config.run import RunConfig, flag_of
@@ -181,9 +181,8 @@ def _check_traces(config: RunConfig) -> None:
     if directory is not None and not steps:
         raise UsageError("--routing-trace-steps", None, "steps with --routing-trace-dir")
     StepSet.of("--routing-trace-steps", steps)
-    pattern = moe_layer_pattern(config.moe.moe_layer_freq, config.model.num_layers)
     for name in ("routing_trace_dir", "routing_replay_dir"):
-        if getattr(settings, name) is not None and not any(pattern):
+        if getattr(settings, name) is not None and not config.moe_layers:
             raise UsageError(flag_of(name), getattr(settings, name), "unset without MoE layers")
 
 

@@ -146,7 +146,6 @@ def _own_fields(config: RunConfig) -> dict[str, Any]:
     """
     model, moe = config.model, config.moe
     width, shared = model.ffn_hidden_size, moe.moe_shared_expert_intermediate_size
-    pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
     released = (
         model.ffn_variant == "gated-swiglu"
         and model.softmax_scale == 1.0
@@ -166,7 +165,7 @@ def _own_fields(config: RunConfig) -> dict[str, Any]:
         "qk_layernorm": model.qk_layernorm,
         "qk_layernorm_scope": model.qk_layernorm_scope,
         "moe_layer_interval": None,
-        "moe_layers": [layer for layer, is_moe in enumerate(pattern) if is_moe],
+        "moe_layers": list(config.moe_layers),
         "moe_intermediate_size": moe.moe_ffn_hidden_size or width,
         "shared_expert_intermediate_size": shared or 0,
         "shared_expert_placement": moe.moe_shared_expert_placement,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_moe.config import ModelConfig, MoEConfig, RunConfig, moe_layer_pattern
+from megatron_moe.config import ModelConfig, MoEConfig, RunConfig
 from megatron_moe.convert.hf_files import MANY, SIZE
 from megatron_moe.convert.pickled import describe
 from megatron_moe.errors import CheckpointError
@@ -202,8 +202,7 @@ def check_same_network(values: Mapping[str, Any], source: str, config: RunConfig
     training = {"moe_router_load_balancing_type": "none", "moe_expert_capacity_factor": None}
     described = megatron_config({**values, **training}, source)
     tables: list[tuple[Any, Any, dict[str, str]]] = [(described.model, config.model, _SAME_MODEL)]
-    layers = described.model.num_layers
-    if any(moe_layer_pattern(described.moe.moe_layer_freq, layers)):
+    if described.moe_layers:
         tables.append((described.moe, config.moe, _SAME_EXPERTS))
     for ours, given, table in tables:
         for name, flag in table.items():

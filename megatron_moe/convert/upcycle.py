@@ -96,9 +96,7 @@ def upcycle(dense: LogicalModel, how: Upcycling) -> LogicalModel:
 
 
 def _require_dense(dense: LogicalModel) -> None:
-    pattern = moe_layer_pattern(dense.config.moe.moe_layer_freq, dense.config.model.num_layers)
-    if any(pattern):
-        layers = [i for i, is_moe in enumerate(pattern) if is_moe]
+    if layers := list(dense.config.moe_layers):
         raise UsageError(f"MoE layers of {dense.source}", layers, "none for --upcycle")
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_moe.config import ModelConfig, RunConfig, capacity_group_tokens, moe_layer_pattern
+from megatron_moe.config import ModelConfig, RunConfig, capacity_group_tokens
 from megatron_moe.config.phases import errors_of_phase
 from megatron_moe.config.run import flag_of
 from megatron_moe.data.composition import Share, described_shares, share_lines
@@ -122,8 +122,7 @@ class Description:
 
     def _model_lines(self) -> list[str]:
         model, moe = self.config.model, self.config.moe
-        pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
-        where = ", ".join(str(i) for i, is_moe in enumerate(pattern) if is_moe) or "none"
+        where = ", ".join(map(str, self.config.moe_layers)) or "none"
         shared = moe.moe_shared_expert_intermediate_size
         assumed = " (assumed: neither --vocab-size nor a tokenizer is given)"
         tied = "untied" if model.untie_embeddings_and_output_weights else "tied"
@@ -137,7 +136,7 @@ class Description:
             f"  experts       {moe.num_experts} x {expert_width(model, moe)}, "
             f"{moe.moe_router_topk} a token, "
             + (f"shared {shared}, {moe.moe_shared_expert_placement}" if shared else "none shared"),
-            *([self._routing_line()] if True in pattern else []),
+            *([self._routing_line()] if self.config.moe_layers else []),
             f"  vocabulary    {self.vocab_size} padded, {tied}{assumed * self.vocab_assumed}",
         ]
 

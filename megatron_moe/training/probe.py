@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megatron_moe.config import RunConfig, moe_layer_pattern
+from megatron_moe.config import RunConfig
 from megatron_moe.data.batch import PLANES, extra_planes
 from megatron_moe.data.loader import Packed, to_batch
 from megatron_moe.data.pipeline import Data
@@ -43,7 +43,7 @@ from megatron_moe.training.probe_statistics import (
     token_share,
 )
 from megatron_moe.training.run import TrainingRun
-from megatron_moe.training.step import fetch_batches, forward_function
+from megatron_moe.training.step import fetch_batches, forward_function, own_rows
 
 REMEMBERED = 1 << 18
 """Choices of a probe that are compared with later ones, and saved, at most; of evenly spread
@@ -178,7 +178,7 @@ class RoutingProbe:
             logit_rms_L=tuple(float(s[real_RS].mean()) ** 0.5 for s in squares_LRS),
         )
         found = {}
-        for index, number in enumerate(moe_layer_numbers(config)):
+        for index, number in enumerate(config.moe_layers):
             share, chance = token_share(ids_N, choices_LNK[index], experts)
             first = self._first or now
             found[number] = LayerProbe(
@@ -208,12 +208,6 @@ def _compared(now: Remembered, before: Remembered | None, index: int) -> Any:
     return agreement(now.choices_LNK[index], before.choices_LNK[index])
 
 
-def moe_layer_numbers(config: RunConfig) -> list[int]:
-    """0-based numbers of the MoE layers of the whole model."""
-    pattern = moe_layer_pattern(config.moe.moe_layer_freq, config.model.num_layers)
-    return [number for number, is_moe in enumerate(pattern) if is_moe]
-
-
 def probe_choices(run: TrainingRun, rows_PRS: Packed | None, count: int) -> tuple[Ints, Any]:
     """The choices of all MoE layers for the rows, the same on every rank; a collective call.
 
@@ -233,18 +227,14 @@ def probe_choices(run: TrainingRun, rows_PRS: Packed | None, count: int) -> tupl
     passes = -(-count // per_pass)
     if layout.vp is not None:
         passes = -(-passes // layout.pp) * layout.pp
-    numbers = moe_layer_numbers(run.config)
+    numbers = run.config.moe_layers
     length, topk = run.config.data.seq_length, run.config.moe.moe_router_topk
     shape = (len(numbers), count, length)
     choices = torch.zeros(*shape, topk, dtype=torch.int32, device=device)
     squares = torch.zeros(shape, device=device)
 
-    def own_rows(number: int) -> list[int]:
-        first = (number * layout.dp + run.ctx.dp_rank) * layout.micro_batch_size
-        return list(range(first, first + layout.micro_batch_size))
-
     def note(layer: int, number: int, decision: RoutingDecision) -> None:
-        rows = [row for row in own_rows(number) if row < count]
+        rows = [row for row in own_rows(run, number) if row < count]
         scores, batch = decision.scores, layout.micro_batch_size
         first = run.ctx.tp_rank * (len(scores.choices_TK) // batch)
         places = slice(first, first + len(scores.choices_TK) // batch)
@@ -258,7 +248,7 @@ def probe_choices(run: TrainingRun, rows_PRS: Packed | None, count: int) -> tupl
 
     batches = None
     if rows_PRS is not None:
-        chosen = [[row % count for row in own_rows(number)] for number in range(passes)]
+        chosen = [[row % count for row in own_rows(run, number)] for number in range(passes)]
         extra = extra_planes(run.config)
         batches = (to_batch(rows_PRS[:, rows], extra) for rows in chosen)
     with undisturbed(run), torch.no_grad(), observed(run.chunks, note):

@@ -60,6 +60,13 @@ class StepResult:
     """Sum of the squares of all parameters after the update, with `--log-params-norm`."""
 
 
+def own_rows(run: TrainingRun, number: int) -> list[int]:
+    """Rows of the global batch in one of this rank's micro-batches."""
+    layout = run.ctx.layout
+    first = (number * layout.dp + run.ctx.dp_rank) * layout.micro_batch_size
+    return list(range(first, first + layout.micro_batch_size))
+
+
 def fetch_batches(
     run: TrainingRun, batches: Iterator[Batch] | None, batch_size: int
 ) -> Sequence[Batch | None]:

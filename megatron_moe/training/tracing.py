@@ -37,8 +37,8 @@ from megatron_moe.moe.trace import (
     traced_steps,
     write_trace,
 )
-from megatron_moe.training.probe import moe_layer_numbers
 from megatron_moe.training.run import TrainingRun
+from megatron_moe.training.step import own_rows
 
 Found = dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]]
 """By layer and micro-batch: experts, probabilities and kept choices, [T, K] each."""
@@ -111,7 +111,7 @@ class RoutingTraces:
             return {}
         trace, about = read_step(self._replays, step, layers)
         moe, length = run.config.moe, run.config.data.seq_length
-        made = (moe.num_experts, moe.moe_router_topk, tuple(moe_layer_numbers(run.config)))
+        made = (moe.num_experts, moe.moe_router_topk, run.config.moe_layers)
         if (about.experts, about.topk, about.layers) != made:
             raise TraceError(
                 f"trace of step {step}: experts, choices and layers must be {made}"
@@ -198,18 +198,11 @@ def trace_about(config: RunConfig, data: str, files: int) -> TraceAbout:
     return TraceAbout(
         experts=config.moe.num_experts,
         topk=config.moe.moe_router_topk,
-        layers=tuple(moe_layer_numbers(config)),
+        layers=config.moe_layers,
         data=data,
         producer=f"megatron_moe {__version__}, training",
         files=files,
     )
-
-
-def own_rows(run: TrainingRun, number: int) -> list[int]:
-    """Rows of the global batch in one of this rank's micro-batches."""
-    layout = run.ctx.layout
-    first = (number * layout.dp + run.ctx.dp_rank) * layout.micro_batch_size
-    return list(range(first, first + layout.micro_batch_size))
 
 
 def _rows(

@@ -27,7 +27,7 @@ from megatron_moe.training.evaluation import evaluate_split
 from megatron_moe.training.exit_request import LOG_FAILURE, ExitRequest
 from megatron_moe.training.metrics import Evaluation, Interval, Meter, Summary
 from megatron_moe.training.phases import Phase, RunSchedule
-from megatron_moe.training.probe import RoutingProbe, moe_layer_numbers
+from megatron_moe.training.probe import RoutingProbe
 from megatron_moe.training.replicas import ReplicaError, check_replicas
 from megatron_moe.training.reporting import Reporter
 from megatron_moe.training.resume import ResumePoint, identity_of
@@ -95,7 +95,7 @@ class Trainer:
         """Judges each step, with `--loss-spike-policy`."""
         self.probe: RoutingProbe | None = None
         """Watches the routing, every `--routing-log-interval` steps."""
-        if schedule.config.logging.routing_log_interval and moe_layer_numbers(run.config):
+        if schedule.config.logging.routing_log_interval and run.config.moe_layers:
             self.probe = RoutingProbe(schedule.config, resume.state.extra.get(PROBE))
         self.traces = RoutingTraces(schedule.config, lambda *why: self.reporter.leave_out(*why))
 
