@@ -1,7 +1,8 @@
 """Starting and ending a program on many ranks.
 
-torchrun (or Slurm) starts the ranks and passes to each its rank and their number, in environment
-variables. Before the first process group they communicate over the launcher's key-value store:
+torchrun, or Slurm's srun (`slurm.py`), starts the ranks and passes to each its rank and their
+number, in environment variables. Before the first process group they communicate over the
+launcher's key-value store:
 
 - `startup_barrier` waits until all ranks are ready to create process groups;
 - a usage error that any rank finds before that is printed once, however many ranks find it, and all
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from megatron_moe.console import escape_unprintable
 from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
+from megatron_moe.parallel.slurm import torchrun_variables
 from megatron_moe.processes import end_with_launcher
 from megatron_moe.text import printable
 
@@ -77,10 +79,15 @@ class Launched:
 def launched() -> Launched:
     """Read torchrun's variables; without any, this is a world of one rank.
 
+    A task of `srun` gets them from Slurm's, here, so that it is a rank as if torchrun had started
+    it; see `slurm.py`.
+
     Raises:
         UsageError: some are set and others missing, or they are not numbers.
     """
     names = ("RANK", "WORLD_SIZE")
+    if not any(name in os.environ for name in names):
+        os.environ.update(torchrun_variables(os.environ))
     if not any(name in os.environ for name in names):
         return Launched()
     rank, world_size = (_number(name) for name in names)
@@ -97,11 +104,12 @@ def launched() -> Launched:
 def launched_to_train() -> Launched:
     """`launched`, where every process that a launcher started must be a rank.
 
-    `srun -n 8 python pretrain_openmoe.py` starts eight processes, of which each would be a world of
-    one rank: eight trainings that write into one directory.
+    `mpirun -n 8 python pretrain_openmoe.py` starts eight processes, of which each would be a world
+    of one rank: eight trainings that write into one directory.
 
     Raises:
-        UsageError: as `launched`; or another launcher than torchrun has started several processes.
+        UsageError: as `launched`; or another launcher than torchrun and srun has started several
+            processes.
     """
     here = launched()
     if not here.alone:

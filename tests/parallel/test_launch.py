@@ -192,7 +192,7 @@ def test_without_a_launcher_a_program_is_a_world_of_one() -> None:
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in NAMES:
+    for name in (*NAMES, *(name for name in os.environ if name.startswith("SLURM_"))):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
