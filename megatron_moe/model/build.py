@@ -235,9 +235,11 @@ def build_model(
             logits_chunk_tokens=config.parallel.logits_chunk_tokens,
             vp_stage=number,
             norm=ModuleSpec(module=RMSNorm, params={"kernel": kernels.rms_norm}),
-        ).to(device)
+        )
         for number in numbers
     ]
+    if device.type != "cpu":
+        chunks = [chunk.to(device) for chunk in chunks]
     if config.precision.fp8_emulate:
         emulate_fp8(chunks, config, device)
     initialise(chunks, config, vocab_size)

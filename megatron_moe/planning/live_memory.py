@@ -15,10 +15,12 @@ kernel allocates inside itself (workspaces) and what an allocator rounds up is n
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_moe.planning.memory import CATEGORIES, MemoryByCategory
+from megatron_moe.planning.scopes import backward_node
 
 Classify = Callable[[Tensor], str]
 """The category of a tensor that an operation has just created."""
@@ -50,6 +53,7 @@ class LiveMemory(TorchDispatchMode):
         peak: bytes at the moment with the most, by category.
         peak_tensors: with ``detail``, how many storages of each category and shape there were.
         peak_operation: the operation that reached it.
+        peak_place: where it ran: the autograd node, or the nearest line of this project.
     """
 
     def __init__(self, classify: Classify | None = None, detail: bool = False) -> None:
@@ -61,7 +65,7 @@ class LiveMemory(TorchDispatchMode):
         self._total = 0
         self.peak = MemoryByCategory()
         self.peak_tensors: Counter[tuple[str, str, int]] = Counter()
-        self.peak_operation = ""
+        self.peak_operation, self.peak_place = "", ""
 
     @property
     def now(self) -> MemoryByCategory:
@@ -70,7 +74,7 @@ class LiveMemory(TorchDispatchMode):
 
     def reset_peak(self) -> None:
         """Start a new search for the peak, from what exists now."""
-        self.peak, self.peak_operation = self.now, "start"
+        self.peak, self.peak_operation, self.peak_place = self.now, "start", ""
 
     def mark(self, tensors: Iterable[Tensor], category: str) -> None:
         """Put the storages of tensors into a category, created under this mode or not."""
@@ -80,13 +84,18 @@ class LiveMemory(TorchDispatchMode):
             self._count(entry.category, -entry.bytes)
             entry.category = category
 
+    def category_of(self, tensor: Tensor) -> str | None:
+        """Of a tensor's storage; `None` if it is not counted."""
+        entry = self._entries.get(tensor.untyped_storage()._cdata)
+        return None if entry is None else entry.category
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._entry_of(leaf)
         if self._total > self.peak.total:
-            self.peak, self.peak_operation = self.now, str(func)
+            self.peak, self.peak_operation, self.peak_place = self.now, str(func), _place()
             if self._detail:
                 found = self._entries.values()
                 self.peak_tensors = Counter((e.category, e.what, e.bytes) for e in found)
@@ -112,6 +121,18 @@ class LiveMemory(TorchDispatchMode):
     def _count(self, category: str, change: int) -> None:
         self._bytes[category] += change
         self._total += change
+
+
+def _place() -> str:
+    if node := backward_node():
+        return node
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.split(".")[0] in ("megatron_moe", "fused_kernels"):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "a caller outside of this project"
 
 
 def memory_of(tensors: Iterable[Tensor]) -> int:
