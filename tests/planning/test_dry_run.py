@@ -73,7 +73,12 @@ def compared(report: RankReport) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+QUICK = ("bf16", "tp2 sharded", "tp2 ep2 pp2")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS]
+)
 def test_a_dry_run_is_the_real_run(pool, name):
     """Parameters, live bytes by category at rest and at the peak, and every collective."""
     world_size, flags = LAYOUTS[name]

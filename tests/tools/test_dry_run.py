@@ -20,7 +20,7 @@ TP2_PP2 = [
     *("--tensor-model-parallel-size", "2", "--sequence-parallel"),
     *("--pipeline-model-parallel-size", "2"),
 ]
-RUN = [*MODEL, *TP2_PP2, "--train-iters", "10", "--data-path", "none"]
+RUN = [*MODEL, *TP2_PP2, "--train-iters", "10", "--data-path", "none", "--vocab-size", "20000"]
 
 
 def test_ranks_by_default_are_in_every_kind_of_group():
