@@ -21,7 +21,10 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / ".github").rglob("*.md")]
 )
 FOLDERS = "bench|docs|examples|fused_kernels|megatron_moe|tests|tools"
-SLURM = {"--parsable", "--dependency", "--kill-on-invalid-dep", "--array", "--cpus-per-task"}
+SLURM = {
+    *("--parsable", "--dependency", "--kill-on-invalid-dep", "--array", "--cpus-per-task"),
+    *("--ntasks-per-node", "--kill-on-bad-exit"),
+}
 ADDRESSES = {
     "--long",
     "--max-restarts",

@@ -215,8 +215,8 @@ def test_both_flags_set_the_field_and_errors_name_the_documented_one(name: str) 
 
 def test_a_bad_value_of_an_alias_is_shown() -> None:
     with pytest.raises(UsageError) as error:
-        parse_args(["--moe-dispatch-impl", "triton"])
-    expected = "--kernel-impl must be one of auto, native, reference (got 'triton')"
+        parse_args(["--moe-dispatch-impl", "cutlass"])
+    expected = "--kernel-impl must be one of auto, native, triton, reference (got 'cutlass')"
     assert str(error.value) == expected
 
 
@@ -248,7 +248,7 @@ def test_the_help_shows_ranges_and_both_flags(capsys: pytest.CaptureFixture[str]
         "--attention-dropout FLOAT >= 0 and < 1 ",
         "--keep-last {None}|INT >= 1 ",
         "--phases {None}|STR, --stages {None}|STR",
-        "--kernel-impl {auto,native,reference}, --moe-dispatch-impl",
+        "--kernel-impl {auto,native,triton,reference}, --moe-dispatch-impl",
     ):
         assert shown in text
 
