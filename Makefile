@@ -37,6 +37,9 @@ $(STAMP): | $(BIN)/python
 	@echo "Installing the pinned requirements into $(VENV) (about a minute) ..."
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check \
 	  --constraint constraints.txt --editable ".[dev]"
+	@# For tests, in a folder that is not on Python's path: Megatron-Core imports it where it finds it.
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade \
+	  --constraint constraints.txt --target $(VENV)/transformer-engine transformer-engine einops
 	@rm -f $(VENV)/.installed-* && touch $@
 
 quickstart: $(STAMP) ## Corpus, tokenizer, pretraining on 2 ranks, evaluation, sample, report: under 10 minutes

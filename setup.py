@@ -65,8 +65,9 @@ TRITON = ['triton==3.7.1; platform_system == "Linux"']
 
 EXTRAS = {
     "data": DATA,
-    # The range that megatron-core 0.16.1 declares. Builds its torch extension on your machine.
-    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.9,<2.12", *TRITON],
+    # The newest of those that megatron-core 0.16.1 declares (>= 2.9, < 2.12). It builds its torch
+    # extension on your machine, with --no-build-isolation: docs/transformer_engine.md.
+    "gpu": ["transformer-engine[core_cu13,pytorch]==2.11.0", *TRITON],
     "hf": HF,
     "t5x": T5X,
     "analysis": ["scipy", *PLOTS, *HF],

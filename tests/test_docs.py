@@ -33,6 +33,7 @@ ADDRESSES = {
     "--master-port",
     "--network",
 }
+PIP = {"--no-build-isolation", "--no-deps"}
 LAUNCHER = {
     *(
         "--nproc-per-node",
@@ -42,7 +43,7 @@ LAUNCHER = {
         "--signal",
         "--max-restarts",
     ),
-    *(*SLURM, *ADDRESSES),
+    *(*SLURM, *ADDRESSES, *PIP),
 }
 """Flags of other programs that the pages show."""
 

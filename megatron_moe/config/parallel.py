@@ -1,4 +1,4 @@
-"""How the network is laid out over ranks, and what Megatron-Core overlaps and recomputes."""
+"""How the network is laid out over ranks, whose layers run, what is overlapped and recomputed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 from megatron_moe.config.fields import AtLeastOne, OmittedAtDefault, Positive
 
 RecomputedModule = Literal["core_attn", "mlp", "moe", "shared_experts", "layernorm", "moe_act"]
+TransformerImpl = Literal["local", "transformer_engine"]
+"""Whose linear layers and experts run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,16 @@ class ParallelConfig:
     """Tokens of a micro-batch whose logits exist at once. With fewer than a micro-batch has, logits
     are computed again in the backward pass, all but the last chunk's. `None`: as many as 512 MiB of
     fp32 logits, but at least 1024."""
+    transformer_impl: Annotated[
+        Literal["auto", "local", "transformer_engine"], OmittedAtDefault
+    ] = "auto"
+    """Linear layers of attention and feed-forwards, and experts. `local`: Megatron-Core's layers
+    and this program's experts. `transformer_engine`: those of Transformer Engine, which needs a
+    CUDA device. `auto`: Transformer Engine where it can run; the log says which and why."""
+    gradient_accumulation_fusion: Annotated[bool, OmittedAtDefault] = False
+    """Let GEMMs of linear layers add weight gradients to the gradient buffer, on CUDA devices.
+    With `--transformer-impl local` it needs Apex's `fused_weight_gradient_mlp_cuda`; experts
+    accumulate in any case."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication library; `auto` is NCCL on GPUs and gloo on CPUs; the choice is logged."""
     distributed_timeout_minutes: Annotated[float, Positive] = 10.0

@@ -39,6 +39,7 @@ def validate(config: RunConfig) -> None:
     """
     check_ranges(config)
     _check_attention(config.model)
+    _check_implementation(config)
     _check_fp8(config)
     _check_checkpoints(config.checkpoint)
     _check_length(config)
@@ -94,6 +95,18 @@ def _requires(name: str, value: object, other: str, given: bool) -> None:
 def _check_attention(model: ModelConfig) -> None:
     scope = None if model.qk_layernorm_scope == "head" else model.qk_layernorm_scope
     _requires("qk_layernorm_scope", scope, "--qk-layernorm", model.qk_layernorm)
+
+
+def _check_implementation(config: RunConfig) -> None:
+    if config.parallel.transformer_impl != "transformer_engine":
+        return
+    if config.precision.fp8_emulate:
+        expected = "unset with --transformer-impl transformer_engine"
+        raise UsageError("--fp8-emulate", True, expected, "it rounds in local layers")
+    experts = config.moe.moe_expert_impl
+    if experts != "auto":
+        expected = "auto with --transformer-impl transformer_engine"
+        raise UsageError("--moe-expert-impl", experts, expected, "it has experts of its own")
 
 
 def _check_fp8(config: RunConfig) -> None:

@@ -15,13 +15,14 @@ from fused_kernels.operations import Kernels, RmsNorm
 from megatron_moe.config import ModelConfig, PrecisionConfig, RunConfig, moe_layer_pattern
 from megatron_moe.model.attention import RotaryCoreAttention
 from megatron_moe.model.fp8 import emulate_fp8
-from megatron_moe.model.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+from megatron_moe.model.implementation import Implementation, implementation
 from megatron_moe.model.layer import OpenMoELayer, OpenMoELayerSubmodules
 from megatron_moe.model.logical import expert_width
 from megatron_moe.model.norm import RMSNorm, SplitRMSNorm
 from megatron_moe.model.openmoe import OpenMoEModel
 from megatron_moe.model.sharding.shards import initialise
 from megatron_moe.moe.registry import kernels_for
+from megatron_moe.platform.transformer_engine import choose_impl
 
 
 class Degrees(Protocol):
@@ -86,7 +87,7 @@ def transformer_config(
         # Frees an output once its send is posted. NCCL keeps the memory until it has been read;
         # gloo does not, and an overlapped send would read memory that holds other data by then.
         deallocate_pipeline_outputs=device.type == "cuda",
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=config.parallel.gradient_accumulation_fusion,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -162,16 +163,18 @@ def _stage_layout(degrees: Degrees) -> list[list[str]] | None:
     return chunks
 
 
-def layer_spec(config: RunConfig, pgs: ProcessGroupCollection, kernels: Kernels) -> ModuleSpec:
+def layer_spec(
+    config: RunConfig, pgs: ProcessGroupCollection, layers: Implementation, kernels: Kernels
+) -> ModuleSpec:
     """How Megatron-Core's block builds one of our layers."""
     model, norm = config.model, kernels.rms_norm
     attention = ModuleSpec(
         module=SelfAttention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
-            linear_qkv=Fp8ColumnParallelLinear,
+            linear_qkv=layers.column,
             core_attention=ModuleSpec(RotaryCoreAttention, params={"kernel": kernels.rotary}),
-            linear_proj=Fp8RowParallelLinear,
+            linear_proj=layers.row,
             q_layernorm=_qk_norm(model, model.num_attention_heads, pgs, norm),
             k_layernorm=_qk_norm(model, model.key_value_heads, pgs, norm),
         ),
@@ -179,7 +182,7 @@ def layer_spec(config: RunConfig, pgs: ProcessGroupCollection, kernels: Kernels)
     return ModuleSpec(
         module=OpenMoELayer,
         params={"model": model, "moe": config.moe},
-        submodules=OpenMoELayerSubmodules(self_attention=attention),
+        submodules=OpenMoELayerSubmodules(self_attention=attention, layers=layers),
     )
 
 
@@ -214,12 +217,16 @@ def build_model(
 
     Returns:
         One chunk, or as many as the interleaved schedule has per stage.
+
+    Raises:
+        UsageError: `--transformer-impl` asks for layers that cannot run on ``device``.
     """
     if dtype is None:
         dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     core = transformer_config(config, degrees, device, dtype)
     kernels = kernels_for(config.moe, device.type)
-    spec = layer_spec(config, pgs, kernels)
+    layers = implementation(choose_impl(config, device.type).name)
+    spec = layer_spec(config, pgs, layers, kernels)
     stage, stages = pgs.pp.rank(), degrees.pp
     numbers = range(degrees.vp) if degrees.vp else [None]
     chunks = [

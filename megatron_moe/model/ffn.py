@@ -17,7 +17,7 @@ from torch import Tensor
 from fused_kernels.autograd import gated_silu
 from fused_kernels.operations import GatedSilu
 from megatron_moe.config import ModelConfig
-from megatron_moe.model.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParallelLinear
+from megatron_moe.model.implementation import Implementation
 
 
 def parameter_device(config: TransformerConfig) -> torch.device:
@@ -34,6 +34,7 @@ class DenseFFN(torch.nn.Module):
         ffn_size: F.
         pgs: process groups; the tensor-parallel one is used.
         gate: the kernel.
+        layers: whose linear layers.
     """
 
     def __init__(
@@ -43,19 +44,22 @@ class DenseFFN(torch.nn.Module):
         ffn_size: int,
         pgs: ProcessGroupCollection,
         gate: GatedSilu,
+        layers: Implementation,
     ) -> None:
         super().__init__()
         self.blocks, self.gate = model.input_blocks, gate
-        self.linear_fc1 = Fp8ColumnParallelLinear(
+        self.linear_fc1 = layers.column(
             config.hidden_size,
             self.blocks * ffn_size,
             config=config,
             init_method=config.init_method,
             bias=False,
             gather_output=False,
+            skip_bias_add=False,
+            is_expert=False,
             tp_group=pgs.tp,
         )
-        self.linear_fc2 = Fp8RowParallelLinear(
+        self.linear_fc2 = layers.row(
             ffn_size,
             config.hidden_size,
             config=config,
@@ -63,6 +67,7 @@ class DenseFFN(torch.nn.Module):
             bias=False,
             input_is_parallel=True,
             skip_bias_add=True,
+            is_expert=False,
             tp_group=pgs.tp,
         )
 

@@ -21,6 +21,7 @@ from megatron_moe.model.fp8_linear import Fp8ColumnParallelLinear, Fp8RowParalle
 from megatron_moe.model.layer import OpenMoELayer
 from megatron_moe.model.openmoe import OpenMoEModel
 from megatron_moe.moe.exchange import rank_of
+from megatron_moe.moe.experts import StackedExperts
 from megatron_moe.moe.fp8_experts import Fp8ExpertGemms
 
 
@@ -57,7 +58,9 @@ def emulate_fp8(chunks: Sequence[OpenMoEModel], config: RunConfig, device: torch
         for linear in _linears(layer).values():
             linear.fp8 = Fp8Gemm(settings, device=device)
         if layer.is_moe:
-            layer.moe.experts.fp8 = Fp8ExpertGemms(settings, layer.moe.experts.num_local, device)
+            experts = layer.moe.experts
+            assert isinstance(experts, StackedExperts)
+            experts.fp8 = Fp8ExpertGemms(settings, experts.num_local, device)
 
 
 def _layers(chunks: Sequence[OpenMoEModel]) -> Iterator[OpenMoELayer]:
@@ -66,14 +69,15 @@ def _layers(chunks: Sequence[OpenMoEModel]) -> Iterator[OpenMoELayer]:
 
 
 def _linears(layer: OpenMoELayer) -> dict[str, Fp8ColumnParallelLinear | Fp8RowParallelLinear]:
-    """The linear layers by their names in checkpoints."""
+    """The linear layers by their names in checkpoints; none of Transformer Engine's."""
     attention = layer.self_attention
     found = {"attention.qkv": attention.linear_qkv, "attention.output": attention.linear_proj}
     dense = {"shared": layer.shared} if layer.is_moe else {"ffn": layer.ffn}
     for name, ffn in dense.items():
         if ffn is not None:
             found |= {f"{name}.input": ffn.linear_fc1, f"{name}.down": ffn.linear_fc2}
-    return found
+    ours = Fp8ColumnParallelLinear | Fp8RowParallelLinear
+    return {name: linear for name, linear in found.items() if isinstance(linear, ours)}
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def delayed_scales(chunks: Sequence[OpenMoEModel]) -> Iterator[NamedScale]:
         for name, linear in _linears(layer).items():
             gemms.append((name, linear.fp8, None))
         experts = layer.moe.experts if layer.is_moe else None
-        if experts is not None and experts.fp8 is not None:
+        if isinstance(experts, StackedExperts) and experts.fp8 is not None:
             first = rank_of(experts.groups.ep) * experts.num_local
             gemms.append(("moe.experts.input", experts.fp8.input, first))
             gemms.append(("moe.experts.down", experts.fp8.down, first))

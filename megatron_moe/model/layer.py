@@ -30,6 +30,7 @@ from torch.nn import functional as F
 from megatron_moe.config import ModelConfig, MoEConfig, moe_layer_pattern
 from megatron_moe.model.attention import Documents
 from megatron_moe.model.ffn import DenseFFN, parameter_device
+from megatron_moe.model.implementation import Implementation, recompute_with
 from megatron_moe.model.norm import RMSNorm
 from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.registry import kernels_for
@@ -40,6 +41,8 @@ class OpenMoELayerSubmodules:
     """What a layer is built from."""
 
     self_attention: ModuleSpec
+    layers: Implementation
+    """Of the feed-forward layers."""
 
 
 class OpenMoELayer(MegatronModule, BaseTransformerLayer):
@@ -71,7 +74,8 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
             pg_collection=pg_collection,
         )
         self.pre_mlp_layernorm = self._new_norm(model)
-        self._build_feed_forward(model, moe, pg_collection)
+        self._build_feed_forward(model, moe, pg_collection, submodules.layers)
+        self.recompute = recompute_with(config)
         modules = config.recompute_modules if config.recompute_granularity == "selective" else []
         self.recompute_mlp, self.recompute_moe = "mlp" in modules, "moe" in modules
         self.recompute_shared = self.recompute_mlp or "shared_experts" in modules
@@ -82,7 +86,11 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
         return RMSNorm(config, config.hidden_size, model.norm_epsilon, kernel)
 
     def _build_feed_forward(
-        self, model: ModelConfig, moe: MoEConfig, pgs: ProcessGroupCollection
+        self,
+        model: ModelConfig,
+        moe: MoEConfig,
+        pgs: ProcessGroupCollection,
+        layers: Implementation,
     ) -> None:
         config, device = self.config, parameter_device(self.config)
         gate = self.kernels.gated_silu
@@ -91,7 +99,7 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
         self.shared_norm: RMSNorm | None = None
         self.shared: DenseFFN | None = None
         if not self.is_moe:
-            self.ffn = DenseFFN(config, model, model.ffn_hidden_size, pgs, gate)
+            self.ffn = DenseFFN(config, model, model.ffn_hidden_size, pgs, gate, layers)
             return
         self.moe = MoELayer(
             model,
@@ -102,11 +110,12 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
             sequence_parallel=config.sequence_parallel,
             params_dtype=config.params_dtype,
             device=device,
+            make_experts=layers.make_experts(model, moe, config, pgs),
         )
         if moe.moe_shared_expert_intermediate_size is None:
             return
         width = moe.moe_shared_expert_intermediate_size
-        self.shared = DenseFFN(config, model, width, pgs, gate)
+        self.shared = DenseFFN(config, model, width, pgs, gate, layers)
         if moe.moe_shared_expert_placement == "sequential":
             self.shared_norm = self._new_norm(model)
 
@@ -115,8 +124,9 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
 
     def _run(self, module: torch.nn.Module, recompute: bool, *inputs: Tensor) -> Tensor:
         if recompute and self.training:
-            return tensor_parallel.checkpoint(module, False, *inputs)
-        return module(*inputs)
+            return self.recompute(module, self.tp_group, *inputs)
+        output: Tensor = module(*inputs)
+        return output
 
     def _norm(
         self, norm: RMSNorm, x: Tensor, documents: Documents | None

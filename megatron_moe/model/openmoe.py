@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 from megatron.core.enums import ModelType
@@ -81,7 +82,7 @@ class OpenMoEModel(LanguageModule):
             self.output_layer = LogitsLayer(
                 config.hidden_size,
                 vocab_size,
-                config=config,
+                config=_without_fusion(config),
                 init_method=config.init_method,
                 bias=False,
                 gather_output=False,
@@ -140,6 +141,13 @@ class OpenMoEModel(LanguageModule):
             return logits_SBV.transpose(0, 1).contiguous()
         losses_2SB, _ = self.output_layer(hidden, weight=weight, target_SB=labels_BS.t())
         return losses_2SB.transpose(1, 2).contiguous()
+
+
+def _without_fusion(config: TransformerConfig) -> TransformerConfig:
+    """For the logits, whose gradient is our own; Megatron-Core's layer would demand Apex."""
+    found = copy.copy(config)
+    found.gradient_accumulation_fusion = False
+    return found
 
 
 def _block(

@@ -1,9 +1,11 @@
-"""The experts of one rank: stacked weights, and the choice of how their GEMMs run.
+"""The experts of one rank: their weights, and the choice of how their GEMMs run.
 
-Two implementations (`--moe-expert-impl`): `loop`, one GEMM per expert over its filled rows, and
-`batched`, GEMMs over several experts with the same number of rows. Which one is faster depends on
-the device and on the loads of a pass, so `Experts.schedule` chooses for each pass, and with it the
-layout of the buffer. `expert_gemm.py` has the arithmetic.
+`Experts` is what a layer needs of them. `StackedExperts` holds all experts in two stacked weights
+and has two implementations (`--moe-expert-impl`): `loop`, one GEMM per expert over its filled rows,
+and `batched`, GEMMs over several experts with the same number of rows. Which one is faster depends
+on the device and on the loads of a pass, so `schedule` chooses for each pass, and with it the
+layout of the buffer. `expert_gemm.py` has the arithmetic. `te_experts.py` has Transformer Engine's
+grouped GEMMs (`--transformer-impl transformer_engine`).
 
 Shapes: E experts of this rank, H hidden, F width of an expert on this rank, R buffer rows,
 M = blocks * F columns of the fused input matrix.
@@ -12,6 +14,8 @@ M = blocks * F columns of the fused input matrix.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,13 +43,13 @@ class ExpertImpl:
     """How the expert GEMMs run.
 
     Args:
-        name: `loop` over experts, or `batched`.
+        name: `loop` over experts, `batched`, or `grouped` by Transformer Engine.
         reason: why, for the log.
         buckets: with `batched`, which experts share a GEMM and their rows; `None` for all slots of
             all experts.
     """
 
-    name: Literal["loop", "batched"]
+    name: Literal["loop", "batched", "grouped"]
     reason: str
     buckets: tuple[ExpertBucket, ...] | None = None
 
@@ -109,7 +113,96 @@ def is_readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and type(x.detach()) is Tensor
 
 
-class Experts(nn.Module):
+class Experts(nn.Module, ABC):
+    """The experts of one rank.
+
+    Args:
+        model: hidden size and feed-forward variant.
+        moe: number and width of experts.
+        groups: expert parallelism divides the experts, expert tensor parallelism their width.
+
+    Attributes:
+        num_local: experts of this rank.
+        width: F.
+
+    Raises:
+        UsageError: experts or their width do not divide.
+    """
+
+    def __init__(self, model: ModelConfig, moe: MoEConfig, groups: ExpertGroups) -> None:
+        super().__init__()
+        width = moe.moe_ffn_hidden_size or model.ffn_hidden_size
+        ranks, shards = size_of(groups.ep), size_of(groups.expt_tp)
+        if moe.num_experts % ranks:
+            expected = f"a multiple of --expert-model-parallel-size ({ranks})"
+            raise UsageError("--num-experts", moe.num_experts, expected)
+        if width % shards:
+            expected = f"a multiple of --expert-tensor-parallel-size ({shards})"
+            raise UsageError("--moe-ffn-hidden-size", width, expected)
+        self.model, self.groups = model, groups
+        self.num_local, self.width = moe.num_experts // ranks, width // shards
+
+    def mark_for_megatron(self, weight: Tensor, dimension: int) -> None:
+        """Set the attributes by which Megatron-Core reduces and counts gradients.
+
+        Args:
+            weight: a parameter.
+            dimension: the one that expert tensor parallelism divides.
+        """
+        groups = self.groups
+        other_shards = size_of(groups.expt_tp) != size_of(groups.tp)
+        # False: reduced over the expert data-parallel group, not the dense one.
+        weight.allreduce = size_of(groups.ep) == 1 and not other_shards  # type: ignore[attr-defined]
+        # True: no rank of the dense tensor-parallel group holds a duplicate to be skipped in the
+        # gradient norm.
+        weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+        weight.partition_dim = dimension  # type: ignore[attr-defined]
+        weight.partition_stride = 1  # type: ignore[attr-defined]
+
+    @abstractmethod
+    def choose(self, filled_E: Tensor) -> ExpertImpl:
+        """The implementation for so many rows per expert, [E over all ranks] int64."""
+
+    def schedule(self, slots: Slots) -> ExpertSchedule:
+        """How to compute the rows of these slots, and where they must lie."""
+        filled_E, ranks = slots.filled_GE.sum(0), size_of(self.groups.ep)
+        impl = self.choose(filled_E)
+        if impl.buckets is not None:
+            layout = BufferLayout.aligned([b.rows for b in impl.buckets for _ in range(b.experts)])
+        elif impl.name == "loop":
+            layout = BufferLayout.packed(slots, ranks)
+        else:
+            layout = BufferLayout.fixed(slots, ranks)
+        return ExpertSchedule(impl=impl, layout=layout, filled_E=filled_E)
+
+    @abstractmethod
+    def forward(self, rows_RH: Tensor, plan: Plan) -> Tensor:
+        """Outputs for the rows that arrived, [R, H]: a block of rows from every source rank."""
+
+    def by_expert(self, rows_RH: Tensor) -> Tensor:
+        """Rows of the fixed layout, [source, expert, slot], as [expert, source and slot, H].
+
+        A GEMM wants the rows of an expert from all sources together.
+        """
+        by_source = rows_RH.view(self.groups.sources, self.num_local, -1, rows_RH.shape[1])
+        return by_source.transpose(0, 1).reshape(self.num_local, -1, rows_RH.shape[1])
+
+    def by_source(self, rows_ERH: Tensor) -> Tensor:
+        """The way back, [R, H]."""
+        hidden = rows_ERH.shape[2]
+        by_expert = rows_ERH.reshape(self.num_local, self.groups.sources, -1, hidden)
+        return by_expert.transpose(0, 1).reshape(-1, hidden)
+
+    @abstractmethod
+    def reset_parameters(self, seed: int) -> None:
+        """Fill with the model's standard deviations, for a layer outside of a model."""
+
+
+MakeExperts = Callable[[ExpertGroups], Experts]
+"""Builds the experts of a layer."""
+
+
+class StackedExperts(Experts):
     """Stacked weights of this rank's experts.
 
     Args:
@@ -124,9 +217,6 @@ class Experts(nn.Module):
             expert-tensor ranks on its own.
         weight_out: [E, F, H].
         fp8: GEMMs in emulated FP8, if not `None`.
-
-    Raises:
-        UsageError: experts or their width do not divide.
     """
 
     def __init__(
@@ -137,36 +227,15 @@ class Experts(nn.Module):
         params_dtype: torch.dtype,
         device: torch.device | str | None,
     ) -> None:
-        super().__init__()
-        width = moe.moe_ffn_hidden_size or model.ffn_hidden_size
-        ranks, shards = size_of(groups.ep), size_of(groups.expt_tp)
-        if moe.num_experts % ranks:
-            expected = f"a multiple of --expert-model-parallel-size ({ranks})"
-            raise UsageError("--num-experts", moe.num_experts, expected)
-        if width % shards:
-            expected = f"a multiple of --expert-tensor-parallel-size ({shards})"
-            raise UsageError("--moe-ffn-hidden-size", width, expected)
-        self.groups, self.requested = groups, moe.moe_expert_impl
-        self.model = model
+        super().__init__(model, moe, groups)
         self.fp8: Fp8ExpertGemms | None = None
-        self.num_local = moe.num_experts // ranks
-        hidden, local = model.hidden_size, width // shards
-        shape_in = (self.num_local, hidden, model.input_blocks * local)
-        shape_out = (self.num_local, local, hidden)
+        self.requested = moe.moe_expert_impl
+        shape_in = (self.num_local, model.hidden_size, model.input_blocks * self.width)
+        shape_out = (self.num_local, self.width, model.hidden_size)
         self.weight_in = nn.Parameter(torch.empty(shape_in, dtype=params_dtype, device=device))
         self.weight_out = nn.Parameter(torch.empty(shape_out, dtype=params_dtype, device=device))
-        self._mark_for_megatron(ranks, shards != size_of(groups.tp))
-
-    def _mark_for_megatron(self, ranks: int, other_shards: bool) -> None:
-        """Set the attributes by which Megatron-Core reduces and counts gradients."""
-        for weight, dimension in ((self.weight_in, 2), (self.weight_out, 1)):
-            # False: reduced over the expert data-parallel group, not the dense one.
-            weight.allreduce = ranks == 1 and not other_shards  # type: ignore[attr-defined]
-            # True: no rank of the dense tensor-parallel group holds a duplicate to be skipped in
-            # the gradient norm.
-            weight.tensor_model_parallel = True  # type: ignore[attr-defined]
-            weight.partition_dim = dimension  # type: ignore[attr-defined]
-            weight.partition_stride = 1  # type: ignore[attr-defined]
+        self.mark_for_megatron(self.weight_in, 2)
+        self.mark_for_megatron(self.weight_out, 1)
 
     def choose(self, filled_E: Tensor) -> ExpertImpl:
         """The implementation for so many rows per expert, [E over all ranks] int64."""
@@ -178,49 +247,31 @@ class Experts(nn.Module):
             readable=readable,
             filled=filled,
             multiply_adds=self.weight_in[0].numel(),
-            width=self.weight_out.shape[1],
+            width=self.width,
         )
         return choose_impl(self.requested, work)
-
-    def schedule(self, slots: Slots) -> ExpertSchedule:
-        """How to compute the rows of these slots, and where they must lie."""
-        filled_E, ranks = slots.filled_GE.sum(0), size_of(self.groups.ep)
-        impl = self.choose(filled_E)
-        if impl.buckets is not None:
-            layout = BufferLayout.aligned([b.rows for b in impl.buckets for _ in range(b.experts)])
-        elif impl.name == "batched":
-            layout = BufferLayout.fixed(slots, ranks)
-        else:
-            layout = BufferLayout.packed(slots, ranks)
-        return ExpertSchedule(impl=impl, layout=layout, filled_E=filled_E)
 
     def forward(self, rows_RH: Tensor, plan: Plan) -> Tensor:
         """Outputs for the rows that arrived, [R, H]: a block of rows from every source rank."""
         impl, gate = plan.schedule.impl, plan.kernels.gated_silu
-        sources, hidden = self.groups.sources, rows_RH.shape[1]
         weights = self.weight_in, self.weight_out
         if impl.name == "loop":
             counts = self.groups.counts_by_source(plan.schedule.filled_E).tolist()
-            filled = expert_gemm.filled_rows(counts, rows_RH.shape[0] // sources)
+            filled = expert_gemm.filled_rows(counts, rows_RH.shape[0] // self.groups.sources)
             return expert_gemm.loop(rows_RH, *weights, filled, gate)
         if impl.buckets is not None:
             return expert_gemm.batched(rows_RH, *weights, impl.buckets, gate)
-        # [source, expert, slot] -> [expert, source, slot]: a batched GEMM wants the rows of an
-        # expert from all sources together.
-        by_source = rows_RH.view(sources, self.num_local, -1, hidden)
-        by_expert = by_source.transpose(0, 1).reshape(-1, hidden)
         if self.fp8 is not None:
-            out = self.fp8(by_expert.unflatten(0, (self.num_local, -1)), *weights, plan)
-            return out.unflatten(1, (sources, -1)).transpose(0, 1).reshape(-1, hidden)
+            return self.by_source(self.fp8(self.by_expert(rows_RH), *weights, plan))
+        by_expert = self.by_expert(rows_RH).flatten(0, 1)
         out = expert_gemm.batched(by_expert, *weights, self._equal_buckets(by_expert), gate)
-        back = out.view(self.num_local, sources, -1, hidden).transpose(0, 1)
-        return back.reshape(-1, hidden)
+        return self.by_source(out.unflatten(0, (self.num_local, -1)))
 
     def _equal_buckets(self, by_expert_RH: Tensor) -> list[ExpertBucket]:
         """Of a buffer in which all experts have the same number of rows."""
         rows = [by_expert_RH.shape[0] // self.num_local] * self.num_local
         threads = torch.get_num_threads() if is_readable(by_expert_RH) else 0
-        return make_buckets(rows, self.weight_out.shape[1], threads)
+        return make_buckets(rows, self.width, threads)
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:

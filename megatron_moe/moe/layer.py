@@ -20,7 +20,7 @@ from megatron_moe.errors import UsageError
 from megatron_moe.moe.counter import RoutingCounter, TokenFates
 from megatron_moe.moe.dispatcher import DISPATCHERS
 from megatron_moe.moe.exchange import ExpertGroups, rank_of, size_of
-from megatron_moe.moe.experts import Experts
+from megatron_moe.moe.experts import Experts, MakeExperts, StackedExperts
 from megatron_moe.moe.forced import force_balance
 from megatron_moe.moe.losses import RouterLosses
 from megatron_moe.moe.plan import Capacity, Plan
@@ -55,6 +55,7 @@ class MoELayer(nn.Module):
         sequence_parallel: whether the input is this rank's shard of the sequence.
         params_dtype: dtype of the parameters; the router computes in at least fp32.
         device: where the parameters are. They are uninitialized; see `reset_parameters`.
+        make_experts: builds the experts; `None` for `StackedExperts`.
 
     Attributes:
         router: scores tokens and chooses their experts.
@@ -81,6 +82,7 @@ class MoELayer(nn.Module):
         sequence_parallel: bool = False,
         params_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
+        make_experts: MakeExperts | None = None,
     ) -> None:
         super().__init__()
         groups = ExpertGroups.of(pgs)
@@ -98,7 +100,10 @@ class MoELayer(nn.Module):
             device=device,
         )
         self.dispatcher = DISPATCHERS[moe.moe_token_dispatcher_type](moe, groups)
-        self.experts = Experts(model, moe, groups, params_dtype, device)
+        if make_experts is None:
+            self.experts: Experts = StackedExperts(model, moe, groups, params_dtype, device)
+        else:
+            self.experts = make_experts(groups)
         self.losses = RouterLosses(moe, num_moe_layers, groups.tp)
         self.statistics = RoutingCounter(layer_number, moe.num_experts, moe.moe_router_topk, device)
         self.replace_scores: Callable[[Scores], Scores] | None = None

@@ -19,6 +19,7 @@ from megatron_moe.errors import UsageError
 from megatron_moe.platform import device as device_facts
 from megatron_moe.platform.device import keep_freed_memory, release_freed_memory
 from megatron_moe.platform.patches import CPU_PATCHES, Patch
+from megatron_moe.platform.transformer_engine import check_installation
 
 Backend = Literal["nccl", "gloo"]
 
@@ -142,12 +143,14 @@ def check_requirements() -> None:
     """Check the version of Megatron-Core, and the packages that it finds by name.
 
     Raises:
-        UsageError: Megatron-Core is missing or of another version; `psutil` is missing; or a
-            package that is not NVIDIA's Apex is installed under the name `apex`.
+        UsageError: Megatron-Core is missing or of another version; `psutil` is missing; a package
+            that is not NVIDIA's Apex is installed under the name `apex`; or Transformer Engine is
+            installed without its libraries.
     """
     _check_megatron_core()
     _check_psutil()
     _check_apex()
+    check_installation()
 
 
 def _check_megatron_core() -> None:

@@ -21,6 +21,7 @@ from megatron_moe.model.counting import count_parameters
 from megatron_moe.model.loss import chunk_tokens
 from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.registry import kernels_for
+from megatron_moe.platform.transformer_engine import choose_impl
 from megatron_moe.training.metrics import Evaluation, Interval, Summary, Throughput
 from megatron_moe.training.phases import Phase, RunSchedule, differences, phase_lines
 from megatron_moe.training.probe_statistics import ProbeResult
@@ -123,18 +124,22 @@ def starting_lines(
         *(f" {line}" for line in config.model.attention_lines()),
         *_rampup_line(run.plan.batch_sizes),
         *_data_lines(data),
-        *_kernel_line(run),
+        *_implementation_lines(run),
         _logits_line(run),
         *_forced_routing_line(run),
         *_resume_line(run, schedule, state),
     ]
 
 
-def _kernel_line(run: TrainingRun) -> list[str]:
+def _implementation_lines(run: TrainingRun) -> list[str]:
+    """What runs, and why, of what `--transformer-impl` and the flags of experts leave open."""
+    layers = choose_impl(run.config, run.ctx.platform.kind)
+    lines = [f" layers: {layers.name} ({layers.reason})"]
     layer = next((m for c in run.chunks for m in c.modules() if isinstance(m, MoELayer)), None)
-    if layer is None:
-        return []
-    return [f" {layer.describe(run.ctx.layout.micro_batch_size, run.config.data.seq_length)}"]
+    if layer is not None:
+        rows, tokens = run.ctx.layout.micro_batch_size, run.config.data.seq_length
+        lines.append(f" {layer.describe(rows, tokens)}")
+    return lines
 
 
 def _logits_line(run: TrainingRun) -> str:

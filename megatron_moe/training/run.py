@@ -25,6 +25,7 @@ from megatron_moe.moe.registry import kernels_for
 from megatron_moe.parallel.collectives import RankGroup
 from megatron_moe.parallel.context import ParallelContext
 from megatron_moe.platform.precision import check_precision
+from megatron_moe.platform.transformer_engine import check_implementation
 from megatron_moe.training.optim.build import build_optimizer, wrap_chunks
 from megatron_moe.training.optim.freezing import Freezing
 from megatron_moe.training.phases import Phase
@@ -134,9 +135,11 @@ def compare_kernels(config: RunConfig, device_type: str, ranks: RankGroup) -> li
         Lines for the log: on rank 0 one for each selection, if there are several.
 
     Raises:
-        UsageError: the implementation that `--kernel-impl` names, or FP8, is not available here.
+        UsageError: what `--kernel-impl`, `--transformer-impl`, `--gradient-accumulation-fusion` or
+            `--fp8-format` ask for is not available here.
     """
-    check_precision(config.precision, device_type)
+    check_implementation(config, device_type)
+    check_precision(config, device_type)
     selected = kernels_for(config.moe, device_type).selected
     used = sorted({f"{kernel.implementation} ({kernel.reason})" for kernel in selected})
     gathered = ranks.gather([", ".join(used), socket.gethostname()])

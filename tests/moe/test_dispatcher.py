@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_moe.moe.dispatcher import TokenDispatcher
 from megatron_moe.moe.exchange import ExpertGroups
-from megatron_moe.moe.experts import Experts
+from megatron_moe.moe.experts import StackedExperts
 from megatron_moe.moe.plan import Plan, by_position, by_prob
 from megatron_moe.moe.router import Scores, route
 from tests.moe.cases import BATCH, DTYPE, HIDDEN, SEQUENCE, model_config, moe_config, tokens
@@ -22,7 +22,7 @@ def planned(training: bool = True, **settings: object) -> tuple[TokenDispatcher,
     torch.manual_seed(0)
     weight = torch.randn(4, HIDDEN, dtype=DTYPE)
     scores, _ = route(tokens(0).view(-1, HIDDEN), weight, moe.moe_router_topk)
-    experts = Experts(model_config(), moe, groups, DTYPE, None)
+    experts = StackedExperts(model_config(), moe, groups, DTYPE, None)
     return dispatcher, scores, dispatcher.plan(scores, BATCH, training, experts)
 
 

@@ -12,7 +12,7 @@ from fused_kernels.reference import rank_in_expert
 from megatron_moe.errors import UsageError
 from megatron_moe.moe.exchange import ExpertGroups
 from megatron_moe.moe.expert_gemm import ExpertBucket
-from megatron_moe.moe.experts import Experts, ExpertWork, choose_impl
+from megatron_moe.moe.experts import ExpertWork, StackedExperts, choose_impl
 from megatron_moe.moe.plan import Capacity, SlotRule, Slots, assign_slots
 from tests.moe.cases import DTYPE, layer_of, model_config, moe_config
 
@@ -50,7 +50,7 @@ def test_each_implementation_has_its_layout(impl: str, kind: str, rows: int) -> 
 
     Packed rows are the filled ones, fixed rows 7 slots of 4 experts, aligned rows 2 of 4 experts.
     """
-    experts = Experts(
+    experts = StackedExperts(
         model_config(), moe_config(moe_expert_impl=impl), ExpertGroups.of(None), DTYPE, None
     )
     schedule = experts.schedule(slots_of(torch.tensor([[0], [1], [0], [1], [2], [2], [3]]), 4))
@@ -80,7 +80,7 @@ def test_the_markers_that_megatron_core_reads() -> None:
 def test_experts_that_do_not_divide(ep: int, etp: int, error: str) -> None:
     groups = replace(ExpertGroups.of(None), ep=_Group(ep), expt_tp=_Group(etp))
     with pytest.raises(UsageError) as raised:
-        Experts(model_config(), moe_config(), groups, DTYPE, None)
+        StackedExperts(model_config(), moe_config(), groups, DTYPE, None)
     assert str(raised.value) == error
 
 

@@ -51,7 +51,7 @@ class RemoteError(AssertionError):
 class _Worker:
     """One process and the pipe to it."""
 
-    def __init__(self, index: int, directory: Path) -> None:
+    def __init__(self, index: int, directory: Path, start: str) -> None:
         ours, theirs = socket.socketpair()
         self.dump = directory / f"traceback-{index}.txt"
         self.log = directory / f"log-{index}.txt"
@@ -63,7 +63,7 @@ class _Worker:
         )
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _START, str(theirs.fileno()), str(self.dump)],
+                [sys.executable, "-c", start, str(theirs.fileno()), str(self.dump)],
                 pass_fds=[theirs.fileno()],
                 env=environment,
                 cwd=ROOT,
@@ -99,9 +99,14 @@ class _Worker:
 
 
 class Pool:
-    """Grows to the largest world that was asked for; survives tests that fail, hang or crash."""
+    """Grows to the largest world that was asked for; survives tests that fail, hang or crash.
 
-    def __init__(self) -> None:
+    Args:
+        start: the code that each process runs.
+    """
+
+    def __init__(self, start: str = _START) -> None:
+        self._start = start
         self._workers: list[_Worker] = []
         self._directory = tempfile.TemporaryDirectory(prefix="ranks-")
         self._count = itertools.count()
@@ -164,7 +169,7 @@ class Pool:
 
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         new = range(len(self._workers), count)
-        started = [_Worker(next(self._count), Path(self._directory.name)) for _ in new]
+        started = [_Worker(next(self._count), Path(self._directory.name), self._start) for _ in new]
         self._workers += started
         try:
             for worker in started:

@@ -135,6 +135,10 @@ def _clean_up() -> None:
     if torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(False)
     _end_children()
+    # Transformer Engine, where a process has it, remembers the size of every group it has seen.
+    if (te := sys.modules.get("transformer_engine.pytorch.distributed")) is not None:
+        te.get_distributed_world_size.cache_clear()
+        te.get_distributed_rank.cache_clear()
     gc.collect()
     # Each wakes a hundred times in a second: those of a hundred tests would take both cores.
     left = _gloo_threads()

@@ -213,6 +213,8 @@ def _pieces(
         return False, _expert_input(f"{prefix}moe.experts.", param, rank, moe)
     if suffix == "moe.experts.weight_out":
         return False, (_expert_output(f"{prefix}moe.experts.", param, rank, moe),)
+    if suffix.startswith("moe.experts.linear_fc"):
+        return False, _grouped_expert(f"{prefix}moe.experts.", suffix, param, rank, moe)
     raise KeyError(f"parameter {prefix}{suffix} has no logical name")
 
 
@@ -333,6 +335,44 @@ def _expert_output(prefix: str, param: Tensor, rank: _Rank, moe: MoEConfig) -> P
         offsets=(experts_l * rank.ep_rank, width_l * rank.etp_rank, 0),
         sizes=(experts_l, width_l, hidden),
         select=lambda t: t,
+    )
+
+
+def _grouped_expert(
+    prefix: str, suffix: str, param: Tensor, rank: _Rank, moe: MoEConfig
+) -> tuple[Piece, ...]:
+    """One expert's weight in Transformer Engine's grouped layer, [out, in] as `torch.nn.Linear`.
+
+    `linear_fc1.weight3` [M * F_l, H] and `linear_fc2.weight3` [H, F_l] are those of the fourth
+    expert of this rank: the transposes of its parts of the stacked weights.
+    """
+    linear, _, name = suffix.removeprefix("moe.experts.").partition(".")
+    expert, hidden = int(name.removeprefix("weight")), rank.hidden
+    stacked_l = moe.num_experts // rank.ep
+    if linear == "linear_fc2":
+        stacked = param.new_empty(stacked_l, param.shape[1], hidden, device="meta")
+        piece = _expert_output(prefix, stacked, rank, moe)
+        return (_of_expert(piece, expert, lambda t: t.t().unsqueeze(0)),)
+    blocks = rank.blocks
+    stacked = param.new_empty(stacked_l, hidden, param.shape[0], device="meta")
+    gate, up = _expert_input(prefix, stacked, rank, moe)
+
+    def by_block(weight: Tensor) -> Tensor:  # [M * F_l, H] -> [1, H, M, F_l]
+        return weight.view(blocks, -1, hidden).permute(2, 0, 1).unsqueeze(0)
+
+    return (
+        _of_expert(gate, expert, lambda t: by_block(t)[:, :, : blocks - 1]),
+        _of_expert(up, expert, lambda t: by_block(t)[:, :, blocks - 1]),
+    )
+
+
+def _of_expert(piece: Piece, expert: int, select: Callable[[Tensor], Tensor]) -> Piece:
+    """The part of a piece of stacked weights that belongs to one of this rank's experts."""
+    return replace(
+        piece,
+        offsets=(piece.offsets[0] + expert, *piece.offsets[1:]),
+        sizes=(1, *piece.sizes[1:]),
+        select=select,
     )
 
 

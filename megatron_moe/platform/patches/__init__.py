@@ -11,6 +11,7 @@ from megatron_moe.platform.patches.megatron_core import (
     HostSplits,
     KnownWarnings,
     NoFusion,
+    NoTransformerEngine,
     RouterGemm,
     TensorTypeNames,
 )
@@ -27,6 +28,7 @@ CPU_PATCHES: tuple[type[Patch], ...] = (
     CurrentDevice,
     MoveToDevice,
     Streams,
+    NoTransformerEngine,
     NoFusion,
     DeviceLiterals,
     TensorTypeNames,
@@ -35,7 +37,7 @@ CPU_PATCHES: tuple[type[Patch], ...] = (
     RouterGemm,
     HostSplits,
 )
-"""In the order in which they are applied. The first four change only torch; `NoFusion` imports
-Megatron-Core, with those in effect, unless it is imported already."""
+"""In the order in which they are applied. The first four change only torch and the fifth hides a
+package; `NoFusion` imports Megatron-Core, with those in effect, unless it is imported already."""
 
 __all__ = ["CPU_PATCHES", "Patch", "PatchMismatchError"]

@@ -41,6 +41,32 @@ class KnownWarnings(Patch):
                 warnings.filters.remove(entry)  # type: ignore[attr-defined]
 
 
+class NoTransformerEngine(Patch):
+    """Megatron-Core without Transformer Engine, which is of no use on a CPU.
+
+    Where it is installed, Megatron-Core imports it, which fails without the CUDA driver; where that
+    succeeds, its optimizers take Transformer Engine's, which fail on parameters on a CPU. Does
+    nothing in a process that has imported it already.
+    """
+
+    name = "no-transformer-engine"
+
+    def __init__(self) -> None:
+        self._hidden = False
+
+    def apply(self) -> None:
+        self._hidden = _TE not in sys.modules
+        if self._hidden:
+            sys.modules[_TE] = None  # type: ignore[assignment]  # importing it is an ImportError
+
+    def undo(self) -> None:
+        if self._hidden:
+            del sys.modules[_TE]
+
+
+_TE = "transformer_engine"
+
+
 class NoFusion(Patch):
     """Megatron-Core's small functions as they are written, not compiled.
 

@@ -1,0 +1,174 @@
+"""What the ranks of `test_transformer_engine.py` do: they have Transformer Engine's Python."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_moe.config import MoEConfig, RunConfig
+from megatron_moe.model import build as building
+from megatron_moe.model.build import build_model
+from megatron_moe.model.sharding.shards import model_shards
+from megatron_moe.moe.layer import MoELayer, RoutingDecision
+from megatron_moe.parallel.context import initialize_parallel
+from megatron_moe.parallel.layout import resolve_layout
+from megatron_moe.platform import activate
+from megatron_moe.training.optim.build import wrap_chunks
+from tests.parity.cases import ROWS, SEQ, VOCAB, run_config
+from tests.parity.compare import Block
+from tests.parity.harness import build, gradient_blocks, micro_batch
+
+TE, LOCAL = {"transformer_impl": "transformer_engine"}, {"transformer_impl": "local"}
+MARKS = ("allreduce", "tensor_model_parallel", "partition_dim", "sequence_parallel")
+FACTORY = (
+    "transformer_engine.pytorch.custom_recipes.quantization_current_scaling."
+    "current_scaling_ref_quantizer_factory"
+)
+"""Transformer Engine's reference quantizers in plain PyTorch: one scale a tensor."""
+
+Described = dict[str, tuple[tuple[int, ...], dict[str, Any]]]
+
+
+def describe_parameters(
+    rank: int, world_size: int, flags: dict[str, Any]
+) -> tuple[Described, dict[str, str]]:
+    """Shape and marks of each parameter by name, and the classes of modules with weights."""
+    chunks, ctx, config = build("released", flags, world_size)
+    wrap_chunks(config, chunks, ctx.pgs)
+    found, classes = {}, {}
+    for shard in model_shards(chunks, config.model, config.moe):
+        marks = {name: getattr(shard.param, name, None) for name in MARKS}
+        found[shard.local_name] = (tuple(shard.param.shape), marks)
+    for chunk in chunks:
+        for name, module in chunk.named_modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                classes[name] = type(module).__name__
+    return found, classes
+
+
+def fp8_config(flags: dict[str, Any]) -> RunConfig:
+    """The small model with widths that FP8 GEMMs take, multiples of 16."""
+    config = run_config("released", flags, bf16=True)
+    model = replace(config.model, ffn_hidden_size=48, kv_channels=16)
+    sizes = {"moe_ffn_hidden_size": 32, "moe_shared_expert_intermediate_size": 64}
+    return replace(config, model=model, moe=replace(config.moe, **sizes))
+
+
+@contextmanager
+def in_fp8() -> Iterator[None]:
+    """Models that are built in it run in FP8 with `FACTORY`, which no flag selects."""
+
+    def with_custom_recipe(*args: Any, **kwargs: Any) -> Any:
+        core = original(*args, **kwargs)
+        core.fp8, core.fp8_recipe, core.fp8_quantizer_factory = "hybrid", "custom", FACTORY
+        return core
+
+    original = building.transformer_config
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(building, "transformer_config", with_custom_recipe)
+        yield
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward and backward pass of one micro-batch; plain data."""
+
+    loss: float
+    gradients: list[Block]
+    padded: int
+    """Passes of experts whose GEMMs have padded rows."""
+    checkpoints: int
+    """Uses of Transformer Engine's checkpoint function."""
+
+
+def loss_and_gradients(rank: int, world_size: int, flags: dict[str, Any], fp8: bool) -> Pass:
+    """One pass, with rows of an expert that no FP8 GEMM takes unpadded."""
+    from transformer_engine.pytorch import distributed
+
+    config = fp8_config(flags)
+    platform, layout = activate(), resolve_layout(config, world_size, VOCAB)
+    ctx = initialize_parallel(layout, config.parallel, platform, config.train.seed)
+    arguments = (config, layout, ctx.pgs, VOCAB, platform.device)
+    if fp8:
+        with in_fp8():
+            chunks = build_model(*arguments)
+    else:
+        chunks = build_model(*arguments)
+    (chunk,) = chunks
+    padded = count_padding(chunk)
+    for param in chunk.parameters():
+        param.main_grad = None  # type: ignore[attr-defined]
+    batch, checkpoints = micro_batch(0), []
+    original = distributed.checkpoint
+
+    def checkpoint(*args: Any, **kwargs: Any) -> Any:
+        checkpoints.append(args[0])
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributed, "checkpoint", checkpoint)
+        loss = chunk(batch.tokens_BS, batch.labels_BS)[0].mean()
+    loss.backward()
+    for param in chunk.parameters():
+        assert param.grad is not None
+        param.main_grad = param.grad  # type: ignore[attr-defined]
+    gradients = gradient_blocks(chunks, config)
+    return Pass(float(loss.detach()), gradients, len(padded), len(checkpoints))
+
+
+def count_padding(model: torch.nn.Module) -> list[int]:
+    """A list that grows by one with each pass of experts whose GEMMs have padded rows."""
+    found: list[int] = []
+    for layer in (m for m in model.modules() if isinstance(m, MoELayer)):
+        linear = getattr(layer.experts, "linear_fc1", None)
+        if linear is None:
+            continue
+
+        def note(module: Any, args: tuple[Tensor, list[int]], layer: MoELayer = layer) -> None:
+            rows, splits = args
+            assert sum(splits) == rows.shape[0] and len(set(splits)) == 1
+            if not rows[splits[0] - 1].any() and splits[0] % 16 == 0:
+                found.append(splits[0])
+
+        linear.register_forward_pre_hook(note)
+    return found
+
+
+def one_layer(
+    rank: int, world_size: int, capacity_factor: float, recipe: str | None
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Output of a layer of experts, what it kept, and the rows of its GEMMs."""
+    from transformer_engine.common.recipe import CustomRecipe
+    from transformer_engine.pytorch import autocast
+    from transformer_engine.pytorch.custom_recipes.quantization_current_scaling import (
+        current_scaling_ref_quantizer_factory,
+    )
+
+    chunks, _, _ = build("released", TE, world_size)
+    layer = next(m for m in chunks[0].modules() if isinstance(m, MoELayer))
+    assert isinstance(layer.moe, MoEConfig)
+    layer.moe = replace(layer.moe, moe_expert_capacity_factor=capacity_factor)
+    layer.dispatcher.moe = layer.moe
+    layer.experts.row_multiple = {"mxfp8": 32, "blockwise": 128}.get(recipe or "", 16)
+    kept: list[Tensor] = []
+    rows: list[int] = []
+
+    def observe(decision: RoutingDecision) -> None:
+        kept.append(decision.kept_TK)
+
+    layer.on_routing = observe
+    linear = layer.experts.linear_fc2
+    assert isinstance(linear, torch.nn.Module)
+    linear.register_forward_pre_hook(lambda module, args: rows.extend(args[1]))
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(SEQ, ROWS, layer.model.hidden_size, generator=generator)
+    custom = CustomRecipe(qfactory=current_scaling_ref_quantizer_factory)
+    with autocast(enabled=recipe is not None, recipe=custom):
+        out = layer(x)
+    return out.detach(), kept[0], rows
