@@ -151,6 +151,7 @@ def test_installed_commands_start_anywhere(wheel: Path, tmp_path: Path) -> None:
     assert commands == [
         "openmoe-analyze",
         "openmoe-convert",
+        "openmoe-dry-run",
         "openmoe-evaluate",
         "openmoe-generate",
         "openmoe-inspect-checkpoint",

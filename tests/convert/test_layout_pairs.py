@@ -82,7 +82,7 @@ def converted(saved: Saved, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
     ],
 )
 def test_every_layout_loads_every_other(saved: Saved, converted: list[Path], name: str) -> None:
-    assert len(saved.paths) == len(converted) == 12
+    assert len(saved.paths) == len(converted) == len(FAST)
     saved.check(name, list(saved.paths.values()), converted)
 
 

@@ -87,7 +87,7 @@ def kept_without_recomputation() -> int:
     """The sum of the table in `docs/training.md` over both layers, the final norm and the loss."""
     inner, rows = HEADS * CHANNELS, EXPERTS * ROWS * SLOTS
     norm = 2 * HIDDEN + 1
-    attention = norm + 6 * inner + HEADS
+    attention = norm + 4 * inner + HEADS
     layers = 2 * attention + norm + 4 * FFN + norm + norm + 4 * SHARED
     experts = rows * (2 * HIDDEN + 3 * EXPERT) + TOKENS * (EXPERTS + 1)
     return 4 * (TOKENS * (layers + norm + VOCAB) + experts)
@@ -95,12 +95,12 @@ def kept_without_recomputation() -> int:
 
 def freed(modules: tuple[str, ...]) -> int:
     """The formulas of `docs/training.md`, with fp32 activations (b = 4)."""
-    inner, buffer = HEADS * CHANNELS, EXPERTS * ROWS * SLOTS
+    buffer = EXPERTS * ROWS * SLOTS
     parts = {
         # Norms before attention (2), feed-forwards (2) and the shared expert, with 1 / rms.
         "layernorm": 5 * TOKENS * (HIDDEN + 1),
-        # Rotated queries and keys, and the softmax's sum; the output stays as the next input.
-        "core_attn": 2 * TOKENS * (2 * inner + HEADS),
+        # The softmax's sum: queries and keys stay as projected instead of rotated.
+        "core_attn": 2 * TOKENS * HEADS,
         "ffn": TOKENS * 4 * FFN,
         "shared_experts": TOKENS * 4 * SHARED,
         # Rows in and out, the gate's input; of the router, probabilities and log Z.

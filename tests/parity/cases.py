@@ -52,18 +52,6 @@ LAYOUTS = [
     Layout("TP2xETP2", 2, _tp(2)),
     Layout("PP2", 2, _PP2),
     Layout("PP2-interleaved", 2, {**_PP2, "num_layers_per_virtual_pipeline_stage": 1}),
-    Layout("PP2-first-1", 2, {**_PP2, "decoder_first_pipeline_num_layers": 1}),
-    Layout("PP2-last-1", 2, {**_PP2, "decoder_last_pipeline_num_layers": 1}),
-    Layout(
-        "PP2-loss-counts",
-        2,
-        {
-            **_PP2,
-            "num_virtual_stages_per_pipeline_rank": 3,
-            "account_for_embedding_in_pipeline_split": True,
-            "account_for_loss_in_pipeline_split": True,
-        },
-    ),
     Layout("PP2-written-out", 2, {**_PP2, "pipeline_model_parallel_layout": "E|tt|t|tL"}),
     Layout("DP2", 2, {}),
     Layout("EP2", 2, _EP2),
@@ -76,6 +64,18 @@ LAYOUTS = [
     ),
 ]
 SLOW_LAYOUTS = [
+    Layout("PP2-first-1", 2, {**_PP2, "decoder_first_pipeline_num_layers": 1}),
+    Layout("PP2-last-1", 2, {**_PP2, "decoder_last_pipeline_num_layers": 1}),
+    Layout(
+        "PP2-loss-counts",
+        2,
+        {
+            **_PP2,
+            "num_virtual_stages_per_pipeline_rank": 3,
+            "account_for_embedding_in_pipeline_split": True,
+            "account_for_loss_in_pipeline_split": True,
+        },
+    ),
     Layout("PP2xTP2xEP2", 8, {**_PP2, **_tp(2), **_EP2, "expert_tensor_parallel_size": 1}),
     Layout("PP2xTP2xEP2xETP2", 8, {**_PP2, **_tp(2), **_EP2, "expert_tensor_parallel_size": 2}),
 ]

@@ -67,6 +67,9 @@ class Collaborators:
             self.note(f"data of {entered.name}")
         return self.current
 
+    def with_routing(self, speed: Any, layers: Any) -> Any:
+        return speed
+
     def pause(self) -> None:
         self.note("pause")
 
