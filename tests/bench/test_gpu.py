@@ -45,6 +45,7 @@ def test_it_is_no_part_of_the_benchmarks_of_a_cpu() -> None:
     assert "gpu" not in names()
 
 
+@pytest.mark.slow
 def test_every_kernel_is_measured_and_transfers_have_a_target() -> None:
     records = gpu.kernels(CLOCK, SIZE, copied=1024)
     assert [r.name for r in records[1:]] == [f"gpu/{case.name}/share of a copy" for case in CASES]
@@ -54,12 +55,14 @@ def test_every_kernel_is_measured_and_transfers_have_a_target() -> None:
     assert all("dispatch" in name or "combine" in name for name in judged)
 
 
+@pytest.mark.slow
 def test_both_ways_of_moving_tokens_run() -> None:
     (record,) = gpu.permutation(CLOCK, SIZE)
     assert record.value > 0
     assert record.target == ">= 3.0"
 
 
+@pytest.mark.slow
 def test_both_layers_run() -> None:
     records = gpu.layer(CLOCK, Shape(4, 2, 32, 16, 16), torch.float32)
     assert [record.unit for record in records] == ["ms", "ms", "x"]
