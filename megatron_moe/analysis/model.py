@@ -109,7 +109,7 @@ class MoEModel(ABC):
     Attributes:
         label: short name, unique in a report.
         path: its directory.
-        step: training step; `None` if the format does not record it and nobody said it.
+        step: training step; `None` if neither the format nor the caller gives it.
         declared_run: name of its training run, if that is not what its directory says.
         family: display name of the architecture.
         routing: the routing rule in one line.

@@ -238,7 +238,7 @@ def build_model(
             first=stage == 0 and not number,
             last=stage == stages - 1 and number in (None, (degrees.vp or 1) - 1),
             pgs=pgs,
-            loss_kernel=kernels_for(config.moe, device.type).linear_cross_entropy,
+            loss_kernel=kernels.linear_cross_entropy,
             logits_chunk_tokens=config.parallel.logits_chunk_tokens,
             vp_stage=number,
             norm=ModuleSpec(module=RMSNorm, params={"kernel": kernels.rms_norm}),

@@ -8,9 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from torch import ScriptObject, Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import Tensor
 
 from megatron_moe.config import RunConfig
 from megatron_moe.config.cli import parse_args
@@ -18,6 +16,7 @@ from megatron_moe.data.batch import Batch
 from megatron_moe.model.build import build_model
 from megatron_moe.parallel.context import initialize_parallel
 from megatron_moe.parallel.layout import Layout, resolve_layout
+from megatron_moe.planning.collective_log import CollectiveLog
 from megatron_moe.planning.live_memory import LiveMemory
 from megatron_moe.platform import activate
 from megatron_moe.training.optim.build import chained_optimizers
@@ -66,45 +65,10 @@ def batches_of(run: TrainingRun) -> list[Batch | None]:
     return found
 
 
-class _Collectives(TorchDispatchMode):
-    """Sums the bytes of this thread's collectives by kind and ranks."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[tuple[str, Ranks]] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        if name.startswith("c10d::") and (kind := KINDS.get(name.removeprefix("c10d::"))):
-            group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, ScriptObject))
-            ranks = tuple(dist.get_process_group_ranks(group))
-            sides = [_bytes(arg) for arg in args]
-            if len(ranks) > 1 and max(sides) >= SMALLEST:
-                self.bytes[kind, ranks] += max(sides)
-        return func(*args, **(kwargs or {}))
-
-
-KINDS = {
-    "allreduce_": "all-reduce",
-    "allreduce_coalesced_": "all-reduce",
-    "allgather_": "all-gather",
-    "_allgather_base_": "all-gather",
-    "allgather_into_tensor_coalesced_": "all-gather",
-    "reduce_scatter_": "reduce-scatter",
-    "_reduce_scatter_base_": "reduce-scatter",
-    "reduce_scatter_tensor_coalesced_": "reduce-scatter",
-    "alltoall_base_": "all-to-all",
-    "send": "send",
-}
+PLANNED = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "send"}
+"""Operations whose bytes the planner predicts; what is sent counts once, at the sender."""
 SMALLEST = 1024
 """Bytes below which a collective is none of the planner's: counts, norms."""
-
-
-def _bytes(argument: Any) -> int:
-    tensors = [leaf for leaf in tree_leaves(argument) if isinstance(leaf, Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 Ranks = tuple[int, ...]
 
 
@@ -119,11 +83,14 @@ def measured_traffic(
     groups = {"edp": pgs.expt_dp, "dp": pgs.dp, "etp": pgs.expt_tp, "ep": pgs.ep}
     groups |= {"tp": pgs.tp, "pp": pgs.pp}
     ranks = {name: tuple(dist.get_process_group_ranks(group)) for name, group in groups.items()}
-    counted = _Collectives()
     batches = batches_of(run)
-    with counted:
+    with CollectiveLog() as log:
         train_step(run, batches, 1e-3, 1)
-    return run.ctx.pp_rank, run.ctx.layout, ranks, dict(counted.bytes)
+    counted: Counter[tuple[str, Ranks]] = Counter()
+    for call in log.calls:
+        if call.operation in PLANNED and call.size >= SMALLEST:
+            counted[call.operation, call.group] += call.size
+    return run.ctx.pp_rank, run.ctx.layout, ranks, dict(counted)
 
 
 def measured_memory(

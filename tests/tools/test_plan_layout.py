@@ -105,6 +105,10 @@ def test_own_profile(tmp_path: Path) -> None:
         (["--choose", "900"], "--choose must be >= 1"),
         (["--memory-gb", "9"], "--gpus must be GPUs on which"),
         (["--plot", "layouts.bmpx"], "--plot must be a file that ends in"),
+        (
+            ["--gpus", "8", "--no-such-flag", "1"],
+            "flag must be a known flag (got '--no-such-flag')",
+        ),
     ],
 )
 def test_errors_are_one_line(words: list[str], message: str) -> None:
