@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from fused_kernels.gemm import gemm, multiplies_halves, operand, result_dtype
 from fused_kernels.operations import LinearCrossEntropy
+from megatron_moe.moe.main_grad import added_to_main_grad, main_grad_of
 
 CHUNK_LOGITS = 1 << 27
 """Logits of a chunk, 512 MiB in fp32: fewer tokens than this would hold are one chunk, and nothing
@@ -102,10 +103,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         x, weight, own_T, stats_3T, log_z_T, kept = ctx.saved_tensors
         grad_ce_T, grad_z_T = grads[0].reshape(2, -1)
         coefficients_2T = torch.stack((grad_ce_T + 2 * log_z_T * grad_z_T, grad_ce_T))
-        main = main_grad_of(weight, stats_3T.dtype)
+        main = main_grad_of(weight)
+        fused = main is not None and main.dtype == stats_3T.dtype
         total_VH = None
         if ctx.needs_input_grad[1]:
-            total_VH = torch.zeros_like(weight, dtype=stats_3T.dtype) if main is None else main
+            total_VH = main if fused else torch.zeros_like(weight, dtype=stats_3T.dtype)
         grad_TH = ctx.kernel.backward(
             x.flatten(0, -2),
             weight,
@@ -117,7 +119,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             kept,
             total_VH,
         )
-        grad_VH = _returned(weight, total_VH, fused=main is not None)
+        grad_VH = None
+        if total_VH is not None:
+            grad_VH = added_to_main_grad(weight) if fused else total_VH.to(weight.dtype)
         return grad_TH.view(x.shape), grad_VH, None, None, None, None, None
 
 
@@ -141,29 +145,6 @@ def _joined(stats_3T: Tensor, owner_T: Tensor, group: dist.ProcessGroup) -> tupl
         picked_T = (picks_RT + below_RT).gather(0, owner_1T).squeeze(0)
     log_total_T = total_T.log()
     return log_total_T + top_T, log_total_T - picked_T
-
-
-def main_grad_of(weight: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Megatron-Core's `main_grad`, to which gradients in ``dtype`` can be added directly.
-
-    Returns:
-        `None` if the data-parallel wrapper has given the weight none, or one of another dtype.
-    """
-    main: Tensor | None = getattr(weight, "main_grad", None)
-    if getattr(weight, "grad_added_to_main_grad", None) is None:
-        return None  # Not wrapped by Megatron-Core, which would clear and read it.
-    return main if main is not None and main.dtype == dtype else None
-
-
-def _returned(weight: Tensor, total_VH: Tensor | None, fused: bool) -> Tensor | None:
-    """What autograd gets for the weight, whose gradient is in ``total_VH``."""
-    if total_VH is None or not fused:
-        return None if total_VH is None else total_VH.to(weight.dtype)
-    # Megatron-Core's hook needs some gradient, and does not read it when the flag is set; but that
-    # of a tied embedding, which is also the embedding's, is read if `zero_out_wgrad` says so.
-    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    tied = getattr(weight, "zero_out_wgrad", False)
-    return torch.zeros_like(weight) if tied else torch.empty_like(weight)
 
 
 def linear_cross_entropy(

@@ -9,7 +9,7 @@ Both compute one `GemmGroup` of rows after the other, through all GEMMs of a pas
 GEMM writes is still in the cache when the gate reads it. They save only the input rows and the
 gate's input for the backward pass, which computes the gated product again. When Megatron-Core's
 data-parallel wrapper has given a weight its `main_grad`, gradients are accumulated straight into
-it, by Megatron-Core's protocol (`grad_added_to_main_grad`); in fp32 also where weights are bf16.
+it, by Megatron-Core's protocol (`main_grad.py`); in fp32 also where weights are bf16.
 
 Shapes: R buffer rows (or rows of one group), H hidden, E experts of this rank, F their width,
 M = blocks * F. X and Y stand for any of H, F and M.
@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fused_kernels.operations import GatedSilu
+from megatron_moe.moe.main_grad import added_to_main_grad, main_grad_of
 
 Step = Callable[[], object]
 """A GEMM or a gate, its views made beforehand. A GEMM evicts the interpreter from a core's cache,
@@ -195,9 +196,7 @@ class _WeightGradient:
     """
 
     def __init__(self, weight: Tensor) -> None:
-        main: Tensor | None = getattr(weight, "main_grad", None)
-        if getattr(weight, "grad_added_to_main_grad", None) is None:
-            main = None  # Not wrapped by Megatron-Core, which would clear and read it.
+        main = main_grad_of(weight)
         self.weight = weight
         self.fused = main is not None and _adds_to(main, weight.dtype)
         self.target = main if main is not None and self.fused else torch.empty_like(weight)
@@ -219,9 +218,7 @@ class _WeightGradient:
     def finish(self) -> Tensor:
         """The gradient that the autograd function returns for the weight."""
         if self.fused:
-            # Megatron-Core's hook needs some gradient and does not read it when the flag is set.
-            self.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-            return torch.empty_like(self.weight)
+            return added_to_main_grad(self.weight)
         for expert in set(range(self.target.shape[0])) - self.started:
             self.target[expert].zero_()
         return self.target

@@ -31,7 +31,7 @@ from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
 from fused_kernels.autograd import gated_silu
 from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.config.precision import ALIGNMENT
-from megatron_moe.moe.exchange import ExpertGroups
+from megatron_moe.moe.exchange import ExpertGroups, size_of
 from megatron_moe.moe.experts import ExpertImpl, Experts
 from megatron_moe.moe.plan import Plan
 
@@ -63,7 +63,7 @@ class GroupedExperts(Experts):
         # Recipes with one scale a tensor need the same, whatever their name.
         self.row_multiple = dict(ALIGNMENT).get(config.fp8_recipe, ALIGNMENT["tensorwise"])
         # Sizes are those of all expert-tensor ranks.
-        width = moe.moe_ffn_hidden_size or model.ffn_hidden_size
+        width = self.width * size_of(groups.expt_tp)
         self.linear_fc1 = TEColumnParallelGroupedLinear(
             self.num_local,
             model.hidden_size,

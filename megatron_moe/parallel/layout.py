@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_moe.config.moe import capacity_group_tokens, moe_layer_pattern
+from megatron_moe.config.moe import capacity_group_tokens
 from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.config.run import RunConfig
 from megatron_moe.model.logical import check_sizes
@@ -91,7 +91,7 @@ def resolve_layout(
         UsageError: the first constraint that does not hold: flag, value and valid values.
     """
     parallel, model, moe = config.parallel, config.model, config.moe
-    has_moe = any(moe_layer_pattern(moe.moe_layer_freq, model.num_layers))
+    has_moe = bool(config.moe_layers)
     tp = degree("--tensor-model-parallel-size", parallel.tensor_model_parallel_size)
     pp = degree("--pipeline-model-parallel-size", parallel.pipeline_model_parallel_size)
     ep = degree("--expert-model-parallel-size", parallel.expert_model_parallel_size)

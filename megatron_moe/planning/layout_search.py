@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_moe.config import RunConfig, moe_layer_pattern
+from megatron_moe.config import RunConfig
 from megatron_moe.config.validate import validate
 from megatron_moe.errors import UsageError
 from megatron_moe.parallel.layout import resolve_layout
@@ -126,7 +126,7 @@ def _candidates(
 ) -> Iterator[tuple[tuple[Any, ...], RunConfig]]:
     """Combinations with what they are besides recomputation, from the least of it to the most."""
     parallel, model, moe = config.parallel, config.model, config.moe
-    has_moe = any(moe_layer_pattern(moe.moe_layer_freq, model.num_layers))
+    has_moe = bool(config.moe_layers)
 
     def values(name: str, given: Any, found: list[Any]) -> list[Any]:
         return [given] if name in fixed else found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_moe.config import RunConfig, moe_layer_pattern
+from megatron_moe.config import RunConfig
 from megatron_moe.config.precision import ALIGNMENT
 from megatron_moe.errors import UsageError
 from megatron_moe.platform.transformer_engine import choose_impl
@@ -58,10 +58,9 @@ def gemm_sizes(config: RunConfig) -> dict[str, int]:
         // tp,
         f"--micro-batch-size x --seq-length{over}": tokens // tp,
     }
-    pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
-    if not all(pattern):
+    if len(config.moe_layers) < model.num_layers:
         sizes[f"--ffn-hidden-size{over}"] = model.ffn_hidden_size // tp
-    if any(pattern):
+    if config.moe_layers:
         etp = parallel.expert_tensor_parallel_size or tp
         width = moe.moe_ffn_hidden_size or model.ffn_hidden_size
         by = "" if etp == 1 else " / --expert-tensor-parallel-size"
