@@ -164,12 +164,14 @@ class Kernel:
         implementation: the folder it came from.
         reason: why that one, for the log.
         module: satisfies the protocol of the operation.
+        sole: whether a device of this type has no other implementation of the operation.
     """
 
     operation: str
     implementation: str
     reason: str
     module: ModuleType
+    sole: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,7 +92,7 @@ def select(operation: str, requested: str = "auto", device_type: str = "cpu") ->
     if left is not None and device_type in (IMPLEMENTATIONS.get(requested) or ()):
         reason = f"as requested: {requested} leaves it to the reference, {left}"
         module = importlib.import_module(f"{__package__}.reference.{operation}")
-        return Kernel(operation, "reference", reason, module)
+        return Kernel(operation, "reference", reason, module, sole=len(names) == 1)
     candidates = names if requested == "auto" else [requested]
     if not set(candidates) <= set(names):
         raise KernelUnavailable(requested, f"auto or {' or '.join(names)} on {device_type}")
@@ -106,7 +106,7 @@ def select(operation: str, requested: str = "auto", device_type: str = "cpu") ->
         rest = f"auto: first of {', '.join(names[len(missing) :])} on {device_type}"
         reason = "; ".join([rest, *missing]) if requested == "auto" else "as requested"
         module = importlib.import_module(f"{__package__}.{name}.{operation}")
-        return Kernel(operation, name, reason, module)
+        return Kernel(operation, name, reason, module, sole=len(names) == 1)
     others = " or ".join(name for name in names if name not in candidates)
     raise KernelUnavailable(requested, f"auto or {others} on {device_type}", "; ".join(missing))
 

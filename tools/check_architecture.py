@@ -60,6 +60,8 @@ EVERYWHERE = {
 STANDALONE = "megatron_moe.convert.modeling"
 """The modules in it travel with exported weights and run without this project: they import each
 other and `STANDALONE_LIBRARIES`, besides the standard library."""
+ONE_FILE = {f"{STANDALONE}.modeling_openmoe"}
+"""Files of any length: one that travels with weights has to be self-contained."""
 STANDALONE_LIBRARIES = {"torch", "transformers", "sentencepiece"}
 KERNEL_LIBRARIES = {"torch", "triton", "fused_kernels"}
 """What `fused_kernels` may import besides the standard library."""
@@ -231,7 +233,7 @@ def _private(module: Module, line: int, name: str) -> Finding:
 
 def check_sizes(module: Module) -> Iterator[Finding]:
     """Lines of the file, and of each function without its docstring."""
-    if module.lines > FILE_TARGET:
+    if module.lines > FILE_TARGET and module.name not in ONE_FILE:
         text = f"{module.lines} lines; target {FILE_TARGET}, limit {FILE_LIMIT}"
         yield Finding(module.path, 1, "file-size", text, module.lines > FILE_LIMIT)
     for node in functions(module):

@@ -16,7 +16,6 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.optimizer import MegatronOptimizer
 
-from fused_kernels.registry import known
 from megatron_moe.config import ModelConfig, RunConfig
 from megatron_moe.model.attention import RotaryCoreAttention
 from megatron_moe.model.layer import OpenMoELayer
@@ -141,13 +140,8 @@ def compare_kernels(config: RunConfig, device_type: str, ranks: RankGroup) -> li
     """
     check_implementation(config, device_type)
     check_precision(config, device_type)
-    # Where the reference alone has an operation, there is nothing in which ranks can differ.
-    selected = [
-        kernel
-        for kernel in kernels_for(config.moe, device_type).selected
-        if len(known(kernel.operation, device_type)) > 1
-    ]
-    used = sorted({f"{kernel.implementation} ({kernel.reason})" for kernel in selected})
+    selected = kernels_for(config.moe, device_type).selected
+    used = sorted({f"{each.implementation} ({each.reason})" for each in selected if not each.sole})
     gathered = ranks.gather([", ".join(used), socket.gethostname()])
     hosts_by_selection: dict[str, list[str]] = defaultdict(list)
     for selection, host in gathered or []:

@@ -294,8 +294,7 @@ def test_layers_on_several_devices_get_what_they_share() -> None:
     from accelerate.utils import send_to_device
 
     from megatron_moe.convert.modeling.configuration_openmoe import OpenMoeConfig
-    from megatron_moe.convert.modeling.experts_openmoe import router_losses
-    from megatron_moe.convert.modeling.modeling_openmoe import Step
+    from megatron_moe.convert.modeling.modeling_openmoe import Step, router_losses
 
     x, cache = torch.ones(2), object()
     step: Any = Step(x, x, None, 3, x, cache, False)

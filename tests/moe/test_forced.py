@@ -55,7 +55,7 @@ def test_jitter_reaches_the_router_alone_and_in_training_alone() -> None:
     layer.eval()(ones)
     trained, evaluated = (decision.scores.logits_TE for decision in seen)
     assert set(torch.cat(received).tolist()) <= {0.0, 1.0}
-    # Not exactly 0 on every processor: a GEMM may add the products of its last rows in another order.
+    # Not exactly 0 on every processor: a GEMM may add the products of its last rows differently.
     assert evaluated.std(0).max() < 1e-12
     # Uniform noise in [1 - eps, 1 + eps] has a standard deviation of eps / sqrt(3).
     spread = eps / 3**0.5 * layer.router.weight.norm(dim=1)

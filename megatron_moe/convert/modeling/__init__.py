@@ -1,15 +1,16 @@
 """Code that travels with exported weights: OpenMoE for `transformers`.
 
 The `FILES` are copied next to the weights, where `AutoModelForCausalLM.from_pretrained(...,
-trust_remote_code=True)` imports them. They import torch, transformers, SentencePiece
-and each other, and nothing of this project, which `tools/check_architecture.py` enforces.
+trust_remote_code=True)` imports them. They import torch, transformers, SentencePiece and the
+configuration beside them, and nothing of this project, which `tools/check_architecture.py`
+enforces.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-_PARTS = ("configuration", "modeling", "experts", "tokenization")
+_PARTS = ("configuration", "modeling", "tokenization")
 FILES = tuple(Path(__file__).with_name(f"{part}_openmoe.py") for part in _PARTS)
 """The files to copy."""
 TOKENIZATION = FILES[-1]
