@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_moe.config.fields import expected_of
 from megatron_moe.config.megatron_flags import Entry, accepted_flags, entries_of, entry_for
-from megatron_moe.errors import UsageError
+from megatron_moe.errors import MOST_ERRORS, UsageError
 
 CLOSE = 0.88
 """Similarity (difflib's ratio) from which a known flag is named as the closest. Measured on 1050
@@ -88,7 +88,8 @@ def translate(given: Sequence[Given], flags: Mapping[str, Any]) -> Translation:
             errors.append(_empty(item))
             continue
         try:
-            entry = _entry(item, flags)
+            # The closest flag is searched only for lines that are shown: it takes milliseconds.
+            entry = _entry(item, flags, hint=len(errors) < MOST_ERRORS)
         except UsageError as error:
             errors.append(error)
             continue
@@ -105,7 +106,7 @@ def translate(given: Sequence[Given], flags: Mapping[str, Any]) -> Translation:
     return Translation(words=tuple(words), accepted=accepted, errors=tuple(errors))
 
 
-def _entry(item: Given, flags: Mapping[str, Any]) -> Entry | None:
+def _entry(item: Given, flags: Mapping[str, Any], hint: bool) -> Entry | None:
     """What the table says of a flag; `None` for the words of this program."""
     if item.flag in flags or item.flag in ("", *HELP):
         # Of this program's own flags, the table has the values that only Megatron-LM has.
@@ -114,7 +115,7 @@ def _entry(item: Given, flags: Mapping[str, Any]) -> Entry | None:
         return next((entry for entry in found if entry.matches(item.values)), None)
     entry = entry_for(item.flag, item.values)
     if entry is None:
-        raise _unknown(item.flag, flags)
+        raise _unknown(item.flag, flags, hint)
     return entry
 
 
@@ -136,10 +137,10 @@ def _rejected(items: Sequence[Given], reason: str, flags: Mapping[str, Any]) -> 
     return UsageError(item.flag, " ".join(item.values) or True, expected, reason)
 
 
-def _unknown(name: str, flags: Mapping[str, Any]) -> UsageError:
-    close = closest(name, [*flags, *accepted_flags()])
-    hint = f", the closest is {close}" if close else ""
-    return UsageError("flag", name, f"a known flag{hint}", "see --help")
+def _unknown(name: str, flags: Mapping[str, Any], hint: bool) -> UsageError:
+    close = closest(name, [*flags, *accepted_flags()]) if hint else None
+    suffix = f", the closest is {close}" if close else ""
+    return UsageError("flag", name, f"a known flag{suffix}", "see --help")
 
 
 def closest(name: str, flags: Collection[str]) -> str | None:
