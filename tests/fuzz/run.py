@@ -46,14 +46,14 @@ class Result:
     seconds: float
 
 
-def fuzz(target: Target, inputs: int, seconds: float, crashes: Path) -> Result:
+def fuzz(target: Target, inputs: int, seconds: float, seed: int, crashes: Path) -> Result:
     """Fuzz one parser until a number of inputs or a time is reached."""
     start, done, faults, ended = time.monotonic(), 0, set(), 0
     while ended <= _RESTARTS and done < inputs and time.monotonic() - start < seconds:
         left = max(1, int(seconds - (time.monotonic() - start)))
         with tempfile.TemporaryDirectory(prefix="fuzz-", dir=_SCRATCH) as scratch:
             folder = Path(scratch)
-            limits = [f"-runs={inputs - done}", f"-max_total_time={left}", f"-seed={ended + 1}"]
+            limits = [f"-runs={inputs - done}", f"-max_total_time={left}", f"-seed={seed + ended}"]
             code = _in_child(target, folder, limits)
             done += int.from_bytes((folder / worker.COUNT).read_bytes(), "little")
             for line in _lines(folder / worker.FAULTS):
@@ -121,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--inputs", type=int, default=100_000, help="inputs for each parser (100000)")
     add("--seconds", type=float, default=1e9, help="for each parser at most (no limit)")
+    add("--seed", type=int, default=1, help="another one reads other inputs (1)")
     add("--only", nargs="+", metavar="PARSER", help="of those in the table (all)")
     add("--record", type=Path, default=Path("fuzz.json"), help="(fuzz.json)")
     add("--crashes", type=Path, default=Path("fuzz-crashes"), help="(fuzz-crashes)")
@@ -133,8 +134,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if unknown := set(names) - set(TARGETS):
             raise UsageError("--only", " ".join(unknown), f"of {', '.join(TARGETS)}")
         results = []
+        limits = (options.inputs, options.seconds, options.seed)
         for name in names:
-            results.append(fuzz(TARGETS[name], options.inputs, options.seconds, options.crashes))
+            results.append(fuzz(TARGETS[name], *limits, options.crashes))
             print(table(results[-1:]).splitlines()[1], flush=True)
             write_record(options.record, results)
         print(f"\n{table(results)}")
