@@ -1,0 +1,59 @@
+"""Timers of the parts of a step: what they hold, over which ranks, and when they stand still."""
+
+from __future__ import annotations
+
+import time
+
+from megatron_moe.parallel.schedule import megatron_config
+from megatron_moe.training.timing import StepTimers
+from tests.planning.ranks import planned_run
+from tests.support.pool import Pool
+
+SLEEP = 0.05
+STEPS = 2
+
+
+def slept(rank: int, world_size: int) -> tuple[dict[str, tuple[float, float]], ...]:
+    """What two collections hold: the second one after a block that only rank 1 runs."""
+    timers = StepTimers(2)
+    for _ in range(STEPS):
+        with timers.measure("forward-backward"):
+            time.sleep(SLEEP * (1 + 2 * rank))
+    first = dict(timers.collect(STEPS))
+    if rank == 1:
+        with timers.measure("batch-generator"):
+            time.sleep(SLEEP)
+    return first, dict(timers.collect(1))
+
+
+def test_a_collection_has_the_least_and_most_since_the_last_one(pool: Pool) -> None:
+    (first, second), other = pool.run(slept, 2)
+    assert other == (first, second)
+    assert list(first) == ["forward-backward"]
+    least, most = first["forward-backward"]
+    assert SLEEP <= least < most
+    assert most >= 3 * SLEEP
+    # The first part was collected, and rank 0 did not measure the other one.
+    assert list(second) == ["batch-generator"]
+    least, most = second["batch-generator"]
+    assert SLEEP <= least == most
+
+
+def switched(rank: int, world_size: int) -> list[bool]:
+    """Whether Megatron-Core has timers: before, while they are paused, and after an error then."""
+    run = planned_run(world_size, [])
+    timers = StepTimers(2)
+    timers.attach(run.chunks, run.optimizer)
+    configs = [megatron_config(chunk) for chunk in run.chunks]
+    found = [all(config.timers is not None for config in configs)]
+    try:
+        with timers.paused():
+            found.append(any(config.timers is not None for config in configs))
+            raise InterruptedError
+    except InterruptedError:
+        found.append(all(config.timers is not None for config in configs))
+    return found
+
+
+def test_what_megatron_core_does_while_they_are_paused_is_not_measured(pool: Pool) -> None:
+    assert pool.run(switched, 1) == [[True, False, True]]
