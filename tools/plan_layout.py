@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_moe.command_line import Parser
@@ -26,7 +27,7 @@ from megatron_moe.config import RunConfig
 from megatron_moe.config.cli import parse_args
 from megatron_moe.errors import UsageError, exit_on_usage_error
 from megatron_moe.parallel.launch import ended_reader_is_fine
-from megatron_moe.planning.cluster import load_cluster, profile_names
+from megatron_moe.planning.cluster import Cluster, load_cluster, profile_names
 
 FIGURES = {
     "--memory-gb": "memory of a GPU",
@@ -87,6 +88,7 @@ def plan(words: list[str]) -> str:
     options, of_run = parser().parse_known_args(words)
     config = parse_args(of_run, "plan_layout.py").config
     # Here, not above: they import torch, which `--help` and errors of flags do without.
+    from megatron_moe.planning.describe import ASSUMED, known_vocab_size
     from megatron_moe.planning.layout_search import flags_of, launch_command, search
     from megatron_moe.planning.plan_plot import draw
     from megatron_moe.planning.plan_report import (
@@ -99,8 +101,9 @@ def plan(words: list[str]) -> str:
 
     cluster = load_cluster(options.cluster, _changes(options))
     gpus = _gpus(options, cluster.gpus_per_node)
-    vocab_size = _vocab_size(config)
     fixed = given_fields(of_run)
+    _check(options, config, cluster, fixed)
+    vocab_size, assumed = known_vocab_size(config)
     result = search(
         config,
         vocab_size,
@@ -115,7 +118,8 @@ def plan(words: list[str]) -> str:
         expected = f"GPUs on which a layout fits (the smallest needs {least:.1f} GB a rank)"
         if result.least_bytes is None:
             expected = "GPUs on which parameters, gradients and optimizer state fit"
-        raise UsageError("--gpus", found, expected, "more GPUs, or more recomputation")
+        fix = "more GPUs, GPUs with more memory, or fewer flags that fix the layout"
+        raise UsageError("--gpus", found, expected, fix)
     shown = result.plans[: max(options.top, options.choose)]
     if not 1 <= options.choose <= len(shown):
         raise UsageError("--choose", options.choose, f">= 1 and <= {len(shown)}")
@@ -125,7 +129,8 @@ def plan(words: list[str]) -> str:
         return to_json(result, shown, options.tokens)
     chosen = shown[options.choose - 1]
     lines = [
-        f"{gpus} x {cluster.gpu}, {cluster.gpus_per_node} a node",
+        f"{gpus} x {cluster.gpu}, {cluster.gpus_per_node} a node;"
+        f" vocabulary {vocab_size}{ASSUMED * assumed}",
         summary_line(result),
         "",
         *table_lines(shown),
@@ -161,21 +166,34 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _gpus(options: argparse.Namespace, per_node: int) -> int:
+    flag = "--gpus" if options.nodes is None else "--nodes"
+    value = options.gpus if options.nodes is None else options.nodes
     if (options.gpus is None) == (options.nodes is None):
-        raise UsageError("--gpus", options.gpus, "given, or --nodes instead")
-    gpus = options.gpus if options.nodes is None else options.nodes * per_node
-    if gpus < 1:
-        raise UsageError("--gpus" if options.nodes is None else "--nodes", gpus, ">= 1")
-    return int(gpus)
+        raise UsageError(flag, value, "given, or --nodes instead, and not both")
+    if value < 1:
+        raise UsageError(flag, value, ">= 1")
+    gpus = int(value if options.nodes is None else value * per_node)
+    if gpus > per_node and gpus % per_node:
+        raise UsageError(flag, gpus, f"a multiple of the GPUs of a node ({per_node}), or fewer")
+    return gpus
 
 
-def _vocab_size(config: RunConfig) -> int:
-    from megatron_moe.planning.describe import ASSUMED_VOCAB
-    from megatron_moe.tokenizer.build import build_tokenizer, padded_vocab_size
-
-    if config.data.tokenizer_type == "NullTokenizer" and config.data.vocab_size is None:
-        return ASSUMED_VOCAB
-    return padded_vocab_size(config.data, build_tokenizer(config.data))
+def _check(
+    options: argparse.Namespace, config: RunConfig, cluster: Cluster, fixed: set[str]
+) -> None:
+    """What is wrong before any layout is looked at."""
+    if options.top < 1:
+        raise UsageError("--top", options.top, ">= 1")
+    if options.tokens is not None and not 0 < options.tokens < float("inf"):
+        raise UsageError("--tokens", options.tokens, "> 0")
+    if options.capacity_factors and "moe_expert_capacity_factor" in fixed:
+        expected = "used without --moe-expert-capacity-factor"
+        raise UsageError("--capacity-factors", options.capacity_factors, expected)
+    if options.plot and not Path(options.plot).absolute().parent.is_dir():
+        raise UsageError("--plot", options.plot, "a file in a directory that exists")
+    if config.precision.fp8_format is not None and not cluster.fp8_tflops:
+        expected = f"unset, as {cluster.gpu} does not multiply FP8"
+        raise UsageError("--fp8-format", config.precision.fp8_format, expected)
 
 
 if __name__ == "__main__":

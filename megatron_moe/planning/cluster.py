@@ -113,4 +113,9 @@ def load_cluster(name: str, changes: dict[str, Any] | None = None) -> Cluster:
         if type(values[key]) not in kinds or not least <= values[key] < 1e9:
             kind = "a positive integer" if hint is int else "a positive number"
             raise UsageError(f"{key} of {path.name}", values[key], kind)
+    if not isinstance(values.get("sources", {}), dict):
+        raise UsageError(f"sources of {path.name}", values["sources"], "a table")
+    if values["reserved_gb"] >= values["memory_gb"]:
+        expected = f"less than memory_gb ({values['memory_gb']})"
+        raise UsageError(f"reserved_gb of {path.name}", values["reserved_gb"], expected)
     return Cluster(**values)

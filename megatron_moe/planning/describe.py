@@ -41,6 +41,8 @@ from megatron_moe.training.phases import (
 
 ASSUMED_VOCAB = 8192
 """Vocabulary if neither a tokenizer nor `--vocab-size` gives one; marked as assumed."""
+ASSUMED = " (assumed: neither --vocab-size nor a tokenizer is given)"
+"""The mark."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +126,6 @@ class Description:
         model, moe = self.config.model, self.config.moe
         where = ", ".join(map(str, self.config.moe_layers)) or "none"
         shared = moe.moe_shared_expert_intermediate_size
-        assumed = " (assumed: neither --vocab-size nor a tokenizer is given)"
         tied = "untied" if model.untie_embeddings_and_output_weights else "tied"
         return [
             "Model",
@@ -137,7 +138,7 @@ class Description:
             f"{moe.moe_router_topk} a token, "
             + (f"shared {shared}, {moe.moe_shared_expert_placement}" if shared else "none shared"),
             *([self._routing_line()] if self.config.moe_layers else []),
-            f"  vocabulary    {self.vocab_size} padded, {tied}{assumed * self.vocab_assumed}",
+            f"  vocabulary    {self.vocab_size} padded, {tied}{ASSUMED * self.vocab_assumed}",
         ]
 
     def _routing_line(self) -> str:
@@ -223,10 +224,7 @@ def describe(
     Raises:
         UsageError: the layout or the sizes are impossible, or the tokenizer cannot be opened.
     """
-    assumed = _vocab_unknown(config)
-    vocab_size = ASSUMED_VOCAB
-    if not assumed:
-        vocab_size = padded_vocab_size(config.data, build_tokenizer(config.data))
+    vocab_size, assumed = known_vocab_size(config)
     if config.train.stages is None:
         description = describe_layout(config, None, vocab_size, world_size)
     else:
@@ -276,8 +274,15 @@ def describe_layout(
     )
 
 
-def _vocab_unknown(config: RunConfig) -> bool:
-    return config.data.tokenizer_type == "NullTokenizer" and config.data.vocab_size is None
+def known_vocab_size(config: RunConfig) -> tuple[int, bool]:
+    """The padded vocabulary, and whether it is `ASSUMED_VOCAB`.
+
+    Raises:
+        UsageError: the tokenizer cannot be opened.
+    """
+    if config.data.tokenizer_type == "NullTokenizer" and config.data.vocab_size is None:
+        return ASSUMED_VOCAB, True
+    return padded_vocab_size(config.data, build_tokenizer(config.data)), False
 
 
 def _ranks(config: RunConfig, world_size: int | None) -> int:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_moe.config import RunConfig
+from megatron_moe.config.run import flag_of
 from megatron_moe.config.validate import validate
 from megatron_moe.errors import UsageError
 from megatron_moe.parallel.layout import resolve_layout
@@ -17,23 +19,17 @@ from megatron_moe.planning.layout_plan import LayoutPlan, evaluate
 from megatron_moe.planning.memory import state_memory
 from megatron_moe.planning.step_memory import step_memory
 
-RECOMPUTATIONS: tuple[dict[str, Any], ...] = (
-    {"recompute_granularity": None},
-    {"recompute_granularity": "selective", "recompute_modules": ("mlp", "moe")},
-    {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
-)
-"""Nothing; feed-forward layers and experts, whose inputs are small and activations large; all."""
-DEGREES = {
+SIZES = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
-    "num_virtual_stages_per_pipeline_rank",
-    "decoder_last_pipeline_num_layers",
     "expert_model_parallel_size",
     "expert_tensor_parallel_size",
+)
+"""Degrees whose products divide the GPUs."""
+DEGREES = {
+    *SIZES,
+    "num_virtual_stages_per_pipeline_rank",
+    "decoder_last_pipeline_num_layers",
     "micro_batch_size",
     "recompute_granularity",
     "moe_expert_capacity_factor",
@@ -54,7 +50,7 @@ class SearchResult:
     too_large: int
     """And those that need more memory than a GPU has."""
     least_bytes: int | None
-    """Memory of the smallest layout; `None` if no layout is valid."""
+    """Memory of the smallest layout; `None` if not even the state of any layout fits."""
 
 
 def search(
@@ -77,7 +73,8 @@ def search(
         capacity_factors: to try; empty: the configuration's.
 
     Raises:
-        UsageError: no combination is valid, with the reason of the last one.
+        UsageError: no combination is valid, with the reason of the last one; or the fixed sizes do
+            not divide the GPUs.
     """
     plans: list[LayoutPlan] = []
     tried = invalid = too_large = 0
@@ -107,7 +104,11 @@ def search(
         plans.append(evaluate(candidate, layout, vocab_size, cluster, stages))
     if reason is not None and invalid == tried:
         raise reason
-    plans.sort(key=lambda plan: plan.time.total)
+    if not tried:
+        sizes = [f"{flag_of(n)} {getattr(config.parallel, n)}" for n in SIZES if n in fixed]
+        raise UsageError("--gpus", gpus, f"a multiple of {' x '.join(sizes)}")
+    # Not by the time of a step: without --global-batch-size, layouts differ in their batch.
+    plans.sort(key=lambda plan: -plan.tokens_per_second)
     return SearchResult(
         plans=tuple(plans),
         tried=tried,
@@ -134,12 +135,12 @@ def _candidates(
     tps = values(
         "tensor_model_parallel_size",
         parallel.tensor_model_parallel_size,
-        [d for d in _powers(cluster.gpus_per_node) if gpus % d == 0],
+        [d for d in _divisors(cluster.gpus_per_node) if gpus % d == 0],
     )
     pps = values(
         "pipeline_model_parallel_size",
         parallel.pipeline_model_parallel_size,
-        [d for d in _divisors(model.num_layers) if gpus % d == 0],
+        [d for d in _divisors(gpus) if d <= model.num_layers and _splits(model.num_layers, d)],
     )
     eps = values(
         "expert_model_parallel_size",
@@ -148,7 +149,7 @@ def _candidates(
     )
     micros = values("micro_batch_size", config.train.micro_batch_size, [1, 2])
     factors: list[float | None] = [*capacity_factors] or [moe.moe_expert_capacity_factor]
-    again = values("recompute_granularity", None, list(RECOMPUTATIONS))
+    again = values("recompute_granularity", {}, _recomputations(has_moe))
     sharded = values(
         "use_distributed_optimizer",
         parallel.use_distributed_optimizer,
@@ -169,7 +170,8 @@ def _candidates(
                     parallel.num_virtual_stages_per_pipeline_rank,
                     parallel.decoder_last_pipeline_num_layers,
                 ),
-                list(_splits(model.num_layers, pp)),
+                # Of a given degree without a division, `resolve_layout` says what is wrong.
+                _splits(model.num_layers, pp) or [(None, None)],
             ):
                 degrees = {
                     "tensor_model_parallel_size": tp,
@@ -183,7 +185,7 @@ def _candidates(
                 }
                 key = (*degrees.values(), micro, factor)
                 for recompute in again:
-                    changes = {**degrees, **(recompute or {})}
+                    changes = {**degrees, **recompute}
                     yield (
                         key,
                         replace(
@@ -195,29 +197,45 @@ def _candidates(
                     )
 
 
-def _splits(layers: int, pp: int) -> Iterator[tuple[int | None, int | None]]:
-    """Chunks of each stage and layers of the last one: even, interleaved, and with fewer layers on
-    the last stage, which has the logits, where the others can share the rest.
+def _recomputations(has_moe: bool) -> list[dict[str, Any]]:
+    """Nothing; feed-forward layers and experts, whose inputs are small and activations large; all.
+
+    From the least memory saved to the most.
     """
-    yield None, None
+    modules = ("mlp", "moe") if has_moe else ("mlp",)
+    every = {"recompute_method": "uniform", "recompute_num_layers": 1}
+    return [
+        {"recompute_granularity": None},
+        {"recompute_granularity": "selective", "recompute_modules": modules},
+        {"recompute_granularity": "full", **every},
+    ]
+
+
+def _splits(layers: int, pp: int) -> list[tuple[int | None, int | None]]:
+    """Chunks of each stage and layers of the last one: even, interleaved, and with fewer layers on
+    the last stage, which has the logits, where the others can share the rest. Empty if there is no
+    such division.
+    """
     if pp == 1:
-        return
-    for chunks in _divisors(layers // pp)[1:]:
-        yield chunks, None
-    fewer = [n for n in range(1, layers // pp) if (layers - n) % (pp - 1) == 0]
-    for last in fewer[-2:]:
-        yield None, last
+        return [(None, None)]
+    found: list[tuple[int | None, int | None]] = []
+    if layers % pp == 0:
+        found += [(None, None), *((chunks, None) for chunks in _divisors(layers // pp)[1:])]
+    fewer = [n for n in range(1, -(-layers // pp)) if (layers - n) % (pp - 1) == 0]
+    return [*found, *((None, last) for last in fewer[-2:])]
 
 
 def _with(parallel: Any, degrees: dict[str, Any], fixed: Collection[str]) -> Any:
-    changed = {name: value for name, value in degrees.items() if name not in fixed}
-    if changed.get("use_distributed_optimizer") and "overlap_grad_reduce" not in fixed:
-        changed |= {"overlap_grad_reduce": True, "overlap_param_gather": True}
-    return dataclasses.replace(parallel, **changed)
-
-
-def _powers(most: int) -> list[int]:
-    return [1 << n for n in range(most.bit_length()) if 1 << n <= most]
+    """The degrees that are not fixed; with a sharded optimizer also overlapped transfers, as far as
+    the command line does not say otherwise.
+    """
+    made = dataclasses.replace(parallel, **{k: v for k, v in degrees.items() if k not in fixed})
+    if made.use_distributed_optimizer and "overlap_grad_reduce" not in fixed:
+        made = dataclasses.replace(made, overlap_grad_reduce=True)
+    both = made.use_distributed_optimizer and made.overlap_grad_reduce
+    if both and "overlap_param_gather" not in fixed:
+        made = dataclasses.replace(made, overlap_param_gather=True)
+    return made
 
 
 def _divisors(total: int) -> list[int]:
@@ -225,7 +243,7 @@ def _divisors(total: int) -> list[int]:
 
 
 def launch_command(plan: LayoutPlan, words: list[str], layout_flags: list[str]) -> str:
-    """The command that starts a run with a layout under `torchrun`.
+    """The command that starts a run with a layout under `torchrun`, quoted for a shell.
 
     Args:
         plan: the layout.
@@ -238,7 +256,7 @@ def launch_command(plan: LayoutPlan, words: list[str], layout_flags: list[str]) 
     start = f"torchrun --nproc-per-node {here}"
     if nodes > 1:
         start += f" --nnodes {nodes} --rdzv-backend c10d --rdzv-endpoint $HEAD_NODE:29500"
-    return " ".join([start, "pretrain_openmoe.py", *words, *layout_flags])
+    return f"{start} {shlex.join(['pretrain_openmoe.py', *words, *layout_flags])}"
 
 
 def flags_of(plan: LayoutPlan, fixed: Collection[str] = ()) -> list[str]:
@@ -249,7 +267,7 @@ def flags_of(plan: LayoutPlan, fixed: Collection[str] = ()) -> list[str]:
     def add(name: str, value: Any) -> None:
         if name in fixed:
             return
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         if value is True:
             flags.append(flag)
         elif isinstance(value, tuple):
@@ -265,15 +283,14 @@ def flags_of(plan: LayoutPlan, fixed: Collection[str] = ()) -> list[str]:
     add("expert_model_parallel_size", layout.ep)
     add("expert_tensor_parallel_size", parallel.expert_tensor_parallel_size)
     add("micro_batch_size", layout.micro_batch_size)
-    if "global_batch_size" not in fixed:
-        add("global_batch_size", layout.global_batch_size)
+    add("global_batch_size", layout.global_batch_size)
     add("use_distributed_optimizer", parallel.use_distributed_optimizer)
     add("overlap_grad_reduce", parallel.overlap_grad_reduce)
     add("overlap_param_gather", parallel.overlap_param_gather)
-    add("recompute_granularity", parallel.recompute_granularity)
-    if parallel.recompute_granularity == "selective" and "recompute_granularity" not in fixed:
-        add("recompute_modules", parallel.recompute_modules)
-    if parallel.recompute_granularity == "full":
+    if "recompute_granularity" not in fixed:
+        add("recompute_granularity", parallel.recompute_granularity)
+        if parallel.recompute_granularity == "selective":
+            add("recompute_modules", parallel.recompute_modules)
         add("recompute_method", parallel.recompute_method)
         add("recompute_num_layers", parallel.recompute_num_layers)
     add("moe_expert_capacity_factor", config.moe.moe_expert_capacity_factor)

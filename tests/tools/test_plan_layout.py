@@ -64,6 +64,78 @@ def test_the_command_of_every_layout_passes_the_resolver(listed: dict) -> None:
             assert (list(held) if name == "chunk_layers" else held) == value, (number, name)
 
 
+def _flags(*words: str) -> list[str]:
+    """Flags of the command that starts the fastest layout."""
+    found = shlex.split(plan_layout.plan([*WORDS, *words]).splitlines()[-1])
+    return found[found.index("pretrain_openmoe.py") + 1 :]
+
+
+def _fastest(*words: str) -> dict:
+    return json.loads(plan_layout.plan([*WORDS, "--json", "--top", "1", *words]))["layouts"][0]
+
+
+def test_flags_that_are_given_are_planned_and_not_repeated() -> None:
+    """Sharding that is given overlaps its transfers as sharding that is chosen does."""
+    chosen, given = _fastest(), _fastest("--use-distributed-optimizer")
+    assert chosen == given
+    one = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
+    waits, hidden = _fastest(*one, "--no-overlap-param-gather"), _fastest(*one)
+    assert waits["seconds"]["reduction"] > hidden["seconds"]["reduction"]
+    parallel = parse_args(_flags("--no-overlap-param-gather")).config.parallel
+    assert parallel.overlap_grad_reduce and not parallel.overlap_param_gather
+    parallel = parse_args(_flags("--no-overlap-grad-reduce")).config.parallel
+    assert not parallel.overlap_grad_reduce and not parallel.overlap_param_gather
+    again = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+    flags = [word for word in _flags(*again.split()) if word.startswith("--")]
+    assert len(flags) == len(set(flags))
+
+
+def test_the_command_is_quoted_for_a_shell() -> None:
+    words = ["--data-path", "my data/corpus", "--pipeline-model-parallel-size", "1"]
+    line = plan_layout.plan([*WORDS, *words]).splitlines()[-1]
+    assert "--moe-layer-freq '[0,1]*2' " in line and "--data-path 'my data/corpus' " in line
+
+
+def test_layouts_of_different_batches_are_ordered_by_their_rate() -> None:
+    """Without a global batch, a step has one micro-batch of every replica."""
+    listed = json.loads(plan_layout.plan([*WORDS, "--json", "--global-batch-size", "None"]))
+    batches = [layout["layout"]["global_batch_size"] for layout in listed["layouts"]]
+    rates = [layout["tokens_per_second"] for layout in listed["layouts"]]
+    assert len(set(batches)) > 1 and rates == sorted(rates, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "chunks"),
+    [("10", "4", [3, 3, 3, 1]), ("9", "5", [2, 2, 2, 2, 1])],
+)
+def test_stages_that_do_not_divide_the_layers(layers: str, stages: str, chunks: list[int]) -> None:
+    words = ["--num-layers", layers, "--moe-layer-freq", "4", "--gpus-per-node", "4"]
+    words += ["--pipeline-model-parallel-size", stages, "--gpus", str(4 * int(stages))]
+    layout = _fastest(*words, "--expert-model-parallel-size", "4")
+    assert layout["layout"]["chunk_layers"] == chunks
+
+
+def test_layers_without_experts_are_recomputed_as_well() -> None:
+    dense = ["--moe-layer-freq", "[0]*4", "--pipeline-model-parallel-size", "1"]
+    dense += ["--expert-model-parallel-size", "1", "--tensor-model-parallel-size", "1"]
+    whole = _fastest(*dense)["memory"][0]["total"]
+    again = _fastest(*dense, "--memory-gb", str(6 + (whole - 1) / 1e9))
+    assert again["recompute"] == "mlp" and again["memory"][0]["total"] < whole
+
+
+def test_tensor_parallelism_divides_a_node() -> None:
+    words = ["--gpus", "12", "--gpus-per-node", "6", "--top", "99", "--global-batch-size", "48"]
+    words += ["--expert-model-parallel-size", "2"]
+    listed = json.loads(plan_layout.plan([*WORDS, *words, "--json"]))
+    assert {layout["layout"]["tp"] for layout in listed["layouts"]} == {1, 2}, "4 is not inside"
+
+
+def test_an_assumed_vocabulary_is_marked() -> None:
+    assert "vocabulary 32000\n" in plan_layout.plan(WORDS)
+    words = [*WORDS, "--tokenizer-type", "NullTokenizer", "--vocab-size", "None"]
+    assert "vocabulary 8192 (assumed: neither" in plan_layout.plan(words)
+
+
 def test_explain_shows_formulas_and_sources() -> None:
     text = plan_layout.plan([*WORDS, "--explain", "--pipeline-model-parallel-size", "1"])
     for part in ("T m F b", "r + (m + 2) T F b", "nvidia.com", "products 1x["):
@@ -104,6 +176,19 @@ def test_own_profile(tmp_path: Path) -> None:
         (["--gpus", "0"], "--gpus must be >= 1"),
         (["--choose", "900"], "--choose must be >= 1"),
         (["--memory-gb", "9"], "--gpus must be GPUs on which"),
+        (["--memory-gb", "5"], "reserved_gb of h100.toml must be less than memory_gb (5.0)"),
+        (["--gpus", "12"], "--gpus must be a multiple of the GPUs of a node (8), or fewer"),
+        (["--nodes", "2"], "--nodes must be given, or --nodes instead"),
+        (
+            ["--tensor-model-parallel-size", "3"],
+            "--gpus must be a multiple of --tensor-model-parallel-size 3 x",
+        ),
+        (["--gpus", "64", "--expert-model-parallel-size", "64"], "a divisor of --num-experts (32)"),
+        (["--top", "0"], "--top must be >= 1"),
+        (["--tokens", "-1"], "--tokens must be > 0"),
+        (["--capacity-factors", "2", "--moe-expert-capacity-factor", "1"], "--capacity-factors"),
+        (["--cluster", "a100-80", "--fp8-format", "e4m3"], "--fp8-format must be unset"),
+        (["--plot", "no/such/layouts.png"], "--plot must be a file in a directory that exists"),
         (["--plot", "layouts.bmpx"], "--plot must be a file that ends in"),
         (
             ["--gpus", "8", "--no-such-flag", "1"],
