@@ -17,7 +17,7 @@ from bench._own_process import in_own_process
 from bench.moe_layer import interleaved_seconds, median_ratio, peak_mib
 from bench.record import Record
 from bench.train_step import configuration
-from megatron_moe.model.loss import chunk_tokens
+from megatron_moe.model.logits_chunks import chunk_tokens
 
 SHAPES = ((1024, 4096, 256), (2048, 131072, 256))
 """Tokens, vocabulary and hidden size: a micro-batch of the tiny preset, and half of umT5's

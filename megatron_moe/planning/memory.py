@@ -45,7 +45,7 @@ class MemoryByCategory:
     dispatch_buffers: int = 0
     """Rows [.., H] of experts before and after the exchanges, forward and backward."""
     logits: int = 0
-    """fp32 logits of a micro-batch, and fp32 copies of their matrix and its gradient."""
+    """fp32 logits of a chunk of tokens, copies of their operands, and their gradients."""
     communication_buffers: int = 0
     """What collectives gather into and that outlives them."""
 

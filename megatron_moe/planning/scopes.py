@@ -16,7 +16,6 @@ BACKWARD = {
     "_AllToAll": "dispatch_buffers",
     "_Fp32Matmul": "logits",
     "_LinearCrossEntropy": "logits",
-    "_VocabParallelLoss": "logits",
 }
 """Category of what the backward pass of an autograd function creates, by the function's name."""
 

@@ -14,6 +14,7 @@ from typing import Literal
 from megatron_moe.config import RunConfig, moe_layer_pattern
 from megatron_moe.config.model import QkNormScope
 from megatron_moe.model.logical import expert_width
+from megatron_moe.model.logits_chunks import chunk_tokens
 from megatron_moe.moe.plan import capacity_of
 from megatron_moe.parallel.layout import Layout
 from megatron_moe.planning.memory import parameter_bytes
@@ -102,7 +103,7 @@ class TensorSizes:
             etp=layout.etp,
             gathers_rows=layout.etp > 1 and not same_tokens,
             vocab=vocab_size // tp,
-            logits_chunk=config.parallel.logits_chunk_tokens or default_chunk(vocab_size // tp),
+            logits_chunk=config.parallel.logits_chunk_tokens or chunk_tokens(vocab_size // tp),
         )
 
     @property
@@ -164,11 +165,6 @@ class TensorSizes:
     def logits(self) -> int:
         """C V."""
         return self.logits_rows * self.vocab
-
-
-def default_chunk(columns: int) -> int:
-    """`chunk_tokens` of `model/loss.py`, which imports Megatron-Core; a test compares them."""
-    return max(1024, (1 << 27) // columns)
 
 
 def layers_of_stage(config: RunConfig, layout: Layout, stage: int) -> tuple[tuple[bool, ...], ...]:

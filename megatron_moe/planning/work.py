@@ -131,7 +131,7 @@ def experts(sizes: TensorSizes, precision: Precision) -> UnitWork:
     moved = 5 * s.residual + 4 * s.buffer_rows * s.hidden
     moved += (s.gate_blocks + 1) * s.expert_rows * s.expert
     # With several sources, the rows of an expert are brought together, and apart again.
-    moved += 4 * s.expert_rows * s.hidden * (s.ep > 1)
+    moved += 4 * s.expert_rows * s.hidden * (s.ep > 1 or s.gathers_rows)
     return UnitWork.of(gemms, moved * s.bytes, 40)
 
 

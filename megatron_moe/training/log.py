@@ -18,7 +18,7 @@ from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.data.composition import share_lines
 from megatron_moe.data.pipeline import Data
 from megatron_moe.model.counting import count_parameters
-from megatron_moe.model.loss import chunk_tokens
+from megatron_moe.model.logits_chunks import chunk_tokens
 from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.registry import kernels_for
 from megatron_moe.platform.transformer_engine import choose_impl

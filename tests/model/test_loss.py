@@ -152,7 +152,7 @@ def test_a_main_grad_of_another_dtype_is_left_to_the_wrapper(pool: Pool) -> None
 
 
 def test_chunks_are_of_bounded_size_and_not_too_small() -> None:
-    from megatron_moe.model.loss import chunk_tokens
+    from megatron_moe.model.logits_chunks import chunk_tokens
 
     assert chunk_tokens(4096) == 32768  # 512 MiB of fp32
     assert chunk_tokens(256384 // 8) == 2**27 // 32048

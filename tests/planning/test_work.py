@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_moe.model.counting import flops_per_token
 from megatron_moe.parallel.layout import resolve_layout
 from megatron_moe.planning.stage_plan import chunk_plans
-from megatron_moe.planning.tensor_sizes import TensorSizes, default_chunk
-from megatron_moe.planning.work import head
+from megatron_moe.planning.tensor_sizes import TensorSizes
+from megatron_moe.planning.work import experts, head
 from tests.planning.ranks import VOCAB, batches_of, planned_config, planned_run
 from tests.support.pool import Pool
 
@@ -67,6 +69,19 @@ def test_flops_are_those_that_a_real_forward_pass_counts(pool: Pool) -> None:
     assert counted == planned - scores
 
 
+def test_rows_of_several_sources_are_brought_together_and_apart_again() -> None:
+    config = planned_config(FLAGS)
+    sizes = TensorSizes.of(config, resolve_layout(config, 1, VOCAB), VOCAB)
+    alone = experts(sizes, "fp32").forward.bytes
+    rows = 4 * 2 * 64  # E, groups, C
+    moved = 4 * 4 * rows * 64  # bytes of [rows, H], four times
+    assert experts(replace(sizes, ep=2), "fp32").forward.bytes == alone + moved
+    # Two ranks share each expert, and each has the rows of both: three blocks of the gate, F 128.
+    shared = replace(sizes, etp=2, gathers_rows=True)
+    gate = 4 * 3 * rows * 128
+    assert experts(shared, "fp32").forward.bytes == alone + 2 * moved + gate
+
+
 def test_recomputation_is_arithmetic() -> None:
     again = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     config = planned_config(FLAGS)
@@ -83,11 +98,7 @@ def test_recomputation_is_arithmetic() -> None:
     assert total[1] - total[0] == layers
 
 
-def test_chunks_of_logits_are_those_of_the_model() -> None:
-    from megatron_moe.model.loss import chunk_tokens
-
-    for columns in (128, 32000, 256384):
-        assert default_chunk(columns) == chunk_tokens(columns)
+def test_all_chunks_of_logits_but_the_last_are_computed_again() -> None:
     config = planned_config(["--logits-chunk-tokens", "100"])
     sizes = TensorSizes.of(config, resolve_layout(config, 1, VOCAB), VOCAB)
     # 256 tokens in three chunks of at most 86, two of which are computed again.
