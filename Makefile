@@ -15,7 +15,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 FUZZ_STAMP := $(VENV)/.fuzz-$(KEY)
 DOCS_STAMP := $(VENV)/.docs-$(KEY)
 
-SCRIPTS := $(wildcard examples/*.sh examples/*.sbatch) .ci/run
+SCRIPTS := $(wildcard examples/*.sh examples/*.sbatch tests/examples/*.sh) .ci/run
 
 .PHONY: help setup quickstart test test-all test-gpu check check-kernels format compare soak planted bench bench-gpu fuzz docs clean distclean
 

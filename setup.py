@@ -99,6 +99,7 @@ COMMANDS = [
     "openmoe-analyze = megatron_moe_tools.analyze_moe:main",
     "openmoe-generate = megatron_moe_tools.generate:main",
     "openmoe-inspect-checkpoint = megatron_moe_tools.inspect_checkpoint:main",
+    "openmoe-check-environment = megatron_moe_tools.check_environment:main",
     "openmoe-dry-run = megatron_moe_tools.dry_run:main",
     "openmoe-convert = megatron_moe_tools.convert_checkpoint:main",
 ]

@@ -15,12 +15,12 @@ TOOLS = sorted(
     path.stem
     for path in (Path(__file__).resolve().parents[1] / "tools").glob("*.py")
     # The flags of unigram_loss.py are those of training, which tests/config/test_cli.py covers, and
-    # so are those that plan_layout.py does not know itself (tests/tools/test_plan_layout.py); those
-    # of torchrun.py are torchrun's.
+    # so are those that plan_layout.py and check_environment.py do not know themselves
+    # (tests/tools); those of torchrun.py are torchrun's.
     if path.stem
     not in (
-        *("__init__", "check_architecture", "plan_layout", "preprocess_data", "torchrun"),
-        "unigram_loss",
+        *("__init__", "check_architecture", "check_environment", "plan_layout"),
+        *("preprocess_data", "torchrun", "unigram_loss"),
     )
 )
 

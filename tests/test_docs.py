@@ -23,7 +23,15 @@ PAGES = sorted(
 FOLDERS = "bench|docs|examples|fused_kernels|megatron_moe|tests|tools"
 SLURM = {
     *("--parsable", "--dependency", "--kill-on-invalid-dep", "--array", "--cpus-per-task"),
-    *("--ntasks-per-node", "--kill-on-bad-exit"),
+    *(
+        "--ntasks-per-node",
+        "--kill-on-bad-exit",
+        "--exclusive",
+        "--mem",
+        "--requeue",
+        "--open-mode",
+    ),
+    *("--error", "--label", "--cpu-bind", "--nodes"),
 }
 ADDRESSES = {
     "--long",

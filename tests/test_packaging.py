@@ -150,6 +150,7 @@ def test_installed_commands_start_anywhere(wheel: Path, tmp_path: Path) -> None:
     commands = sorted(path.name for path in (site / "bin").iterdir())
     assert commands == [
         "openmoe-analyze",
+        "openmoe-check-environment",
         "openmoe-convert",
         "openmoe-dry-run",
         "openmoe-evaluate",

@@ -38,6 +38,7 @@ from megatron_moe.training.phases import (
     phase_lines,
     resolve_run_schedule,
 )
+from megatron_moe.training.plan import resolve_plan
 
 ASSUMED_VOCAB = 8192
 """Vocabulary if neither a tokenizer nor `--vocab-size` gives one; marked as assumed."""
@@ -181,8 +182,17 @@ class Description:
             f"  model chunks  {layout.num_chunks} a rank, {_layers_each(layout)}",
             f"  batch         {layout.global_batch_size} sequences = {layout.micro_batch_size}"
             f" x DP {layout.dp} x {layout.num_microbatches} micro-batches",
+            *self._missing_length(),
             "",
             *_table("Parameters per rank", ("dense", "expert", "all"), rows),
+        ]
+
+    def _missing_length(self) -> list[str]:
+        """What training needs besides, and a description does not."""
+        if self.schedule is not None or _has_length(self.config):
+            return []
+        return [
+            "  length        not given: training needs --train-iters, --train-samples or --phases"
         ]
 
     def _stage_lines(self) -> list[str]:
@@ -222,11 +232,14 @@ def describe(
         world_size: ranks; `None` takes the launcher's, or the fewest that the layout needs.
 
     Raises:
-        UsageError: the layout or the sizes are impossible, or the tokenizer cannot be opened.
+        UsageError: the layout or the sizes are impossible, the tokenizer cannot be opened, or the
+            learning rate does not fit into the run. A length is not needed to describe a model.
     """
     vocab_size, assumed = known_vocab_size(config)
     if config.train.stages is None:
         description = describe_layout(config, None, vocab_size, world_size)
+        if _has_length(config):  # what training checks once it knows how many steps it takes
+            resolve_plan(config, description.layout.global_batch_size)
     else:
         description = _describe_phases(config, vocab_size, world_size)
     description = dataclasses.replace(description, vocab_assumed=assumed)
@@ -272,6 +285,10 @@ def describe_layout(
         ),
         stage_flops=flops_per_stage(*sizes, config.data.seq_length, layout.chunk_layers, layout.pp),
     )
+
+
+def _has_length(config: RunConfig) -> bool:
+    return config.train.train_iters is not None or config.train.train_samples is not None
 
 
 def known_vocab_size(config: RunConfig) -> tuple[int, bool]:

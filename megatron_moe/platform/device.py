@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import resource
+import statistics
 import sys
 import time
 
@@ -84,6 +85,33 @@ def _resident_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
+
+
+def gemm_tflops(device: torch.device, size: int | None = None, repeats: int = 5) -> float:
+    """TFLOP/s of a square matrix product on one device, the median of a few.
+
+    Unlike a step it waits for no other rank, so that it tells which device is slow.
+
+    Args:
+        device: in bf16 on a GPU, in fp32 on a CPU.
+        size: rows and columns; by default 4096 (100 MB of memory for a moment), on a CPU 512.
+        repeats: measured products, after two that warm up.
+    """
+    on_gpu = device.type == "cuda"
+    size = size or (4096 if on_gpu else 512)
+    a = torch.ones(size, size, dtype=torch.bfloat16 if on_gpu else torch.float32, device=device)
+    out = torch.empty_like(a)
+    times = []
+    for number in range(2 + repeats):
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, a, out=out)
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        if number >= 2:
+            times.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(times) / 1e12
 
 
 def _measured_gemm(dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> float:

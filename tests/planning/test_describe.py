@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import pretrain_openmoe
 from megatron_moe.config import DataConfig, ParallelConfig, RunConfig
 from megatron_moe.config.presets import OPENMOE_VOCAB, PRESETS
 from megatron_moe.config.run import flag_of
@@ -211,3 +212,32 @@ def test_it_needs_neither_torch_nor_megatron() -> None:
     environment = {name: v for name, v in os.environ.items() if name != "WORLD_SIZE"}
     run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=environment, check=False)
     assert run.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lr", "1e-4"], "--lr-warmup-init must be <= --lr (0.0001)"),
+        (["--train-iters", "5", "--lr-decay-style", "cosine"], "--lr-warmup-iters must be < 5"),
+        (["--train-samples", "10"], "--train-samples must be >= 128, one global batch"),
+        (["--train-iters", "20000", "--freeze-params", "none.*"], "--freeze-params"),
+    ],
+)
+def test_what_training_refuses_is_not_described(
+    flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The flags of the whole command: the preset's warm-up takes 10000 steps at rate 0.01."""
+    base = ["--preset", "openmoe-base-16e", *flags]
+    for words in ([*base, "--describe"], base):
+        with pytest.raises(SystemExit) as end:
+            pretrain_openmoe.main(words)
+        assert end.value.code == 2
+        error = capsys.readouterr().err
+        assert message in error
+
+
+def test_a_length_is_not_needed_to_describe_a_model() -> None:
+    missing = "length        not given: training needs --train-iters, --train-samples or --phases"
+    config = PRESETS["openmoe-base-16e"]
+    assert missing in describe(config)
+    assert missing not in describe(replace(config, train=replace(config.train, train_iters=20000)))

@@ -94,6 +94,7 @@ def stop_after_parsing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.unigram_loss.parse_or_exit", parse_run)
     monkeypatch.setattr("pretrain_openmoe.parse_args", parse_run)
     monkeypatch.setattr("tools.plan_layout.parse_args", parse_run)
+    monkeypatch.setattr("tools.check_environment.parse_args", parse_run)
 
 
 @pytest.mark.parametrize("path", COMMANDS)
