@@ -77,7 +77,7 @@ def pretrain(config: RunConfig, notes: Sequence[str], at_exit: ExitStack) -> Non
     from megatron_moe.tokenizer.build import build_tokenizer, padded_vocab_size
     from megatron_moe.training.dataloaders import build_dataloaders, check_coordinates
     from megatron_moe.training.exit_request import build_exit_request
-    from megatron_moe.training.hooks import Progress, build_hooks
+    from megatron_moe.training.hooks import Progress, build_hooks, build_straggler_report
     from megatron_moe.training.metrics import Meter
     from megatron_moe.training.outputs import check_outputs
     from megatron_moe.training.phases import resolve_run_schedule
@@ -133,7 +133,7 @@ def pretrain(config: RunConfig, notes: Sequence[str], at_exit: ExitStack) -> Non
         checkpoints=checkpoints,
         reporter=reporter,
         exit_request=build_exit_request(schedule, ctx, lambda: checkpoints.saving, reporter.failed),
-        hooks=hooks,
+        hooks=[*hooks, *build_straggler_report(config.logging, ctx, run.timers, reporter.log)],
     ).train()
     destroy_parallel(default_group=True)
     if summary.failure is not None:

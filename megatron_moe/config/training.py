@@ -352,7 +352,12 @@ class LoggingConfig:
     slower: each measurement waits for the device."""
     log_timers_to_tensorboard: Annotated[bool, OmittedAtDefault] = False
     """Write the times of `--timing-log-level` to TensorBoard and W&B, in seconds of a step, the
-    most over all ranks. The time of the whole step is there in any case."""
+    most and the least over all ranks. The time of the whole step is there in any case."""
+    log_straggler: Annotated[bool, OmittedAtDefault] = False
+    """Name the slowest and the fastest ranks at every `--log-interval`, by what waits for no other
+    rank: a matrix product of fixed size, and reading data."""
+    straggler_minmax_count: Annotated[int, AtLeastOne, OmittedAtDefault] = 1
+    """With `--log-straggler`, how many of the slowest and of the fastest ranks."""
     log_memory_to_tensorboard: Annotated[bool, OmittedAtDefault] = False
     """Write allocated and reserved memory besides its peak, which is there in any case."""
     tensorboard_log_interval: Annotated[int, AtLeastOne, OmittedAtDefault] = 1
@@ -374,6 +379,12 @@ class LoggingConfig:
     """With `--use-pytorch-profiler`, record the shapes of operands."""
     pytorch_profiler_collect_callstack: Annotated[bool, OmittedAtDefault] = False
     """With `--use-pytorch-profiler`, record Python's call stack."""
+    record_memory_history: Annotated[bool, OmittedAtDefault] = False
+    """Record every allocation of a GPU with its stack, on `--profile-ranks`, and write a snapshot
+    after step `--profile-step-end`, and when memory runs out."""
+    memory_snapshot_path: Annotated[str, OmittedAtDefault] = "snapshot.pickle"
+    """File of `--record-memory-history`; the rank is added to its name. PyTorch's format, which
+    its viewer reads (pytorch.org/memory_viz) and this program never does."""
     log_boards: Annotated[tuple[str, ...], OmittedAtDefault] = ()
     """Further boards with the values of TensorBoard, as `NAME=PROJECT`: `mlflow=EXPERIMENT`,
     `trackio=PROJECT`, or another file of `megatron_moe/training/boards/`; each needs the extra of

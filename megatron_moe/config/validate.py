@@ -200,6 +200,14 @@ def _check_traces(config: RunConfig) -> None:
 
 
 def _check_profile(settings: LoggingConfig) -> None:
+    defaults = LoggingConfig()
+    for name, flag in (
+        ("straggler_minmax_count", "log_straggler"),
+        ("memory_snapshot_path", "record_memory_history"),
+    ):
+        value = getattr(settings, name)
+        given = value if value != getattr(defaults, name) else None
+        _requires(name, given, flag_of(flag), getattr(settings, flag))
     pytorch, start, end = (
         settings.use_pytorch_profiler,
         settings.profile_step_start,

@@ -1,17 +1,24 @@
 """What a run does around its steps and evaluations besides training: garbage collection, profiles.
 
-A hook is called on every rank. To add one, derive from `Hook` and name it in `build_hooks`.
+A hook is called on every rank. To add one, derive from `Hook` and name it in `build_hooks`, or
+beside it if it needs the process groups.
 """
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
-from megatron_moe.config import RunConfig, TrainConfig
+from megatron_moe.config import LoggingConfig, RunConfig, TrainConfig
+from megatron_moe.parallel.collectives import RankGroup
+from megatron_moe.parallel.context import ParallelContext
 from megatron_moe.parallel.failures import FailureMonitor
 from megatron_moe.platform import Platform
+from megatron_moe.training.memory_history import build_memory_history
 from megatron_moe.training.profiling import build_profiler
 from megatron_moe.training.step_hook import Hook
+from megatron_moe.training.stragglers import StragglerReport
+from megatron_moe.training.timing import StepTimers
 
 
 class ManualCollection(Hook):
@@ -89,7 +96,7 @@ def build_hooks(config: RunConfig, rank: int, platform: Platform) -> list[Hook]:
     """The hooks that the flags name, for this rank.
 
     Raises:
-        UsageError: a profile that this device cannot make.
+        UsageError: a profile or a record of memory that this device cannot make.
     """
     hooks: list[Hook] = []
     if config.train.manual_gc:
@@ -97,4 +104,17 @@ def build_hooks(config: RunConfig, rank: int, platform: Platform) -> list[Hook]:
     profiler = build_profiler(config.logging, rank, platform)
     if profiler is not None:
         hooks.append(profiler)
+    history = build_memory_history(config.logging, rank, platform)
+    if history is not None:
+        hooks.append(history)
     return hooks
+
+
+def build_straggler_report(
+    logging: LoggingConfig, ctx: ParallelContext, timers: StepTimers, log: Callable[[str], None]
+) -> list[Hook]:
+    """The report, if `--log-straggler` asks for it."""
+    if not logging.log_straggler:
+        return []
+    ranks = RankGroup(ctx.rank, ctx.world_size, ctx.platform.device)
+    return [StragglerReport(logging, ranks, ctx.platform, timers, log)]

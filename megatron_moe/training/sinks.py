@@ -161,7 +161,8 @@ def _interval_values(interval: Interval, logging: LoggingConfig) -> dict[str, fl
         values["memory/allocated MiB"] = speed.allocated_bytes / 2**20
         values["memory/reserved MiB"] = speed.reserved_bytes / 2**20
     if logging.log_timers_to_tensorboard:
-        values |= {f"timers/{name}": most for name, (_, most) in interval.timers.items()}
+        for name, (least, most) in interval.timers.items():
+            values |= {f"timers/{name}": most, f"timers/{name} least": least}
     return values
 
 

@@ -8,6 +8,7 @@ the other ranks as well, so that a level above 0 makes steps slower.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -59,6 +60,8 @@ class StepTimers:
         self._names = [name for name, its_level in NAMES.items() if its_level <= level]
         self._timers = Timers(level, "minmax") if level else None
         self._configs: list[Any] = []
+        self.data_seconds = 0.0
+        """That this rank has waited for its data, at any level; `StragglerReport` sets it to 0."""
         if self._timers is not None:
             for name in self._names:
                 self._timers(name, log_level=NAMES[name])
@@ -70,6 +73,14 @@ class StepTimers:
         parts = [part.config for part in chained_optimizers(optimizer)]
         self._configs = [*(megatron_config(chunk) for chunk in chunks), *parts]
         self._set(self._timers)
+
+    @contextlib.contextmanager
+    def measure_data(self) -> Iterator[None]:
+        """Measure `batch-generator`, and on the host's clock `data_seconds`."""
+        with self.measure("batch-generator"):
+            start = time.perf_counter()
+            yield
+            self.data_seconds += time.perf_counter() - start
 
     @contextlib.contextmanager
     def measure(self, name: str) -> Iterator[None]:

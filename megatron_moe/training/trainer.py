@@ -223,7 +223,7 @@ class Trainer:
         """
         state = self.state
         batch_size = self.phase.batch_size(state.consumed_train_samples)
-        with self.run.timers.measure("batch-generator"):
+        with self.run.timers.measure_data():
             batches = fetch_batches(self.run, self.dataloaders.current.train, batch_size)
         rate = self.phase.rate(state.iteration)
         takes_update = None if self.spikes is None else self.spikes.takes_update

@@ -104,6 +104,9 @@ WRONG = {
         "--profile-step-end must be > --profile-step-start (5) (got 5)"
     ),
     "--profile-ranks 0 -1": "--profile-ranks must be numbers that are each >= 0",
+    "--straggler-minmax-count 2": "--straggler-minmax-count must be used with --log-straggler",
+    "--memory-snapshot-path a": "--memory-snapshot-path must be used with --record-memory-history",
+    "--record-memory-history": "--record-memory-history must be unset on a CPU",
     "--manual-gc-interval 3": "--manual-gc-interval must be used with --manual-gc",
 }
 
