@@ -31,7 +31,7 @@ SLURM = {
         "--requeue",
         "--open-mode",
     ),
-    *("--error", "--label", "--cpu-bind", "--nodes"),
+    *("--error", "--label", "--cpu-bind", "--nodes", "--distribution"),
 }
 ADDRESSES = {
     "--long",

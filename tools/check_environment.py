@@ -133,6 +133,7 @@ def _findings(
     """The table, on rank 0; on the others nothing that counts. All ranks measure."""
     import torch
 
+    from megatron_moe.parallel.layout import resolve_layout
     from megatron_moe.planning import cluster_check as judge
     from megatron_moe.planning.link_speed import clock_offset
     from megatron_moe.planning.node_facts import NodeFacts, node_facts
@@ -152,6 +153,7 @@ def _findings(
         *judge.gpus(facts, cluster),
         *judge.links(facts),
         *judge.limits(facts),
+        *judge.placement(facts, resolve_layout(config, ranks.size)),
         *judge.clocks(facts, {rank: offsets[rank] for rank in leaders}),
         *judge.arithmetic(dict(enumerate(tflops)), facts, options.slowest),
         *judge.bandwidths(speeds, cluster, options.tolerance),

@@ -65,6 +65,7 @@ def parser() -> Parser:
     add("--tokens", type=float, help="tokens of the whole training, for days and energy")
     add("--top", type=int, default=10, help="layouts to list (%(default)s)")
     add("--choose", type=int, default=1, help="which of them to describe (%(default)s)")
+    add("--placement", action="store_true", help="draw the chosen layout's ranks on the nodes")
     add("--explain", action="store_true", help="print every formula with its numbers")
     add("--json", action="store_true", help="print JSON")
     add("--plot", metavar="FILE", help="draw memory and time of the listed layouts")
@@ -98,6 +99,7 @@ def plan(words: list[str]) -> str:
         table_lines,
         to_json,
     )
+    from megatron_moe.planning.rank_order import picture
 
     cluster = load_cluster(options.cluster, _changes(options))
     gpus = _gpus(options, cluster.gpus_per_node)
@@ -137,6 +139,7 @@ def plan(words: list[str]) -> str:
         "",
         f"Layout {options.choose}",
         *detail_lines(chosen, options.tokens),
+        *(["", *picture(chosen.layout, cluster.gpus_per_node)] if options.placement else []),
         *(["", *explain_lines(chosen)] if options.explain else []),
         "",
         launch_command(chosen, of_run, flags_of(chosen, fixed)),

@@ -11,12 +11,14 @@ from typing import Any
 
 from megatron_moe.config import RunConfig
 from megatron_moe.config.parallel import ParallelConfig
-from megatron_moe.parallel.layout import resolve_layout
+from megatron_moe.parallel.layout import Layout, resolve_layout
 from megatron_moe.parallel.waiting import ranks_text
 from megatron_moe.planning.cluster import Cluster
 from megatron_moe.planning.link_speed import LinkSpeed
 from megatron_moe.planning.memory import state_memory
 from megatron_moe.planning.node_facts import PACKAGES, VARIABLES, NodeFacts
+from megatron_moe.planning.rank_order import NAMES, broken_groups, groups_of
+from megatron_moe.planning.traffic import GroupName
 from megatron_moe.platform.activation import MEGATRON_CORE_VERSION
 
 CLOCK_SECONDS = 1.0
@@ -125,6 +127,26 @@ def limits(facts: Sequence[NodeFacts]) -> Iterator[Finding]:
             found=f"limited for {ranks_text(bound)}" if bound else "unlimited",
             expected="unlimited",
             fix=fix if bound else "",
+        )
+
+
+def placement(facts: Sequence[NodeFacts], layout: Layout) -> Iterator[Finding]:
+    """Tensor-parallel groups inside a node; expert-parallel ones on as few nodes as hold them."""
+    hosts = [fact.host for fact in facts]
+    kinds: tuple[GroupName, ...] = ("tp", "etp", "ep")
+    for group in kinds:
+        groups = groups_of(layout, group)
+        if len(groups[0]) == 1:
+            continue
+        broken = broken_groups(layout, hosts, group)
+        where = f"{ranks_text(broken[0][0])} on {broken[0][1]} nodes" if broken else "as expected"
+        yield Finding(
+            what=f"{NAMES[group]} groups",
+            found=where,
+            expected="on as few nodes as hold them" if group == "ep" else "inside a node",
+            fix=f"number the ranks node by node, or lower the size ({len(groups[0])})"
+            if broken
+            else "",
         )
 
 

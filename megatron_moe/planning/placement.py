@@ -42,7 +42,14 @@ class LinkBytes:
 
 def place_of(layout: Layout, cluster: Cluster, group: GroupName) -> GroupPlace:
     """Where a group of the layout lies on the cluster."""
-    size, stride = {
+    size, stride = size_and_stride(layout, group)
+    per_node = max(1, min(size, cluster.gpus_per_node // max(stride, 1)))
+    return GroupPlace(size, stride, per_node)
+
+
+def size_and_stride(layout: Layout, group: GroupName) -> tuple[int, int]:
+    """Ranks of a group, and the difference between the numbers of neighbours."""
+    return {
         "tp": (layout.tp, 1),
         "dp": (layout.dp, layout.tp),
         "etp": (layout.etp, 1),
@@ -51,8 +58,6 @@ def place_of(layout: Layout, cluster: Cluster, group: GroupName) -> GroupPlace:
         "pp": (layout.pp, layout.world_size // layout.pp),
         "embedding": (2, layout.world_size // layout.pp * (layout.pp - 1)),
     }[group]
-    per_node = max(1, min(size, cluster.gpus_per_node // max(stride, 1)))
-    return GroupPlace(size, stride, per_node)
 
 
 def sent_bytes(transfer: Transfer, place: GroupPlace) -> LinkBytes:

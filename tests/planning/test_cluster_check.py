@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron_moe.checkpoint import latest_step
 from megatron_moe.config.cli import parse_args
 from megatron_moe.parallel.collectives import RankGroup
+from megatron_moe.parallel.layout import resolve_layout
 from megatron_moe.planning import cluster_check
 from megatron_moe.planning.cluster import load_cluster
 from megatron_moe.planning.cluster_check import Finding, checkpoint_bytes, table_lines
@@ -104,6 +105,20 @@ def test_adapters_are_counted_on_each_node() -> None:
     nowhere = [replace(fact, adapters=[]) for fact in facts]
     assert "NCCL would use TCP" in problems(cluster_check.links(nowhere))["adapters"].fix
     assert problems(cluster_check.links(nowhere[:2])) == {}, "one node needs none"
+
+
+def test_groups_belong_inside_nodes() -> None:
+    """Four ranks, TP 2 and EP 4 on two nodes of two."""
+    words = "--preset openmoe-tiny --tensor-model-parallel-size 2 --sequence-parallel"
+    words += " --expert-model-parallel-size 4 --expert-tensor-parallel-size 1"
+    layout = resolve_layout(parse_args(words.split()).config, 4)
+    facts = cluster_of()
+    findings = list(cluster_check.placement(facts, layout))
+    assert [finding.what for finding in findings] == ["tensor groups", "expert groups"]
+    assert problems(findings) == {}, "four experts' ranks need both nodes"
+    cyclic = [replace(fact, host="ab"[fact.rank % 2]) for fact in facts]
+    (broken,) = problems(cluster_check.placement(cyclic, layout)).values()
+    assert (broken.what, broken.found) == ("tensor groups", "ranks 0-1 on 2 nodes")
 
 
 def test_clocks_and_arithmetic() -> None:
