@@ -5,6 +5,7 @@ The only module that creates Megatron-Core's global groups, and that destroys th
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from megatron_moe.errors import UsageError
 from megatron_moe.parallel.launch import startup_barrier
 from megatron_moe.parallel.layout import Layout
 from megatron_moe.platform import Platform
+from megatron_moe.platform.queues import check_queues
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -76,12 +78,16 @@ def initialize_parallel(
     rank has a usage error.
 
     Raises:
-        UsageError: the default group is of another size than the layout.
+        UsageError: the default group is of another size than the layout; or tensor parallelism
+            needs `CUDA_DEVICE_MAX_CONNECTIONS=1` on this GPU.
     """
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
+    if platform.kind == "cuda" and layout.tp > 1:
+        major, _ = torch.cuda.get_device_capability(platform.device)
+        check_queues(layout.tp, major, os.environ)
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     if not dist.is_initialized():
         _initialize_default_group(layout, platform, timeout, store, rank)
