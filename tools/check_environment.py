@@ -187,11 +187,10 @@ def _directory(config: RunConfig, ranks: RankGroup) -> list[Finding]:
 def _checkpoint_bytes(config: RunConfig) -> int | None:
     """Of the run's flags; `None` without a vocabulary."""
     from megatron_moe.planning.cluster_check import checkpoint_bytes
-    from megatron_moe.tokenizer.build import build_tokenizer, padded_vocab_size
+    from megatron_moe.planning.describe import known_vocab_size
 
-    if config.data.tokenizer_type == "NullTokenizer" and config.data.vocab_size is None:
-        return None
-    return checkpoint_bytes(config, padded_vocab_size(config.data, build_tokenizer(config.data)))
+    vocab_size, assumed = known_vocab_size(config)
+    return None if assumed else checkpoint_bytes(config, vocab_size)
 
 
 def _speeds(
