@@ -109,8 +109,8 @@ def mxfp8(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     blocks = _blocks(x.float(), 1, MX_BLOCK)
     # The product with the rounded inverse, not a quotient, decides on which side of a power of two
     # a block falls.
-    inverse = torch.tensor(torch.finfo(dtype).max, dtype=torch.float32).reciprocal()
-    exponent = _exponent_above(blocks.abs().amax((-3, -1), keepdim=True) * inverse.to(x.device))
+    inverse = blocks.new_full((), torch.finfo(dtype).max).reciprocal()
+    exponent = _exponent_above(blocks.abs().amax((-3, -1), keepdim=True) * inverse)
     # A block of zeros, or of numbers next to it, keeps its values: 2^127 may not be used.
     back = ((254 - exponent) << 23).view(torch.float32).masked_fill(exponent == 0, 1.0)
     values = round_to(blocks * back, dtype)

@@ -56,13 +56,18 @@ def rank_tiles_kernel(
 @triton.jit
 def sum_tiles_kernel(
     counts: tl.tensor,
+    sums: tl.tensor,
     loads: tl.tensor,
     tiles: tl.tensor,
     num_experts: tl.tensor,
     TILES: tl.constexpr,
     EXPERTS: tl.constexpr,
 ) -> None:
-    """A program for some experts of a group: counts become sums over the tiles before."""
+    """A program for some experts of a group: sums of the counts of the tiles before.
+
+    Not in place of the counts: where a program holds fewer numbers than it has threads, several
+    load the same one, and none may find it overwritten.
+    """
     blocks = tl.cdiv(num_experts, EXPERTS)
     program = tl.program_id(0).to(tl.int64)
     group, block = program // blocks, program % blocks
@@ -74,7 +79,7 @@ def sum_tiles_kernel(
         inside = (tile[:, None] < tiles) & (expert[None, :] < num_experts)
         count = tl.load(counts + at, mask=inside, other=0)
         before = tl.cumsum(count, axis=0) - count + total[None, :]
-        tl.store(counts + at, before, mask=inside)
+        tl.store(sums + at, before, mask=inside)
         total += tl.sum(count, axis=0)
     at_group = loads + group * num_experts + expert
     tl.store(at_group, total.to(tl.int64), mask=expert < num_experts)
@@ -84,7 +89,7 @@ def sum_tiles_kernel(
 def add_tiles_kernel(
     experts: tl.tensor,
     ranks: tl.tensor,
-    counts: tl.tensor,
+    sums: tl.tensor,
     choices: tl.tensor,
     num_experts: tl.tensor,
     tiles: tl.tensor,
@@ -98,7 +103,7 @@ def add_tiles_kernel(
     inside = choice < choices
     expert = tl.load(experts + at, mask=inside, other=-1)
     known = inside & (expert >= 0) & (expert < num_experts)
-    before = tl.load(counts + program * num_experts + expert, mask=known, other=0)
+    before = tl.load(sums + program * num_experts + expert, mask=known, other=0)
     rank = tl.load(ranks + at, mask=inside, other=0)
     tl.store(ranks + at, rank + before, mask=inside)
 
@@ -112,22 +117,24 @@ def forward(experts_GA: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     ranks_GA = experts_GA.new_empty(groups, choices)
     loads_GE = experts_GA.new_empty(groups, num_experts)
     counts = experts_GA.new_zeros(groups * tiles, num_experts, dtype=torch.int32)
+    sums = torch.empty_like(counts)
     by_tile: dict[str, Tensor | int] = {
         "experts": checked("rank_in_expert", experts_GA, (groups, choices), torch.int64),
         "ranks": ranks_GA,
-        "counts": counts,
         "choices": choices,
         "num_experts": num_experts,
         "tiles": tiles,
     }
-    launch(rank_tiles_kernel, groups * tiles, by_tile, {"TILE": TILE}, 4)
+    counted = {**by_tile, "counts": counts}
+    launch(rank_tiles_kernel, groups * tiles, counted, {"TILE": TILE}, 4)
     by_expert: dict[str, Tensor | int] = {
         "counts": counts,
+        "sums": sums,
         "loads": loads_GE,
         "tiles": tiles,
         "num_experts": num_experts,
     }
     wide = {"TILES": block_of(tiles, TILES), "EXPERTS": block_of(num_experts, EXPERTS)}
     launch(sum_tiles_kernel, groups * cdiv(num_experts, wide["EXPERTS"]), by_expert, wide, 4)
-    launch(add_tiles_kernel, groups * tiles, by_tile, {"TILE": TILE}, 2)
+    launch(add_tiles_kernel, groups * tiles, {**by_tile, "sums": sums}, {"TILE": TILE}, 2)
     return ranks_GA, loads_GE

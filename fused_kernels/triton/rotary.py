@@ -52,7 +52,7 @@ def rotary_kernel(
     parts = tl.cdiv(heads, HEADS)
     token, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     s, b = (token // batch).to(tl.int64), (token % batch).to(tl.int64)
-    head = part * HEADS + tl.arange(0, HEADS)
+    head = (part * HEADS + tl.arange(0, HEADS)).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = (head[:, None] < heads) & (column[None, :] < half)
     at = x + s * stride_s + b * stride_b + head[:, None] * stride_n + column[None, :]

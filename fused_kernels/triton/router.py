@@ -39,7 +39,7 @@ def router_kernel(
     """A program for `TOKENS` tokens."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, EXPERTS)
-    at = expert[:, None] * tokens + token[None, :]
+    at = expert[:, None].to(tl.int64) * tokens + token[None, :]
     real = token < tokens
     inside = (expert[:, None] < num_experts) & real[None, :]
     logit = tl.load(logits + at, mask=inside, other=float("-inf"))
@@ -87,13 +87,13 @@ def router_backward_kernel(
     """A program for `TOKENS` tokens."""
     token = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     expert = tl.arange(0, EXPERTS)
-    at = expert[:, None] * tokens + token[None, :]
+    at = expert[:, None].to(tl.int64) * tokens + token[None, :]
     real = token < tokens
     inside = (expert[:, None] < num_experts) & real[None, :]
     prob = tl.load(probs + at, mask=inside, other=0.0)
     slope = tl.zeros((EXPERTS, TOKENS), WIDE)
     if HAS_PROBS:
-        there = expert[:, None] * stride_e + token[None, :] * stride_t
+        there = expert[:, None].to(tl.int64) * stride_e + token[None, :] * stride_t
         slope = tl.load(grad_probs + there, mask=inside, other=0.0)
     if HAS_WEIGHTS:
         for k in tl.static_range(CHOICES):
@@ -127,7 +127,7 @@ def loss_sums_kernel(
     expert = tl.arange(0, EXPERTS)
     real = token < tokens
     inside = (expert[:, None] < num_experts) & real[None, :]
-    there = expert[:, None] * stride_e + token[None, :] * stride_t
+    there = expert[:, None].to(tl.int64) * stride_e + token[None, :] * stride_t
     prob = tl.load(probs + there, mask=inside, other=0.0)
     at = (token % slopes)[None, :] * num_experts + expert[:, None]
     load = tl.load(loads + at, mask=inside, other=0).to(prob.dtype)

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fused_kernels.operations import GatedSilu
 from megatron_moe.moe.main_grad import added_to_main_grad, main_grad_of
@@ -276,6 +277,7 @@ class _Experts(torch.autograd.Function):
     # dW_out of 0 and 2, dx of 0 and 2, dW_in of 0 and 2. Expert 1 gets its zeros from `finish`, and
     # rows of dx that no group covers theirs from `_zero_gaps`.
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x_RH, z_RM, weight_in, weight_out = ctx.saved_tensors
         dy_RH, most, width = grads[0].contiguous(), _most_rows(ctx.groups), weight_out.shape[1]

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fused_kernels.operations import RouterKernel
 from fused_kernels.reference import router as reference
@@ -131,6 +132,7 @@ class _Route(torch.autograd.Function):
         return *plain[:2], log_z_T, probs_ET.t(), plain[2], weights_KT.t(), x_TH.view_as(x_TH)
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None, None]:

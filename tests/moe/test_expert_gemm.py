@@ -211,3 +211,12 @@ def test_bf16_products_are_added_to_an_fp32_main_grad_unrounded(way: str, device
     within = 5e-5 if device == "cuda" else 3e-7
     for value, expected in zip(found, _recomputed(way), strict=True):
         torch.testing.assert_close(value.double(), expected, rtol=within, atol=0.0)
+
+
+def test_a_second_derivative_is_an_error() -> None:
+    w_in, w_out = weights(1, 2)
+    x = torch.randn(2, HIDDEN, dtype=torch.float64, requires_grad=True)
+    y = expert_gemm.batched(x, w_in, w_out, [ExpertBucket(1, 2)], gated_silu)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

@@ -40,6 +40,14 @@ def test_among_equals_the_lower_expert_comes_first(topk: int) -> None:
     assert torch.equal(values.t(), probs.gather(1, ids.t()))
 
 
+@pytest.mark.parametrize("topk", [2, 3])
+def test_no_expert_is_chosen_twice_where_all_other_probabilities_are_zero(topk: int) -> None:
+    """A probability in fp32 is 0 where the logit is 104 below the largest."""
+    ids, values = best_choices(torch.tensor([[1.0], [0.0], [0.0]]), topk)
+    assert ids.flatten().tolist() == [0, 1, 2][:topk]
+    assert values.flatten().tolist() == [1.0, 0.0, 0.0][:topk]
+
+
 @pytest.mark.parametrize("topk", [1, 2, 3])
 def test_the_best_experts_in_order(topk: int) -> None:
     torch.manual_seed(1)
@@ -103,3 +111,12 @@ def test_tokens_of_fewer_bits_keep_their_dtype_and_sum_both_gradients() -> None:
     (routed,) = torch.autograd.grad((route(x, weight, 2)[0].weights_TK * factor).sum(), x)
     assert routed.abs().sum() > 0
     torch.testing.assert_close(both, routed + 3)
+
+
+def test_a_second_derivative_is_an_error() -> None:
+    """The gradient by hand has none; without the error it would be that of constants."""
+    x = torch.randn(3, 4, requires_grad=True)
+    scores, _ = route(x, torch.randn(5, 4), 2)
+    (grad,) = torch.autograd.grad(scores.weights_TK.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()

@@ -34,6 +34,18 @@ def test_among_equals_the_lower_id_comes_first(device: torch.device) -> None:
     assert choices.t().tolist() == [[1, 2, 0], [0, 1, 2]]
 
 
+@pytest.mark.parametrize("experts", [3, 4])
+def test_no_expert_is_chosen_twice_where_all_other_probabilities_are_zero(
+    device: torch.device, experts: int
+) -> None:
+    """An fp32 probability is 0 from a distance of 104 on; so is that of the padding, expert 3."""
+    logits = torch.full((experts, 1), -200.0, device=device)
+    logits[1] = 0.0
+    choices, weights = router.forward(logits, 3)[3:]
+    assert choices.tolist() == [[1], [0], [2]]
+    assert weights.tolist() == [[1.0], [0.0], [0.0]]
+
+
 def test_far_logits(device: torch.device) -> None:
     """Their exponential overflows; their probabilities do not. One expert is ruled out."""
     logits = torch.tensor([[300.0], [299.0], [-torch.inf]], device=device)
