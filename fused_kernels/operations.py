@@ -28,7 +28,7 @@ class DispatchTokens(Protocol):
     """Tokens to buffer rows."""
 
     def forward(self, x_TH: Tensor, source_R: Tensor, /) -> Tensor:
-        """The buffer, [R, H]."""
+        """The buffer, [R, H]; a row of no token, -1, is zero."""
 
     def backward(self, grad_RH: Tensor, rows_TK: Tensor, kept_TK: Tensor, /) -> Tensor:
         """Gradient of the tokens, [T, H]."""

@@ -17,7 +17,7 @@ from fused_kernels.reference import dispatch_tokens as reference
 
 
 def forward(x_TH: Tensor, source_R: Tensor) -> Tensor:
-    """Copy each row's token into the buffer, [R, H]."""
+    """Copy each row's token into the buffer, [R, H]; a row of no token, -1, is zero."""
     if not runs_on(x_TH, source_R):
         return reference.forward(x_TH, source_R)
     (tokens, hidden), rows = x_TH.shape, source_R.shape[0]

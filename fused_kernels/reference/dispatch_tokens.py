@@ -16,13 +16,14 @@ def forward(x_TH: Tensor, source_R: Tensor) -> Tensor:
 
     Args:
         x_TH: tokens.
-        source_R: int64 token of each row. A row that holds no token may name any: its values are
-            never read, and its gradient is zero.
+        source_R: int64 token of each row. A row that holds no token may name any, if its values
+            are never read, or be -1: it is zero. Its gradient is zero in either case.
 
     Returns:
         The buffer, [R, H].
     """
-    return x_TH.index_select(0, source_R)
+    none_R = source_R == -1
+    return x_TH.index_select(0, source_R + none_R).masked_fill_(none_R.unsqueeze(1), 0.0)
 
 
 def backward(grad_RH: Tensor, rows_TK: Tensor, kept_TK: Tensor) -> Tensor:

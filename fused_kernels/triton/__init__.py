@@ -6,8 +6,8 @@ in `$TRITON_CACHE_DIR` or `~/.triton/cache`. `launch` starts kernels; `make chec
 every one ahead of time for devices that are not there.
 
 Kernels compute in fp32, or fp64 for fp64 operands, and round once. Sums have a fixed order: equal
-inputs give equal bits. They do not check indices, as a check would wait for the device; what a
-kernel finds out of range it neither reads nor writes where that costs nothing, and says so.
+inputs give equal bits. They do not check indices, as a check would wait for the device. A kernel
+that skips an index out of range, where that costs nothing, says so.
 """
 
 from __future__ import annotations

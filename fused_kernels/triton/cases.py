@@ -123,7 +123,7 @@ def values(size: Size, device: torch.device, *shape: int) -> Tensor:
 
 
 def choices_of(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights, rows and kept [T, K], and the token of each row [R].
+    """Weights, rows and kept [T, K], and the token of each row [R], -1 where there is none.
 
     All choices are kept. The rows of a token are far from each other, as those of two experts are,
     and the empty rows are spread evenly.
@@ -131,7 +131,7 @@ def choices_of(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tensor
     shape, rows = (size.tokens, size.topk), size.rows
     choice_KT = torch.arange(size.choices, device=device).view(size.topk, size.tokens)
     rows_TK = (choice_KT * rows // size.choices).t().contiguous()
-    source_R = torch.zeros(rows, dtype=torch.long, device=device)
+    source_R = torch.full((rows,), -1, device=device)
     token_TK = torch.arange(size.tokens, device=device).unsqueeze(1).expand(shape)
     source_R.scatter_(0, rows_TK.view(-1), token_TK.reshape(-1))
     kept_TK = torch.ones(shape, dtype=torch.bool, device=device)
@@ -158,7 +158,9 @@ def _combine(size: Size, device: torch.device) -> Callable[[], object]:
 
 def _combine_backward(size: Size, device: torch.device) -> Callable[[], object]:
     out_RH = values(size, device, size.rows, size.hidden)
-    grad_TH, choices = values(size, device, size.tokens, size.hidden), choices_of(size, device)
+    grad_TH = values(size, device, size.tokens, size.hidden)
+    weights_TK, rows_TK, kept_TK, source_R = choices_of(size, device)
+    choices = weights_TK, rows_TK, kept_TK, source_R.clamp_(min=0)
     return lambda: combine_tokens.backward(grad_TH, out_RH, *choices)
 
 
@@ -284,7 +286,7 @@ CASES = (
     Case(
         name="dispatch_tokens.forward",
         run=_dispatch,
-        moved=lambda s: s.rows * (INDEX + 2 * s.row),
+        moved=lambda s: s.rows * (INDEX + s.row) + s.choices * s.row,
         least=lambda s: s.rows * (INDEX + s.row) + s.tokens * s.row,
         copies_rows=True,
     ),

@@ -22,18 +22,18 @@ from fused_kernels.triton.sum_rows import COLUMNS, sum_rows
 def copy_rows_kernel(
     x: tl.tensor, source: tl.tensor, out: tl.tensor, hidden: tl.tensor, BLOCK: tl.constexpr
 ) -> None:
-    """A program for each row."""
+    """A program for each row; one of no token is zeroed, and reads nothing."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(source + row)
     for start in range(0, hidden, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < hidden
-        found = tl.load(x + token * hidden + column, mask=inside)
+        found = tl.load(x + token * hidden + column, mask=inside & (token >= 0), other=0.0)
         tl.store(out + row * hidden + column, found, mask=inside)
 
 
 def forward(x_TH: Tensor, source_R: Tensor) -> Tensor:
-    """Copy each row's token into the buffer, [R, H]."""
+    """Copy each row's token into the buffer, [R, H]; a row of no token, -1, is zero."""
     if not runs_on(x_TH, source_R):
         return reference.forward(x_TH, source_R)
     (_, hidden), rows = x_TH.shape, source_R.shape[0]

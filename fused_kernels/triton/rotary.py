@@ -52,10 +52,12 @@ def rotary_kernel(
     parts = tl.cdiv(heads, HEADS)
     token, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     s, b = (token // batch).to(tl.int64), (token % batch).to(tl.int64)
-    head = (part * HEADS + tl.arange(0, HEADS)).to(tl.int64)
+    head = part * HEADS + tl.arange(0, HEADS)
     column = tl.arange(0, BLOCK)
     inside = (head[:, None] < heads) & (column[None, :] < half)
-    at = x + s * stride_s + b * stride_b + head[:, None] * stride_n + column[None, :]
+    # Heads of a transposed gradient are a whole sequence apart: beyond 32 bits for a long one.
+    apart = head[:, None].to(tl.int64) * stride_n
+    at = x + s * stride_s + b * stride_b + apart + column[None, :]
     first = tl.load(at, mask=inside, other=0.0).to(WIDE)
     second = tl.load(at + half, mask=inside, other=0.0).to(WIDE)
     angle = s * angle_s + b * angle_b + column

@@ -116,12 +116,9 @@ class _CopyToRows(torch.autograd.Function):
     def forward(ctx: Any, x_TH: Tensor, placement: Placement, kernel: DispatchTokens) -> Tensor:
         ctx.save_for_backward(placement.rows_TK, placement.owned_TK)
         ctx.kernel = kernel
-        rows_RH = kernel.forward(x_TH, placement.source_R)
-        if placement.empty_R is not None:
-            # An expert computes its empty rows as well. With a token that another expert was
-            # chosen for, its output may overflow, and zero gradients times infinity are NaN.
-            rows_RH.masked_fill_(placement.empty_R.unsqueeze(1), 0.0)
-        return rows_RH
+        # An expert that computes its empty rows as well gets zeros there. With a token that another
+        # expert was chosen for, its output may overflow, and zero gradients times infinity are NaN.
+        return kernel.forward(x_TH, placement.copied_R)
 
     @staticmethod
     @once_differentiable

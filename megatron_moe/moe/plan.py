@@ -268,14 +268,15 @@ class Placement:
         owned_TK: bool, whether the choice has a row on this rank.
         kept_TK: bool, whether it has a row on any rank that shares the tokens: not dropped.
         source_R: int64 token of each row; 0 in empty rows.
-        empty_R: bool, which rows hold no token; `None` if the experts do not compute those.
+        copied_R: int64 token to copy into each row: `source_R`, but -1 in empty rows if the experts
+            compute those.
     """
 
     rows_TK: Tensor
     owned_TK: Tensor
     kept_TK: Tensor
     source_R: Tensor
-    empty_R: Tensor | None
+    copied_R: Tensor
 
 
 def place(slots: Slots, batch: int, capacity: Capacity, layout: BufferLayout) -> Placement:
@@ -290,9 +291,11 @@ def place(slots: Slots, batch: int, capacity: Capacity, layout: BufferLayout) ->
     tokens, topk = target_TK.shape
     token_A = torch.arange(tokens, device=target_TK.device).repeat_interleave(topk)
     inverse_R = target_TK.new_full((layout.rows + 1,), -1)
-    source_R = inverse_R.scatter_(0, target_TK.reshape(-1), token_A)[: layout.rows]
-    empty_R = None if layout.kind == "packed" else source_R < 0
-    return Placement(target_TK * owned_TK, owned_TK, kept_TK, source_R.clamp_(min=0), empty_R)
+    copied_R = inverse_R.scatter_(0, target_TK.reshape(-1), token_A)[: layout.rows]
+    source_R = copied_R.clamp(min=0)
+    if layout.kind == "packed":
+        copied_R = source_R
+    return Placement(target_TK * owned_TK, owned_TK, kept_TK, source_R, copied_R)
 
 
 def _first_rows(filled_GE: Tensor, layout: BufferLayout) -> Tensor:

@@ -54,6 +54,18 @@ def test_dispatch_copies_tokens_and_sums_their_gradients(
     torch.testing.assert_close(dispatch.backward(grad, case["rows"], case["kept"]), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_row_of_no_token_is_zero(
+    dispatch: ModuleType, case: dict[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Whatever token 0 holds."""
+    x = case["x"].to(dtype)
+    x[0] = torch.nan
+    found = dispatch.forward(x, torch.tensor([-1, 1, 3, -1]))
+    assert torch.equal(found[1:3], x[[1, 3]])
+    assert found[[0, 3]].eq(0).all()
+
+
 def test_combine_and_its_two_gradients(combine: ModuleType, case: dict[str, Tensor]) -> None:
     out = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     weights = case["weights"].requires_grad_()
@@ -171,7 +183,7 @@ def test_an_index_outside_of_the_buffer_is_rejected(
     rows[1, 1] = bad
     out, grad = torch.zeros(7, 5, dtype=torch.float64), case["x"]
     source = case["source"].clone()
-    source[2] = 4 if bad > 0 else bad
+    source[2] = 4 if bad > 0 else -2  # -1 is no token
     with pytest.raises((IndexError, RuntimeError)):
         combine.forward(out, weights, rows, kept)
     with pytest.raises((IndexError, RuntimeError)):

@@ -197,6 +197,11 @@ def test_every_kept_choice_has_one_row_of_its_own(
         assert rows.unique().numel() == rows.numel()
         token = torch.arange(tokens)[:, None].expand(tokens, topk)[plan.owned_TK]
         assert torch.equal(plan.source_R[rows], token)
+        expected = plan.source_R.clone()
+        if kind != "packed":  # empty rows are computed as well
+            empty = torch.ones(len(expected), dtype=torch.bool).index_fill_(0, rows, False)
+            expected[empty] = -1
+        assert torch.equal(plan.copied_R, expected)
         owned_experts = choices[plan.owned_TK]
         assert result.filled_E == torch.bincount(owned_experts, minlength=experts).tolist()
         assert plan.source_R.numel() == blocks * block_rows

@@ -10,9 +10,12 @@ using namespace native;
 
 bool all_below(const int64_t* index, const uint8_t* counts, int64_t length, int64_t end) {
   for (int64_t i = 0; i < length; i++)
-    if ((counts == nullptr || counts[i]) && (index[i] < 0 || index[i] >= end)) return false;
+    if (counts[i] && (index[i] < 0 || index[i] >= end)) return false;
   return true;
 }
+
+// The token of a row that holds none.
+constexpr int64_t NONE = -1;
 
 // Columns summed at a time, in an array that stays in registers and the nearest cache.
 constexpr int64_t PART = 512;
@@ -62,11 +65,17 @@ int dispatch_backward(const T* grad, const int64_t* rows, const uint8_t* kept, T
 template <typename T>
 int dispatch_forward(const T* x, const int64_t* source, T* buffer, int64_t tokens, int64_t hidden,
                      int64_t buffer_rows, int64_t threads) {
-  if (!all_below(source, nullptr, buffer_rows, tokens)) return INDEX_OUT_OF_RANGE;
+  for (int64_t r = 0; r < buffer_rows; r++)
+    if (source[r] < NONE || source[r] >= tokens) return INDEX_OUT_OF_RANGE;
   const int team = threads_for(2 * buffer_rows * hidden, threads);
 #pragma omp parallel for num_threads(team) schedule(static)
-  for (int64_t r = 0; r < buffer_rows; r++)
-    std::copy_n(x + source[r] * hidden, hidden, buffer + r * hidden);
+  for (int64_t r = 0; r < buffer_rows; r++) {
+    T* to = buffer + r * hidden;
+    if (source[r] == NONE)
+      std::fill_n(to, hidden, T{});
+    else
+      std::copy_n(x + source[r] * hidden, hidden, to);
+  }
   return OK;
 }
 

@@ -29,6 +29,15 @@ def test_both_passes(device: torch.device, sizes: Case, hidden: int) -> None:
     torch.testing.assert_close(summed.double(), expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("hidden", [3, 2100])
+def test_a_row_of_no_token_is_zero(device: torch.device, hidden: int) -> None:
+    """It reads nothing: the row before the first token is not there."""
+    x = torch.full((2, hidden), torch.nan, device=device)
+    x[1] = 2.0
+    found = dispatch_tokens.forward(x, torch.tensor([-1, 1, -1], device=device))
+    assert found.tolist() == [[0.0] * hidden, [2.0] * hidden, [0.0] * hidden]
+
+
 def test_no_token_and_no_row(device: torch.device) -> None:
     none = torch.zeros(0, 2, dtype=torch.long, device=device)
     x = torch.zeros(0, 8, device=device)

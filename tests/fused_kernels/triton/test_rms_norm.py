@@ -55,7 +55,7 @@ def test_in_double_precision(device: torch.device) -> None:
 
 def test_rows_that_no_program_holds_are_rejected(device: torch.device) -> None:
     wide = torch.zeros(1, rms_norm.WIDEST + 1, device=device)
-    with pytest.raises(ValueError, match="rows of 32769, expected at most 32768; use reference"):
+    with pytest.raises(ValueError, match="rows of 16385, expected at most 16384; use reference"):
         rms_norm.forward(wide, wide[0], EPS)
 
 
