@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fused_kernels.gate_passes import whole_backward, whole_forward, wide_shape
 from fused_kernels.native.call import Operand, operation
 from fused_kernels.plain_tensors import runs_on
 from fused_kernels.reference import gated_silu as reference
@@ -23,9 +24,7 @@ OVERWRITES_GRADIENT = False
 
 def forward(z_RM: Tensor, blocks: int) -> Tensor:
     """The gated product, h_RF."""
-    h_RF = z_RM.new_empty(*z_RM.shape[:-1], z_RM.shape[-1] // blocks)
-    forward_step(z_RM.contiguous(), blocks, h_RF)()
-    return h_RF
+    return whole_forward(forward_step, z_RM, blocks)
 
 
 def forward_step(z_RM: Tensor, blocks: int, h_RF: Tensor) -> Callable[[], None]:
@@ -38,9 +37,7 @@ def forward_step(z_RM: Tensor, blocks: int, h_RF: Tensor) -> Callable[[], None]:
 
 def backward(grad_RF: Tensor, z_RM: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     """Gradient of the input, and the forward result once more: grad_RM, h_RF."""
-    grad_RM, h_RF = z_RM.new_empty(z_RM.shape), grad_RF.new_empty(grad_RF.shape)
-    backward_step(grad_RF.contiguous(), z_RM.contiguous(), blocks, grad_RM, h_RF)()
-    return grad_RM, h_RF
+    return whole_backward(backward_step, grad_RF, z_RM, blocks)
 
 
 def backward_step(
@@ -57,10 +54,7 @@ def _operands(
     h_RF: Tensor, blocks: int, narrow: list[Tensor], wide: list[Tensor]
 ) -> tuple[list[Operand], list[Operand]]:
     """Operands of F columns and operands of M, with the shapes and dtypes they must have."""
-    if blocks not in (2, 3):
-        raise ValueError(f"the gate has {blocks} blocks, expected 2 or 3")
-    *rows, width = h_RF.shape
-    all_of_M = (*rows, blocks * width)
+    all_of_M = wide_shape(h_RF, blocks)
     return (
         [(x, h_RF.shape, h_RF.dtype) for x in narrow],
         [(x, all_of_M, h_RF.dtype) for x in wide],

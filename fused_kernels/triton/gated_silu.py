@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fused_kernels.gate_passes import whole_backward, whole_forward, wide_shape
 from fused_kernels.plain_tensors import runs_on
 from fused_kernels.reference import gated_silu as reference
 from fused_kernels.triton.launch import (
@@ -91,9 +92,7 @@ def gated_silu_backward_kernel(
 
 def forward(z_RM: Tensor, blocks: int) -> Tensor:
     """The gated product, h_RF."""
-    h_RF = z_RM.new_empty(*z_RM.shape[:-1], z_RM.shape[-1] // blocks)
-    forward_step(z_RM.contiguous(), blocks, h_RF)()
-    return h_RF
+    return whole_forward(forward_step, z_RM, blocks)
 
 
 def forward_step(z_RM: Tensor, blocks: int, h_RF: Tensor) -> Callable[[], None]:
@@ -106,9 +105,7 @@ def forward_step(z_RM: Tensor, blocks: int, h_RF: Tensor) -> Callable[[], None]:
 
 def backward(grad_RF: Tensor, z_RM: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     """Gradient of the input, and the forward result once more: grad_RM, h_RF."""
-    grad_RM, h_RF = z_RM.new_empty(z_RM.shape), grad_RF.new_empty(grad_RF.shape)
-    backward_step(grad_RF.contiguous(), z_RM.contiguous(), blocks, grad_RM, h_RF)()
-    return grad_RM, h_RF
+    return whole_backward(backward_step, grad_RF, z_RM, blocks)
 
 
 def backward_step(
@@ -146,13 +143,11 @@ def _fit(blocks: int, h_RF: Tensor, narrow: Sequence[Tensor], wide: Sequence[Ten
         ValueError: one has another shape or dtype, or is not contiguous, so that a kernel would
             read or write other memory.
     """
-    if blocks not in (2, 3):
-        raise ValueError(f"the gate has {blocks} blocks, expected 2 or 3")
-    *rows, width = h_RF.shape
+    all_of_M = wide_shape(h_RF, blocks)
     for x in narrow:
         checked("gated_silu", x, h_RF.shape)
     for x in wide:
-        checked("gated_silu", x, (*rows, blocks * width))
+        checked("gated_silu", x, all_of_M)
     for x in (*narrow, *wide):
         if not x.is_contiguous() or x.dtype != h_RF.dtype:
             found = f"{x.dtype}, strides {x.stride()}"
