@@ -18,6 +18,7 @@ _FIRST_PORT, _PORTS = 20000, 12000
 Linux takes the ports of outgoing connections."""
 _FIRST = re.compile(r"(?:[^,\[\]]|\[[^\]]*\])+")
 _RANGE = re.compile(r"\[(\d+)[^\]]*\]")
+_FIX = "start the ranks with srun or torchrun"
 
 
 def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
@@ -30,32 +31,44 @@ def torchrun_variables(environment: Mapping[str, str]) -> dict[str, str]:
         environment: of the process. `MASTER_ADDR` and `MASTER_PORT` in it are kept.
 
     Raises:
-        UsageError: Slurm has set only some of its variables.
+        UsageError: Slurm has set only some of its variables, or one is not a number.
     """
-    tasks, rank = (environment.get(name) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
-    if tasks is None or rank is None or int(tasks) == 1:
+    count = "SLURM_STEP_NUM_TASKS"
+    if count not in environment or "SLURM_PROCID" not in environment:
         return {}
-    found = {"RANK": rank, "WORLD_SIZE": tasks, "LOCAL_RANK": _device(environment)}
+    tasks, rank = (_number(environment, name) for name in (count, "SLURM_PROCID"))
+    if tasks == 1:
+        return {}
+    device = _device(environment)
+    found = {"RANK": str(rank), "WORLD_SIZE": str(tasks), "LOCAL_RANK": str(device)}
     if "MASTER_ADDR" not in environment:
         found["MASTER_ADDR"] = first_host(_required(environment, "SLURM_STEP_NODELIST"))
     if "MASTER_PORT" not in environment:
-        job, step = (int(_required(environment, f"SLURM_{x}_ID")) for x in ("JOB", "STEP"))
+        job, step = (_number(environment, f"SLURM_{x}_ID") for x in ("JOB", "STEP"))
         found["MASTER_PORT"] = str(_FIRST_PORT + (job * 16 + step) % _PORTS)
     return found
 
 
-def _device(environment: Mapping[str, str]) -> str:
-    """Number of the task on its node; 0 where Slurm shows each task its own GPU alone."""
+def _device(environment: Mapping[str, str]) -> int:
+    """Number of the task on its node, among the GPUs that it sees: with `--gpus-per-task` or
+    `--gpu-bind`, Slurm shows each task its own alone. NCCL refuses two tasks on one GPU.
+    """
+    number = _number(environment, "SLURM_LOCALID")
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")
-    alone = "SLURM_GPUS_PER_TASK" in environment and visible and "," not in visible
-    return "0" if alone else _required(environment, "SLURM_LOCALID")
+    return number % len(visible.split(",")) if visible else number
 
 
 def _required(environment: Mapping[str, str], name: str) -> str:
     if name not in environment:
-        fix = "start the ranks with srun or torchrun"
-        raise UsageError(f"environment variable {name}", None, "set, as SLURM_PROCID is", fix)
+        raise UsageError(f"environment variable {name}", None, "set, as SLURM_PROCID is", _FIX)
     return environment[name]
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    value = _required(environment, name)
+    if not value.isdecimal():
+        raise UsageError(f"environment variable {name}", value, "a number", _FIX)
+    return int(value)
 
 
 def first_host(nodes: str) -> str:

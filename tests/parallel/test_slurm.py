@@ -56,13 +56,16 @@ def test_given_addresses_are_kept():
 @pytest.mark.parametrize(
     ("variables", "device"),
     [
-        ({"SLURM_GPUS_PER_TASK": "1", "CUDA_VISIBLE_DEVICES": "3"}, "0"),
-        ({"SLURM_GPUS_PER_TASK": "2", "CUDA_VISIBLE_DEVICES": "2,3"}, "1"),
-        ({"CUDA_VISIBLE_DEVICES": "3"}, "1"),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, "5"),  # those of the node
+        ({"CUDA_VISIBLE_DEVICES": "3"}, "0"),  # --gpus-per-task, --gpu-bind=single:1
+        ({"CUDA_VISIBLE_DEVICES": "2,3"}, "1"),  # --gpus-per-task=2
+        ({"CUDA_VISIBLE_DEVICES": ""}, "5"),
+        ({}, "5"),
     ],
 )
-def test_a_task_that_sees_its_own_gpu_alone_uses_that_one(variables, device):
-    assert torchrun_variables(TASK | variables)["LOCAL_RANK"] == device
+def test_a_task_uses_a_gpu_that_it_sees(variables, device):
+    """The sixth task of its node, on which `--gpu-bind` may show each task its own GPUs alone."""
+    assert torchrun_variables(TASK | {"SLURM_LOCALID": "5"} | variables)["LOCAL_RANK"] == device
 
 
 def test_a_batch_script_and_a_single_task_are_no_ranks():
@@ -73,6 +76,23 @@ def test_a_batch_script_and_a_single_task_are_no_ranks():
 def test_a_missing_variable_is_named():
     with pytest.raises(UsageError, match="SLURM_STEP_NODELIST must be set, as SLURM_PROCID is"):
         torchrun_variables({k: v for k, v in TASK.items() if k != "SLURM_STEP_NODELIST"})
+
+
+@pytest.mark.parametrize(
+    "name", ["SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID"]
+)
+def test_a_variable_that_is_no_number_is_named(name):
+    with pytest.raises(UsageError, match=rf"environment variable {name} must be a number \(got 'x"):
+        torchrun_variables(TASK | {name: "x1"})
+
+
+def test_two_jobs_and_two_steps_of_a_node_have_other_ports():
+    ports = {
+        torchrun_variables(TASK | {"SLURM_JOB_ID": job, "SLURM_STEP_ID": step})["MASTER_PORT"]
+        for job in ("4711", "4712")
+        for step in ("0", "1")
+    }
+    assert len(ports) == 4 and all(20000 <= int(port) < 32000 for port in ports)
 
 
 def test_two_tasks_train_one_model(tmp_path):
