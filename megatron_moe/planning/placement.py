@@ -92,5 +92,6 @@ def seconds_of(transfer: Transfer, place: GroupPlace, cluster: Cluster) -> float
     moving = max(sent.intra / cluster.intra_bandwidth, sent.inter / cluster.inter_bandwidth) / 1e9
     latency = cluster.intra_microseconds if place.per_node > 1 else 0.0
     if sent.inter:
-        latency += cluster.inter_microseconds * max(1.0, math.log2(place.nodes))
+        nodes = 2 if transfer.operation == "send" else place.nodes
+        latency += cluster.inter_microseconds * math.log2(nodes)
     return moving + latency / 1e6

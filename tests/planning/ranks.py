@@ -89,7 +89,10 @@ def measured_traffic(
     counted: Counter[tuple[str, Ranks]] = Counter()
     for call in log.calls:
         if call.operation in PLANNED and call.size >= SMALLEST:
-            counted[call.operation, call.group] += call.size
+            # Of two stages, Megatron-Core has one direction in the group of all ranks, so that both
+            # directions run at once (`p2p_communication._p2p_ops`).
+            group = ranks["pp"] if call.operation == "send" else call.group
+            counted[call.operation, group] += call.size
     return run.ctx.pp_rank, run.ctx.layout, ranks, dict(counted)
 
 

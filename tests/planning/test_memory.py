@@ -56,6 +56,14 @@ def test_state_worked_by_hand() -> None:
     assert state.total == 2 * 98944 + 4 * 98944 + 6 * 98944
 
 
+def test_state_of_experts_is_shared_by_fewer_ranks() -> None:
+    """Four ranks, EP 2: four share the state of dense parameters, two that of experts."""
+    parallel = ParallelConfig(expert_model_parallel_size=2, use_distributed_optimizer=True)
+    (state,) = _states(replace(CONFIG, parallel=parallel), 4)
+    dense = 2 * (DENSE - 640) + 640
+    assert state.optimizer == 12 * dense // 4 + 12 * EXPERT // 2
+
+
 def test_unsharded_state_is_18_bytes_a_parameter_in_bf16_and_16_in_fp32() -> None:
     parallel = replace(CONFIG.parallel, use_distributed_optimizer=False)
     (bf16,) = _states(replace(CONFIG, parallel=parallel), 4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -24,10 +25,10 @@ FREE = {"inter_bandwidth": 1e8, "inter_microseconds": 1e-6, "kernel_microseconds
 """Links and launches that cost nothing."""
 
 
-def _plan(flags: str, ranks: int) -> LayoutPlan:
+def _plan(flags: str, ranks: int, changes: dict[str, Any] | None = None) -> LayoutPlan:
     config: RunConfig = parse_args([*DENSE.split(), *flags.split()]).config
     layout = resolve_layout(config, ranks, 1024)
-    return evaluate(config, layout, 1024, load_cluster("h100", FREE))
+    return evaluate(config, layout, 1024, load_cluster("h100", changes or FREE))
 
 
 def _bubble(plan: LayoutPlan) -> float:
@@ -66,6 +67,27 @@ def test_simulating_part_of_a_long_step_is_exact() -> None:
     assert long.time.pipeline - short.time.pipeline == pytest.approx(32 * work, rel=1e-9)
 
 
+def test_a_micro_batch_waits_for_each_transfer_between_stages() -> None:
+    """One micro-batch through four stages on four nodes: three transfers there, three back."""
+    slow = {**FREE, "gpus_per_node": 1, "inter_microseconds": 1000.0}
+    plan = _plan("--pipeline-model-parallel-size 4 --global-batch-size 1", 4, slow)
+    assert plan.time.pipeline == pytest.approx(4 * plan.time.busy + 6e-3, rel=1e-6)
+
+
+def test_imbalance_is_the_busiest_stage_over_the_mean() -> None:
+    """Six and two of eight layers, whose logits are few: 6 / 4."""
+    flags = "--pipeline-model-parallel-size 2 --decoder-last-pipeline-num-layers 2"
+    assert _plan(flags, 2).time.imbalance == pytest.approx(1.5, rel=0.02)
+
+
+def test_a_sharded_optimizer_steps_its_share() -> None:
+    """30 bytes for each parameter of the share, 12 for each of the rank, at 85% of 3350 GB/s."""
+    plan = _plan("--use-distributed-optimizer", 4)
+    numel = plan.stages[0].state.gradients / 4
+    seconds = (30 * numel / 4 + 12 * numel) / (0.85 * 3350e9)
+    assert plan.time.optimizer == pytest.approx(seconds)
+
+
 def test_roofline() -> None:
     cluster = load_cluster("h100")
     large = Gemm(8448, 8192, 8192)
@@ -87,6 +109,8 @@ def test_mfu_counts_what_is_asked_and_what_is_done() -> None:
     again = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
     plain, full = _plan("", 1), _plan(again, 1)
     assert plain.hfu == pytest.approx(plain.mfu, rel=0.02)
+    stages = _plan("--pipeline-model-parallel-size 4", 8)
+    assert stages.hfu == pytest.approx(stages.mfu, rel=0.02)
     assert full.hfu / full.mfu == pytest.approx(4 / 3, rel=0.03)
     assert full.time.total > plain.time.total
     assert full.peak_bytes < plain.peak_bytes

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_moe.planning.cluster import load_cluster
 from megatron_moe.planning.layout_plan import step_transfers
-from megatron_moe.planning.placement import GroupPlace, LinkBytes, place_of, sent_bytes
+from megatron_moe.planning.placement import GroupPlace, LinkBytes, place_of, seconds_of, sent_bytes
 from megatron_moe.planning.traffic import Transfer
 from tests.planning.ranks import SMALLEST, VOCAB, measured_traffic, planned_config
 from tests.support.pool import Pool
@@ -64,6 +64,23 @@ def test_links_by_hand() -> None:
     assert sent_bytes(Transfer("all-reduce", "dp", 1600), place) == LinkBytes(2625.0, 375.0)
     alone = GroupPlace(size=4, stride=16, per_node=1)
     assert sent_bytes(Transfer("send", "pp", 10), alone) == LinkBytes(0.0, 10.0)
+
+
+def test_seconds_by_hand() -> None:
+    """On H100s: 370 GB/s and 15 us in a node, 47 GB/s and 23 us for each doubling between nodes."""
+    cluster, gather = load_cluster("h100"), Transfer("all-gather", "dp", 1_600_000_000)
+    two = GroupPlace(size=16, stride=1, per_node=8)
+    # All 1.5 GB pass through each GPU, an eighth of them through each card.
+    assert seconds_of(gather, two, cluster) == pytest.approx(1.5 / 370 + 38e-6)
+    four = GroupPlace(size=32, stride=1, per_node=8)
+    assert seconds_of(gather, four, cluster) == pytest.approx(1.55 / 370 + (15 + 2 * 23) * 1e-6)
+    apart = GroupPlace(size=4, stride=8, per_node=1)
+    assert seconds_of(gather, apart, cluster) == pytest.approx(1.2 / 47 + 2 * 23e-6)
+    # To the next stage it is one step, however many stages there are.
+    send = Transfer("send", "pp", 47_000_000)
+    assert seconds_of(send, apart, cluster) == pytest.approx(1e-3 + 23e-6)
+    exchange = Transfer("all-to-all", "ep", 1_600_000_000)
+    assert seconds_of(exchange, two, cluster) == pytest.approx(0.8 / 47 + 38e-6)
 
 
 def test_groups_on_nodes() -> None:

@@ -36,6 +36,9 @@ def test_layouts_fit_and_are_ordered(listed: dict) -> None:
         assert max(stage["total"] for stage in layout["memory"]) <= usable
         assert 0 < layout["mfu"] < 1 and 0 < layout["mfu_of_arithmetic_done"] < 1
         assert layout["layout"]["ep"] == 8 and layout["layout"]["micro_batch_size"] == 2
+    # Recomputation that is not needed is not listed.
+    names = [json.dumps(layout["layout"]) for layout in listed["layouts"]]
+    assert len(set(names)) == 5
     assert listed["tried"] == listed["invalid"] + listed["too_large"] + listed["fit"]
 
 
