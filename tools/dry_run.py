@@ -1,7 +1,7 @@
 r"""Run a training step of a large cluster on this machine, without its GPUs and its memory.
 
-Takes the flags of a real launch, is one chosen rank after the other, and runs two steps of the real
-model, schedule and optimizer on tensors without memory. Prints parameters, peak memory by category
+Takes the flags of a real launch and runs two steps of one chosen rank after the other: the real
+model, schedule and optimizer, on tensors without memory. Prints parameters, peak memory by category
 and every kind of collective of each rank, and compares the orders of the collectives of all pairs
 of ranks: a difference is a deadlock. Exit code 0: nothing was found; 1: a rank needs more than
 --memory-gib, or two ranks do not fit; 2: a usage error, as training would report it.
@@ -13,8 +13,8 @@ of ranks: a difference is a deadlock. Exit code 0: nothing was found; 1: a rank 
     python tools/dry_run.py --world-size 16 --ranks 0,1,15 -- torchrun ... pretrain_openmoe.py ...
 
 Without --ranks: the first rank of the first two, the middle and the last two pipeline stages, their
-neighbours in the tensor-parallel and data-parallel groups, and the last rank. docs/dry_run.md says
-what the numbers are.
+neighbours in the tensor-parallel and data-parallel groups, rank 0's in the groups of experts, and
+the last rank. docs/dry_run.md says what the numbers are.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = Parser("dry_run.py", __doc__)
     add = parser.add_argument
     add("--world-size", type=int, required=True, help=f"ranks of the launch, up to {MOST_RANKS}")
-    add("--ranks", help="global ranks to be, e.g. 0,1,64; see above for the default")
+    add("--ranks", help="global ranks to run, e.g. 0,1,64; see above for the default")
     add("--phase", type=int, default=1, help="of --phases, from 1 (1)")
     add("--memory-gib", type=float, help="memory of a GPU for live tensors; more is a fault")
     add("--jobs", type=int, default=1, help="ranks at once, a process each (1)")
@@ -67,13 +67,14 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def default_ranks(layout: Layout) -> list[int]:
-    """Ranks that between them are in every kind of group, at most 13.
+    """Ranks of which some share each kind of group, at most 15.
 
     Megatron-Core numbers pipeline stages outermost and tensor-parallel ranks innermost.
     """
     stage = layout.world_size // layout.pp
     stages = {0, 1, layout.pp // 2, layout.pp - 2, layout.pp - 1} & set(range(layout.pp))
-    ranks = {layout.world_size - 1}
+    # The neighbours of rank 0 over expert-parallel ranks and over replicas of its experts.
+    ranks = {layout.world_size - 1, layout.etp % stage, layout.etp * layout.ep % stage}
     for number in stages:
         first = number * stage
         ranks |= {first, first + 1 % stage, first + layout.tp % stage}
@@ -89,7 +90,7 @@ def chosen_ranks(text: str | None, layout: Layout) -> list[int]:
     if text is None:
         return default_ranks(layout)
     words = text.split(",")
-    if not all(w.isdigit() and int(w) < layout.world_size for w in words):
+    if not all(w.isdecimal() and int(w) < layout.world_size for w in words):
         raise UsageError("--ranks", text, f"numbers < {layout.world_size} with commas between them")
     return sorted(set(map(int, words)))
 
@@ -147,6 +148,10 @@ def run(options: argparse.Namespace, launch: Sequence[str]) -> int:
     """Run the ranks and print the report; returns the exit code."""
     if options.jobs < 1:
         raise UsageError("--jobs", options.jobs, ">= 1")
+    if options.memory_gib is not None and not 0 < options.memory_gib < 1e9:
+        raise UsageError("--memory-gib", options.memory_gib, "> 0 and < 1e9")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        raise UsageError("--json", str(options.json), "a file in a directory that exists")
     config = parse_args(launch, "dry_run.py").config
     phase, vocab_size = phase_of(config, options.world_size, options.phase)
     ranks = chosen_ranks(options.ranks, phase.layout)

@@ -101,7 +101,7 @@ def _with_given_ends(parallel: ParallelConfig, num_layers: int, pp: int) -> Stag
     each = left // stages if stages else 0
     if left != each * stages or left < 0 or (stages and not each):
         rest = f"the {stages} other stages" if stages else "no other stage"
-        found = f"{'no' if left < 0 else left} of {num_layers} layers are left for {rest}"
+        found = f"{max(left, 0)} of {num_layers} layers are left for {rest}"
         raise UsageError(flag, value, "such that the other stages share the rest evenly", found)
     ends = first if first is not None else each, last if last is not None else each
     per_stage = [ends[0], *[each] * (pp - 2), ends[1]]

@@ -120,7 +120,11 @@ def _unboxed(group: Any) -> dist.ProcessGroup:
 
 
 def mismatches(logs: Mapping[int, Sequence[Collective]]) -> list[str]:
-    """What would not fit if these ranks ran together; a line for each group and pair of ranks.
+    """What would not fit if these ranks ran together.
+
+    A line for each group and pair of ranks; or one for a pair whose groups fit each by itself, but
+    whose calls alternate between them in another way: with one GPU for the kernels of all groups,
+    each rank may wait for what the other one has not started.
 
     Args:
         logs: calls of some ranks, by global rank.
@@ -136,17 +140,47 @@ def mismatches(logs: Mapping[int, Sequence[Collective]]) -> list[str]:
 def _mismatches_of_pair(
     first: int, second: int, logs: Mapping[int, Sequence[Collective]]
 ) -> Iterator[str]:
-    shared = {c.group for rank in (first, second) for c in logs[rank]}
-    for group in sorted(g for g in shared if first in g and second in g):
-        ours, theirs = ([c for c in logs[r] if c.group == group] for r in (first, second))
-        together = [[c for c in calls if c.peer is None] for calls in (ours, theirs)]
-        yield from _first_difference(first, second, group, *together)
-        yield from _first_difference(
-            first, second, group, _to(ours, "send", second), _to(theirs, "receive", first)
-        )
-        yield from _first_difference(
-            first, second, group, _to(ours, "receive", second), _to(theirs, "send", first)
-        )
+    every = {c.group for rank in (first, second) for c in logs[rank]}
+    shared = sorted(g for g in every if first in g and second in g)
+    found = [line for g in shared for line in _mismatches_of_group(first, second, g, logs)]
+    yield from found or _other_order_of_groups(first, second, set(shared), logs)
+
+
+def _mismatches_of_group(
+    first: int, second: int, group: tuple[int, ...], logs: Mapping[int, Sequence[Collective]]
+) -> Iterator[str]:
+    ours, theirs = ([c for c in logs[r] if c.group == group] for r in (first, second))
+    together = [[c for c in calls if c.peer is None] for calls in (ours, theirs)]
+    yield from _first_difference(first, second, group, *together)
+    yield from _first_difference(
+        first, second, group, _to(ours, "send", second), _to(theirs, "receive", first)
+    )
+    yield from _first_difference(
+        first, second, group, _to(ours, "receive", second), _to(theirs, "send", first)
+    )
+
+
+def _other_order_of_groups(
+    first: int,
+    second: int,
+    shared: set[tuple[int, ...]],
+    logs: Mapping[int, Sequence[Collective]],
+) -> Iterator[str]:
+    """The first call after which two ranks go on in different groups.
+
+    What is sent and received is left out: stages take it in turns, each in its own order.
+    """
+    ours, theirs = (
+        [c for c in logs[r] if c.group in shared and c.peer is None] for r in (first, second)
+    )
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True), 1):
+        if a.group != b.group:
+            yield (
+                f"call {number} in the groups of ranks {first} and {second}: rank {first} has {a}"
+                f" in the group of ranks {_abbreviated(a.group)}, rank {second} has {b} in that of"
+                f" {_abbreviated(b.group)}"
+            )
+            return
 
 
 def _to(calls: Sequence[Collective], operation: str, peer: int) -> list[Collective]:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from megatron_moe.config import RunConfig
+from megatron_moe.config.precision import PrecisionConfig
+from megatron_moe.config.run import flag_of
 from megatron_moe.data.batch import Batch, every_stage_reads, extra_planes
 from megatron_moe.model.build import build_model
 from megatron_moe.moe.layer import MoELayer
@@ -60,6 +62,8 @@ class RankReport:
     """Of the second step, in order."""
     groups: Mapping[tuple[int, ...], str]
     """Names of the groups of this rank by their global ranks: `tp`, `dp`, ..."""
+    left_out: Sequence[str]
+    """Flags of the run that only a GPU can run, and which this one went without."""
     host_reads: Sequence[str]
     """Places at which the second step reads a value on the host, in order."""
     seconds: float
@@ -67,7 +71,7 @@ class RankReport:
 
 
 def dry_run_rank(phase: Phase, vocab_size: int, rank: int) -> RankReport:
-    """Be one rank of a phase's layout for two steps.
+    """Run two steps of one rank of a phase's layout.
 
     Args:
         phase: settings, layout and plan.
@@ -98,7 +102,7 @@ def measure_rank(
         ctx: this rank's place in the layout.
         host_reads: places of reads are added to it while this runs.
     """
-    begun, config = time.monotonic(), _as_on_a_gpu(phase.config)
+    begun, (config, left_out) = time.monotonic(), without_gpu(phase.config)
     scopes = Scopes()
     with LiveMemory(scopes.category) as memory, _Log(memory) as log:
         run = _build(config, phase, ctx, vocab_size, memory, scopes)
@@ -119,17 +123,38 @@ def measure_rank(
         peak_at=f"{memory.peak_operation} in {memory.peak_place}",
         collectives=tuple(log.calls),
         groups=_group_names(ctx),
+        left_out=left_out,
         host_reads=tuple(host_reads),
         seconds=time.monotonic() - begun,
     )
 
 
-def _as_on_a_gpu(config: RunConfig) -> RunConfig:
-    """With kernels that read no memory, of which fake tensors have none, and experts by fixed
-    shapes, as on a GPU.
+def without_gpu(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
+    """What can run here in a GPU's place, and the flags that cannot.
+
+    Kernels read no memory, of which fake tensors have none, and experts have fixed shapes, as on a
+    GPU. Layers are Megatron-Core's local ones: those of Transformer Engine have the same parameters
+    and collectives, and need a GPU, as FP8 and fused gradient accumulation do.
     """
-    moe = dataclasses.replace(config.moe, moe_dispatch_impl="reference", moe_expert_impl="batched")
-    return dataclasses.replace(config, moe=moe)
+    parallel, precision = config.parallel, config.precision
+    left_out = []
+    if parallel.transformer_impl == "transformer_engine":
+        left_out.append(f"{flag_of('transformer_impl')} transformer_engine")
+    if parallel.gradient_accumulation_fusion:
+        left_out.append(flag_of("gradient_accumulation_fusion"))
+    if precision.fp8_format is not None and not precision.fp8_emulate:
+        left_out.append(f"{flag_of('fp8_format')} {precision.fp8_format}")
+        precision = PrecisionConfig()
+    local: dict[str, Any] = {"transformer_impl": "local", "gradient_accumulation_fusion": False}
+    changed = dataclasses.replace(
+        config,
+        moe=dataclasses.replace(
+            config.moe, moe_dispatch_impl="reference", moe_expert_impl="batched"
+        ),
+        parallel=dataclasses.replace(parallel, **local),
+        precision=precision,
+    )
+    return changed, tuple(left_out)
 
 
 class _Log(CollectiveLog):

@@ -90,6 +90,8 @@ class DryRun:
     def _end(self) -> list[str]:
         reads = Counter(place for r in self.ranks for place in set(r.host_reads))
         lines = [f"Reads by the host: {', '.join(sorted(reads)) or 'none'}"]
+        if self.ranks[0].left_out:
+            lines.append(f"Without what needs a GPU: {', '.join(self.ranks[0].left_out)}")
         if self.faults:
             return [*lines, *(f"FAULT: {fault}" for fault in self.faults)]
         compared = len(self.ranks) * (len(self.ranks) - 1) // 2
@@ -119,6 +121,7 @@ def _values(rank: RankReport) -> dict[str, Any]:
             }
             for c in rank.collectives
         ],
+        "left_out": list(rank.left_out),
         "host_reads": list(rank.host_reads),
         "seconds": rank.seconds,
     }

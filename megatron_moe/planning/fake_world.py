@@ -1,4 +1,4 @@
-"""One process that takes itself for any rank of a cluster, with tensors that have no memory.
+"""One process in the place of any rank of a cluster, with tensors that have no memory.
 
 PyTorch's fake process group completes every collective at once and moves nothing, and fake tensors
 have shapes, types and strides but no values. So the real model, schedule and optimizer run, at the
@@ -58,7 +58,7 @@ def _caller() -> str:
 
 @contextmanager
 def fake_world(rank: int, world_size: int) -> Iterator[None]:
-    """Be this rank: the default process group is a fake one, and objects are gathered from no one.
+    """The default process group is a fake one with this rank; objects are gathered from no other.
 
     Args:
         rank: the global rank.

@@ -131,7 +131,7 @@ ERRORS: list[tuple[int, int, dict[str, Any], str]] = [
     ),
     (12, 4, {FIRST: 4, LOSS: True}, "(got 4)"),
     (12, 4, {FIRST: 4}, "8 of 12 layers are left for the 3 other stages"),
-    (12, 4, {FIRST: 13}, "no of 12 layers are left for the 3 other stages"),
+    (12, 4, {FIRST: 13}, "0 of 12 layers are left for the 3 other stages"),
     (12, 4, {FIRST: 6, LAST: 6}, "0 of 12 layers are left for the 2 other stages"),
     (12, 2, {FIRST: 4, LAST: 4}, "4 of 12 layers are left for no other stage"),
     (12, 1, {LAST: 4}, "must be used with --pipeline-model-parallel-size >= 2 (got 4)"),

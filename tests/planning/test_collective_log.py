@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -41,6 +42,7 @@ def test_equal_orders_fit_whatever_other_groups_do_between():
     [
         ([gather(), reduce()], "call 1 .* rank 0 has all-reduce of 8 .* rank 1 has all-gather"),
         ([reduce(), gather(16)], "call 2 .* all-gather of 8 bytes .* all-gather of 16 bytes"),
+        ([reduce(), replace(gather(), dtype="bfloat16")], "call 2 .* float32, .* bfloat16"),
         ([reduce()], "call 2 .* rank 1 has no further call"),
         ([reduce(), gather(), gather()], "call 3 .* rank 0 has no further call"),
     ],
@@ -48,6 +50,19 @@ def test_equal_orders_fit_whatever_other_groups_do_between():
 def test_another_order_size_or_number_is_found(theirs, says):
     (line,) = mismatches({0: [reduce(), gather()], 1: theirs})
     assert re.search(says, line), line
+
+
+def test_groups_that_alternate_in_another_order_are_found():
+    """Each group has its one call on both ranks; each rank waits for the other in another one."""
+    both = (0, 1, 2, 3)
+    logs = {0: [reduce(), reduce(4, both)], 1: [reduce(4, both), reduce()]}
+    (line,) = mismatches(logs)
+    assert re.search(
+        "call 1 in the groups of ranks 0 and 1: rank 0 has all-reduce of 8 .* of ranks 0, 1,", line
+    )
+    assert mismatches({0: logs[0], 1: logs[0]}) == []
+    # A rank of another group only sees the one group that they share.
+    assert mismatches({0: logs[0], 2: [reduce(4, both)]}) == []
 
 
 @pytest.mark.parametrize(

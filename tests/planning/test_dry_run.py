@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_moe.parallel.context import initialize_parallel
+from megatron_moe.planning.collective_log import mismatches
 from megatron_moe.planning.dry_run import RankReport, dry_run_rank, measure_rank
 from megatron_moe.platform import activate
 from megatron_moe.training.phases import Phase, resolve_run_schedule
@@ -23,6 +24,8 @@ RECOMPUTE = "--recompute-granularity"
 ADAM = ["--optimizer", "adam"]
 SCALARS = 64
 """Bytes."""
+PATIENCE = 600.0
+"""Seconds for all ranks of a layout, one after the other in one process."""
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one": (1, []),
     "bf16": (1, BF16),
@@ -83,8 +86,9 @@ def test_a_dry_run_is_the_real_run(pool, name):
     """Parameters, live bytes by category at rest and at the peak, and every collective."""
     world_size, flags = LAYOUTS[name]
     real_ones = pool.run(real, world_size, flags=flags)
-    (dry_ones,) = pool.run(faked, 1, flags=flags, of=world_size)
+    (dry_ones,) = pool.run(faked, 1, timeout=PATIENCE, flags=flags, of=world_size)
     for one, other in zip(real_ones, dry_ones, strict=True):
         assert compared(one) == compared(other)
         # A few scalars of PyTorch's own live a little longer on one side.
         assert other.peak.to_dict() == pytest.approx(one.peak.to_dict(), abs=SCALARS)
+    assert mismatches({rank.rank: rank.collectives for rank in dry_ones}) == []
