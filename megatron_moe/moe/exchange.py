@@ -17,7 +17,9 @@ Shapes: R buffer rows, H hidden, E experts, e experts of this rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +39,13 @@ def rank_of(group: Group) -> int:
     return 0 if group is None else group.rank()
 
 
+@dataclass
+class ExchangeClock:
+    """Measures each all-to-all, forward and backward; nothing until a timer is set."""
+
+    measure: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
 @dataclass(frozen=True)
 class ExpertGroups:
     """The process groups of an expert layer, and what follows from them.
@@ -47,6 +56,7 @@ class ExpertGroups:
         expt_tp: ranks that share each expert.
         slot_shares: ranks among which the slots of an expert are divided.
         gather_rows: whether ranks that share an expert must gather each other's rows.
+        clock: measures the exchanges with ``ep``.
     """
 
     tp: Group
@@ -54,6 +64,7 @@ class ExpertGroups:
     expt_tp: Group
     slot_shares: int
     gather_rows: bool
+    clock: ExchangeClock = field(default_factory=ExchangeClock)
 
     @classmethod
     def of(cls, pgs: Any) -> ExpertGroups:
@@ -70,14 +81,14 @@ class ExpertGroups:
 
     def to_experts(self, rows_RH: Tensor) -> Tensor:
         """Blocks of rows by expert rank -> the blocks of all sources for this rank's experts."""
-        rows_RH = all_to_all(rows_RH, self.ep)
+        rows_RH = all_to_all(rows_RH, self.ep, self.clock)
         return all_gather(rows_RH, self.expt_tp) if self.gather_rows else rows_RH
 
     def from_experts(self, rows_RH: Tensor) -> Tensor:
         """The way back: partial outputs of this rank's experts -> outputs of this rank's rows."""
         if self.gather_rows:
             rows_RH = reduce_scatter(rows_RH, self.expt_tp)
-        return all_to_all(rows_RH, self.ep)
+        return all_to_all(rows_RH, self.ep, self.clock)
 
     def counts_by_source(self, filled_E: Tensor) -> Tensor:
         """Rows filled for each of this rank's experts in the block of each source, [sources, e]."""
@@ -89,9 +100,9 @@ def _ranks(group: Group) -> list[int]:
     return [] if group is None or group.size() == 1 else dist.get_process_group_ranks(group)
 
 
-def all_to_all(x: Tensor, group: Group) -> Tensor:
+def all_to_all(x: Tensor, group: Group, clock: ExchangeClock | None = None) -> Tensor:
     """Equal split of dimension 0."""
-    return x if size_of(group) == 1 else _AllToAll.apply(x, group)
+    return x if size_of(group) == 1 else _AllToAll.apply(x, group, clock or ExchangeClock())
 
 
 def all_gather(x: Tensor, group: Group) -> Tensor:
@@ -124,13 +135,15 @@ def _reduce(x: Tensor, group: Group) -> Tensor:
 
 class _AllToAll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return _exchange(x, group)
+    def forward(ctx: Any, x: Tensor, group: Group, clock: ExchangeClock) -> Tensor:
+        ctx.group, ctx.clock = group, clock
+        with clock.measure():
+            return _exchange(x, group)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _exchange(grads[0], ctx.group), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        with ctx.clock.measure():
+            return _exchange(grads[0], ctx.group), None, None
 
 
 class _AllGather(torch.autograd.Function):

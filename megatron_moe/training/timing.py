@@ -17,6 +17,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.timers import Timers
 from torch import nn
 
+from megatron_moe.moe import MoELayer
+from megatron_moe.moe.exchange import ExchangeClock
 from megatron_moe.parallel.schedule import megatron_config
 from megatron_moe.training.optim.build import chained_optimizers
 
@@ -25,6 +27,7 @@ NAMES: dict[str, int] = {
     "forward-backward": 1,
     "forward-compute": 2,
     "backward-compute": 2,
+    "all-to-all": 2,
     "forward-recv": 2,
     "forward-send": 2,
     "backward-recv": 2,
@@ -46,7 +49,8 @@ NAMES: dict[str, int] = {
     "optimizer-copy-main-to-model-params": 1,
     "optimizer": 1,
 }
-"""Timers of Megatron-LM's training log and their levels, in the order of a step."""
+"""Timers of Megatron-LM's training log and their levels, in the order of a step. `all-to-all`, of
+the expert layers forward and backward, is this program's; it is a part of the two before it."""
 
 
 class StepTimers:
@@ -60,6 +64,7 @@ class StepTimers:
         self._names = [name for name, its_level in NAMES.items() if its_level <= level]
         self._timers = Timers(level, "minmax") if level else None
         self._configs: list[Any] = []
+        self._clocks: list[ExchangeClock] = []
         self.data_seconds = 0.0
         """That this rank has waited for its data, at any level; `StragglerReport` sets it to 0."""
         if self._timers is not None:
@@ -72,6 +77,8 @@ class StepTimers:
             return
         parts = [part.config for part in chained_optimizers(optimizer)]
         self._configs = [*(megatron_config(chunk) for chunk in chunks), *parts]
+        modules = [module for chunk in chunks for module in chunk.modules()]
+        self._clocks = [module.groups.clock for module in modules if isinstance(module, MoELayer)]
         self._set(self._timers)
 
     @contextlib.contextmanager
@@ -127,3 +134,9 @@ class StepTimers:
     def _set(self, timers: Timers | None) -> None:
         for config in self._configs:
             config.timers = timers
+        measured = timers is not None and "all-to-all" in self._names
+        for clock in self._clocks:
+            clock.measure = self._exchange if measured else contextlib.nullcontext
+
+    def _exchange(self) -> contextlib.AbstractContextManager[None]:
+        return self.measure("all-to-all")

@@ -204,3 +204,13 @@ def test_errors_are_one_line(words: list[str], message: str) -> None:
         plan_layout.plan([*WORDS, "--pipeline-model-parallel-size", "1", *words])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_the_placement_of_the_chosen_layout() -> None:
+    """EP 8 on two nodes of eight: an expert group is a node."""
+    words = [*WORDS, "--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "1"]
+    text = plan_layout.plan([*words, "--placement"])
+    assert "16 ranks, 8 a node; ranks in brackets form a group" in text
+    assert "  expert        [8 9 10 11 12 13 14 15]" in text
+    assert "  expert data   2 ranks with a stride of 8, over 2 nodes" in text
+    assert "16 ranks, 8 a node" not in plan_layout.plan(words)

@@ -36,6 +36,7 @@ STEP_TIMERS = {
     "forward-backward",
     "forward-compute",
     "backward-compute",
+    "all-to-all",
     "all-grads-sync",
     "optimizer-copy-to-main-grad",
     "optimizer-clip-main-grad",
@@ -116,6 +117,7 @@ def test_a_part_of_a_step_takes_less_than_the_step(logged: Logged) -> None:
     for step, seconds in whole.items():
         assert 0 < times["forward-backward"][step] < seconds
         assert times["optimizer-inner-step"][step] < times["optimizer"][step] < seconds
+        assert times["all-to-all"][step] < times["forward-backward"][step]
         inner = times["forward-compute"][step] + times["backward-compute"][step]
         assert inner < times["forward-backward"][step]
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 
+import torch
+import torch.distributed as dist
+
+from megatron_moe.moe.exchange import ExchangeClock, all_to_all
 from megatron_moe.parallel.schedule import megatron_config
 from megatron_moe.training.timing import StepTimers
 from tests.planning.ranks import planned_run
@@ -57,3 +63,23 @@ def switched(rank: int, world_size: int) -> list[bool]:
 
 def test_what_megatron_core_does_while_they_are_paused_is_not_measured(pool: Pool) -> None:
     assert pool.run(switched, 1) == [[True, False, True]]
+
+
+def exchanged(rank: int, world_size: int) -> list[str]:
+    """What is measured of one exchange: forward, then backward."""
+    seen: list[str] = []
+
+    @contextlib.contextmanager
+    def measure() -> Iterator[None]:
+        seen.append("begin")
+        yield
+        seen.append("end")
+
+    x = torch.ones(2, 3, requires_grad=True)
+    y = all_to_all(x, dist.new_group(backend="gloo"), ExchangeClock(measure))
+    y.sum().backward()
+    return seen
+
+
+def test_exchanges_are_measured_forward_and_backward(pool: Pool) -> None:
+    assert pool.run(exchanged, 2) == [["begin", "end"] * 2] * 2
