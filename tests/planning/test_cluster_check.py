@@ -149,6 +149,7 @@ def test_bandwidth_is_compared_with_what_the_planner_assumes() -> None:
     assert slow.what == "nccl all-reduce, a node"
     assert slow.expected == "365.5 GB/s, at least 50%"
     across = replace(speed, operation="all-to-all", place=GroupPlace(16, 1, 8), seconds=1.0)
+    assert across.gigabytes_per_second == pytest.approx(0.256 * 15 / 16), "over both kinds of link"
     (slow,) = problems(cluster_check.bandwidths([across], H100, 0.5)).values()
     assert slow.what == "nccl all-to-all, 2 nodes"
     assert "NCCL_IB_HCA" in slow.fix
