@@ -23,14 +23,8 @@ PAGES = sorted(
 FOLDERS = "bench|docs|examples|fused_kernels|megatron_moe|tests|tools"
 SLURM = {
     *("--parsable", "--dependency", "--kill-on-invalid-dep", "--array", "--cpus-per-task"),
-    *(
-        "--ntasks-per-node",
-        "--kill-on-bad-exit",
-        "--exclusive",
-        "--mem",
-        "--requeue",
-        "--open-mode",
-    ),
+    *("--ntasks-per-node", "--gpus-per-task", "--gpu-bind", "--kill-on-bad-exit", "--exclusive"),
+    *("--mem", "--requeue", "--open-mode"),
     *("--error", "--label", "--cpu-bind", "--nodes", "--distribution"),
 }
 ADDRESSES = {
