@@ -349,12 +349,17 @@ def analyse_all(
     figures: str | None,
     experts: Sequence[int] | None = None,
 ) -> None:
-    """Analyse every checkpoint, compare them, write the report."""
+    """Analyse every checkpoint, compare them, write the report.
+
+    Raises:
+        UsageError: the sample is too small for an analysis of a checkpoint; nothing is computed.
+    """
     from megatron_moe.analysis.paper import papers
     from megatron_moe.analysis.report import write_report
-    from megatron_moe.analysis.run import analyse, compare, steps_of
+    from megatron_moe.analysis.run import analyse, check_all, compare, steps_of
     from megatron_moe.data.progress import progress_bar
 
+    check_all(models, sample, analyses, how)
     results = {}
     with progress_bar(steps_of(sample, analyses) * len(models), "steps") as bar:
         for model in models:

@@ -56,6 +56,26 @@ class RunOptions:
     beside: DenseModel | None = None
 
 
+def check_all(
+    models: Sequence[MoEModel], sample: Sample, analyses: Sequence[Analysis], options: RunOptions
+) -> None:
+    """Check every analysis of every checkpoint, before the first of them takes hours.
+
+    Args:
+        models: the checkpoints.
+        sample: the tokens; without domains if no analysis needs any.
+        analyses: what is to be computed.
+        options: see there.
+
+    Raises:
+        UsageError: the sample is too small for an analysis.
+    """
+    for model in models:
+        setting = _setting(model, sample, options)
+        for each in analyses:
+            each.check(setting)
+
+
 def analyse(
     model: MoEModel,
     sample: Sample,
@@ -118,6 +138,11 @@ def compare(
     return found
 
 
+def _setting(model: MoEModel, sample: Sample, options: RunOptions) -> Setting:
+    layers = model.sizes.moe_layers if options.layers is None else options.layers
+    return Setting(sizes=model.sizes, sample=sample, layers=layers, seed=options.seed)
+
+
 def _material(
     model: MoEModel,
     sample: Sample,
@@ -127,8 +152,7 @@ def _material(
     advance: Callable[[int], object],
 ) -> Material:
     """What the analyses work on, after the pass over the tokens if they need one."""
-    layers = model.sizes.moe_layers if options.layers is None else options.layers
-    setting = Setting(sizes=model.sizes, sample=sample, layers=layers, seed=options.seed)
+    setting = _setting(model, sample, options)
     for each in analyses:
         each.check(setting)
     names = sorted({name for each in analyses for name in each.uses})
@@ -136,7 +160,7 @@ def _material(
     runner: MoERunner | None = None
     if any(each.needs_data for each in analyses):
         runner = model.load(options.device, options.dtype)
-        mark = _mark(options, model.identity, sample.fingerprint, layers, options.seed)
+        mark = _mark(options, model.identity, sample.fingerprint, setting.layers, options.seed)
         state = folder / PASS
         stream(runner, sample, collected, state=state, fingerprint=mark, advance=advance)
     return Material(

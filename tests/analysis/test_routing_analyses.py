@@ -11,7 +11,7 @@ from megatron_moe.analysis.base import Analysis, all_analyses
 from megatron_moe.analysis.draw_files import write_figure
 from megatron_moe.analysis.draw_web import web_figure
 from megatron_moe.analysis.result import read_result
-from megatron_moe.analysis.run import RunOptions, analyse
+from megatron_moe.analysis.run import RunOptions, analyse, check_all
 from megatron_moe.errors import UsageError
 from tests.analysis.planted import (
     PlantedModel,
@@ -20,6 +20,7 @@ from tests.analysis.planted import (
     result_of,
     token_rule,
 )
+from tools.analyze_moe import analyse_all
 
 KEYS = (
     *("coactivation", "collapse", "committee", "context", "domains", "drops", "flow", "locality"),
@@ -111,3 +112,20 @@ def test_too_few_tokens_are_refused_before_the_pass(key: str, tmp_path: Path) ->
         analyse(
             model, sample, [all_analyses()[key]], RunOptions(out=tmp_path / "o"), lambda n: None
         )
+
+
+def test_every_checkpoint_is_checked_before_the_first_is_analysed(tmp_path: Path) -> None:
+    """400 tokens are enough for 6 experts, but not for the 100 of the second."""
+
+    def never(*_: object) -> np.ndarray:
+        raise AssertionError("an analysis has begun")
+
+    models = [
+        PlantedModel(never, experts=experts, topk=2, label=f"{experts} experts")
+        for experts in (6, 100)
+    ]
+    options, drops = RunOptions(out=tmp_path / "o"), [all_analyses()["drops"]]
+    sample = random_sample(tmp_path, tokens=400)
+    check_all(models[:1], sample, drops, options)
+    with pytest.raises(UsageError, match="500, 10 choices for each of 100 experts"):
+        analyse_all(models, sample, drops, options, None)

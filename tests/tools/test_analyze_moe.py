@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_moe.data.indexed.manifest import Manifest, write_manifest
 from megatron_moe.data.indexed.writer import IndexedWriter
 from megatron_moe.model.reference import ReferenceOpenMoE
 from megatron_moe.moe.trace import read_step
@@ -42,6 +44,20 @@ def _main(folder: Path, words: str) -> int:
     return 0
 
 
+FOREIGN = Manifest(
+    tokenizer="SentencePieceTokenizer",
+    tokenizer_hash="another",
+    vocab_size=259,
+    key="text",
+    append_eod=True,
+    text_documents="file",
+    domain=None,
+    inputs=(),
+    documents=30,
+    sequences=30,
+    tokens=1200,
+)
+"""Of a copy of `code` that another tokenizer made."""
 DATA = "--data code=FOLDER/code text=FOLDER/text --seq-length 20 --tokens 800 --draws 5"
 
 
@@ -193,6 +209,12 @@ def test_the_analyses_are_listed(folder: Path, capsys: pytest.CaptureFixture[str
         (f"--load FOLDER/run {DATA} --ablate x --out OUT", "--ablate must be LAYER:EXPERT"),
         ("--load FOLDER/run --data FOLDER/none --out OUT", "data path must be the prefix"),
         ("--load FOLDER/run --data FOLDER/code --seq-length 41 --out OUT", "--seq-length must be"),
+        ("--load FOLDER/run --data FOLDER/foreign --out OUT", "tokenizer of .*foreign must be"),
+        (  # before the weights are analysed, which need no tokens
+            "--load FOLDER/run --data FOLDER/code --tokens 10 --seq-length 10 "
+            "--analyses similarity domains --out OUT",
+            "tokens of --data must be >= 20, 10 choices for each of 4 experts .*got 10",
+        ),
         ("--load FOLDER/run --experts 1 4 --out OUT", "--experts must be from 0 to 3, experts of"),
         ("--load FOLDER/run --draws 0 --out OUT", "--draws must be >= 1"),
         ("--load FOLDER/run --out FOLDER/code.bin", "--out must be a directory"),
@@ -208,6 +230,9 @@ def test_bad_input_is_one_line_before_any_work(
         save(folder / "dense", config, made=dense)
         (folder / "other").mkdir()
         (folder / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+        for suffix in (".bin", ".idx"):
+            shutil.copyfile(folder / f"code{suffix}", folder / f"foreign{suffix}")
+        write_manifest(str(folder / "foreign"), FOREIGN)
     out = tmp_path / "out"
     assert _main(folder, words.replace("OUT", str(out))) == 2
     error = capsys.readouterr().err
