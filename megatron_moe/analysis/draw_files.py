@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import textwrap
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ COLUMN, PAGE, PAGE_HEIGHT = 3.25, 6.75, 9.0
 """Inches: width of a column and of the text of a page in two columns, and most height."""
 DPI = 300
 """Of PNG files."""
+CHARACTER = 0.062
+"""Inches of a character of 8 points, about."""
 MOST_PANELS = 24
 """Panels of a file."""
 _STYLE: dict[str, Any] = {
@@ -159,9 +162,11 @@ def _arrange(panels: Mapping[str, Panel]) -> Any:
         axes = page.add_subplot(rows, columns, place + 1, **polar)
         images.append((axes, draw_panel(axes, panel, alone=len(panels) == 1)))
         if len(panels) > 1:
-            axes.set_title(label(name), fontsize=7 if columns > 2 else 8)
+            room = int(PAGE / columns / CHARACTER)
+            axes.set_title(label(name, room), fontsize=7 if columns > 2 else 8)
             _keep_outer(axes, place, columns, len(panels))
     _common_title(page, kinds)
+    _wrap_titles(page, size[0] / columns, (size[1] - _above(kinds)) / rows)
     if isinstance(kinds[0], Radar):
         page.supxlabel(f"radius: {label(kinds[0].radius, 60)}", fontsize=7)
     _legend(page, kinds)
@@ -172,7 +177,7 @@ def _arrange(panels: Mapping[str, Panel]) -> Any:
 def _grid(panels: list[Panel]) -> tuple[int, int, tuple[float, float]]:
     """Rows, columns, and inches of the page."""
     count, first = len(panels), panels[0]
-    above = 0.0 if _beside(panels) else 0.16 * _legend_rows(panels)
+    above = _above(panels)
     if count == 1:
         width, height = _single(first)
         width = max(width, 0.75 * PAGE) if _beside(panels) else width
@@ -210,6 +215,11 @@ def _single(panel: Panel) -> tuple[float, float]:
 def _beside(panels: list[Panel]) -> bool:
     """Whether the legend stands beside the panel: many entries above it would take its place."""
     return len(panels) == 1 and _legend_rows(panels) > 4
+
+
+def _above(panels: list[Panel]) -> float:
+    """Inches of the legend above the panels."""
+    return 0.0 if _beside(panels) else 0.16 * _legend_rows(panels)
 
 
 def _bars_of(panel: Bars) -> int:
@@ -281,6 +291,20 @@ def _common_title(page: Any, panels: list[Panel]) -> None:
         for axes in page.axes:
             axes.set_ylabel("")
         page.supylabel(titles.pop(), fontsize=8)
+
+
+def _wrap_titles(page: Any, width: float, height: float) -> None:
+    """Titles of axes in lines that are no longer than a panel is wide or high.
+
+    Args:
+        page: with all panels.
+        width: inches of a panel with its ticks and titles.
+        height: the same.
+    """
+    for axes in page.axes:
+        for axis, room in ((axes.xaxis, width - 0.45), (axes.yaxis, height - 0.45)):
+            lines = textwrap.wrap(axis.get_label_text(), max(16, int(room / CHARACTER)))
+            axis.set_label_text("\n".join(lines))
 
 
 def _keep_outer(axes: Any, place: int, columns: int, count: int) -> None:

@@ -26,6 +26,7 @@ from megatron_moe.analysis.style import (
     colour_range,
     known_levels,
     many_colours,
+    marked_values,
     node_sizes,
     positions,
     printable,
@@ -42,7 +43,7 @@ _MARKER = {
     "cross": "P",
     "x": "X",
 }
-_LABEL = 32
+_LABEL = 44
 """Characters of a label; longer ones lose their middle."""
 
 
@@ -74,14 +75,30 @@ def draw_panel(axes: Any, panel: Panel, *, alone: bool) -> Any:
         _points(axes, panel)
     for place, each in enumerate(known_levels(panel.references)):
         _reference(axes, place, each)
-    if not any(np.nan_to_num(np.asarray(s.y, float)).any() for s in panel.series):
-        axes.set_ylim(0, 1)
+    _set_level(axes, panel)
     _set_axis(axes, panel.x, "x")
     _set_axis(axes, panel.y, "y")
+    ticks = marked_values(each.x for each in panel.series) if panel.x.log else None
+    if ticks:
+        axes.set_xticks(ticks, [f"{v:g}" for v in ticks])
+        axes.set_xticks([], minor=True)
     if isinstance(panel, Lines) and not panel.x.log and whole_numbers(panel.series):
         axes.xaxis.get_major_locator().set_params(integer=True)  # there is no layer 1.5
     axes.grid(visible=True, axis="both" if isinstance(panel, Scatter) else "y")
     return None
+
+
+def _set_level(axes: Any, panel: Lines | Bars | Scatter) -> None:
+    """An axis from 0 on for values that are all equal, around which it would show noise."""
+    parts = [[each.value for each in known_levels(panel.references)]]
+    for each in panel.series:
+        parts += [list(v) for v in (each.y, each.low, each.high) if v is not None]
+    values = np.concatenate([np.asarray(part, float) for part in parts])
+    found = np.unique(values[np.isfinite(values)])
+    if not found.any():
+        axes.set_ylim(0, 1)
+    elif len(found) == 1:
+        axes.set_ylim(*sorted((0.0, 1.25 * found[0])))
 
 
 def _set_axis(axes: Any, axis: Axis, name: str) -> None:
@@ -228,16 +245,17 @@ def _radar(axes: Any, panel: Radar, alone: bool) -> None:
     step = max(1, -(-len(angles) // (32 if alone else 16)))
     axes.set_xticks(angles[::step], [label(name, 16) for name in panel.categories[::step]])
     axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_locator(_few_ticks())
+    axes.set_yticks(_few_ticks(axes.get_ylim()[1]))
     axes.set_rlabel_position(90)
     axes.tick_params(axis="x", pad=-2)
     axes.tick_params(axis="y", labelsize=6, labelcolor="#444444")
 
 
-def _few_ticks() -> Any:
+def _few_ticks(top: float) -> list[float]:
+    """Radii with a name; at the edge it would touch the title above the circle."""
     from matplotlib.ticker import MaxNLocator
 
-    return MaxNLocator(4, prune="lower")
+    return [float(v) for v in MaxNLocator(4).tick_values(0, top) if 0 < v < 0.92 * top]
 
 
 def _flow(axes: Any, panel: Flow) -> None:

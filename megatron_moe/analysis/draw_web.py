@@ -33,6 +33,7 @@ from megatron_moe.analysis.style import (
     distinct,
     known_levels,
     many_colours,
+    marked_values,
     node_sizes,
     positions,
     printable,
@@ -111,6 +112,8 @@ def _axis(axis: Axis, columns: Sequence[Any]) -> Values:
     found: Values = {"title": {"text": _label(axis.title)}, "automargin": True}
     if axis.log:
         found["type"] = "log"
+        if ticks := marked_values(columns):
+            found |= {"tickvals": ticks, "ticktext": [f"{v:g}" for v in ticks]}
     elif any(positions(column) for column in columns):
         found["type"] = "category"
     elif columns and all(np.asarray(c).dtype.kind in "iu" and len(c) <= 12 for c in columns):

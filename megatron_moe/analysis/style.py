@@ -55,6 +55,10 @@ DIVERGING = (
 """RdBu, from below the centre (blue) to above it (red)."""
 DASHES = ("solid", "dot", "dashdot", "longdash")
 """Of the lines that share a colour."""
+MOST_TICKS = 8
+"""Values that a logarithmic axis names one by one, at most."""
+SECONDARY = ("dash", "dot", "dashdot", "longdash")
+"""Of secondary lines, which are thinner and have no markers."""
 MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 
 
@@ -77,18 +81,19 @@ def many_colours(count: int) -> list[str]:
 def styles(series: Sequence[Series]) -> list[tuple[str, str, str]]:
     """Colour, dash and marker of each series.
 
-    Series of one group share a colour and differ in dash and marker.
+    Series of one group share a colour and differ in dash and marker; so do its secondary series
+    among themselves.
     """
     groups = list(dict.fromkeys(each.group or each.name for each in series))
     colours = dict(zip(groups, many_colours(len(groups)), strict=True))
-    used: dict[str, int] = {}
+    used: dict[tuple[str, bool], int] = {}
     found = []
     for each in series:
         group = each.group or each.name
-        number = used.get(group, 0)
-        if not each.dashed:
-            used[group] = number + 1
-        dash = "dash" if each.dashed else DASHES[number % len(DASHES)]
+        number = used.get((group, each.dashed), 0)
+        used[group, each.dashed] = number + 1
+        kinds = SECONDARY if each.dashed else DASHES
+        dash = kinds[number % len(kinds)]
         # Many colours of a scale resemble their neighbours.
         turn = number if len(groups) <= len(CATEGORICAL) else groups.index(group)
         found.append((colours[group], dash, MARKERS[turn % len(MARKERS)]))
@@ -226,6 +231,12 @@ def node_sizes(panel: Flow) -> list[np.ndarray[Any, np.dtype[np.float64]]]:
     first = [flows[0].sum(axis=1)] if flows else []
     middle = [np.maximum(a.sum(axis=0), b.sum(axis=1)) for a, b in pairwise(flows)]
     return first + middle + ([flows[-1].sum(axis=0)] if flows else [])
+
+
+def marked_values(columns: Iterable[Any]) -> list[float] | None:
+    """The x of series where they are few enough to be ticks of a logarithmic axis, else `None`."""
+    values = sorted({float(v) for column in columns for v in column})
+    return values if 0 < len(values) <= MOST_TICKS else None
 
 
 def whole_numbers(series: Sequence[Series]) -> bool:

@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from megatron_moe.analysis.draw_files import COLUMN, PAGE, write_figure
+from megatron_moe.analysis.draw_web import web_figure
 from megatron_moe.analysis.plot import Axis, Bars, Figure, Lines, Series
+from megatron_moe.analysis.style import styles
 from megatron_moe.errors import UsageError
 from tests.analysis import synthetic
 from tests.analysis.synthetic import HOSTILE, Dims
@@ -154,3 +156,54 @@ def test_layers_have_no_ticks_between_them_and_rows_share_a_title(tmp_path: Path
     texts = svg_texts(tmp_path / "x.svg")
     assert texts.count("a title of the axis") == 1
     assert {"1", "2", "3"} <= set(texts) and "1.5" not in texts
+
+
+def _lines(**changes: Any) -> Lines:
+    given: dict[str, Any] = {"x": Axis(), "y": Axis()}
+    return Lines(**given | changes)
+
+
+def test_values_on_a_logarithmic_axis_are_named(tmp_path: Path) -> None:
+    panel = _lines(series=[Series(name="a", x=[4, 16, 64], y=[1, 2, 3])], x=Axis(log=True))
+    write_figure(Figure(key="x", title="", panels={"all": panel}), tmp_path, "x")
+    texts = svg_texts(tmp_path / "x.svg")
+    assert {"4", "16", "64"} <= set(texts) and not any("10" in text for text in texts)
+    (drawn,) = web_figure(Figure(key="x", title="", panels={"all": panel}))["panels"]
+    axis = drawn["layout"]["xaxis"]
+    assert (axis["type"], axis["tickvals"], axis["ticktext"]) == (
+        "log",
+        [4, 16, 64],
+        ["4", "16", "64"],
+    )
+
+
+def test_long_titles_of_axes_are_wrapped(tmp_path: Path) -> None:
+    long = "a title of the y-axis that is longer than its panel is high"
+    panel = _lines(
+        series=[Series(name="a", x=[1, 2], y=[1, 2])],
+        x=Axis(title="what the x-axis of one of three panels shows in words"),
+        y=Axis(title=long),
+    )
+    write_figure(Figure(key="x", title="", panels=dict.fromkeys("abc", panel)), tmp_path, "x")
+    texts = svg_texts(tmp_path / "x.svg")
+    lines = [text for text in texts if text in long and len(text) > 8]
+    assert " ".join(lines) == long and max(map(len, lines)) <= 24  # 1.5 inches
+    assert "what the x-axis of one of" in texts  # two lines below each panel
+
+
+def test_equal_values_have_an_axis_from_zero(tmp_path: Path) -> None:
+    panel = _lines(series=[Series(name="a", x=[1, 2], y=[2, 2])])
+    write_figure(Figure(key="x", title="", panels={"all": panel}), tmp_path, "x")
+    texts = svg_texts(tmp_path / "x.svg")
+    assert {"0.0", "2.0", "2.5"} <= set(texts)
+
+
+def test_secondary_lines_of_one_colour_differ() -> None:
+    series = [
+        Series(name=f"{group}{kind}", x=[0], y=[0], group=group, dashed=kind != "observed")
+        for group in "ab"
+        for kind in ("observed", "chance", "fixed")
+    ]
+    found = styles(series)
+    assert [dash for _, dash, _ in found] == ["solid", "dash", "dot"] * 2
+    assert len(set(found)) == 6

@@ -125,7 +125,7 @@ class RouterSimilarity(Analysis):
             router_EE = result.arrays["router_LEE"][place]
             series = [
                 Series(
-                    name=f"{name}, r = {result.arrays['r_LP'][place, p]:.2f}",
+                    name=name,
                     x=router_EE[rows, columns],
                     y=result.arrays["mean_LPEE"][place, p][rows, columns],
                     text=texts,
@@ -142,7 +142,7 @@ class RouterSimilarity(Analysis):
             title=f"Pairs of experts in router and weights, {label}",
             panels=panels,
             caption="Each point is a pair of experts. A slope means that the router and the "
-            "neurons draw the same distinctions."
+            "neurons draw the same distinctions; the table `correlation` has r of each layer."
             + (f" {PAIRS} of the pairs, evenly spread." if len(rows) == PAIRS else ""),
         )
 
