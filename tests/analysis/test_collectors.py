@@ -214,6 +214,19 @@ def test_locality_of_a_row_worked_by_hand(tmp_path: Path) -> None:
     assert found["covered_LQC"][0].tolist() == [[16, 16], [0, 0], [0, 0]]
 
 
+def test_rows_of_one_document_are_apart(tmp_path: Path) -> None:
+    """Two rows: 8 * 7 ordered pairs in each, and none between them."""
+
+    def rule(batch: TokenBatch, layer: int) -> Ids:
+        return np.tile([0, 1], (batch.size, 1))
+
+    sample = sample_of(tmp_path, {"a": [[1] * 17]}, seq_length=S)
+    found = collected(PlantedModel(rule, experts=E, topk=K), sample, ["locality"])["locality"]
+    assert found.state()["any_pairs_1"].tolist() == [2 * 8 * 7]
+    assert found.state()["any_shared_L"].tolist() == [2 * 8 * 7 * K] * 2
+    assert found.state()["pairs_J"].tolist() == [2 * 7, 2 * 6, 2 * 4, 0, 0, 0, 0]
+
+
 def test_large_tables_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three ids have rows, the most frequent ones; two positions share a bucket."""
     monkeypatch.setattr(tokens, "MOST_BYTES", 24 * 2 * E * 4)

@@ -73,6 +73,19 @@ def test_shares_and_strength_by_hand(tmp_path: Path) -> None:
     assert shares.rows[4][:4] == (0, "b", 0, 1.0)
 
 
+def test_the_share_of_all_domains_counts_tokens(tmp_path: Path) -> None:
+    """8 tokens of `a` at expert 0 and 24 of `b` at expert 1: a quarter of all is at 0."""
+
+    def rule(batch: TokenBatch, layer: int) -> Ids:
+        return np.full((batch.size, 1), batch.domain)
+
+    texts = {"a": [[1] * 9], "b": [[2] * 25]}
+    model = PlantedModel(rule, experts=4, topk=1)
+    result = result_of(DomainSpecialization(), model, sample_of(tmp_path, texts))
+    assert result.arrays["overall_LE"].tolist() == [[0.25, 0.75, 0, 0]] * 2
+    assert result.numbers["largest share over the expert's share of all domains"] == 4.0
+
+
 def test_one_domain_has_no_strength(tmp_path: Path) -> None:
     model = PlantedModel(random_rule(4, 2), experts=4, topk=2)
     result = result_of(DomainSpecialization(), model, random_sample(tmp_path, tokens=400))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from megatron_moe.analysis.ablation import ALL, evaluate, evaluate_without
 from megatron_moe.analysis.analyses import expert_ablation
@@ -43,6 +44,8 @@ def test_changes_are_differences_of_losses(
         assert arrays["change_A"][i] == pytest.approx(without - whole, abs=1e-9)
         assert arrays["low_A"][i] <= arrays["change_A"][i] <= arrays["high_A"][i]
         assert arrays["load_A"][i] == pytest.approx(counts[layer][expert] / sample.tokens)
+    expected = stats.spearmanr(arrays["load_A"], arrays["change_A"]).statistic
+    assert found.numbers["rank correlation with load"] == pytest.approx(expected)
 
 
 def test_an_expert_that_does_nothing_is_not_missed(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from tests.analysis.planted import (
     random_rule,
     random_sample,
     result_of,
+    sample_of,
     token_rule,
 )
 
@@ -71,6 +72,27 @@ def test_measures_by_hand() -> None:
     left = -(0.75 * np.log2(0.75) + 0.25 * np.log2(0.25))
     assert information(table) == pytest.approx(1 - left)
     assert information(np.array([[5, 0], [3, 0]])) == 0.0
+
+
+def test_a_next_layer_with_a_favourite(tmp_path: Path) -> None:
+    """Experts 0 to 3 alternate in layer 1, of which all but 3 lead to expert 0 of layer 4."""
+
+    def rule(batch: TokenBatch, layer: int) -> Ids:
+        first = batch.tokens_BS.reshape(-1, 1) % 4
+        return first if layer == 1 else first // 3
+
+    model = PlantedModel(rule, experts=4, topk=1, layers=(1, 4))
+    sample = sample_of(tmp_path, {"a": [[i % 4 for i in range(41)]]})
+    result = result_of(LoadPredictability(), model, sample)
+    assert result.arrays["layers"].tolist() == [4]
+    (table,) = result.tables
+    assert (table.columns["layer"], table.columns["next_layer"]) == ([1], [4])
+    assert result.arrays["accuracy_L"].tolist() == [1.0]
+    assert result.arrays["baseline_L"].tolist() == [0.75]
+    # The first choice decides the next one, whose entropy is the smaller one.
+    np.testing.assert_allclose(result.arrays["information_L"], 1.0)
+    (panel,) = (LoadPredictability().figures({"m": result})[0].panels["accuracy"],)
+    assert list(panel.series[0].x) == [4]  # type: ignore[union-attr]
 
 
 def test_one_layer_has_no_flow(tmp_path: Path) -> None:

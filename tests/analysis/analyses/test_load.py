@@ -54,6 +54,22 @@ def test_a_collapsed_router(tmp_path: Path) -> None:
     assert "12 experts are dead" in Collapse().reading({"m": result})
 
 
+def test_loads_before_and_after_drops(tmp_path: Path) -> None:
+    """Second choices find no slot. 16 tokens that choose 2 of 8 at random miss one 0.08 times."""
+
+    def kept(batch: TokenBatch, layer: int) -> np.ndarray:
+        return np.tile([True, False], (batch.size, 1))
+
+    model = PlantedModel(_fixed, experts=8, topk=2, kept=kept)
+    result = result_of(Collapse(), model, sample_of(tmp_path, {"a": [[1] * 17]}))
+    for name, (second, fifth) in {"load": (0.5, 0.5), "first": (1, 0), "kept": (0.5, 0)}.items():
+        expected = [0, 0, second, 0, 0, fifth, 0, 0]
+        assert result.arrays[f"{name}_LE"].tolist() == [expected] * 2
+    loads = result.tables[1].columns
+    assert loads["kept"] == [0, 0, 0.5, 0, 0, 0, 0, 0] * 2
+    np.testing.assert_allclose(result.arrays["dead_null_L"], 8 * 0.75**16)
+
+
 def test_a_random_router_shows_no_collapse(tmp_path: Path) -> None:
     model = PlantedModel(random_rule(16, 2), experts=16, topk=2, layers=range(8))
     result = result_of(Collapse(), model, random_sample(tmp_path, tokens=4000), draws=400)

@@ -176,3 +176,16 @@ def test_an_unchanged_loss_counts_as_one_half() -> None:
     gain_JB = np.array([[0.1, 0.0, -0.1, 0.0], [-0.1, 5e-6, -0.2, 0.3]])
     assert misrouting.lowered(gain_JB).tolist() == [[1, 0.5, 0, 0.5], [0, 0.5, 0, 1]]
     assert misrouting._any(gain_JB) == (1 + 0.75 + 0 + 1) / 4
+
+
+def test_the_interval_is_that_of_tokens() -> None:
+    """Four exchanges of a token agree, so that they are no more than one: 50 coins, not 200."""
+    coin_B = np.random.default_rng(0).integers(2, size=50) - 0.5
+    low, high = misrouting._interval(np.tile(coin_B, (4, 1)), 2000, 1)
+    assert high - low == pytest.approx(2 * 1.96 * math.sqrt(0.25 / 50), rel=0.15)
+
+
+def test_tried_experts_are_spread_over_the_ranks() -> None:
+    assert misrouting._places(8, 4) == [0, 2, 4, 6]
+    assert misrouting._places(3, 4) == [0, 1, 2]
+    assert misrouting._places(6, 4) == [0, 1, 3, 4]

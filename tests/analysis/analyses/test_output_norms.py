@@ -70,6 +70,9 @@ def test_unrelated_norms_are_within_chance(tmp_path: Path) -> None:
     assert abs(n["rank correlation"]) < 0.15
     assert n["overlap of the k largest"] == pytest.approx(0.5, abs=0.06)
     assert n["overlap by chance"] == 0.5
+    # Of a token it is 1 / sqrt(E - 1) for unrelated ranks.
+    deviation = n["standard deviation of the correlation by chance"]
+    assert deviation == pytest.approx(1 / math.sqrt(5 * n["tokens"]))
     assert n["tokens with the same k experts by chance"] == pytest.approx(1 / 20)
     assert n["tokens with the same k experts"] == pytest.approx(1 / 20, abs=0.05)
     for name in ("equal_L", "shuffled_equal_L", "overlap_L", "shuffled_overlap_L"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_moe.analysis.analyses import position_spread
 from megatron_moe.analysis.analyses.drops import Drops
 from megatron_moe.analysis.analyses.position_spread import PositionSpread
 from megatron_moe.analysis.analyses.token_spread import TokenSpread
@@ -143,6 +144,33 @@ def test_drops_towards_the_end(tmp_path: Path) -> None:
     assert result.numbers["lost a choice in the last quarter of the row"] == 0.5
     assert result.numbers["lost a choice in the first quarter of the row"] == 0
     assert "as in OpenMoE" in Drops().reading({"m": result})
+
+
+def test_drops_of_neighbouring_positions_are_shares_of_their_tokens(tmp_path: Path) -> None:
+    """64 positions in 32 groups of two, of which every second position loses its choice."""
+
+    def kept(batch: TokenBatch, layer: int) -> np.ndarray:
+        return np.tile(np.arange(64) % 2 == 0, len(batch.tokens_BS))[:, None]
+
+    sample = random_sample(tmp_path, tokens=1000, seq_length=64)
+    model = PlantedModel(random_rule(4, 1), experts=4, topk=1, kept=kept)
+    result = result_of(Drops(), model, sample)
+    assert result.arrays["any_LDQ"].shape == (2, 1, 32)
+    assert (result.arrays["any_LDQ"] == 0.5).all() and (result.arrays["all_LDQ"] == 0.5).all()
+    assert result.arrays["positions"].tolist() == [2 * group + 0.5 for group in range(32)]
+
+
+def test_shares_of_neighbouring_positions_are_of_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Position p chooses experts 2 p and 2 p + 1; four groups of two positions."""
+    monkeypatch.setattr(position_spread, "SHOWN", 4)
+    model = PlantedModel(_by_position, experts=32, topk=2)
+    result = result_of(PositionSpread(), model, random_sample(tmp_path, tokens=400))
+    share_QE = result.arrays["share_LQE"][0]
+    for group in range(4):
+        assert share_QE[group].tolist() == [0.25 * (e // 4 == group) for e in range(32)]
+    assert result.arrays["shown_Q"].tolist() == [0, 2, 4, 6]
 
 
 def test_drops_at_any_position_are_no_trend(tmp_path: Path) -> None:

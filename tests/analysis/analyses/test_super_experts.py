@@ -10,12 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_moe.analysis.analyses.super_experts import SuperExperts, ratios, super_experts
+from megatron_moe.analysis.analyses.super_experts import (
+    SuperExperts,
+    _random_sets,
+    ratios,
+    super_experts,
+)
 from megatron_moe.analysis.result import Result
 from megatron_moe.analysis.sample import Sample
-from tests.analysis.expert_cases import planted, result_of
+from tests.analysis.expert_cases import planted, result_of, setting_of
 from tests.analysis.families import make
-from tests.analysis.planted import sample_of
+from tests.analysis.planted import PlantedModel, sample_of
 
 FREQUENT, DIMENSION = 7, 11
 
@@ -138,3 +143,15 @@ def test_no_more_experts_than_a_token_can_miss(tmp_path: Path) -> None:
     found = result_of(SuperExperts(), model, mostly_one_token(tmp_path / "data"), tmp_path)
     assert found.numbers["experts left out"] <= 6
     assert found.numbers["super experts"] == pytest.approx(found.numbers["experts left out"])
+
+
+def test_random_sets_are_other_experts_of_the_layer(tmp_path: Path) -> None:
+    """Of six others, three draws of two share none; of three, a set of five can only be these."""
+    model = PlantedModel(lambda batch, layer: np.zeros((1, 1), int), experts=8, topk=1)
+    setting = setting_of(model, mostly_one_token(tmp_path / "data"))
+    drawn = [each[1] for each in _random_sets({1: [2, 5]}, setting)]
+    assert [len(each) for each in drawn] == [2] * 3
+    assert sorted(e for each in drawn for e in each) == [0, 1, 3, 4, 6, 7]
+    again = _random_sets({0: [0, 1, 2, 3, 4], 1: [7]}, setting)
+    assert all(sorted(each[0]) == [5, 6, 7] for each in again)
+    assert len({each[1][0] for each in again} - {7}) == len(again)
