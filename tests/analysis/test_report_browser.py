@@ -57,7 +57,7 @@ class Opened:
         self.page.on("console", lambda message: self.messages.append(message.text))
         self.page.on("pageerror", lambda error: self.messages.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(report.as_uri())
+        self.page.goto(report.as_uri(), timeout=120_000)
 
     def draw_all(self) -> int:
         """Scroll to each plot and wait for it; the number of plots."""

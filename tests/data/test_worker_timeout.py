@@ -25,6 +25,7 @@ def test_a_stopped_worker_is_an_error_that_names_its_process(workers):
     worker.resume()
 
 
+@pytest.mark.slow
 def test_the_timeout_changes_no_sample():
     assert [int(row[0, 0, 0]) for row in loader(2, timeout=60)] == list(range(40))
     assert [int(row[0, 0, 0]) for row in loader(0, timeout=60)] == list(range(40))

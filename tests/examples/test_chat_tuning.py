@@ -84,6 +84,7 @@ def test_without_a_quickstart_it_is_an_error(tmp_path: Path) -> None:
     assert f"{expected} (got '{tmp_path}'); try: make quickstart" in done.stderr
 
 
+@pytest.mark.slow
 def test_held_out_answers_become_likelier(
     quickstart: Path, pool: Pool, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,7 +45,7 @@ def run(directory: Path, *arguments: str) -> tuple[dict[str, Any], str]:
 @pytest.mark.parametrize(
     ("what", "cause", "timeout"),
     [
-        ("kill", "ended", []),
+        pytest.param("kill", "ended", [], marks=pytest.mark.slow),
         ("hang", "waits in no collective", ["4"]),
         pytest.param("stop", "stopped", ["4"], marks=pytest.mark.slow),
         pytest.param("raise", "exception", [], marks=pytest.mark.slow),

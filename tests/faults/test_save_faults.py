@@ -29,7 +29,11 @@ both_ways = pytest.mark.parametrize("save", [toy.save, toy.save_async])
 """Synchronously, and asynchronously while training overwrites every tensor."""
 
 
-@pytest.fixture(params=[1, 3], ids=["one file", "three files"], autouse=True)
+@pytest.fixture(
+    params=[1, pytest.param(3, marks=pytest.mark.slow)],
+    ids=["one file", "three files"],
+    autouse=True,
+)
 def files(request, monkeypatch):
     """Files of a rank."""
     if request.param > 1:

@@ -202,6 +202,7 @@ def test_one_new_file_each_is_found_by_its_name(extended: Path) -> None:
     assert [saved[flag[2:].replace("-", "_")] for flag in FLAGS] == ["toy"] * 3
 
 
+@pytest.mark.slow
 def test_without_flags_the_built_in_ones_stay(extended: Path) -> None:
     done = _run(extended, "-c", PROGRAM)
     assert done.returncode == 0, done.stderr

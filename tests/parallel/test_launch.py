@@ -105,6 +105,7 @@ def test_an_error_that_one_rank_finds_ends_all(tmp_path: Path) -> None:
     assert ended.errors == ["program: error: --planted must be 1 or 2 (got 3)"]
 
 
+@pytest.mark.slow
 def test_different_errors_are_all_printed(tmp_path: Path) -> None:
     ended = torchrun(tmp_path, "each its own")
     assert ended.codes == {0: 2, 1: 2}
@@ -113,6 +114,7 @@ def test_different_errors_are_all_printed(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_an_error_found_after_groups_exist_is_printed_once_too(tmp_path: Path) -> None:
     ended = torchrun(tmp_path, "late")
     assert ended.printed.splitlines() == ["sum 2", "sum 2"]

@@ -76,7 +76,7 @@ def compared(report: RankReport) -> dict[str, Any]:
     }
 
 
-QUICK = ("bf16", "tp2 sharded", "tp2 ep2 pp2")
+QUICK = ("bf16", "tp2 sharded")
 
 
 @pytest.mark.parametrize(

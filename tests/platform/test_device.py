@@ -38,8 +38,8 @@ def test_gpu_peaks_are_looked_up_by_name(
         ("pass", 66.9),
         ("torch.backends.cuda.matmul.allow_tf32 = True", 494.7),
         ("torch.set_float32_matmul_precision('high')", 494.7),
-        ("torch.set_float32_matmul_precision('highest')", 66.9),
-        ("torch.backends.fp32_precision = 'tf32'", 494.7),
+        pytest.param("torch.set_float32_matmul_precision('highest')", 66.9, marks=pytest.mark.slow),
+        pytest.param("torch.backends.fp32_precision = 'tf32'", 494.7, marks=pytest.mark.slow),
         ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", 66.9),
     ],
 )

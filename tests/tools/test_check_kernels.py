@@ -98,6 +98,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_compiler_tells_wide_from_narrow_and_finds_spills(tmp_path: Path) -> None:
     """One real kernel, contiguous, strided, and with far more values than registers."""
     path = tmp_path / "program.py"

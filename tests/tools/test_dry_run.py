@@ -79,6 +79,7 @@ def test_own_flags_are_checked_before_a_step(flags, message):
         run(*parse(["--world-size", "4", *flags, "--", *RUN]))
 
 
+@pytest.mark.slow
 def test_two_stages_in_a_fixed_memory(tmp_path):
     """The tables, the record, and exit code 1 where a rank needs more than there is."""
     words = ["--world-size", "4", "--ranks", "0,2", "--memory-gib", "1e-5", "--json", "found.json"]

@@ -81,7 +81,9 @@ def test_each_evaluation_is_of_the_same_samples(blended: Any) -> None:
     assert records[1]["domains"] != records[2]["domains"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [pytest.param(n, marks=pytest.mark.slow) if n == "workers" else n for n in LAYOUTS]
+)
 def test_layouts_agree(
     pool: Pool, domains: dict[str, str], blended: Any, layout: str, tmp_path: Path
 ) -> None:

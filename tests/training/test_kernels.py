@@ -31,6 +31,7 @@ def test_native_without_a_compiler_is_one_error_for_all_ranks(
     assert not (tmp_path / "save").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_without_a_compiler_is_named(corpus: str, tmp_path: Path) -> None:
     """Two of three ranks find none; the run continues with a warning."""
     need("native")

@@ -79,7 +79,7 @@ def _run(pool: Pool, world: int, written: Path, directory: Path, flags: list[str
 @pytest.mark.parametrize(
     ("world", "layout"),
     [
-        (1, ["--num-workers", "2"]),
+        pytest.param(1, ["--num-workers", "2"], marks=pytest.mark.slow),
         pytest.param(2, ["--pipeline-model-parallel-size", "2"], marks=pytest.mark.slow),
         (2, ["--expert-model-parallel-size", "2", "--micro-batch-size", "1"]),
     ],

@@ -49,7 +49,8 @@ def _weights(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "TP2" else n for n in LAYOUTS]
+    "name",
+    [n if n == "PP2 interleaved" else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS],
 )
 def test_a_run_that_stops_before_at_in_and_after_a_switch_resumes_bitwise(
     name, pool, corpus, tmp_path

@@ -71,7 +71,7 @@ def _steps(directory: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("workers", ["0", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_run_that_resumes_during_the_ramp_is_bitwise_one_that_never_stopped(
     workers, pool, corpus, tmp_path
 ):

@@ -57,7 +57,7 @@ def _tensors(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
-SLOW = ("DP2", "TP2, Adafactor", "PP2")
+SLOW = ("DP2", "TP2, Adafactor", "PP2", "EP2")
 """The others cover sharded state, tensor parallelism and overlap in each run of the tests."""
 
 
