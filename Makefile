@@ -42,7 +42,7 @@ $(STAMP): | $(BIN)/python
 	  --constraint constraints.txt --target $(VENV)/transformer-engine transformer-engine einops
 	@rm -f $(VENV)/.installed-* && touch $@
 
-quickstart: $(STAMP) ## Corpus, tokenizer, pretraining on 2 ranks, evaluation, sample, report: under 10 minutes
+quickstart: $(STAMP) ## Corpus, tokenizer, pretraining on 2 ranks, evaluation, sample, report: about 10 minutes
 	@bash examples/quickstart.sh
 
 test: $(STAMP) ## All tests except the slow ones: JOBS=<files at once>
