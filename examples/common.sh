@@ -161,7 +161,7 @@ minutes_to_run() {
 
 # srun with what every step of a job needs.
 #   --label            each line begins with the number of its task
-#   --output           one log a node (%N); a requeued job goes on in the same files
+#   --output           one log a node (%N); a requeued job continues in the same files
 #   --kill-on-bad-exit a task that fails ends the others
 #   --cpu-bind=none    a task starts all ranks of its node: Slurm would pin them to one core
 step() {

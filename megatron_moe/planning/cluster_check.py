@@ -174,11 +174,11 @@ def shared_directory(
         free: bytes.
         needed: bytes of one checkpoint; `None` if the run is not known.
     """
-    told = {rank: error or "fine" for rank, error in errors.items()}
+    states = {rank: error or "fine" for rank, error in errors.items()}
     bad = any(errors.values())
     yield Finding(
-        what=f"{directory}",
-        found=_by_value(told) if bad else f"written and seen by {len(errors)} ranks",
+        what=directory,
+        found=_by_value(states) if bad else f"written and seen by {len(errors)} ranks",
         expected="shared by all ranks",
         fix="mount it on every node, writable, or choose another --save" if bad else "",
     )

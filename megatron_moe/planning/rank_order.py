@@ -81,8 +81,9 @@ def picture(layout: Layout, per_node: int, most: int = 8) -> Iterator[str]:
     yield "groups"
     hosts = [str(rank // per_node) for rank in range(layout.world_size)]
     for group, name in NAMES.items():
-        first = groups_of(layout, group)[0]
-        spread = max(len({hosts[rank] for rank in ranks}) for ranks in groups_of(layout, group))
+        groups = groups_of(layout, group)
+        first = groups[0]
+        spread = max(len({hosts[rank] for rank in ranks}) for ranks in groups)
         if len(first) > 1:
             place = "inside a node" if spread == 1 else f"over {spread} nodes"
             stride = first[1] - first[0]

@@ -90,7 +90,7 @@ def _resident_bytes() -> int:
 def gemm_tflops(device: torch.device, size: int | None = None, repeats: int = 5) -> float:
     """TFLOP/s of a square matrix product on one device, the median of a few.
 
-    Unlike a step it waits for no other rank, so that it tells which device is slow.
+    Unlike a step it waits for no other rank, so that it shows which device is slow.
 
     Args:
         device: in bf16 on a GPU, in fp32 on a CPU.

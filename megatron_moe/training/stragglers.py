@@ -1,7 +1,7 @@
 """Which ranks slow the others down (`--log-straggler`).
 
 All ranks leave a step together, so that times of steps, and of anything with a collective inside,
-are the same on a slow rank and on those that wait for it. Measured is what waits for nobody: a
+are the same on a slow rank and on those that wait for it. Measured is what waits for no rank: a
 matrix product of fixed size on the device, and the time in which this rank waited for its data.
 """
 
