@@ -276,9 +276,9 @@ def _recorder(recorded: dict[int, Tensor], layer: int, places: Tensor | None) ->
 def _record(routing: Routing, inputs_NH: Tensor | None) -> LayerRouting:
     return LayerRouting(
         layer=routing.layer,
-        router_probs_TE=routing.router_probs_TE,
+        router_probs_TE=routing.scores_TE,
         ids_TK=routing.ids_TK,
-        probs_TK=routing.router_probs_TE.gather(1, routing.ids_TK),
+        probs_TK=routing.scores_TE.gather(1, routing.ids_TK),
         weights_TK=routing.probs_TK,
         kept_TK=routing.kept_TK,
         counts_E=routing.counts_E,

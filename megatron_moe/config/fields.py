@@ -4,7 +4,7 @@ All are metadata of the field's annotation, so that a field is declared in one p
 
     lr: Annotated[float, NonNegative] = 3e-4
     stages: Annotated[str | None, Flag("--phases")] = None
-    moe_router_type: Annotated[RouterType, OmittedAtDefault] = "softmax"
+    moe_router_type: Annotated[RouterType, OmittedAtDefault] = "linear"
 
 The command line, `config.json` and `validate` read them with `fields_of`.
 """

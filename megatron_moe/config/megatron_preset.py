@@ -58,7 +58,7 @@ DEFAULTS = RunConfig(
         moe_aux_loss_coeff=0.0,
         moe_z_loss_coeff=0.0,
         moe_loss_convention="megatron",
-        moe_router_type="topk_softmax",
+        moe_router_pre_softmax=False,
     ),
     optimizer=OptimizerConfig(lr_decay_style="linear"),
     checkpoint=CheckpointConfig(allow_missing_load=True),

@@ -21,6 +21,7 @@ from megatron_moe.errors import UsageError
 CapacityRule = Literal["t5x", "port", "megatron"]
 LoadBalancing = Literal["seq_aux_loss", "aux_loss", "group_aux_loss", "none"]
 LossConvention = Literal["openmoe", "megatron"]
+ScoreFunction = Literal["softmax", "sigmoid"]
 
 
 def added(folder: Path) -> tuple[str, ...]:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     DropPolicyName = str
 else:
     _MOE = Path(__file__).parents[1] / "moe"
-    _ROUTERS = ("softmax", *added(_MOE / "routers"))
+    _ROUTERS = ("linear", *added(_MOE / "routers"))
     _DISPATCHERS = ("alltoall", *added(_MOE / "dispatchers"))
     _DROP_POLICIES = ("position", "probs", *added(_MOE / "drop_policies"))
     RouterType = Literal[_ROUTERS]
@@ -109,9 +110,24 @@ class MoEConfig:
     moe_input_jitter_eps: Annotated[float | None, BelowOne, OmittedAtDefault] = None
     """Multiply what the router sees in training, and nothing else, by uniform noise in
     [1 - eps, 1 + eps]."""
-    moe_router_type: Annotated[RouterType, OmittedAtDefault] = "softmax"
-    """Router. `softmax` (OpenMoE): probabilities over all experts, then the k largest. Other values
-    are the files of `moe/routers/`."""
+    moe_router_type: Annotated[RouterType, OmittedAtDefault] = "linear"
+    """What makes the logits of the experts. `linear` (OpenMoE): a matrix. Other values are the
+    files of `moe/routers/`."""
+    moe_router_score_function: Annotated[ScoreFunction, OmittedAtDefault] = "softmax"
+    """From logits to scores: a softmax over all experts, or the sigmoid of each logit; the weights
+    of k > 1 sigmoid scores are divided by their sum."""
+    moe_router_pre_softmax: Annotated[bool, OmittedAtDefault] = True
+    """Softmax before the selection (OpenMoE): the k largest scores are the weights, as they are.
+    After it (`--no-moe-router-pre-softmax`, Megatron-LM's default): a softmax over the k chosen
+    logits, with weights that sum to 1. Without effect on sigmoid scores."""
+    moe_router_topk_scaling_factor: Annotated[float | None, Positive, OmittedAtDefault] = None
+    """Factor of the combine weights; `None` for 1."""
+    moe_router_num_groups: Annotated[int | None, AtLeastOne, OmittedAtDefault] = None
+    """Groups of consecutive experts of which a token chooses `--moe-router-group-topk`, by the sum
+    of the best k / `--moe-router-group-topk` scores of each, before it chooses experts of these.
+    As many as expert-parallel ranks: device-limited routing. `None`: no such limit."""
+    moe_router_group_topk: Annotated[int | None, AtLeastOne, OmittedAtDefault] = None
+    """Groups whose experts a token can choose; see `--moe-router-num-groups`."""
     moe_token_dispatcher_type: Annotated[DispatcherType, OmittedAtDefault] = "alltoall"
     """How tokens reach their experts. `alltoall`: over expert-parallel ranks. Other values are the
     files of `moe/dispatchers/`."""

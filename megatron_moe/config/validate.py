@@ -273,10 +273,34 @@ def _check_routing(moe: MoEConfig) -> None:
     if moe.moe_capacity_rule == "megatron" and least != default:
         expected = "unset with --moe-capacity-rule megatron, which has no minimum"
         raise UsageError("--moe-min-capacity", least, expected)
-    if moe.moe_router_type == "topk_softmax" and moe.moe_router_topk == 1:
-        expected = ">= 2 with --moe-router-type topk_softmax"
-        fix = "the weight of a single choice would always be 1; use softmax"
+    softmax = moe.moe_router_score_function == "softmax"
+    if softmax and not moe.moe_router_pre_softmax and moe.moe_router_topk == 1:
+        expected = ">= 2 with --no-moe-router-pre-softmax"
+        fix = "the weight of a single choice would always be 1; use --moe-router-pre-softmax"
         raise UsageError("--moe-router-topk", 1, expected, fix)
+    _check_expert_groups(moe)
+
+
+def _check_expert_groups(moe: MoEConfig) -> None:
+    """`--moe-router-num-groups` and `--moe-router-group-topk`."""
+    groups, best, topk = moe.moe_router_num_groups, moe.moe_router_group_topk, moe.moe_router_topk
+    if groups is None and best is None:
+        return
+    if groups is None or best is None:
+        given, missing = "--moe-router-num-groups", "--moe-router-group-topk"
+        if groups is None:
+            given, missing = missing, given
+        raise UsageError(missing, None, f"given with {given}")
+    if moe.num_experts % groups:
+        expected = f"a divisor of --num-experts ({moe.num_experts})"
+        raise UsageError("--moe-router-num-groups", groups, expected)
+    size = moe.num_experts // groups
+    if best > min(groups, topk):
+        expected = f"<= --moe-router-num-groups ({groups}) and <= --moe-router-topk ({topk})"
+        raise UsageError("--moe-router-group-topk", best, expected)
+    if topk > best * size or topk // best > size:
+        expected = f"<= the experts of --moe-router-group-topk {best} groups ({best * size})"
+        raise UsageError("--moe-router-topk", topk, expected)
 
 
 def _check_objective(config: RunConfig) -> None:

@@ -87,7 +87,7 @@ _SAME_MODEL = {
 _SAME_EXPERTS = {
     "num_experts": "num_experts",
     "moe_router_topk": "moe_router_topk",
-    "moe_router_type": "moe_router_pre_softmax",
+    "moe_router_pre_softmax": "moe_router_pre_softmax",
 }
 _BALANCING = ("aux_loss", "seq_aux_loss", "none")
 
@@ -238,7 +238,7 @@ def _experts(args: Arguments, model: ModelConfig) -> MoEConfig:
         num_experts=experts,
         moe_layer_freq=_frequency(args, model.num_layers),
         moe_router_topk=topk,
-        moe_router_type="topk_softmax" if normalised else "softmax",
+        moe_router_pre_softmax=not normalised,
         moe_ffn_hidden_size=args.whole("moe_ffn_hidden_size", model.ffn_hidden_size),
         moe_shared_expert_intermediate_size=(
             None if shared is None else args.whole("moe_shared_expert_intermediate_size")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_moe.moe.router import Scores
+from megatron_moe.moe.scoring import Scores
 
 MOST_PENDING = 64
 """Passes whose tensors are kept at most before they are added up. On a CPU with 2 threads a layer

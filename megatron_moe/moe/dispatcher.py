@@ -29,7 +29,7 @@ from megatron_moe.moe.plan import (
     place,
 )
 from megatron_moe.moe.registry import Registry, kernels_for
-from megatron_moe.moe.router import Scores
+from megatron_moe.moe.scoring import Scores
 
 
 class TokenDispatcher:

@@ -25,7 +25,8 @@ from megatron_moe.moe.forced import force_balance
 from megatron_moe.moe.losses import RouterLosses
 from megatron_moe.moe.plan import Capacity, Plan
 from megatron_moe.moe.registry import kernels_for
-from megatron_moe.moe.router import ROUTERS, Scores
+from megatron_moe.moe.router import ROUTERS
+from megatron_moe.moe.scoring import Scores
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class MoELayer(nn.Module):
         else:
             scores, x_TH = self.router(x_TH)
         if self.moe.moe_router_force_load_balancing:
-            scores = force_balance(scores, self.layer_number)
+            scores = force_balance(scores, self.layer_number, self.router.weights_of)
         if self.replace_scores is not None:
             scores = self.replace_scores(scores)
         return scores, x_TH

@@ -26,9 +26,9 @@ from torch import Tensor
 from fused_kernels.operations import RouterKernel
 from fused_kernels.reference import router as reference
 from megatron_moe.config import MoEConfig
-from megatron_moe.moe.exchange import Group, rank_of
-from megatron_moe.moe.plan import Capacity, Plan
-from megatron_moe.moe.router import Scores
+from megatron_moe.moe.exchange import Group, all_gather, rank_of
+from megatron_moe.moe.plan import Capacity, Plan, by_priority
+from megatron_moe.moe.scoring import Scores
 
 
 class RouterLosses:
@@ -62,7 +62,7 @@ class RouterLosses:
             The combine weights of the plan, and this rank's shares of the balance and the z-loss,
             without coefficients and gradient, for the statistics.
         """
-        load_QE, parts = self._loads(plan, scores.choices_TK.shape[0])
+        load_QE, parts = self._loads(self._counted(scores, plan), plan, scores.choices_TK.shape[0])
         rule = LossRule(
             tokens=plan.choices_TK.shape[0],
             parts=parts,
@@ -73,8 +73,22 @@ class RouterLosses:
         weights_TK, balance, z = attach_losses(plan.weights_TK, scores, load_QE, rule, kernel)
         return weights_TK, (balance, z)
 
-    def _loads(self, plan: Plan, local_tokens: int) -> tuple[Tensor, int]:
+    def _counted(self, scores: Scores, plan: Plan) -> Tensor | None:
+        """The choices that count, of all tokens of the sequences; `None` for those of the plan."""
+        if scores.balance_TK is None or self.load_balancing == "none":
+            return None
+        # int32 holds any expert id and is half of what would travel.
+        return all_gather(scores.balance_TK.int(), self.tp_group).long()
+
+    def _loads(
+        self, counted_TK: Tensor | None, plan: Plan, local_tokens: int
+    ) -> tuple[Tensor, int]:
         """Choices of the part of the micro-batch that each token belongs to, and how many parts.
+
+        Args:
+            counted_TK: see `_counted`.
+            plan: of the pass.
+            local_tokens: T.
 
         Returns:
             [Q, E], token t of this rank having entry t % Q; zeros without a balance loss.
@@ -84,11 +98,15 @@ class RouterLosses:
             return plan.choices_TK.new_zeros(rows, self.num_experts), 1
         if self.load_balancing == "group_aux_loss" and groups != rows:
             first = rank_of(self.tp_group) * (local_tokens // rows)
-            return load_per_group(plan.slots.load_GE, rows, plan.capacity, first, local_tokens)
-        if groups == rows:
+            load_GE = plan.slots.load_GE
+            if counted_TK is not None:
+                load_GE = _counts(by_priority(counted_TK, rows, plan.capacity), self.num_experts)
+            return load_per_group(load_GE, rows, plan.capacity, first, local_tokens)
+        if groups == rows and counted_TK is None:
             load_BE = plan.slots.load_GE  # Every row is a group: counted already.
         else:
-            load_BE = load_per_row(plan.choices_TK, rows, self.num_experts)
+            chosen_TK = plan.choices_TK if counted_TK is None else counted_TK
+            load_BE = load_per_row(chosen_TK, rows, self.num_experts)
         if self.load_balancing == "aux_loss":
             return load_BE.sum(0, keepdim=True).expand(rows, -1), 1
         return load_BE, rows
@@ -98,8 +116,13 @@ def load_per_row(choices_TK: Tensor, batch: int, num_experts: int) -> Tensor:
     """Choices per row and expert, [B, E] int64, of tokens in (sequence, batch) order."""
     tokens, topk = choices_TK.shape
     choices_BA = choices_TK.view(tokens // batch, batch, topk).transpose(0, 1).reshape(batch, -1)
-    load_BE = choices_TK.new_zeros(batch, num_experts)
-    return load_BE.scatter_add_(1, choices_BA, torch.ones_like(choices_BA))
+    return _counts(choices_BA, num_experts)
+
+
+def _counts(choices_GA: Tensor, num_experts: int) -> Tensor:
+    """Choices of each group and expert, [G, E] int64."""
+    load_GE = choices_GA.new_zeros(choices_GA.shape[0], num_experts)
+    return load_GE.scatter_add_(1, choices_GA, torch.ones_like(choices_GA))
 
 
 def load_per_group(

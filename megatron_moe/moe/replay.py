@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.observing import moe_layers
-from megatron_moe.moe.router import Scores
+from megatron_moe.moe.scoring import Scores
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,9 @@ def with_choices(layer: MoELayer, scores: Scores, forced: Forced) -> Scores:
             f"layer {layer.layer_number}: choices must have the shape"
             f" {tuple(scores.choices_TK.shape)} (got {tuple(experts_TK.shape)})"
         )
-    probs_TE = scores.probs_TE
+    scores_TE = scores.raw_TE
     if forced.probabilities_TK is not None:
-        given_TK = forced.probabilities_TK.to(probs_TE.dtype)
-        probs_TE = torch.zeros_like(probs_TE).scatter(1, experts_TK, given_TK)
-    weights_TK = layer.router.weights_of(probs_TE, experts_TK)
-    return replace(scores, choices_TK=experts_TK, weights_TK=weights_TK)
+        given_TK = forced.probabilities_TK.to(scores_TE.dtype)
+        scores_TE = torch.zeros_like(scores_TE).scatter(1, experts_TK, given_TK)
+    weights_TK = layer.router.weights_of(scores_TE, experts_TK)
+    return replace(scores, choices_TK=experts_TK, weights_TK=weights_TK, balance_TK=None)

@@ -1,7 +1,8 @@
-"""Which experts a token chooses, and with what weight.
+"""Which experts a token chooses, and with what weight: the logits of a router.
 
-Logits and softmax in fp32 over all experts, **then** the k largest, whose raw probabilities are the
-combine weights: no renormalization, no noise, no bias (released training code of OpenMoE).
+`linear` (released training code of OpenMoE): logits x W^T in fp32, without noise. `scoring.py`
+makes scores, choices and weights of them: by default a softmax over all experts, **then** the k
+largest, whose raw probabilities are the combine weights.
 
 The table of tokens and experts is stored with the tokens contiguous, [E, T], as the kernel wants it
 (`fused_kernels/reference/router.py`).
@@ -11,7 +12,6 @@ Shapes: T tokens, H hidden, E experts, K choices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,27 +22,7 @@ from fused_kernels.operations import RouterKernel
 from fused_kernels.reference import router as reference
 from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.moe.registry import Registry, kernels_for
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The router's result for each token.
-
-    Args:
-        logits_TE: fp32, without gradient.
-        log_probs_TE: fp32 log-softmax, without gradient.
-        log_z_T: fp32, logarithm of the softmax normalizer, differentiable.
-        probs_TE: fp32, each row sums to 1, differentiable.
-        choices_TK: int64 expert ids, best first; among equals the lower id first.
-        weights_TK: fp32 probabilities of the choices, differentiable.
-    """
-
-    logits_TE: Tensor
-    log_probs_TE: Tensor
-    log_z_T: Tensor
-    probs_TE: Tensor
-    choices_TK: Tensor
-    weights_TK: Tensor
+from megatron_moe.moe.scoring import ScoreRule, Scores, score, select
 
 
 class Router(nn.Module):
@@ -72,7 +52,7 @@ class Router(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.moe = moe
+        self.moe, self.rule = moe, ScoreRule.of(moe)
         self.topk, self.init_std = moe.moe_router_topk, model.router_init_method_std
         shape = (moe.num_experts, model.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, dtype=params_dtype, device=device))
@@ -86,17 +66,26 @@ class Router(nn.Module):
             The scores, and the tokens, which the caller uses from here on: the gradient of that use
             and the router's own are then added by one GEMM.
         """
-        kernel = kernels_for(self.moe, x_TH.device.type).router
-        return route(x_TH, self.weight, self.topk, kernel)
+        return self.scored(x_TH, self.weight)
 
-    def weights_of(self, probs_TE: Tensor, choices_TK: Tensor) -> Tensor:
+    def scored(self, x_TH: Tensor, weight_EH: Tensor) -> tuple[Scores, Tensor]:
+        """The scores of linear logits; see `forward`."""
+        if self.rule.function == "sigmoid":
+            # At least fp32: in bf16 many experts would be equal.
+            dtype = torch.promote_types(x_TH.dtype, torch.float32)
+            return score(x_TH.to(dtype) @ weight_EH.to(dtype).t(), self.rule), x_TH
+        kernel = kernels_for(self.moe, x_TH.device.type).router
+        scores, x_TH = route(x_TH, weight_EH, self.topk, kernel)
+        return select(scores, self.rule), x_TH
+
+    def weights_of(self, scores_TE: Tensor, choices_TK: Tensor) -> Tensor:
         """The combine weights [T, K] of given choices: what `forward` would give them.
 
         Args:
-            probs_TE: probabilities over all experts.
+            scores_TE: of all experts, `Scores.raw_TE`.
             choices_TK: expert ids.
         """
-        return probs_TE.gather(1, choices_TK)
+        return self.rule.weights(scores_TE.gather(1, choices_TK))
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator) -> None:
@@ -104,7 +93,7 @@ class Router(nn.Module):
         self.weight.normal_(0.0, self.init_std, generator=generator)
 
 
-ROUTERS: Registry[type[Router]] = Registry("routers", softmax=Router)
+ROUTERS: Registry[type[Router]] = Registry("routers", linear=Router)
 """By the value of `--moe-router-type`."""
 
 

@@ -186,7 +186,7 @@ class RoutingTraces:
 def _recorder(found: Found) -> Callable[[int, int, RoutingDecision], None]:
     def note(layer: int, number: int, decision: RoutingDecision) -> None:
         scores = decision.scores
-        chosen_TK = scores.probs_TE.detach().gather(1, scores.choices_TK)
+        chosen_TK = scores.raw_TE.detach().gather(1, scores.choices_TK)
         # Small types that every backend gathers.
         found[layer, number] = scores.choices_TK.int(), chosen_TK.float(), decision.kept_TK.byte()
 

@@ -72,7 +72,6 @@ ACCEPTED = {
     "--rotary-percent 1": "",
     "--rotary-percent 1.00": "",
     "--use-mcore-models --disable-bias-linear": "",
-    "--moe-router-num-groups 1 --moe-router-group-topk 1": "",
     "--override-opt_param-scheduler": "",
     "--cuda-graph-impl local --cuda-graph-modules attn moe": "",
     "--cp-comm-type p2p a2a": "",
@@ -113,8 +112,6 @@ REJECTED = {
     "--use-mcore-models yes": "must be used with no value",
     "--ckpt-format": "must be used with torch",
     "--logging-level many": "must be used with an integer",
-    "--moe-router-score-function sigmoid": "must be softmax",
-    "--moe-router-num-groups 8": "must be 1",
     "--dataloader-type external": "must be single or cyclic",
     "--recompute-modules mlp mla_up_proj": "must be values, each one of core_attn, mlp, moe",
     "--moe-router-load-balancing-type sinkhorn": "must be one of",
@@ -179,5 +176,5 @@ def test_normalised_weights_do_not_depend_on_the_order_of_the_words() -> None:
     """A softmax over all experts, normalised over the chosen ones, is one over the chosen ones."""
     words = ["--norm-topk-prob", "--moe-router-pre-softmax"]
     for line in (words, words[::-1]):
-        assert parse_args(line).config.moe.moe_router_type == "topk_softmax"
-    assert parse_args(words[1:]).config.moe.moe_router_type == "softmax"
+        assert not parse_args(line).config.moe.moe_router_pre_softmax
+    assert parse_args(words[1:]).config.moe.moe_router_pre_softmax

@@ -35,11 +35,8 @@ def test_what_a_script_leaves_unsaid_is_megatron_lms() -> None:
     assert model.logit_z_loss_coeff == 0
     stds = (model.embedding_init_method_std, model.router_init_method_std)
     assert (model.init_method_std, *stds) == (0.02, 0.02, 0.02)
-    assert (moe.moe_layer_freq, moe.moe_router_topk, moe.moe_router_type) == (
-        "1",
-        2,
-        "topk_softmax",
-    )
+    assert (moe.moe_layer_freq, moe.moe_router_topk) == ("1", 2)
+    assert not moe.moe_router_pre_softmax
     assert moe.moe_ffn_hidden_size is None
     assert moe.moe_shared_expert_intermediate_size is None
     assert (moe.moe_expert_capacity_factor, moe.moe_eval_capacity_factor) == (None, None)
@@ -65,7 +62,7 @@ def test_what_the_script_says_stays() -> None:
     )
     config = parse_args((PRESET + SCRIPT + said).split()).config
     assert (config.model.ffn_hidden_size, config.model.kv_channels) == (512, 16)
-    assert (config.moe.moe_router_type, config.moe.moe_layer_freq) == ("softmax", "2")
+    assert (config.moe.moe_router_pre_softmax, config.moe.moe_layer_freq) == (True, "2")
     # There is one factor in Megatron-LM.
     assert (config.moe.moe_expert_capacity_factor, config.moe.moe_eval_capacity_factor) == (
         1.5,
@@ -124,7 +121,7 @@ def test_without_a_preset_the_differences_that_nobody_says_are_listed() -> None:
     assert listed["--softmax-scale"].endswith(": 1.0, in Megatron-LM None")
     assert listed["--ffn-hidden-size"].endswith(": 512, in Megatron-LM 8/3 of --hidden-size")
     assert listed["--moe-loss-convention"].endswith(": openmoe, in Megatron-LM megatron")
-    said = {"--num-layers", "--moe-router-type", "--normalization", "--num-experts", "--lr"}
+    said = {"--num-layers", "--moe-router-pre-softmax", "--normalization", "--num-experts", "--lr"}
     assert said & set(listed) == set()
     # Everything that the preset changes and the line does not say, and nothing else.
     for preset in (PRESET, ""):

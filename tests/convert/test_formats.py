@@ -195,7 +195,7 @@ def test_a_source_keeps_its_older_steps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("section", "change", "named"),
     [
-        ("moe", {"moe_router_type": "toy"}, "--moe-router-type must be 'softmax'"),
+        ("moe", {"moe_router_type": "toy"}, "--moe-router-type must be 'linear'"),
     ],
 )
 def test_what_the_other_format_cannot_say_is_refused(

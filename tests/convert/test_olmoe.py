@@ -262,7 +262,7 @@ def test_a_model_of_this_project_is_loaded_by_the_class(tmp_path: Path) -> None:
         ("moe", {"moe_layer_freq": "[0,1]"}, "--moe-layer-freq must be '[1]*2' for"),
         ("moe", {"moe_shared_expert_intermediate_size": 8}, "--moe-shared-expert-intermediate"),
         ("moe", {"moe_eval_capacity_factor": 2.0}, "--moe-eval-capacity-factor must be None"),
-        ("moe", {"moe_router_type": "toy"}, "--moe-router-type must be 'softmax'"),
+        ("moe", {"moe_router_type": "toy"}, "--moe-router-type must be 'linear'"),
         ("model", {"kv_channels": 16}, "head_dim in config.json of OlmoeForCausalLM"),
     ],
 )

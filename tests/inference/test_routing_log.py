@@ -18,6 +18,7 @@ def _routing(layer: int, ids: list[list[int]], kept: list[list[bool]]) -> Routin
     return Routing(
         layer=layer,
         router_probs_TE=nothing,
+        scores_TE=nothing,
         ids_TK=torch.tensor(ids),
         probs_TK=torch.tensor([[0.5, 0.25]] * len(ids)),
         kept_TK=torch.tensor(kept),

@@ -22,7 +22,7 @@ def test_forced_choices_are_distinct_even_and_the_same_in_every_pass() -> None:
     assert torch.equal(choices_TK, seen[1].scores.choices_TK)
     assert torch.equal(first, second)
     assert (choices_TK[:, 0] != choices_TK[:, 1]).all()
-    other = force_balance(seen[0].scores, layer.layer_number + 1)
+    other = force_balance(seen[0].scores, layer.layer_number + 1, layer.router.weights_of)
     assert not torch.equal(other.choices_TK, choices_TK), "layers have draws of their own"
     load = torch.bincount(choices_TK.flatten(), minlength=4) / choices_TK.numel()
     assert load.tolist() == pytest.approx([0.25] * 4, abs=0.02)

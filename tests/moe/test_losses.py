@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_moe.moe import losses
 from megatron_moe.moe.losses import LossRule
 from megatron_moe.moe.plan import Capacity
-from megatron_moe.moe.router import Scores
+from megatron_moe.moe.scoring import Scores
 from tests.moe.cases import BATCH, DTYPE, HIDDEN, SEQUENCE, layer_of, moe_config, tokens
 
 

@@ -13,7 +13,11 @@ from megatron_moe.moe import MoELayer
 from megatron_moe.moe.replay import Forced, replayed
 from tests.moe.cases import BATCH, SEQUENCE, layer_of, moe_config, reference_of, tokens, watched
 
-ROUTERS = ("softmax", "topk_softmax")
+ROUTERS: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "softmax after top-k": {"moe_router_pre_softmax": False},
+    "sigmoid": {"moe_router_score_function": "sigmoid", "moe_router_topk_scaling_factor": 1.5},
+}
 
 
 def passed(layer: MoELayer, x: Tensor) -> tuple[Tensor, ...]:
@@ -33,7 +37,7 @@ def others(seed: int = 5) -> Tensor:
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_the_routers_own_choices_change_nothing(router: str) -> None:
-    layer = layer_of(moe_config(moe_router_type=router))
+    layer = layer_of(moe_config(**ROUTERS[router]))
     seen = watched(layer)
     plain = passed(layer, tokens(0))
     own = seen[0].scores.choices_TK
@@ -50,7 +54,7 @@ def test_the_routers_own_choices_change_nothing(router: str) -> None:
 @pytest.mark.parametrize("policy", ["position", "probs"])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_other_choices_equal_the_reference_model(router: str, policy: str) -> None:
-    settings: dict[str, Any] = {"moe_router_type": router, "moe_token_drop_policy": policy}
+    settings: dict[str, Any] = {**ROUTERS[router], "moe_token_drop_policy": policy}
     layer = layer_of(moe_config(**settings, moe_aux_loss_coeff=0.0, moe_z_loss_coeff=0.0))
     seen = watched(layer)
     forced = others()
@@ -79,7 +83,7 @@ def test_given_probabilities_weight_the_experts() -> None:
     with replayed([layer], lambda number, micro_batch: Forced(forced, given)):
         layer(tokens(0))
     torch.testing.assert_close(seen[0].scores.weights_TK, given.double())
-    normed = layer_of(moe_config(moe_router_type="topk_softmax"))
+    normed = layer_of(moe_config(moe_router_pre_softmax=False))
     seen = watched(normed)
     with replayed([normed], lambda number, micro_batch: Forced(forced, given)):
         normed(tokens(0))

@@ -13,7 +13,7 @@ import torch
 from megatron_moe.moe import LayerStatistics, collect_statistics, reset_statistics
 from megatron_moe.moe import counter as counter_module
 from megatron_moe.moe.counter import RoutingCounter, TokenFates
-from megatron_moe.moe.router import Scores
+from megatron_moe.moe.scoring import Scores
 from megatron_moe.moe.statistics import LedgerError, check_ledger
 from tests.moe.cases import layer_of, moe_config, tokens
 

@@ -193,10 +193,23 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
         ),
         replace(_MOE, moe_layer_freq="[0]*4"),
     ),
+    "sigmoid-groups": (
+        _MODEL,
+        replace(
+            _MOE,
+            moe_router_score_function="sigmoid",
+            moe_router_topk_scaling_factor=1.5,
+            moe_router_num_groups=2,
+            moe_router_group_topk=1,
+            moe_token_drop_policy="probs",
+        ),
+    ),
     # What GPUs run: one batched GEMM over the fixed-shape buffer.
     "batched": (_MODEL, replace(_MOE, moe_expert_impl="batched")),
 }
 
+ROUTERS = ("sigmoid-groups",)
+"""Variants of the router, which `test_routers.py` runs."""
 GROUPED = ("grouped-head-norm", "grouped-projection-norm")
 """Grouped-query attention, with each form of the norms of queries and keys."""
 

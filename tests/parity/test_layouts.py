@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.cases import GROUPED, LAYOUTS, SLOW_LAYOUTS, VARIANTS, Layout
+from tests.parity.cases import GROUPED, LAYOUTS, ROUTERS, SLOW_LAYOUTS, VARIANTS, Layout
 from tests.parity.compare import assemble, assert_same, relative_error
 from tests.parity.expected import expected
 from tests.parity.harness import Outcome, one_step
@@ -17,6 +17,7 @@ LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 FIRST = ("released", "paper-port")
 """Variants that every layout runs; the others run where their rules could differ."""
+ELSEWHERE = (*FIRST, *ROUTERS, "dense-head-norm")
 
 
 def check(outcomes: list[Outcome], variant: str, extra: tuple[str, ...] = ()) -> None:
@@ -41,7 +42,7 @@ def test_equals_reference(pool: Pool, layout: Layout, variant: str) -> None:
     check(run(pool, layout, variant), variant)
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in (*FIRST, "dense-head-norm")])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in ELSEWHERE])
 @pytest.mark.parametrize("name", ["1", "TP2", "PP2", "TP2xEP2", "EP2xETP2"])
 def test_other_rules_equal_reference(pool: Pool, name: str, variant: str) -> None:
     layout = next(layout for layout in LAYOUTS if layout.name == name)

@@ -204,8 +204,8 @@ ELASTIC = (
         row="case 10",
         fault="the type of router is not compared",
         file="megatron_moe/checkpoint/compare.py",
-        old='_MOE_MATHS = ("moe_router_topk", "moe_router_type")',
-        new='_MOE_MATHS = ("moe_router_topk",)',
+        old='*("moe_router_topk", "moe_router_type", ',
+        new='*("moe_router_topk", ',
         test=_LOAD + "test_a_run_resumes_only_with_the_router_and_the_padding_that_it_had",
     ),
     Planted(

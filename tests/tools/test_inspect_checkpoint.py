@@ -98,7 +98,7 @@ def test_a_setting_that_files_omit_at_its_default_is_compared_with_its_default(
     models = {Path("first"): model_of(), Path("second"): model_of(other)}
     monkeypatch.setattr(inspection, "read_native", lambda path, step: models[path])
     found = list(inspection.differences(Path("first"), Path("second"), (None, None)))
-    assert found == ["moe.moe_router_type: 'softmax' and 'other'"]
+    assert found == ["moe.moe_router_type: 'linear' and 'other'"]
 
 
 def test_differences_of_shape_and_of_what_is_there(

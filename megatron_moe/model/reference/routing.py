@@ -1,8 +1,8 @@
 """Routing: which experts a token chooses, and which of its choices find a slot.
 
-    z = x W_r,  p = softmax(z)              over all E experts, fp32
-    choices = the K largest p, best first   combine weight = p, not renormalised (`softmax`),
-                                            or p / sum of the K (`topk_softmax`, Megatron-LM)
+    z = x W_r,  s = softmax(z)              over all E experts, fp32; or sigmoid(z) of each
+    choices = the K largest s, best first   combine weight = s; or s / sum of the K, times a factor
+              (`choose`: biased, of groups)
     kept    = choice is among the first C of its expert in its group's queue (`kept_choices`)
 
 The routing half of the reference model, written from the definition and independent of
@@ -33,11 +33,13 @@ class Routing:
     layer: int
     """Index of the layer in the network, from 0."""
     router_probs_TE: Tensor
-    """Softmax over all experts, fp32."""
+    """Scores over all experts that sum to 1, fp32: a softmax, or sigmoids divided by their sum."""
+    scores_TE: Tensor
+    """Score of each expert, fp32, of which weights are made: that softmax, or the sigmoids."""
     ids_TK: Tensor
     """Chosen experts, best first; equal probabilities in the order of the experts."""
     probs_TK: Tensor
-    """Combine weight of each choice: its probability; with `topk_softmax` divided by their sum."""
+    """Combine weight of each choice; see `combine_weights`."""
     kept_TK: Tensor
     """Whether the choice found a slot."""
     counts_E: Tensor
@@ -58,7 +60,7 @@ def route(
     training_capacity: bool,
     forced_TK: Tensor | None = None,
 ) -> Routing:
-    """Route the tokens of a micro-batch: softmax, top-k, capacity.
+    """Route the tokens of a micro-batch: scores, top-k, capacity.
 
     Args:
         logits_TE: router logits of a micro-batch of `rows` rows of equal length.
@@ -73,38 +75,85 @@ def route(
         UsageError: a router or drop policy that only the parallel model has.
     """
     fix = "the reference model has no other"
-    if moe.moe_router_type not in ("softmax", "topk_softmax"):
-        raise UsageError("--moe-router-type", moe.moe_router_type, "softmax or topk_softmax", fix)
+    if moe.moe_router_type != "linear":
+        raise UsageError("--moe-router-type", moe.moe_router_type, "linear", fix)
     if moe.moe_token_drop_policy not in ("position", "probs"):
         policy = moe.moe_token_drop_policy
         raise UsageError("--moe-token-drop-policy", policy, "position or probs", fix)
-    probs_TE = logits_TE.softmax(dim=-1)
-    # A stable sort rather than `topk`, whose order of equal values is not defined: ties go to the
-    # expert with the lower index on every device.
-    best_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
-    probs_TK = best_TE.values[:, : moe.moe_router_topk]
-    ids_TK = best_TE.indices[:, : moe.moe_router_topk]
-    if forced_TK is not None:
-        ids_TK, probs_TK = forced_TK, probs_TE.gather(1, forced_TK)
-    probs_TK = combine_weights(probs_TK, moe)
+    sigmoid = moe.moe_router_score_function == "sigmoid"
+    scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(dim=-1)
+    probs_TE = scores_TE
+    if sigmoid:
+        probs_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + LEAST_SUM)
+    ids_TK = choose(logits_TE, scores_TE, moe) if forced_TK is None else forced_TK
+    probs_TK = combine_weights(scores_TE.gather(1, ids_TK), moe)
+    # The balance loss is of the scores alone: groups count for the choices only.
+    preferred_TK = ids_TK
+    if forced_TK is None and moe.moe_router_group_topk is not None:
+        preferred_TK = best(scores_TE, moe.moe_router_topk)
     return Routing(
         layer=layer,
         router_probs_TE=probs_TE,
+        scores_TE=scores_TE,
         ids_TK=ids_TK,
         probs_TK=probs_TK,
         kept_TK=_kept(ids_TK, probs_TK, rows, moe, training_capacity),
         counts_E=ids_TK.flatten().bincount(minlength=moe.num_experts),
-        balance_loss=_balance(probs_TE, ids_TK, rows, moe, training_capacity),
+        balance_loss=_balance(probs_TE, preferred_TK, rows, moe, training_capacity),
         z_loss=logits_TE.logsumexp(dim=-1).square().mean(),
     )
 
 
-def combine_weights(probs_TK: Tensor, moe: MoEConfig) -> Tensor:
-    """Weights of the chosen experts, [T, K], from their probabilities among all experts."""
-    if moe.moe_router_type == "topk_softmax":
+LEAST_SUM = 1e-20
+"""Added to sums of scores before a division, as in Megatron-LM."""
+
+
+def best(ranking_TE: Tensor, count: int) -> Tensor:
+    """Ids of the largest entries of each row, best first.
+
+    A stable sort rather than `topk`, whose order of equal values is not defined: ties go to the
+    expert with the lower index on every device.
+    """
+    return ranking_TE.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def choose(logits_TE: Tensor, scores_TE: Tensor, moe: MoEConfig) -> Tensor:
+    """The K experts that a token chooses, [T, K], best first.
+
+    With `--moe-router-group-topk` M only experts of the M best groups of consecutive experts can be
+    chosen. A group is worth the sum of its K // M best scores, or logits where the softmax comes
+    after the selection (Megatron-LM).
+    """
+    if moe.moe_router_group_topk is None or moe.moe_router_num_groups is None:
+        return best(scores_TE, moe.moe_router_topk)
+    after = moe.moe_router_score_function == "softmax" and not moe.moe_router_pre_softmax
+    ranking_TE = logits_TE if after else scores_TE
+    groups, size = moe.moe_router_num_groups, moe.num_experts // moe.moe_router_num_groups
+    each = moe.moe_router_topk // moe.moe_router_group_topk
+    worth_TG = torch.stack(
+        [
+            ranking_TE[:, g * size : (g + 1) * size].sort(dim=1, descending=True).values[:, :each]
+            for g in range(groups)
+        ],
+        dim=1,
+    ).sum(dim=2)
+    kept_TM = best(worth_TG, moe.moe_router_group_topk)
+    group_E = torch.arange(moe.num_experts, device=logits_TE.device) // size
+    allowed_TE = (group_E == kept_TM.unsqueeze(2)).any(dim=1)
+    return best(ranking_TE.masked_fill(~allowed_TE, -math.inf), moe.moe_router_topk)
+
+
+def combine_weights(scores_TK: Tensor, moe: MoEConfig) -> Tensor:
+    """Weights of the chosen experts, [T, K], from their scores among all experts."""
+    if moe.moe_router_score_function == "sigmoid":
+        normalised = moe.moe_router_topk > 1
+    else:
         # Equal to a softmax over the K chosen logits alone: the normaliser over all E cancels.
-        return probs_TK / probs_TK.sum(dim=-1, keepdim=True)
-    return probs_TK
+        normalised = not moe.moe_router_pre_softmax
+    if normalised:
+        scores_TK = scores_TK / (scores_TK.sum(dim=-1, keepdim=True) + LEAST_SUM)
+    scale = moe.moe_router_topk_scaling_factor
+    return scores_TK if scale is None else scores_TK * scale
 
 
 def full_precision(x: Tensor) -> Tensor:

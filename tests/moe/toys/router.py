@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from megatron_moe.moe.router import ROUTERS, Router, Scores
+from megatron_moe.moe.router import ROUTERS, Router
+from megatron_moe.moe.scoring import Scores
 
 
 @ROUTERS.register("toy")
