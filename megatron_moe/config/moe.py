@@ -81,7 +81,9 @@ class MoEConfig:
     moe_token_drop_policy: DropPolicyName = "position"
     """Which choices keep a slot when an expert is full. `position` (OpenMoE): all first choices in
     token order, then all second choices. `probs`: the highest router probability, ties by
-    position."""
+    position. `random`: as `position`, with the tokens in another order in every training step.
+    `fair`: as `position`, with the slots of an expert spread evenly over its choices, and over
+    steps to each of them equally often."""
     moe_router_load_balancing_type: LoadBalancing = "seq_aux_loss"
     """Over which tokens E * sum_e f_e P_e is taken: each row (`seq_aux_loss`), each capacity group
     (`group_aux_loss`, as released), the micro-batch (`aux_loss`), or no such loss (`none`)."""

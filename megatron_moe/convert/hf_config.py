@@ -248,6 +248,12 @@ def _check_expressible(config: RunConfig) -> None:
         and field.default is not MISSING
         and getattr(section, field.name) != field.default
     ]
+    policy = config.moe.moe_token_drop_policy
+    if policy not in ("position", "probs"):
+        faults.append(
+            "--moe-token-drop-policy must be position or probs for the Hugging Face layout "
+            f"(got {policy!r})"
+        )
     if faults:
         expected = "one that the exported modelling file computes"
         raise CheckpointError("variant of the model", "another", expected, "", faults)

@@ -17,10 +17,10 @@ from torch.autograd.function import once_differentiable
 
 from fused_kernels.operations import CombineTokens, DispatchTokens
 from megatron_moe.config import MoEConfig
+from megatron_moe.moe.dropping import DROP_POLICIES, OUTSIDE_TRAINING, Draw
 from megatron_moe.moe.exchange import ExpertGroups, all_gather, rank_of, reduce_scatter, size_of
 from megatron_moe.moe.experts import Experts
 from megatron_moe.moe.plan import (
-    DROP_POLICIES,
     Placement,
     Plan,
     SlotRule,
@@ -52,7 +52,14 @@ class TokenDispatcher:
             share=rank_of(groups.tp) if shares > 1 else 0,
         )
 
-    def plan(self, scores: Scores, batch: int, training: bool, experts: Experts) -> Plan:
+    def plan(
+        self,
+        scores: Scores,
+        batch: int,
+        training: bool,
+        experts: Experts,
+        draw: Draw = OUTSIDE_TRAINING,
+    ) -> Plan:
         """Decide what goes where, on every rank of the sequences alike.
 
         Args:
@@ -60,6 +67,7 @@ class TokenDispatcher:
             batch: sequences B of the micro-batch.
             training: whether the training or the evaluation capacity applies.
             experts: choose the buffer layout, by the rows that they get.
+            draw: what the drop policy may depend on besides the choices.
         """
         kernels = kernels_for(self.moe, scores.choices_TK.device.type)
         choices_TK = self._gather_choices(scores.choices_TK)
@@ -68,7 +76,7 @@ class TokenDispatcher:
         weights_TK = all_gather(scores.weights_TK, self.groups.tp)
         rank_in_expert = kernels.rank_in_expert
         slots = assign_slots(
-            choices_TK, weights_TK, batch, capacity, self.slot_rule, rank_in_expert
+            choices_TK, weights_TK, batch, capacity, self.slot_rule, rank_in_expert, draw
         )
         schedule = experts.schedule(slots)
         return Plan(

@@ -19,6 +19,7 @@ from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.moe.counter import RoutingCounter, TokenFates
 from megatron_moe.moe.dispatcher import DISPATCHERS
+from megatron_moe.moe.dropping import Draw
 from megatron_moe.moe.exchange import ExpertGroups, rank_of, size_of
 from megatron_moe.moe.experts import Experts, MakeExperts, StackedExperts
 from megatron_moe.moe.forced import force_balance
@@ -61,6 +62,7 @@ class MoELayer(nn.Module):
     Attributes:
         router: scores tokens and chooses their experts.
         dispatcher: capacity, slots, buffer rows, exchanges.
+        draw: seed and step of passes in training mode, for the drop policy; see `begin_step`.
         experts: weights and GEMMs.
         losses: balance and z-loss.
         statistics: counts every pass.
@@ -101,6 +103,7 @@ class MoELayer(nn.Module):
             device=device,
         )
         self.dispatcher = DISPATCHERS[moe.moe_token_dispatcher_type](moe, groups)
+        self.draw = Draw(layer=layer_number)
         if make_experts is None:
             self.experts: Experts = StackedExperts(model, moe, groups, params_dtype, device)
         else:
@@ -125,7 +128,8 @@ class MoELayer(nn.Module):
         """
         batch, hidden = x_SBH.shape[1:]
         scores, x_TH = self._route(x_SBH.reshape(-1, hidden))
-        plan = self.dispatcher.plan(scores, batch, self.training, self.experts)
+        draw = self.draw if self.training else Draw(layer=self.layer_number)
+        plan = self.dispatcher.plan(scores, batch, self.training, self.experts, draw)
         rows_RH = self.dispatcher.dispatch(x_TH, plan)
         rows_RH = self.experts(rows_RH, plan)
         weights_TK, losses = self.losses.attach(scores, plan)

@@ -1,4 +1,4 @@
-"""Watch the routing decisions of every MoE layer of a model, micro-batch by micro-batch.
+"""The MoE layers of a model: watch their decisions, and tell them which step begins.
 
 Shapes: S positions of a row on this rank, B rows, K choices.
 """
@@ -12,6 +12,7 @@ from functools import partial
 
 from torch import nn
 
+from megatron_moe.moe.dropping import Draw
 from megatron_moe.moe.layer import MoELayer, RoutingDecision
 
 Observer = Callable[[int, int, RoutingDecision], None]
@@ -22,6 +23,18 @@ def moe_layers(chunks: Iterable[nn.Module]) -> dict[int, MoELayer]:
     """The MoE layers in model chunks, by 0-based layer number."""
     found = (m for chunk in chunks for m in chunk.modules() if isinstance(m, MoELayer))
     return {layer.layer_number: layer for layer in found}
+
+
+def begin_step(chunks: Iterable[nn.Module], seed: int, step: int) -> None:
+    """Set what drop policies may depend on in passes in training mode from here on.
+
+    Args:
+        chunks: model chunks.
+        seed: of the run.
+        step: number of the training step, from 1.
+    """
+    for number, layer in moe_layers(chunks).items():
+        layer.draw = Draw(layer=number, seed=seed, step=step)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ A = K * (tokens of a group) choices of a group in priority order, E experts, R b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from fused_kernels.operations import Kernels, RankInExpert
 from megatron_moe.config import MoEConfig, capacity_group_tokens
-from megatron_moe.moe.registry import Registry
+from megatron_moe.moe.dropping import OUTSIDE_TRAINING, Competition, Draw, DropPolicy, by_position
 
 if TYPE_CHECKING:
     from megatron_moe.moe.experts import ExpertSchedule
@@ -82,28 +81,6 @@ def slots_per_expert(moe: MoEConfig, tokens: int, factor: float | None) -> int:
     return min(max(slots, moe.moe_min_capacity), tokens)
 
 
-DropPolicy = Callable[[Tensor, Callable[[], Tensor]], Tensor | None]
-"""Who keeps a slot when an expert is full: (experts_GA, weights_GA) -> order_GA.
-
-Arguments are the chosen experts in position order, and a function for their probabilities [G, A],
-which costs a copy that not every policy needs. The result holds the indices 0 to A - 1 of each
-group, the choice that is dropped last first; `None` leaves position order. It must depend on the
-arguments only, so that all ranks agree."""
-
-
-def by_position(experts_GA: Tensor, weights_GA: Callable[[], Tensor]) -> None:
-    """All first choices in token order, then all second choices, ... (OpenMoE)."""
-
-
-def by_prob(experts_GA: Tensor, weights_GA: Callable[[], Tensor]) -> Tensor:
-    """The most probable first; equal ones in position order."""
-    return weights_GA().argsort(dim=1, descending=True, stable=True)
-
-
-DROP_POLICIES: Registry[DropPolicy] = Registry("drop_policies", position=by_position, probs=by_prob)
-"""By the value of `--moe-token-drop-policy`."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class SlotRule:
     """Who keeps a slot, and which slots are this rank's.
@@ -153,6 +130,7 @@ def assign_slots(
     capacity: Capacity,
     rule: SlotRule,
     rank_in_expert: RankInExpert,
+    draw: Draw = OUTSIDE_TRAINING,
 ) -> Slots:
     """Rank choices within their group and expert, and keep the first C.
 
@@ -163,9 +141,20 @@ def assign_slots(
         capacity: groups and slots.
         rule: drop policy and this rank's share.
         rank_in_expert: the kernel.
+        draw: what a drop policy may depend on besides the choices.
     """
     experts_GA = by_priority(choices_TK, batch, capacity)
-    order_GA = rule.policy(experts_GA, lambda: by_priority(weights_TK.detach(), batch, capacity))
+    order_GA = rule.policy(
+        Competition(
+            experts_GA=experts_GA,
+            weights_GA=lambda: by_priority(weights_TK.detach(), batch, capacity),
+            topk=choices_TK.shape[1],
+            num_experts=rule.num_experts,
+            slots=capacity.slots,
+            draw=draw,
+            rank_in_expert=rank_in_expert,
+        )
+    )
     if order_GA is None:
         rank_GA, load_GE = rank_in_expert.forward(experts_GA, rule.num_experts)
     else:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from megatron_moe.config import OptimizerConfig
 from megatron_moe.data.batch import Batch, every_stage_reads, extra_planes, fetch_step
 from megatron_moe.model.fp8 import update_scales
+from megatron_moe.moe.observing import begin_step
 from megatron_moe.parallel.schedule import forward_backward
 from megatron_moe.training.optim.build import chained_optimizers
 from megatron_moe.training.run import TrainingRun
@@ -118,6 +119,7 @@ def train_step(
     for chunk in run.wrapped:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
+    begin_step(run.chunks, run.config.train.seed, iteration)
     targets = count_targets(batches, run) if run.has_loss else None
     local = LocalGradients(run)
     forward = forward_function(run, targets, len(batches))

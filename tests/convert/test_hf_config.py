@@ -13,7 +13,7 @@ import pytest
 
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.convert.hf_config import from_hf, to_hf
-from megatron_moe.errors import UsageError
+from megatron_moe.errors import CheckpointError, UsageError
 
 VOCAB = 256384
 SIZES: dict[str, dict[str, Any]] = {
@@ -198,3 +198,11 @@ def test_what_transformers_makes_of_a_published_file(tmp_path: Any) -> None:
     config, vocab = from_hf(values, "config.json")
     run = PRESETS["openmoe-base-16e-released"]
     assert (config.model, vocab) == (replace(run.model, rotary_base=500000.0), VOCAB)
+
+
+def test_a_drop_policy_that_the_modelling_file_has_not_is_an_error() -> None:
+    run = PRESETS["openmoe-tiny-released"]
+    run = replace(run, moe=replace(run.moe, moe_token_drop_policy="fair"))
+    expected = r"--moe-token-drop-policy must be position or probs .* \(got 'fair'\)"
+    with pytest.raises(CheckpointError, match=expected):
+        to_hf(run, VOCAB, "bfloat16")

@@ -66,7 +66,7 @@ def set_loss_scale(scale: float) -> None:
 
 def reference_of(layer: MoELayer) -> ReferenceMoE:
     """The reference layer with the same weights."""
-    reference = ReferenceMoE(layer.model, layer.moe, 0).to(DTYPE)
+    reference = ReferenceMoE(layer.model, layer.moe, layer.layer_number).to(DTYPE)
     width = layer.model.ffn_hidden_size
     with torch.no_grad():
         reference.router.weight.copy_(layer.router.weight)

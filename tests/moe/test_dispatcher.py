@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from megatron_moe.moe.dispatcher import TokenDispatcher
+from megatron_moe.moe.dropping import by_position, by_prob
 from megatron_moe.moe.exchange import ExpertGroups
 from megatron_moe.moe.experts import StackedExperts
-from megatron_moe.moe.plan import Plan, by_position, by_prob
+from megatron_moe.moe.plan import Plan
 from megatron_moe.moe.router import route
 from megatron_moe.moe.scoring import Scores
 from tests.moe.cases import BATCH, DTYPE, HIDDEN, SEQUENCE, model_config, moe_config, tokens

@@ -125,7 +125,7 @@ def test_each_has_the_results_of_one_process_on_every_layout(
     ("moe", "error"),
     [
         (MoEConfig(moe_router_type="toy"), "--moe-router-type must be linear"),
-        (MoEConfig(moe_token_drop_policy="toy"), "--moe-token-drop-policy must be position or pro"),
+        (MoEConfig(moe_token_drop_policy="toy"), "--moe-token-drop-policy must be one of position"),
     ],
 )
 def test_the_reference_model_rejects_what_it_does_not_implement(moe: MoEConfig, error: str) -> None:

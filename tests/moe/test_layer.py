@@ -33,6 +33,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "two rows": {"moe_capacity_group_size": 24},
     "probs": {"moe_token_drop_policy": "probs"},
     "probs, port": {"moe_token_drop_policy": "probs", "moe_capacity_rule": "port"},
+    "random": {"moe_token_drop_policy": "random"},
+    "fair, small groups": {"moe_token_drop_policy": "fair", "moe_capacity_group_size": 6},
     "dropless": {"moe_expert_capacity_factor": None},
     "one choice": {"moe_router_topk": 1},
     "three choices": {"moe_router_topk": 3},

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fused_kernels.reference import rank_in_expert
 from megatron_moe.moe import plan as plan_module
+from megatron_moe.moe.dropping import DROP_POLICIES, OUTSIDE_TRAINING, Draw
 from megatron_moe.moe.plan import (
-    DROP_POLICIES,
     BufferLayout,
     Capacity,
     Placement,
@@ -46,10 +46,11 @@ def plan_of(
     weights: list[list[float]] | Tensor | None = None,
     kind: str = "fixed",
     blocks: int = 1,
+    draw: Draw = OUTSIDE_TRAINING,
 ) -> Planned:
     ids = torch.as_tensor(choices)
     values = torch.ones(ids.shape) if weights is None else torch.as_tensor(weights)
-    slots = assign_slots(ids, values, batch, capacity, rule, rank_in_expert)
+    slots = assign_slots(ids, values, batch, capacity, rule, rank_in_expert, draw)
     if kind == "packed":
         layout = BufferLayout.packed(slots, blocks)
     elif kind == "aligned":
@@ -168,7 +169,7 @@ def test_aligned_rows_are_filled_rows_with_the_room_given_to_each_expert() -> No
     assert planned.plan.rows_TK.flatten().tolist() == [0, 2, 4, 1, 5, 6]
 
 
-@pytest.mark.parametrize("policy", ["position", "probs"])
+@pytest.mark.parametrize("policy", ["position", "probs", "random", "fair"])
 @pytest.mark.parametrize(
     ("kind", "experts", "blocks", "shares"),
     [
@@ -216,7 +217,7 @@ def test_every_kept_choice_has_one_row_of_its_own(
             assert torch.equal(rows // result.layout.expert_rows, owned_experts)
 
 
-@pytest.mark.parametrize("policy", ["position", "probs"])
+@pytest.mark.parametrize("policy", ["position", "probs", "random", "fair"])
 def test_slots_are_full_before_anything_drops(policy: str) -> None:
     torch.manual_seed(3)
     weights, choices = torch.rand(64, 8).topk(2)

@@ -26,6 +26,7 @@ VOCAB = 96
 SEQ = 16
 ROWS = 2
 GLOBAL_ROWS = 8
+TRAIN_SEED = 7
 CHUNK = 13
 """Tokens whose logits exist at once: the 32 of a micro-batch are three chunks, of 11, 11 and 10."""
 
@@ -204,6 +205,8 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
             moe_token_drop_policy="probs",
         ),
     ),
+    "random": (_MODEL, replace(_MOE, moe_token_drop_policy="random")),
+    "fair": (_MODEL, replace(_MOE, moe_token_drop_policy="fair")),
     # What GPUs run: one batched GEMM over the fixed-shape buffer.
     "batched": (_MODEL, replace(_MOE, moe_expert_impl="batched")),
 }
@@ -212,6 +215,10 @@ ROUTERS = ("sigmoid-groups",)
 """Variants of the router, which `test_routers.py` runs."""
 GROUPED = ("grouped-head-norm", "grouped-projection-norm")
 """Grouped-query attention, with each form of the norms of queries and keys."""
+
+
+DROPS = ("random", "fair")
+"""Drop policies that draw."""
 
 
 def run_config(variant: str, flags: dict[str, Any], **train: Any) -> RunConfig:
@@ -223,7 +230,11 @@ def run_config(variant: str, flags: dict[str, Any], **train: Any) -> RunConfig:
         parallel=ParallelConfig(**{"logits_chunk_tokens": CHUNK, **flags}),
         data=DataConfig(seq_length=SEQ, vocab_size=VOCAB, make_vocab_size_divisible_by=1),
         train=TrainConfig(
-            micro_batch_size=ROWS, global_batch_size=GLOBAL_ROWS, train_iters=1, seed=7, **train
+            micro_batch_size=ROWS,
+            global_batch_size=GLOBAL_ROWS,
+            train_iters=1,
+            seed=TRAIN_SEED,
+            **train,
         ),
     )
 

@@ -13,6 +13,7 @@ from megatron_moe.model.reference import ReferenceOpenMoE
 from tests.parity.cases import (
     GLOBAL_ROWS,
     ROWS,
+    TRAIN_SEED,
     VOCAB,
     document_planes,
     global_batch,
@@ -47,9 +48,12 @@ def step_loss(
     """Loss of the global batch, its sums, and the routing of each micro-batch.
 
     The cross entropy is the mean over all real targets of the global batch; the losses of MoE
-    layers are means over micro-batches.
+    layers are means over micro-batches. Data of seed n are those of step n + 1.
     """
     tokens, labels, mask = global_batch(seed)
+    for block in model.layers:
+        if block.moe is not None:
+            block.moe.seed, block.moe.step = TRAIN_SEED, seed + 1
     coefficients = model.model, model.moe
     total, sums, routing = torch.zeros((), dtype=torch.float64), torch.zeros(3), []
     sums = sums.double()

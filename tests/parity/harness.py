@@ -14,6 +14,7 @@ from megatron_moe.model.build import build_model
 from megatron_moe.model.logical import initial_tensor, logical_parameters
 from megatron_moe.model.openmoe import OpenMoEModel
 from megatron_moe.model.sharding.shards import Piece, model_shards
+from megatron_moe.moe.observing import begin_step
 from megatron_moe.moe.statistics import collect_statistics
 from megatron_moe.parallel.context import ParallelContext, initialize_parallel
 from megatron_moe.parallel.layout import resolve_layout
@@ -24,6 +25,9 @@ from megatron_moe.training.run import TrainingRun, prepare_run
 from megatron_moe.training.step import count_targets, forward_function, total_sums
 from tests.parity.cases import ROWS, VOCAB, document_planes, global_batch, run_config
 from tests.parity.compare import Block
+
+SEED = 3
+"""Of the data, unless another is given."""
 
 
 def build(
@@ -62,7 +66,7 @@ def gradient_blocks(chunks: list[OpenMoEModel], config: RunConfig) -> list[Block
 
 
 def own_batches(
-    ctx: ParallelContext, seed: int = 3, extra: tuple[str, ...] = ()
+    ctx: ParallelContext, seed: int = SEED, extra: tuple[str, ...] = ()
 ) -> list[Batch | None]:
     """This rank's micro-batches of the global batch, in the order the data pipeline gives them."""
     count = ctx.layout.num_microbatches
@@ -71,7 +75,7 @@ def own_batches(
     return [micro_batch(index * ctx.layout.dp + ctx.dp_rank, seed, extra) for index in range(count)]
 
 
-def micro_batch(index: int, seed: int = 3, extra: tuple[str, ...] = ()) -> Batch:
+def micro_batch(index: int, seed: int = SEED, extra: tuple[str, ...] = ()) -> Batch:
     """Rows [index * ROWS, + ROWS) of the global batch."""
     rows = slice(index * ROWS, (index + 1) * ROWS)
     tokens, labels, mask = global_batch(seed)
@@ -126,6 +130,7 @@ def one_step(
     if swap is not None:
         spoil(run, swap)
     batches = own_batches(run.ctx, extra=extra)
+    begin_step(run.chunks, run.config.train.seed, SEED + 1)
     targets = count_targets([b for b in batches if b], run) if run.has_loss else None
     reported = forward_backward(
         run.ctx, forward_function(run, targets, len(batches)), batches, run.wrapped

@@ -120,6 +120,11 @@ def test_equals_sgd(pool: Pool, name: str, flags: dict[str, Any]) -> None:
     _check(pool, name, flags, "released", "sgd")
 
 
+def test_each_step_draws_anew(pool: Pool) -> None:
+    """A drop policy is told the number of the step and the seed of the run."""
+    _check(pool, "1", {}, "random", "sgd")
+
+
 def _check(pool: Pool, name: str, flags: dict[str, Any], variant: str, kind: str) -> None:
     layout = next(layout for layout in LAYOUTS if layout.name == name)
     all_flags = {**layout.flags, **flags}

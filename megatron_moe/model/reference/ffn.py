@@ -87,6 +87,8 @@ class MoE(nn.Module):
         self.layer = layer
         self.forced_TK: Tensor | None = None
         """Experts that replace the router's choices; see `reference/replay.py`."""
+        self.seed, self.step = 0, 0
+        """Of a training step, for drop policies that draw; 0 in evaluation."""
         self.router = nn.Linear(model.hidden_size, moe.num_experts, bias=False)
         self.experts = Experts(model, moe)
 
@@ -110,6 +112,8 @@ class MoE(nn.Module):
             self.layer,
             training_capacity=training_capacity,
             forced_TK=self.forced_TK,
+            seed=self.seed,
+            step=self.step,
         )
         if valid_BS is not None:
             routing = replace(routing, kept_TK=routing.kept_TK & valid_BS.flatten()[:, None])

@@ -3,7 +3,7 @@
     z = x W_r,  s = softmax(z)              over all E experts, fp32; or sigmoid(z) of each
     choices = the K largest s, best first   combine weight = s; or s / sum of the K, times a factor
               (`choose`: biased, of groups)
-    kept    = choice is among the first C of its expert in its group's queue (`kept_choices`)
+    kept    = choice is among the first C of its expert in its group's queue (`queues.py`)
 
 The routing half of the reference model, written from the definition and independent of
 `megatron_moe.moe`, which is tested against it. Sources: Xue et al., OpenMoE (arXiv 2402.01739), and
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.errors import UsageError
+from megatron_moe.model.reference.queues import POLICIES, kept_choices
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def route(
     *,
     training_capacity: bool,
     forced_TK: Tensor | None = None,
+    seed: int = 0,
+    step: int = 0,
 ) -> Routing:
     """Route the tokens of a micro-batch: scores, top-k, capacity.
 
@@ -70,6 +73,8 @@ def route(
         training_capacity: the capacity factor of training rather than evaluation.
         forced_TK: experts that replace the K largest, e.g. of a trace; weights and slots follow
             from them as usual.
+        seed: of the run, for drop policies that draw; 0 in evaluation.
+        step: of training; likewise.
 
     Raises:
         UsageError: a router or drop policy that only the parallel model has.
@@ -77,9 +82,9 @@ def route(
     fix = "the reference model has no other"
     if moe.moe_router_type != "linear":
         raise UsageError("--moe-router-type", moe.moe_router_type, "linear", fix)
-    if moe.moe_token_drop_policy not in ("position", "probs"):
-        policy = moe.moe_token_drop_policy
-        raise UsageError("--moe-token-drop-policy", policy, "position or probs", fix)
+    if moe.moe_token_drop_policy not in POLICIES:
+        policy, expected = moe.moe_token_drop_policy, f"one of {', '.join(POLICIES)}"
+        raise UsageError("--moe-token-drop-policy", policy, expected, fix)
     sigmoid = moe.moe_router_score_function == "sigmoid"
     scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(dim=-1)
     probs_TE = scores_TE
@@ -97,7 +102,9 @@ def route(
         scores_TE=scores_TE,
         ids_TK=ids_TK,
         probs_TK=probs_TK,
-        kept_TK=_kept(ids_TK, probs_TK, rows, moe, training_capacity),
+        kept_TK=_kept(
+            ids_TK, probs_TK, rows, moe, training_capacity, layer=layer, seed=seed, step=step
+        ),
         counts_E=ids_TK.flatten().bincount(minlength=moe.num_experts),
         balance_loss=_balance(probs_TE, preferred_TK, rows, moe, training_capacity),
         z_loss=logits_TE.logsumexp(dim=-1).square().mean(),
@@ -203,43 +210,6 @@ def capacity_group(moe: MoEConfig, batch: int, sequence: int) -> int:
     return size
 
 
-def kept_choices(
-    ids_GTK: Tensor, probs_GTK: Tensor, num_experts: int, slots: int, policy: str
-) -> Tensor:
-    """Which choices get one of their expert's slots, [G, T, K].
-
-    The choices of a group form a queue: all first choices in token order, then all second choices
-    (policy `position`), or by decreasing probability with ties in that order (`probs`). A choice is
-    kept if and only if fewer than `slots` choices of the same expert precede it, kept or dropped.
-
-    Example, 4 tokens, K = 2, 2 slots, policy `position`:
-
-        token    choices (probability)      queue: first choices    second choices
-        0        e0 (.50)  e1 (.30)         0: e0  kept             4: e1  kept
-        1        e0 (.40)  e2 (.35)         1: e0  kept             5: e2  kept
-        2        e0 (.60)  e1 (.20)         2: e0  dropped          6: e1  dropped
-        3        e1 (.45)  e0 (.25)         3: e1  kept             7: e0  dropped
-
-    Token 2 loses both choices, so its MoE output is zero. Token 3 precedes token 0's second choice
-    although it is the later token: with a capacity, routing is not causal. Under `probs` token 2
-    (.60) and token 0 (.50) get the slots of e0, and token 1 loses its first choice.
-    """
-    groups, tokens, choices = ids_GTK.shape
-    # [G, T, K] -> [G, K T]: choice-major order is the queue of policy `position`.
-    ids_GA = ids_GTK.transpose(1, 2).reshape(groups, -1)
-    probs_GA = probs_GTK.transpose(1, 2).reshape(groups, -1)
-    queue_GA = torch.arange(choices * tokens, device=ids_GA.device).expand_as(ids_GA)
-    if policy == "probs":
-        queue_GA = probs_GA.argsort(dim=1, descending=True, stable=True)
-    queued_GA = ids_GA.gather(1, queue_GA)
-    # The running count of each expert up to and including a place, at the expert of that place,
-    # minus the choice itself: how many of the same expert precede it.
-    so_far_GAE = F.one_hot(queued_GA, num_experts).cumsum(dim=1)
-    before_GA = so_far_GAE.gather(2, queued_GA.unsqueeze(2)).squeeze(2) - 1
-    kept_GA = torch.zeros_like(ids_GA, dtype=torch.bool).scatter(1, queue_GA, before_GA < slots)
-    return kept_GA.view(groups, choices, tokens).transpose(1, 2)
-
-
 def balance_loss(probs_RTE: Tensor, ids_RTK: Tensor) -> Tensor:
     """E sum_e f_e P_e, averaged over R: f_e choices of e per token, P_e its mean probability.
 
@@ -257,7 +227,12 @@ def capacity_factor(moe: MoEConfig, training_capacity: bool) -> float | None:
 
 
 def _kept(
-    ids_TK: Tensor, probs_TK: Tensor, rows: int, moe: MoEConfig, training_capacity: bool
+    ids_TK: Tensor,
+    probs_TK: Tensor,
+    rows: int,
+    moe: MoEConfig,
+    training_capacity: bool,
+    **draw: int,
 ) -> Tensor:
     if capacity_factor(moe, training_capacity) is None:
         return torch.ones_like(ids_TK, dtype=torch.bool)
@@ -268,6 +243,7 @@ def _kept(
         moe.num_experts,
         capacity(moe, group, training_capacity=training_capacity),
         moe.moe_token_drop_policy,
+        **draw,
     )
     return kept_GTK.flatten(0, 1)
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from megatron_moe.config import MoEConfig
 from megatron_moe.errors import UsageError
+from megatron_moe.model.reference.queues import kept_choices
 from megatron_moe.model.reference.routing import (
     balance_loss,
     capacity,
     capacity_group,
-    kept_choices,
     route,
 )
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from megatron_moe.moe.plan import DROP_POLICIES
+from megatron_moe.moe.dropping import DROP_POLICIES, Competition
 
 
 @DROP_POLICIES.register("toy")
-def last_first(experts_GA: Tensor, weights_GA: Callable[[], Tensor]) -> Tensor:
+def last_first(competition: Competition) -> Tensor:
     """Position order, reversed."""
+    experts_GA = competition.experts_GA
     choices = experts_GA.shape[1]
     return torch.arange(choices - 1, -1, -1, device=experts_GA.device).expand_as(experts_GA)
