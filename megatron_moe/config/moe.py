@@ -70,7 +70,7 @@ class MoEConfig:
     ceil(k T / E cf) without a minimum, one group per micro-batch (Megatron-LM)."""
     moe_expert_capacity_factor: Annotated[float | None, Positive] = 1.25
     """Capacity factor cf in training; `None` drops nothing: C = group size, so on a GPU the buffers
-    have E / k times the rows that are needed."""
+    have E / k times the rows that are needed, but with `--moe-expert-impl grouped`."""
     moe_eval_capacity_factor: Annotated[float | None, Positive] = 2.0
     """Capacity factor cf in evaluation; `None` drops nothing."""
     moe_min_capacity: Annotated[int, AtLeastOne] = 4
@@ -103,9 +103,16 @@ class MoEConfig:
     included, and of norms, rotary positions and the router: `native` is C++ for CPUs (the first
     three) and `triton` is Triton for GPUs (all), both compiled at first use, `reference` is plain
     PyTorch; `auto` logs its choice at startup. `--moe-dispatch-impl` is accepted as well."""
-    moe_expert_impl: Literal["auto", "loop", "batched"] = "auto"
-    """Expert GEMMs: one per expert over its filled rows (`loop`), or one batched GEMM over the
-    whole fixed-shape buffer (`batched`, without host reads, for GPUs and dry runs)."""
+    moe_expert_impl: Literal["auto", "loop", "batched", "grouped"] = "auto"
+    """Expert GEMMs: one per expert over its filled rows (`loop`, for CPUs), one batched GEMM over
+    the whole fixed-shape buffer (`batched`, without host reads, for GPUs and dry runs), or grouped
+    GEMMs over the filled rows (`grouped`, without host reads; on a GPU bf16 and compute capability
+    9.0 or 10.0)."""
+    moe_dropless_buffer_factor: Annotated[float | None, AtLeastOne, OmittedAtDefault] = None
+    """With `--moe-expert-capacity-factor None` and grouped GEMMs, rows of the expert buffer for
+    each expert-parallel rank, as a multiple of the even load (choices / ranks). Choices past that
+    overflow: they are dropped in the order of `--moe-token-drop-policy`, counted and reported.
+    `None`: rows for every choice."""
     moe_router_force_load_balancing: Annotated[bool, OmittedAtDefault] = False
     """Choose experts at random, evenly: for benchmarks alone. The log says so in every line, and
     figures belong next to those of real routing."""

@@ -80,6 +80,7 @@ def _check_phase(config: RunConfig) -> None:
     """Rules between settings that each phase may have for itself."""
     _check_data(config)
     _check_routing(config.moe)
+    _check_buffer(config)
     _check_objective(config)
     _check_learning_rate(config.optimizer)
     _check_rate_units(config)
@@ -266,6 +267,25 @@ def _check_data(config: RunConfig) -> None:
     length, longest = config.data.seq_length, config.model.max_position_embeddings
     if length > longest:
         raise UsageError("--seq-length", length, f"<= --max-position-embeddings ({longest})")
+
+
+def _check_buffer(config: RunConfig) -> None:
+    moe = config.moe
+    factor, flag = moe.moe_dropless_buffer_factor, "--moe-dropless-buffer-factor"
+    if factor is not None and moe.moe_expert_capacity_factor is not None:
+        fix = "with a capacity factor, capacity bounds the buffer"
+        raise UsageError(flag, factor, "used with --moe-expert-capacity-factor None", fix)
+    if factor is not None and moe.moe_expert_impl != "grouped":
+        fix = "other experts do not compute packed rows everywhere"
+        raise UsageError(flag, factor, "used with --moe-expert-impl grouped", fix)
+    if factor is not None and moe.moe_token_drop_policy == "fair":
+        expected = "another one with --moe-dropless-buffer-factor"
+        fix = "fair divides the slots of an expert, and a bounded buffer has rows of a rank"
+        raise UsageError("--moe-token-drop-policy", "fair", expected, fix)
+    if moe.moe_expert_impl == "grouped" and config.precision.fp8_emulate:
+        expected = "auto with --fp8-emulate"
+        fix = "emulated FP8 has GEMMs of its own, over all slots"
+        raise UsageError("--moe-expert-impl", "grouped", expected, fix)
 
 
 def _check_routing(moe: MoEConfig) -> None:

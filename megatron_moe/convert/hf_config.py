@@ -189,6 +189,7 @@ _HAS_NO_EFFECT = {
     "zero_padding_activations",
     "moe_dispatch_impl",
     "moe_expert_impl",
+    "moe_dropless_buffer_factor",
     "moe_token_dispatcher_type",
 }
 """Settings that change nothing of a trained model's results; of padding, which the exported file

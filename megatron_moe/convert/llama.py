@@ -251,6 +251,7 @@ _TRAINING = {
     "moe_token_drop_policy",
     "moe_dispatch_impl",
     "moe_expert_impl",
+    "moe_dropless_buffer_factor",
     "moe_token_dispatcher_type",
 }
 """Settings that change nothing of what the weights compute without a capacity."""

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from fused_kernels.operations import CombineTokens, DispatchTokens
 from megatron_moe.config import MoEConfig
+from megatron_moe.moe.bounded_buffer import BufferBound, assign_bounded, buffer_bound
 from megatron_moe.moe.dropping import DROP_POLICIES, OUTSIDE_TRAINING, Draw
 from megatron_moe.moe.exchange import ExpertGroups, all_gather, rank_of, reduce_scatter, size_of
 from megatron_moe.moe.experts import Experts
@@ -74,10 +75,12 @@ class TokenDispatcher:
         row_tokens = choices_TK.shape[0] // batch
         capacity = capacity_of(self.moe, rows=batch, row_tokens=row_tokens, training=training)
         weights_TK = all_gather(scores.weights_TK, self.groups.tp)
-        rank_in_expert = kernels.rank_in_expert
-        slots = assign_slots(
-            choices_TK, weights_TK, batch, capacity, self.slot_rule, rank_in_expert, draw
-        )
+        asked = choices_TK, weights_TK, batch, capacity, self.slot_rule
+        bound, rank_in_expert = self.bound(choices_TK.numel(), training), kernels.rank_in_expert
+        if bound is None:
+            slots = assign_slots(*asked, rank_in_expert, draw)
+        else:
+            slots = assign_bounded(*asked, bound, rank_in_expert, draw)
         schedule = experts.schedule(slots)
         return Plan(
             batch=batch,
@@ -88,6 +91,16 @@ class TokenDispatcher:
             schedule=schedule,
             placement=place(slots, batch, capacity, schedule.layout),
             kernels=kernels,
+        )
+
+    def bound(self, choices: int, training: bool) -> BufferBound | None:
+        """The bound of the buffer of a pass with so many choices; see `buffer_bound`."""
+        return buffer_bound(
+            self.moe,
+            choices=choices,
+            ranks=size_of(self.groups.ep),
+            shares=self.slot_rule.shares,
+            training=training,
         )
 
     def _gather_choices(self, choices_TK: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """The experts of one rank: their weights, and the choice of how their GEMMs run.
 
 `Experts` is what a layer needs of them. `StackedExperts` holds all experts in two stacked weights
-and has two implementations (`--moe-expert-impl`): `loop`, one GEMM per expert over its filled rows,
-and `batched`, GEMMs over several experts with the same number of rows. Which one is faster depends
-on the device and on the loads of a pass, so `schedule` chooses for each pass, and with it the
-layout of the buffer. `expert_gemm.py` has the arithmetic. `te_experts.py` has Transformer Engine's
-grouped GEMMs (`--transformer-impl transformer_engine`).
+and has three implementations (`--moe-expert-impl`): `loop`, one GEMM per expert over its filled
+rows, `batched`, GEMMs over several experts with the same number of rows, and `grouped`, grouped
+GEMMs over filled rows alone. Which one is faster depends on the device and on the loads of a pass,
+so `schedule` chooses for each pass, and with it the layout of the buffer. `expert_gemm.py` and
+`grouped_gemm.py` have the arithmetic. `te_experts.py` has Transformer Engine's grouped GEMMs
+(`--transformer-impl transformer_engine`).
 
 Shapes: E experts of this rank, H hidden, F width of an expert on this rank, R buffer rows,
 M = blocks * F columns of the fused input matrix.
@@ -24,10 +25,11 @@ from torch import Tensor, nn
 
 from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.errors import UsageError
-from megatron_moe.moe import expert_gemm
+from megatron_moe.moe import expert_gemm, grouped_gemm
 from megatron_moe.moe.exchange import ExpertGroups, size_of
 from megatron_moe.moe.expert_gemm import ExpertBucket, make_buckets
 from megatron_moe.moe.fp8_experts import Fp8ExpertGemms
+from megatron_moe.moe.grouped_gemm import SortedRows, is_readable
 from megatron_moe.moe.plan import BufferLayout, Plan, Slots
 
 PADDING_WORTH = ((30_000_000, 1.3), (100_000_000, 1.1), (math.inf, 1.02))
@@ -43,14 +45,16 @@ class ExpertImpl:
     """How the expert GEMMs run.
 
     Args:
-        name: `loop` over experts, `batched`, or `grouped` by Transformer Engine.
+        name: `loop` over experts, `batched`, or `grouped`.
         reason: why, for the log.
+        packed: whether it computes filled rows alone, which then lie next to each other.
         buckets: with `batched`, which experts share a GEMM and their rows; `None` for all slots of
             all experts.
     """
 
     name: Literal["loop", "batched", "grouped"]
     reason: str
+    packed: bool = False
     buckets: tuple[ExpertBucket, ...] | None = None
 
 
@@ -94,9 +98,13 @@ def choose_impl(requested: str, work: ExpertWork) -> ExpertImpl:
     """
     if requested == "loop" and not work.readable:
         fix = "reading row counts would wait for the device"
-        raise UsageError("--moe-expert-impl", requested, "auto or batched", fix)
-    if requested != "auto":
-        return ExpertImpl("batched" if requested == "batched" else "loop", "as requested")
+        raise UsageError("--moe-expert-impl", requested, "auto, batched or grouped", fix)
+    if requested == "loop":
+        return ExpertImpl("loop", "as requested", packed=True)
+    if requested == "grouped":
+        return ExpertImpl("grouped", "as requested", packed=True)
+    if requested == "batched":
+        return ExpertImpl("batched", "as requested")
     if not work.readable:
         return ExpertImpl("batched", "auto: no host read on this device")
     if work.filled is not None and any(work.filled):
@@ -104,13 +112,8 @@ def choose_impl(requested: str, work: ExpertWork) -> ExpertImpl:
         padding = sum(b.experts * b.rows for b in buckets) / sum(work.filled)
         size = max(work.filled) * work.multiply_adds
         if any(size < most and padding <= worth for most, worth in PADDING_WORTH):
-            return ExpertImpl("batched", "auto: evenly loaded experts", tuple(buckets))
-    return ExpertImpl("loop", "auto: on a CPU filled rows alone are computed")
-
-
-def is_readable(x: Tensor) -> bool:
-    """Whether reading values of ``x`` needs no waiting: a CPU tensor that is not a fake one."""
-    return x.device.type == "cpu" and type(x.detach()) is Tensor
+            return ExpertImpl("batched", "auto: evenly loaded experts", buckets=tuple(buckets))
+    return ExpertImpl("loop", "auto: on a CPU filled rows alone are computed", packed=True)
 
 
 class Experts(nn.Module, ABC):
@@ -169,7 +172,7 @@ class Experts(nn.Module, ABC):
         impl = self.choose(filled_E)
         if impl.buckets is not None:
             layout = BufferLayout.aligned([b.rows for b in impl.buckets for _ in range(b.experts)])
-        elif impl.name == "loop":
+        elif impl.packed:
             layout = BufferLayout.packed(slots, ranks)
         else:
             layout = BufferLayout.fixed(slots, ranks)
@@ -230,6 +233,9 @@ class StackedExperts(Experts):
         super().__init__(model, moe, groups)
         self.fp8: Fp8ExpertGemms | None = None
         self.requested = moe.moe_expert_impl
+        if moe.moe_expert_impl == "grouped" and device is not None:
+            widths = model.hidden_size, self.width, model.input_blocks * self.width
+            grouped_gemm.check_device(torch.device(device), params_dtype, *widths)
         shape_in = (self.num_local, model.hidden_size, model.input_blocks * self.width)
         shape_out = (self.num_local, self.width, model.hidden_size)
         self.weight_in = nn.Parameter(torch.empty(shape_in, dtype=params_dtype, device=device))
@@ -259,6 +265,8 @@ class StackedExperts(Experts):
             counts = self.groups.counts_by_source(plan.schedule.filled_E).tolist()
             filled = expert_gemm.filled_rows(counts, rows_RH.shape[0] // self.groups.sources)
             return expert_gemm.loop(rows_RH, *weights, filled, gate)
+        if impl.name == "grouped":
+            return self._grouped(rows_RH, plan)
         if impl.buckets is not None:
             return expert_gemm.batched(rows_RH, *weights, impl.buckets, gate)
         if self.fp8 is not None:
@@ -266,6 +274,20 @@ class StackedExperts(Experts):
         by_expert = self.by_expert(rows_RH).flatten(0, 1)
         out = expert_gemm.batched(by_expert, *weights, self._equal_buckets(by_expert), gate)
         return self.by_source(out.unflatten(0, (self.num_local, -1)))
+
+    def _grouped(self, rows_RH: Tensor, plan: Plan) -> Tensor:
+        """Of a packed buffer; the rows of several sources are sorted by expert first."""
+        weights, kernels = (self.weight_in, self.weight_out), plan.kernels
+        filled_E = plan.schedule.filled_E
+        if self.groups.sources == 1:
+            ends_E = filled_E.cumsum(0).int()
+            return grouped_gemm.grouped(rows_RH, *weights, ends_E, kernels.gated_silu)
+        counts_NE = self.groups.counts_by_source(filled_E)
+        block_rows = rows_RH.shape[0] // self.groups.sources
+        order = SortedRows.of(counts_NE, block_rows, kernels.rank_in_expert)
+        sorted_RH = order.sort(rows_RH)
+        out_RH = grouped_gemm.grouped(sorted_RH, *weights, order.ends_E, kernels.gated_silu)
+        return order.unsort(out_RH)
 
     def _equal_buckets(self, by_expert_RH: Tensor) -> list[ExpertBucket]:
         """Of a buffer in which all experts have the same number of rows."""

@@ -111,6 +111,7 @@ class Slots:
         full_GE: int64 those of them that have a slot on any rank.
         filled_GE: int64 slots filled on this rank.
         most: slots that can be filled on this rank for one group and expert.
+        block_rows: rows of a bounded buffer for each expert-parallel rank; `None` without a bound.
     """
 
     experts_GA: Tensor
@@ -121,6 +122,7 @@ class Slots:
     full_GE: Tensor
     filled_GE: Tensor
     most: int
+    block_rows: int | None = None
 
 
 def assign_slots(
@@ -143,18 +145,8 @@ def assign_slots(
         rank_in_expert: the kernel.
         draw: what a drop policy may depend on besides the choices.
     """
-    experts_GA = by_priority(choices_TK, batch, capacity)
-    order_GA = rule.policy(
-        Competition(
-            experts_GA=experts_GA,
-            weights_GA=lambda: by_priority(weights_TK.detach(), batch, capacity),
-            topk=choices_TK.shape[1],
-            num_experts=rule.num_experts,
-            slots=capacity.slots,
-            draw=draw,
-            rank_in_expert=rank_in_expert,
-        )
-    )
+    asked = choices_TK, weights_TK, batch, capacity, rule, rank_in_expert, draw
+    experts_GA, order_GA = choices_in_order(*asked)
     if order_GA is None:
         rank_GA, load_GE = rank_in_expert.forward(experts_GA, rule.num_experts)
     else:
@@ -173,6 +165,34 @@ def assign_slots(
     filled_GE = (full_GE + (rule.shares - 1 - rule.share)) // rule.shares
     slot_GA = rank_GA // rule.shares
     return Slots(experts_GA, slot_GA, owned_GA, kept_GA, load_GE, full_GE, filled_GE, most)
+
+
+def choices_in_order(
+    choices_TK: Tensor,
+    weights_TK: Tensor,
+    batch: int,
+    capacity: Capacity,
+    rule: SlotRule,
+    rank_in_expert: RankInExpert,
+    draw: Draw,
+) -> tuple[Tensor, Tensor | None]:
+    """Choices in position order, [G, A], and their order by the drop policy; `None` for the same.
+
+    The arguments are those of `assign_slots`.
+    """
+    experts_GA = by_priority(choices_TK, batch, capacity)
+    order_GA = rule.policy(
+        Competition(
+            experts_GA=experts_GA,
+            weights_GA=lambda: by_priority(weights_TK.detach(), batch, capacity),
+            topk=choices_TK.shape[1],
+            num_experts=rule.num_experts,
+            slots=capacity.slots,
+            draw=draw,
+            rank_in_expert=rank_in_expert,
+        )
+    )
+    return experts_GA, order_GA
 
 
 def by_priority(value_TK: Tensor, batch: int, capacity: Capacity) -> Tensor:
@@ -237,9 +257,11 @@ class BufferLayout:
 
     @classmethod
     def packed(cls, slots: Slots, blocks: int) -> BufferLayout:
-        """As many rows per block as choices could fill, if all went to one rank."""
-        most = cls.fixed(slots, blocks).block_rows
-        return cls(kind="packed", blocks=blocks, block_rows=min(most, slots.experts_GA.numel()))
+        """As many rows per block as choices could fill, if all went to one rank, or its bound."""
+        rows = slots.block_rows
+        if rows is None:
+            rows = min(cls.fixed(slots, blocks).block_rows, slots.experts_GA.numel())
+        return cls(kind="packed", blocks=blocks, block_rows=rows)
 
     @classmethod
     def aligned(cls, expert_rows: list[int]) -> BufferLayout:

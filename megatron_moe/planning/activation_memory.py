@@ -223,19 +223,35 @@ class UnitMaker:
             Saved("input of the gate", "R' m F b", here * s.gate_blocks * s.expert * b),
             Saved("rows before they are combined", "R H b", buffer, "dispatch_buffers"),
         )
+        if s.sorts_rows:
+            order = Saved("order of rows by expert, and back", "16 R'", 16 * here)
+            saved = (*saved[:-1], order, saved[-1])
         norm = self._norm("normalised input")
         backward = tuple(self._expert_backward(buffer, arrived))
+        # Rows as they arrived stay until the layer has those that go back.
+        unsorted = arrived if s.sorts_rows else 0
         forward = (
             _moment(
                 "experts",
                 "r + gated product + two buffers",
                 r + self.gathered + self._most_rows() * s.expert * b,
-                dispatch_buffers=arrived - buffer,
+                dispatch_buffers=arrived + unsorted - buffer,
             ),
+            *self._unsorting(buffer, arrived),
             _moment("combination", "T H b + 2 r", self.whole + 2 * r),
         )
         unit = Unit("experts", (*norm, *saved), forward, backward)
         return unit.recomputed(len(norm), r) if recompute else unit
+
+    def _unsorting(self, buffer: int, arrived: int) -> Iterator[Moment]:
+        """Rows on their way back, by expert and by source, next to those that arrived."""
+        if self.sizes.sorts_rows:
+            yield _moment(
+                "order of the sources",
+                "r + 3 R' H b - R H b",
+                self.residual + self.gathered,
+                dispatch_buffers=3 * arrived - buffer,
+            )
 
     def _expert_backward(self, buffer: int, arrived: int) -> Iterator[Moment]:
         s, b, r = self.sizes, self.sizes.bytes, self.residual
@@ -258,6 +274,8 @@ class UnitMaker:
     def _most_rows(self) -> int:
         """Rows of the largest group of experts that are computed together."""
         s = self.sizes
+        if s.grouped:
+            return s.expert_rows
         rows = [s.rows_of_one_expert] * s.local_experts
         return max(
             bucket.experts * bucket.rows for bucket in make_buckets(rows, s.expert, self.threads)

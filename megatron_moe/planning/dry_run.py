@@ -23,6 +23,7 @@ from megatron_moe.config import RunConfig
 from megatron_moe.config.precision import PrecisionConfig
 from megatron_moe.config.run import flag_of
 from megatron_moe.data.batch import Batch, every_stage_reads, extra_planes
+from megatron_moe.errors import UsageError
 from megatron_moe.model.build import build_model
 from megatron_moe.moe.layer import MoELayer
 from megatron_moe.parallel.context import (
@@ -133,8 +134,12 @@ def without_gpu(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
     """What can run here in a GPU's place, and the flags that cannot.
 
     Kernels read no memory, of which fake tensors have none, and experts have fixed shapes, as on a
-    GPU. Layers are Megatron-Core's local ones: those of Transformer Engine have the same parameters
-    and collectives, and need a GPU, as FP8 and fused gradient accumulation do.
+    GPU: slots, or with `--moe-expert-impl grouped` packed rows. Layers are Megatron-Core's local
+    ones: those of Transformer Engine have the same parameters and collectives, and need a GPU, as
+    FP8 and fused gradient accumulation do.
+
+    Raises:
+        UsageError: `--moe-expert-impl grouped` without bf16.
     """
     parallel, precision = config.parallel, config.precision
     left_out = []
@@ -145,11 +150,17 @@ def without_gpu(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
     if precision.fp8_format is not None and not precision.fp8_emulate:
         left_out.append(f"{flag_of('fp8_format')} {precision.fp8_format}")
         precision = PrecisionConfig()
+    grouped = config.moe.moe_expert_impl == "grouped"
+    if grouped and not config.train.bf16:
+        fix = "grouped GEMMs of GPUs are bf16"
+        raise UsageError("--moe-expert-impl", "grouped", "used with --bf16 in a dry run", fix)
     local: dict[str, Any] = {"transformer_impl": "local", "gradient_accumulation_fusion": False}
     changed = dataclasses.replace(
         config,
         moe=dataclasses.replace(
-            config.moe, moe_dispatch_impl="reference", moe_expert_impl="batched"
+            config.moe,
+            moe_dispatch_impl="reference",
+            moe_expert_impl="grouped" if grouped else "batched",
         ),
         parallel=dataclasses.replace(parallel, **local),
         precision=precision,

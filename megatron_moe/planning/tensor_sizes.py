@@ -15,6 +15,7 @@ from megatron_moe.config import RunConfig, moe_layer_pattern
 from megatron_moe.config.model import QkNormScope
 from megatron_moe.model.logical import expert_width
 from megatron_moe.model.logits_chunks import chunk_tokens
+from megatron_moe.moe.bounded_buffer import buffer_bound
 from megatron_moe.moe.plan import capacity_of
 from megatron_moe.parallel.layout import Layout
 from megatron_moe.planning.memory import parameter_bytes
@@ -63,6 +64,12 @@ class TensorSizes:
     etp: int
     gathers_rows: bool
     """Whether ranks that share an expert gather each other's rows."""
+    shares: int
+    """Ranks that hold the same tokens and divide the slots."""
+    grouped: bool
+    """Whether experts compute packed rows by grouped GEMMs."""
+    bound: int | None
+    """Rows of a bounded buffer for each expert-parallel rank."""
     vocab: int
     """Columns of the logits on this rank."""
     logits_chunk: int
@@ -78,6 +85,8 @@ class TensorSizes:
         # As `moe/exchange.py`: the ranks that share an expert hold the same tokens already.
         same_tokens = layout.ep == 1 and tp == layout.etp
         shares = 1 if same_tokens else tp
+        choices = layout.micro_batch_size * layout.seq_length * moe.moe_router_topk
+        bound = buffer_bound(moe, choices=choices, ranks=layout.ep, shares=shares, training=True)
         return cls(
             bytes=parameter_bytes(config),
             tp=tp,
@@ -102,6 +111,9 @@ class TensorSizes:
             ep=layout.ep,
             etp=layout.etp,
             gathers_rows=layout.etp > 1 and not same_tokens,
+            shares=shares,
+            grouped=moe.moe_expert_impl == "grouped",
+            bound=bound and bound.rows,
             vocab=vocab_size // tp,
             logits_chunk=config.parallel.logits_chunk_tokens or chunk_tokens(vocab_size // tp),
         )
@@ -138,8 +150,14 @@ class TensorSizes:
 
     @property
     def buffer_rows(self) -> int:
-        """R: a row for every slot of every expert that this rank fills."""
-        return self.experts * self.groups * self.slots_here
+        """R: a row for every slot of every expert that this rank fills; of packed rows, as many as
+        choices could fill, or the bound.
+        """
+        slots = self.experts * self.groups * self.slots_here
+        if not self.grouped:
+            return slots
+        most = min(slots // self.ep, self.tokens * self.topk)
+        return self.ep * (self.bound or most)
 
     @property
     def expert_rows(self) -> int:
@@ -147,9 +165,20 @@ class TensorSizes:
         return self.buffer_rows * (self.etp if self.gathers_rows else 1)
 
     @property
+    def sorts_rows(self) -> bool:
+        """Whether rows that arrive from several ranks are sorted by expert."""
+        return self.grouped and (self.ep > 1 or self.gathers_rows)
+
+    @property
     def rows_of_one_expert(self) -> int:
-        """Rows that one of this rank's experts computes."""
-        return self.expert_rows // self.local_experts
+        """Rows that one of this rank's experts computes; grouped GEMMs the filled ones, of an even
+        load.
+        """
+        rows = self.expert_rows
+        if self.grouped:
+            arriving = self.tokens * self.topk // self.shares
+            rows = min(rows, arriving * (self.etp if self.gathers_rows else 1))
+        return rows // self.local_experts
 
     @property
     def logits_chunks(self) -> int:

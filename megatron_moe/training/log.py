@@ -50,6 +50,8 @@ class LogSink:
     def interval(self, interval: Interval) -> None:
         """One line for the interval."""
         print_line(progress_line(interval, self._iterations))
+        if (overflow := overflow_line(interval)) is not None:
+            print_line(overflow)
         if interval.timers:
             print_line(timers_line(interval.timers))
 
@@ -139,7 +141,20 @@ def _implementation_lines(run: TrainingRun) -> list[str]:
     if layer is not None:
         rows, tokens = run.ctx.layout.micro_batch_size, run.config.data.seq_length
         lines.append(f" {layer.describe(rows, tokens)}")
+        lines += _bound_line(layer, rows * tokens)
     return lines
+
+
+def _bound_line(layer: MoELayer, tokens: int) -> list[str]:
+    """What a bounded buffer holds, and that choices past it are dropped."""
+    bound = layer.dispatcher.bound(tokens * layer.moe.moe_router_topk, training=True)
+    if bound is None:
+        return []
+    return [
+        f" expert buffers: {bound.ranks} x {bound.rows} rows on each rank"
+        f" (--moe-dropless-buffer-factor {layer.moe.moe_dropless_buffer_factor:g}); choices past"
+        " that are dropped in training, unlike in a model without a capacity, and reported"
+    ]
 
 
 def _logits_line(run: TrainingRun) -> str:
@@ -233,6 +248,19 @@ def progress_line(interval: Interval, iterations: int) -> str:
         f"{speed.seconds_per_step * 1e3:.1f} ms/iter",
     ]
     return " | ".join(parts)
+
+
+def overflow_line(interval: Interval) -> str | None:
+    """The choices of each layer that found no row in a bounded buffer; `None` if all did."""
+    parts = [
+        f"layer {number}: {layer.dropped_choices:.0f} ({layer.drop_rate:.2%})"
+        for number, layer in interval.layers.items()
+        if layer.dropped_choices
+    ]
+    if interval.buffer_factor is None or not parts:
+        return None
+    bound = f"--moe-dropless-buffer-factor {interval.buffer_factor:g}"
+    return f" OVERFLOW of expert buffers, choices dropped past {bound}: {', '.join(parts)}"
 
 
 def _utilization(speed: Throughput) -> list[str]:

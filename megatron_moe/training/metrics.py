@@ -132,6 +132,9 @@ class Interval:
     """Seconds of a step by timer, least and most over the ranks; see `timing.StepTimers`."""
     forced_routing: bool = False
     """Whether experts were chosen at random (`--moe-router-force-load-balancing`)."""
+    buffer_factor: float | None = None
+    """The bound of expert buffers (`--moe-dropless-buffer-factor`): choices that were dropped are
+    those past it."""
 
     @property
     def lm_loss(self) -> float:

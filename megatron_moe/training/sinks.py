@@ -96,6 +96,8 @@ class BoardSink(ABC):
         for number, layer in interval.layers.items():
             prefix = f"moe/layer {number:02d}"
             values = {f"{prefix}/{tag}": value for tag, value in _layer_values(layer).items()}
+            if interval.buffer_factor is not None:
+                values[f"{prefix}/overflowed choices"] = layer.dropped_choices
             self.add(values, last.iteration)
             self.add_bars(f"{prefix}/load per expert", layer.load, last.iteration)
             # A part of a row without tokens has no rate; its bar is empty.

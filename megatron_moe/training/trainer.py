@@ -322,6 +322,7 @@ class Trainer:
                 phase=phase,
                 timers=timers,
                 forced_routing=self.run.config.moe.moe_router_force_load_balancing,
+                buffer_factor=self.run.config.moe.moe_dropless_buffer_factor,
             )
         )
         if final:

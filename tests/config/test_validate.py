@@ -107,6 +107,23 @@ INVALID = {
         "--moe-min-capacity must be unset with --moe-capacity-rule megatron, which has no minimum"
         " (got 2)"
     ),
+    "--moe-expert-impl grouped --moe-dropless-buffer-factor 1.5": (
+        "--moe-dropless-buffer-factor must be used with --moe-expert-capacity-factor None"
+        " (got 1.5); with a capacity factor, capacity bounds the buffer"
+    ),
+    "--moe-expert-capacity-factor None --moe-dropless-buffer-factor 1.5": (
+        "--moe-dropless-buffer-factor must be used with --moe-expert-impl grouped (got 1.5);"
+        " other experts do not compute packed rows everywhere"
+    ),
+    "--moe-expert-capacity-factor None --moe-expert-impl grouped --moe-dropless-buffer-factor 1.5"
+    " --moe-token-drop-policy fair": (
+        "--moe-token-drop-policy must be another one with --moe-dropless-buffer-factor (got"
+        " 'fair'); fair divides the slots of an expert, and a bounded buffer has rows of a rank"
+    ),
+    "--fp8-format hybrid --fp8-emulate --moe-expert-impl grouped": (
+        "--moe-expert-impl must be auto with --fp8-emulate (got 'grouped');"
+        " emulated FP8 has GEMMs of its own, over all slots"
+    ),
     "--min-lr 1 --lr 0.1": "--min-lr must be <= --lr (0.1) (got 1.0)",
     "--lr-warmup-init 1 --lr 0.1": "--lr-warmup-init must be <= --lr (0.1) (got 1.0)",
     "--lr-wsd-decay-iters 4": (

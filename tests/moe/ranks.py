@@ -114,6 +114,46 @@ def check_layout(
     return int((~kept).sum())
 
 
+def check_overflow(rank: int, world_size: int, *, settings: dict[str, Any]) -> int:
+    """With a bounded buffer over EP 2: the choices of this rank that have a row, and their sum.
+
+    Returns the number of choices that overflow on this rank.
+    """
+    ctx = context_of(world_size, tp=1, ep=2, etp=1)
+    whole = layer_of(moe_config(**settings))
+    layer = layer_of(moe_config(**settings), pgs=ctx.pgs)
+    copy_experts(layer, whole, ctx)
+    seen = watched(layer)
+    x = tokens(ctx.dp_rank).requires_grad_()
+    y = layer(x)
+    scores, kept = seen[0].scores, seen[0].kept_TK
+    # Rows of the micro-batch take turns, all first choices of both before all second ones.
+    room = [SEQUENCE * BATCH * 2 // 2] * 2
+    for k in range(2):
+        for token in range(SEQUENCE * BATCH):
+            target = int(scores.choices_TK[token, k]) // 2
+            assert bool(kept[token, k]) == (room[target] > 0), (token, k)
+            room[target] -= 1
+    alone_TEH = torch.stack([one_expert(x.flatten(0, 1), e, whole) for e in range(4)], 1)
+    weight_TK = (scores.weights_TK * kept).unsqueeze(-1)
+    chosen_TKH = alone_TEH.gather(1, scores.choices_TK[..., None].expand(-1, -1, x.shape[-1]))
+    expected = (weight_TK * chosen_TKH).sum(1).view_as(y)
+    torch.testing.assert_close(y, expected)
+    grad = tokens(100 + ctx.dp_rank)
+    (ours,) = torch.autograd.grad(y, x, grad, retain_graph=True)
+    torch.testing.assert_close(ours, *torch.autograd.grad(expected, x, grad))
+    overflowed = (~kept).sum()
+    dist.all_reduce(overflowed)
+    assert collect_statistics([layer], ctx.pgs)[3].dropped_choices == overflowed
+    return int((~kept).sum())
+
+
+def one_expert(x_TH: Tensor, expert: int, layer: MoELayer) -> Tensor:
+    """Tokens through one expert of three input blocks, by the formula."""
+    linear, gate, up = (x_TH @ layer.experts.weight_in[expert]).chunk(3, dim=-1)
+    return (linear * torch.nn.functional.silu(gate) * up) @ layer.experts.weight_out[expert]
+
+
 def check_weight_gradients(layer: MoELayer, whole: MoELayer, ctx: ParallelContext) -> None:
     """Reduced as Megatron-Core reduces them, without its division by the data-parallel size."""
     router = layer.router.weight.grad

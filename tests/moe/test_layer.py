@@ -247,7 +247,7 @@ def test_the_loop_is_rejected_where_there_is_nothing_to_read() -> None:
         FakeTensorMode(),
         pytest.raises(
             UsageError,
-            match=r"--moe-expert-impl must be auto or batched \(got 'loop'\); reading row counts",
+            match=r"must be auto, batched or grouped \(got 'loop'\); reading row counts",
         ),
     ):
         layer_of(moe_config(moe_expert_impl="loop"))(tokens(0))

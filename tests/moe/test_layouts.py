@@ -37,6 +37,21 @@ def test_layout(pool: Pool, layout: tuple[int, int, int, int], settings: dict[st
 
 
 @pytest.mark.parametrize(
+    "name",
+    [
+        "EP2 x ETP2",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS if name != "EP2 x ETP2"),
+    ],
+)
+def test_grouped_experts(pool: Pool, name: str) -> None:
+    """With capacities, under which choices drop."""
+    world_size, tp, ep, etp = LAYOUTS[name]
+    settings = {"moe_expert_impl": "grouped"}
+    dropped = pool.run(ranks.check_layout, world_size, tp=tp, ep=ep, etp=etp, settings=settings)
+    assert sum(dropped) > 0
+
+
+@pytest.mark.parametrize(
     "settings",
     [
         {"moe_token_drop_policy": "probs"},

@@ -46,9 +46,16 @@ LAYOUTS = [
         f"--tensor-model-parallel-size 4 --sequence-parallel --expert-tensor-parallel-size 2"
         f" --expert-model-parallel-size 2 {FULL}",
     ),
+    (
+        16,
+        f"{SHARDED} --expert-model-parallel-size 8 --num-experts 16 --moe-expert-impl grouped"
+        " --moe-expert-capacity-factor None --moe-dropless-buffer-factor 1.5"
+        " --global-batch-size 32",
+    ),
 ]
 """Ranks and flags: an overlapped sharded optimizer and chunks of logits; every kind of group;
-recomputed stages of unlike size; recomputed ranks that gather each other's rows."""
+recomputed stages of unlike size; recomputed ranks that gather each other's rows; a bounded
+buffer."""
 
 
 def _phase(ranks: int, flags: list[str]) -> Phase:

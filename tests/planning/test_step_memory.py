@@ -30,8 +30,13 @@ QUICK = [
     (2, f"{PP} --micro-batch-size 1"),
 ]
 """Ranks and flags."""
+GROUPED = "--moe-expert-impl grouped --moe-expert-capacity-factor None"
 MORE = [
     (1, ""),
+    (1, f"{GROUPED} --bf16 --moe-ffn-hidden-size 512"),
+    (2, f"{EP} {GROUPED} --moe-dropless-buffer-factor 1.25 --moe-ffn-hidden-size 512"),
+    (2, f"{EP} {GROUPED} --bf16 --moe-ffn-hidden-size 256"),
+    (4, f"{TP} {EP} --expert-tensor-parallel-size 2 {GROUPED} --moe-dropless-buffer-factor 1.5"),
     (1, "--micro-batch-size 1"),
     (1, f"{SELECTIVE} core_attn"),
     (1, f"{FULL} block --recompute-num-layers 2 --seq-length 512"),

@@ -35,6 +35,11 @@ QUICK = [
     (2, f"{PP} --micro-batch-size 1"),
 ]
 MORE = [
+    (
+        2,
+        f"{EP} --moe-expert-impl grouped --moe-expert-capacity-factor None"
+        " --moe-dropless-buffer-factor 1.25",
+    ),
     (2, "--bf16"),
     (2, f"{EP} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     (2, f"{TP} --recompute-granularity selective --recompute-modules moe mlp"),

@@ -22,6 +22,13 @@ CASES = {
     "dropless": (1, ["--moe-expert-capacity-factor", "None"]),
     "probs": (1, ["--moe-token-drop-policy", "probs"]),
     "recomputed": (1, ["--recompute-granularity", "selective", "--recompute-modules", "moe"]),
+    "grouped": (
+        2,
+        [
+            *("--expert-model-parallel-size", "2", "--moe-expert-impl", "grouped"),
+            *("--moe-expert-capacity-factor", "None", "--moe-dropless-buffer-factor", "1.1"),
+        ],
+    ),
     "EP2": (2, ["--expert-model-parallel-size", "2"]),
 }
 

@@ -237,3 +237,25 @@ def test_the_unigram_loss_is_that_of_counting_by_hand(reported):
     found = unigram_loss(reported.config)
     assert found.loss == pytest.approx(total / targets, rel=1e-9)
     assert (found.targets, found.training_tokens) == (targets, counts.total())
+
+
+def test_overflow_of_bounded_buffers_is_said_logged_and_plotted(pool, corpus, tmp_path):
+    """A router that is not trained loads two ranks unevenly: buffers of the even load are short."""
+    argv = [*MODEL, "--data-path", corpus, "--split", "1,0,0", "--train-iters", "4"]
+    argv += ["--expert-model-parallel-size", "2", "--moe-expert-impl", "grouped"]
+    argv += ["--moe-expert-capacity-factor", "None", "--moe-dropless-buffer-factor", "1"]
+    argv += ["--tensorboard-dir", str(tmp_path / "board"), "--log-interval", "4"]
+    argv += ["--eval-iters", "0"]
+    (code, log, message), _ = pool.run(pretrain_rank, 2, argv=argv)
+    assert (code, message) == (0, "")
+    rows = re.search(r"expert buffers: 2 x (\d+) rows .* choices past that are dropped", log)
+    assert rows is not None
+    parsed = parse_args(argv).config
+    choices = parsed.train.micro_batch_size * parsed.data.seq_length * 2
+    assert int(rows[1]) == choices // 2
+    logged = dict(re.findall(r"layer (\d): (\d+) \(", log.split("OVERFLOW")[1].splitlines()[0]))
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    for layer, count in logged.items():
+        (event,) = board.Scalars(f"moe/layer 0{layer}/overflowed choices")
+        assert event.value == int(count) > 0

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from megatron_moe.config import LoggingConfig, RunConfig
-from megatron_moe.training.log import LogSink
+from megatron_moe.moe.statistics import LayerStatistics
+from megatron_moe.training.log import LogSink, overflow_line
 from megatron_moe.training.metrics import Interval, Meter, StepRecord
 from megatron_moe.training.reporting import MetricsFileSink, Reporter, Sink, build_reporter
 from megatron_moe.training.tensorboard import TensorBoardSink
@@ -142,3 +144,28 @@ def test_a_meter_sums_up_tokens_by_the_sequence_length_of_each_phase(monkeypatch
     assert speed.tokens_per_second == 2 * 64 / 20
     assert (meter.first, meter.last) == (first, third)
     assert meter.tokens_per_second == pytest.approx((2 * 4 * 32 + 2 * 64) / 30)
+
+
+def _layer(load: tuple[float, ...], kept: tuple[float, ...]) -> LayerStatistics:
+    nothing = dict.fromkeys(
+        ("router_entropy", "router_confidence", "logit_rms", "aux_loss", "z_loss"), 0.0
+    )
+    at = ((0.0,), (0.0,)), (((0.0, 0.0),), ((0.0, 0.0),))
+    return LayerStatistics(
+        load=load, kept=kept, tokens=4.0, micro_batches=1.0, tokens_at=at[0], kept_at=at[1],
+        **nothing,
+    )  # fmt: skip
+
+
+def test_choices_that_overflow_a_bounded_buffer_are_named_by_layer():
+    speed: Any = None
+    layers = {1: _layer((6.0, 2.0), (5.0, 2.0)), 3: _layer((4.0, 4.0), (4.0, 4.0))}
+    records = [_record(1, 2.0, 30)]
+    full = Interval(records=records, speed=speed, layers=layers, phase=None, buffer_factor=1.25)
+    assert overflow_line(full) == (
+        " OVERFLOW of expert buffers, choices dropped past --moe-dropless-buffer-factor 1.25: "
+        "layer 1: 1 (12.50%)"
+    )
+    # With a capacity, drops are no overflow; without drops there is nothing to say.
+    assert overflow_line(replace(full, buffer_factor=None)) is None
+    assert overflow_line(replace(full, layers={3: layers[3]})) is None
