@@ -80,7 +80,7 @@ class NativeModel(MoEModel):
         return LayerWeights(
             layer=layer,
             router=tensors[f"{prefix}moe.router.weight"],
-            bias=None,
+            bias=tensors.get(f"{prefix}moe.router.expert_bias"),
             experts=experts,
             shared=self._dense(f"{prefix}shared") if has_shared else None,
             shared_gate=None,
@@ -260,7 +260,9 @@ def _excluding(part: MoE, ids: Sequence[int]) -> Decide:
     def decide(x_TH: Tensor, rows: int) -> dict[str, Any]:
         logits_TE = full_precision(x_TH) @ full_precision(part.router.weight).T
         logits_TE[:, list(ids)] = -torch.inf
-        routing = route(logits_TE, rows, part.moe, part.layer, training_capacity=False)
+        routing = route(
+            logits_TE, rows, part.moe, part.layer, training_capacity=False, bias_E=part.bias_E
+        )
         return {field.name: getattr(routing, field.name) for field in fields(routing)}
 
     return decide

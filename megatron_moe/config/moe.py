@@ -19,7 +19,7 @@ from megatron_moe.config.fields import (
 from megatron_moe.errors import UsageError
 
 CapacityRule = Literal["t5x", "port", "megatron"]
-LoadBalancing = Literal["seq_aux_loss", "aux_loss", "group_aux_loss", "none"]
+LoadBalancing = Literal["seq_aux_loss", "aux_loss", "group_aux_loss", "none", "quantile_balancing"]
 LossConvention = Literal["openmoe", "megatron"]
 ScoreFunction = Literal["softmax", "sigmoid"]
 
@@ -86,7 +86,9 @@ class MoEConfig:
     steps to each of them equally often."""
     moe_router_load_balancing_type: LoadBalancing = "seq_aux_loss"
     """Over which tokens E * sum_e f_e P_e is taken: each row (`seq_aux_loss`), each capacity group
-    (`group_aux_loss`, as released), the micro-batch (`aux_loss`), or no such loss (`none`)."""
+    (`group_aux_loss`, as released), the micro-batch (`aux_loss`), or no such loss (`none`).
+    `quantile_balancing`: no loss, but a bias of each expert, which enters the choices alone: with
+    it the expert would have been chosen by its share of the last step's tokens."""
     moe_aux_loss_coeff: Annotated[float, NonNegative] = 0.01
     """Weight of the load-balancing loss, in the units of `--moe-loss-convention`."""
     moe_z_loss_coeff: Annotated[float, NonNegative] = 1e-4
@@ -137,9 +139,28 @@ class MoEConfig:
     As many as expert-parallel ranks: device-limited routing. `None`: no such limit."""
     moe_router_group_topk: Annotated[int | None, AtLeastOne, OmittedAtDefault] = None
     """Groups whose experts a token can choose; see `--moe-router-num-groups`."""
+    moe_router_enable_expert_bias: Annotated[bool, OmittedAtDefault] = False
+    """Balance by a bias of each expert, which is added to its scores for the choices, not for the
+    weights; after each step it goes up where the load was below the mean, and down where it was
+    above. Megatron-LM has it for sigmoid scores alone."""
+    moe_router_bias_update_rate: Annotated[float, NonNegative, OmittedAtDefault] = 1e-3
+    """By how much that bias goes up or down."""
+    moe_router_quantile_balancing_ema: Annotated[float, BelowOne, OmittedAtDefault] = 0.0
+    """Share of the old bias in the new one, with `--moe-router-load-balancing-type
+    quantile_balancing`."""
     moe_token_dispatcher_type: Annotated[DispatcherType, OmittedAtDefault] = "alltoall"
     """How tokens reach their experts. `alltoall`: over expert-parallel ranks. Other values are the
     files of `moe/dispatchers/`."""
+
+    @property
+    def balances_by_quantile(self) -> bool:
+        """Whether experts have a bias that quantiles set."""
+        return self.moe_router_load_balancing_type == "quantile_balancing"
+
+    @property
+    def has_expert_bias(self) -> bool:
+        """Whether experts have a bias, whatever sets it."""
+        return self.moe_router_enable_expert_bias or self.balances_by_quantile
 
     def openmoe_coefficients(self, num_moe_layers: int) -> tuple[float, float]:
         """Both coefficients in units of `openmoe`, whatever `--moe-loss-convention` is.

@@ -299,6 +299,23 @@ def _check_routing(moe: MoEConfig) -> None:
         fix = "the weight of a single choice would always be 1; use --moe-router-pre-softmax"
         raise UsageError("--moe-router-topk", 1, expected, fix)
     _check_expert_groups(moe)
+    if moe.balances_by_quantile:
+        _check_quantiles(moe)
+
+
+def _check_quantiles(moe: MoEConfig) -> None:
+    """`--moe-router-load-balancing-type quantile_balancing`."""
+    beside = "with --moe-router-load-balancing-type quantile_balancing"
+    if moe.moe_router_enable_expert_bias:
+        fix = "there is one bias, which either flag sets"
+        raise UsageError("--moe-router-enable-expert-bias", True, f"unset {beside}", fix)
+    if moe.moe_router_num_groups is not None:
+        fix = "whether a token chooses an expert depends on its group as well"
+        flag = "--moe-router-num-groups"
+        raise UsageError(flag, moe.moe_router_num_groups, f"unset {beside}", fix)
+    if moe.moe_router_topk == moe.num_experts:
+        expected = f"< --num-experts ({moe.num_experts}) {beside}"
+        raise UsageError("--moe-router-topk", moe.moe_router_topk, expected)
 
 
 def _check_expert_groups(moe: MoEConfig) -> None:

@@ -127,7 +127,7 @@ def _derived(
         return dense.tensors[f"{prefix}.ffn_norm.weight"]
     if rest.startswith("shared."):
         return dense.tensors[f"{prefix}.ffn.{rest.removeprefix('shared.')}"]
-    if rest == "moe.router.weight":
+    if rest.startswith("moe.router."):
         return of_tensor(initial_tensor(name, parameter, how.seed).to(like))
     part = rest.removeprefix("moe.experts.")
     source = dense.tensors[f"{prefix}.ffn.{part}.weight"]

@@ -36,7 +36,8 @@ class LogicalParameter:
     shape: tuple[int, ...]
     """Shape in the layouts of this module's docstring."""
     std: float | None
-    """Standard deviation of its normal initial values; `None` means all ones (norm scales)."""
+    """Standard deviation of its normal initial values; `None` means all ones (norm scales), 0 all
+    zeros (biases)."""
     kind: ParameterKind
     """What it belongs to. `expert` tensors have the expert as their first dimension."""
     split: bool = False
@@ -162,8 +163,8 @@ def initial_tensors(
 def _normal(key: str, shape: tuple[int, ...], std: float | None, seed: int) -> torch.Tensor:
     import torch  # as in `initial_tensor`
 
-    if std is None:
-        return torch.ones(shape)
+    if std is None or std == 0.0:
+        return torch.ones(shape) if std is None else torch.zeros(shape)
     # A cryptographic hash, so that near-by seeds and names share nothing.
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -216,6 +217,8 @@ def _moe(model: ModelConfig, moe: MoEConfig, prefix: str) -> Iterator[tuple[str,
     std = model.in_std(hidden)
     router = LogicalParameter((experts, hidden), model.router_init_method_std, "router")
     yield f"{prefix}.moe.router.weight", router
+    if moe.has_expert_bias:
+        yield f"{prefix}.moe.router.expert_bias", LogicalParameter((experts,), 0.0, "router")
     gate = LogicalParameter((experts, hidden, model.gate_blocks * width), std, "expert")
     yield f"{prefix}.moe.experts.gate", gate
     yield f"{prefix}.moe.experts.up", LogicalParameter((experts, hidden, width), std, "expert")

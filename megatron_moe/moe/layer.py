@@ -173,6 +173,8 @@ class MoELayer(nn.Module):
             padding_T=None if padding_SB is None else padding_SB.reshape(-1),
         )
         self.statistics.add(scores, load_GE, kept_GE, losses, fates)
+        if self.training and self.router.expert_bias is not None:
+            self.router.expert_bias.count(scores, load_GE.sum(0))
         if self.on_routing is not None:
             self.on_routing(RoutingDecision(scores, kept_TK, plan.capacity))
 

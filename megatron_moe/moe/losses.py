@@ -47,6 +47,8 @@ class RouterLosses:
     def __init__(self, moe: MoEConfig, num_moe_layers: int, tp_group: Group = None) -> None:
         self.num_experts = moe.num_experts
         self.load_balancing = moe.moe_router_load_balancing_type
+        if moe.balances_by_quantile:
+            self.load_balancing = "none"
         balance, z = moe.openmoe_coefficients(num_moe_layers)
         self.balance_weight, self.z_weight = balance / num_moe_layers, z / num_moe_layers
         self.tp_group = tp_group

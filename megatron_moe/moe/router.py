@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from fused_kernels.operations import RouterKernel
 from fused_kernels.reference import router as reference
 from megatron_moe.config import ModelConfig, MoEConfig
+from megatron_moe.moe.expert_bias import ExpertBias
 from megatron_moe.moe.registry import Registry, kernels_for
 from megatron_moe.moe.scoring import ScoreRule, Scores, score, select
 
@@ -40,6 +41,7 @@ class Router(nn.Module):
 
     Attributes:
         weight: [E, H], the same on every rank.
+        expert_bias: added to scores for the choices; `None` without.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape, dtype=params_dtype, device=device))
         # Megatron-Core sums the gradients of such parameters over tensor-parallel ranks.
         self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
+        self.expert_bias = ExpertBias(moe, device) if moe.has_expert_bias else None
 
     def forward(self, x_TH: Tensor) -> tuple[Scores, Tensor]:
         """Score tokens.
@@ -70,13 +73,14 @@ class Router(nn.Module):
 
     def scored(self, x_TH: Tensor, weight_EH: Tensor) -> tuple[Scores, Tensor]:
         """The scores of linear logits; see `forward`."""
+        bias_E = None if self.expert_bias is None else self.expert_bias.weight
         if self.rule.function == "sigmoid":
             # At least fp32: in bf16 many experts would be equal.
             dtype = torch.promote_types(x_TH.dtype, torch.float32)
-            return score(x_TH.to(dtype) @ weight_EH.to(dtype).t(), self.rule), x_TH
+            return score(x_TH.to(dtype) @ weight_EH.to(dtype).t(), self.rule, bias_E), x_TH
         kernel = kernels_for(self.moe, x_TH.device.type).router
         scores, x_TH = route(x_TH, weight_EH, self.topk, kernel)
-        return select(scores, self.rule), x_TH
+        return select(scores, self.rule, bias_E), x_TH
 
     def weights_of(self, scores_TE: Tensor, choices_TK: Tensor) -> Tensor:
         """The combine weights [T, K] of given choices: what `forward` would give them.
@@ -91,6 +95,8 @@ class Router(nn.Module):
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Fill with the model's standard deviation, for a layer outside of a model."""
         self.weight.normal_(0.0, self.init_std, generator=generator)
+        if self.expert_bias is not None:
+            self.expert_bias.weight.zero_()
 
 
 ROUTERS: Registry[type[Router]] = Registry("routers", linear=Router)

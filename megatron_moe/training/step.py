@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from megatron_moe.config import OptimizerConfig
 from megatron_moe.data.batch import Batch, every_stage_reads, extra_planes, fetch_step
 from megatron_moe.model.fp8 import update_scales
+from megatron_moe.moe.expert_bias import update_expert_biases
 from megatron_moe.moe.observing import begin_step
 from megatron_moe.parallel.schedule import forward_backward
 from megatron_moe.training.optim.build import chained_optimizers
@@ -129,8 +130,11 @@ def train_step(
     sums = total_sums(reported, run)
     with run.timers.measure("optimizer"):
         norm, zeros = _prepare_update(run, local, iteration)
-        if takes_update is None or takes_update(iteration, sums, norm):
+        taken = takes_update is None or takes_update(iteration, sums, norm)
+        if taken:
             _update(run, learning_rate, norm, iteration)
+        fixed = run.freezing.at(iteration).fixed
+        update_expert_biases(run.chunks, run.ctx.pgs, apply=taken, fixed=fixed)
     update_scales(run.chunks, run.ctx.pgs)
     square = None
     if run.config.logging.log_params_norm:

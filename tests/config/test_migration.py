@@ -23,7 +23,7 @@ def test_flags_are_counted_by_value() -> None:
     """Counted by hand in the list."""
     accepted = {row.listed.flag: row.accepted for row in rows()}
     assert accepted["--normalization"] == 52
-    assert accepted["--moe-router-enable-expert-bias"] == 0
+    assert accepted["--moe-router-enable-expert-bias"] == 18
     assert accepted["--rotary-percent"] == 10
     assert accepted["--context-parallel-size"] == 41
     assert accepted["--multi-latent-attention"] == 0

@@ -207,12 +207,26 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
     ),
     "random": (_MODEL, replace(_MOE, moe_token_drop_policy="random")),
     "fair": (_MODEL, replace(_MOE, moe_token_drop_policy="fair")),
+    "sign-bias": (
+        _MODEL,
+        replace(_MOE, moe_router_enable_expert_bias=True, moe_router_bias_update_rate=0.05),
+    ),
+    "quantile-bias": (
+        _MODEL,
+        replace(
+            _MOE,
+            moe_router_score_function="sigmoid",
+            moe_router_load_balancing_type="quantile_balancing",
+        ),
+    ),
     # What GPUs run: one batched GEMM over the fixed-shape buffer.
     "batched": (_MODEL, replace(_MOE, moe_expert_impl="batched")),
 }
 
 ROUTERS = ("sigmoid-groups",)
 """Variants of the router, which `test_routers.py` runs."""
+STATEFUL = ("sign-bias", "quantile-bias")
+"""Those whose state changes with each step, which it trains for a few."""
 GROUPED = ("grouped-head-norm", "grouped-projection-norm")
 """Grouped-query attention, with each form of the norms of queries and keys."""
 

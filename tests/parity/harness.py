@@ -59,6 +59,8 @@ def gradient_blocks(chunks: list[OpenMoEModel], config: RunConfig) -> list[Block
     shards = model_shards(chunks, config.model, config.moe)
     found = []
     for shard in shards:
+        if not shard.param.requires_grad:  # a bias of experts
+            continue
         grad = shard.param.main_grad  # type: ignore[attr-defined]
         assert torch.isfinite(grad).all(), shard.local_name
         found += [block(piece, grad) for piece in shard.pieces]

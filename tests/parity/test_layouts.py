@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.cases import DROPS, GROUPED, LAYOUTS, ROUTERS, SLOW_LAYOUTS, VARIANTS, Layout
+from tests.parity.cases import (
+    DROPS,
+    GROUPED,
+    LAYOUTS,
+    ROUTERS,
+    SLOW_LAYOUTS,
+    STATEFUL,
+    VARIANTS,
+    Layout,
+)
 from tests.parity.compare import assemble, assert_same, relative_error
 from tests.parity.expected import expected
 from tests.parity.harness import Outcome, one_step
@@ -17,7 +26,7 @@ LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 FIRST = ("released", "paper-port")
 """Variants that every layout runs; the others run where their rules could differ."""
-ELSEWHERE = (*FIRST, *ROUTERS, *DROPS, "dense-head-norm")
+ELSEWHERE = (*FIRST, *ROUTERS, *STATEFUL, *DROPS, "dense-head-norm")
 
 
 def check(outcomes: list[Outcome], variant: str, extra: tuple[str, ...] = ()) -> None:

@@ -90,7 +90,16 @@ class MoE(nn.Module):
         self.seed, self.step = 0, 0
         """Of a training step, for drop policies that draw; 0 in evaluation."""
         self.router = nn.Linear(model.hidden_size, moe.num_experts, bias=False)
+        if moe.has_expert_bias:
+            bias_E = nn.Parameter(torch.empty(moe.num_experts), requires_grad=False)
+            self.router.register_parameter("expert_bias", bias_E)
         self.experts = Experts(model, moe)
+
+    @property
+    def bias_E(self) -> Tensor | None:
+        """Added to scores for the choices, fp32 or more; `None` without."""
+        bias_E: Tensor | None = getattr(self.router, "expert_bias", None)
+        return bias_E
 
     def forward(
         self, x_BSH: Tensor, training_capacity: bool, valid_BS: Tensor | None = None
@@ -114,6 +123,7 @@ class MoE(nn.Module):
             forced_TK=self.forced_TK,
             seed=self.seed,
             step=self.step,
+            bias_E=self.bias_E,
         )
         if valid_BS is not None:
             routing = replace(routing, kept_TK=routing.kept_TK & valid_BS.flatten()[:, None])

@@ -145,7 +145,12 @@ class ReferenceOpenMoE(nn.Module):
             self.output: nn.Linear | None = None
             if model.untie_embeddings_and_output_weights:
                 self.output = nn.Linear(model.hidden_size, vocab_size, bias=False)
-        self.to(dtype).to_empty(device=device)
+        self.to(dtype)
+        for part in self.modules():
+            # Whatever the dtype: in bf16 small steps of a bias would be lost.
+            if isinstance(part, MoE) and part.bias_E is not None:
+                part.bias_E.data = full_precision(part.bias_E.data)
+        self.to_empty(device=device)
         if seed is not None and torch.device(device).type != "meta":
             self.load_logical(initial_tensors(parameters, seed))
 

@@ -62,6 +62,7 @@ def route(
     forced_TK: Tensor | None = None,
     seed: int = 0,
     step: int = 0,
+    bias_E: Tensor | None = None,
 ) -> Routing:
     """Route the tokens of a micro-batch: scores, top-k, capacity.
 
@@ -75,6 +76,7 @@ def route(
             from them as usual.
         seed: of the run, for drop policies that draw; 0 in evaluation.
         step: of training; likewise.
+        bias_E: added to scores for the choices; `None` without.
 
     Raises:
         UsageError: a router or drop policy that only the parallel model has.
@@ -90,11 +92,11 @@ def route(
     probs_TE = scores_TE
     if sigmoid:
         probs_TE = scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + LEAST_SUM)
-    ids_TK = choose(logits_TE, scores_TE, moe) if forced_TK is None else forced_TK
+    ids_TK = choose(logits_TE, scores_TE, moe, bias_E) if forced_TK is None else forced_TK
     probs_TK = combine_weights(scores_TE.gather(1, ids_TK), moe)
-    # The balance loss is of the scores alone: groups count for the choices only.
+    # The balance loss is of the scores alone: bias and groups count for the choices only.
     preferred_TK = ids_TK
-    if forced_TK is None and moe.moe_router_group_topk is not None:
+    if forced_TK is None:
         preferred_TK = best(scores_TE, moe.moe_router_topk)
     return Routing(
         layer=layer,
@@ -124,17 +126,23 @@ def best(ranking_TE: Tensor, count: int) -> Tensor:
     return ranking_TE.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
-def choose(logits_TE: Tensor, scores_TE: Tensor, moe: MoEConfig) -> Tensor:
-    """The K experts that a token chooses, [T, K], best first.
+def choose(
+    logits_TE: Tensor, scores_TE: Tensor, moe: MoEConfig, bias_E: Tensor | None = None
+) -> Tensor:
+    """The K experts that a token chooses, [T, K], best first: of the largest score plus bias.
 
     With `--moe-router-group-topk` M only experts of the M best groups of consecutive experts can be
     chosen. A group is worth the sum of its K // M best scores, or logits where the softmax comes
     after the selection (Megatron-LM).
     """
-    if moe.moe_router_group_topk is None or moe.moe_router_num_groups is None:
-        return best(scores_TE, moe.moe_router_topk)
     after = moe.moe_router_score_function == "softmax" and not moe.moe_router_pre_softmax
-    ranking_TE = logits_TE if after else scores_TE
+    if bias_E is not None:
+        # An expert that an analysis leaves out has the logit -inf.
+        ranking_TE = (scores_TE + bias_E).masked_fill(logits_TE == -math.inf, -math.inf)
+    else:
+        ranking_TE = logits_TE if after else scores_TE
+    if moe.moe_router_group_topk is None or moe.moe_router_num_groups is None:
+        return best(ranking_TE, moe.moe_router_topk)
     groups, size = moe.moe_router_num_groups, moe.num_experts // moe.moe_router_num_groups
     each = moe.moe_router_topk // moe.moe_router_group_topk
     worth_TG = torch.stack(
@@ -251,7 +259,7 @@ def _kept(
 def _balance(
     probs_TE: Tensor, ids_TK: Tensor, rows: int, moe: MoEConfig, training_capacity: bool
 ) -> Tensor:
-    if moe.moe_router_load_balancing_type == "none":
+    if moe.moe_router_load_balancing_type in ("none", "quantile_balancing"):
         return probs_TE.new_zeros(())
     over = 1 if moe.moe_router_load_balancing_type == "aux_loss" else rows
     # Texts that are evaluated have any length, which groups need not divide.

@@ -27,8 +27,8 @@ from megatron_moe.model.sharding.optimizer_state import leaves, optimizer_shards
 from megatron_moe.model.sharding.parts import load_plan
 from megatron_moe.model.sharding.shards import ParamShard, Piece
 
-ROUTERS = "layers.*.moe.router.weight"
-"""Logical names of router weights."""
+ROUTERS = "layers.*.moe.router.*"
+"""Logical names of routers' weights and biases."""
 
 
 def frozen_patterns(settings: OptimizerConfig, iteration: int) -> tuple[str, ...]:
@@ -77,6 +77,8 @@ class Frozen:
     """Frozen pieces of other parameters."""
     parts: list[Part] = field(default_factory=list)
     """Their weights, masters and moments."""
+    fixed: list[Tensor] = field(default_factory=list)
+    """Frozen weights that the optimizer does not update in any case: biases of experts."""
 
     def drop_gradients(self) -> None:
         """Zero the gradients of pieces, before the optimizer copies gradients."""
@@ -135,7 +137,9 @@ class Freezing:
         frozen = Frozen()
         for shard in self._shards:
             pieces = [piece for piece in shard.pieces if _matches(piece.name, patterns)]
-            if len(pieces) == len(shard.pieces):
+            if not shard.param.requires_grad:
+                frozen.fixed.extend([shard.param] if pieces else [])
+            elif len(pieces) == len(shard.pieces):
                 # With the distributed optimizer a rank may hold no part of it.
                 frozen.unseen.extend([updated[shard.param]] if shard.param in updated else [])
             elif pieces:

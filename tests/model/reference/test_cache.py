@@ -48,6 +48,10 @@ VARIANTS = {
     "multi-query": (replace(RELEASED, group_query_attention=True), MOE),
     "grouped, norm of heads": (replace(GROUPED, qk_layernorm_scope="head"), MOE),
     "grouped, norm of projections": (GROUPED, MOE),
+    "biased sigmoids": (
+        RELEASED,
+        replace(MOE, moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
+    ),
 }
 
 
