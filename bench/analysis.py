@@ -5,9 +5,9 @@
 The model is the tiny preset in its released variant (24M parameters), the worst case: what is
 counted for a token depends on its layers and choices alone, while the arithmetic of a larger model
 grows with its width. The plain pass computes the loss of every token, as tools/evaluate.py does;
-the other runs every collector of every analysis. Both are timed at two lengths: analyses of single
-experts look at a bounded number of tokens, so that the cost of 1M tokens is extrapolated along a
-line.
+the observed one runs every collector of every analysis, and the analyses follow it, those with
+passes of their own included. All are timed at two lengths: analyses of single experts look at a
+bounded number of tokens, so that the cost of 1M tokens is extrapolated along a line.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from bench.record import Record
-from megatron_moe.analysis.base import Analysis, all_analyses
+from megatron_moe.analysis.base import Material, all_analyses
 from megatron_moe.analysis.collector import Setting, make_collector
 from megatron_moe.analysis.model import MoEModel, MoERunner
 from megatron_moe.analysis.opening import open_model
@@ -39,6 +39,9 @@ VOCAB, LENGTH, ROWS = 8192, 512, 8
 SHORT, LONG, WHOLE = 1 << 15, 1 << 17, 1 << 20
 """Tokens of the two timed samples, and of the one that is asked for."""
 RATIO = 1.3
+ROUNDS, DRAWS = 3, 200
+SLOWEST = ("expert-ablation", "misrouting", "super-experts")
+"""Analyses with passes of their own."""
 
 
 def _checkpoint(folder: Path) -> Path:
@@ -73,13 +76,37 @@ def _plain(runner: MoERunner, sample: Sample) -> None:
         runner.run(batch, predictions=True)
 
 
-def _observed(model: MoEModel, runner: MoERunner, sample: Sample, analyses: list[Analysis]) -> None:
-    setting = Setting(sizes=model.sizes, sample=sample, layers=model.sizes.moe_layers, seed=1)
-    names = sorted({name for each in analyses for name in each.uses})
-    made = {name: make_collector(name, setting) for name in names}
-    with tempfile.TemporaryDirectory() as folder:
-        state = Path(folder) / "pass"
-        stream(runner, sample, made, state=state, fingerprint="", advance=lambda _: None)
+class _Observed:
+    """The observed pass over a sample, and the analyses after it."""
+
+    def __init__(self, model: MoEModel, runner: MoERunner, sample: Sample) -> None:
+        setting = Setting(sizes=model.sizes, sample=sample, layers=model.sizes.moe_layers, seed=1)
+        self.analyses = [each for each in all_analyses().values() if each.needs_data]
+        self.runner, self.sample = runner, sample
+        names = sorted({name for each in self.analyses for name in each.uses})
+        self.made = {name: make_collector(name, setting) for name in names}
+        self.material = Material(
+            model=model, setting=setting, collected=self.made, runner=runner, draws=DRAWS
+        )
+
+    def collect(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            state = Path(folder) / "pass"
+            stream(
+                self.runner,
+                self.sample,
+                self.made,
+                state=state,
+                fingerprint="",
+                advance=lambda _: None,
+            )
+
+    def compute(self) -> dict[str, float]:
+        """Seconds of each analysis."""
+        return {
+            each.key: _seconds(lambda a=each: a.compute(self.material))  # type: ignore[misc]
+            for each in self.analyses
+        }
 
 
 def _seconds(function: Callable[[], None]) -> float:
@@ -89,8 +116,7 @@ def _seconds(function: Callable[[], None]) -> float:
 
 
 def records() -> list[Record]:
-    """Both passes at two lengths, and their ratio at 1M tokens."""
-    analyses = [each for each in all_analyses().values() if each.needs_data]
+    """The passes and the analyses at two lengths, and their ratios at 1M tokens."""
     with tempfile.TemporaryDirectory() as name:
         model = open_model(_checkpoint(Path(name) / "checkpoint"))
         prefix = _corpus(Path(name) / "text")
@@ -100,21 +126,19 @@ def records() -> list[Record]:
             for tokens in (SHORT, LONG)
         ]
         _plain(runner, samples[0])
-        times = [
-            (
-                [_seconds(lambda s=s: _plain(runner, s)) for s in samples],  # type: ignore[misc]
-                [_seconds(lambda s=s: _observed(model, runner, s, analyses)) for s in samples],  # type: ignore[misc]
-            )
-            for _ in range(3)
-        ]
-    plain, observed = (
-        [statistics.median(each[way][length] for each in times) for length in (0, 1)]
-        for way in (0, 1)
+        rounds = [[_timed(model, runner, sample) for sample in samples] for _ in range(ROUNDS)]
+    plain, collect, compute = (
+        [statistics.median(each[length][part] for each in rounds) for length in (0, 1)]
+        for part in ("plain", "collect", "compute")
     )
-    ratio = _at_whole(*observed) / _at_whole(*plain)
+    whole = _at_whole(*plain)
+    collectors = _at_whole(*collect) / whole
+    ratio = collectors + _at_whole(*compute) / whole
+    slowest = sorted(SLOWEST, key=lambda key: -rounds[0][1][key])
     return [
         Record(name="analysis/plain pass", value=LONG / plain[1], unit="tokens/s"),
-        Record(name="analysis/all collectors", value=LONG / observed[1], unit="tokens/s"),
+        Record(name="analysis/all collectors", value=LONG / collect[1], unit="tokens/s"),
+        Record(name="analysis/collectors, 1M tokens over a plain pass", value=collectors, unit="x"),
         Record(
             name="analysis/1M tokens over a plain pass",
             value=ratio,
@@ -122,7 +146,24 @@ def records() -> list[Record]:
             target=f"<= {RATIO}",
             met=ratio <= RATIO,
         ),
+        *(
+            Record(
+                name=f"analysis/{key} after the pass",
+                value=statistics.median(each[1][key] for each in rounds),
+                unit="s",
+            )
+            for key in slowest
+        ),
     ]
+
+
+def _timed(model: MoEModel, runner: MoERunner, sample: Sample) -> dict[str, float]:
+    """Seconds of the passes, of all analyses and of each."""
+    observed = _Observed(model, runner, sample)
+    plain = _seconds(lambda: _plain(runner, sample))
+    collect = _seconds(observed.collect)
+    each = observed.compute()
+    return {"plain": plain, "collect": collect, "compute": sum(each.values()), **each}
 
 
 def _at_whole(short: float, long: float) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from megatron_moe.analysis.plot import (
+    MOST_MARKS,
     Axis,
     Bars,
     Flow,
@@ -155,6 +156,10 @@ def _points(axes: Any, panel: Lines | Scatter) -> None:
             if not ((panel.markers and not each.dashed) or len(x) < 2):
                 kind["marker"] = ""
         axes.plot(x, y, label=label(each.name), **kind)
+        if isinstance(panel, Scatter) and len(each.marks or ()) <= MOST_MARKS:
+            for at_x, at_y, mark in zip(x, y, each.marks or (), strict=False):
+                beside = {"xytext": (0, 2), "textcoords": "offset points", "fontsize": "x-small"}
+                axes.annotate(label(mark), (at_x, at_y), ha="center", va="bottom", **beside)
         if each.low is not None and each.high is not None:
             low, high = np.asarray(each.low, float), np.asarray(each.high, float)
             if isinstance(panel, Lines):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from megatron_moe.analysis.plot import (
+    MOST_MARKS,
     Axis,
     Bars,
     Figure,
@@ -179,6 +180,10 @@ def _points(panel: Lines | Scatter) -> list[Values]:
             size = 7 if len(each.x) <= 300 else 4
             trace["mode"] = "markers"
             trace["marker"] = {"color": colour, "symbol": marker, "size": size, "opacity": 0.75}
+            if each.marks is not None and len(each.marks) <= MOST_MARKS:
+                trace |= {"mode": "markers+text", "textposition": "top center"}
+                trace["hovertext"], trace["text"] = trace.get("text"), list(map(_label, each.marks))
+                trace["hovertemplate"] = "%{hovertext}<br>%{x}: %{y:.4g}"
         else:
             marked = (panel.markers and not each.dashed) or len(each.x) < 2
             trace["mode"] = "lines+markers" if marked else "lines"

@@ -38,6 +38,10 @@ class Reference:
     label: str
 
 
+MOST_MARKS = 64
+"""Points of a series that texts beside them leave readable."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Series:
     """Points of one line or group.
@@ -49,6 +53,7 @@ class Series:
         low, high: ends of an interval around y.
         dashed: drawn as a secondary line.
         text: shown for each point when the reader points at it.
+        marks: printed beside each point of a `Scatter`, short; not beside more than `MOST_MARKS`.
         group: series of one group have one colour, e.g. those of a checkpoint.
     """
 
@@ -59,6 +64,7 @@ class Series:
     high: Sequence[float] | Array | None = None
     dashed: bool = False
     text: Sequence[str] | None = None
+    marks: Sequence[str] | None = None
     group: str = ""
 
 

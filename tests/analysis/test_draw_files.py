@@ -13,7 +13,7 @@ from PIL import Image
 
 from megatron_moe.analysis.draw_files import COLUMN, PAGE, write_figure
 from megatron_moe.analysis.draw_web import web_figure
-from megatron_moe.analysis.plot import Axis, Bars, Figure, Lines, Series
+from megatron_moe.analysis.plot import MOST_MARKS, Axis, Bars, Figure, Lines, Scatter, Series
 from megatron_moe.analysis.style import styles
 from megatron_moe.errors import UsageError
 from tests.analysis import synthetic
@@ -207,3 +207,13 @@ def test_secondary_lines_of_one_colour_differ() -> None:
     found = styles(series)
     assert [dash for _, dash, _ in found] == ["solid", "dash", "dot"] * 2
     assert len(set(found)) == 6
+
+
+@pytest.mark.parametrize(("points", "printed"), [(MOST_MARKS, True), (MOST_MARKS + 1, False)])
+def test_marks_are_beside_points_unless_there_are_many(
+    tmp_path: Path, points: int, printed: bool
+) -> None:
+    at, marks = np.arange(float(points)), [f"#{place}$" for place in range(points)]
+    panel = Scatter(series=[Series(name="a", x=at, y=at, marks=marks)], x=Axis(), y=Axis())
+    write_figure(Figure(key="k", title="t", panels={"a": panel}), tmp_path, "plot")
+    assert (set(marks) <= set(svg_texts(tmp_path / "plot.svg"))) is printed

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_moe.analysis.draw_web import web_figure
 from megatron_moe.analysis.plot import (
+    MOST_MARKS,
     Axis,
     Bars,
     Figure,
@@ -20,6 +21,7 @@ from megatron_moe.analysis.plot import (
     Panel,
     Radar,
     Reference,
+    Scatter,
     Series,
 )
 from megatron_moe.analysis.style import many_colours, scale_colour, styles
@@ -104,6 +106,20 @@ def test_equal_categories_stay_apart() -> None:
     values = np.arange(4.0).reshape(2, 2)
     panel = Heatmap(values=values, rows=["a", "a"], columns="cd", x=Axis(), y=Axis(), colour="")
     assert drawn(panel)["data"][0]["y"] == ["a", "a\u200b"]
+
+
+@pytest.mark.parametrize(
+    ("points", "mode"), [(MOST_MARKS, "markers+text"), (MOST_MARKS + 1, "markers")]
+)
+def test_marks_are_beside_points_unless_there_are_many(points: int, mode: str) -> None:
+    at, texts = np.arange(float(points)), [f"expert {place}" for place in range(points)]
+    marks = [f"<{place}" for place in range(points)]
+    series = Series(name="a", x=at, y=at, text=texts, marks=marks)
+    trace = drawn(Scatter(series=[series], x=Axis(), y=Axis()))["data"][0]
+    assert trace["mode"] == mode
+    shown = ("text", "hovertext") if mode == "markers+text" else (None, "text")
+    assert trace[shown[1]] == texts
+    assert shown[0] is None or trace[shown[0]][1] == "&lt;1"
 
 
 def test_panels_have_common_ranges_unless_given() -> None:

@@ -228,6 +228,7 @@ def _means(results: Mapping[str, Result]) -> Figure:
                 x=result.arrays["score_LE"][place],
                 y=result.arrays["norm_LE"][place],
                 text=[f"expert {e}" for e in range(result.arrays["score_LE"].shape[1])],
+                marks=[str(e) for e in range(result.arrays["score_LE"].shape[1])],
                 group=label,
             )
             for label, result in results.items()

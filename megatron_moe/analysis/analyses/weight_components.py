@@ -130,8 +130,13 @@ def _matrices(label: str, result: Result, p: int, name: str) -> Figure:
     layers = result.arrays["layers"].tolist()
     for row in shown_layers(layers, result.arrays["matrices_LPEC"].shape[2]):
         place_EC = result.arrays["matrices_LPEC"][row, p]
-        texts = [f"expert {e}" for e in range(len(place_EC))]
-        series = Series(name="experts", x=place_EC[:, 0], y=place_EC[:, 1], text=texts)
+        series = Series(
+            name="experts",
+            x=place_EC[:, 0],
+            y=place_EC[:, 1],
+            text=[f"expert {e}" for e in range(len(place_EC))],
+            marks=[str(e) for e in range(len(place_EC))],
+        )
         panels[f"layer {layers[row]}"] = _plane([series])
     return Figure(
         key=f"matrices-{label}-{name}",
