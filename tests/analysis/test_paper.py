@@ -12,7 +12,7 @@ import pytest
 
 from megatron_moe.analysis.base import all_analyses
 from megatron_moe.analysis.figures.olmoe import strongest
-from megatron_moe.analysis.figures.olmoe_vocabulary import shown_layers
+from megatron_moe.analysis.figures.olmoe_vocabulary import named_figure, shown_layers
 from megatron_moe.analysis.model import MoEModel
 from megatron_moe.analysis.observation import TokenBatch
 from megatron_moe.analysis.paper import Drawn, Given, Missing, papers
@@ -172,7 +172,7 @@ def test_equal_checkpoints_are_saturated(given: Given) -> None:
     assert list(panels) == ["Top-k=1", f"Top-k={TOPK}"]
     for panel in panels.values():
         assert isinstance(panel, Lines)
-        assert [series.name for series in panel.series] == [str(layer) for layer in LAYERS]
+        assert [series.name for series in panel.series] == [f"layer {layer}" for layer in LAYERS]
         assert [list(series.x) for series in panel.series] == [[50.0]] * len(LAYERS)
         assert [list(series.y) for series in panel.series] == [[100.0]] * len(LAYERS)
 
@@ -257,3 +257,10 @@ def test_the_report_has_the_paper(given: Given, sample: Sample, tmp_path: Path) 
     assert (tmp_path / "figures" / "openmoe" / "figure-5-run@100.svg").is_file()
     assert (tmp_path / "figures" / "openmoe" / "table-10.csv").is_file()
     assert "Not drawn: needs the analysis tokens." in text
+
+
+def test_names_of_figures_are_alike() -> None:
+    assert named_figure("Figure 22", "Run", "", {}).key == "figure-22-Run"
+    assert named_figure("Figures 1 to 2, flow", "Run", "exact", {}).key == (
+        "figures-1-to-2-flow-exact-Run"
+    )

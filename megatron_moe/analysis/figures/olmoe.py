@@ -59,8 +59,8 @@ def _saturation(given: Given) -> Drawn:
     panels: dict[str, Panel] = {
         f"Top-k={count}": Lines(
             series=[
-                Series(name=str(layer), x=arrays["axis_N"], y=100 * arrays[f"{rule}_NL"][:, row])
-                for row, layer in enumerate(arrays["layers"])
+                Series(name=f"layer {layer}", x=arrays["axis_N"], y=100 * share_N)
+                for layer, share_N in zip(arrays["layers"], arrays[f"{rule}_NL"].T, strict=True)
             ],
             x=Axis(title="Pretraining stage (%)" if numbers else "checkpoint"),
             y=Axis(title="Router saturation (%)"),

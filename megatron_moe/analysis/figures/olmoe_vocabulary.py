@@ -42,8 +42,9 @@ def named_figure(
         panels: of it.
         more: further fields of `Figure`.
     """
-    key = f"{number.lower().replace(' ', '-')}-{what}-{label}" if what else f"{number}-{label}"
-    title = f"{number}, {what}, {label}" if what else f"{number}, {label}"
+    parts = [number, what, label] if what else [number, label]
+    key = "-".join([number.lower().replace(",", "").replace(" ", "-"), *parts[1:]])
+    title = ", ".join(parts)
     return Figure(key=key, title=title, panels=panels, **more)
 
 
@@ -139,9 +140,9 @@ def id_shares(given: Given) -> Drawn:
         panels: dict[str, Panel] = {}
         for expert in (e for e in SHARES if e < len(shares_EB)):
             total = max(1, int(shares_EB[expert].sum()))
-            names = [f"{100 * i // bins}" for i in range(bins)]
+            starts = [100 * i / bins for i in range(bins)]
             panels[f"Expert {expert}"] = Bars(
-                series=[Series(name="token ids", x=names, y=100 * shares_EB[expert] / total)],
+                series=[Series(name="token ids", x=starts, y=100 * shares_EB[expert] / total)],
                 x=Axis(title="Routing Probability (%), from"),
                 y=Axis(title="Frequency (normalized %)"),
             )
