@@ -48,9 +48,12 @@ NAMES: dict[str, int] = {
     "optimizer-inner-step": 1,
     "optimizer-copy-main-to-model-params": 1,
     "optimizer": 1,
+    "save-checkpoint": 1,
 }
 """Timers of Megatron-LM's training log and their levels, in the order of a step. `all-to-all`, of
 the expert layers forward and backward, is this program's; it is a part of the two before it."""
+BETWEEN_STEPS = {"save-checkpoint"}
+"""What is not a part of a step: the time since the last collection, however many steps it has."""
 
 
 class StepTimers:
@@ -113,7 +116,8 @@ class StepTimers:
 
     def collect(self, steps: int) -> Mapping[str, tuple[float, float]]:
         """Seconds of a step since the last call, by name: least and most over the ranks that
-        measured it. A collective over all ranks, unless the level is 0.
+        measured it. `BETWEEN_STEPS` are seconds since the last call. A collective over all ranks,
+        unless the level is 0.
         """
         if self._timers is None:
             return {}
@@ -126,7 +130,8 @@ class StepTimers:
         torch.distributed.all_gather(ranks, mine)
         found: dict[str, tuple[float, float]] = {}
         for name, seconds in zip(self._names, torch.stack(ranks, 1).tolist(), strict=True):
-            measured = [value / steps for value in seconds if value > 0.0]
+            count = 1 if name in BETWEEN_STEPS else steps
+            measured = [value / count for value in seconds if value > 0.0]
             if measured:
                 found[name] = (min(measured), max(measured))
         return found

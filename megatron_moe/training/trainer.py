@@ -25,6 +25,7 @@ from megatron_moe.training.dataloaders import PhaseDataLoaders
 from megatron_moe.training.diagnosis import diagnose
 from megatron_moe.training.evaluation import evaluate_split
 from megatron_moe.training.exit_request import LOG_FAILURE, ExitRequest
+from megatron_moe.training.log import timers_line
 from megatron_moe.training.metrics import Evaluation, Interval, Meter, Summary
 from megatron_moe.training.phases import Phase, RunSchedule
 from megatron_moe.training.probe import RoutingProbe
@@ -195,6 +196,8 @@ class Trainer:
         self.report()
         self.save()
         self.checkpoints.finish()
+        if last := self.run.timers.collect(1):  # of the save, after the last report
+            self.reporter.log(timers_line(last))
         if self.finished:
             self.evaluate("validation")
             self.evaluate("test")
@@ -395,11 +398,12 @@ class Trainer:
             spikes=self.spikes,
             probe=None if self.probe is None else self.probe.to_json(),
         )
-        self.checkpoints.save(
-            replace(self.state, extra=extra),
-            chunks=self.run.wrapped,
-            optimizer=self.run.optimizer,
-            identity=identity_of(self.run, data),
-        )
+        with self.run.timers.measure("save-checkpoint"):
+            self.checkpoints.save(
+                replace(self.state, extra=extra),
+                chunks=self.run.wrapped,
+                optimizer=self.run.optimizer,
+                identity=identity_of(self.run, data),
+            )
         self.saved_iteration = iteration
         self.meter.resume()

@@ -20,7 +20,7 @@ STEPS = 2
 
 
 def slept(rank: int, world_size: int) -> tuple[dict[str, tuple[float, float]], ...]:
-    """What two collections hold: the second one after a block that only rank 1 runs."""
+    """What three collections hold: the second one after a block that only rank 1 runs."""
     timers = StepTimers(2)
     for _ in range(STEPS):
         with timers.measure("forward-backward"):
@@ -29,12 +29,15 @@ def slept(rank: int, world_size: int) -> tuple[dict[str, tuple[float, float]], .
     if rank == 1:
         with timers.measure("batch-generator"):
             time.sleep(SLEEP)
-    return first, dict(timers.collect(1))
+    second = dict(timers.collect(1))
+    with timers.measure("save-checkpoint"):
+        time.sleep(SLEEP)
+    return first, second, dict(timers.collect(1000))
 
 
 def test_a_collection_has_the_least_and_most_since_the_last_one(pool: Pool) -> None:
-    (first, second), other = pool.run(slept, 2)
-    assert other == (first, second)
+    (first, second, third), other = pool.run(slept, 2)
+    assert other == (first, second, third)
     assert list(first) == ["forward-backward"]
     least, most = first["forward-backward"]
     assert SLEEP <= least < most
@@ -43,6 +46,8 @@ def test_a_collection_has_the_least_and_most_since_the_last_one(pool: Pool) -> N
     assert list(second) == ["batch-generator"]
     least, most = second["batch-generator"]
     assert SLEEP <= least == most
+    # A save is no part of a step.
+    assert third["save-checkpoint"][0] >= SLEEP
 
 
 def switched(rank: int, world_size: int) -> list[bool]:
