@@ -19,7 +19,9 @@ from megatron_moe.config.fields import (
 from megatron_moe.errors import UsageError
 
 CapacityRule = Literal["t5x", "port", "megatron"]
-LoadBalancing = Literal["seq_aux_loss", "aux_loss", "group_aux_loss", "none", "quantile_balancing"]
+LoadBalancing = Literal[
+    "seq_aux_loss", "aux_loss", "group_aux_loss", "global_aux_loss", "none", "quantile_balancing"
+]
 LossConvention = Literal["openmoe", "megatron"]
 ScoreFunction = Literal["softmax", "sigmoid"]
 
@@ -84,16 +86,22 @@ class MoEConfig:
     position. `random`: as `position`, with the tokens in another order in every training step.
     `fair`: as `position`, with the slots of an expert spread evenly over its choices, and over
     steps to each of them equally often."""
-    moe_router_load_balancing_type: LoadBalancing = "seq_aux_loss"
+    moe_router_load_balancing_type: LoadBalancing | tuple[LoadBalancing, ...] = "seq_aux_loss"
     """Over which tokens E * sum_e f_e P_e is taken: each row (`seq_aux_loss`), each capacity group
     (`group_aux_loss`, as released), the micro-batch (`aux_loss`), or no such loss (`none`).
+    `global_aux_loss`: f of all data-parallel ranks and micro-batches of the step so far. Several
+    losses are added up; metrics show the first.
     `quantile_balancing`: no loss, but a bias of each expert, which enters the choices alone: with
     it the expert would have been chosen by its share of the last step's tokens."""
-    moe_aux_loss_coeff: Annotated[float, NonNegative] = 0.01
-    """Weight of the load-balancing loss, in the units of `--moe-loss-convention`."""
+    moe_aux_loss_coeff: Annotated[float | tuple[float, ...], NonNegative] = 0.01
+    """Weight of the load-balancing loss, or of each of several ones, in the units of
+    `--moe-loss-convention`."""
     moe_z_loss_coeff: Annotated[float, NonNegative] = 1e-4
     """Weight of the router z-loss mean(logsumexp(logits)^2), in the units of
     `--moe-loss-convention`."""
+    moe_z_loss_over: Annotated[Literal["all", "chosen"], OmittedAtDefault] = "all"
+    """Experts whose logits enter the router z-loss of a token: all, or the chosen ones, so that the
+    others are free to fall."""
     moe_loss_convention: Annotated[LossConvention, OmittedAtDefault] = "openmoe"
     """Units of both coefficients. `openmoe`: the load-balancing loss is k when balanced, and both
     losses are averaged over MoE layers. `megatron`: it is 1 when balanced, and both are summed over
@@ -155,15 +163,27 @@ class MoEConfig:
     @property
     def balances_by_quantile(self) -> bool:
         """Whether experts have a bias that quantiles set."""
-        return self.moe_router_load_balancing_type == "quantile_balancing"
+        return "quantile_balancing" in self.load_balancing_types
+
+    @property
+    def load_balancing_types(self) -> tuple[str, ...]:
+        """`--moe-router-load-balancing-type` as several, also if it is one."""
+        kinds = self.moe_router_load_balancing_type
+        return (kinds,) if isinstance(kinds, str) else kinds
+
+    @property
+    def aux_loss_coeffs(self) -> tuple[float, ...]:
+        """The weight of each of `load_balancing_types`, as given."""
+        weights = self.moe_aux_loss_coeff
+        return weights if isinstance(weights, tuple) else (weights,)
 
     @property
     def has_expert_bias(self) -> bool:
         """Whether experts have a bias, whatever sets it."""
         return self.moe_router_enable_expert_bias or self.balances_by_quantile
 
-    def openmoe_coefficients(self, num_moe_layers: int) -> tuple[float, float]:
-        """Both coefficients in units of `openmoe`, whatever `--moe-loss-convention` is.
+    def openmoe_coefficients(self, num_moe_layers: int) -> tuple[tuple[float, ...], float]:
+        """All coefficients in units of `openmoe`, whatever `--moe-loss-convention` is.
 
         Example: k = 2 and 4 MoE layers; 0.005 and 2.5e-5 in units of `megatron` are 0.01 and 1e-4.
 
@@ -171,12 +191,13 @@ class MoEConfig:
             num_moe_layers: MoE layers of the whole model.
 
         Returns:
-            Weights of the load-balancing loss and of the router z-loss.
+            Weights of each load-balancing loss and of the router z-loss.
         """
-        balance, z = self.moe_aux_loss_coeff, self.moe_z_loss_coeff
+        balance, z = self.aux_loss_coeffs, self.moe_z_loss_coeff
         if self.moe_loss_convention == "openmoe":
             return balance, z
-        return balance * num_moe_layers / self.moe_router_topk, z * num_moe_layers
+        factor = num_moe_layers, self.moe_router_topk
+        return tuple(each * factor[0] / factor[1] for each in balance), z * num_moe_layers
 
 
 def capacity_group_tokens(moe: MoEConfig, *, rows: int, row_tokens: int) -> int:

@@ -299,8 +299,20 @@ def _check_routing(moe: MoEConfig) -> None:
         fix = "the weight of a single choice would always be 1; use --moe-router-pre-softmax"
         raise UsageError("--moe-router-topk", 1, expected, fix)
     _check_expert_groups(moe)
+    _check_balance_losses(moe)
     if moe.balances_by_quantile:
         _check_quantiles(moe)
+
+
+def _check_balance_losses(moe: MoEConfig) -> None:
+    """`--moe-router-load-balancing-type` and `--moe-aux-loss-coeff`, if they are several."""
+    kinds, weights = moe.load_balancing_types, moe.aux_loss_coeffs
+    found, flag = " ".join(kinds), "--moe-router-load-balancing-type"
+    if not kinds or len(set(kinds)) < len(kinds) or (len(kinds) > 1 and "none" in kinds):
+        raise UsageError(flag, found, "one or several, each once, none alone")
+    if len(kinds) != len(weights):
+        given = " ".join(map(str, weights))
+        raise UsageError("--moe-aux-loss-coeff", given, f"a number for each of {found}")
 
 
 def _check_quantiles(moe: MoEConfig) -> None:

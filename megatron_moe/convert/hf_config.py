@@ -113,7 +113,7 @@ def _expert_fields(config: RunConfig) -> dict[str, Any]:
     """
     model, moe = config.model, config.moe
     layers = sum(moe_layer_pattern(moe.moe_layer_freq, model.num_layers))
-    balance, router_z = moe.openmoe_coefficients(layers)
+    (balance, *_), router_z = moe.openmoe_coefficients(layers)
     return {
         "num_experts": moe.num_experts,
         "moe_layer_interval": _interval(config),
@@ -254,6 +254,12 @@ def _check_expressible(config: RunConfig) -> None:
         faults.append(
             "--moe-token-drop-policy must be position or probs for the Hugging Face layout "
             f"(got {policy!r})"
+        )
+    kinds = config.moe.load_balancing_types
+    if len(kinds) > 1 or kinds[0] not in ("seq_aux_loss", "aux_loss", "group_aux_loss", "none"):
+        faults.append(
+            "--moe-router-load-balancing-type must be one of seq_aux_loss, aux_loss, group_aux_loss"
+            f" and none for the Hugging Face layout (got {' '.join(kinds)})"
         )
     if faults:
         expected = "one that the exported modelling file computes"

@@ -205,6 +205,8 @@ def to_architecture(name: str, config: RunConfig, vocab_size: int, dtype: str) -
         for field in fields_of(type(mine)).values()
         if field.name not in _TRAINING and getattr(mine, field.name) != getattr(theirs, field.name)
     ]
+    if ours.moe.has_expert_bias:
+        faults.append(f"--moe-router-load-balancing-type must not be quantile_balancing for {name}")
     if faults:
         raise CheckpointError("variant of the model", "another", f"that of {name}", "", faults)
     return values
@@ -261,7 +263,7 @@ def _olmoe_fields(moe: MoEConfig) -> dict[str, Any]:
     return {
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.moe_router_topk,
-        "router_aux_loss_coef": moe.moe_aux_loss_coeff,
+        "router_aux_loss_coef": moe.aux_loss_coeffs[0],
     }
 
 

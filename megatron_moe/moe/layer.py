@@ -108,7 +108,7 @@ class MoELayer(nn.Module):
             self.experts: Experts = StackedExperts(model, moe, groups, params_dtype, device)
         else:
             self.experts = make_experts(groups)
-        self.losses = RouterLosses(moe, num_moe_layers, groups.tp)
+        self.losses = RouterLosses(moe, num_moe_layers, groups.tp, getattr(pgs, "dp", None))
         self.statistics = RoutingCounter(layer_number, moe.num_experts, moe.moe_router_topk, device)
         self.replace_scores: Callable[[Scores], Scores] | None = None
         self.on_routing: Callable[[RoutingDecision], None] | None = None
@@ -132,7 +132,7 @@ class MoELayer(nn.Module):
         plan = self.dispatcher.plan(scores, batch, self.training, self.experts, draw)
         rows_RH = self.dispatcher.dispatch(x_TH, plan)
         rows_RH = self.experts(rows_RH, plan)
-        weights_TK, losses = self.losses.attach(scores, plan)
+        weights_TK, losses = self.losses.attach(scores, plan, self.training)
         self._observe(scores, plan, losses, padding_SB)
         return self.dispatcher.combine(rows_RH, weights_TK, plan).view_as(x_SBH)
 

@@ -1,8 +1,10 @@
-"""The two losses of a router, and how they enter the backward pass.
+"""The losses of a router, and how they enter the backward pass.
 
 Load balance: E * sum_e f_e P_e over a row, a capacity group or the micro-batch, f_e the choices of
 expert e per token, before drops, and P_e its mean probability: k when balanced (Switch Transformer,
-eq. 4, with k choices). Router z-loss: mean of logsumexp(logits)^2 (ST-MoE, eq. 5).
+eq. 4, with k choices). With `global_aux_loss` f_e is of the global batch so far and P_e of the
+micro-batch. Several of them can be added up. Router z-loss: mean of logsumexp(logits)^2 (ST-MoE,
+eq. 5).
 
 The losses are not added to the model's loss: a layer inside a pipeline stage has no access to it.
 They are attached to the combine weights by an autograd function that returns the weights as they
@@ -17,6 +19,7 @@ row), Q consecutive tokens with a slope each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,67 +30,91 @@ from fused_kernels.operations import RouterKernel
 from fused_kernels.reference import router as reference
 from megatron_moe.config import MoEConfig
 from megatron_moe.moe.exchange import Group, all_gather, rank_of
+from megatron_moe.moe.global_loads import GlobalLoads
 from megatron_moe.moe.plan import Capacity, Plan, by_priority
 from megatron_moe.moe.scoring import Scores
 
 
 class RouterLosses:
-    """Both losses of one MoE layer.
+    """The losses of one MoE layer.
 
     Args:
-        moe: which balance loss, and the coefficients.
+        moe: which balance losses, and the coefficients.
         num_moe_layers: MoE layers of the whole model.
         tp_group: ranks that share the rows; `None` for one.
+        dp_group: ranks with other rows; `None` for one.
 
     Attributes:
-        balance_weight: factor of this layer's balance loss, which is k when balanced.
+        balance: kind and factor of each of this layer's balance losses, which are k when balanced.
         z_weight: factor of this layer's z-loss.
+        global_loads: what `global_aux_loss` counts.
     """
 
-    def __init__(self, moe: MoEConfig, num_moe_layers: int, tp_group: Group = None) -> None:
+    def __init__(
+        self,
+        moe: MoEConfig,
+        num_moe_layers: int,
+        tp_group: Group = None,
+        dp_group: Group = None,
+    ) -> None:
         self.num_experts = moe.num_experts
-        self.load_balancing = moe.moe_router_load_balancing_type
-        if moe.balances_by_quantile:
-            self.load_balancing = "none"
-        balance, z = moe.openmoe_coefficients(num_moe_layers)
-        self.balance_weight, self.z_weight = balance / num_moe_layers, z / num_moe_layers
-        self.tp_group = tp_group
+        weights, z = moe.openmoe_coefficients(num_moe_layers)
+        kinds = ("none" if k == "quantile_balancing" else k for k in moe.load_balancing_types)
+        self.balance = [(k, w / num_moe_layers) for k, w in zip(kinds, weights, strict=True)]
+        self.z_weight = z / num_moe_layers
+        self.tp_group, self.global_loads = tp_group, GlobalLoads(dp_group)
 
-    def attach(self, scores: Scores, plan: Plan) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def attach(
+        self, scores: Scores, plan: Plan, training: bool = True
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Let the losses take part in the backward pass of what is made from the result.
 
         Args:
             scores: of this rank's tokens.
             plan: combine weights and choices of all tokens of the sequences.
+            training: whether the pass belongs to a step; `global_aux_loss` is of the micro-batch
+                alone otherwise.
 
         Returns:
-            The combine weights of the plan, and this rank's shares of the balance and the z-loss,
-            without coefficients and gradient, for the statistics.
+            The combine weights of the plan, and this rank's shares of the first balance loss and of
+            the z-loss, without coefficients and gradient, for the statistics.
         """
-        load_QE, parts = self._loads(self._counted(scores, plan), plan, scores.choices_TK.shape[0])
-        rule = LossRule(
-            tokens=plan.choices_TK.shape[0],
-            parts=parts,
-            balance_weight=self.balance_weight,
-            z_weight=self.z_weight,
-        )
+        counted_TK = self._counted(scores, plan)
+        local_tokens = scores.choices_TK.shape[0]
+        terms = []
+        for kind, weight in self.balance:
+            if kind == "global_aux_loss" and self.global_loads.counts(training):
+                term = self._global_term(counted_TK, plan, weight)
+            else:
+                load_QE, parts = self._loads(kind, counted_TK, plan, local_tokens)
+                term = BalanceTerm(load_QE=load_QE, parts=parts, weight=weight)
+            terms.append(term)
+        rule = LossRule(tokens=plan.choices_TK.shape[0], z_weight=self.z_weight)
         kernel = plan.kernels.router
-        weights_TK, balance, z = attach_losses(plan.weights_TK, scores, load_QE, rule, kernel)
+        weights_TK, balance, z = attach_losses(plan.weights_TK, scores, terms, rule, kernel)
         return weights_TK, (balance, z)
+
+    def _global_term(self, counted_TK: Tensor | None, plan: Plan, weight: float) -> BalanceTerm:
+        load_BE, _ = self._loads("seq_aux_loss", counted_TK, plan, 0)
+        load_E, micro_batches = self.global_loads.add(load_BE.sum(0))
+        load_QE = load_E.expand(plan.batch, -1)
+        tokens = plan.choices_TK.shape[0] * micro_batches
+        return BalanceTerm(load_QE=load_QE, load_tokens=tokens, weight=weight)
 
     def _counted(self, scores: Scores, plan: Plan) -> Tensor | None:
         """The choices that count, of all tokens of the sequences; `None` for those of the plan."""
-        if scores.balance_TK is None or self.load_balancing == "none":
+        if scores.balance_TK is None or all(kind == "none" for kind, _ in self.balance):
             return None
         # int32 holds any expert id and is half of what would travel.
         return all_gather(scores.balance_TK.int(), self.tp_group).long()
 
     def _loads(
-        self, counted_TK: Tensor | None, plan: Plan, local_tokens: int
+        self, kind: str, counted_TK: Tensor | None, plan: Plan, local_tokens: int
     ) -> tuple[Tensor, int]:
         """Choices of the part of the micro-batch that each token belongs to, and how many parts.
 
         Args:
+            kind: of the balance loss.
             counted_TK: see `_counted`.
             plan: of the pass.
             local_tokens: T.
@@ -96,9 +123,9 @@ class RouterLosses:
             [Q, E], token t of this rank having entry t % Q; zeros without a balance loss.
         """
         rows, groups = plan.batch, plan.capacity.groups
-        if self.load_balancing == "none":
+        if kind == "none":
             return plan.choices_TK.new_zeros(rows, self.num_experts), 1
-        if self.load_balancing == "group_aux_loss" and groups != rows:
+        if kind == "group_aux_loss" and groups != rows:
             first = rank_of(self.tp_group) * (local_tokens // rows)
             load_GE = plan.slots.load_GE
             if counted_TK is not None:
@@ -109,7 +136,7 @@ class RouterLosses:
         else:
             chosen_TK = plan.choices_TK if counted_TK is None else counted_TK
             load_BE = load_per_row(chosen_TK, rows, self.num_experts)
-        if self.load_balancing == "aux_loss":
+        if kind in ("aux_loss", "global_aux_loss"):
             return load_BE.sum(0, keepdim=True).expand(rows, -1), 1
         return load_BE, rows
 
@@ -154,26 +181,50 @@ def load_per_group(
 
 
 @dataclass(frozen=True, kw_only=True)
+class BalanceTerm:
+    """One balance loss.
+
+    Args:
+        load_QE: int64 choices of a part of the micro-batch, over all ranks that share it: entry
+            t % Q is that of the part of token t. Zeros: no balance loss.
+        parts: equal parts of the micro-batch over whose balance losses the mean is taken.
+        load_tokens: tokens whose choices these are, if not those of the micro-batch.
+        weight: factor of the loss.
+    """
+
+    load_QE: Tensor
+    parts: int = 1
+    load_tokens: int | None = None
+    weight: float = 1.0
+
+    def factor(self, tokens: int) -> float:
+        """Of the sum over tokens of p_e load_e, T tokens in the micro-batch.
+
+        With mass_e the summed probability of expert e: the mean over P parts of
+        E * sum_e (load_e / T_p) (mass_e / T_p), T_p = T / P, is the sum over tokens of p_e load_e,
+        with the load of the token's part, times E * P / T^2.
+        """
+        loaded = tokens if self.load_tokens is None else self.load_tokens
+        return self.load_QE.shape[1] * self.parts / (tokens * loaded)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LossRule:
-    """How the two losses are computed and weighted.
+    """How the losses are computed and weighted.
 
     Args:
         tokens: tokens of the micro-batch over the ranks that share its rows.
-        parts: equal parts of the micro-batch over whose balance losses the mean is taken.
-        balance_weight: factor of the balance loss.
         z_weight: factor of the z-loss.
     """
 
     tokens: int
-    parts: int
-    balance_weight: float = 1.0
     z_weight: float = 1.0
 
 
 def attach_losses(
     weights_TK: Tensor,
     scores: Scores,
-    load_QE: Tensor,
+    terms: Sequence[BalanceTerm],
     rule: LossRule,
     kernel: RouterKernel = reference,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,15 +233,14 @@ def attach_losses(
     Args:
         weights_TK: combine weights, of this rank's tokens or of more.
         scores: of this rank's tokens.
-        load_QE: int64 choices of a part of the micro-batch, over all ranks that share it: entry
-            t % Q is that of the part of token t. Zeros: no balance loss.
+        terms: at least one balance loss.
         rule: formula and weights.
         kernel: the implementation of the sums.
 
     Returns:
-        The combine weights, and this rank's shares of the balance and the z-loss.
+        The combine weights, and this rank's shares of the first balance loss and of the z-loss.
     """
-    return _AttachLosses.apply(weights_TK, scores.probs_TE, scores.log_z_T, load_QE, rule, kernel)
+    return _AttachLosses.apply(weights_TK, scores.probs_TE, scores.log_z_T, terms, rule, kernel)
 
 
 class _AttachLosses(torch.autograd.Function):
@@ -200,21 +250,17 @@ class _AttachLosses(torch.autograd.Function):
         weights_TK: Tensor,
         probs_TE: Tensor,
         log_z_T: Tensor,
-        load_QE: Tensor,
+        terms: Sequence[BalanceTerm],
         rule: LossRule,
         kernel: RouterKernel,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # With mass_e the summed probability of expert e: the mean over P parts of
-        # E * sum_e (load_e / T_p) (mass_e / T_p), T_p = tokens / P, is the sum over tokens of
-        # p_e load_e, with the load of the token's part, times E * P / tokens^2.
-        experts = load_QE.shape[1]
-        slope_QE = load_QE.to(probs_TE.dtype)
-        factor = experts * rule.parts / rule.tokens**2
-        balance, z = kernel.loss_sums(probs_TE, log_z_T, load_QE)
-        balance, z = balance * factor, z / rule.tokens
-        ctx.save_for_backward(log_z_T, slope_QE)
+        factors = [term.factor(rule.tokens) for term in terms]
+        balance, z = kernel.loss_sums(probs_TE, log_z_T, terms[0].load_QE)
+        balance, z = balance * factors[0], z / rule.tokens
+        ctx.save_for_backward(log_z_T, *(term.load_QE.to(probs_TE.dtype) for term in terms))
         ctx.tokens = probs_TE.shape[0]
-        ctx.weights = rule.balance_weight * factor, 2 * rule.z_weight / rule.tokens
+        ctx.balance = [term.weight * factor for term, factor in zip(terms, factors, strict=True)]
+        ctx.z = 2 * rule.z_weight / rule.tokens
         ctx.mark_non_differentiable(balance, z)
         ctx.set_materialize_grads(False)
         return weights_TK, balance, z
@@ -223,14 +269,18 @@ class _AttachLosses(torch.autograd.Function):
     def backward(
         ctx: Any, *grads: Tensor | None
     ) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
-        log_z_T, slope_QE = ctx.saved_tensors
-        slopes, experts = slope_QE.shape
+        log_z_T, *loads = ctx.saved_tensors
         scale = _main_loss_scale()
-        slope_QE, log_z_T = (
+        log_z_T, *slopes = (
             x * (weight * scale if scale is not None else weight)
-            for x, weight in zip((slope_QE, log_z_T), ctx.weights, strict=True)
+            for x, weight in zip((log_z_T, *loads), (ctx.z, *ctx.balance), strict=True)
         )
-        probs_TE = slope_QE.expand(ctx.tokens // slopes, slopes, experts).reshape(-1, experts)
+        probs_TE, *more = (
+            slope_QE.expand(ctx.tokens // len(slope_QE), *slope_QE.shape).flatten(0, 1)
+            for slope_QE in slopes
+        )
+        for other_TE in more:
+            probs_TE = probs_TE + other_TE
         return grads[0], probs_TE, log_z_T, None, None, None
 
 

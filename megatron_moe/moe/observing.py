@@ -26,7 +26,8 @@ def moe_layers(chunks: Iterable[nn.Module]) -> dict[int, MoELayer]:
 
 
 def begin_step(chunks: Iterable[nn.Module], seed: int, step: int) -> None:
-    """Set what drop policies may depend on in passes in training mode from here on.
+    """Set what drop policies may depend on in passes in training mode from here on, and let the
+    loads of a balance loss over the global batch begin anew.
 
     Args:
         chunks: model chunks.
@@ -35,6 +36,7 @@ def begin_step(chunks: Iterable[nn.Module], seed: int, step: int) -> None:
     """
     for number, layer in moe_layers(chunks).items():
         layer.draw = Draw(layer=number, seed=seed, step=step)
+        layer.losses.global_loads.begin_step()
 
 
 @contextmanager

@@ -43,7 +43,8 @@ class Scores:
     Args:
         logits_TE: at least fp32, without gradient.
         log_probs_TE: logarithms of `probs_TE`, without gradient.
-        log_z_T: logarithm of the softmax normalizer of the logits, differentiable.
+        log_z_T: logarithm of the sum of exp(logit), differentiable: what the z-loss reads. Over all
+            experts, or over the chosen ones with `--moe-z-loss-over chosen`.
         probs_TE: each row sums to 1, differentiable: what the balance loss reads.
         choices_TK: int64 expert ids, best first; among equals the lower id first.
         weights_TK: combine weights of the choices, differentiable.
@@ -78,6 +79,7 @@ class ScoreRule:
         groups: G; 1 without groups.
         group_topk: groups among whose experts a token chooses.
         groups_by_logits: whether groups are compared by their logits rather than their scores.
+        z_of_chosen: whether the z-loss is of the chosen experts alone.
     """
 
     function: Literal["softmax", "sigmoid"] = "softmax"
@@ -87,6 +89,7 @@ class ScoreRule:
     groups: int = 1
     group_topk: int = 1
     groups_by_logits: bool = False
+    z_of_chosen: bool = False
 
     @classmethod
     def of(cls, moe: MoEConfig) -> ScoreRule:
@@ -101,6 +104,7 @@ class ScoreRule:
             groups=moe.moe_router_num_groups or 1,
             group_topk=moe.moe_router_group_topk or 1,
             groups_by_logits=after,
+            z_of_chosen=moe.moe_z_loss_over == "chosen",
         )
 
     def weights(self, scores_TK: Tensor) -> Tensor:
@@ -137,7 +141,11 @@ def score(logits_TE: Tensor, rule: ScoreRule, bias_E: Tensor | None = None) -> S
         weights_TK=scores_TE.gather(1, choices_TK),
         scores_TE=None if rule.function == "softmax" else scores_TE,
     )
-    return select(scores, rule, bias_E)
+    scores = select(scores, rule, bias_E)
+    if rule.z_of_chosen and rule.function == "sigmoid":
+        chosen_TK = logits_TE.gather(1, scores.choices_TK)
+        scores = replace(scores, log_z_T=chosen_TK.logsumexp(1))
+    return scores
 
 
 def select(scores: Scores, rule: ScoreRule, bias_E: Tensor | None = None) -> Scores:
@@ -149,7 +157,7 @@ def select(scores: Scores, rule: ScoreRule, bias_E: Tensor | None = None) -> Sco
         bias_E: added to the scores for the selection; `None` without.
     """
     if bias_E is None and rule.groups == 1:
-        return replace(scores, weights_TK=rule.weights(scores.weights_TK))
+        return _weighted(scores, rule, scores.weights_TK)
     raw_TE = scores.raw_TE
     ranking_TE = raw_TE.detach()
     if rule.groups_by_logits and bias_E is None:
@@ -159,9 +167,18 @@ def select(scores: Scores, rule: ScoreRule, bias_E: Tensor | None = None) -> Sco
     if rule.groups > 1:
         ranking_TE = limited(ranking_TE, rule)
     choices_TK = _best(ranking_TE, rule.topk)
-    weights_TK = rule.weights(raw_TE.gather(1, choices_TK))
-    plain_TK = scores.choices_TK
-    return replace(scores, choices_TK=choices_TK, weights_TK=weights_TK, balance_TK=plain_TK)
+    scores = replace(scores, choices_TK=choices_TK, balance_TK=scores.choices_TK)
+    return _weighted(scores, rule, raw_TE.gather(1, choices_TK))
+
+
+def _weighted(scores: Scores, rule: ScoreRule, chosen_TK: Tensor) -> Scores:
+    """With the weights that the scores of the choices give, and the z-loss of these choices."""
+    log_z_T = scores.log_z_T
+    if rule.z_of_chosen and rule.function == "softmax":
+        # Of a softmax, log sum over the chosen of exp(l) = log Z + log sum over the chosen of p.
+        share_T = chosen_TK.sum(1).clamp(min=torch.finfo(chosen_TK.dtype).tiny)
+        log_z_T = log_z_T + share_T.log()
+    return replace(scores, weights_TK=rule.weights(chosen_TK), log_z_T=log_z_T)
 
 
 def limited(ranking_TE: Tensor, rule: ScoreRule) -> Tensor:

@@ -149,7 +149,7 @@ class Description:
         part = f"1/{row // size} row" if size < row else f"{size // row} row" + "s" * (size > row)
         return (
             f"  capacity      {moe.moe_capacity_rule}, in groups of {size} tokens ({part});"
-            f" {moe.moe_router_load_balancing_type}"
+            f" {', '.join(moe.load_balancing_types)}"
         )
 
     def _parameter_lines(self) -> list[str]:

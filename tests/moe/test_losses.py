@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.moe import losses
-from megatron_moe.moe.losses import LossRule
+from megatron_moe.moe.losses import BalanceTerm, LossRule
 from megatron_moe.moe.plan import Capacity
 from megatron_moe.moe.scoring import Scores
 from tests.moe.cases import BATCH, DTYPE, HIDDEN, SEQUENCE, layer_of, moe_config, tokens
@@ -22,14 +22,20 @@ def scores_of(probs: Tensor, log_z: Tensor) -> Scores:
 
 
 def attach(
-    scores: Scores, load: Tensor, tokens: int, per_row: bool, **weights: float
+    scores: Scores,
+    load: Tensor,
+    tokens: int,
+    per_row: bool,
+    balance_weight: float = 1.0,
+    z_weight: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With the load of each row, or that of all rows together."""
     parts = load.shape[0] if per_row else 1
     if not per_row:
         load = load.sum(0, keepdim=True)
-    rule = LossRule(tokens=tokens, parts=parts, **weights)
-    return losses.attach_losses(scores.weights_TK, scores, load, rule)
+    term = BalanceTerm(load_QE=load, parts=parts, weight=balance_weight)
+    rule = LossRule(tokens=tokens, z_weight=z_weight)
+    return losses.attach_losses(scores.weights_TK, scores, [term], rule)
 
 
 def balance_of(probs: Tensor, load: Tensor, tokens: int, per_row: bool) -> Tensor:
@@ -138,7 +144,7 @@ def test_the_losses_of_a_layer(kind: str, group: int | None) -> None:
     torch.testing.assert_close(balance, expected)
     torch.testing.assert_close(z, scores.log_z_T.detach().square().mean())
     # Coefficients of the configuration, divided by the model's two expert layers.
-    assert (layer.losses.balance_weight, layer.losses.z_weight) == (0.15, 0.1)
+    assert (layer.losses.balance, layer.losses.z_weight) == ([(kind, 0.15)], 0.1)
 
 
 def test_the_loads_of_groups_by_hand() -> None:
@@ -172,7 +178,7 @@ def test_a_group_of_rows_is_balanced_by_its_rows_together() -> None:
     load_GE = load_BE.view(2, 2, 2).sum(1)
     pairs = Capacity(group_size=4, groups=2, slots=1)
     load, parts = losses.load_per_group(load_GE, 4, pairs, 0, 8)
-    rule = LossRule(tokens=8, parts=parts)
-    assert losses.attach_losses(scores.weights_TK, scores, load, rule)[1].item() == 1.5
+    term, rule = BalanceTerm(load_QE=load, parts=parts), LossRule(tokens=8)
+    assert losses.attach_losses(scores.weights_TK, scores, [term], rule)[1].item() == 1.5
     assert attach(scores, load_BE, 8, per_row=True)[1].item() == 2.0
     assert attach(scores, load_BE, 8, per_row=False)[1].item() == 1.25

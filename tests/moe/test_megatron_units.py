@@ -77,8 +77,9 @@ def test_both_units_by_hand() -> None:
     moe = MoEConfig(
         moe_aux_loss_coeff=0.005, moe_z_loss_coeff=2.5e-5, moe_loss_convention="megatron"
     )
-    assert moe.openmoe_coefficients(4) == pytest.approx((0.01, 1e-4))
-    assert MoEConfig().openmoe_coefficients(4) == (0.01, 1e-4)
+    (balance,), z = moe.openmoe_coefficients(4)
+    assert (balance, z) == pytest.approx((0.01, 1e-4))
+    assert MoEConfig().openmoe_coefficients(4) == ((0.01,), 1e-4)
 
 
 @pytest.mark.parametrize("factor", [0.3, 1.0, 1.1, 1.25, 2.0, 100.0])

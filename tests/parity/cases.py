@@ -202,11 +202,22 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
             moe_router_topk_scaling_factor=1.5,
             moe_router_num_groups=2,
             moe_router_group_topk=1,
+            moe_z_loss_over="chosen",
             moe_token_drop_policy="probs",
         ),
     ),
     "random": (_MODEL, replace(_MOE, moe_token_drop_policy="random")),
     "fair": (_MODEL, replace(_MOE, moe_token_drop_policy="fair")),
+    "global-and-row": (
+        _MODEL,
+        replace(
+            _MOE,
+            moe_router_load_balancing_type=("global_aux_loss", "seq_aux_loss"),
+            moe_aux_loss_coeff=(0.07, 0.03),
+            moe_z_loss_over="chosen",
+            moe_loss_convention="megatron",
+        ),
+    ),
     "sign-bias": (
         _MODEL,
         replace(_MOE, moe_router_enable_expert_bias=True, moe_router_bias_update_rate=0.05),
@@ -225,6 +236,8 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
 
 ROUTERS = ("sigmoid-groups",)
 """Variants of the router, which `test_routers.py` runs."""
+OF_THE_STEP = ("global-and-row",)
+"""Those whose loss depends on the micro-batches before, and so on the data-parallel size."""
 STATEFUL = ("sign-bias", "quantile-bias")
 """Those whose state changes with each step, which it trains for a few."""
 GROUPED = ("grouped-head-norm", "grouped-projection-norm")

@@ -54,6 +54,7 @@ def step_loss(
     for block in model.layers:
         if block.moe is not None:
             block.moe.seed, block.moe.step = TRAIN_SEED, seed + 1
+            block.moe.earlier.clear()
     coefficients = model.model, model.moe
     total, sums, routing = torch.zeros((), dtype=torch.float64), torch.zeros(3), []
     sums = sums.double()
@@ -69,7 +70,8 @@ def step_loss(
         megatron = moe.moe_loss_convention == "megatron"
         # From means over layers of a loss that is k when balanced to sums of one that is 1.
         balance, z = (layers / moe.moe_router_topk, layers) if megatron else (1, 1)
-        total = total + balance * moe.moe_aux_loss_coeff * out.aux_loss / count
+        for coefficient, loss in zip(moe.aux_loss_coeffs, out.aux_losses, strict=True):
+            total = total + balance * coefficient * loss / count
         total = total + z * moe.moe_z_loss_coeff * out.router_z_loss / count
         routing.append(out.routing)
     return total, sums, routing

@@ -11,6 +11,7 @@ from tests.parity.cases import (
     DROPS,
     GROUPED,
     LAYOUTS,
+    OF_THE_STEP,
     ROUTERS,
     SLOW_LAYOUTS,
     STATEFUL,
@@ -26,7 +27,7 @@ LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 FIRST = ("released", "paper-port")
 """Variants that every layout runs; the others run where their rules could differ."""
-ELSEWHERE = (*FIRST, *ROUTERS, *STATEFUL, *DROPS, "dense-head-norm")
+ELSEWHERE = (*FIRST, *ROUTERS, *OF_THE_STEP, *STATEFUL, *DROPS, "dense-head-norm")
 
 
 def check(outcomes: list[Outcome], variant: str, extra: tuple[str, ...] = ()) -> None:

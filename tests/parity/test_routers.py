@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_moe.training.step import train_step
-from tests.parity.cases import LAYOUTS, ROUTERS, STATEFUL
+from tests.parity.cases import LAYOUTS, OF_THE_STEP, ROUTERS, STATEFUL
 from tests.parity.compare import Block, assemble, assert_same
 from tests.parity.expected import expected
 from tests.parity.harness import own_batches, prepare, weight_blocks
@@ -30,6 +30,17 @@ def test_equals_reference(pool: Pool, variant: str) -> None:
 @pytest.mark.parametrize("name", ["1", "TP2", "PP2", "DP2", "EP2", "PP2-interleaved", "TP2xETP2"])
 def test_other_layouts_equal_reference(pool: Pool, name: str, variant: str) -> None:
     check(run(pool, BY_NAME[name], variant), variant)
+
+
+@pytest.mark.parametrize("variant", OF_THE_STEP)
+@pytest.mark.parametrize(
+    "name",
+    ["PP2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("1", "TP2", "TP2xEP2"))],
+)
+def test_losses_of_the_step_equal_reference(pool: Pool, name: str, variant: str) -> None:
+    """On one data-parallel rank; with recomputation, which counts every micro-batch once."""
+    layout = BY_NAME[name]
+    check(run(pool, layout, variant, **RECOMPUTE["full"]), variant)
 
 
 @dataclass(frozen=True)

@@ -89,6 +89,8 @@ class MoE(nn.Module):
         """Experts that replace the router's choices; see `reference/replay.py`."""
         self.seed, self.step = 0, 0
         """Of a training step, for drop policies that draw; 0 in evaluation."""
+        self.earlier: list[Tensor] = []
+        """Loads of the step's earlier micro-batches; whoever begins a step empties it."""
         self.router = nn.Linear(model.hidden_size, moe.num_experts, bias=False)
         if moe.has_expert_bias:
             bias_E = nn.Parameter(torch.empty(moe.num_experts), requires_grad=False)
@@ -124,7 +126,10 @@ class MoE(nn.Module):
             seed=self.seed,
             step=self.step,
             bias_E=self.bias_E,
+            earlier=self.earlier if training_capacity else (),
         )
+        if training_capacity and "global_aux_loss" in self.moe.load_balancing_types:
+            self.earlier.append(routing.preferred_E)
         if valid_BS is not None:
             routing = replace(routing, kept_TK=routing.kept_TK & valid_BS.flatten()[:, None])
         y_TH = self.experts(x_TH, routing.ids_TK, routing.probs_TK, routing.kept_TK)

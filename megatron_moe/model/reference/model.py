@@ -45,7 +45,9 @@ class ReferenceOutput:
     logit_z_BS: Tensor | None
     """log(Z)^2 per position, Z = sum of exp(logits); `None` without labels."""
     aux_loss: Tensor
-    """Load-balancing loss, mean over MoE layers, without its coefficient."""
+    """The first load-balancing loss, mean over MoE layers, without its coefficient."""
+    aux_losses: tuple[Tensor, ...]
+    """Likewise each of them."""
     router_z_loss: Tensor
     """Router z-loss, mean over MoE layers, without its coefficient."""
     routing: list[Routing]
@@ -285,11 +287,16 @@ class ReferenceOpenMoE(nn.Module):
             target_BS = logits.gather(-1, labels_BS.unsqueeze(-1)).squeeze(-1)
             cross_entropy_BS, logit_z_BS = log_z_BS - target_BS, log_z_BS.square()
         zero, layers = logits.new_zeros(()), max(len(routing), 1)
+        aux_losses = tuple(
+            sum((r.balance_losses[i] for r in routing), zero) / layers
+            for i in range(len(self.moe.load_balancing_types))
+        )
         output = ReferenceOutput(
             logits=logits,
             cross_entropy_BS=cross_entropy_BS,
             logit_z_BS=logit_z_BS,
-            aux_loss=sum((r.balance_loss for r in routing), zero) / layers,
+            aux_loss=aux_losses[0],
+            aux_losses=aux_losses,
             router_z_loss=sum((r.z_loss for r in routing), zero) / layers,
             routing=routing,
             loss=None,
@@ -322,13 +329,15 @@ class ReferenceOpenMoE(nn.Module):
         if loss_mask_BS is None:
             loss_mask_BS = torch.ones_like(per_token_BS)
         targets = loss_mask_BS.sum() if num_targets is None else num_targets
-        aux_loss, router_z_loss = output.aux_loss, output.router_z_loss
+        weighted = zip(self.moe.aux_loss_coeffs, output.aux_losses, strict=True)
+        aux_loss = sum((c * loss for c, loss in weighted), torch.zeros_like(output.aux_loss))
+        router_z_loss = output.router_z_loss
         if self.moe.moe_loss_convention == "megatron":
             layers = len(output.routing)
             aux_loss = aux_loss / self.moe.moe_router_topk * layers
             router_z_loss = router_z_loss * layers
         return (
             (loss_mask_BS * per_token_BS).sum() / targets
-            + self.moe.moe_aux_loss_coeff * aux_loss
+            + aux_loss
             + self.moe.moe_z_loss_coeff * router_z_loss
         )

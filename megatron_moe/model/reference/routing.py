@@ -16,6 +16,7 @@ A = K T_g choices of a group, R rows over which a balance loss is taken.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,11 +46,19 @@ class Routing:
     """Whether the choice found a slot."""
     counts_E: Tensor
     """Choices per expert before dropping."""
-    balance_loss: Tensor
-    """E sum_e f_e P_e, which is K when balanced; 0 with `--moe-router-load-balancing-type none`. In
-    evaluation `group_aux_loss` is taken per row."""
+    balance_losses: tuple[Tensor, ...]
+    """Of each `--moe-router-load-balancing-type`: E sum_e f_e P_e, which is K when balanced; 0 for
+    `none`. In evaluation `group_aux_loss` is taken per row, `global_aux_loss` per micro-batch."""
     z_loss: Tensor
-    """Mean over tokens of logsumexp(router logits)^2."""
+    """Mean over tokens of logsumexp(router logits)^2; with `--moe-z-loss-over chosen` over the K
+    logits of the choices."""
+    preferred_E: Tensor
+    """Choices per expert that balance losses count: without bias and groups."""
+
+    @property
+    def balance_loss(self) -> Tensor:
+        """The first one."""
+        return self.balance_losses[0]
 
 
 def route(
@@ -63,6 +72,7 @@ def route(
     seed: int = 0,
     step: int = 0,
     bias_E: Tensor | None = None,
+    earlier: Sequence[Tensor] = (),
 ) -> Routing:
     """Route the tokens of a micro-batch: scores, top-k, capacity.
 
@@ -77,6 +87,7 @@ def route(
         seed: of the run, for drop policies that draw; 0 in evaluation.
         step: of training; likewise.
         bias_E: added to scores for the choices; `None` without.
+        earlier: `Routing.preferred_E` of earlier micro-batches of the step, for `global_aux_loss`.
 
     Raises:
         UsageError: a router or drop policy that only the parallel model has.
@@ -98,6 +109,7 @@ def route(
     preferred_TK = ids_TK
     if forced_TK is None:
         preferred_TK = best(scores_TE, moe.moe_router_topk)
+    z_logits = logits_TE if moe.moe_z_loss_over == "all" else logits_TE.gather(1, ids_TK)
     return Routing(
         layer=layer,
         router_probs_TE=probs_TE,
@@ -108,8 +120,12 @@ def route(
             ids_TK, probs_TK, rows, moe, training_capacity, layer=layer, seed=seed, step=step
         ),
         counts_E=ids_TK.flatten().bincount(minlength=moe.num_experts),
-        balance_loss=_balance(probs_TE, preferred_TK, rows, moe, training_capacity),
-        z_loss=logits_TE.logsumexp(dim=-1).square().mean(),
+        balance_losses=tuple(
+            _balance(kind, probs_TE, preferred_TK, rows, moe, training_capacity, earlier)
+            for kind in moe.load_balancing_types
+        ),
+        z_loss=z_logits.logsumexp(dim=-1).square().mean(),
+        preferred_E=preferred_TK.flatten().bincount(minlength=moe.num_experts),
     )
 
 
@@ -257,13 +273,24 @@ def _kept(
 
 
 def _balance(
-    probs_TE: Tensor, ids_TK: Tensor, rows: int, moe: MoEConfig, training_capacity: bool
+    kind: str,
+    probs_TE: Tensor,
+    ids_TK: Tensor,
+    rows: int,
+    moe: MoEConfig,
+    training_capacity: bool,
+    earlier: Sequence[Tensor],
 ) -> Tensor:
-    if moe.moe_router_load_balancing_type in ("none", "quantile_balancing"):
+    if kind in ("none", "quantile_balancing"):
         return probs_TE.new_zeros(())
-    over = 1 if moe.moe_router_load_balancing_type == "aux_loss" else rows
+    if kind == "global_aux_loss":
+        # f over all micro-batches so far, which have equally many tokens; P over this one.
+        loads = [*earlier, ids_TK.flatten().bincount(minlength=moe.num_experts)]
+        f_E = torch.stack(loads).to(probs_TE.dtype).mean(dim=0) / probs_TE.shape[0]
+        return moe.num_experts * (f_E * probs_TE.mean(dim=0)).sum()
+    over = 1 if kind == "aux_loss" else rows
     # Texts that are evaluated have any length, which groups need not divide.
-    if moe.moe_router_load_balancing_type == "group_aux_loss" and training_capacity:
+    if kind == "group_aux_loss" and training_capacity:
         tokens = probs_TE.shape[0]
         over = tokens // capacity_group(moe, rows, tokens // rows)
     return balance_loss(probs_TE.unflatten(0, (over, -1)), ids_TK.unflatten(0, (over, -1)))
