@@ -159,6 +159,10 @@ class MoEConfig:
     moe_token_dispatcher_type: Annotated[DispatcherType, OmittedAtDefault] = "alltoall"
     """How tokens reach their experts. `alltoall`: over expert-parallel ranks. Other values are the
     files of `moe/dispatchers/`."""
+    moe_a2a_overlap_chunks: Annotated[int, AtLeastOne, OmittedAtDefault] = 1
+    """Chunks N of the slots of every expert: the all-to-all of one is hidden behind the GEMMs of
+    another, and that of the first behind a parallel shared expert. With `--moe-expert-impl batched`
+    and expert parallelism; results are those of 1."""
 
     @property
     def balances_by_quantile(self) -> bool:

@@ -81,6 +81,7 @@ def _check_phase(config: RunConfig) -> None:
     _check_data(config)
     _check_routing(config.moe)
     _check_buffer(config)
+    _check_overlap(config)
     _check_objective(config)
     _check_learning_rate(config.optimizer)
     _check_rate_units(config)
@@ -286,6 +287,21 @@ def _check_buffer(config: RunConfig) -> None:
         expected = "auto with --fp8-emulate"
         fix = "emulated FP8 has GEMMs of its own, over all slots"
         raise UsageError("--moe-expert-impl", "grouped", expected, fix)
+
+
+def _check_overlap(config: RunConfig) -> None:
+    moe, flag = config.moe, "--moe-a2a-overlap-chunks"
+    chunks = moe.moe_a2a_overlap_chunks
+    if chunks == 1:
+        return
+    if moe.moe_expert_impl != "batched":
+        fix = "chunks are of slots, and only these experts compute them in local layers"
+        raise UsageError(flag, chunks, "used with --moe-expert-impl batched", fix)
+    if moe.moe_token_dispatcher_type != "alltoall":
+        raise UsageError(flag, chunks, "used with --moe-token-dispatcher-type alltoall")
+    if config.precision.fp8_emulate:
+        fix = "scales of emulated FP8 are those of all slots"
+        raise UsageError(flag, chunks, "1 with --fp8-emulate", fix)
 
 
 def _check_routing(moe: MoEConfig) -> None:

@@ -190,6 +190,7 @@ _HAS_NO_EFFECT = {
     "moe_dispatch_impl",
     "moe_expert_impl",
     "moe_dropless_buffer_factor",
+    "moe_a2a_overlap_chunks",
     "moe_token_dispatcher_type",
 }
 """Settings that change nothing of a trained model's results; of padding, which the exported file

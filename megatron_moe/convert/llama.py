@@ -254,6 +254,7 @@ _TRAINING = {
     "moe_dispatch_impl",
     "moe_expert_impl",
     "moe_dropless_buffer_factor",
+    "moe_a2a_overlap_chunks",
     "moe_token_dispatcher_type",
 }
 """Settings that change nothing of what the weights compute without a capacity."""

@@ -154,10 +154,7 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
             free(output)
             return self._add(x, output)
         padding = None if documents is None else documents.padding_of(x, self.tp_group)
-        counted = () if padding is None else (padding,)
-        routed = self._run(self.moe, self.recompute_moe, normed, *counted)
-        if self.shared is not None and self.shared_norm is None:
-            routed = routed + self._run(self.shared, self.recompute_shared, normed)
+        routed = self._routed(normed, padding)
         free(routed)
         x = self._add(x, routed)
         if self.shared is None or self.shared_norm is None:
@@ -166,6 +163,19 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
         output = self._run(self.shared, self.recompute_shared, normed)
         free(output)
         return self._add(x, output)
+
+    def _routed(self, normed: Tensor, padding: Tensor | None) -> Tensor:
+        """The routed experts, and with them the shared expert if both are of the same input."""
+        shared = self.shared if self.shared_norm is None else None
+        recomputed = self.training and (self.recompute_moe or self.recompute_shared)
+        if shared is not None and self.moe.overlaps and not recomputed:
+            routed: Tensor = self.moe(normed, padding, lambda: shared(normed))
+            return routed
+        counted = () if padding is None else (padding,)
+        routed = self._run(self.moe, self.recompute_moe, normed, *counted)
+        if shared is not None:
+            routed = routed + self._run(shared, self.recompute_shared, normed)
+        return routed
 
     def forward(
         self, hidden_states: Tensor, packed_seq_params: Documents | None = None, **unused: Any

@@ -21,6 +21,7 @@ from megatron_moe.moe.bounded_buffer import BufferBound, assign_bounded, buffer_
 from megatron_moe.moe.dropping import DROP_POLICIES, OUTSIDE_TRAINING, Draw
 from megatron_moe.moe.exchange import ExpertGroups, all_gather, rank_of, reduce_scatter, size_of
 from megatron_moe.moe.experts import Experts
+from megatron_moe.moe.overlap import Flight
 from megatron_moe.moe.plan import (
     Placement,
     Plan,
@@ -82,6 +83,8 @@ class TokenDispatcher:
         else:
             slots = assign_bounded(*asked, bound, rank_in_expert, draw)
         schedule = experts.schedule(slots)
+        chunks = schedule.layout.chunks
+        flight = None if chunks is None else Flight(chunks, experts.num_local, self.groups)
         return Plan(
             batch=batch,
             capacity=capacity,
@@ -91,6 +94,7 @@ class TokenDispatcher:
             schedule=schedule,
             placement=place(slots, batch, capacity, schedule.layout),
             kernels=kernels,
+            flight=flight,
         )
 
     def bound(self, choices: int, training: bool) -> BufferBound | None:
@@ -111,17 +115,24 @@ class TokenDispatcher:
         return all_gather(choices_TK.int(), self.groups.tp).long()
 
     def dispatch(self, x_TH: Tensor, plan: Plan) -> Tensor:
-        """This rank's tokens -> rows of this rank's experts, from all ranks that send any."""
+        """This rank's tokens -> rows of this rank's experts, from all ranks that send any.
+
+        With a flight they arrive later; see `Flight.launch`.
+        """
         x_TH = all_gather(x_TH, self.groups.tp)
         rows_RH = copy_to_rows(x_TH, plan.placement, plan.kernels.dispatch_tokens)
-        return self.groups.to_experts(rows_RH)
+        return (
+            self.groups.to_experts(rows_RH) if plan.flight is None else plan.flight.launch(rows_RH)
+        )
 
     def combine(self, rows_RH: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
         """Outputs of this rank's experts -> the weighted sums of this rank's tokens, [T, H].
 
-        A token whose choices all dropped gets exactly zero.
+        With a flight the experts have sent their outputs back already. A token whose choices all
+        dropped gets exactly zero.
         """
-        rows_RH = self.groups.from_experts(rows_RH)
+        if plan.flight is None:
+            rows_RH = self.groups.from_experts(rows_RH)
         kernel = plan.kernels.combine_tokens
         y_TH = sum_rows(rows_RH, weights_TK, plan.placement, kernel)
         # Ranks that divide the slots or the width of experts among them hold partial sums.

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Group = dist.ProcessGroup | None
 
@@ -39,11 +40,23 @@ def rank_of(group: Group) -> int:
     return 0 if group is None else group.rank()
 
 
+def _unrecorded(step: str) -> None:
+    """No one records steps."""
+
+
 @dataclass
 class ExchangeClock:
-    """Measures each all-to-all, forward and backward; nothing until a timer is set."""
+    """Measures each all-to-all, forward and backward; nothing until a timer is set.
+
+    Of an all-to-all that overlaps with computation, it measures how long it is waited for.
+
+    Attributes:
+        measure: a context around each.
+        record: called with the name of each step of overlapping exchanges, in order.
+    """
 
     measure: Callable[[], AbstractContextManager[None]] = nullcontext
+    record: Callable[[str], None] = _unrecorded
 
 
 @dataclass(frozen=True)
@@ -141,6 +154,7 @@ class _AllToAll(torch.autograd.Function):
             return _exchange(x, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         with ctx.clock.measure():
             return _exchange(grads[0], ctx.group), None, None
@@ -153,6 +167,7 @@ class _AllGather(torch.autograd.Function):
         return _gather(x, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _reduce(grads[0], ctx.group), None
 
@@ -164,5 +179,6 @@ class _ReduceScatter(torch.autograd.Function):
         return _reduce(x, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return _gather(grads[0], ctx.group), None

@@ -187,7 +187,7 @@ def _added(out: Tensor, left: Tensor, right: Tensor) -> Step:
     return step
 
 
-class _WeightGradient:
+class WeightGradient:
     """The gradient of a stacked weight: a new tensor, or Megatron-Core's `main_grad`.
 
     A new tensor is uninitialized. The first product of an expert overwrites its slice, later ones
@@ -236,6 +236,64 @@ def _zero_gaps(buffer_RX: Tensor, groups: list[GemmGroup]) -> Tensor:
     return buffer_RX
 
 
+def forward_rows(
+    x_RH: Tensor, weight_in: Tensor, weight_out: Tensor, groups: list[GemmGroup], gate: GatedSilu
+) -> tuple[Tensor, Tensor]:
+    """The outputs, [R, H], zero outside the groups, and the gate's input, [R, M]."""
+    width = weight_out.shape[1]
+    blocks = weight_in.shape[2] // width
+    z_RM = x_RH.new_empty(x_RH.shape[0], weight_in.shape[2])
+    y_RH = _zero_gaps(torch.empty_like(x_RH), groups)
+    # Every group writes its gated product over the last one's: it stays in the cache.
+    h_RF = x_RH.new_empty(_most_rows(groups), width)
+    steps: list[Step] = []
+    for group in groups:
+        x, z, y = (group.of(buffer) for buffer in (x_RH, z_RM, y_RH))
+        h = _part(h_RF, 0, group.rows)
+        steps += _products(group.split(x), group.weights(weight_in), group.split(z))
+        steps.append(gate.forward_step(z, blocks, h))
+        steps += _products(group.split(h), group.weights(weight_out), group.split(y))
+    for step in steps:
+        step()
+    return y_RH, z_RM
+
+
+def input_gradients(
+    dy_RH: Tensor,
+    z_RM: Tensor,
+    weight_in: Tensor,
+    weight_out: Tensor,
+    groups: list[GemmGroup],
+    gate: GatedSilu,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of the rows, and what those of the weights are computed from.
+
+    Args:
+        dy_RH: gradient of the outputs.
+        z_RM: the gate's input.
+        weight_in: as for `batched`.
+        weight_out: likewise.
+        groups: they have all rows.
+        gate: the kernel.
+
+    Returns:
+        dx [R, H], dz [R, M] and h [R, F].
+    """
+    blocks = weight_in.shape[2] // weight_out.shape[1]
+    dx_RH, dz_RM = torch.empty_like(dy_RH), torch.empty_like(z_RM)
+    dh_RF, h_RF = (z_RM.new_empty(z_RM.shape[0], weight_out.shape[1]) for _ in range(2))
+    steps: list[Step] = []
+    for group in groups:
+        buffers = (dy_RH, dh_RF, z_RM, dz_RM, h_RF, dx_RH)
+        dy, dh, z, dz, h, dx = (group.of(buffer) for buffer in buffers)
+        steps += _products(group.split(dy), group.weights(weight_out.mT), group.split(dh))
+        steps.append(gate.backward_step(dh, z, blocks, dz, h))
+        steps += _products(group.split(dz), group.weights(weight_in.mT), group.split(dx))
+    for step in steps:
+        step()
+    return dx_RH, dz_RM, h_RF
+
+
 class _Experts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -246,21 +304,9 @@ class _Experts(torch.autograd.Function):
         groups: list[GemmGroup],
         gate: GatedSilu,
     ) -> Tensor:
-        width = weight_out.shape[1]
-        ctx.blocks, ctx.gate, ctx.groups = weight_in.shape[2] // width, gate, groups
-        z_RM = x_RH.new_empty(x_RH.shape[0], weight_in.shape[2])
-        y_RH = _zero_gaps(torch.empty_like(x_RH), groups)
-        # Every group writes its gated product over the last one's: it stays in the cache.
-        h_RF = x_RH.new_empty(_most_rows(groups), width)
-        steps: list[Step] = []
-        for group in groups:
-            x, z, y = (group.of(buffer) for buffer in (x_RH, z_RM, y_RH))
-            h = _part(h_RF, 0, group.rows)
-            steps += _products(group.split(x), group.weights(weight_in), group.split(z))
-            steps.append(gate.forward_step(z, ctx.blocks, h))
-            steps += _products(group.split(h), group.weights(weight_out), group.split(y))
-        for step in steps:
-            step()
+        ctx.blocks, ctx.gate = weight_in.shape[2] // weight_out.shape[1], gate
+        ctx.groups = groups
+        y_RH, z_RM = forward_rows(x_RH, weight_in, weight_out, groups, gate)
         ctx.save_for_backward(x_RH, z_RM, weight_in, weight_out)
         return y_RH
 
@@ -281,7 +327,7 @@ class _Experts(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x_RH, z_RM, weight_in, weight_out = ctx.saved_tensors
         dy_RH, most, width = grads[0].contiguous(), _most_rows(ctx.groups), weight_out.shape[1]
-        d_in, d_out = _WeightGradient(weight_in), _WeightGradient(weight_out)
+        d_in, d_out = WeightGradient(weight_in), WeightGradient(weight_out)
         dx_RH = _zero_gaps(torch.empty_like(x_RH), ctx.groups)
         memory = [z_RM.new_empty(most, n) for n in (width, width, z_RM.shape[1])]
         back_in, back_out = weight_in.mT, weight_out.mT

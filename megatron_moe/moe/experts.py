@@ -30,6 +30,7 @@ from megatron_moe.moe.exchange import ExpertGroups, size_of
 from megatron_moe.moe.expert_gemm import ExpertBucket, make_buckets
 from megatron_moe.moe.fp8_experts import Fp8ExpertGemms
 from megatron_moe.moe.grouped_gemm import SortedRows, is_readable
+from megatron_moe.moe.overlap import neighbours, overlapped
 from megatron_moe.moe.plan import BufferLayout, Plan, Slots
 
 PADDING_WORTH = ((30_000_000, 1.3), (100_000_000, 1.1), (math.inf, 1.02))
@@ -127,6 +128,7 @@ class Experts(nn.Module, ABC):
     Attributes:
         num_local: experts of this rank.
         width: F.
+        chunks: of slots, whose exchanges overlap; 1 for exchanges in one piece.
 
     Raises:
         UsageError: experts or their width do not divide.
@@ -144,6 +146,7 @@ class Experts(nn.Module, ABC):
             raise UsageError("--moe-ffn-hidden-size", width, expected)
         self.model, self.groups = model, groups
         self.num_local, self.width = moe.num_experts // ranks, width // shards
+        self.chunks = moe.moe_a2a_overlap_chunks if ranks > 1 else 1
 
     def mark_for_megatron(self, weight: Tensor, dimension: int) -> None:
         """Set the attributes by which Megatron-Core reduces and counts gradients.
@@ -175,7 +178,7 @@ class Experts(nn.Module, ABC):
         elif impl.packed:
             layout = BufferLayout.packed(slots, ranks)
         else:
-            layout = BufferLayout.fixed(slots, ranks)
+            layout = BufferLayout.fixed(slots, ranks, self.chunks)
         return ExpertSchedule(impl=impl, layout=layout, filled_E=filled_E)
 
     @abstractmethod
@@ -271,6 +274,10 @@ class StackedExperts(Experts):
             return expert_gemm.batched(rows_RH, *weights, impl.buckets, gate)
         if self.fp8 is not None:
             return self.by_source(self.fp8(self.by_expert(rows_RH), *weights, plan))
+        if plan.flight is not None:
+            buckets = self._equal_buckets(rows_RH)
+            experts = list(neighbours([bucket.experts for bucket in buckets]))
+            return overlapped(rows_RH, *weights, plan.flight, experts, gate)
         by_expert = self.by_expert(rows_RH).flatten(0, 1)
         out = expert_gemm.batched(by_expert, *weights, self._equal_buckets(by_expert), gate)
         return self.by_source(out.unflatten(0, (self.num_local, -1)))

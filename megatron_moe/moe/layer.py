@@ -115,7 +115,12 @@ class MoELayer(nn.Module):
         # Raises now, not in the first step, if the requested kernels are not available.
         kernels_for(moe, self.router.weight.device.type)
 
-    def forward(self, x_SBH: Tensor, padding_SB: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_SBH: Tensor,
+        padding_SB: Tensor | None = None,
+        beside: Callable[[], Tensor] | None = None,
+    ) -> Tensor:
         """The weighted sum of each token's experts; zero for a token whose choices all dropped.
 
         The losses of the router are attached to the result: they enter the backward pass, not the
@@ -125,16 +130,26 @@ class MoELayer(nn.Module):
             x_SBH: this rank's tokens.
             padding_SB: bool, which of them are padding, for the statistics alone: padding is routed
                 like any token. `None` for none.
+            beside: something to add to the result, computed while tokens are on their way to their
+                experts. `None` for nothing.
         """
         batch, hidden = x_SBH.shape[1:]
         scores, x_TH = self._route(x_SBH.reshape(-1, hidden))
         draw = self.draw if self.training else Draw(layer=self.layer_number)
         plan = self.dispatcher.plan(scores, batch, self.training, self.experts, draw)
         rows_RH = self.dispatcher.dispatch(x_TH, plan)
-        rows_RH = self.experts(rows_RH, plan)
+        # With exchanges that overlap, what follows does not wait for these rows; the experts do.
         weights_TK, losses = self.losses.attach(scores, plan, self.training)
         self._observe(scores, plan, losses, padding_SB)
-        return self.dispatcher.combine(rows_RH, weights_TK, plan).view_as(x_SBH)
+        other_SBH = None if beside is None else beside()
+        rows_RH = self.experts(rows_RH, plan)
+        y_SBH = self.dispatcher.combine(rows_RH, weights_TK, plan).view_as(x_SBH)
+        return y_SBH if other_SBH is None else y_SBH + other_SBH
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether exchanges overlap with computation."""
+        return self.experts.chunks > 1
 
     def _route(self, x_TH: Tensor) -> tuple[Scores, Tensor]:
         """Scores, and the tokens to use from here on; see `Router.forward`."""

@@ -22,10 +22,12 @@ from torch import Tensor
 
 from fused_kernels.operations import Kernels, RankInExpert
 from megatron_moe.config import MoEConfig, capacity_group_tokens
+from megatron_moe.moe.chunks import SlotChunks
 from megatron_moe.moe.dropping import OUTSIDE_TRAINING, Competition, Draw, DropPolicy, by_position
 
 if TYPE_CHECKING:
     from megatron_moe.moe.experts import ExpertSchedule
+    from megatron_moe.moe.overlap import Flight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +236,7 @@ class BufferLayout:
         block_rows: rows of one block.
         expert_rows: rows of one expert in `fixed`.
         starts: first row of each expert in `aligned`.
+        chunks: of the slots in `fixed`, if exchanges overlap: the buffer has one after the other.
     """
 
     kind: Literal["fixed", "packed", "aligned"]
@@ -241,6 +244,7 @@ class BufferLayout:
     block_rows: int
     expert_rows: int = 0
     starts: tuple[int, ...] = ()
+    chunks: SlotChunks | None = None
 
     @property
     def rows(self) -> int:
@@ -248,12 +252,18 @@ class BufferLayout:
         return self.blocks * self.block_rows
 
     @classmethod
-    def fixed(cls, slots: Slots, blocks: int) -> BufferLayout:
-        """A row for every slot of this rank."""
+    def fixed(cls, slots: Slots, blocks: int, chunks: int = 1) -> BufferLayout:
+        """A row for every slot of this rank, in so many chunks of slots."""
         groups, experts = slots.filled_GE.shape
         expert_rows = groups * slots.most
         block_rows = experts // blocks * expert_rows
-        return cls(kind="fixed", blocks=blocks, block_rows=block_rows, expert_rows=expert_rows)
+        return cls(
+            kind="fixed",
+            blocks=blocks,
+            block_rows=block_rows,
+            expert_rows=expert_rows,
+            chunks=SlotChunks(expert_rows, min(chunks, expert_rows)) if chunks > 1 else None,
+        )
 
     @classmethod
     def packed(cls, slots: Slots, blocks: int) -> BufferLayout:
@@ -293,6 +303,8 @@ class Placement:
 def place(slots: Slots, batch: int, capacity: Capacity, layout: BufferLayout) -> Placement:
     """Give each choice that owns a slot of this rank its row."""
     row_GA = _first_rows(slots.filled_GE, layout).gather(1, slots.experts_GA) + slots.slot_GA
+    if layout.chunks is not None:
+        row_GA = layout.chunks.rows(row_GA, slots.filled_GE.shape[1])
     # Choices without a row here go to a spare row past the end: no branch, no host read.
     target_TK = by_token(row_GA.where(slots.owned_GA, layout.rows), batch, capacity)
     owned_TK = target_TK < layout.rows
@@ -348,6 +360,7 @@ class Plan:
         schedule: how the experts compute, with the layout of the buffer.
         placement: rows of this rank's buffer.
         kernels: those of the device.
+        flight: exchanges that overlap with computation; `None` for those in one piece.
     """
 
     batch: int
@@ -358,3 +371,4 @@ class Plan:
     schedule: ExpertSchedule
     placement: Placement
     kernels: Kernels
+    flight: Flight | None = None

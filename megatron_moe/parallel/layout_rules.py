@@ -8,6 +8,7 @@ from megatron_moe.config.parallel import ParallelConfig, RecomputedModule
 from megatron_moe.config.precision import PrecisionConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import UsageError
+from megatron_moe.moe.plan import capacity_of
 
 
 def degree(flag: str, value: int) -> int:
@@ -93,10 +94,30 @@ def check_experts(config: RunConfig, tp: int, ep: int, etp: int, has_moe: bool) 
     if tp > 1 and not config.parallel.sequence_parallel:
         expected = f"set for MoE layers with --tensor-model-parallel-size {tp}"
         raise UsageError("--sequence-parallel", False, expected)
+    _check_exchange_chunks(config, tp, ep, etp)
 
 
 def _ffn(config: RunConfig) -> int:
     return config.model.ffn_hidden_size
+
+
+def _check_exchange_chunks(config: RunConfig, tp: int, ep: int, etp: int) -> None:
+    """Check that exchanges in chunks have ranks to exchange with, and a slot for each chunk."""
+    flag, chunks = "--moe-a2a-overlap-chunks", config.moe.moe_a2a_overlap_chunks
+    if chunks == 1:
+        return
+    if ep == 1:
+        expected = "1 without expert parallelism"
+        raise UsageError(flag, chunks, expected, "set --expert-model-parallel-size")
+    if etp > 1:
+        expected = f"1 with --expert-tensor-parallel-size {etp}"
+        fix = "rows of ranks that share an expert are gathered in one piece"
+        raise UsageError(flag, chunks, expected, fix)
+    rows, tokens = config.train.micro_batch_size, config.data.seq_length
+    capacity = capacity_of(config.moe, rows=rows, row_tokens=tokens, training=True)
+    slots = capacity.groups * -(-capacity.slots // tp)
+    if chunks > slots:
+        raise UsageError(flag, chunks, f"<= {slots}, the slots of an expert on a rank")
 
 
 def check_layers_in_bf16(precision: PrecisionConfig, layers_per_stage: int) -> None:

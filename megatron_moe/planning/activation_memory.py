@@ -215,7 +215,7 @@ class UnitMaker:
         rows, here = s.buffer_rows, s.expert_rows
         buffer, arrived = rows * s.hidden * b, here * s.hidden * b
         small = s.tokens * s.topk
-        saved = (
+        saved: tuple[Saved, ...] = (
             Saved("probabilities, log Z", "4 t (E + 1)", 4 * s.shard_tokens * (s.experts + 1)),
             Saved("choices and weights", "12 t K", 12 * s.shard_tokens * s.topk),
             Saved("rows of choices, tokens of rows", "13 T K + 8 R", 13 * small + 8 * rows),
@@ -263,12 +263,34 @@ class UnitMaker:
             r + self.gathered,
             dispatch_buffers=buffer,
         )
+        if s.chunks > 1:
+            yield from self._overlapped_backward(buffer, weights)
+            return
         # The rows before they are combined are gone; gradients of what arrived and left are there.
         yield _moment(
             "gradient of the experts",
             "r + gathered + (m + 2) F b a row + weights + 2 R' H b - R H b",
             r + self.gathered + work + weights,
             dispatch_buffers=2 * arrived - buffer,
+        )
+
+    def _overlapped_backward(self, buffer: int, weights: int) -> Iterator[Moment]:
+        """Gradients in chunks, and by expert for those of the weights."""
+        s, b = self.sizes, self.sizes.bytes
+        rows, chunk = s.buffer_rows, s.buffer_rows // s.chunks
+        whole = rows * (s.gate_blocks + 1) * s.expert * b
+        one = chunk * ((s.gate_blocks + 2) * s.expert + 3 * s.hidden) * b
+        yield _moment(
+            "gradient of the last chunk of experts",
+            "r + gathered + (m + 1) F b a row + ((m + 2) F + 3 H) b a row of a chunk + 3 R H b",
+            self.residual + self.gathered + whole + one,
+            dispatch_buffers=3 * buffer,
+        )
+        yield _moment(
+            "gradient of the weights of experts",
+            "r + gathered + (m + 1) F b a row + weights + 2 R H b",
+            self.residual + self.gathered + whole + weights,
+            dispatch_buffers=2 * buffer,
         )
 
     def _most_rows(self) -> int:

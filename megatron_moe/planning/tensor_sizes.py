@@ -68,6 +68,8 @@ class TensorSizes:
     """Ranks that hold the same tokens and divide the slots."""
     grouped: bool
     """Whether experts compute packed rows by grouped GEMMs."""
+    chunks: int
+    """N of slots, whose exchanges overlap."""
     bound: int | None
     """Rows of a bounded buffer for each expert-parallel rank."""
     vocab: int
@@ -112,8 +114,9 @@ class TensorSizes:
             etp=layout.etp,
             gathers_rows=layout.etp > 1 and not same_tokens,
             shares=shares,
+            chunks=moe.moe_a2a_overlap_chunks if layout.ep > 1 else 1,
             grouped=moe.moe_expert_impl == "grouped",
-            bound=bound and bound.rows,
+            bound=None if bound is None else bound.rows,
             vocab=vocab_size // tp,
             logits_chunk=config.parallel.logits_chunk_tokens or chunk_tokens(vocab_size // tp),
         )

@@ -107,6 +107,14 @@ INVALID = {
         "--moe-min-capacity must be unset with --moe-capacity-rule megatron, which has no minimum"
         " (got 2)"
     ),
+    "--moe-a2a-overlap-chunks 2": (
+        "--moe-a2a-overlap-chunks must be used with --moe-expert-impl batched (got 2);"
+        " chunks are of slots, and only these experts compute them in local layers"
+    ),
+    "--moe-a2a-overlap-chunks 2 --moe-expert-impl batched --fp8-format e4m3 --fp8-emulate": (
+        "--moe-a2a-overlap-chunks must be 1 with --fp8-emulate (got 2);"
+        " scales of emulated FP8 are those of all slots"
+    ),
     "--moe-expert-impl grouped --moe-dropless-buffer-factor 1.5": (
         "--moe-dropless-buffer-factor must be used with --moe-expert-capacity-factor None"
         " (got 1.5); with a capacity factor, capacity bounds the buffer"

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_moe.config import ParallelConfig, RunConfig, TrainConfig
+from megatron_moe.config import ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from megatron_moe.moe import MoELayer, collect_statistics
 from megatron_moe.parallel.context import ParallelContext, initialize_parallel
 from megatron_moe.parallel.layout import resolve_layout
@@ -152,6 +152,61 @@ def one_expert(x_TH: Tensor, expert: int, layer: MoELayer) -> Tensor:
     """Tokens through one expert of three input blocks, by the formula."""
     linear, gate, up = (x_TH @ layer.experts.weight_in[expert]).chunk(3, dim=-1)
     return (linear * torch.nn.functional.silu(gate) * up) @ layer.experts.weight_out[expert]
+
+
+def _overlapping(ctx: ParallelContext, dtype: torch.dtype, chunks: int) -> tuple[MoELayer, Tensor]:
+    """A layer of 4 experts, 64 x 48, and this rank's 48 x 2 tokens."""
+    model = ModelConfig(hidden_size=64, ffn_hidden_size=48)
+    moe = moe_config(moe_expert_impl="batched", moe_a2a_overlap_chunks=chunks)
+    layer = MoELayer(
+        model, moe, layer_number=3, num_moe_layers=2, pgs=ctx.pgs, params_dtype=dtype,
+        sequence_parallel=ctx.layout.tp > 1,
+    )  # fmt: skip
+    layer.reset_parameters(0)
+    torch.manual_seed(ctx.dp_rank)
+    whole = torch.randn(48, 2, 64).to(dtype)
+    return layer, whole.chunk(ctx.layout.tp)[ctx.tp_rank].clone().requires_grad_()
+
+
+def check_overlap(rank: int, world_size: int, *, tp: int, chunks: int) -> None:
+    """Exchanges in chunks against exchanges in one piece, over EP 2."""
+    ctx = context_of(world_size, tp=tp, ep=2, etp=1)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        found = []
+        for number in (1, chunks):
+            layer, x = _overlapping(ctx, dtype, number)
+            assert layer.overlaps == (number > 1)
+            scale = torch.tensor(3.0, dtype=dtype, requires_grad=True)
+            y = layer(x, beside=lambda x=x, scale=scale: x.square() * scale)
+            leaves = (x, scale, *layer.parameters())
+            found.append((y, *torch.autograd.grad(y, leaves, torch.cos(x.detach() * 3))))
+        for one, several in zip(*found, strict=True):
+            assert one.abs().max() > 0
+            assert torch.equal(one, several), dtype
+
+
+def overlap_timeline(rank: int, world_size: int, *, chunks: int) -> list[str]:
+    """The steps of one forward and backward pass, in the order of the calls."""
+    ctx = context_of(world_size, tp=1, ep=2, etp=1)
+    layer, x = _overlapping(ctx, torch.float32, chunks)
+    steps: list[str] = []
+    layer.groups.clock.record = steps.append
+
+    class Shared(torch.autograd.Function):
+        """A stand-in for the shared expert that notes when it runs."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            steps.append("shared expert")
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> Tensor:
+            steps.append("gradient of the shared expert")
+            return grads[0]
+
+    layer(x, beside=lambda: Shared.apply(x)).sum().backward()
+    return steps
 
 
 def check_weight_gradients(layer: MoELayer, whole: MoELayer, ctx: ParallelContext) -> None:

@@ -37,6 +37,7 @@ def config(**changes: Any) -> RunConfig:
 
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 EP, ETP = "expert_model_parallel_size", "expert_tensor_parallel_size"
+CHUNKS = "moe_a2a_overlap_chunks"
 VPP = "num_layers_per_virtual_pipeline_stage"
 VPR = "num_virtual_stages_per_pipeline_rank"
 SP = "sequence_parallel"
@@ -161,6 +162,23 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
         2,
         "--sequence-parallel must be set for MoE layers with --tensor-model-parallel-size 2 (got "
         "False)",
+    ),
+    (
+        {CHUNKS: 2},
+        2,
+        "--moe-a2a-overlap-chunks must be 1 without expert parallelism (got 2); set "
+        "--expert-model-parallel-size",
+    ),
+    (
+        {CHUNKS: 2, EP: 2, ETP: 2},
+        4,
+        "--moe-a2a-overlap-chunks must be 1 with --expert-tensor-parallel-size 2 (got 2); rows of "
+        "ranks that share an expert are gathered in one piece",
+    ),
+    (
+        {CHUNKS: 500, EP: 2},
+        2,
+        "--moe-a2a-overlap-chunks must be <= ",
     ),
     (
         {EP: 2, "moe_layer_freq": "[0]*12"},

@@ -232,6 +232,26 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
     ),
     # What GPUs run: one batched GEMM over the fixed-shape buffer.
     "batched": (_MODEL, replace(_MOE, moe_expert_impl="batched")),
+    # Exchanges in chunks, beside a parallel shared expert.
+    "overlapped": (
+        _MODEL,
+        replace(
+            _MOE,
+            moe_expert_impl="batched",
+            moe_a2a_overlap_chunks=3,
+            moe_shared_expert_placement="parallel",
+        ),
+    ),
+    # Grouped GEMMs over packed rows, with room for all choices on each of two ranks.
+    "bounded": (
+        _MODEL,
+        replace(
+            _MOE,
+            moe_expert_impl="grouped",
+            moe_expert_capacity_factor=None,
+            moe_dropless_buffer_factor=2.0,
+        ),
+    ),
 }
 
 ROUTERS = ("sigmoid-groups",)

@@ -27,7 +27,9 @@ LOSS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 1e-4
 FIRST = ("released", "paper-port")
 """Variants that every layout runs; the others run where their rules could differ."""
-ELSEWHERE = (*FIRST, *ROUTERS, *OF_THE_STEP, *STATEFUL, *DROPS, "dense-head-norm")
+ALONE = ("dense-head-norm", "bounded", "overlapped")
+"""Variants with tests of their own."""
+ELSEWHERE = (*FIRST, *ROUTERS, *OF_THE_STEP, *STATEFUL, *DROPS, *ALONE)
 
 
 def check(outcomes: list[Outcome], variant: str, extra: tuple[str, ...] = ()) -> None:
@@ -57,6 +59,23 @@ def test_equals_reference(pool: Pool, layout: Layout, variant: str) -> None:
 def test_other_rules_equal_reference(pool: Pool, name: str, variant: str) -> None:
     layout = next(layout for layout in LAYOUTS if layout.name == name)
     check(run(pool, layout, variant), variant)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["1", "EP2", "PP2xEP2", "TP2xEP2", "EP2xETP2"])
+def test_a_bounded_buffer_equals_reference(pool: Pool, name: str) -> None:
+    """`tests/moe/test_bounded_buffer.py` has a layer of it in the quick tests."""
+    layout = next(layout for layout in LAYOUTS if layout.name == name)
+    check(run(pool, layout, "bounded"), "bounded")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [None, "full", "selective", "norms"])
+@pytest.mark.parametrize("name", ["EP2", "PP2xEP2", "TP2xEP2", "DP2xEP2"])
+def test_overlapped_exchanges_equal_reference(pool: Pool, name: str, kind: str | None) -> None:
+    """`tests/moe/test_overlap.py` has a layer of it in the quick tests."""
+    layout = next(layout for layout in LAYOUTS if layout.name == name)
+    check(run(pool, layout, "overlapped", **(RECOMPUTE[kind] if kind else {})), "overlapped")
 
 
 @pytest.mark.parametrize("variant", GROUPED)

@@ -31,8 +31,11 @@ QUICK = [
 ]
 """Ranks and flags."""
 GROUPED = "--moe-expert-impl grouped --moe-expert-capacity-factor None"
+OVERLAPPED = f"{EP} --moe-a2a-overlap-chunks 4"
 MORE = [
     (1, ""),
+    (2, f"{OVERLAPPED} --moe-ffn-hidden-size 512"),
+    (2, f"{OVERLAPPED} --moe-ffn-hidden-size 512 --moe-shared-expert-placement parallel"),
     (1, f"{GROUPED} --bf16 --moe-ffn-hidden-size 512"),
     (2, f"{EP} {GROUPED} --moe-dropless-buffer-factor 1.25 --moe-ffn-hidden-size 512"),
     (2, f"{EP} {GROUPED} --bf16 --moe-ffn-hidden-size 256"),

@@ -35,6 +35,7 @@ QUICK = [
     (2, f"{PP} --micro-batch-size 1"),
 ]
 MORE = [
+    (2, f"{EP} --moe-a2a-overlap-chunks 3"),
     (
         2,
         f"{EP} --moe-expert-impl grouped --moe-expert-capacity-factor None"

@@ -29,6 +29,13 @@ CASES = {
             *("--moe-expert-capacity-factor", "None", "--moe-dropless-buffer-factor", "1.1"),
         ],
     ),
+    "overlapped": (
+        2,
+        [
+            *("--expert-model-parallel-size", "2", "--moe-expert-impl", "batched"),
+            *("--moe-a2a-overlap-chunks", "2", "--moe-shared-expert-placement", "parallel"),
+        ],
+    ),
     "EP2": (2, ["--expert-model-parallel-size", "2"]),
 }
 
