@@ -157,8 +157,9 @@ class MoEConfig:
     """Share of the old bias in the new one, with `--moe-router-load-balancing-type
     quantile_balancing`."""
     moe_token_dispatcher_type: Annotated[DispatcherType, OmittedAtDefault] = "alltoall"
-    """How tokens reach their experts. `alltoall`: over expert-parallel ranks. Other values are the
-    files of `moe/dispatchers/`."""
+    """How tokens reach their experts. `alltoall`: over expert-parallel ranks. `deepep`: by DeepEP's
+    kernels, where the package `deep_ep` is installed, with `--moe-expert-impl grouped`. Other
+    values are the files of `moe/dispatchers/`."""
     moe_a2a_overlap_chunks: Annotated[int, AtLeastOne, OmittedAtDefault] = 1
     """Chunks N of the slots of every expert: the all-to-all of one is hidden behind the GEMMs of
     another, and that of the first behind a parallel shared expert. With `--moe-expert-impl batched`

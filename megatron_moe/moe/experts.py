@@ -286,8 +286,11 @@ class StackedExperts(Experts):
         """Of a packed buffer; the rows of several sources are sorted by expert first."""
         weights, kernels = (self.weight_in, self.weight_out), plan.kernels
         filled_E = plan.schedule.filled_E
-        if self.groups.sources == 1:
+        if plan.arrival is not None or self.groups.sources == 1:
             ends_E = filled_E.cumsum(0).int()
+            if plan.arrival is not None:
+                assert plan.arrival.ends_E is not None
+                ends_E = plan.arrival.ends_E
             return grouped_gemm.grouped(rows_RH, *weights, ends_E, kernels.gated_silu)
         counts_NE = self.groups.counts_by_source(filled_E)
         block_rows = rows_RH.shape[0] // self.groups.sources

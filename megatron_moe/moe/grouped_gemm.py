@@ -156,6 +156,17 @@ def grouped(
     return _Grouped.apply(x_RH, weight_in, weight_out, ends_E, gate)
 
 
+@dataclass
+class Arrival:
+    """Rows that a dispatcher brings sorted by expert, however many there are of each.
+
+    Args:
+        ends_E: int32, one past the last row of each expert; set when they arrive.
+    """
+
+    ends_E: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class SortedRows:
     """The rows that arrived, in the order of their experts.

@@ -9,7 +9,7 @@ tokens in (sequence, batch) order, K choices, E experts, G capacity groups.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -137,9 +137,9 @@ class MoELayer(nn.Module):
         scores, x_TH = self._route(x_SBH.reshape(-1, hidden))
         draw = self.draw if self.training else Draw(layer=self.layer_number)
         plan = self.dispatcher.plan(scores, batch, self.training, self.experts, draw)
-        rows_RH = self.dispatcher.dispatch(x_TH, plan)
-        # With exchanges that overlap, what follows does not wait for these rows; the experts do.
         weights_TK, losses = self.losses.attach(scores, plan, self.training)
+        rows_RH = self.dispatcher.dispatch(x_TH, replace(plan, weights_TK=weights_TK))
+        # With exchanges that overlap, what follows does not wait for these rows; the experts do.
         self._observe(scores, plan, losses, padding_SB)
         other_SBH = None if beside is None else beside()
         rows_RH = self.experts(rows_RH, plan)

@@ -4,7 +4,7 @@ Between ranks a layer has four all-to-alls: rows to their experts and back, and 
 gradients. In one piece, each stands between two parts of the computation. Here each is N, started
 without waiting and waited for where its rows are needed:
 
-    forward    to experts   0 1 2          (beside these: the losses, a parallel shared expert)
+    forward    to experts   0 1 2          (beside these: statistics, a parallel shared expert)
                GEMMs              0 1 2
                back                 0 1 2
     backward   the same with gradients; beside the last: gradients of the weights, and of a

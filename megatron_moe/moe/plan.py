@@ -27,6 +27,7 @@ from megatron_moe.moe.dropping import OUTSIDE_TRAINING, Competition, Draw, DropP
 
 if TYPE_CHECKING:
     from megatron_moe.moe.experts import ExpertSchedule
+    from megatron_moe.moe.grouped_gemm import Arrival
     from megatron_moe.moe.overlap import Flight
 
 
@@ -361,6 +362,7 @@ class Plan:
         placement: rows of this rank's buffer.
         kernels: those of the device.
         flight: exchanges that overlap with computation; `None` for those in one piece.
+        arrival: rows that come sorted by expert; `None` where they come as ``schedule`` says.
     """
 
     batch: int
@@ -372,3 +374,4 @@ class Plan:
     placement: Placement
     kernels: Kernels
     flight: Flight | None = None
+    arrival: Arrival | None = None

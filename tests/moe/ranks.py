@@ -92,13 +92,46 @@ def own_part(name: str, full: Tensor, ctx: ParallelContext) -> Tensor:
     return torch.cat(parts, dim=2)
 
 
+def check_deepep(rank: int, world_size: int, *, tp: int, ep: int, settings: dict[str, Any]) -> int:
+    """`check_layout` with DeepEP's exchange over gloo, against all-to-all's one process."""
+    from megatron_moe.moe.dispatchers import deepep
+    from tests.moe import fake_deep_ep
+
+    before = deepep.fused_exchange
+    deepep.fused_exchange = lambda: (fake_deep_ep.fused_dispatch, fake_deep_ep.fused_combine)
+    whole = {**settings, "moe_token_dispatcher_type": "alltoall"}
+    try:
+        return check_layout(
+            rank, world_size, tp=tp, ep=ep, etp=1, settings=settings, whole_settings=whole
+        )
+    finally:
+        deepep.fused_exchange = before
+
+
 def check_layout(
-    rank: int, world_size: int, *, tp: int, ep: int, etp: int, settings: dict[str, Any]
+    rank: int,
+    world_size: int,
+    *,
+    tp: int,
+    ep: int,
+    etp: int,
+    settings: dict[str, Any],
+    whole_settings: dict[str, Any] | None = None,
 ) -> int:
-    """The body of one rank; the number of choices dropped on it."""
+    """The body of one rank; the number of choices dropped on it.
+
+    Args:
+        rank: of this process.
+        world_size: ranks.
+        tp: tensor-parallel size.
+        ep: expert-parallel size.
+        etp: expert-tensor-parallel size.
+        settings: of the layer.
+        whole_settings: of the layer in one process, if they differ.
+    """
     ctx = context_of(world_size, tp, ep, etp)
     set_loss_scale(0.5)
-    whole = run_whole(settings, ctx.layout.dp)
+    whole = run_whole(whole_settings or settings, ctx.layout.dp)
     layer = layer_of(moe_config(**settings), pgs=ctx.pgs, sequence_parallel=tp > 1)
     copy_experts(layer, whole.layer, ctx)
     seen = watched(layer)
