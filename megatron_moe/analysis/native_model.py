@@ -39,7 +39,6 @@ from megatron_moe.model.reference.ffn import MoE, gated
 from megatron_moe.model.reference.routing import (
     capacity_factor,
     combine_weights,
-    full_precision,
     route,
 )
 
@@ -258,7 +257,7 @@ class NativeRunner(MoERunner):
 
 def _excluding(part: MoE, ids: Sequence[int]) -> Decide:
     def decide(x_TH: Tensor, rows: int) -> dict[str, Any]:
-        logits_TE = full_precision(x_TH) @ full_precision(part.router.weight).T
+        logits_TE = part.logits(x_TH.unflatten(0, (rows, -1))).flatten(0, 1)
         logits_TE[:, list(ids)] = -torch.inf
         routing = route(
             logits_TE, rows, part.moe, part.layer, training_capacity=False, bias_E=part.bias_E

@@ -130,8 +130,10 @@ class MoEConfig:
     """Multiply what the router sees in training, and nothing else, by uniform noise in
     [1 - eps, 1 + eps]."""
     moe_router_type: Annotated[RouterType, OmittedAtDefault] = "linear"
-    """What makes the logits of the experts. `linear` (OpenMoE): a matrix. Other values are the
-    files of `moe/routers/`."""
+    """What makes the logits of the experts. `linear` (OpenMoE): a matrix. `contextual`: also a
+    moving average of the tokens before. Other values are the files of `moe/routers/`."""
+    moe_router_context_decay: Annotated[float, BelowOne, OmittedAtDefault] = 0.9
+    """How much of that average each token keeps, with `--moe-router-type contextual`."""
     moe_router_score_function: Annotated[ScoreFunction, OmittedAtDefault] = "softmax"
     """From logits to scores: a softmax over all experts, or the sigmoid of each logit; the weights
     of k > 1 sigmoid scores are divided by their sum."""

@@ -62,7 +62,8 @@ def t5x_name(name: str) -> tuple[str, bool]:
 
 
 def check_expressible(config: RunConfig) -> None:
-    """Require attention as t5x has it: flaxformer stores neither shared key heads nor their norms.
+    """Require attention and router as t5x has them: flaxformer stores neither shared key heads nor
+    their norms, and one matrix for a router.
 
     Raises:
         UsageError: names the flag.
@@ -73,6 +74,14 @@ def check_expressible(config: RunConfig) -> None:
     ):
         if value:
             raise UsageError(flag, value, "unset for t5x, whose OpenMoE has no such attention")
+    router = config.moe.moe_router_type
+    if router != "linear":
+        raise UsageError("--moe-router-type", router, "linear for t5x, whose router is one matrix")
+    if config.moe.has_expert_bias:
+        flag, kinds = "--moe-router-load-balancing-type", config.moe.load_balancing_types
+        if config.moe.moe_router_enable_expert_bias:
+            raise UsageError("--moe-router-enable-expert-bias", True, "unset for t5x")
+        raise UsageError(flag, " ".join(kinds), "a loss for t5x, which has no bias of experts")
 
 
 def read_t5x(directory: Path, config: RunConfig) -> LogicalModel:

@@ -72,7 +72,7 @@ class TokenFlops:
     ffn: int
     """Dense feed-forward layers: 2 * m H F, m = 3 matrices or 4 (gated-swiglu)."""
     router: int
-    """2 H E per MoE layer."""
+    """2 H E per MoE layer, twice that with `--moe-router-type contextual`."""
     experts: int
     """K routed experts, 2 * m H F each, per MoE layer."""
     shared: int
@@ -192,6 +192,7 @@ def _flops(
 ) -> TokenFlops:
     """Of some layers, of each whether it is an MoE layer, and of the logits if they are there."""
     moe_layers, layers = sum(pattern), len(pattern)
+    matrices = 2 if moe.moe_router_type == "contextual" else 1  # of a router
     inner = model.num_attention_heads * model.kv_channels
     shared_heads = model.key_value_heads * model.kv_channels
     per_width = 2 * (model.input_blocks + 1) * model.hidden_size
@@ -201,7 +202,7 @@ def _flops(
         # A token at position p attends to p + 1 keys: (S + 1) / 2 on average, hence the half.
         attention_scores=layers * 2 * inner * (seq_length + 1),
         ffn=(layers - moe_layers) * per_width * model.ffn_hidden_size,
-        router=moe_layers * 2 * model.hidden_size * moe.num_experts,
+        router=moe_layers * 2 * model.hidden_size * moe.num_experts * matrices,
         experts=moe_layers * moe.moe_router_topk * per_width * expert_width(model, moe),
         shared=moe_layers * per_width * shared,
         logits=logits,

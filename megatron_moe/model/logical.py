@@ -217,6 +217,8 @@ def _moe(model: ModelConfig, moe: MoEConfig, prefix: str) -> Iterator[tuple[str,
     std = model.in_std(hidden)
     router = LogicalParameter((experts, hidden), model.router_init_method_std, "router")
     yield f"{prefix}.moe.router.weight", router
+    if moe.moe_router_type == "contextual":
+        yield f"{prefix}.moe.router.context_weight", router
     if moe.has_expert_bias:
         yield f"{prefix}.moe.router.expert_bias", LogicalParameter((experts,), 0.0, "router")
     gate = LogicalParameter((experts, hidden, model.gate_blocks * width), std, "expert")

@@ -99,6 +99,7 @@ class MoELayer(nn.Module):
             model,
             moe,
             sequence_parallel=sequence_parallel,
+            tp_group=groups.tp,
             params_dtype=params_dtype,
             device=device,
         )
@@ -134,7 +135,7 @@ class MoELayer(nn.Module):
                 experts. `None` for nothing.
         """
         batch, hidden = x_SBH.shape[1:]
-        scores, x_TH = self._route(x_SBH.reshape(-1, hidden))
+        scores, x_TH = self._route(x_SBH.reshape(-1, hidden), batch)
         draw = self.draw if self.training else Draw(layer=self.layer_number)
         plan = self.dispatcher.plan(scores, batch, self.training, self.experts, draw)
         weights_TK, losses = self.losses.attach(scores, plan, self.training)
@@ -151,14 +152,14 @@ class MoELayer(nn.Module):
         """Whether exchanges overlap with computation."""
         return self.experts.chunks > 1
 
-    def _route(self, x_TH: Tensor) -> tuple[Scores, Tensor]:
+    def _route(self, x_TH: Tensor, batch: int) -> tuple[Scores, Tensor]:
         """Scores, and the tokens to use from here on; see `Router.forward`."""
         jitter = self.moe.moe_input_jitter_eps
         if jitter and self.training:
             noise_TH = torch.empty_like(x_TH).uniform_(1.0 - jitter, 1.0 + jitter)
-            scores, _ = self.router(x_TH * noise_TH)
+            scores, _ = self.router(x_TH * noise_TH, batch)
         else:
-            scores, x_TH = self.router(x_TH)
+            scores, x_TH = self.router(x_TH, batch)
         if self.moe.moe_router_force_load_balancing:
             scores = force_balance(scores, self.layer_number, self.router.weights_of)
         if self.replace_scores is not None:

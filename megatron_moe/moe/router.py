@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from fused_kernels.operations import RouterKernel
 from fused_kernels.reference import router as reference
 from megatron_moe.config import ModelConfig, MoEConfig
+from megatron_moe.moe.exchange import Group
 from megatron_moe.moe.expert_bias import ExpertBias
 from megatron_moe.moe.registry import Registry, kernels_for
 from megatron_moe.moe.scoring import ScoreRule, Scores, score, select
@@ -36,6 +37,7 @@ class Router(nn.Module):
         model: hidden size, initial standard deviation.
         moe: number of experts and of choices.
         sequence_parallel: whether ranks hold shards of the sequence.
+        tp_group: ranks that share the sequence; `None` for one.
         params_dtype: dtype of the weight; scores are computed in at least fp32.
         device: where the weight is. It is uninitialized.
 
@@ -50,11 +52,12 @@ class Router(nn.Module):
         moe: MoEConfig,
         *,
         sequence_parallel: bool = False,
+        tp_group: Group = None,
         params_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.moe, self.rule = moe, ScoreRule.of(moe)
+        self.moe, self.rule, self.tp_group = moe, ScoreRule.of(moe), tp_group
         self.topk, self.init_std = moe.moe_router_topk, model.router_init_method_std
         shape = (moe.num_experts, model.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, dtype=params_dtype, device=device))
@@ -62,25 +65,30 @@ class Router(nn.Module):
         self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
         self.expert_bias = ExpertBias(moe, device) if moe.has_expert_bias else None
 
-    def forward(self, x_TH: Tensor) -> tuple[Scores, Tensor]:
+    @property
+    def bias_E(self) -> Tensor | None:
+        """Added to scores for the choices; `None` without."""
+        return None if self.expert_bias is None else self.expert_bias.weight
+
+    def forward(self, x_TH: Tensor, batch: int = 1) -> tuple[Scores, Tensor]:
         """Score tokens.
+
+        Args:
+            x_TH: this rank's tokens in (sequence, batch) order.
+            batch: rows B, for routers that look beyond one token.
 
         Returns:
             The scores, and the tokens, which the caller uses from here on: the gradient of that use
             and the router's own are then added by one GEMM.
         """
-        return self.scored(x_TH, self.weight)
-
-    def scored(self, x_TH: Tensor, weight_EH: Tensor) -> tuple[Scores, Tensor]:
-        """The scores of linear logits; see `forward`."""
-        bias_E = None if self.expert_bias is None else self.expert_bias.weight
         if self.rule.function == "sigmoid":
             # At least fp32: in bf16 many experts would be equal.
             dtype = torch.promote_types(x_TH.dtype, torch.float32)
-            return score(x_TH.to(dtype) @ weight_EH.to(dtype).t(), self.rule, bias_E), x_TH
+            logits_TE = x_TH.to(dtype) @ self.weight.to(dtype).t()
+            return score(logits_TE, self.rule, self.bias_E), x_TH
         kernel = kernels_for(self.moe, x_TH.device.type).router
-        scores, x_TH = route(x_TH, weight_EH, self.topk, kernel)
-        return select(scores, self.rule, bias_E), x_TH
+        scores, x_TH = route(x_TH, self.weight, self.topk, kernel)
+        return select(scores, self.rule, self.bias_E), x_TH
 
     def weights_of(self, scores_TE: Tensor, choices_TK: Tensor) -> Tensor:
         """The combine weights [T, K] of given choices: what `forward` would give them.

@@ -124,7 +124,7 @@ def test_each_has_the_results_of_one_process_on_every_layout(
 @pytest.mark.parametrize(
     ("moe", "error"),
     [
-        (MoEConfig(moe_router_type="toy"), "--moe-router-type must be linear"),
+        (MoEConfig(moe_router_type="toy"), "--moe-router-type must be linear or cont"),
         (MoEConfig(moe_token_drop_policy="toy"), "--moe-token-drop-policy must be one of position"),
     ],
 )

@@ -208,6 +208,10 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
     ),
     "random": (_MODEL, replace(_MOE, moe_token_drop_policy="random")),
     "fair": (_MODEL, replace(_MOE, moe_token_drop_policy="fair")),
+    "contextual": (
+        _MODEL,
+        replace(_MOE, moe_router_type="contextual", moe_router_context_decay=0.7),
+    ),
     "global-and-row": (
         _MODEL,
         replace(
@@ -254,7 +258,7 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
     ),
 }
 
-ROUTERS = ("sigmoid-groups",)
+ROUTERS = ("sigmoid-groups", "contextual")
 """Variants of the router, which `test_routers.py` runs."""
 OF_THE_STEP = ("global-and-row",)
 """Those whose loss depends on the micro-batches before, and so on the data-parallel size."""

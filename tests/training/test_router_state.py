@@ -20,6 +20,7 @@ STATES = {
     "--moe-router-quantile-balancing-ema 0.5",
     "global": "--moe-router-load-balancing-type global_aux_loss seq_aux_loss "
     "--moe-aux-loss-coeff 0.05 0.01 --moe-z-loss-over chosen",
+    "contextual": "--moe-router-type contextual --bf16",
 }
 BIASED = ("sign", "quantile")
 

@@ -55,6 +55,8 @@ class LayerCache:
     keys_BNPD: Tensor
     values_BNPD: Tensor
     step: CacheStep
+    context_BE: Tensor | None = None
+    """State of a contextual router; see `MoE.logits`."""
 
     def extend(self, key_BNSD: Tensor, value_BNSD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Store the keys and values of the new tokens.
@@ -83,6 +85,7 @@ class KVCache:
         slots: P, the longest row that can be held.
         device: of the model.
         dtype: of the model's activations.
+        experts: E, for models whose routers have a state; `None` for others.
 
     Raises:
         UsageError: more slots than `--max-position-embeddings`.
@@ -96,6 +99,7 @@ class KVCache:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        experts: int | None = None,
     ) -> None:
         longest = model.max_position_embeddings
         if not 1 <= slots <= longest:
@@ -109,6 +113,13 @@ class KVCache:
         # Zeros, not `empty`: unused slots are masked, but a masked NaN still gives 0 * NaN = NaN.
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.contexts: list[Tensor] = []
+        """By layer, [B, E]; empty for models whose routers have no state."""
+        if experts is not None:
+            at_least = torch.promote_types(dtype, torch.float32)
+            self.contexts = [
+                torch.zeros(rows, experts, device=device, dtype=at_least) for _ in layers
+            ]
 
     def begin(self, rows: int, length: int, counts: Sequence[int] | None) -> CacheStep:
         """Place new tokens [B, S]; nothing is stored yet.
@@ -158,16 +169,17 @@ class KVCache:
 
     def layer(self, layer: int, step: CacheStep) -> LayerCache:
         """The cache of one layer for this step."""
-        return LayerCache(self.keys[layer], self.values[layer], step)
+        context_BE = self.contexts[layer] if self.contexts else None
+        return LayerCache(self.keys[layer], self.values[layer], step, context_BE)
 
     def finish(self, step: CacheStep) -> None:
-        """Count the new tokens as cached, after every layer has stored its keys and values."""
+        """Count the new tokens as cached, after every layer has stored what it keeps of them."""
         self.lengths = [old + new for old, new in zip(self.lengths, step.counts, strict=True)]
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order."""
         chosen = torch.tensor(rows, dtype=torch.long, device=self.keys[0].device)
-        for tensors in (self.keys, self.values):
+        for tensors in (self.keys, self.values, self.contexts):
             for layer, tensor in enumerate(tensors):
                 tensors[layer] = tensor.index_select(0, chosen)
         self.lengths = [self.lengths[row] for row in rows]

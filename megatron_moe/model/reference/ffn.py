@@ -92,6 +92,9 @@ class MoE(nn.Module):
         self.earlier: list[Tensor] = []
         """Loads of the step's earlier micro-batches; whoever begins a step empties it."""
         self.router = nn.Linear(model.hidden_size, moe.num_experts, bias=False)
+        if moe.moe_router_type == "contextual":
+            weight = nn.Parameter(torch.empty_like(self.router.weight))
+            self.router.register_parameter("context_weight", weight)
         if moe.has_expert_bias:
             bias_E = nn.Parameter(torch.empty(moe.num_experts), requires_grad=False)
             self.router.register_parameter("expert_bias", bias_E)
@@ -103,8 +106,43 @@ class MoE(nn.Module):
         bias_E: Tensor | None = getattr(self.router, "expert_bias", None)
         return bias_E
 
+    def logits(
+        self, x_BSH: Tensor, valid_BS: Tensor | None = None, context_BE: Tensor | None = None
+    ) -> Tensor:
+        """Router logits [B, S, E]: W x_t; with `--moe-router-type contextual` plus m_t.
+
+        m_t is the moving average of V x_j, j < t: m_(t+1) = a m_t + (1 - a) V x_t, m_0 = 0.
+
+        Args:
+            x_BSH: normalised residual stream.
+            valid_BS: false for padding, which the average leaves out; `None` if there is none.
+            context_BE: m of the first position, which becomes that of the position after the last
+                one; `None`: rows begin here.
+        """
+        x_BSH = full_precision(x_BSH)
+        own_BSE = F.linear(x_BSH, full_precision(self.router.weight))
+        if self.moe.moe_router_type != "contextual":
+            return own_BSE
+        context_EH: Tensor = self.router.get_parameter("context_weight")
+        new_BSE = F.linear(x_BSH, full_precision(context_EH))
+        decay, seen = self.moe.moe_router_context_decay, []
+        mean_BE = torch.zeros_like(new_BSE[:, 0]) if context_BE is None else context_BE.clone()
+        for place in range(x_BSH.shape[1]):
+            seen.append(mean_BE)
+            after_BE = decay * mean_BE + (1 - decay) * new_BSE[:, place]
+            if valid_BS is not None:
+                after_BE = after_BE.where(valid_BS[:, place, None], mean_BE)
+            mean_BE = after_BE
+        if context_BE is not None:
+            context_BE.copy_(mean_BE)
+        return own_BSE + torch.stack(seen, dim=1)
+
     def forward(
-        self, x_BSH: Tensor, training_capacity: bool, valid_BS: Tensor | None = None
+        self,
+        x_BSH: Tensor,
+        training_capacity: bool,
+        valid_BS: Tensor | None = None,
+        context_BE: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """[B, S, H] -> [B, S, H] and the routing decisions. A dropped choice contributes zero.
 
@@ -112,9 +150,10 @@ class MoE(nn.Module):
             x_BSH: normalised residual stream.
             training_capacity: the capacity factor of training rather than evaluation.
             valid_BS: false for padding, which no expert processes; `None` if there is none.
+            context_BE: see `logits`.
         """
         x_TH = x_BSH.flatten(0, 1)
-        logits_TE = F.linear(full_precision(x_TH), full_precision(self.router.weight))
+        logits_TE = self.logits(x_BSH, valid_BS, context_BE).flatten(0, 1)
         rows = x_BSH.shape[0]
         routing = route(
             logits_TE,

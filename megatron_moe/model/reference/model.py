@@ -93,7 +93,8 @@ class DecoderBlock(nn.Module):
             return x + self.dropout(self.ffn(normed)), None
         assert self.moe is not None
         valid_BS = None if cache is None else cache.step.valid_BS
-        branch, routing = self.moe(normed, training_capacity, valid_BS)
+        context_BE = None if cache is None else cache.context_BE
+        branch, routing = self.moe(normed, training_capacity, valid_BS, context_BE)
         # Parallel placement: one branch, one dropout over the sum.
         if self.shared is not None and self.shared_norm is None:
             branch = branch + self.shared(normed)
@@ -201,7 +202,10 @@ class ReferenceOpenMoE(nn.Module):
         """A KV cache for rows of up to ``slots`` tokens each, by default the model's maximum."""
         weight = self.embedding.weight
         slots = self.model.max_position_embeddings if slots is None else slots
-        return KVCache(self.model, rows, slots, device=weight.device, dtype=weight.dtype)
+        experts = self.moe.num_experts if self.moe.moe_router_type == "contextual" else None
+        return KVCache(
+            self.model, rows, slots, device=weight.device, dtype=weight.dtype, experts=experts
+        )
 
     def hidden_states_with_cache(
         self, tokens_BS: Tensor, cache: KVCache, counts: Sequence[int] | None = None

@@ -93,8 +93,8 @@ def route(
         UsageError: a router or drop policy that only the parallel model has.
     """
     fix = "the reference model has no other"
-    if moe.moe_router_type != "linear":
-        raise UsageError("--moe-router-type", moe.moe_router_type, "linear", fix)
+    if moe.moe_router_type not in ("linear", "contextual"):
+        raise UsageError("--moe-router-type", moe.moe_router_type, "linear or contextual", fix)
     if moe.moe_token_drop_policy not in POLICIES:
         policy, expected = moe.moe_token_drop_policy, f"one of {', '.join(POLICIES)}"
         raise UsageError("--moe-token-drop-policy", policy, expected, fix)

@@ -177,6 +177,7 @@ _REPLICATED = {
     "shared_norm.weight": "shared_norm.weight",
     "decoder.final_layernorm.weight": "final_norm.weight",
     "moe.router.weight": "moe.router.weight",
+    "moe.router.context_weight": "moe.router.context_weight",
     "moe.router.expert_bias.weight": "moe.router.expert_bias",
 }
 

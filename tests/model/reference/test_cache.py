@@ -48,6 +48,7 @@ VARIANTS = {
     "multi-query": (replace(RELEASED, group_query_attention=True), MOE),
     "grouped, norm of heads": (replace(GROUPED, qk_layernorm_scope="head"), MOE),
     "grouped, norm of projections": (GROUPED, MOE),
+    "contextual": (RELEASED, replace(MOE, moe_router_type="contextual")),
     "biased sigmoids": (
         RELEASED,
         replace(MOE, moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),
@@ -126,9 +127,10 @@ def test_rows_of_different_lengths_are_as_each_alone() -> None:
     assert cache.lengths == read == [11, 10, 9]
 
 
+@pytest.mark.parametrize("variant", ["released", "contextual"])
 @torch.no_grad()
-def test_rows_that_are_kept_go_on() -> None:
-    model, tokens = _model(), _tokens(3, 10)
+def test_rows_that_are_kept_go_on(variant: str) -> None:
+    model, tokens = _model(variant), _tokens(3, 10)
     cache = model.new_cache(3, slots=10)
     model.hidden_states_with_cache(tokens[:, :7], cache, [7, 1, 6])
     cache.select_rows([2, 0])
