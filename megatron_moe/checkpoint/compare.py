@@ -67,10 +67,18 @@ def config_differences(
     if saved.model.num_layers == ours.model.num_layers and saved.moe_layers != ours.moe_layers:
         yield from _line("moe_layer_freq", saved.moe.moe_layer_freq, ours.moe.moe_layer_freq)
     yield from _line("bf16", saved.train.bf16, ours.train.bf16)
+    if resume and (_has_padding(saved) or _has_padding(ours)):
+        name = "moe_ignore_padding_tokens"
+        yield from _line(name, getattr(saved.moe, name), getattr(ours.moe, name))
     if resume:
         yield from _line("seq_length", saved.data.seq_length, ours.data.seq_length)
     if optimizer:
         yield from _line("optimizer", saved.optimizer.optimizer, ours.optimizer.optimizer)
+
+
+def _has_padding(run: RunConfig) -> bool:
+    """Whether rows may have padding; the objectives of a phase table are not known here."""
+    return run.objective.objective in ("ul2", "sft") or run.train.stages is not None
 
 
 def _line(name: str, saved: Any, ours: Any) -> Iterator[str]:

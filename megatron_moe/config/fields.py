@@ -73,6 +73,18 @@ class Flag:
     """With its dashes, e.g. `--phases`."""
 
 
+@dataclass(frozen=True)
+class AbsentMeans:
+    """What a file means that lacks the field, if that is not the field's default.
+
+    For a default that changes the results of runs: a section of a file without the key is from a
+    release before the field, and keeps the meaning that it had. `RunConfig.to_dict` leaves the
+    field out while it has this value.
+    """
+
+    value: Any
+
+
 class OmittedAtDefault:
     """Marks a field that `RunConfig.to_dict` leaves out while it has the default of its section.
 
@@ -95,6 +107,8 @@ class ConfigField:
     """Of its numbers; `None` for a field that has none."""
     omitted_at_default: bool = False
     """Whether it is marked with `OmittedAtDefault`."""
+    absent: AbsentMeans | None = None
+    """What a section of a file without it means, if not its default."""
 
     @property
     def flags(self) -> tuple[str, ...]:
@@ -153,6 +167,7 @@ def _field(name: str, plain: Any, annotated: Any) -> ConfigField:
         flag=flags[0] if flags else flag_named(name),
         range=ranges[0] if ranges else None,
         omitted_at_default=OmittedAtDefault in metadata,
+        absent=next((item for item in metadata if isinstance(item, AbsentMeans)), None),
     )
 
 

@@ -54,6 +54,7 @@ DEFAULTS = RunConfig(
         moe_expert_capacity_factor=None,
         moe_eval_capacity_factor=None,
         moe_token_drop_policy="probs",
+        moe_ignore_padding_tokens=False,
         moe_router_load_balancing_type="aux_loss",
         moe_aux_loss_coeff=0.0,
         moe_z_loss_coeff=0.0,

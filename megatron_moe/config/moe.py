@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from megatron_moe.config.fields import (
+    AbsentMeans,
     AtLeastOne,
     BelowOne,
     Flag,
@@ -86,6 +87,11 @@ class MoEConfig:
     position. `random`: as `position`, with the tokens in another order in every training step.
     `fair`: as `position`, with the slots of an expert spread evenly over its choices, and over
     steps to each of them equally often."""
+    moe_ignore_padding_tokens: Annotated[bool, AbsentMeans(False)] = True
+    """Padding takes no slots, and is in no loss of the router and no statistic of routing: their
+    denominators are the real tokens. No expert computes it. Otherwise it is routed as text is, as
+    published. Only rows of `ul2` and `sft` have padding. A run that was saved without this setting
+    is one with `--no-moe-ignore-padding-tokens`."""
     moe_router_load_balancing_type: LoadBalancing | tuple[LoadBalancing, ...] = "seq_aux_loss"
     """Over which tokens E * sum_e f_e P_e is taken: each row (`seq_aux_loss`), each capacity group
     (`group_aux_loss`, as released), the micro-batch (`aux_loss`), or no such loss (`none`).

@@ -60,6 +60,7 @@ def _run(size: _Size, released: bool, published: bool = True) -> RunConfig:
         moe_shared_expert_intermediate_size=size.ffn,
         moe_shared_expert_placement="sequential" if released else "parallel",
         moe_z_loss_coeff=size.z_loss,
+        moe_ignore_padding_tokens=not (released and published),
     )
     if released and published:
         # Equal to the default while a group is a row; follows --moe-capacity-group-size.

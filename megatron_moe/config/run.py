@@ -55,15 +55,20 @@ class RunConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries, ready for JSON.
 
-        A field marked with `OmittedAtDefault` is left out while it has its default, and so is a
-        section of which nothing is left. The default is the section's, not a preset's: `from_dict`
-        has no other value for an absent key.
+        A field marked with `OmittedAtDefault` is left out while it has its default, one marked with
+        `AbsentMeans` while it has that value, and so is a section of which nothing is left. The
+        default is the section's, not a preset's: `from_dict` has no other value for an absent key.
         """
         values = dataclasses.asdict(self)
         for name, section in self.sections.items():
             default = type(section)()
             for key, known in fields_of(type(section)).items():
-                if known.omitted_at_default and getattr(section, key) == getattr(default, key):
+                value = getattr(section, key)
+                if known.absent is not None:
+                    omitted = value == known.absent.value
+                else:
+                    omitted = known.omitted_at_default and value == getattr(default, key)
+                if omitted:
                     del values[name][key]
         return {name: content for name, content in values.items() if content}
 
@@ -128,7 +133,8 @@ def _settings(section: type, content: dict[str, Any], where: str) -> dict[str, A
         found[field.name] = tuple(value) if isinstance(value, list) else value
         if not _fits(found[field.name], field.type):
             raise UsageError(f"{key} in {where}", value, _expected(field.type))
-    return found
+    absent = {f.name: f.absent.value for f in known.values() if f.absent is not None}
+    return absent | found
 
 
 def _fits(value: Any, hint: Any) -> bool:

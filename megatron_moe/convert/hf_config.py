@@ -187,6 +187,7 @@ _HAS_NO_EFFECT = {
     "init_method_std",
     "moe_input_jitter_eps",
     "zero_padding_activations",
+    "moe_ignore_padding_tokens",
     "moe_dispatch_impl",
     "moe_expert_impl",
     "moe_dropless_buffer_factor",
@@ -338,7 +339,8 @@ def _experts(values: dict[str, Any], model: ModelConfig, source: str) -> MoEConf
             number(values, "router_capacity_factor_eval", source, 2.0) if drops else None
         ),
         moe_min_capacity=whole_number(values, "router_min_capacity", source, 4),
-        moe_router_load_balancing_type="group_aux_loss",  # as released
+        moe_ignore_padding_tokens=False,  # as released, like the next
+        moe_router_load_balancing_type="group_aux_loss",
         moe_aux_loss_coeff=number(values, "router_aux_loss_factor", source, 0.01),
         moe_z_loss_coeff=number(values, "router_z_loss_factor", source, 1e-4),
     )

@@ -72,6 +72,7 @@ def assign_bounded(
     bound: BufferBound,
     rank_in_expert: RankInExpert,
     draw: Draw = OUTSIDE_TRAINING,
+    padding_T: Tensor | None = None,
 ) -> Slots:
     """Rank choices within the block of their expert's rank, and keep those that have a row.
 
@@ -89,16 +90,18 @@ def assign_bounded(
         bound: rows for each rank.
         rank_in_expert: the kernel.
         draw: as for `assign_slots`.
+        padding_T: likewise.
     """
-    asked = choices_TK, weights_TK, batch, capacity, rule, rank_in_expert, draw
+    asked = choices_TK, weights_TK, batch, capacity, rule, rank_in_expert, draw, padding_T
     experts_GA, order_GA = choices_in_order(*asked)
     sorted_GA = experts_GA if order_GA is None else experts_GA.gather(1, order_GA)
     groups, choices = sorted_GA.shape
     in_turn_1A = sorted_GA.t().reshape(1, -1)
     local = rule.num_experts // bound.ranks
-    rank_1A, _ = rank_in_expert.forward(in_turn_1A // local, bound.ranks)
-    rank_GA = rank_1A.view(choices, groups).t()
-    kept_GA = rank_GA < bound.rows * rule.shares
+    # Padding has the id E: that of an expert of a rank past the last.
+    rank_1A, _ = rank_in_expert.forward(in_turn_1A // local, bound.ranks + 1)
+    rank_GA, real_GA = rank_1A.view(choices, groups).t(), sorted_GA < rule.num_experts
+    kept_GA = (rank_GA < bound.rows * rule.shares) & real_GA
     owned_GA = kept_GA & (rank_GA % rule.shares == rule.share) if rule.shares > 1 else kept_GA
     # Choices without a row here count as those of an expert past the last.
     here_GA = sorted_GA.where(owned_GA, rule.num_experts).contiguous()
@@ -111,11 +114,11 @@ def assign_bounded(
     if rule.shares == 1:
         owned_GA = kept_GA
     return Slots(
-        experts_GA=experts_GA,
+        experts_GA=experts_GA.clamp(max=rule.num_experts - 1),
         slot_GA=slot_GA,
         owned_GA=owned_GA,
         kept_GA=kept_GA,
-        load_GE=_count(sorted_GA, torch.ones_like(kept_GA), rule.num_experts),
+        load_GE=_count(sorted_GA, real_GA, rule.num_experts),
         full_GE=full_GE,
         filled_GE=filled_GX[:, : rule.num_experts],
         most=-(-capacity.slots // rule.shares),
@@ -124,6 +127,6 @@ def assign_bounded(
 
 
 def _count(experts_GA: Tensor, which_GA: Tensor, num_experts: int) -> Tensor:
-    """How many of some choices each group and expert has, [G, E] int64."""
-    counts_GE = experts_GA.new_zeros(experts_GA.shape[0], num_experts)
-    return counts_GE.scatter_add_(1, experts_GA, which_GA.long())
+    """How many of some choices each group and expert has, [G, E] int64; the id E counts nowhere."""
+    counts_GX = experts_GA.new_zeros(experts_GA.shape[0], num_experts + 1)
+    return counts_GX.scatter_add_(1, experts_GA, which_GA.long())[:, :num_experts].contiguous()

@@ -41,6 +41,7 @@ class TokenFates:
         shard: which part of the rows' positions these tokens are, under sequence parallelism.
         shards: such parts; one for each rank that shares the rows.
         padding_T: bool, which tokens are padding; `None` for none.
+        ignored: whether padding was not routed.
     """
 
     kept_TK: Tensor
@@ -48,6 +49,7 @@ class TokenFates:
     shard: int = 0
     shards: int = 1
     padding_T: Tensor | None = None
+    ignored: bool = False
 
 
 class RoutingCounter(nn.Module):
@@ -81,7 +83,8 @@ class RoutingCounter(nn.Module):
         self._kept: list[Tensor] = []
         self._scalars: list[Tensor] = []
         self._fates: list[TokenFates] = []
-        self._tokens, self._micro_batches = 0, 0.0
+        self._tokens: int | Tensor = 0
+        self._micro_batches = 0.0
 
     @torch.no_grad()
     def add(
@@ -104,15 +107,24 @@ class RoutingCounter(nn.Module):
         """
         self._loads.append(load_GE)
         self._kept.append(kept_GE)
-        probs_TE, logits_TE = scores.probs_TE, scores.logits_TE
+        negative_TE, probs_TE = scores.probs_TE * scores.log_probs_TE, scores.probs_TE
+        logits_TE = scores.logits_TE
+        tokens: int | Tensor = scores.choices_TK.shape[0]
+        if fates.ignored and fates.padding_T is not None:
+            # Chosen, not multiplied: zero times a number that is infinite would be NaN.
+            pads_T1 = fates.padding_T.unsqueeze(1)
+            negative_TE, probs_TE, logits_TE = (
+                x_TE.masked_fill(pads_T1, 0.0) for x_TE in (negative_TE, probs_TE, logits_TE)
+            )
+            tokens = tokens - fates.padding_T.sum()
         self._scalars += (
-            (probs_TE * scores.log_probs_TE).sum(),
+            negative_TE.sum(),
             probs_TE.amax(1).sum(),
             torch.linalg.vector_norm(logits_TE),
             *losses,
         )
         self._fates.append(fates)
-        self._tokens += scores.choices_TK.shape[0]
+        self._tokens = self._tokens + tokens
         self._micro_batches += 1.0 / fates.shards
         if len(self._loads) == MOST_PENDING:
             self._add_up()

@@ -61,6 +61,7 @@ class TokenDispatcher:
         training: bool,
         experts: Experts,
         draw: Draw = OUTSIDE_TRAINING,
+        padding_T: Tensor | None = None,
     ) -> Plan:
         """Decide what goes where, on every rank of the sequences alike.
 
@@ -70,18 +71,19 @@ class TokenDispatcher:
             training: whether the training or the evaluation capacity applies.
             experts: choose the buffer layout, by the rows that they get.
             draw: what the drop policy may depend on besides the choices.
+            padding_T: bool, which of this rank's tokens are not to be routed; `None` for none.
         """
         kernels = kernels_for(self.moe, scores.choices_TK.device.type)
-        choices_TK = self._gather_choices(scores.choices_TK)
+        choices_TK, padding_T = self._gather_choices(scores.choices_TK, padding_T)
         row_tokens = choices_TK.shape[0] // batch
         capacity = capacity_of(self.moe, rows=batch, row_tokens=row_tokens, training=training)
         weights_TK = all_gather(scores.weights_TK, self.groups.tp)
         asked = choices_TK, weights_TK, batch, capacity, self.slot_rule
         bound, rank_in_expert = self.bound(choices_TK.numel(), training), kernels.rank_in_expert
         if bound is None:
-            slots = assign_slots(*asked, rank_in_expert, draw)
+            slots = assign_slots(*asked, rank_in_expert, draw, padding_T)
         else:
-            slots = assign_bounded(*asked, bound, rank_in_expert, draw)
+            slots = assign_bounded(*asked, bound, rank_in_expert, draw, padding_T)
         schedule = experts.schedule(slots)
         chunks = schedule.layout.chunks
         flight = None if chunks is None else Flight(chunks, experts.num_local, self.groups)
@@ -90,6 +92,7 @@ class TokenDispatcher:
             capacity=capacity,
             choices_TK=choices_TK,
             weights_TK=weights_TK,
+            padding_T=padding_T,
             slots=slots,
             schedule=schedule,
             placement=place(slots, batch, capacity, schedule.layout),
@@ -107,12 +110,21 @@ class TokenDispatcher:
             training=training,
         )
 
-    def _gather_choices(self, choices_TK: Tensor) -> Tensor:
-        """Choices of all tokens of the sequences, without gradient."""
+    def _gather_choices(
+        self, choices_TK: Tensor, padding_T: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Choices of all tokens of the sequences, and which are padding; without gradient."""
         if size_of(self.groups.tp) == 1:
-            return choices_TK
-        # int32 holds any expert id and is half of what would travel.
-        return all_gather(choices_TK.int(), self.groups.tp).long()
+            return choices_TK, padding_T
+        # int32 holds any expert id and is half of what would travel. Padding travels as the sign.
+        sent_TK = choices_TK.int()
+        if padding_T is not None:
+            sent_TK = torch.where(padding_T.unsqueeze(1), -1 - sent_TK, sent_TK)
+        choices_TK = all_gather(sent_TK, self.groups.tp).long()
+        if padding_T is None:
+            return choices_TK, None
+        padding_T = choices_TK[:, 0] < 0
+        return torch.where(padding_T.unsqueeze(1), -1 - choices_TK, choices_TK), padding_T
 
     def dispatch(self, x_TH: Tensor, plan: Plan) -> Tensor:
         """This rank's tokens -> rows of this rank's experts, from all ranks that send any.

@@ -52,13 +52,16 @@ class BiasRule(ABC):
         """Counts of one layer."""
 
     @abstractmethod
-    def count(self, scores: Scores, load_E: Tensor, bias_E: Tensor) -> Tensor:
+    def count(
+        self, scores: Scores, load_E: Tensor, bias_E: Tensor, padding_T: Tensor | None
+    ) -> Tensor:
         """What one pass adds to the counts of a layer, int64.
 
         Args:
             scores: of this rank's tokens.
             load_E: int64 choices of each expert that this rank counts, before drops.
             bias_E: in use.
+            padding_T: bool, which of the tokens do not count; `None` for none.
         """
 
     @abstractmethod
@@ -74,7 +77,9 @@ class SignRule(BiasRule):
         """One count for each expert."""
         return self.experts
 
-    def count(self, scores: Scores, load_E: Tensor, bias_E: Tensor) -> Tensor:
+    def count(
+        self, scores: Scores, load_E: Tensor, bias_E: Tensor, padding_T: Tensor | None
+    ) -> Tensor:
         """The load."""
         return load_E
 
@@ -96,7 +101,9 @@ class QuantileRule(BiasRule):
         """A histogram for each expert."""
         return self.experts * BINS
 
-    def count(self, scores: Scores, load_E: Tensor, bias_E: Tensor) -> Tensor:
+    def count(
+        self, scores: Scores, load_E: Tensor, bias_E: Tensor, padding_T: Tensor | None
+    ) -> Tensor:
         """Tokens by the least bias with which they would choose the expert."""
         score_TE = scores.raw_TE.detach()
         cutoff_T = (score_TE + bias_E).topk(self.moe.moe_router_topk + 1, dim=1).values[:, -1:]
@@ -104,7 +111,10 @@ class QuantileRule(BiasRule):
         bin_TE = ((cutoff_T - score_TE - low) / step).floor().clamp(0, BINS - 1).long()
         place_TE = bin_TE + torch.arange(self.experts, device=bin_TE.device) * BINS
         counts_N = torch.zeros(self.width, dtype=torch.int64, device=bin_TE.device)
-        return counts_N.scatter_add_(0, place_TE.flatten(), torch.ones_like(place_TE).flatten())
+        counted_TE = torch.ones_like(place_TE)
+        if padding_T is not None:
+            counted_TE.masked_fill_(padding_T.unsqueeze(1), 0)
+        return counts_N.scatter_add_(0, place_TE.flatten(), counted_TE.flatten())
 
     def updated(self, counts_LN: Tensor, bias_LE: Tensor) -> Tensor:
         """The quantile, less the mean; smoothed with `--moe-router-quantile-balancing-ema`.
@@ -157,9 +167,9 @@ class ExpertBias(nn.Module):
         self.counts_N: Tensor | None = None
 
     @torch.no_grad()
-    def count(self, scores: Scores, load_E: Tensor) -> None:
+    def count(self, scores: Scores, load_E: Tensor, padding_T: Tensor | None = None) -> None:
         """Add one forward pass; see `BiasRule.count`."""
-        counts_N = self.rule.count(scores, load_E, self.weight)
+        counts_N = self.rule.count(scores, load_E, self.weight, padding_T)
         self.counts_N = counts_N if self.counts_N is None else self.counts_N + counts_N
 
     def take_counts(self) -> Tensor:

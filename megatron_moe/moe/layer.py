@@ -129,19 +129,22 @@ class MoELayer(nn.Module):
 
         Args:
             x_SBH: this rank's tokens.
-            padding_SB: bool, which of them are padding, for the statistics alone: padding is routed
-                like any token. `None` for none.
+            padding_SB: bool, which of them are padding; `None` for none. With
+                `--moe-ignore-padding-tokens` their output is zero, and they count nowhere;
+                without, they are routed like any token and counted apart in the statistics.
             beside: something to add to the result, computed while tokens are on their way to their
                 experts. `None` for nothing.
         """
         batch, hidden = x_SBH.shape[1:]
         scores, x_TH = self._route(x_SBH.reshape(-1, hidden), batch)
         draw = self.draw if self.training else Draw(layer=self.layer_number)
-        plan = self.dispatcher.plan(scores, batch, self.training, self.experts, draw)
+        padding_T = None if padding_SB is None else padding_SB.reshape(-1)
+        ignored_T = padding_T if self.moe.moe_ignore_padding_tokens else None
+        plan = self.dispatcher.plan(scores, batch, self.training, self.experts, draw, ignored_T)
         weights_TK, losses = self.losses.attach(scores, plan, self.training)
         rows_RH = self.dispatcher.dispatch(x_TH, replace(plan, weights_TK=weights_TK))
         # With exchanges that overlap, what follows does not wait for these rows; the experts do.
-        self._observe(scores, plan, losses, padding_SB)
+        self._observe(scores, plan, losses, padding_T)
         other_SBH = None if beside is None else beside()
         rows_RH = self.experts(rows_RH, plan)
         y_SBH = self.dispatcher.combine(rows_RH, weights_TK, plan).view_as(x_SBH)
@@ -167,7 +170,7 @@ class MoELayer(nn.Module):
         return scores, x_TH
 
     def _observe(
-        self, scores: Scores, plan: Plan, losses: Sequence[Tensor], padding_SB: Tensor | None
+        self, scores: Scores, plan: Plan, losses: Sequence[Tensor], padding_T: Tensor | None
     ) -> None:
         """Count this pass and call the observer.
 
@@ -186,11 +189,13 @@ class MoELayer(nn.Module):
             batch=plan.batch,
             shard=rank,
             shards=shards,
-            padding_T=None if padding_SB is None else padding_SB.reshape(-1),
+            padding_T=padding_T,
+            ignored=plan.padding_T is not None,
         )
         self.statistics.add(scores, load_GE, kept_GE, losses, fates)
         if self.training and self.router.expert_bias is not None:
-            self.router.expert_bias.count(scores, load_GE.sum(0))
+            ignored_T = None if plan.padding_T is None else padding_T
+            self.router.expert_bias.count(scores, load_GE.sum(0), ignored_T)
         if self.on_routing is not None:
             self.on_routing(RoutingDecision(scores, kept_TK, plan.capacity))
 

@@ -13,14 +13,18 @@ are, and whose backward pass adds the gradients of the losses.
 With sequence parallelism each rank has a shard of every row. f comes from the gathered choices; the
 loss is linear in P, so a rank's share of it is its own tokens' share, and shares add up.
 
-Shapes: T tokens of this rank, E experts, B rows, G capacity groups, K choices, A = K * (tokens of a
-row), Q consecutive tokens with a slope each.
+With `--moe-ignore-padding-tokens` all are of real tokens alone, in f, P and all denominators. A row
+or group that is padding as a whole is none of those over which the mean is taken; where a
+micro-batch is, its losses are 0.
+
+Shapes: T tokens of this rank, E experts, B rows, G capacity groups, P parts that are balanced for
+themselves, K choices, A = K * (tokens of a row), Q consecutive tokens with a slope each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,26 +84,39 @@ class RouterLosses:
             the z-loss, without coefficients and gradient, for the statistics.
         """
         counted_TK = self._counted(scores, plan)
-        local_tokens = scores.choices_TK.shape[0]
+        tokens: int | Tensor = plan.choices_TK.shape[0]
+        real_T = None
+        if plan.padding_T is not None:
+            local = scores.choices_TK.shape[0]
+            real_T = ~plan.padding_T.narrow(0, rank_of(self.tp_group) * local, local)
+            tokens = (~plan.padding_T).sum().clamp(min=1).to(scores.probs_TE.dtype)
+            scores = replace(scores, log_z_T=scores.log_z_T.where(real_T, 0.0))
         terms = []
         for kind, weight in self.balance:
+            load_PE = self._loads(kind, counted_TK, plan)
+            parts: int | Tensor = load_PE.shape[0]
+            loaded: int | Tensor | None = None
             if kind == "global_aux_loss" and self.global_loads.counts(training):
-                term = self._global_term(counted_TK, plan, weight)
-            else:
-                load_QE, parts = self._loads(kind, counted_TK, plan, local_tokens)
-                term = BalanceTerm(load_QE=load_QE, parts=parts, weight=weight)
-            terms.append(term)
-        rule = LossRule(tokens=plan.choices_TK.shape[0], z_weight=self.z_weight)
-        kernel = plan.kernels.router
+                load_PE, loaded = self._global(load_PE, plan)
+            elif real_T is not None:
+                load_PE, parts = among_real(load_PE, tokens, plan.choices_TK.shape[1])
+            load_QE = self._of_tokens(kind, load_PE, plan, scores.choices_TK.shape[0])
+            if real_T is not None:
+                load_QE = load_QE.repeat(len(real_T) // len(load_QE), 1) * real_T.unsqueeze(1)
+            terms.append(
+                BalanceTerm(load_QE=load_QE, parts=parts, load_tokens=loaded, weight=weight)
+            )
+        rule, kernel = LossRule(tokens=tokens, z_weight=self.z_weight), plan.kernels.router
         weights_TK, balance, z = attach_losses(plan.weights_TK, scores, terms, rule, kernel)
         return weights_TK, (balance, z)
 
-    def _global_term(self, counted_TK: Tensor | None, plan: Plan, weight: float) -> BalanceTerm:
-        load_BE, _ = self._loads("seq_aux_loss", counted_TK, plan, 0)
-        load_E, micro_batches = self.global_loads.add(load_BE.sum(0))
-        load_QE = load_E.expand(plan.batch, -1)
-        tokens = plan.choices_TK.shape[0] * micro_batches
-        return BalanceTerm(load_QE=load_QE, load_tokens=tokens, weight=weight)
+    def _global(self, load_PE: Tensor, plan: Plan) -> tuple[Tensor, int | Tensor]:
+        """Loads of the global batch so far, [1, E], and of how many tokens."""
+        load_E, micro_batches = self.global_loads.add(load_PE.sum(0))
+        tokens: int | Tensor = plan.choices_TK.shape[0] * micro_batches
+        if plan.padding_T is not None:
+            tokens = (load_E.sum() / plan.choices_TK.shape[1]).clamp(min=1)
+        return load_E.unsqueeze(0), tokens
 
     def _counted(self, scores: Scores, plan: Plan) -> Tensor | None:
         """The choices that count, of all tokens of the sequences; `None` for those of the plan."""
@@ -108,37 +125,63 @@ class RouterLosses:
         # int32 holds any expert id and is half of what would travel.
         return all_gather(scores.balance_TK.int(), self.tp_group).long()
 
-    def _loads(
-        self, kind: str, counted_TK: Tensor | None, plan: Plan, local_tokens: int
-    ) -> tuple[Tensor, int]:
-        """Choices of the part of the micro-batch that each token belongs to, and how many parts.
+    def _loads(self, kind: str, counted_TK: Tensor | None, plan: Plan) -> Tensor:
+        """Choices of each part of the micro-batch that is balanced for itself, without padding.
 
         Args:
             kind: of the balance loss.
             counted_TK: see `_counted`.
             plan: of the pass.
-            local_tokens: T.
 
         Returns:
-            [Q, E], token t of this rank having entry t % Q; zeros without a balance loss.
+            [P, E]; zeros of one part without a balance loss.
         """
-        rows, groups = plan.batch, plan.capacity.groups
+        experts, rows = self.num_experts, plan.batch
         if kind == "none":
-            return plan.choices_TK.new_zeros(rows, self.num_experts), 1
-        if kind == "group_aux_loss" and groups != rows:
-            first = rank_of(self.tp_group) * (local_tokens // rows)
-            load_GE = plan.slots.load_GE
-            if counted_TK is not None:
-                load_GE = _counts(by_priority(counted_TK, rows, plan.capacity), self.num_experts)
-            return load_per_group(load_GE, rows, plan.capacity, first, local_tokens)
-        if groups == rows and counted_TK is None:
-            load_BE = plan.slots.load_GE  # Every row is a group: counted already.
+            return plan.choices_TK.new_zeros(1, experts)
+        by_group = kind == "group_aux_loss"
+        if counted_TK is None and (by_group or plan.capacity.groups == rows):
+            load_PE = plan.slots.load_GE  # Groups are counted already.
         else:
             chosen_TK = plan.choices_TK if counted_TK is None else counted_TK
-            load_BE = load_per_row(chosen_TK, rows, self.num_experts)
-        if kind in ("aux_loss", "global_aux_loss"):
-            return load_BE.sum(0, keepdim=True).expand(rows, -1), 1
-        return load_BE, rows
+            if plan.padding_T is not None:  # counts as an expert past the last
+                chosen_TK = chosen_TK.masked_fill(plan.padding_T.unsqueeze(1), experts)
+            if by_group:
+                load_PE = _counts(by_priority(chosen_TK, rows, plan.capacity), experts + 1)
+            else:
+                load_PE = load_per_row(chosen_TK, rows, experts + 1)
+            load_PE = load_PE[:, :experts].contiguous()
+        whole = kind in ("aux_loss", "global_aux_loss")
+        return load_PE.sum(0, keepdim=True) if whole else load_PE
+
+    def _of_tokens(self, kind: str, load_PE: Tensor, plan: Plan, local_tokens: int) -> Tensor:
+        """The load of the part of each token of this rank, [Q, E]: of token t, entry t % Q."""
+        rows = plan.batch
+        if kind != "group_aux_loss" or plan.capacity.groups == rows:
+            return load_PE.expand(rows, -1)
+        first = rank_of(self.tp_group) * (local_tokens // rows)
+        return load_per_group(load_PE, rows, plan.capacity, first, local_tokens)
+
+
+def among_real(load_PE: Tensor, tokens: int | Tensor, topk: int) -> tuple[Tensor, Tensor]:
+    """What a balance loss is computed from where padding is ignored.
+
+    The mean over n parts of E * sum_e (load_e / T_p) (mass_e / T_p) in the form of `BalanceTerm`,
+    which has parts of equal size: loads of a part of T_p real tokens count (T / n / T_p)^2 times,
+    where T / n is the mean. Parts without a real token are none.
+
+    Args:
+        load_PE: choices of the real tokens of each part, K of each token.
+        tokens: real ones T of the micro-batch.
+        topk: K.
+
+    Returns:
+        Loads [P, E] and the number of parts n.
+    """
+    real_P = load_PE.sum(1) // topk
+    parts = (real_P > 0).sum().clamp(min=1)
+    scale_P = (tokens / parts / real_P.clamp(min=1)).square()
+    return load_PE * scale_P.unsqueeze(1), parts
 
 
 def load_per_row(choices_TK: Tensor, batch: int, num_experts: int) -> Tensor:
@@ -156,8 +199,8 @@ def _counts(choices_GA: Tensor, num_experts: int) -> Tensor:
 
 def load_per_group(
     load_GE: Tensor, batch: int, capacity: Capacity, first: int, local_tokens: int
-) -> tuple[Tensor, int]:
-    """The load of each token's capacity group, [Q, E], and the number of groups.
+) -> Tensor:
+    """The load of each token's capacity group, [Q, E].
 
     Example, B = 2 rows of 4 tokens. One group of both rows: Q = 2, each with the load of the group.
     Groups of 2 tokens, 0 and 1 in row 0, 2 and 3 in row 1: this rank's tokens, position by
@@ -173,11 +216,11 @@ def load_per_group(
     device = load_GE.device
     row_B = torch.arange(batch, device=device)
     if capacity.groups < batch:  # Groups are whole rows.
-        return load_GE[row_B // (batch // capacity.groups)], capacity.groups
+        return load_GE[row_B // (batch // capacity.groups)]
     part_S = torch.arange(first, first + local_tokens // batch, device=device)
     part_S = part_S // capacity.group_size
     group_T = (row_B * (capacity.groups // batch) + part_S.unsqueeze(1)).view(-1)
-    return load_GE[group_T], capacity.groups
+    return load_GE[group_T]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,19 +228,20 @@ class BalanceTerm:
     """One balance loss.
 
     Args:
-        load_QE: int64 choices of a part of the micro-batch, over all ranks that share it: entry
-            t % Q is that of the part of token t. Zeros: no balance loss.
+        load_QE: choices of a part of the micro-batch, over all ranks that share it: entry t % Q is
+            that of the part of token t. Zeros: no balance loss. int64; or of `among_real`, with
+            Q = T and zeros at padding.
         parts: equal parts of the micro-batch over whose balance losses the mean is taken.
         load_tokens: tokens whose choices these are, if not those of the micro-batch.
         weight: factor of the loss.
     """
 
     load_QE: Tensor
-    parts: int = 1
-    load_tokens: int | None = None
+    parts: int | Tensor = 1
+    load_tokens: int | Tensor | None = None
     weight: float = 1.0
 
-    def factor(self, tokens: int) -> float:
+    def factor(self, tokens: int | Tensor) -> float | Tensor:
         """Of the sum over tokens of p_e load_e, T tokens in the micro-batch.
 
         With mass_e the summed probability of expert e: the mean over P parts of
@@ -213,11 +257,12 @@ class LossRule:
     """How the losses are computed and weighted.
 
     Args:
-        tokens: tokens of the micro-batch over the ranks that share its rows.
+        tokens: tokens of the micro-batch over the ranks that share its rows; only real ones where
+            padding is ignored, then a scalar on the device.
         z_weight: factor of the z-loss.
     """
 
-    tokens: int
+    tokens: int | Tensor
     z_weight: float = 1.0
 
 
@@ -255,7 +300,10 @@ class _AttachLosses(torch.autograd.Function):
         kernel: RouterKernel,
     ) -> tuple[Tensor, Tensor, Tensor]:
         factors = [term.factor(rule.tokens) for term in terms]
-        balance, z = kernel.loss_sums(probs_TE, log_z_T, terms[0].load_QE)
+        first_QE = terms[0].load_QE
+        # Kernels have loads that are counts.
+        sums = reference.loss_sums if first_QE.is_floating_point() else kernel.loss_sums
+        balance, z = sums(probs_TE, log_z_T, first_QE)
         balance, z = balance * factors[0], z / rule.tokens
         ctx.save_for_backward(log_z_T, *(term.load_QE.to(probs_TE.dtype) for term in terms))
         ctx.tokens = probs_TE.shape[0]

@@ -136,6 +136,7 @@ def assign_slots(
     rule: SlotRule,
     rank_in_expert: RankInExpert,
     draw: Draw = OUTSIDE_TRAINING,
+    padding_T: Tensor | None = None,
 ) -> Slots:
     """Rank choices within their group and expert, and keep the first C.
 
@@ -147,16 +148,23 @@ def assign_slots(
         rule: drop policy and this rank's share.
         rank_in_expert: the kernel.
         draw: what a drop policy may depend on besides the choices.
+        padding_T: bool, which tokens compete for nothing; `None` for none.
     """
-    asked = choices_TK, weights_TK, batch, capacity, rule, rank_in_expert, draw
-    experts_GA, order_GA = choices_in_order(*asked)
+    asked = choices_TK, weights_TK, batch, capacity, rule, rank_in_expert, draw, padding_T
+    queued_GA, order_GA = choices_in_order(*asked)
+    experts = rule.num_experts if padding_T is None else rule.num_experts + 1
     if order_GA is None:
-        rank_GA, load_GE = rank_in_expert.forward(experts_GA, rule.num_experts)
+        rank_GA, load_GE = rank_in_expert.forward(queued_GA, experts)
     else:
-        sorted_GA = experts_GA.gather(1, order_GA)
-        rank_GA, load_GE = rank_in_expert.forward(sorted_GA, rule.num_experts)
+        sorted_GA = queued_GA.gather(1, order_GA)
+        rank_GA, load_GE = rank_in_expert.forward(sorted_GA, experts)
         rank_GA = torch.empty_like(rank_GA).scatter_(1, order_GA, rank_GA)
     kept_GA = rank_GA < capacity.slots
+    experts_GA = queued_GA
+    if padding_T is not None:
+        kept_GA &= queued_GA < rule.num_experts
+        load_GE = load_GE[:, : rule.num_experts].contiguous()
+        experts_GA = queued_GA.clamp(max=rule.num_experts - 1)
     full_GE = load_GE.clamp(max=capacity.slots)
     most = -(-capacity.slots // rule.shares)
     if rule.shares == 1:
@@ -178,18 +186,24 @@ def choices_in_order(
     rule: SlotRule,
     rank_in_expert: RankInExpert,
     draw: Draw,
+    padding_T: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Choices in position order, [G, A], and their order by the drop policy; `None` for the same.
 
-    The arguments are those of `assign_slots`.
+    The arguments are those of `assign_slots`. Choices of padding queue for an expert past the last,
+    with the id E.
     """
+    experts = rule.num_experts
+    if padding_T is not None:
+        choices_TK = choices_TK.masked_fill(padding_T.unsqueeze(1), experts)
+        experts += 1
     experts_GA = by_priority(choices_TK, batch, capacity)
     order_GA = rule.policy(
         Competition(
             experts_GA=experts_GA,
             weights_GA=lambda: by_priority(weights_TK.detach(), batch, capacity),
             topk=choices_TK.shape[1],
-            num_experts=rule.num_experts,
+            num_experts=experts,
             slots=capacity.slots,
             draw=draw,
             rank_in_expert=rank_in_expert,
@@ -357,6 +371,7 @@ class Plan:
         capacity: its groups and slots.
         choices_TK: int64 chosen experts of all tokens of the sequences, over all ranks.
         weights_TK: fp32 probabilities of these choices, differentiable.
+        padding_T: bool, which of these tokens are padding that is not routed; `None` for none.
         slots: who keeps a slot.
         schedule: how the experts compute, with the layout of the buffer.
         placement: rows of this rank's buffer.
@@ -369,6 +384,7 @@ class Plan:
     capacity: Capacity
     choices_TK: Tensor
     weights_TK: Tensor
+    padding_T: Tensor | None
     slots: Slots
     schedule: ExpertSchedule
     placement: Placement

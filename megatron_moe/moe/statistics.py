@@ -28,7 +28,7 @@ class LayerStatistics:
     Args:
         load: choices of each expert, before drops.
         kept: those that were not dropped.
-        tokens: tokens routed.
+        tokens: tokens routed; without padding if that is not (`--moe-ignore-padding-tokens`).
         router_entropy: mean over tokens of -sum p ln p, in nats.
         router_confidence: mean over tokens of the largest of the E probabilities.
         logit_rms: root of the mean over tokens and experts of the squared router logit.
@@ -86,16 +86,28 @@ class LayerStatistics:
     @property
     def drop_rate_by_choice(self) -> tuple[float | None, ...]:
         """[K] share of first choices that were dropped, of second choices, ..."""
-        tokens = sum(map(sum, self.tokens_at))
-        buckets = [bucket for kind in self.kept_at for bucket in kind]
+        kinds = self._routed_kinds
+        tokens = sum(sum(self.tokens_at[kind]) for kind in kinds)
+        buckets = [bucket for kind in kinds for bucket in self.kept_at[kind]]
         return tuple(_dropped(sum(kept), tokens) for kept in zip(*buckets, strict=True))
 
     @property
     def drop_rate_by_position(self) -> tuple[float | None, ...]:
         """[P] share of choices that were dropped in each part of a row; `None` without tokens."""
-        tokens = [real + pads for real, pads in zip(*self.tokens_at, strict=True)]
-        kept = [sum(real) + sum(pads) for real, pads in zip(*self.kept_at, strict=True)]
+        kinds = self._routed_kinds
+        tokens = [sum(self.tokens_at[kind][p] for kind in kinds) for p in range(POSITION_BUCKETS)]
+        kept = [sum(sum(self.kept_at[k][p]) for k in kinds) for p in range(POSITION_BUCKETS)]
         return tuple(_dropped(k, t * self.topk) for k, t in zip(kept, tokens, strict=True))
+
+    @property
+    def _routed_kinds(self) -> tuple[int, ...]:
+        """Kinds of tokens that made choices: real ones, and padding if it is routed."""
+        return (0,) if self.tokens <= sum(self.tokens_at[0]) else (0, 1)
+
+    @property
+    def positions(self) -> float:
+        """Tokens that passed through the layer, routed or not."""
+        return sum(map(sum, self.tokens_at))
 
     @property
     def drop_rate_of_real(self) -> float | None:
@@ -104,8 +116,8 @@ class LayerStatistics:
 
     @property
     def drop_rate_of_padding(self) -> float | None:
-        """Share of the choices of padding that were dropped; `None` without padding."""
-        return self._drop_rate_of(1)
+        """Share of the choices of padding that were dropped; `None` if none was routed."""
+        return self._drop_rate_of(1) if 1 in self._routed_kinds else None
 
     def _drop_rate_of(self, kind: int) -> float | None:
         return _dropped(sum(map(sum, self.kept_at[kind])), sum(self.tokens_at[kind]) * self.topk)
@@ -148,29 +160,41 @@ class LedgerError(RuntimeError):
     """A layer has lost tokens or counted some twice."""
 
 
-def check_ledger(layers: Mapping[int, LayerStatistics], positions: int, topk: int) -> None:
+def check_ledger(
+    layers: Mapping[int, LayerStatistics],
+    positions: int,
+    topk: int,
+    ignores_padding: bool = False,
+) -> None:
     """Check that every MoE layer accounts for every position that went through the model.
 
-    Each of these positions, padding included, must be routed once and make ``topk`` choices, of
-    which each is kept or dropped: positions * topk = kept + dropped, and no expert keeps more than
-    chose it. The counts are integers in fp64, so the comparison is exact up to 2^53.
+    Each of these positions, padding included unless it is ignored, must be routed once and make
+    ``topk`` choices, of which each is kept or dropped: positions * topk = kept + dropped, and no
+    expert keeps more than chose it. The counts are integers in fp64, so the comparison is exact up
+    to 2^53.
 
     Args:
         layers: from `collect_statistics`; the same on every rank, so that all raise.
         positions: of all global batches since the last reset: sequences * length.
         topk: choices K of a token.
+        ignores_padding: whether padding is to make no choices.
 
     Raises:
         LedgerError: names the layer and what does not add up.
     """
     for number, layer in layers.items():
         chosen, counts = sum(layer.load), zip(layer.kept, layer.load, strict=True)
-        if layer.tokens != positions:
+        pads = int(sum(layer.tokens_at[1])) if ignores_padding else 0
+        routed, those = positions - pads, f" without {pads} of padding" if pads else ""
+        if layer.tokens != routed:
             found = f"{layer.tokens:.0f} tokens routed"
+            expected = f"{routed}, the positions of the steps{those}"
+        elif layer.positions != positions:
+            found = f"{layer.positions:.0f} tokens, real ones and padding"
             expected = f"{positions}, the positions of the steps"
-        elif chosen != positions * topk:
+        elif chosen != routed * topk:
             found = f"{chosen:.0f} choices, kept and dropped"
-            expected = f"{positions * topk}, {topk} for each of {positions} tokens"
+            expected = f"{routed * topk}, {topk} for each of {routed} tokens"
         elif not all(0 <= kept <= load for kept, load in counts):
             found, expected = f"{layer.kept} kept of {layer.load}", "no more kept than chosen"
         else:

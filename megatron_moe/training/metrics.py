@@ -276,7 +276,7 @@ class Meter:
         if not layers:
             return speed
         tokens, done = count_arithmetic(self._flops, layers.values())
-        positions = next(iter(layers.values())).tokens
+        positions = next(iter(layers.values())).positions
         asked, whole = tokens * self._flops.training, positions * self._flops.training
         tflops = speed.tflops_per_device * asked / whole
         done_tflops = speed.tflops_per_device * done / whole

@@ -333,7 +333,8 @@ class Trainer:
         # Not after a failed step: its tokens were routed, and it is not among the records.
         config = self.run.config
         positions = sum(record.batch_size for record in records) * config.data.seq_length
-        check_ledger(layers, positions, config.moe.moe_router_topk)
+        moe = config.moe
+        check_ledger(layers, positions, moe.moe_router_topk, moe.moe_ignore_padding_tokens)
         bad = [r for r in records if not math.isfinite(r.lm_loss + r.logit_z)]
         if bad:
             found = f"{bad[0].lm_loss} at iteration {bad[0].iteration}"

@@ -13,6 +13,7 @@ import torch
 from megatron_moe.checkpoint import RunIdentity, TrainState, rng, save_checkpoint
 from megatron_moe.checkpoint.compare import config_differences, tensor_differences
 from megatron_moe.checkpoint.index import LogicalTensor
+from megatron_moe.config import ObjectiveConfig
 from megatron_moe.errors import UsageError
 from tests.checkpoint.layouts import DIST, IDENTITY, STATE, Case, build, gathered, load, save, step
 
@@ -117,6 +118,22 @@ def test_a_run_resumes_only_with_the_router_and_the_padding_that_it_had():
         "--moe-router-type: linear in the checkpoint, other in this run",
     ]
     assert list(config_differences(ours, other, resume=False, optimizer=True)) == []
+
+
+def test_a_run_with_padding_resumes_only_with_the_routing_of_padding_that_it_had():
+    saved, ours = (
+        replace(ONE.config(), moe=replace(ONE.config().moe, moe_ignore_padding_tokens=ignores))
+        for ignores in (False, True)
+    )
+    assert list(config_differences(saved, ours, resume=True, optimizer=True)) == []
+    rows = {"objective": ObjectiveConfig(objective="ul2")}
+    phases = {"train": replace(saved.train, stages="phases.toml")}
+    for changed in (rows, phases):
+        pair = replace(saved, **changed), replace(ours, **changed)
+        assert list(config_differences(*pair, resume=True, optimizer=True)) == [
+            "--moe-ignore-padding-tokens: False in the checkpoint, True in this run"
+        ]
+        assert list(config_differences(*pair, resume=False, optimizer=True)) == []
 
 
 def test_tensors_that_do_not_fit_are_told_apart():

@@ -28,6 +28,19 @@ def test_published_released_presets_have_released_padding_and_balance_loss(name:
     expected = "group_aux_loss" if released else "seq_aux_loss"
     if name.startswith("openmoe-"):
         assert config.moe.moe_router_load_balancing_type == expected
+        assert config.moe.moe_ignore_padding_tokens == (not released)
+
+
+def test_a_file_from_before_a_setting_means_what_it_meant(tmp_path: Path) -> None:
+    """Padding was routed; a new run's file says that it is not, one that routes it is as before."""
+    path = tmp_path / "config.json"
+    path.write_text('{"moe": {"num_experts": 4}}')
+    old = RunConfig.load(path)
+    assert (old.moe.num_experts, old.moe.moe_ignore_padding_tokens) == (4, False)
+    assert "moe_ignore_padding_tokens" not in old.to_dict()["moe"]
+    assert RunConfig().to_dict()["moe"]["moe_ignore_padding_tokens"] is True
+    RunConfig().save(path)
+    assert RunConfig.load(path) == RunConfig()
 
 
 @pytest.mark.parametrize(

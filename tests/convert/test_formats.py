@@ -254,6 +254,7 @@ def test_a_released_configuration_without_our_field_is_read(tmp_path: Path) -> N
     found = read("hf", tmp_path / "hf")
     assert found.config.model == replace(CONFIG.model, zero_padding_activations=True)
     released = {"moe_capacity_rule": "t5x", "moe_router_load_balancing_type": "group_aux_loss"}
+    released["moe_ignore_padding_tokens"] = False
     assert found.config.moe == replace(CONFIG.moe, **released)
 
 

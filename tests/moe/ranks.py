@@ -118,7 +118,7 @@ def check_layout(
     settings: dict[str, Any],
     whole_settings: dict[str, Any] | None = None,
 ) -> int:
-    """The body of one rank; the number of choices dropped on it.
+    """The body of one rank; the number of choices of real tokens dropped on it.
 
     Args:
         rank: of this process.
@@ -136,7 +136,8 @@ def check_layout(
     copy_experts(layer, whole.layer, ctx)
     seen = watched(layer)
     x = tokens(ctx.dp_rank).chunk(tp)[ctx.tp_rank].clone().requires_grad_()
-    y = layer(x, padding(ctx.dp_rank).chunk(tp)[ctx.tp_rank])
+    pads = padding(ctx.dp_rank).chunk(tp)[ctx.tp_rank]
+    y = layer(x, pads)
     y.backward(tokens(100 + ctx.dp_rank).chunk(tp)[ctx.tp_rank])
     kept = seen[0].kept_TK.view(SEQUENCE // tp, BATCH, -1)
     assert torch.equal(kept, whole.kept[ctx.dp_rank].chunk(tp)[ctx.tp_rank])
@@ -144,7 +145,7 @@ def check_layout(
     torch.testing.assert_close(x.grad, whole.input_grads[ctx.dp_rank].chunk(tp)[ctx.tp_rank])
     check_weight_gradients(layer, whole.layer, ctx)
     check_statistics(layer, whole.layer, ctx)
-    return int((~kept).sum())
+    return int((~kept[~pads]).sum())
 
 
 def check_overflow(rank: int, world_size: int, *, settings: dict[str, Any]) -> int:
@@ -279,7 +280,7 @@ def check_megatron_wrapper(rank: int, world_size: int) -> None:
     )
     wrapped.zero_grad_buffer()
     for _ in range(2):
-        wrapped(tokens(ctx.dp_rank)).backward(tokens(100 + ctx.dp_rank))
+        wrapped(tokens(ctx.dp_rank), padding(ctx.dp_rank)).backward(tokens(100 + ctx.dp_rank))
     wrapped.finish_grad_sync()
     expected = 2 * whole.layer.router.weight.grad / world_size
     torch.testing.assert_close(layer.router.weight.main_grad, expected)

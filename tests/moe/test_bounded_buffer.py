@@ -22,6 +22,7 @@ def placed(
     bound: BufferBound,
     batch: int = 1,
     weights: list[list[float]] | None = None,
+    padding: list[bool] | None = None,
     **rule: object,
 ) -> tuple[list[list[bool]], list[int], list[list[int]]]:
     """Kept choices, the token of each row (-1: none), and the rows filled for each expert."""
@@ -29,9 +30,9 @@ def placed(
     values = torch.ones(ids.shape) if weights is None else torch.tensor(weights)
     size = len(choices) // batch
     capacity = Capacity(group_size=size, groups=batch, slots=size)
-    slots = assign_bounded(
-        ids, values, batch, capacity, SlotRule(num_experts=4, **rule), bound, rank_in_expert
-    )
+    asked = ids, values, batch, capacity, SlotRule(num_experts=4, **rule), bound, rank_in_expert
+    pads = torch.tensor(padding or [False] * len(choices))
+    slots = assign_bounded(*asked, padding_T=None if padding is None else pads)
     found = place(slots, batch, capacity, BufferLayout.packed(slots, bound.ranks))
     rows = [-1] * (bound.ranks * bound.rows)
     for token, (own, at) in enumerate(
@@ -41,7 +42,7 @@ def placed(
             if owned:
                 assert rows[row] == -1, "two choices in one row"
                 rows[row] = token
-    assert slots.load_GE.sum() == ids.numel()
+    assert slots.load_GE.sum() == ids[~pads].numel()
     assert slots.full_GE.sum() == found.kept_TK.sum()
     return found.kept_TK.tolist(), rows, slots.filled_GE.tolist()
 
@@ -58,6 +59,15 @@ def test_choices_past_the_bound_overflow_in_order() -> None:
     kept, rows, filled = placed(choices, BufferBound(ranks=2, rows=2))
     assert kept == [[True, True], [True, False], [False, False], [True, False]]
     assert rows == [0, 1, 3, 0]
+    assert filled == [[1, 1, 2, 0]]
+
+
+def test_padding_takes_no_rows() -> None:
+    """The case above with token 0 padding: tokens 1 and 2 fit on rank 0, two more on rank 1."""
+    choices, bound = [[0, 2], [1, 2], [0, 3], [2, 1]], BufferBound(ranks=2, rows=2)
+    kept, rows, filled = placed(choices, bound, padding=[True, False, False, False])
+    assert kept == [[False, False], [True, True], [True, False], [True, False]]
+    assert rows == [2, 1, 3, 1]
     assert filled == [[1, 1, 2, 0]]
 
 

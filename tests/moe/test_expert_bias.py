@@ -76,7 +76,7 @@ def test_quantiles_by_hand() -> None:
     rule = QuantileRule(moe)
     zero_E = torch.zeros(2)
     scores = scores_of([[p, 1 - p] for p in (0.9, 0.8, 0.7, 0.4)], 1)
-    counts_N = rule.count(scores, torch.zeros(0), zero_E)
+    counts_N = rule.count(scores, torch.zeros(0), zero_E, None)
     assert counts_N.view(2, BINS).sum(1).tolist() == [4, 4]
     bias_E = rule.updated(counts_N.unsqueeze(0), zero_E.unsqueeze(0))[0]
     expected = (-0.6 + 0.002 - (0.002 / 3)) / 2
@@ -109,6 +109,20 @@ def test_it_balances_unseen_tokens(name: str) -> None:
         layer(tokens(step, sequence=500) + 0.5)
         update_expert_biases([layer], None)
     assert violation() < 1 + 0.35 * (before - 1)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_padding_does_not_count(name: str) -> None:
+    """The bias of rows with padding is that of their text alone."""
+    padding_SB, found = torch.zeros(12, 1, dtype=torch.bool), []
+    padding_SB[5:] = True
+    for length, pads in ((12, padding_SB), (5, None)):
+        layer = layer_of(moe_config(**RULES[name]))
+        layer(tokens(3, sequence=12, batch=1)[:length], pads)
+        update_expert_biases([layer], None)
+        found.append(bias_of(layer).clone())
+    assert torch.equal(*found)
+    assert found[0].any()
 
 
 def test_what_counts_counts_once() -> None:

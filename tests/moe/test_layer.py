@@ -13,10 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.errors import UsageError
-from megatron_moe.moe import MoELayer, collect_statistics
+from megatron_moe.moe import MoELayer, collect_statistics, reset_statistics
+from megatron_moe.moe.statistics import LedgerError, check_ledger
 from tests.moe.cases import (
+    BATCH,
     DTYPE,
     HIDDEN,
+    SEQUENCE,
     layer_of,
     moe_config,
     reference_of,
@@ -285,3 +288,34 @@ def test_bfloat16(impl: str, kernels: str) -> None:
     y.sum().backward()
     error = (y.float() - full(x.float())).norm() / y.float().norm()
     assert error < 0.01
+
+
+def test_ignored_padding_is_in_no_output_count_or_gradient() -> None:
+    """A row with padding gives what the row alone gives, a row of padding nothing."""
+    layer = layer_of(moe_config(moe_expert_capacity_factor=None))
+    set_loss_scale(1.0)
+    x, padding = tokens(4), torch.zeros(SEQUENCE, BATCH, dtype=torch.bool)
+    padding[5:, 0], padding[:, 1] = True, True
+    results = []
+    for given, pads in ((x, padding), (x[:5, :1], None)):
+        reset_statistics([layer])
+        layer.zero_grad()
+        given = given.clone().requires_grad_()
+        y = layer(given, pads)
+        y[:5, 0].square().sum().backward()
+        assert given.grad is not None
+        gradients = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+        results.append((y, given.grad, gradients, collect_statistics([layer], None)[3]))
+    whole, alone = results
+    torch.testing.assert_close(whole[0][:5, :1], alone[0])
+    assert (whole[0][padding] == 0).all()
+    torch.testing.assert_close(whole[1][:5, :1], alone[1])
+    assert (whole[1][padding] == 0).all()
+    torch.testing.assert_close(whole[2], alone[2])
+    names = ("load", "kept", "tokens", "router_entropy", "router_confidence", "logit_rms")
+    for name in (*names, "aux_loss", "z_loss", "drop_rate_of_padding", "drop_rate"):
+        assert getattr(whole[3], name) == pytest.approx(getattr(alone[3], name)), name
+    assert whole[3].positions == SEQUENCE * BATCH
+    check_ledger({3: whole[3]}, SEQUENCE * BATCH, 2, ignores_padding=True)
+    with pytest.raises(LedgerError, match="must add up to 24, the positions of the steps"):
+        check_ledger({3: whole[3]}, SEQUENCE * BATCH, 2)

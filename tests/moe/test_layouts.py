@@ -55,7 +55,11 @@ def test_grouped_experts(pool: Pool, name: str) -> None:
     "settings",
     [
         {"moe_token_drop_policy": "probs"},
-        {"moe_capacity_rule": "port", "moe_router_load_balancing_type": "aux_loss"},
+        {
+            "moe_capacity_rule": "port",
+            "moe_expert_capacity_factor": 0.6,
+            "moe_router_load_balancing_type": "aux_loss",
+        },
         {"moe_capacity_group_size": 3, "moe_router_topk": 3},
         {"moe_capacity_group_size": 4, "moe_router_load_balancing_type": "group_aux_loss"},
     ],

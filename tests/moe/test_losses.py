@@ -151,18 +151,18 @@ def test_the_loads_of_groups_by_hand() -> None:
     """Two rows of 4 tokens in (position, row) order; groups of 2 tokens, of a row, of both rows."""
     halves = torch.tensor([[0], [1], [2], [3]])
     size = {"groups": 4, "slots": 1}
-    found, parts = losses.load_per_group(halves, 2, Capacity(group_size=2, **size), 0, 8)
-    assert (found[:, 0].tolist(), parts) == ([0, 2, 0, 2, 1, 3, 1, 3], 4)
-    found, _ = losses.load_per_group(halves, 2, Capacity(group_size=2, **size), 2, 4)
+    found = losses.load_per_group(halves, 2, Capacity(group_size=2, **size), 0, 8)
+    assert found[:, 0].tolist() == [0, 2, 0, 2, 1, 3, 1, 3]
+    found = losses.load_per_group(halves, 2, Capacity(group_size=2, **size), 2, 4)
     assert found[:, 0].tolist() == [1, 3, 1, 3], "the second of two ranks"
     # A shard of 3 positions cuts groups: positions 3 to 5 of rows of 6, in groups of 2.
     thirds = torch.tensor([[0], [1], [2], [3], [4], [5]])
     cut = Capacity(group_size=2, groups=6, slots=1)
-    found, _ = losses.load_per_group(thirds, 2, cut, 3, 6)
+    found = losses.load_per_group(thirds, 2, cut, 3, 6)
     assert found[:, 0].tolist() == [1, 4, 2, 5, 2, 5]
     pairs, both = torch.tensor([[7], [8]]), Capacity(group_size=8, groups=2, slots=1)
-    found, parts = losses.load_per_group(pairs, 4, both, 0, 16)
-    assert (found[:, 0].tolist(), parts) == ([7, 7, 8, 8], 2)
+    found = losses.load_per_group(pairs, 4, both, 0, 16)
+    assert found[:, 0].tolist() == [7, 7, 8, 8]
 
 
 def test_a_group_of_rows_is_balanced_by_its_rows_together() -> None:
@@ -177,8 +177,8 @@ def test_a_group_of_rows_is_balanced_by_its_rows_together() -> None:
     load_BE = losses.load_per_row(choices, 4, 2)
     load_GE = load_BE.view(2, 2, 2).sum(1)
     pairs = Capacity(group_size=4, groups=2, slots=1)
-    load, parts = losses.load_per_group(load_GE, 4, pairs, 0, 8)
-    term, rule = BalanceTerm(load_QE=load, parts=parts), LossRule(tokens=8)
+    load = losses.load_per_group(load_GE, 4, pairs, 0, 8)
+    term, rule = BalanceTerm(load_QE=load, parts=pairs.groups), LossRule(tokens=8)
     assert losses.attach_losses(scores.weights_TK, scores, [term], rule)[1].item() == 1.5
     assert attach(scores, load_BE, 8, per_row=True)[1].item() == 2.0
     assert attach(scores, load_BE, 8, per_row=False)[1].item() == 1.25

@@ -47,10 +47,11 @@ def plan_of(
     kind: str = "fixed",
     blocks: int = 1,
     draw: Draw = OUTSIDE_TRAINING,
+    padding: Tensor | None = None,
 ) -> Planned:
     ids = torch.as_tensor(choices)
     values = torch.ones(ids.shape) if weights is None else torch.as_tensor(weights)
-    slots = assign_slots(ids, values, batch, capacity, rule, rank_in_expert, draw)
+    slots = assign_slots(ids, values, batch, capacity, rule, rank_in_expert, draw, padding)
     if kind == "packed":
         layout = BufferLayout.packed(slots, blocks)
     elif kind == "aligned":
@@ -256,3 +257,44 @@ def test_first_rows_by_hand() -> None:
         assert tuple(plan_module._first_rows(filled, layout).flatten().tolist()) == expected
     aligned = BufferLayout.aligned([4, 4])
     assert plan_module._first_rows(filled, aligned).tolist() == [[0, 4], [2, 5]]
+
+
+def test_padding_takes_no_slots_by_hand() -> None:
+    """Of `ONE_ROW` token 0 is padding: expert 0 has tokens 1, 2, and 3 as a second choice."""
+    capacity, padding = (
+        Capacity(group_size=4, groups=1, slots=2),
+        torch.tensor([True] + [False] * 3),
+    )
+    planned = plan_of(ONE_ROW, 1, capacity, SlotRule(num_experts=2), padding=padding)
+    # Expert 1 has token 3, then the second choices of tokens 1 and 2.
+    kept_TK = [[False, False], [True, True], [True, False], [True, False]]
+    assert planned.plan.kept_TK.tolist() == kept_TK
+    assert planned.plan.rows_TK.tolist() == [[0, 0], [0, 3], [1, 0], [2, 0]]
+    assert planned.plan.source_R.tolist() == [1, 2, 3, 1]
+    assert planned.slots.load_GE.tolist() == [[3, 3]]
+    assert planned.filled_E == [2, 2]
+
+
+@pytest.mark.parametrize("shares", [1, 2])
+@pytest.mark.parametrize("policy", ["position", "probs", "random", "fair"])
+def test_real_tokens_keep_what_they_keep_without_padding(policy: str, shares: int) -> None:
+    """And no expert has more than its slots. `random` draws for places, so there only the sums."""
+    generator = torch.Generator().manual_seed(7)
+    for trial in range(20):
+        weights, choices = torch.rand(48, 6, generator=generator).topk(2)
+        padding = torch.rand(48, generator=generator) < trial / 19
+        slots, draw = 1 + trial % 7, Draw(layer=trial, seed=1, step=trial)
+        rule = SlotRule(num_experts=6, policy=DROP_POLICIES[policy], shares=shares)
+        capacity = Capacity(group_size=48, groups=1, slots=slots)
+        found = plan_of(choices, 1, capacity, rule, weights, draw=draw, padding=padding)
+        assert not found.plan.kept_TK[padding].any()
+        kept_E = choices[found.plan.kept_TK].bincount(minlength=6)
+        load_E = choices[~padding].flatten().bincount(minlength=6)
+        assert torch.equal(kept_E, load_E.clamp(max=slots))
+        assert torch.equal(found.slots.load_GE[0], load_E)
+        real = int((~padding).sum())
+        if policy == "random" or real == 0:
+            continue
+        alone = Capacity(group_size=real, groups=1, slots=slots)
+        expected = plan_of(choices[~padding], 1, alone, rule, weights[~padding], draw=draw)
+        assert torch.equal(found.plan.kept_TK[~padding], expected.plan.kept_TK)

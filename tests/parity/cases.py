@@ -106,6 +106,7 @@ _MOE = MoEConfig(
     moe_expert_capacity_factor=1.0,
     moe_aux_loss_coeff=0.05,
     moe_z_loss_coeff=0.02,
+    moe_ignore_padding_tokens=False,
 )
 
 VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
@@ -234,6 +235,34 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
             moe_router_load_balancing_type="quantile_balancing",
         ),
     ),
+    "ignored-pads": (
+        replace(_MODEL, zero_padding_activations=False),
+        replace(
+            _MOE,
+            moe_ignore_padding_tokens=True,
+            moe_capacity_group_size=SEQ // 2,
+            moe_router_load_balancing_type="group_aux_loss",
+            moe_token_drop_policy="fair",
+            moe_min_capacity=1,
+        ),
+    ),
+    "ignored-pads-of-rows": (
+        replace(_MODEL, zero_padding_activations=False),
+        replace(_MOE, moe_ignore_padding_tokens=True, moe_min_capacity=2),
+    ),
+    "ignored-pads-of-batches": (
+        _MODEL,
+        replace(
+            _MOE,
+            moe_ignore_padding_tokens=True,
+            moe_capacity_rule="port",
+            moe_expert_capacity_factor=0.6,
+            moe_router_load_balancing_type=("aux_loss", "global_aux_loss"),
+            moe_aux_loss_coeff=(0.05, 0.03),
+            moe_token_drop_policy="probs",
+            moe_expert_impl="batched",
+        ),
+    ),
     # What GPUs run: one batched GEMM over the fixed-shape buffer.
     "batched": (_MODEL, replace(_MOE, moe_expert_impl="batched")),
     # Exchanges in chunks, beside a parallel shared expert.
@@ -270,6 +299,8 @@ GROUPED = ("grouped-head-norm", "grouped-projection-norm")
 
 DROPS = ("random", "fair")
 """Drop policies that draw."""
+IGNORING = ("ignored-pads", "ignored-pads-of-rows", "ignored-pads-of-batches")
+"""Padding that is not routed: balanced by group, by row and by micro-batch."""
 
 
 def run_config(variant: str, flags: dict[str, Any], **train: Any) -> RunConfig:

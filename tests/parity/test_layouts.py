@@ -10,6 +10,7 @@ import torch
 from tests.parity.cases import (
     DROPS,
     GROUPED,
+    IGNORING,
     LAYOUTS,
     OF_THE_STEP,
     ROUTERS,
@@ -29,7 +30,7 @@ FIRST = ("released", "paper-port")
 """Variants that every layout runs; the others run where their rules could differ."""
 ALONE = ("dense-head-norm", "bounded", "overlapped")
 """Variants with tests of their own."""
-ELSEWHERE = (*FIRST, *ROUTERS, *OF_THE_STEP, *STATEFUL, *DROPS, *ALONE)
+ELSEWHERE = (*FIRST, *ROUTERS, *OF_THE_STEP, *STATEFUL, *DROPS, *IGNORING, *ALONE)
 
 
 def check(outcomes: list[Outcome], variant: str, extra: tuple[str, ...] = ()) -> None:

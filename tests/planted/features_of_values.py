@@ -200,7 +200,8 @@ COUNTS = (
         row="feature 12",
         fault="no step compares the ledger",
         file="megatron_moe/training/trainer.py",
-        old="        check_ledger(layers, positions, config.moe.moe_router_topk)\n",
+        old="        check_ledger(layers, positions, moe.moe_router_topk, moe.moe_ignore_padding_tokens)"
+        "\n",
         new="",
         test="tests/training/test_ledger.py::test_a_micro_batch_that_is_not_counted_ends_the_run_on_every_rank",
     ),

@@ -12,8 +12,6 @@ E experts, K choices per token.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -149,7 +147,8 @@ class MoE(nn.Module):
         Args:
             x_BSH: normalised residual stream.
             training_capacity: the capacity factor of training rather than evaluation.
-            valid_BS: false for padding, which no expert processes; `None` if there is none.
+            valid_BS: false for padding, which no expert processes and no loss counts; `None` if
+                there is none.
             context_BE: see `logits`.
         """
         x_TH = x_BSH.flatten(0, 1)
@@ -166,10 +165,9 @@ class MoE(nn.Module):
             step=self.step,
             bias_E=self.bias_E,
             earlier=self.earlier if training_capacity else (),
+            valid_T=None if valid_BS is None else valid_BS.flatten(),
         )
         if training_capacity and "global_aux_loss" in self.moe.load_balancing_types:
             self.earlier.append(routing.preferred_E)
-        if valid_BS is not None:
-            routing = replace(routing, kept_TK=routing.kept_TK & valid_BS.flatten()[:, None])
         y_TH = self.experts(x_TH, routing.ids_TK, routing.probs_TK, routing.kept_TK)
         return y_TH.view_as(x_BSH), routing

@@ -65,6 +65,8 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, layer: int, is_moe: bool) -> None:
         super().__init__()
+        self.zeroes_padding = model.zero_padding_activations
+        self.ignores_padding = moe.moe_ignore_padding_tokens
         self.attention_norm = RMSNorm(model)
         self.attention = Attention(model)
         self.ffn_norm = RMSNorm(model)
@@ -86,13 +88,16 @@ class DecoderBlock(nn.Module):
         cache: LayerCache | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """[B, S, H] -> [B, S, H] and, for an MoE layer, its routing decisions."""
-        normed = without_padding(self.attention_norm(x_BSH), padding_BS)
+        zeroed_BS = padding_BS if self.zeroes_padding else None
+        normed = without_padding(self.attention_norm(x_BSH), zeroed_BS)
         x = x_BSH + self.dropout(self.attention(normed, positions_BS, documents_BS, cache))
-        normed = without_padding(self.ffn_norm(x), padding_BS)
+        normed = without_padding(self.ffn_norm(x), zeroed_BS)
         if self.ffn is not None:
             return x + self.dropout(self.ffn(normed)), None
         assert self.moe is not None
         valid_BS = None if cache is None else cache.step.valid_BS
+        if padding_BS is not None and self.ignores_padding:
+            valid_BS = padding_BS == 0
         context_BE = None if cache is None else cache.context_BE
         branch, routing = self.moe(normed, training_capacity, valid_BS, context_BE)
         # Parallel placement: one branch, one dropout over the sum.
@@ -100,7 +105,7 @@ class DecoderBlock(nn.Module):
             branch = branch + self.shared(normed)
         x = x + self.dropout(branch)
         if self.shared is not None and self.shared_norm is not None:
-            normed = without_padding(self.shared_norm(x), padding_BS)
+            normed = without_padding(self.shared_norm(x), zeroed_BS)
             x = x + self.dropout(self.shared(normed))
         return x, routing
 
@@ -196,7 +201,8 @@ class ReferenceOpenMoE(nn.Module):
             )
             if decisions is not None:
                 routing.append(decisions)
-        return without_padding(self.final_norm(x_BSH), padding_BS), routing
+        zeroed_BS = padding_BS if self.model.zero_padding_activations else None
+        return without_padding(self.final_norm(x_BSH), zeroed_BS), routing
 
     def new_cache(self, rows: int, slots: int | None = None) -> KVCache:
         """A KV cache for rows of up to ``slots`` tokens each, by default the model's maximum."""
@@ -275,7 +281,8 @@ class ReferenceOpenMoE(nn.Module):
                 restricted to equal numbers. `None` means the whole row. Capacity groups do not
                 depend on it.
             padding_BS: not 0 at padding, which is set to zero at the input of every layer and of
-                the logits (`--zero-padding-activations`); `None` treats it as any token.
+                the logits with `--zero-padding-activations`, and not routed with
+                `--moe-ignore-padding-tokens`; `None` if there is none.
         """
         x_BSH, routing = self.hidden_states(
             tokens_BS,

@@ -89,7 +89,7 @@ def fair_shares(ids_GTK: Tensor, num_experts: int, slots: int, layer: int, step:
     o = floor(m u). u is a number of the layer, k and the expert, plus the golden ratio per step.
     """
     _, _, choices = ids_GTK.shape
-    starts_KE = split_mix(layer, count=choices * num_experts).reshape(choices, num_experts)
+    starts_KE = np.stack([split_mix(layer, k, count=num_experts) for k in range(choices)])
     turns_KE = (starts_KE.astype(np.int64) + step * 2654435769) % 2**32
     kept_GTK = torch.zeros_like(ids_GTK, dtype=torch.bool)
     left_GE = torch.full((ids_GTK.shape[0], num_experts), slots, device=ids_GTK.device)

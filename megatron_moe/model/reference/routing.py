@@ -45,7 +45,7 @@ class Routing:
     kept_TK: Tensor
     """Whether the choice found a slot."""
     counts_E: Tensor
-    """Choices per expert before dropping."""
+    """Choices per expert before dropping, without those of padding that is ignored."""
     balance_losses: tuple[Tensor, ...]
     """Of each `--moe-router-load-balancing-type`: E sum_e f_e P_e, which is K when balanced; 0 for
     `none`. In evaluation `group_aux_loss` is taken per row, `global_aux_loss` per micro-batch."""
@@ -73,6 +73,7 @@ def route(
     step: int = 0,
     bias_E: Tensor | None = None,
     earlier: Sequence[Tensor] = (),
+    valid_T: Tensor | None = None,
 ) -> Routing:
     """Route the tokens of a micro-batch: scores, top-k, capacity.
 
@@ -88,11 +89,14 @@ def route(
         step: of training; likewise.
         bias_E: added to scores for the choices; `None` without.
         earlier: `Routing.preferred_E` of earlier micro-batches of the step, for `global_aux_loss`.
+        valid_T: false for tokens that take no slots and count in no loss; `None` if there are none.
 
     Raises:
         UsageError: a router or drop policy that only the parallel model has.
     """
     fix = "the reference model has no other"
+    if valid_T is None:
+        valid_T = torch.ones_like(logits_TE[:, 0], dtype=torch.bool)
     if moe.moe_router_type not in ("linear", "contextual"):
         raise UsageError("--moe-router-type", moe.moe_router_type, "linear or contextual", fix)
     if moe.moe_token_drop_policy not in POLICIES:
@@ -117,15 +121,23 @@ def route(
         ids_TK=ids_TK,
         probs_TK=probs_TK,
         kept_TK=_kept(
-            ids_TK, probs_TK, rows, moe, training_capacity, layer=layer, seed=seed, step=step
+            ids_TK,
+            probs_TK,
+            valid_T,
+            rows,
+            moe,
+            training_capacity,
+            layer=layer,
+            seed=seed,
+            step=step,
         ),
-        counts_E=ids_TK.flatten().bincount(minlength=moe.num_experts),
+        counts_E=ids_TK[valid_T].flatten().bincount(minlength=moe.num_experts),
         balance_losses=tuple(
-            _balance(kind, probs_TE, preferred_TK, rows, moe, training_capacity, earlier)
+            _balance(kind, probs_TE, preferred_TK, valid_T, rows, moe, training_capacity, earlier)
             for kind in moe.load_balancing_types
         ),
-        z_loss=z_logits.logsumexp(dim=-1).square().mean(),
-        preferred_E=preferred_TK.flatten().bincount(minlength=moe.num_experts),
+        z_loss=z_logits.logsumexp(dim=-1).square()[valid_T].sum() / valid_T.sum().clamp(min=1),
+        preferred_E=preferred_TK[valid_T].flatten().bincount(minlength=moe.num_experts),
     )
 
 
@@ -234,15 +246,23 @@ def capacity_group(moe: MoEConfig, batch: int, sequence: int) -> int:
     return size
 
 
-def balance_loss(probs_RTE: Tensor, ids_RTK: Tensor) -> Tensor:
+def balance_loss(probs_RTE: Tensor, ids_RTK: Tensor, valid_RT: Tensor | None = None) -> Tensor:
     """E sum_e f_e P_e, averaged over R: f_e choices of e per token, P_e its mean probability.
 
     f_e counts all K choices before dropping, so sum_e f_e = K and the loss is K when balanced. It
-    is an integer count per token without a gradient; gradients flow through P_e alone.
+    is an integer count per token without a gradient; gradients flow through P_e alone. Both are of
+    valid tokens only, and the average is over the R that have any.
     """
-    experts = probs_RTE.shape[-1]
-    f_RE = F.one_hot(ids_RTK, experts).sum(dim=2).to(probs_RTE.dtype).mean(dim=1)
-    return experts * (f_RE * probs_RTE.mean(dim=1)).sum(dim=1).mean()
+    rows, _, experts = probs_RTE.shape
+    losses = []
+    for row in range(rows):
+        probs_TE, ids_TK = probs_RTE[row], ids_RTK[row]
+        if valid_RT is not None:
+            probs_TE, ids_TK = probs_TE[valid_RT[row]], ids_TK[valid_RT[row]]
+        if len(probs_TE):
+            f_E = F.one_hot(ids_TK, experts).sum(dim=1).to(probs_TE.dtype).mean(dim=0)
+            losses.append(experts * (f_E * probs_TE.mean(dim=0)).sum())
+    return torch.stack(losses).mean() if losses else probs_RTE.sum() * 0.0
 
 
 def capacity_factor(moe: MoEConfig, training_capacity: bool) -> float | None:
@@ -253,29 +273,34 @@ def capacity_factor(moe: MoEConfig, training_capacity: bool) -> float | None:
 def _kept(
     ids_TK: Tensor,
     probs_TK: Tensor,
+    valid_T: Tensor,
     rows: int,
     moe: MoEConfig,
     training_capacity: bool,
     **draw: int,
 ) -> Tensor:
+    valid_TK = valid_T[:, None].expand_as(ids_TK)
     if capacity_factor(moe, training_capacity) is None:
-        return torch.ones_like(ids_TK, dtype=torch.bool)
+        return valid_TK
     group = capacity_group(moe, rows, ids_TK.shape[0] // rows)
+    # The others queue for an expert that does not exist.
+    queued_TK = ids_TK.where(valid_TK, moe.num_experts)
     kept_GTK = kept_choices(
-        ids_TK.unflatten(0, (-1, group)),
+        queued_TK.unflatten(0, (-1, group)),
         probs_TK.unflatten(0, (-1, group)),
-        moe.num_experts,
+        moe.num_experts + 1,
         capacity(moe, group, training_capacity=training_capacity),
         moe.moe_token_drop_policy,
         **draw,
     )
-    return kept_GTK.flatten(0, 1)
+    return kept_GTK.flatten(0, 1) & valid_TK
 
 
 def _balance(
     kind: str,
     probs_TE: Tensor,
     ids_TK: Tensor,
+    valid_T: Tensor,
     rows: int,
     moe: MoEConfig,
     training_capacity: bool,
@@ -284,13 +309,15 @@ def _balance(
     if kind in ("none", "quantile_balancing"):
         return probs_TE.new_zeros(())
     if kind == "global_aux_loss":
-        # f over all micro-batches so far, which have equally many tokens; P over this one.
-        loads = [*earlier, ids_TK.flatten().bincount(minlength=moe.num_experts)]
-        f_E = torch.stack(loads).to(probs_TE.dtype).mean(dim=0) / probs_TE.shape[0]
-        return moe.num_experts * (f_E * probs_TE.mean(dim=0)).sum()
+        # f over the valid tokens of all micro-batches so far, P over those of this one.
+        own_E = ids_TK[valid_T].flatten().bincount(minlength=moe.num_experts)
+        load_E = torch.stack([*earlier, own_E]).sum(dim=0).to(probs_TE.dtype)
+        f_E = load_E / (load_E.sum() / moe.moe_router_topk).clamp(min=1)
+        p_E = probs_TE[valid_T].sum(dim=0) / valid_T.sum().clamp(min=1)
+        return moe.num_experts * (f_E * p_E).sum()
     over = 1 if kind == "aux_loss" else rows
     # Texts that are evaluated have any length, which groups need not divide.
     if kind == "group_aux_loss" and training_capacity:
         tokens = probs_TE.shape[0]
         over = tokens // capacity_group(moe, rows, tokens // rows)
-    return balance_loss(probs_TE.unflatten(0, (over, -1)), ids_TK.unflatten(0, (over, -1)))
+    return balance_loss(*(x.unflatten(0, (over, -1)) for x in (probs_TE, ids_TK, valid_T)))

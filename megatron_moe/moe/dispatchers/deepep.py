@@ -84,9 +84,11 @@ class FusedDispatcher(TokenDispatcher):
         training: bool,
         experts: Experts,
         draw: Draw = OUTSIDE_TRAINING,
+        padding_T: Tensor | None = None,
     ) -> Plan:
         """As of any dispatcher; `dispatch` fills in what arrived."""
-        return replace(super().plan(scores, batch, training, experts, draw), arrival=FusedArrival())
+        plan = super().plan(scores, batch, training, experts, draw, padding_T)
+        return replace(plan, arrival=FusedArrival())
 
     def dispatch(self, x_TH: Tensor, plan: Plan) -> Tensor:
         """This rank's tokens -> rows of this rank's experts, sorted by expert."""

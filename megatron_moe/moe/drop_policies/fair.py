@@ -23,6 +23,7 @@ Shapes: G groups, K choices of a token, E experts, T tokens of a group, A = K * 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from megatron_moe.moe.dropping import DROP_POLICIES, Competition
@@ -73,6 +74,5 @@ def _turns(competition: Competition, like: Tensor) -> Tensor:
     Each has a start of its own, so that tokens do not lose all their choices at once.
     """
     draw, topk, experts = competition.draw, competition.topk, competition.num_experts
-    start_A = uniform_bits(topk * experts, mix(draw.layer), like.device)
-    turned_A = (start_A + draw.step * GOLDEN % 2**32) & (2**32 - 1)
-    return turned_A.view(topk, experts)
+    starts = [uniform_bits(experts, mix(draw.layer, k), like.device) for k in range(topk)]
+    return (torch.stack(starts) + draw.step * GOLDEN % 2**32) & (2**32 - 1)
