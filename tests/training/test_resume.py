@@ -127,6 +127,6 @@ def test_another_router_dispatcher_or_drop_policy_is_logged() -> None:
     )
     assert _changes(RunConfig(), RunConfig(moe=other)) == [
         "--moe-token-drop-policy was position, is probs",
-        "--moe-router-type was softmax, is a",
+        "--moe-router-type was linear, is a",
         "--moe-token-dispatcher-type was alltoall, is b",
     ]

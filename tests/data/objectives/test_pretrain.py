@@ -67,7 +67,7 @@ def test_released_rows_train_alike_in_every_layout(pool: Pool, corpus: str, tmp_
     argv += ["--objective", "ul2", "--ul2-mixture", str(Path(corpus).parent / "mixture.toml")]
     argv += ["--num-layers", "3", "--moe-layer-freq", "[1,0,1]"]
     started = [*argv, "--decoder-start-token-id", "0"]
-    flags = [*started, "--zero-padding-activations"]
+    flags = [*started, "--zero-padding-activations", "--no-moe-ignore-padding-tokens"]
     whole = losses(pool, flags, tmp_path / "whole.jsonl")
     found = losses(
         pool, [*flags, "--pipeline-model-parallel-size", "3"], tmp_path / "stages.jsonl", ranks=3
