@@ -88,6 +88,21 @@ def test_a_sharded_optimizer_steps_its_share() -> None:
     assert plan.time.optimizer == pytest.approx(seconds)
 
 
+@pytest.mark.parametrize(
+    ("flags", "update"),
+    [
+        ("--optimizer adam", 30),
+        ("--optimizer sgd --sgd-momentum 0", 14),
+        ("--optimizer sgd --sgd-momentum 0.9", 22),
+        ("--optimizer adafactor", 50),
+    ],
+)
+def test_each_optimizer_moves_its_bytes(flags: str, update: int) -> None:
+    plan = _plan(flags, 1)
+    seconds = (update + 12) * plan.stages[0].state.gradients / 4 / (0.85 * 3350e9)
+    assert plan.time.optimizer == pytest.approx(seconds)
+
+
 def test_roofline() -> None:
     cluster = load_cluster("h100")
     large = Gemm(8448, 8192, 8192)
