@@ -115,10 +115,16 @@ def _file_bytes(header: bytes, tensors: Sequence[TensorSource]) -> Iterator[memo
             if part.dtype != tensor.dtype or left < 0:
                 raise ValueError(f"{tensor.key}: a part is {part.dtype}, {left} elements are left")
             for piece in _pieces(part.detach()):
-                raw: Any = piece.cpu().contiguous().view(-1).view(torch.uint8).numpy()
-                yield memoryview(raw)
+                yield memoryview(bytes_of(piece))
         if left:
             raise ValueError(f"{tensor.key}: {left} elements are missing")
+
+
+def bytes_of(tensor: Tensor) -> Any:
+    """The elements in row-major order as a NumPy array of bytes; shares memory if it can."""
+    flat = tensor.cpu().contiguous().view(-1)
+    # A single element counts as contiguous with any stride, but is no bytes with that.
+    return flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy()
 
 
 def _pieces(tensor: Tensor) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_moe.checkpoint.tensor_files import TensorSource
+from megatron_moe.checkpoint.tensor_files import TensorSource, bytes_of
 from megatron_moe.config import RunConfig
 from megatron_moe.errors import CheckpointError, UsageError
 from megatron_moe.model.logical import logical_parameters
@@ -79,8 +79,7 @@ class LazyTensor:
         """SHA-256 of shape, dtype and elements."""
         found = hashlib.sha256(f"{self.shape} {self.dtype}".encode())
         for part in self.parts():
-            raw: Any = part.contiguous().view(-1).view(torch.uint8).numpy()
-            found.update(raw)
+            found.update(bytes_of(part))
         return found.hexdigest()
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_moe.checkpoint.index import block_key
+from megatron_moe.checkpoint.tensor_files import bytes_of
 from megatron_moe.convert.hf_files import open_files
 from megatron_moe.convert.megatron import checkpoint_folder, model_tensors
 from megatron_moe.convert.model import LazyTensor, LogicalModel
@@ -239,7 +240,7 @@ def _verify_chunks(folder: Path, progress: Progress) -> str:
 
 
 def _raw(tensor: Tensor) -> bytes:
-    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return bytes(bytes_of(tensor))
 
 
 def compare(

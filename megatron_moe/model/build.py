@@ -21,6 +21,7 @@ from megatron_moe.model.logical import expert_width
 from megatron_moe.model.norm import RMSNorm, SplitRMSNorm
 from megatron_moe.model.openmoe import OpenMoEModel
 from megatron_moe.model.sharding.shards import initialise
+from megatron_moe.model.te_scales import make_scales
 from megatron_moe.moe.registry import kernels_for
 from megatron_moe.platform.transformer_engine import choose_impl
 
@@ -249,5 +250,7 @@ def build_model(
         chunks = [chunk.to(device) for chunk in chunks]
     if config.precision.fp8_emulate:
         emulate_fp8(chunks, config, device)
+    else:
+        make_scales(chunks, config)
     initialise(chunks, config, vocab_size)
     return chunks

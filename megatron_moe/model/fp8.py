@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
 from torch.distributed import ReduceOp, all_reduce
 
 from fused_kernels.fp8.gemm import DelayedScale, Fp8Gemm, Fp8Settings
@@ -52,7 +54,7 @@ def emulate_fp8(chunks: Sequence[OpenMoEModel], config: RunConfig, device: torch
     """
     precision = config.precision
     settings = fp8_settings_of(precision, chunks[0].pg_collection.dp_cp.size())
-    for layer in _layers(chunks):
+    for layer in layers_of(chunks):
         if not precision.in_fp8(layer.layer_number - 1, config.model.num_layers):
             continue
         for linear in _linears(layer).values():
@@ -63,7 +65,8 @@ def emulate_fp8(chunks: Sequence[OpenMoEModel], config: RunConfig, device: torch
             experts.fp8 = Fp8ExpertGemms(settings, experts.num_local, device)
 
 
-def _layers(chunks: Sequence[OpenMoEModel]) -> Iterator[OpenMoELayer]:
+def layers_of(chunks: Sequence[OpenMoEModel]) -> Iterator[OpenMoELayer]:
+    """All layers of a rank, in order."""
     for chunk in chunks:
         yield from chunk.decoder.layers
 
@@ -80,24 +83,39 @@ def _linears(layer: OpenMoELayer) -> dict[str, Fp8ColumnParallelLinear | Fp8RowP
     return {name: linear for name, linear in found.items() if isinstance(linear, ours)}
 
 
+class ScaleTensors(Protocol):
+    """What a checkpoint holds of the delayed recipe."""
+
+    @property
+    def scale(self) -> Tensor:
+        """fp32, one for each GEMM."""
+
+    @property
+    def amax_history(self) -> Tensor:
+        """fp32 [steps] or [steps, GEMMs]."""
+
+
+ScaleState = TypeVar("ScaleState", bound=ScaleTensors, covariant=True)
+
+
 @dataclass(frozen=True)
-class NamedScale:
+class NamedScale(Generic[ScaleState]):
     """A scale of the delayed recipe, and whose it is.
 
     Args:
         name: of the operand: `layers.3.attention.qkv.weight`, `layers.3.moe.experts.down.input`.
-        state: its buffers.
+        state: its tensors, `scale` and `amax_history`.
         first: the first of its experts in the whole model; `None` for a dense layer.
     """
 
     name: str
-    state: DelayedScale
+    state: ScaleState
     first: int | None
 
 
-def delayed_scales(chunks: Sequence[OpenMoEModel]) -> Iterator[NamedScale]:
+def delayed_scales(chunks: Sequence[OpenMoEModel]) -> Iterator[NamedScale[DelayedScale]]:
     """The scales that this rank keeps between steps; none of other recipes."""
-    for layer in _layers(chunks):
+    for layer in layers_of(chunks):
         prefix = f"layers.{layer.layer_number - 1}."
         gemms: list[tuple[str, Fp8Gemm | None, int | None]] = []
         for name, linear in _linears(layer).items():

@@ -33,11 +33,11 @@ TILE = (128, 256)
 SIMULATED_ROUNDS = 4
 """Micro-batches that are simulated, in multiples of the pipeline size; the steady state repeats."""
 UPDATE_BYTES = {"adam": 30, "sgd": 14, "adafactor": 50}
-"""Moved for each parameter of an optimizer's share. Adam: gradient 4, master and moments 12 read and
-12 written, parameter 2. SGD: gradient 4, master 8, parameter 2; a momentum takes `MOMENTUM_BYTES`
-more. Adafactor (`training/optim/adafactor.py`) reads the gradient along rows and columns, 8, and the
-master, 4; scales the gradient in place by both statistics, 16; reads it for the clipping, 4, and for
-the update, 4 with 8 of the master; and copies the master, 6."""
+"""Moved for each parameter of an optimizer's share. Adam: gradient 4, master and moments 12 read
+and 12 written, parameter 2. SGD: gradient 4, master 8, parameter 2; a momentum takes
+`MOMENTUM_BYTES` more. Adafactor (`training/optim/adafactor.py`) reads the gradient along rows and
+columns, 8, and the master, 4; scales the gradient in place by both statistics, 16; reads it for the
+clipping, 4, and for the update, 4 with 8 of the master; and copies the master, 6."""
 MOMENTUM_BYTES = 8
 GRADIENT_BYTES = 12
 """Moved for each parameter of a rank: set to zero, read for the norm, scaled."""

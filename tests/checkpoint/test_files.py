@@ -25,6 +25,7 @@ def test_the_safetensors_package_reads_what_we_write(tmp_path):
         "odd bytes first": torch.arange(3, dtype=torch.uint8),
         "half": torch.randn(5, 3).to(torch.bfloat16),
         "strided": torch.randn(4, 6)[:, 1::2],
+        "one of a strided": torch.randn(2)[0::2],
         "expanded": torch.randn(3, 1).expand(3, 4),
         "double": torch.randn(2, dtype=torch.float64),
         "larger than a chunk": torch.randn(CHUNK // 4 + 5),

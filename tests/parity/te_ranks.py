@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,15 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_moe.config import MoEConfig, RunConfig
+from megatron_moe.config import MoEConfig, PrecisionConfig, RunConfig
 from megatron_moe.model import build as building
 from megatron_moe.model.build import build_model
-from megatron_moe.model.sharding.shards import model_shards
+from megatron_moe.model.fp8 import delayed_scales
+from megatron_moe.model.sharding.shards import model_shards, unwrap
+from megatron_moe.model.te_scales import te_scales
 from megatron_moe.moe.layer import MoELayer, RoutingDecision
 from megatron_moe.parallel.context import initialize_parallel
 from megatron_moe.parallel.layout import resolve_layout
 from megatron_moe.platform import activate
 from megatron_moe.training.optim.build import wrap_chunks
+from tests.checkpoint import layouts
+from tests.checkpoint.layouts import Case
 from tests.parity.cases import ROWS, SEQ, VOCAB, run_config
 from tests.parity.compare import Block
 from tests.parity.harness import build, gradient_blocks, micro_batch
@@ -172,3 +177,80 @@ def one_layer(
     with autocast(enabled=recipe is not None, recipe=custom):
         out = layer(x)
     return out.detach(), kept[0], rows
+
+
+HISTORY = 3
+Scales = dict[str, tuple[float, tuple[float, ...]]]
+
+
+def moved_scales(
+    rank: int,
+    world_size: int,
+    flags: dict[str, Any],
+    emulated: bool,
+    recipe: str | None = "delayed",
+    source: Any = None,
+    target: Any = None,
+) -> tuple[Scales, dict[str, float]]:
+    """Scale and history of every operand after a load, or of made-up ones; some by place.
+
+    Args:
+        rank: of the pool.
+        world_size: of the pool.
+        flags: of the layout.
+        emulated: whether FP8 is emulated in local layers.
+        recipe: of FP8; `None` for bf16.
+        source: checkpoint to load; `None` makes values up.
+        target: where to save then.
+    """
+    config = fp8_config({**flags, **(LOCAL if emulated else TE)})
+    if recipe is not None:
+        precision = PrecisionConfig(
+            fp8_format="hybrid",
+            fp8_recipe=recipe,  # type: ignore[arg-type]
+            fp8_amax_history_len=HISTORY,
+            fp8_emulate=emulated,
+        )
+        config = replace(config, precision=precision)
+    run = layouts.build(Case(world_size, flags), config)
+    chunks = [unwrap(chunk) for chunk in run.wrapped]
+    kept = [*delayed_scales(chunks), *te_scales(chunks)]
+    if source is None:
+        layouts.step(run, 1)
+        layouts.step(run, 2)
+        for scale in kept:
+            own = scale.state.scale.view(-1)
+            for place in range(len(own)):
+                own[place] = made_up(scale.name, (scale.first or 0) + place)
+                rows = scale.state.amax_history.view(HISTORY, -1)[:, place]
+                rows.copy_(own[place] + torch.arange(HISTORY))
+    else:
+        layouts.load(run, source)
+    if target is not None:
+        layouts.save(run, target)
+    found: Scales = {}
+    for scale in kept:
+        rows = scale.state.amax_history.view(HISTORY, -1)
+        for place, value in enumerate(scale.state.scale.view(-1).tolist()):
+            name = scale.name if scale.first is None else f"{scale.name}.{scale.first + place}"
+            found[name] = value, tuple(rows[:, place].tolist())
+    return found, {} if emulated or recipe != "delayed" else _by_place(chunks[0])
+
+
+def made_up(name: str, place: int) -> float:
+    """A scale that no other operand has."""
+    return 1.0 + zlib.crc32(f"{name}.{place}".encode()) % 2**20 / 2**10
+
+
+def _by_place(chunk: Any) -> dict[str, float]:
+    """Some scales from where Transformer Engine's layers look for them."""
+    layers = chunk.decoder.layers
+    qkv = layers[0].self_attention.linear_qkv.fp8_meta
+    down = layers[1].moe.experts.linear_fc2.fp8_meta
+    return {
+        "layers.0.attention.qkv.input": float(qkv["scaling_fwd"].scale[0]),
+        "layers.0.attention.qkv.weight": float(qkv["scaling_fwd"].scale[1]),
+        "layers.0.attention.qkv.gradient": float(qkv["scaling_bwd"].scale[0]),
+        "layers.1.moe.experts.down.weight, second": float(down["scaling_fwd"].scale[4]),
+        "layers.1.moe.experts.down.gradient, second": float(down["scaling_bwd"].scale[2]),
+    }

@@ -22,10 +22,13 @@ from tests.parity.cases import LAYOUTS, SLOW_LAYOUTS, VARIANTS, VOCAB, Layout
 from tests.parity.compare import assemble, assert_same, relative_error
 from tests.parity.harness import one_step
 from tests.parity.te_ranks import (
+    HISTORY,
     LOCAL,
     TE,
+    Scales,
     describe_parameters,
     loss_and_gradients,
+    moved_scales,
     one_layer,
 )
 from tests.parity.test_layouts import RECOMPUTE, check
@@ -200,6 +203,40 @@ def test_checkpoints_go_from_local_layers_to_these_and_back(
         if file.is_file():
             assert b"_extra_state" not in file.read_bytes(), file
             assert file.suffix in (".safetensors", ".json", ".txt", ""), file
+
+
+def _scales(pool: Pool, ranks: int, flags: dict[str, Any], **options: Any) -> tuple[Scales, Any]:
+    """Of all ranks, which agree; and what rank 0 has by place."""
+    results = pool.run(moved_scales, ranks, flags=flags, **options)
+    whole: Scales = {}
+    for found, _ in results:
+        for name, value in found.items():
+            assert whole.setdefault(name, value) == value, name
+    return whole, results[0][1]
+
+
+def test_delayed_scales_move_between_layouts_and_implementations(
+    te_pool: Pool, tmp_path: Path
+) -> None:
+    """One rank, two that share the experts, emulation, and back; then bf16, which has none."""
+    first, places = _scales(te_pool, 1, {}, emulated=False, target=tmp_path / "1")
+    assert len({scale for scale, _ in first.values()}) == len(first)
+    for name, value in places.items():
+        whole, _, second = name.partition(", ")
+        assert first[f"{whole}.1" if second else whole][0] == value, name
+    moved = {"source": tmp_path / "1", "target": tmp_path / "2"}
+    two, _ = _scales(te_pool, 2, layout_named("EP2").flags, emulated=False, **moved)
+    assert two == first
+    moved = {"source": tmp_path / "2", "target": tmp_path / "3"}
+    emulated, _ = _scales(te_pool, 1, {}, emulated=True, **moved)
+    assert emulated == first
+    again, same_places = _scales(te_pool, 1, {}, emulated=False, source=tmp_path / "3")
+    assert (again, same_places) == (first, places)
+    plain = {"emulated": False, "recipe": None}
+    none, _ = _scales(te_pool, 1, {}, **plain, source=tmp_path / "3", target=tmp_path / "4")
+    assert none == {}
+    fresh, _ = _scales(te_pool, 1, {}, emulated=False, source=tmp_path / "4")
+    assert set(fresh.values()) == {(1.0, (0.0,) * HISTORY)}
 
 
 def test_fp8_is_near_bf16_and_recomputes_its_own_numbers(te_pool: Pool) -> None:

@@ -7,12 +7,14 @@ For each operand of each GEMM: `layers.0.ffn.input.weight` has a scale [1] and a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
-from megatron_moe.model.fp8 import delayed_scales
+from megatron_moe.model.fp8 import NamedScale, ScaleTensors, delayed_scales
 from megatron_moe.model.sharding.blocks import Block, Part
 from megatron_moe.model.sharding.parts import Replicas
 from megatron_moe.model.sharding.shards import unwrap
+from megatron_moe.model.te_scales import te_scales
 
 FP8_SCALE, FP8_HISTORY = "fp8_scale", "fp8_amax_history"
 """Kinds of tensors in a checkpoint."""
@@ -25,7 +27,9 @@ def scale_parts(chunks: Sequence[Any], num_experts: int) -> Iterator[Part]:
         chunks: the model chunks of this rank, in Megatron-Core's wrappers or bare.
         num_experts: E of the whole model.
     """
-    for scale in delayed_scales([unwrap(chunk) for chunk in chunks]):
+    bare = [unwrap(chunk) for chunk in chunks]
+    scales: Iterator[NamedScale[ScaleTensors]] = chain(delayed_scales(bare), te_scales(bare))
+    for scale in scales:
         own = scale.state.scale.numel()
         total, first = (1, 0) if scale.first is None else (num_experts, scale.first)
         for kind, values in (

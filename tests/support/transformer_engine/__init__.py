@@ -92,6 +92,7 @@ def _run_on_a_cpu() -> None:
         functions = (
             "transformer_engine.pytorch.optimizers.fused_adam:FusedAdam.__init__",
             "transformer_engine.pytorch.module.base:get_dummy_wgrad",
+            "transformer_engine.pytorch.quantization:DelayedScalingRecipeState.__init__",
         )
 
     Literals().apply()
