@@ -256,6 +256,12 @@ class NativeRunner(MoERunner):
 
 
 def _excluding(part: MoE, ids: Sequence[int]) -> Decide:
+    if part.moe.moe_router_type == "token_hash":
+        reason = "its choices do not follow from scores, so that no other expert is the next best"
+        raise UsageError(
+            "--moe-router-type", "token_hash", "another one to leave out experts", reason
+        )
+
     def decide(x_TH: Tensor, rows: int) -> dict[str, Any]:
         logits_TE = part.logits(x_TH.unflatten(0, (rows, -1))).flatten(0, 1)
         logits_TE[:, list(ids)] = -torch.inf

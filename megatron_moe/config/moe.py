@@ -137,7 +137,8 @@ class MoEConfig:
     [1 - eps, 1 + eps]."""
     moe_router_type: Annotated[RouterType, OmittedAtDefault] = "linear"
     """What makes the logits of the experts. `linear` (OpenMoE): a matrix. `contextual`: also a
-    moving average of the tokens before. Other values are the files of `moe/routers/`."""
+    moving average of the tokens before. `token_hash`: as `linear`, but the choices are a fixed
+    function of the token's id. Other values are the files of `moe/routers/`."""
     moe_router_context_decay: Annotated[float, BelowOne, OmittedAtDefault] = 0.9
     """How much of that average each token keeps, with `--moe-router-type contextual`."""
     moe_router_score_function: Annotated[ScoreFunction, OmittedAtDefault] = "softmax"

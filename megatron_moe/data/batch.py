@@ -67,9 +67,11 @@ def extra_planes(config: RunConfig) -> tuple[str, ...]:
 
 
 def every_stage_reads(config: RunConfig) -> bool:
-    """Return whether middle pipeline stages need batches: for their extra planes, or to write or
-    replay traces, which contain the tokens.
+    """Return whether middle pipeline stages need batches: for their extra planes, for routers that
+    need the tokens, or to write or replay traces, which contain them.
     """
+    if config.moe.moe_router_type == "token_hash":
+        return True
     logging = config.logging
     traces = (logging.routing_trace_dir, logging.routing_replay_dir)
     return bool(extra_planes(config)) or any(name is not None for name in traces)

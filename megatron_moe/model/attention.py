@@ -56,6 +56,8 @@ class Documents:
     """Not 0 at padding; `None`: no token is, or it does not matter."""
     zeroes_padding: bool = True
     """Whether padding is zero at the input of every layer, or only counted apart."""
+    tokens_BS: Tensor | None = None
+    """Ids of the tokens, for a router that needs them; else `None`."""
     qkv_format: str = "sbhd"
     """Required by Megatron-Core in `packed_seq_params`: tensors keep their usual shape."""
     _bias: dict[torch.dtype, Tensor] = field(default_factory=dict)
@@ -87,12 +89,22 @@ class Documents:
 
     def padding_of(self, x_SBH: Tensor, tp_group: ProcessGroup) -> Tensor | None:
         """[S, B] bool, which of these activations are padding; arguments as `without_padding`."""
-        if self.padding_BS is None:
-            return None
-        local = x_SBH.shape[0]
-        # All of the sequence, or one of as many shards as there are ranks.
-        first = tp_group.rank() * local if local < self.padding_BS.shape[1] else 0
-        return self.padding_BS.t().narrow(0, first, local) != 0
+        padding_SB = _local(self.padding_BS, x_SBH, tp_group)
+        return None if padding_SB is None else padding_SB != 0
+
+    def tokens_of(self, x_SBH: Tensor, tp_group: ProcessGroup) -> Tensor | None:
+        """[S, B], ids of these activations, if layers get them; arguments as `without_padding`."""
+        return _local(self.tokens_BS, x_SBH, tp_group)
+
+
+def _local(plane_BS: Tensor | None, x_SBH: Tensor, tp_group: ProcessGroup) -> Tensor | None:
+    """The part of a plane that belongs to these activations, [S, B]."""
+    if plane_BS is None:
+        return None
+    local = x_SBH.shape[0]
+    # All of the sequence, or one of as many shards as there are ranks.
+    first = tp_group.rank() * local if local < plane_BS.shape[1] else 0
+    return plane_BS.t().narrow(0, first, local)
 
 
 def documents_of(
@@ -100,11 +112,12 @@ def documents_of(
     documents_BS: Tensor | None,
     padding_BS: Tensor | None = None,
     zeroes_padding: bool = True,
+    tokens_BS: Tensor | None = None,
 ) -> Documents | None:
     """The value for the layers; `None` without any: the plain causal path, without a mask."""
-    if positions_BS is None and documents_BS is None and padding_BS is None:
+    if all(plane is None for plane in (positions_BS, documents_BS, padding_BS, tokens_BS)):
         return None
-    return Documents(positions_BS, documents_BS, padding_BS, zeroes_padding)
+    return Documents(positions_BS, documents_BS, padding_BS, zeroes_padding, tokens_BS)
 
 
 class RotaryCoreAttention(torch.nn.Module):

@@ -243,6 +243,7 @@ def build_model(
             logits_chunk_tokens=config.parallel.logits_chunk_tokens,
             vp_stage=number,
             norm=ModuleSpec(module=RMSNorm, params={"kernel": kernels.rms_norm}),
+            layers_need_tokens=config.moe.moe_router_type == "token_hash",
         )
         for number in numbers
     ]

@@ -122,7 +122,7 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
     def _add(self, residual: Tensor, branch: Tensor) -> Tensor:
         return residual + F.dropout(branch, self.hidden_dropout, self.training)
 
-    def _run(self, module: torch.nn.Module, recompute: bool, *inputs: Tensor) -> Tensor:
+    def _run(self, module: torch.nn.Module, recompute: bool, *inputs: Tensor | None) -> Tensor:
         if recompute and self.training:
             return self.recompute(module, self.tp_group, *inputs)
         output: Tensor = module(*inputs)
@@ -154,7 +154,8 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
             free(output)
             return self._add(x, output)
         padding = None if documents is None else documents.padding_of(x, self.tp_group)
-        routed = self._routed(normed, padding)
+        ids = None if documents is None else documents.tokens_of(x, self.tp_group)
+        routed = self._routed(normed, padding, ids)
         free(routed)
         x = self._add(x, routed)
         if self.shared is None or self.shared_norm is None:
@@ -164,15 +165,17 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
         free(output)
         return self._add(x, output)
 
-    def _routed(self, normed: Tensor, padding: Tensor | None) -> Tensor:
+    def _routed(self, normed: Tensor, padding: Tensor | None, ids: Tensor | None) -> Tensor:
         """The routed experts, and with them the shared expert if both are of the same input."""
         shared = self.shared if self.shared_norm is None else None
         recomputed = self.training and (self.recompute_moe or self.recompute_shared)
         if shared is not None and self.moe.overlaps and not recomputed:
-            routed: Tensor = self.moe(normed, padding, lambda: shared(normed))
+            routed: Tensor = self.moe(normed, padding, lambda: shared(normed), ids)
             return routed
-        counted = () if padding is None else (padding,)
-        routed = self._run(self.moe, self.recompute_moe, normed, *counted)
+        known: tuple[Tensor | None, ...] = () if padding is None else (padding,)
+        if ids is not None:
+            known = (padding, None, ids)
+        routed = self._run(self.moe, self.recompute_moe, normed, *known)
         if shared is not None:
             routed = routed + self._run(shared, self.recompute_shared, normed)
         return routed

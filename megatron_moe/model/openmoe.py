@@ -40,6 +40,7 @@ class OpenMoEModel(LanguageModule):
         logits_chunk_tokens: `--logits-chunk-tokens`.
         vp_stage: number of this chunk on its rank, ``None`` without interleaving.
         norm: how to build the last norm.
+        layers_need_tokens: whether the router of expert layers decides by the tokens' ids.
     """
 
     def __init__(
@@ -55,12 +56,14 @@ class OpenMoEModel(LanguageModule):
         logits_chunk_tokens: int | None = None,
         vp_stage: int | None = None,
         norm: ModuleSpec | type[RMSNorm] = RMSNorm,
+        layers_need_tokens: bool = False,
     ) -> None:
         super().__init__(config=config, pg_collection=pgs)
         self.pre_process, self.post_process, self.vp_stage = first, last, vp_stage
         self.model_type = ModelType.encoder_or_decoder
         self.share_embeddings_and_output_weights = not model.untie_embeddings_and_output_weights
         self.zeroes_padding = model.zero_padding_activations
+        self.layers_need_tokens = layers_need_tokens
         tied = self.share_embeddings_and_output_weights
         if first:
             self.embedding = LanguageModelEmbedding(
@@ -112,7 +115,7 @@ class OpenMoEModel(LanguageModule):
         """Run this chunk.
 
         Args:
-            tokens_BS: token ids, needed by the first chunk only.
+            tokens_BS: token ids, needed by the first chunk, or by all with `layers_need_tokens`.
             labels_BS: targets; the last chunk returns logits when it gets none.
             positions_BS: of the rotary embedding, needed by every chunk; `None` counts from the
                 start of the row.
@@ -126,7 +129,10 @@ class OpenMoEModel(LanguageModule):
             logits [B, S, V of this rank].
         """
         hidden = self.embedding(tokens_BS, None) if self.pre_process else None
-        documents = documents_of(positions_BS, documents_BS, padding_BS, self.zeroes_padding)
+        ids_BS = tokens_BS if self.layers_need_tokens else None
+        documents = documents_of(
+            positions_BS, documents_BS, padding_BS, self.zeroes_padding, ids_BS
+        )
         hidden = self.decoder(
             hidden_states=hidden, attention_mask=None, packed_seq_params=documents
         )

@@ -121,6 +121,7 @@ class MoELayer(nn.Module):
         x_SBH: Tensor,
         padding_SB: Tensor | None = None,
         beside: Callable[[], Tensor] | None = None,
+        ids_SB: Tensor | None = None,
     ) -> Tensor:
         """The weighted sum of each token's experts; zero for a token whose choices all dropped.
 
@@ -134,9 +135,10 @@ class MoELayer(nn.Module):
                 without, they are routed like any token and counted apart in the statistics.
             beside: something to add to the result, computed while tokens are on their way to their
                 experts. `None` for nothing.
+            ids_SB: of these tokens, for a router that needs them.
         """
         batch, hidden = x_SBH.shape[1:]
-        scores, x_TH = self._route(x_SBH.reshape(-1, hidden), batch)
+        scores, x_TH = self._route(x_SBH.reshape(-1, hidden), batch, ids_SB)
         draw = self.draw if self.training else Draw(layer=self.layer_number)
         padding_T = None if padding_SB is None else padding_SB.reshape(-1)
         ignored_T = padding_T if self.moe.moe_ignore_padding_tokens else None
@@ -155,14 +157,15 @@ class MoELayer(nn.Module):
         """Whether exchanges overlap with computation."""
         return self.experts.chunks > 1
 
-    def _route(self, x_TH: Tensor, batch: int) -> tuple[Scores, Tensor]:
+    def _route(self, x_TH: Tensor, batch: int, ids_SB: Tensor | None) -> tuple[Scores, Tensor]:
         """Scores, and the tokens to use from here on; see `Router.forward`."""
+        ids_T = None if ids_SB is None else ids_SB.reshape(-1)
         jitter = self.moe.moe_input_jitter_eps
         if jitter and self.training:
             noise_TH = torch.empty_like(x_TH).uniform_(1.0 - jitter, 1.0 + jitter)
-            scores, _ = self.router(x_TH * noise_TH, batch)
+            scores, _ = self.router(x_TH * noise_TH, batch, ids_T)
         else:
-            scores, x_TH = self.router(x_TH, batch)
+            scores, x_TH = self.router(x_TH, batch, ids_T)
         if self.moe.moe_router_force_load_balancing:
             scores = force_balance(scores, self.layer_number, self.router.weights_of)
         if self.replace_scores is not None:

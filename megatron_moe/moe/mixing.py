@@ -34,8 +34,12 @@ def uniform_bits(count: int, key: int, device: torch.device) -> Tensor:
         key: from `mix`, the seed of the stream.
         device: of the result.
     """
+    return bits_at(torch.arange(1, count + 1, device=device), key)
+
+
+def bits_at(place: Tensor, key: int) -> Tensor:
+    """The numbers of a stream at places from 1 on, in the shape of ``place``, int64."""
     # int64 wraps around as unsigned integers do; only shifts to the right differ, see `_shifted`.
-    place = torch.arange(1, count + 1, device=device)
     z = place * _signed(GAMMA) + _signed(key)
     for shift, factor in _ROUNDS:
         z = (z ^ _shifted(z, shift)) * _signed(factor)

@@ -70,12 +70,15 @@ class Router(nn.Module):
         """Added to scores for the choices; `None` without."""
         return None if self.expert_bias is None else self.expert_bias.weight
 
-    def forward(self, x_TH: Tensor, batch: int = 1) -> tuple[Scores, Tensor]:
+    def forward(
+        self, x_TH: Tensor, batch: int = 1, ids_T: Tensor | None = None
+    ) -> tuple[Scores, Tensor]:
         """Score tokens.
 
         Args:
             x_TH: this rank's tokens in (sequence, batch) order.
             batch: rows B, for routers that look beyond one token.
+            ids_T: of these tokens, for `token_hash`; `None` with other routers.
 
         Returns:
             The scores, and the tokens, which the caller uses from here on: the gradient of that use

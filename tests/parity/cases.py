@@ -213,6 +213,10 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
         _MODEL,
         replace(_MOE, moe_router_type="contextual", moe_router_context_decay=0.7),
     ),
+    "token-hash": (
+        _MODEL,
+        replace(_MOE, moe_router_type="token_hash", moe_router_pre_softmax=False),
+    ),
     "global-and-row": (
         _MODEL,
         replace(
@@ -287,7 +291,7 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
     ),
 }
 
-ROUTERS = ("sigmoid-groups", "contextual")
+ROUTERS = ("sigmoid-groups", "contextual", "token-hash")
 """Variants of the router, which `test_routers.py` runs."""
 OF_THE_STEP = ("global-and-row",)
 """Those whose loss depends on the micro-batches before, and so on the data-parallel size."""

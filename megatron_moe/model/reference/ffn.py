@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.model.logical import expert_width
-from megatron_moe.model.reference.routing import Routing, full_precision, route
+from megatron_moe.model.reference.routing import Routing, full_precision, hashed_experts, route
 
 
 def gated(gate: Tensor, up: Tensor, model: ModelConfig) -> Tensor:
@@ -141,6 +141,7 @@ class MoE(nn.Module):
         training_capacity: bool,
         valid_BS: Tensor | None = None,
         context_BE: Tensor | None = None,
+        tokens_BS: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """[B, S, H] -> [B, S, H] and the routing decisions. A dropped choice contributes zero.
 
@@ -150,7 +151,12 @@ class MoE(nn.Module):
             valid_BS: false for padding, which no expert processes and no loss counts; `None` if
                 there is none.
             context_BE: see `logits`.
+            tokens_BS: ids, which decide with `--moe-router-type token_hash`.
         """
+        forced_TK = self.forced_TK
+        if forced_TK is None and self.moe.moe_router_type == "token_hash":
+            assert tokens_BS is not None
+            forced_TK = hashed_experts(tokens_BS, self.moe)
         x_TH = x_BSH.flatten(0, 1)
         logits_TE = self.logits(x_BSH, valid_BS, context_BE).flatten(0, 1)
         rows = x_BSH.shape[0]
@@ -160,7 +166,7 @@ class MoE(nn.Module):
             self.moe,
             self.layer,
             training_capacity=training_capacity,
-            forced_TK=self.forced_TK,
+            forced_TK=forced_TK,
             seed=self.seed,
             step=self.step,
             bias_E=self.bias_E,

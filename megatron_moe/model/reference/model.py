@@ -86,6 +86,7 @@ class DecoderBlock(nn.Module):
         documents_BS: Tensor | None = None,
         padding_BS: Tensor | None = None,
         cache: LayerCache | None = None,
+        tokens_BS: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """[B, S, H] -> [B, S, H] and, for an MoE layer, its routing decisions."""
         zeroed_BS = padding_BS if self.zeroes_padding else None
@@ -99,7 +100,7 @@ class DecoderBlock(nn.Module):
         if padding_BS is not None and self.ignores_padding:
             valid_BS = padding_BS == 0
         context_BE = None if cache is None else cache.context_BE
-        branch, routing = self.moe(normed, training_capacity, valid_BS, context_BE)
+        branch, routing = self.moe(normed, training_capacity, valid_BS, context_BE, tokens_BS)
         # Parallel placement: one branch, one dropout over the sum.
         if self.shared is not None and self.shared_norm is None:
             branch = branch + self.shared(normed)
@@ -197,7 +198,12 @@ class ReferenceOpenMoE(nn.Module):
         routing = []
         for block in self.layers:
             x_BSH, decisions = block(
-                x_BSH, training_capacity, positions_BS, documents_BS, padding_BS
+                x_BSH,
+                training_capacity,
+                positions_BS,
+                documents_BS,
+                padding_BS,
+                tokens_BS=tokens_BS,
             )
             if decisions is not None:
                 routing.append(decisions)
@@ -239,7 +245,9 @@ class ReferenceOpenMoE(nn.Module):
         routing = []
         for number, block in enumerate(self.layers):
             layer_cache = cache.layer(number, step)
-            x_BSH, decisions = block(x_BSH, False, step.positions_BS, cache=layer_cache)
+            x_BSH, decisions = block(
+                x_BSH, False, step.positions_BS, cache=layer_cache, tokens_BS=tokens_BS
+            )
             if decisions is not None:
                 routing.append(decisions)
         cache.finish(step)

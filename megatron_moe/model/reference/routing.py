@@ -97,8 +97,8 @@ def route(
     fix = "the reference model has no other"
     if valid_T is None:
         valid_T = torch.ones_like(logits_TE[:, 0], dtype=torch.bool)
-    if moe.moe_router_type not in ("linear", "contextual"):
-        raise UsageError("--moe-router-type", moe.moe_router_type, "linear or contextual", fix)
+    if moe.moe_router_type not in ROUTERS:
+        raise UsageError("--moe-router-type", moe.moe_router_type, " or ".join(ROUTERS), fix)
     if moe.moe_token_drop_policy not in POLICIES:
         policy, expected = moe.moe_token_drop_policy, f"one of {', '.join(POLICIES)}"
         raise UsageError("--moe-token-drop-policy", policy, expected, fix)
@@ -141,6 +141,8 @@ def route(
     )
 
 
+ROUTERS = ("linear", "contextual", "token_hash")
+"""Values of `--moe-router-type` that the reference model has."""
 LEAST_SUM = 1e-20
 """Added to sums of scores before a division, as in Megatron-LM."""
 
@@ -197,6 +199,30 @@ def combine_weights(scores_TK: Tensor, moe: MoEConfig) -> Tensor:
         scores_TK = scores_TK / (scores_TK.sum(dim=-1, keepdim=True) + LEAST_SUM)
     scale = moe.moe_router_topk_scaling_factor
     return scores_TK if scale is None else scores_TK * scale
+
+
+def hashed_experts(tokens_BS: Tensor, moe: MoEConfig) -> Tensor:
+    """The K experts of each token's id, [T, K] (`--moe-router-type token_hash`).
+
+    Expert e of id i has the number (i E + e + 1) of a stream of SplitMix64, and the K smallest win.
+    """
+    table = {i: _drawn(i, moe) for i in tokens_BS.unique().tolist()}
+    chosen = [table[i] for i in tokens_BS.flatten().tolist()]
+    return torch.tensor(chosen, device=tokens_BS.device).view(-1, moe.moe_router_topk)
+
+
+def _drawn(token: int, moe: MoEConfig) -> list[int]:
+    start, golden, mask = 2106_04426, 0x9E3779B97F4A7C15, (1 << 64) - 1
+
+    def finalised(z: int) -> int:
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        return z ^ (z >> 31)
+
+    key = finalised((start + golden) & mask)
+    places = range(token * moe.num_experts + 1, (token + 1) * moe.num_experts + 1)
+    numbers = [finalised((place * golden + key) & mask) >> 32 for place in places]
+    return sorted(range(moe.num_experts), key=numbers.__getitem__)[: moe.moe_router_topk]
 
 
 def full_precision(x: Tensor) -> Tensor:

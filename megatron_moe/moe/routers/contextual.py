@@ -47,7 +47,9 @@ class ContextualRouter(Router):
             self.weight.sequence_parallel  # type: ignore[attr-defined]
         )
 
-    def forward(self, x_TH: Tensor, batch: int = 1) -> tuple[Scores, Tensor]:
+    def forward(
+        self, x_TH: Tensor, batch: int = 1, ids_T: Tensor | None = None
+    ) -> tuple[Scores, Tensor]:
         """As `Router.forward`; computes in at least fp32."""
         dtype = torch.promote_types(x_TH.dtype, torch.float32)
         weights = torch.cat((self.weight, self.context_weight)).to(dtype)

@@ -49,6 +49,7 @@ VARIANTS = {
     "grouped, norm of heads": (replace(GROUPED, qk_layernorm_scope="head"), MOE),
     "grouped, norm of projections": (GROUPED, MOE),
     "contextual": (RELEASED, replace(MOE, moe_router_type="contextual")),
+    "token hash": (RELEASED, replace(MOE, moe_router_type="token_hash")),
     "biased sigmoids": (
         RELEASED,
         replace(MOE, moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True),

@@ -14,7 +14,9 @@ from megatron_moe.moe.scoring import Scores
 class SigmoidRouter(Router):
     """p_e = sigmoid(logit_e) / sum over all experts, then the k largest."""
 
-    def forward(self, x_TH: Tensor, batch: int = 1) -> tuple[Scores, Tensor]:
+    def forward(
+        self, x_TH: Tensor, batch: int = 1, ids_T: Tensor | None = None
+    ) -> tuple[Scores, Tensor]:
         """As `Router.forward`, with gradients by automatic differentiation.
 
         Every token is scored by its content alone. A rank holds a shard of the sequence under
