@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_moe.config import RunConfig
+from megatron_moe.data.batch import every_stage_reads
 from megatron_moe.model.reference.routing import hashed_experts
 from megatron_moe.moe.routers.token_hash import hashed
 from tests.moe.cases import (
@@ -60,6 +62,11 @@ def test_the_reference_layer_agrees() -> None:
     losses = (losses + layer.moe.moe_z_loss_coeff * routing.z_loss) / layer.num_moe_layers
     (output.square().sum() + losses).backward()
     torch.testing.assert_close(layer.router.weight.grad, reference.router.weight.grad)
+
+
+def test_every_pipeline_stage_reads_the_ids() -> None:
+    assert every_stage_reads(RunConfig(moe=moe_config(**SETTINGS)))
+    assert not every_stage_reads(RunConfig(moe=moe_config()))
 
 
 def test_without_ids_it_is_an_error() -> None:

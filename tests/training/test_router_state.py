@@ -66,3 +66,19 @@ def test_three_steps_and_three_more_are_six(
     saved = {name: value for name, value in load_logical(parts) if name.endswith("expert_bias")}
     assert bool(saved) == (name in BIASED)
     assert all(value.any() and value.dtype == torch.float32 for value in saved.values())
+
+
+@pytest.mark.slow
+def test_middle_stages_have_the_ids_of_the_tokens(pool: Pool, corpus: str, tmp_path: Path) -> None:
+    flags = [
+        *STATES["token hash"].split(),
+        "--num-layers",
+        "6",
+        "--moe-layer-freq",
+        "[0,1,0,1,0,1]",
+    ]
+    alone = _run(pool, 1, corpus, tmp_path / "alone", flags)
+    stages = [*flags, "--pipeline-model-parallel-size", "3"]
+    split = _run(pool, 3, corpus, tmp_path / "split", stages)
+    losses = [[float.fromhex(step["lm_loss_hex"]) for step in run] for run in (alone, split)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
