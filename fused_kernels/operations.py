@@ -221,6 +221,7 @@ if TYPE_CHECKING:
     from fused_kernels.triton import combine_tokens as triton_combine
     from fused_kernels.triton import dispatch_tokens as triton_dispatch
     from fused_kernels.triton import gated_silu as triton_gate
+    from fused_kernels.triton import linear_cross_entropy as triton_cross_entropy
     from fused_kernels.triton import rank_in_expert as triton_rank
     from fused_kernels.triton import rms_norm as triton_norm
     from fused_kernels.triton import rotary as triton_rotary
@@ -230,7 +231,10 @@ if TYPE_CHECKING:
     _dispatches: tuple[DispatchTokens, ...] = (dispatch_tokens, reference_dispatch, triton_dispatch)
     _combines: tuple[CombineTokens, ...] = (combine_tokens, reference_combine, triton_combine)
     _gates: tuple[GatedSilu, ...] = (gated_silu, reference_gate, triton_gate)
-    _cross_entropies: tuple[LinearCrossEntropy, ...] = (reference_cross_entropy,)
+    _cross_entropies: tuple[LinearCrossEntropy, ...] = (
+        reference_cross_entropy,
+        triton_cross_entropy,
+    )
     _norms: tuple[RmsNorm, ...] = (reference_norm, triton_norm)
     _rotaries: tuple[Rotary, ...] = (reference_rotary, triton_rotary)
     _routers: tuple[RouterKernel, ...] = (reference_router, triton_router)

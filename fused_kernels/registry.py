@@ -33,7 +33,6 @@ IMPLEMENTATIONS: dict[str, frozenset[str] | None] = {
 
 LEFT_TO_REFERENCE = {
     ("native", "linear_cross_entropy"): "its time is in torch's GEMMs",
-    ("triton", "linear_cross_entropy"): "its time is in torch's GEMMs",
     ("native", "rms_norm"): "there is none in C++",
     ("native", "rotary"): "there is none in C++",
     ("native", "router"): "there is none in C++",

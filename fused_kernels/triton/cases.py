@@ -5,7 +5,8 @@ what a kernel loads and stores, a row that it loads twice twice; `least` counts 
 every result once. Both leave out what torch itself does: clearing a buffer, a last sum.
 
 Shapes: T tokens, K choices of a token, E experts, G capacity groups, A = K T / G choices of a
-group, R buffer rows, H hidden, F width of an expert, N heads, D head dimension.
+group, R buffer rows, H hidden, F width of an expert, N heads, D head dimension, V vocabulary
+columns of a rank, C tokens of a chunk of logits.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fused_kernels.triton import (
     combine_tokens,
     dispatch_tokens,
     gated_silu,
+    linear_cross_entropy,
     rank_in_expert,
     rms_norm,
     rotary,
@@ -44,6 +46,8 @@ class Size:
         ffn: F.
         heads: N.
         head_dim: D.
+        columns: V.
+        chunk: C.
         dtype: of activations.
     """
 
@@ -56,6 +60,8 @@ class Size:
     ffn: int
     heads: int
     head_dim: int
+    columns: int
+    chunk: int
     dtype: torch.dtype = torch.bfloat16
 
     @property
@@ -94,8 +100,11 @@ OPENMOE_8B = Size(
     ffn=8192,
     heads=24,
     head_dim=128,
+    columns=64096,
+    chunk=1024,
 )
-"""OpenMoE-8B with four rows of 2048 tokens and capacity factor 1.25: R = 20480."""
+"""OpenMoE-8B with four rows of 2048 tokens and capacity factor 1.25: R = 20480. Logits of one of
+four tensor-parallel ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +286,25 @@ def _loss_bytes(size: Size) -> int:
     return size.table + loads + size.tokens * WIDE + 2 * WIDE * programs
 
 
+def _logits(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits of a chunk, targets, and two numbers of each token."""
+    logits_CV = torch.ones(size.chunk, size.columns, device=device)
+    target_C = torch.zeros(size.chunk, dtype=torch.long, device=device)
+    return logits_CV, target_C, torch.ones(3, size.chunk, device=device)
+
+
+def _logits_stats(size: Size, device: torch.device) -> Callable[[], object]:
+    logits_CV, target_C, stats_3C = _logits(size, device)
+    return lambda: linear_cross_entropy.statistics(logits_CV, target_C, stats_3C, size.chunk)
+
+
+def _logits_grad(size: Size, device: torch.device) -> Callable[[], object]:
+    logits_CV, target_C, numbers_3C = _logits(size, device)
+    grad_CV = torch.empty(size.chunk, size.columns, dtype=size.dtype, device=device)
+    given = logits_CV, target_C, numbers_3C[2], numbers_3C
+    return lambda: linear_cross_entropy.gradients(*given, size.chunk, grad_CV)
+
+
 def _choice_bytes(size: Size) -> int:
     """Of the choices, their weights and the logarithms of all tokens."""
     return size.choices * (INDEX + WIDE) + size.tokens * WIDE
@@ -379,5 +407,18 @@ CASES = (
         run=_loss_sums,
         moved=_loss_bytes,
         least=lambda s: s.table + s.tokens * WIDE + s.groups * s.experts * INDEX + 2 * WIDE,
+    ),
+    Case(
+        name="linear_cross_entropy.statistics",
+        run=_logits_stats,
+        # The target's logit is read once more.
+        moved=lambda s: s.chunk * ((s.columns + 4) * WIDE + INDEX),
+        least=lambda s: s.chunk * ((s.columns + 3) * WIDE + INDEX),
+    ),
+    Case(
+        name="linear_cross_entropy.gradients",
+        run=_logits_grad,
+        moved=lambda s: s.chunk * (s.columns * (WIDE + s.dtype.itemsize) + 3 * WIDE + INDEX),
+        least=lambda s: s.chunk * (s.columns * (WIDE + s.dtype.itemsize) + 3 * WIDE + INDEX),
     ),
 )

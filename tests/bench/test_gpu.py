@@ -27,6 +27,8 @@ SIZE = Size(
     ffn=8,
     heads=1,
     head_dim=4,
+    columns=40,
+    chunk=4,
     dtype=torch.float32,
 )
 

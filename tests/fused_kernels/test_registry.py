@@ -59,7 +59,7 @@ def test_an_operation_that_an_implementation_leaves_to_the_reference_says_so(
     why = "its time is in torch's GEMMs"
     assert left.reason == f"as requested: native leaves it to the reference, {why}"
     assert load_kernels("native").gated_silu.__name__ == "fused_kernels.native.gated_silu"
-    with pytest.raises(KernelUnavailable, match="'native' is not available: use auto or reference"):
+    with pytest.raises(KernelUnavailable, match="'native' is not available: use auto or triton"):
         select("linear_cross_entropy", "native", "cuda")
 
 

@@ -21,6 +21,8 @@ SIZE = Size(
     ffn=40,
     heads=3,
     head_dim=8,
+    columns=70,
+    chunk=6,
     dtype=torch.float32,
 )
 """R = 40 rows, of which 24 are filled."""
