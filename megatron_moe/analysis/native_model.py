@@ -63,13 +63,16 @@ class NativeModel(MoEModel):
         self.label = label or (name if self.step is None else f"{name}@{self.step}")
         self.tokenizer_hash = found.tokenizer_hash
         self.sizes = _sizes(found)
-        self.routing = (
-            f"{config.moe.moe_router_type} over {self.sizes.num_experts}, best {self.sizes.topk}"
-        )
+        kind, score = config.moe.moe_router_type, config.moe.moe_router_score_function
+        router = "" if kind == "linear" else f"router {kind}, "
+        self.routing = f"{router}{score} over {self.sizes.num_experts}, best {self.sizes.topk}"
         self.identity = _identity(found, options)
 
     def weights(self, layer: int) -> LayerWeights:
         """See `MoEModel.weights`."""
+        if self._found.config.moe.moe_router_type == "norm":
+            expected = "one whose router has a vector for each expert, to analyse weights"
+            raise UsageError("--moe-router-type", "norm", expected)
         tensors, prefix = self._found.tensors, f"layers.{layer}."
         experts = tuple(
             self._expert(*(row_of(tensors[f"{prefix}moe.experts.{n}"], e, True) for n in _MATRICES))

@@ -38,7 +38,7 @@ _MODEL_MATHS = (
 )
 _MOE_MATHS = (
     *("moe_router_topk", "moe_router_type", "moe_router_score_function", "moe_router_pre_softmax"),
-    "moe_router_context_decay",
+    *("moe_router_context_decay", "moe_router_norm_rank"),
     *("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk"),
 )
 """Settings that change what the model computes, but no shape."""

@@ -138,7 +138,10 @@ class MoEConfig:
     moe_router_type: Annotated[RouterType, OmittedAtDefault] = "linear"
     """What makes the logits of the experts. `linear` (OpenMoE): a matrix. `contextual`: also a
     moving average of the tokens before. `token_hash`: as `linear`, but the choices are a fixed
-    function of the token's id. Other values are the files of `moe/routers/`."""
+    function of the token's id. `norm`: norms of a low-rank factor of each expert. Other values are
+    the files of `moe/routers/`."""
+    moe_router_norm_rank: Annotated[int, AtLeastOne, OmittedAtDefault] = 16
+    """Rows of the factor of each expert, with `--moe-router-type norm`."""
     moe_router_context_decay: Annotated[float, BelowOne, OmittedAtDefault] = 0.9
     """How much of that average each token keeps, with `--moe-router-type contextual`."""
     moe_router_score_function: Annotated[ScoreFunction, OmittedAtDefault] = "softmax"
@@ -173,6 +176,12 @@ class MoEConfig:
     """Chunks N of the slots of every expert: the all-to-all of one is hidden behind the GEMMs of
     another, and that of the first behind a parallel shared expert. With `--moe-expert-impl batched`
     and expert parallelism; results are those of 1."""
+
+    @property
+    def router_rows(self) -> int:
+        """Rows of a router's matrix: one for each expert, or those of its factor."""
+        per_expert = self.moe_router_norm_rank if self.moe_router_type == "norm" else 1
+        return self.num_experts * per_expert
 
     @property
     def balances_by_quantile(self) -> bool:

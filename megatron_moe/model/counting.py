@@ -72,7 +72,8 @@ class TokenFlops:
     ffn: int
     """Dense feed-forward layers: 2 * m H F, m = 3 matrices or 4 (gated-swiglu)."""
     router: int
-    """2 H E per MoE layer, twice that with `--moe-router-type contextual`."""
+    """2 H E per MoE layer, twice that with `--moe-router-type contextual`, R times with `norm` of
+    rank R."""
     experts: int
     """K routed experts, 2 * m H F each, per MoE layer."""
     shared: int
@@ -202,7 +203,7 @@ def _flops(
         # A token at position p attends to p + 1 keys: (S + 1) / 2 on average, hence the half.
         attention_scores=layers * 2 * inner * (seq_length + 1),
         ffn=(layers - moe_layers) * per_width * model.ffn_hidden_size,
-        router=moe_layers * 2 * model.hidden_size * moe.num_experts * matrices,
+        router=moe_layers * 2 * model.hidden_size * moe.router_rows * matrices,
         experts=moe_layers * moe.moe_router_topk * per_width * expert_width(model, moe),
         shared=moe_layers * per_width * shared,
         logits=logits,

@@ -215,7 +215,8 @@ def _ffn(
 def _moe(model: ModelConfig, moe: MoEConfig, prefix: str) -> Iterator[tuple[str, LogicalParameter]]:
     hidden, experts, width = model.hidden_size, moe.num_experts, expert_width(model, moe)
     std = model.in_std(hidden)
-    router = LogicalParameter((experts, hidden), model.router_init_method_std, "router")
+    shape = (moe.router_rows, hidden)
+    router = LogicalParameter(shape, model.router_init_method_std, "router")
     yield f"{prefix}.moe.router.weight", router
     if moe.moe_router_type == "contextual":
         yield f"{prefix}.moe.router.context_weight", router

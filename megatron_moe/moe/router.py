@@ -59,11 +59,16 @@ class Router(nn.Module):
         super().__init__()
         self.moe, self.rule, self.tp_group = moe, ScoreRule.of(moe), tp_group
         self.topk, self.init_std = moe.moe_router_topk, model.router_init_method_std
-        shape = (moe.num_experts, model.hidden_size)
+        shape = (self.rows(moe), model.hidden_size)
         self.weight = nn.Parameter(torch.empty(shape, dtype=params_dtype, device=device))
         # Megatron-Core sums the gradients of such parameters over tensor-parallel ranks.
         self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
         self.expert_bias = ExpertBias(moe, device) if moe.has_expert_bias else None
+
+    @staticmethod
+    def rows(moe: MoEConfig) -> int:
+        """Rows of the weight: one for each expert."""
+        return moe.num_experts
 
     @property
     def bias_E(self) -> Tensor | None:

@@ -213,6 +213,10 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
         _MODEL,
         replace(_MOE, moe_router_type="contextual", moe_router_context_decay=0.7),
     ),
+    "norm": (
+        _MODEL,
+        replace(_MOE, moe_router_type="norm", moe_router_norm_rank=3),
+    ),
     "token-hash": (
         _MODEL,
         replace(_MOE, moe_router_type="token_hash", moe_router_pre_softmax=False),
@@ -291,7 +295,7 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
     ),
 }
 
-ROUTERS = ("sigmoid-groups", "contextual", "token-hash")
+ROUTERS = ("sigmoid-groups", "contextual", "token-hash", "norm")
 """Variants of the router, which `test_routers.py` runs."""
 OF_THE_STEP = ("global-and-row",)
 """Those whose loss depends on the micro-batches before, and so on the data-parallel size."""

@@ -89,7 +89,7 @@ class MoE(nn.Module):
         """Of a training step, for drop policies that draw; 0 in evaluation."""
         self.earlier: list[Tensor] = []
         """Loads of the step's earlier micro-batches; whoever begins a step empties it."""
-        self.router = nn.Linear(model.hidden_size, moe.num_experts, bias=False)
+        self.router = nn.Linear(model.hidden_size, moe.router_rows, bias=False)
         if moe.moe_router_type == "contextual":
             weight = nn.Parameter(torch.empty_like(self.router.weight))
             self.router.register_parameter("context_weight", weight)
@@ -107,7 +107,8 @@ class MoE(nn.Module):
     def logits(
         self, x_BSH: Tensor, valid_BS: Tensor | None = None, context_BE: Tensor | None = None
     ) -> Tensor:
-        """Router logits [B, S, E]: W x_t; with `--moe-router-type contextual` plus m_t.
+        """Router logits [B, S, E]: W x_t; with `--moe-router-type contextual` plus m_t; with `norm`
+        sqrt(|A_e x_t|^2 + 1e-6), where W holds the factors A_e.
 
         m_t is the moving average of V x_j, j < t: m_(t+1) = a m_t + (1 - a) V x_t, m_0 = 0.
 
@@ -119,6 +120,9 @@ class MoE(nn.Module):
         """
         x_BSH = full_precision(x_BSH)
         own_BSE = F.linear(x_BSH, full_precision(self.router.weight))
+        if self.moe.moe_router_type == "norm":
+            factors_BSER = own_BSE.unflatten(-1, (self.moe.num_experts, -1))
+            return (factors_BSER.square().sum(dim=-1) + 1e-6).sqrt()
         if self.moe.moe_router_type != "contextual":
             return own_BSE
         context_EH: Tensor = self.router.get_parameter("context_weight")

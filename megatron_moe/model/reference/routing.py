@@ -141,7 +141,7 @@ def route(
     )
 
 
-ROUTERS = ("linear", "contextual", "token_hash")
+ROUTERS = ("linear", "contextual", "token_hash", "norm")
 """Values of `--moe-router-type` that the reference model has."""
 LEAST_SUM = 1e-20
 """Added to sums of scores before a division, as in Megatron-LM."""

@@ -49,6 +49,7 @@ VARIANTS = {
     "grouped, norm of heads": (replace(GROUPED, qk_layernorm_scope="head"), MOE),
     "grouped, norm of projections": (GROUPED, MOE),
     "contextual": (RELEASED, replace(MOE, moe_router_type="contextual")),
+    "norm": (RELEASED, replace(MOE, moe_router_type="norm", moe_router_norm_rank=2)),
     "token hash": (RELEASED, replace(MOE, moe_router_type="token_hash")),
     "biased sigmoids": (
         RELEASED,
