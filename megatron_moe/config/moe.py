@@ -140,6 +140,9 @@ class MoEConfig:
     moving average of the tokens before. `token_hash`: as `linear`, but the choices are a fixed
     function of the token's id. `norm`: norms of a low-rank factor of each expert. Other values are
     the files of `moe/routers/`."""
+    moe_router_document_pool: Annotated[tuple[int, int] | None, AtLeastOne, OmittedAtDefault] = None
+    """Least and largest size of the pool of experts that the tokens of a document choose from in
+    training (EMO, arXiv 2605.06663): those that the document as a whole scores highest."""
     moe_router_norm_rank: Annotated[int, AtLeastOne, OmittedAtDefault] = 16
     """Rows of the factor of each expert, with `--moe-router-type norm`."""
     moe_router_context_decay: Annotated[float, BelowOne, OmittedAtDefault] = 0.9

@@ -318,6 +318,25 @@ def _check_routing(moe: MoEConfig) -> None:
     _check_balance_losses(moe)
     if moe.balances_by_quantile:
         _check_quantiles(moe)
+    if moe.moe_router_document_pool is not None:
+        _check_pools(moe, moe.moe_router_document_pool)
+
+
+def _check_pools(moe: MoEConfig, sizes: tuple[int, int]) -> None:
+    """`--moe-router-document-pool`."""
+    flag, found = "--moe-router-document-pool", " ".join(map(str, sizes))
+    if not moe.moe_router_topk <= sizes[0] <= sizes[1] <= moe.num_experts:
+        expected = f"two sizes from --moe-router-topk ({moe.moe_router_topk})"
+        raise UsageError(flag, found, f"{expected} to --num-experts ({moe.num_experts}), in order")
+    for other, given in (
+        ("--moe-router-num-groups", moe.moe_router_num_groups is not None),
+        ("--moe-router-type token_hash", moe.moe_router_type == "token_hash"),
+        ("--moe-z-loss-over chosen", moe.moe_z_loss_over == "chosen"),
+        ("--moe-router-force-load-balancing", moe.moe_router_force_load_balancing),
+        ("quantile_balancing", moe.balances_by_quantile),
+    ):
+        if given:
+            raise UsageError(flag, found, f"unset with {other}")
 
 
 def _check_balance_losses(moe: MoEConfig) -> None:

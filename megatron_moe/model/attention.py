@@ -96,6 +96,10 @@ class Documents:
         """[S, B], ids of these activations, if layers get them; arguments as `without_padding`."""
         return _local(self.tokens_BS, x_SBH, tp_group)
 
+    def numbers_of(self, x_SBH: Tensor, tp_group: ProcessGroup) -> Tensor | None:
+        """[S, B], documents of these activations, if rows have several; arguments as before."""
+        return _local(self.documents_BS, x_SBH, tp_group)
+
 
 def _local(plane_BS: Tensor | None, x_SBH: Tensor, tp_group: ProcessGroup) -> Tensor | None:
     """The part of a plane that belongs to these activations, [S, B]."""

@@ -65,6 +65,7 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
         self.layer_number = layer_number + offset
         self.hidden_dropout = model.hidden_dropout
         self.tp_group = pg_collection.tp
+        self.pools_documents = moe.moe_router_document_pool is not None
         self.kernels = kernels_for(moe, parameter_device(config).type)
         self.input_layernorm = self._new_norm(model)
         self.self_attention = build_module(
@@ -155,7 +156,10 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
             return self._add(x, output)
         padding = None if documents is None else documents.padding_of(x, self.tp_group)
         ids = None if documents is None else documents.tokens_of(x, self.tp_group)
-        routed = self._routed(normed, padding, ids)
+        numbers = None
+        if documents is not None and self.pools_documents:
+            numbers = documents.numbers_of(x, self.tp_group)
+        routed = self._routed(normed, padding, ids, numbers)
         free(routed)
         x = self._add(x, routed)
         if self.shared is None or self.shared_norm is None:
@@ -165,16 +169,22 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
         free(output)
         return self._add(x, output)
 
-    def _routed(self, normed: Tensor, padding: Tensor | None, ids: Tensor | None) -> Tensor:
+    def _routed(
+        self,
+        normed: Tensor,
+        padding: Tensor | None,
+        ids: Tensor | None,
+        numbers: Tensor | None,
+    ) -> Tensor:
         """The routed experts, and with them the shared expert if both are of the same input."""
         shared = self.shared if self.shared_norm is None else None
         recomputed = self.training and (self.recompute_moe or self.recompute_shared)
         if shared is not None and self.moe.overlaps and not recomputed:
-            routed: Tensor = self.moe(normed, padding, lambda: shared(normed), ids)
+            routed: Tensor = self.moe(normed, padding, lambda: shared(normed), ids, numbers)
             return routed
         known: tuple[Tensor | None, ...] = () if padding is None else (padding,)
-        if ids is not None:
-            known = (padding, None, ids)
+        if ids is not None or numbers is not None:
+            known = (padding, None, ids, numbers)
         routed = self._run(self.moe, self.recompute_moe, normed, *known)
         if shared is not None:
             routed = routed + self._run(shared, self.recompute_shared, normed)

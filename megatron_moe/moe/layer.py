@@ -19,6 +19,7 @@ from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.moe.counter import RoutingCounter, TokenFates
 from megatron_moe.moe.dispatcher import DISPATCHERS
+from megatron_moe.moe.document_pools import restricted
 from megatron_moe.moe.dropping import Draw
 from megatron_moe.moe.exchange import ExpertGroups, rank_of, size_of
 from megatron_moe.moe.experts import Experts, MakeExperts, StackedExperts
@@ -122,6 +123,7 @@ class MoELayer(nn.Module):
         padding_SB: Tensor | None = None,
         beside: Callable[[], Tensor] | None = None,
         ids_SB: Tensor | None = None,
+        documents_SB: Tensor | None = None,
     ) -> Tensor:
         """The weighted sum of each token's experts; zero for a token whose choices all dropped.
 
@@ -136,9 +138,10 @@ class MoELayer(nn.Module):
             beside: something to add to the result, computed while tokens are on their way to their
                 experts. `None` for nothing.
             ids_SB: of these tokens, for a router that needs them.
+            documents_SB: number of each token's document in its row; `None`: each row is one.
         """
         batch, hidden = x_SBH.shape[1:]
-        scores, x_TH = self._route(x_SBH.reshape(-1, hidden), batch, ids_SB)
+        scores, x_TH = self._route(x_SBH.reshape(-1, hidden), batch, ids_SB, documents_SB)
         draw = self.draw if self.training else Draw(layer=self.layer_number)
         padding_T = None if padding_SB is None else padding_SB.reshape(-1)
         ignored_T = padding_T if self.moe.moe_ignore_padding_tokens else None
@@ -152,12 +155,31 @@ class MoELayer(nn.Module):
         y_SBH = self.dispatcher.combine(rows_RH, weights_TK, plan).view_as(x_SBH)
         return y_SBH if other_SBH is None else y_SBH + other_SBH
 
+    def _in_pools(self, scores: Scores, batch: int, documents_SB: Tensor | None) -> Scores:
+        sizes = self.moe.moe_router_document_pool
+        assert sizes is not None
+        documents_T = torch.zeros_like(scores.choices_TK[:, 0])
+        if documents_SB is not None:
+            documents_T = documents_SB.reshape(-1)
+        return restricted(
+            scores,
+            self.router.rule,
+            documents_T,
+            rows=batch,
+            sizes=sizes,
+            draw=self.draw,
+            bias_E=self.router.bias_E,
+            tp_group=self.groups.tp,
+        )
+
     @property
     def overlaps(self) -> bool:
         """Whether exchanges overlap with computation."""
         return self.experts.chunks > 1
 
-    def _route(self, x_TH: Tensor, batch: int, ids_SB: Tensor | None) -> tuple[Scores, Tensor]:
+    def _route(
+        self, x_TH: Tensor, batch: int, ids_SB: Tensor | None, documents_SB: Tensor | None
+    ) -> tuple[Scores, Tensor]:
         """Scores, and the tokens to use from here on; see `Router.forward`."""
         ids_T = None if ids_SB is None else ids_SB.reshape(-1)
         jitter = self.moe.moe_input_jitter_eps
@@ -166,6 +188,8 @@ class MoELayer(nn.Module):
             scores, _ = self.router(x_TH * noise_TH, batch, ids_T)
         else:
             scores, x_TH = self.router(x_TH, batch, ids_T)
+        if self.moe.moe_router_document_pool is not None and self.training:
+            scores = self._in_pools(scores, batch, documents_SB)
         if self.moe.moe_router_force_load_balancing:
             scores = force_balance(scores, self.layer_number, self.router.weights_of)
         if self.replace_scores is not None:

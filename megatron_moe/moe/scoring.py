@@ -131,7 +131,7 @@ def score(logits_TE: Tensor, rule: ScoreRule, bias_E: Tensor | None = None) -> S
         differentiable_TE = logits_TE.log_softmax(1)
         probs_TE = scores_TE = differentiable_TE.exp()
         log_probs_TE = differentiable_TE.detach()
-    choices_TK = _best(scores_TE.detach(), rule.topk)
+    choices_TK = best(scores_TE.detach(), rule.topk)
     scores = Scores(
         logits_TE=logits_TE.detach(),
         log_probs_TE=log_probs_TE,
@@ -166,7 +166,7 @@ def select(scores: Scores, rule: ScoreRule, bias_E: Tensor | None = None) -> Sco
         ranking_TE = ranking_TE + bias_E
     if rule.groups > 1:
         ranking_TE = limited(ranking_TE, rule)
-    choices_TK = _best(ranking_TE, rule.topk)
+    choices_TK = best(ranking_TE, rule.topk)
     scores = replace(scores, choices_TK=choices_TK, balance_TK=scores.choices_TK)
     return _weighted(scores, rule, raw_TE.gather(1, choices_TK))
 
@@ -194,10 +194,10 @@ def limited(ranking_TE: Tensor, rule: ScoreRule) -> Tensor:
     ranking_TGE = ranking_TE.unflatten(1, (rule.groups, -1))
     worth_TG = ranking_TGE.topk(rule.topk // rule.group_topk, dim=2).values.sum(2)
     kept_TG = torch.zeros_like(worth_TG, dtype=torch.bool)
-    kept_TG.scatter_(1, _best(worth_TG, rule.group_topk), True)
+    kept_TG.scatter_(1, best(worth_TG, rule.group_topk), True)
     return ranking_TGE.masked_fill(~kept_TG.unsqueeze(2), -torch.inf).flatten(1)
 
 
-def _best(ranking_TE: Tensor, topk: int) -> Tensor:
+def best(ranking_TE: Tensor, topk: int) -> Tensor:
     """Ids of the k largest of each row, [T, K], the best first; among equals the lower id first."""
     return ranking_TE.sort(dim=1, descending=True, stable=True).indices[:, :topk]

@@ -217,6 +217,7 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
         _MODEL,
         replace(_MOE, moe_router_type="norm", moe_router_norm_rank=3),
     ),
+    "document-pools": (_MODEL, replace(_MOE, moe_router_document_pool=(2, 3))),
     "token-hash": (
         _MODEL,
         replace(_MOE, moe_router_type="token_hash", moe_router_pre_softmax=False),
@@ -295,7 +296,7 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
     ),
 }
 
-ROUTERS = ("sigmoid-groups", "contextual", "token-hash", "norm")
+ROUTERS = ("sigmoid-groups", "contextual", "token-hash", "norm", "document-pools")
 """Variants of the router, which `test_routers.py` runs."""
 OF_THE_STEP = ("global-and-row",)
 """Those whose loss depends on the micro-batches before, and so on the data-parallel size."""

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from megatron_moe.training.step import train_step
-from tests.parity.cases import LAYOUTS, OF_THE_STEP, ROUTERS, STATEFUL
+from tests.parity.cases import LAYOUTS, OF_THE_STEP, PLANES, ROUTERS, STATEFUL
 from tests.parity.compare import Block, assemble, assert_same
 from tests.parity.expected import expected
-from tests.parity.harness import own_batches, prepare, weight_blocks
+from tests.parity.harness import one_step, own_batches, prepare, weight_blocks
 from tests.parity.test_layouts import RECOMPUTE, check, run
 from tests.support.pool import Pool
 
@@ -30,6 +30,17 @@ def test_equals_reference(pool: Pool, variant: str) -> None:
 @pytest.mark.parametrize("name", ["1", "TP2", "PP2", "DP2", "EP2", "PP2-interleaved", "TP2xETP2"])
 def test_other_layouts_equal_reference(pool: Pool, name: str, variant: str) -> None:
     check(run(pool, BY_NAME[name], variant), variant)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["TP2xEP2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("1", "PP2", "DP2"))],
+)
+def test_pools_of_separate_documents_equal_reference(pool: Pool, name: str) -> None:
+    layout, variant = BY_NAME[name], "document-pools"
+    flags = {**layout.flags, **RECOMPUTE["selective"]}
+    outcomes = pool.run(one_step, layout.world_size, variant=variant, flags=flags, extra=PLANES)
+    check(outcomes, variant, PLANES)
 
 
 @pytest.mark.parametrize("variant", OF_THE_STEP)

@@ -21,6 +21,7 @@ STATES = {
     "global": "--moe-router-load-balancing-type global_aux_loss seq_aux_loss "
     "--moe-aux-loss-coeff 0.05 0.01 --moe-z-loss-over chosen",
     "contextual": "--moe-router-type contextual --bf16",
+    "pools": "--moe-router-document-pool 2 3 --reset-attention-mask",
     "token hash": "--moe-router-type token_hash --no-moe-router-pre-softmax",
 }
 BIASED = ("sign", "quantile")

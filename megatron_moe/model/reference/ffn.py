@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.model.logical import expert_width
-from megatron_moe.model.reference.routing import Routing, full_precision, hashed_experts, route
+from megatron_moe.model.reference.routing import (
+    Routing,
+    full_precision,
+    hashed_experts,
+    in_pools,
+    route,
+)
 
 
 def gated(gate: Tensor, up: Tensor, model: ModelConfig) -> Tensor:
@@ -146,6 +152,7 @@ class MoE(nn.Module):
         valid_BS: Tensor | None = None,
         context_BE: Tensor | None = None,
         tokens_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
     ) -> tuple[Tensor, Routing]:
         """[B, S, H] -> [B, S, H] and the routing decisions. A dropped choice contributes zero.
 
@@ -156,13 +163,18 @@ class MoE(nn.Module):
                 there is none.
             context_BE: see `logits`.
             tokens_BS: ids, which decide with `--moe-router-type token_hash`.
+            documents_BS: number of each token's document; `None`: each row is one.
         """
         forced_TK = self.forced_TK
         if forced_TK is None and self.moe.moe_router_type == "token_hash":
             assert tokens_BS is not None
             forced_TK = hashed_experts(tokens_BS, self.moe)
         x_TH = x_BSH.flatten(0, 1)
-        logits_TE = self.logits(x_BSH, valid_BS, context_BE).flatten(0, 1)
+        logits_BSE = self.logits(x_BSH, valid_BS, context_BE)
+        if self.moe.moe_router_document_pool is not None and training_capacity:
+            key = (self.seed, self.step, self.layer)
+            logits_BSE = in_pools(logits_BSE, documents_BS, self.moe, key)
+        logits_TE = logits_BSE.flatten(0, 1)
         rows = x_BSH.shape[0]
         routing = route(
             logits_TE,

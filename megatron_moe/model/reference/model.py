@@ -100,7 +100,9 @@ class DecoderBlock(nn.Module):
         if padding_BS is not None and self.ignores_padding:
             valid_BS = padding_BS == 0
         context_BE = None if cache is None else cache.context_BE
-        branch, routing = self.moe(normed, training_capacity, valid_BS, context_BE, tokens_BS)
+        branch, routing = self.moe(
+            normed, training_capacity, valid_BS, context_BE, tokens_BS, documents_BS
+        )
         # Parallel placement: one branch, one dropout over the sum.
         if self.shared is not None and self.shared_norm is None:
             branch = branch + self.shared(normed)

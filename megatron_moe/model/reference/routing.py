@@ -211,17 +211,64 @@ def hashed_experts(tokens_BS: Tensor, moe: MoEConfig) -> Tensor:
     return torch.tensor(chosen, device=tokens_BS.device).view(-1, moe.moe_router_topk)
 
 
+def in_pools(
+    logits_BSE: Tensor,
+    documents_BS: Tensor | None,
+    moe: MoEConfig,
+    key: tuple[int, int, int],
+) -> Tensor:
+    """Router logits with -inf outside of the pool of each document.
+
+    The pool of a document is the P experts with the largest sums of scores over its tokens. P of
+    the n-th document of a row is a function of n and the key.
+
+    Args:
+        logits_BSE: of all experts.
+        documents_BS: number of each token's document within its row; `None`: each row is one.
+        moe: with `moe_router_document_pool`.
+        key: seed, step and layer.
+    """
+    assert moe.moe_router_document_pool is not None
+    least, most = moe.moe_router_document_pool
+    sigmoid = moe.moe_router_score_function == "sigmoid"
+    scores_BSE = logits_BSE.sigmoid() if sigmoid else logits_BSE.softmax(dim=-1)
+    if documents_BS is None:
+        documents_BS = torch.zeros_like(logits_BSE[..., 0], dtype=torch.int64)
+    start = 0
+    for part in (2605_06663, *key):
+        start = _finalised((start ^ part) + _GOLDEN)
+    restricted_BSE = logits_BSE.clone()
+    for row, numbers_S in enumerate(documents_BS):
+        for number in numbers_S.unique().tolist():
+            size = least + _number(number + 1, start) % (most - least + 1)
+            own_S = numbers_S == number
+            sums_1E = scores_BSE[row, own_S].sum(dim=0, keepdim=True)
+            outside = best(sums_1E, moe.num_experts)[0, size:]
+            restricted_BSE[row, own_S.nonzero(), outside] = -math.inf
+    return restricted_BSE
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _finalised(z: int) -> int:
+    """The finaliser of SplitMix64."""
+    mask = (1 << 64) - 1
+    z &= mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
+
+
+def _number(place: int, start: int) -> int:
+    """The number below 2^32 at a place, from 1, of the stream that begins at ``start``."""
+    return _finalised(place * _GOLDEN + start) >> 32
+
+
 def _drawn(token: int, moe: MoEConfig) -> list[int]:
-    start, golden, mask = 2106_04426, 0x9E3779B97F4A7C15, (1 << 64) - 1
-
-    def finalised(z: int) -> int:
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-        return z ^ (z >> 31)
-
-    key = finalised((start + golden) & mask)
+    start = _finalised(2106_04426 + _GOLDEN)
     places = range(token * moe.num_experts + 1, (token + 1) * moe.num_experts + 1)
-    numbers = [finalised((place * golden + key) & mask) >> 32 for place in places]
+    numbers = [_number(place, start) for place in places]
     return sorted(range(moe.num_experts), key=numbers.__getitem__)[: moe.moe_router_topk]
 
 
