@@ -73,6 +73,10 @@ class ParallelConfig:
     """Let GEMMs of linear layers add weight gradients to the gradient buffer, on CUDA devices.
     With `--transformer-impl local` it needs Apex's `fused_weight_gradient_mlp_cuda`; experts
     accumulate in any case."""
+    cuda_graph: Annotated[Literal["none", "full"], OmittedAtDefault] = "none"
+    """Capture the forward and backward passes of a step and the reduction of gradients in one CUDA
+    graph (`full`), which is launched at once instead of kernel by kernel. Settings that change from
+    step to step on the host cannot be captured and are errors."""
     distributed_backend: Literal["auto", "nccl", "gloo"] = "auto"
     """Communication library; `auto` is NCCL on GPUs and gloo on CPUs; the choice is logged."""
     distributed_timeout_minutes: Annotated[float, Positive] = 10.0

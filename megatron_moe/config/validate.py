@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from megatron_moe.config.boards import boards_of
 from megatron_moe.config.fields import fields_of
+from megatron_moe.config.graph import check_graph
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.phases import PhaseSpec, errors_of_phase, read_phases
@@ -82,6 +83,7 @@ def _check_phase(config: RunConfig) -> None:
     _check_routing(config.moe)
     _check_buffer(config)
     _check_overlap(config)
+    check_graph(config)
     _check_objective(config)
     _check_learning_rate(config.optimizer)
     _check_rate_units(config)

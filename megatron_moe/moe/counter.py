@@ -63,6 +63,9 @@ class RoutingCounter(nn.Module):
         num_experts: E.
         topk: K.
         device: where the layer is.
+
+    Attributes:
+        most_pending: passes that are kept at most before they are added up.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class RoutingCounter(nn.Module):
         super().__init__()
         self.layer_number = layer_number
         self.num_experts, self.topk = num_experts, topk
+        self.most_pending = MOST_PENDING
         size = 2 * num_experts + len(SCALARS) + 2 * POSITION_BUCKETS * (1 + topk)
         self.register_buffer(
             "_sums", torch.zeros(size, dtype=torch.float64, device=device), persistent=False
@@ -126,7 +130,7 @@ class RoutingCounter(nn.Module):
         self._fates.append(fates)
         self._tokens = self._tokens + tokens
         self._micro_batches += 1.0 / fates.shards
-        if len(self._loads) == MOST_PENDING:
+        if len(self._loads) >= self.most_pending:
             self._add_up()
 
     @torch.no_grad()

@@ -22,6 +22,7 @@ from megatron_moe.model.logits_chunks import chunk_tokens
 from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.registry import kernels_for
 from megatron_moe.platform.transformer_engine import choose_impl
+from megatron_moe.training.captured import WARM_UP
 from megatron_moe.training.metrics import Evaluation, Interval, Summary, Throughput
 from megatron_moe.training.phases import Phase, RunSchedule, differences, phase_lines
 from megatron_moe.training.probe_statistics import ProbeResult
@@ -137,6 +138,10 @@ def _implementation_lines(run: TrainingRun) -> list[str]:
     """What runs, and why, of what `--transformer-impl` and the flags of experts leave open."""
     layers = choose_impl(run.config, run.ctx.platform.kind)
     lines = [f" layers: {layers.name} ({layers.reason})"]
+    if run.captured is not None:
+        lines.append(
+            f" CUDA graph: forward and backward passes of a step, captured after {WARM_UP} steps"
+        )
     layer = next((m for c in run.chunks for m in c.modules() if isinstance(m, MoELayer)), None)
     if layer is not None:
         rows, tokens = run.ctx.layout.micro_batch_size, run.config.data.seq_length

@@ -26,6 +26,7 @@ from megatron_moe.parallel.collectives import RankGroup
 from megatron_moe.parallel.context import ParallelContext
 from megatron_moe.platform.precision import check_precision
 from megatron_moe.platform.transformer_engine import check_implementation
+from megatron_moe.training.captured import CapturedPasses, check_device, count_at_once
 from megatron_moe.training.optim.build import build_optimizer, wrap_chunks
 from megatron_moe.training.optim.freezing import Freezing
 from megatron_moe.training.phases import Phase
@@ -55,6 +56,8 @@ class TrainingRun:
     """V, padded."""
     timers: StepTimers = field(default_factory=lambda: StepTimers(0))
     """Measures the parts of a step."""
+    captured: CapturedPasses | None = None
+    """Repeats the passes of a step; `None` where each step launches its kernels anew."""
 
     @property
     def has_loss(self) -> bool:
@@ -89,6 +92,9 @@ def prepare_run(
     optimizer = build_optimizer(config, wrapped, ctx.pgs)
     timers = StepTimers(config.logging.timing_log_level)
     timers.attach(wrapped, optimizer)
+    captured = None if config.parallel.cuda_graph == "none" else CapturedPasses()
+    if captured is not None:
+        count_at_once(chunks)
     return TrainingRun(
         config=config,
         plan=plan,
@@ -101,6 +107,7 @@ def prepare_run(
         ),
         vocab_size=vocab_size,
         timers=timers,
+        captured=captured,
     )
 
 
@@ -135,11 +142,12 @@ def compare_kernels(config: RunConfig, device_type: str, ranks: RankGroup) -> li
         Lines for the log: on rank 0 one for each selection, if there are several.
 
     Raises:
-        UsageError: what `--kernel-impl`, `--transformer-impl`, `--gradient-accumulation-fusion` or
-            `--fp8-format` ask for is not available here.
+        UsageError: what `--kernel-impl`, `--transformer-impl`, `--gradient-accumulation-fusion`,
+            `--fp8-format` or `--cuda-graph` ask for is not available here.
     """
     check_implementation(config, device_type)
     check_precision(config, device_type)
+    check_device(config, device_type)
     selected = kernels_for(config.moe, device_type).selected
     used = sorted({f"{each.implementation} ({each.reason})" for each in selected if not each.sole})
     gathered = ranks.gather([", ".join(used), socket.gethostname()])

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -122,12 +123,12 @@ def train_step(
     run.optimizer.zero_grad()
     begin_step(run.chunks, run.config.train.seed, iteration)
     targets = count_targets(batches, run) if run.has_loss else None
-    local = LocalGradients(run)
-    forward = forward_function(run, targets, len(batches))
-    reported = forward_backward(
-        run.ctx, forward, batches, run.wrapped, before_reduction=local.record
-    )
-    sums = total_sums(reported, run)
+    if run.captured is None:
+        sums, local = _run_passes(run, batches, targets)
+    else:
+        sums, local = run.captured.run(batches, targets, partial(_run_passes, run))
+        # The meter keeps sums until it logs, and the next step overwrites these.
+        sums = sums.clone()
     with run.timers.measure("optimizer"):
         norm, zeros = _prepare_update(run, local, iteration)
         taken = takes_update is None or takes_update(iteration, sums, norm)
@@ -140,6 +141,22 @@ def train_step(
     if run.config.logging.log_params_norm:
         square = params_square(run.optimizer, run.ctx.platform.device)
     return StepResult(sums=sums, grad_norm=norm, zeros=zeros, params_square=square)
+
+
+def _run_passes(
+    run: TrainingRun, batches: Sequence[Batch | None], targets: Tensor | None
+) -> tuple[Tensor, LocalGradients]:
+    """All micro-batches forward and backward, and the reduction of their gradients.
+
+    Returns:
+        This rank's `total_sums`, and its gradients before they were reduced.
+    """
+    local = LocalGradients(run)
+    forward = forward_function(run, targets, len(batches))
+    reported = forward_backward(
+        run.ctx, forward, batches, run.wrapped, before_reduction=local.record
+    )
+    return total_sums(reported, run), local
 
 
 def count_targets(batches: Sequence[Batch | None], run: TrainingRun) -> Tensor:

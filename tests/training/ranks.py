@@ -131,4 +131,5 @@ def fingerprint(run: TrainingRun) -> list[bytes]:
     for part in run.optimizer.chained_optimizers:
         for state in part.optimizer.state.values():
             tensors += [state[name] for name in sorted(state)]
-    return [tensor.detach().cpu().numpy().tobytes() for tensor in tensors]
+    flat = (tensor.detach().cpu().reshape(-1) for tensor in tensors)
+    return [each.view(torch.uint8).numpy().tobytes() for each in flat]

@@ -36,6 +36,7 @@ CASES = {
             *("--moe-a2a-overlap-chunks", "2", "--moe-shared-expert-placement", "parallel"),
         ],
     ),
+    "captured": (1, ["--cuda-graph", "full", "--transformer-impl", "local"]),
     "EP2": (2, ["--expert-model-parallel-size", "2"]),
 }
 
