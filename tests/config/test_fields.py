@@ -121,6 +121,8 @@ def words_of(name: str, value: float) -> list[str]:
     """A value as words of the command line; the first entry of a tuple has it."""
     if name == "rampup_batch_size":
         return [str(value), "1", "1"]
+    if name == "moe_router_document_pool":
+        return [str(value), "1"]
     return [str(value)]
 
 
@@ -159,7 +161,11 @@ def test_bounds_hold_in_a_configuration_file(
     name: str, value: float, valid: bool, tmp_path: Path
 ) -> None:
     path = tmp_path / "config.json"
-    lists = {"rampup_batch_size": [1, 1, value], "profile_ranks": [value]}
+    lists = {
+        "rampup_batch_size": [1, 1, value],
+        "profile_ranks": [value],
+        "moe_router_document_pool": [value, 1],
+    }
     content = lists.get(name, value)
     path.write_text(json.dumps({SECTION[name]: {name: content}}))
     check_case(RunConfig.load(path), name, valid)  # as `--config` does
