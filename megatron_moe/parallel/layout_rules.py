@@ -8,7 +8,6 @@ from megatron_moe.config.parallel import ParallelConfig, RecomputedModule
 from megatron_moe.config.precision import PrecisionConfig
 from megatron_moe.config.run import RunConfig
 from megatron_moe.errors import UsageError
-from megatron_moe.moe.plan import capacity_of
 
 
 def degree(flag: str, value: int) -> int:
@@ -114,6 +113,8 @@ def _check_exchange_chunks(config: RunConfig, tp: int, ep: int, etp: int) -> Non
         fix = "rows of ranks that share an expert are gathered in one piece"
         raise UsageError(flag, chunks, expected, fix)
     rows, tokens = config.train.micro_batch_size, config.data.seq_length
+    from megatron_moe.moe.plan import capacity_of  # here, not above: rules need no torch
+
     capacity = capacity_of(config.moe, rows=rows, row_tokens=tokens, training=True)
     slots = capacity.groups * -(-capacity.slots // tp)
     if chunks > slots:
