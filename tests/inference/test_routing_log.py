@@ -23,8 +23,9 @@ def _routing(layer: int, ids: list[list[int]], kept: list[list[bool]]) -> Routin
         probs_TK=torch.tensor([[0.5, 0.25]] * len(ids)),
         kept_TK=torch.tensor(kept),
         counts_E=nothing,
-        balance_loss=nothing,
+        balance_losses=(nothing,),
         z_loss=nothing,
+        preferred_E=nothing,
     )
 
 

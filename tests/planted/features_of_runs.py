@@ -68,12 +68,10 @@ FINITE = (
         row="feature 2",
         fault="the policy is asked after the update",
         file="megatron_moe/training/step.py",
-        old="""        if takes_update is None or takes_update(iteration, sums, norm):
+        old="""        if taken:
             _update(run, learning_rate, norm, iteration)
 """,
         new="""        _update(run, learning_rate, norm, iteration)
-        if takes_update is not None:
-            takes_update(iteration, sums, norm)
 """,
         test=_SPIKES + "test_a_skipped_step_changes_no_bit_of_weights_and_moments",
     ),
@@ -86,6 +84,8 @@ SAVES = (
         file="megatron_moe/training/trainer.py",
         old="""        self.save()
         self.checkpoints.finish()
+        if last := self.run.timers.collect(1):  # of the save, after the last report
+            self.reporter.log(timers_line(last))
         if self.finished:
             self.evaluate("validation")
             self.evaluate("test")

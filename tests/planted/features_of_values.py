@@ -192,7 +192,7 @@ COUNTS = (
         row="feature 12",
         fault="the ledger notices repeated tokens, but not lost ones",
         file="megatron_moe/moe/statistics.py",
-        old="if layer.tokens != positions:",
+        old="if layer.tokens != routed:",
         new="if layer.tokens > positions:",
         test="tests/moe/test_statistics.py::test_every_position_is_accounted_for",
     ),
