@@ -36,6 +36,7 @@ def _obstacles(config: RunConfig) -> list[tuple[str, object, object, str]]:
         ("moe_input_jitter_eps", moe.moe_input_jitter_eps, None, ANEW),
         ("moe_router_force_load_balancing", moe.moe_router_force_load_balancing, False, ANEW),
         ("moe_router_enable_expert_bias", moe.moe_router_enable_expert_bias, False, ANEW),
+        ("moe_router_document_pool", moe.moe_router_document_pool, None, ANEW),
         ("moe_router_load_balancing_type", per_step, None, ANEW),
         ("moe_token_drop_policy", None if policy in ("position", "probs") else policy, None, ANEW),
         ("moe_router_type", moe.moe_router_type, "linear", UNTRIED),

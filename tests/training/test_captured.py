@@ -96,6 +96,10 @@ REFUSED = {
         "--moe-token-dispatcher-type must be alltoall with --cuda-graph full (got 'deepep');"
         " the host waits for the device"
     ),
+    "--moe-router-document-pool 2 4": (
+        "--moe-router-document-pool must be unset with --cuda-graph full (got (2, 4));"
+        " the host decides it anew in each step"
+    ),
     "--overlap-grad-reduce": (
         "--overlap-grad-reduce must be unset with --cuda-graph full (got True);"
         " the host decides it anew in each step"
