@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import pkgutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -16,6 +16,7 @@ from megatron_moe.config.fields import (
     NonNegative,
     OmittedAtDefault,
     Positive,
+    Range,
 )
 from megatron_moe.errors import UsageError
 
@@ -76,6 +77,22 @@ class MoEConfig:
     have E / k times the rows that are needed, but with `--moe-expert-impl grouped`."""
     moe_eval_capacity_factor: Annotated[float | None, Positive] = 2.0
     """Capacity factor cf in evaluation; `None` drops nothing."""
+    moe_layer_capacity_factors: Annotated[tuple[float, ...] | None, Positive, OmittedAtDefault] = (
+        None
+    )
+    """Capacity factor in training of each MoE layer, in order, instead of one for all, e.g.
+    `1.5 1.25 1.0 1.0`."""
+    moe_target_drop_rate: Annotated[
+        float | None, Range(0, 1, low_excluded=True, high_excluded=True), OmittedAtDefault
+    ] = None
+    """Share of choices that may be dropped in training: each MoE layer takes the smallest of a few
+    capacity factors that keeps to it, by the loads of the last steps. It begins with
+    `--moe-expert-capacity-factor`."""
+    moe_capacity_factor_range: Annotated[tuple[float, float], Positive, OmittedAtDefault] = (
+        0.5,
+        4.0,
+    )
+    """Least and largest factor of `--moe-target-drop-rate`."""
     moe_min_capacity: Annotated[int, AtLeastOne] = 4
     """Least slots per expert and group."""
     moe_capacity_group_size: Annotated[int | None, AtLeastOne] = None
@@ -207,6 +224,28 @@ class MoEConfig:
     def has_expert_bias(self) -> bool:
         """Whether experts have a bias, whatever sets it."""
         return self.moe_router_enable_expert_bias or self.balances_by_quantile
+
+    def of_layer(self, layer: int, num_layers: int) -> MoEConfig:
+        """The configuration of one MoE layer: with its own capacity factor in training.
+
+        Args:
+            layer: 0-based number of the transformer layer.
+            num_layers: transformer layers of the whole model.
+        """
+        if self.moe_layer_capacity_factors is None:
+            return self
+        before = sum(moe_layer_pattern(self.moe_layer_freq, num_layers)[:layer])
+        return replace(self, moe_expert_capacity_factor=self.moe_layer_capacity_factors[before])
+
+    @property
+    def with_most_capacity(self) -> MoEConfig:
+        """The configuration of the layer and the step with the largest buffers in training."""
+        factor = self.moe_expert_capacity_factor
+        if self.moe_layer_capacity_factors is not None:
+            factor = max(self.moe_layer_capacity_factors)
+        if self.moe_target_drop_rate is not None:
+            factor = self.moe_capacity_factor_range[1]
+        return replace(self, moe_expert_capacity_factor=factor)
 
     def openmoe_coefficients(self, num_moe_layers: int) -> tuple[tuple[float, ...], float]:
         """All coefficients in units of `openmoe`, whatever `--moe-loss-convention` is.

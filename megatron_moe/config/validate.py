@@ -82,12 +82,39 @@ def _check_phase(config: RunConfig) -> None:
     _check_data(config)
     _check_routing(config.moe)
     _check_buffer(config)
+    _check_capacity(config)
     _check_overlap(config)
     check_graph(config)
     _check_objective(config)
     _check_learning_rate(config.optimizer)
     _check_rate_units(config)
     _check_optimizer(config)
+
+
+def _check_capacity(config: RunConfig) -> None:
+    """Capacity by layer, and by a target."""
+    moe, layers = config.moe, len(config.moe_layers)
+    factors, target = moe.moe_layer_capacity_factors, moe.moe_target_drop_rate
+    flag, fixed = "--moe-layer-capacity-factors", moe.moe_expert_capacity_factor
+    if factors is not None and len(factors) != layers:
+        expected = f"{layers} numbers, one for each MoE layer"
+        raise UsageError(flag, " ".join(map(str, factors)), expected)
+    if factors is not None and fixed is None:
+        raise UsageError(flag, "given", "used with a --moe-expert-capacity-factor")
+    if target is None:
+        default = type(moe)().moe_capacity_factor_range
+        given = moe.moe_capacity_factor_range != default
+        _requires("moe_capacity_factor_range", given, "--moe-target-drop-rate", False)
+        return
+    if factors is not None:
+        raise UsageError(flag, "both", "used without --moe-target-drop-rate", "give one of the two")
+    low, high = moe.moe_capacity_factor_range
+    if not low < high:
+        found = f"{low} {high}"
+        raise UsageError("--moe-capacity-factor-range", found, "two numbers, the smaller one first")
+    if fixed is None or not low <= fixed <= high:
+        expected = f"from {low} to {high}, --moe-capacity-factor-range, of --moe-target-drop-rate"
+        raise UsageError("--moe-expert-capacity-factor", fixed, expected)
 
 
 def _requires(name: str, value: object, other: str, given: bool) -> None:

@@ -188,6 +188,8 @@ _HAS_NO_EFFECT = {
     "moe_input_jitter_eps",
     "zero_padding_activations",
     "moe_ignore_padding_tokens",
+    "moe_target_drop_rate",
+    "moe_capacity_factor_range",
     "moe_dispatch_impl",
     "moe_expert_impl",
     "moe_dropless_buffer_factor",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.errors import UsageError
+from megatron_moe.moe.adaptive_capacity import DropsBySize
 from megatron_moe.moe.counter import RoutingCounter, TokenFates
 from megatron_moe.moe.dispatcher import DISPATCHERS
 from megatron_moe.moe.document_pools import restricted
@@ -67,6 +68,7 @@ class MoELayer(nn.Module):
         experts: weights and GEMMs.
         losses: balance and z-loss.
         statistics: counts every pass.
+        drops_by_size: what other capacities would drop, with `--moe-target-drop-rate`.
         replace_scores: called with the scores of each pass, to return others; see `moe/replay.py`.
         on_routing: called with the `RoutingDecision` of each forward pass, if not `None`.
 
@@ -104,7 +106,8 @@ class MoELayer(nn.Module):
             params_dtype=params_dtype,
             device=device,
         )
-        self.dispatcher = DISPATCHERS[moe.moe_token_dispatcher_type](moe, groups)
+        own = moe.of_layer(layer_number, model.num_layers)
+        self.dispatcher = DISPATCHERS[moe.moe_token_dispatcher_type](own, groups)
         self.draw = Draw(layer=layer_number)
         if make_experts is None:
             self.experts: Experts = StackedExperts(model, moe, groups, params_dtype, device)
@@ -112,6 +115,9 @@ class MoELayer(nn.Module):
             self.experts = make_experts(groups)
         self.losses = RouterLosses(moe, num_moe_layers, groups.tp, getattr(pgs, "dp", None))
         self.statistics = RoutingCounter(layer_number, moe.num_experts, moe.moe_router_topk, device)
+        self.drops_by_size = None
+        if moe.moe_target_drop_rate is not None:
+            self.drops_by_size = DropsBySize(moe, device)
         self.replace_scores: Callable[[Scores], Scores] | None = None
         self.on_routing: Callable[[RoutingDecision], None] | None = None
         # Raises now, not in the first step, if the requested kernels are not available.
@@ -177,6 +183,10 @@ class MoELayer(nn.Module):
         """Whether exchanges overlap with computation."""
         return self.experts.chunks > 1
 
+    def set_capacity_factor(self, factor: float) -> None:
+        """Change the capacity factor of training from the next pass on."""
+        self.dispatcher.moe = replace(self.dispatcher.moe, moe_expert_capacity_factor=factor)
+
     def _route(
         self, x_TH: Tensor, batch: int, ids_SB: Tensor | None, documents_SB: Tensor | None
     ) -> tuple[Scores, Tensor]:
@@ -220,6 +230,8 @@ class MoELayer(nn.Module):
             ignored=plan.padding_T is not None,
         )
         self.statistics.add(scores, load_GE, kept_GE, losses, fates)
+        if self.training and self.drops_by_size is not None:
+            self.drops_by_size.add(slots.load_GE, plan.capacity)
         if self.training and self.router.expert_bias is not None:
             ignored_T = None if plan.padding_T is None else padding_T
             self.router.expert_bias.count(scores, load_GE.sum(0), ignored_T)

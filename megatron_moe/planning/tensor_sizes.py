@@ -82,7 +82,10 @@ class TensorSizes:
         """The sizes of a run on a layout."""
         model, moe, tp = config.model, config.moe, layout.tp
         capacity = capacity_of(
-            moe, rows=layout.micro_batch_size, row_tokens=layout.seq_length, training=True
+            moe.with_most_capacity,
+            rows=layout.micro_batch_size,
+            row_tokens=layout.seq_length,
+            training=True,
         )
         # As `moe/exchange.py`: the ranks that share an expert hold the same tokens already.
         same_tokens = layout.ep == 1 and tp == layout.etp

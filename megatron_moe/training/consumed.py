@@ -20,6 +20,7 @@ from megatron_moe.config.phases import FLAG
 from megatron_moe.config.run import flag_of
 from megatron_moe.data.identity import data_differences
 from megatron_moe.errors import CheckpointError, UsageError
+from megatron_moe.training.capacity import CAPACITY
 from megatron_moe.training.phases import Phase, RunSchedule
 from megatron_moe.training.spikes import SPIKES, SpikeWatch
 
@@ -90,6 +91,7 @@ def saved_extra(
     data: Mapping[str, Any],
     spikes: SpikeWatch | None = None,
     probe: Mapping[str, Any] | None = None,
+    capacity: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """All of `TrainState.extra` of a checkpoint; `Trainer.save` writes nothing else there.
 
@@ -102,12 +104,14 @@ def saved_extra(
         has_phases: whether the run has a phase table; the records are saved only then.
         data: what the training data is, see `data.identity`; for errors that name a difference.
         spikes: of a run with `--loss-spike-policy`.
+        capacity: of a run with `--moe-target-drop-rate`, see `CapacityControl.to_json`.
         probe: of a run that has taken a probe of its routing, see `RoutingProbe.to_json`.
     """
     stages = {KEY: [asdict(record) for record in records]} if has_phases else {}
     judged = {SPIKES: spikes.to_json()} if spikes is not None else {}
     probed = {PROBE: dict(probe)} if probe is not None else {}
-    return {**stages, DATA: dict(data), **judged, **probed}
+    sized = {CAPACITY: dict(capacity)} if capacity is not None else {}
+    return {**stages, DATA: dict(data), **judged, **probed, **sized}
 
 
 def has_records(state: TrainState) -> bool:

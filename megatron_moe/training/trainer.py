@@ -20,6 +20,7 @@ from megatron_moe.moe.statistics import (
     collect_statistics,
     reset_statistics,
 )
+from megatron_moe.training.capacity import CAPACITY, CapacityControl
 from megatron_moe.training.consumed import PROBE, record_of, saved_extra
 from megatron_moe.training.dataloaders import PhaseDataLoaders
 from megatron_moe.training.diagnosis import diagnose
@@ -98,6 +99,11 @@ class Trainer:
         """Watches the routing, every `--routing-log-interval` steps."""
         if schedule.config.logging.routing_log_interval and run.config.moe_layers:
             self.probe = RoutingProbe(schedule.config, resume.state.extra.get(PROBE))
+        self.capacity: CapacityControl | None = None
+        """Sets the capacity of MoE layers, with `--moe-target-drop-rate`."""
+        if run.config.moe.moe_target_drop_rate is not None and run.config.moe_layers:
+            self.capacity = CapacityControl(run.config, resume.state.extra.get(CAPACITY))
+            self.capacity.apply(run.chunks)
         self.traces = RoutingTraces(schedule.config, lambda *why: self.reporter.leave_out(*why))
 
     def train(self) -> Summary:
@@ -255,6 +261,9 @@ class Trainer:
             result.zeros,
             result.params_square,
         )
+        if self.capacity is not None:
+            for line in self.capacity.after_step(self.run.chunks, self.run.ctx.pgs):
+                self.reporter.log(f" {line}")
         spike = None if self.spikes is None else self.spikes.at(self.state.iteration)
         if spike is not None:
             self.after_spike(spike, state.consumed_train_samples)
@@ -398,6 +407,7 @@ class Trainer:
             data=data.described,
             spikes=self.spikes,
             probe=None if self.probe is None else self.probe.to_json(),
+            capacity=None if self.capacity is None else self.capacity.to_json(),
         )
         with self.run.timers.measure("save-checkpoint"):
             self.checkpoints.save(

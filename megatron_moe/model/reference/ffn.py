@@ -87,7 +87,7 @@ class MoE(nn.Module):
 
     def __init__(self, model: ModelConfig, moe: MoEConfig, layer: int) -> None:
         super().__init__()
-        self.moe = moe
+        self.moe = moe.of_layer(layer, model.num_layers)
         self.layer = layer
         self.forced_TK: Tensor | None = None
         """Experts that replace the router's choices; see `reference/replay.py`."""
