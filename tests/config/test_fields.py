@@ -121,7 +121,7 @@ def words_of(name: str, value: float) -> list[str]:
     """A value as words of the command line; the first entry of a tuple has it."""
     if name == "rampup_batch_size":
         return [str(value), "1", "1"]
-    if name == "moe_router_document_pool":
+    if name in ("moe_router_document_pool", "moe_capacity_factor_range"):
         return [str(value), "1"]
     return [str(value)]
 
@@ -165,6 +165,8 @@ def test_bounds_hold_in_a_configuration_file(
         "rampup_batch_size": [1, 1, value],
         "profile_ranks": [value],
         "moe_router_document_pool": [value, 1],
+        "moe_capacity_factor_range": [value, 1],
+        "moe_layer_capacity_factors": [value],
     }
     content = lists.get(name, value)
     path.write_text(json.dumps({SECTION[name]: {name: content}}))
