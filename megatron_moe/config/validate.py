@@ -96,18 +96,19 @@ def _check_capacity(config: RunConfig) -> None:
     moe, layers = config.moe, len(config.moe_layers)
     factors, target = moe.moe_layer_capacity_factors, moe.moe_target_drop_rate
     flag, fixed = "--moe-layer-capacity-factors", moe.moe_expert_capacity_factor
+    found = " ".join(map(str, factors or ()))
     if factors is not None and len(factors) != layers:
         expected = f"{layers} numbers, one for each MoE layer"
-        raise UsageError(flag, " ".join(map(str, factors)), expected)
+        raise UsageError(flag, found, expected)
     if factors is not None and fixed is None:
-        raise UsageError(flag, "given", "used with a --moe-expert-capacity-factor")
+        raise UsageError(flag, found, "used with a --moe-expert-capacity-factor")
     if target is None:
         default = type(moe)().moe_capacity_factor_range
         given = moe.moe_capacity_factor_range != default
         _requires("moe_capacity_factor_range", given, "--moe-target-drop-rate", False)
         return
     if factors is not None:
-        raise UsageError(flag, "both", "used without --moe-target-drop-rate", "give one of the two")
+        raise UsageError(flag, found, "used without --moe-target-drop-rate", "give one of the two")
     low, high = moe.moe_capacity_factor_range
     if not low < high:
         found = f"{low} {high}"

@@ -107,6 +107,29 @@ INVALID = {
         "--moe-min-capacity must be unset with --moe-capacity-rule megatron, which has no minimum"
         " (got 2)"
     ),
+    "--num-layers 4 --moe-layer-freq [0,1]*2 --moe-layer-capacity-factors 1 1.5 2": (
+        "--moe-layer-capacity-factors must be 2 numbers, one for each MoE layer (got '1.0 1.5 2.0')"
+    ),
+    "--num-layers 4 --moe-layer-freq [0,1]*2 --moe-layer-capacity-factors 1 2"
+    " --moe-expert-capacity-factor None": (
+        "--moe-layer-capacity-factors must be used with a --moe-expert-capacity-factor"
+        " (got '1.0 2.0')"
+    ),
+    "--num-layers 4 --moe-layer-freq [0,1]*2 --moe-layer-capacity-factors 1 2"
+    " --moe-target-drop-rate 0.1": (
+        "--moe-layer-capacity-factors must be used without --moe-target-drop-rate (got '1.0 2.0');"
+        " give one of the two"
+    ),
+    "--moe-capacity-factor-range 1 2": (
+        "--moe-capacity-factor-range must be used with --moe-target-drop-rate"
+    ),
+    "--moe-target-drop-rate 0.1 --moe-capacity-factor-range 2 1": (
+        "--moe-capacity-factor-range must be two numbers, the smaller one first (got '2.0 1.0')"
+    ),
+    "--moe-target-drop-rate 0.1 --moe-capacity-factor-range 2 3": (
+        "--moe-expert-capacity-factor must be from 2.0 to 3.0, --moe-capacity-factor-range, of"
+        " --moe-target-drop-rate (got 1.25)"
+    ),
     "--moe-a2a-overlap-chunks 2": (
         "--moe-a2a-overlap-chunks must be used with --moe-expert-impl batched (got 2);"
         " chunks are of slots, and only these experts compute them in local layers"
