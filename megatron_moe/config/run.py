@@ -52,6 +52,23 @@ class RunConfig:
         pattern = moe_layer_pattern(self.moe.moe_layer_freq, self.model.num_layers)
         return tuple(number for number, is_moe in enumerate(pattern) if is_moe)
 
+    def routing_lines(self) -> list[str]:
+        """Settings of routing that mean something else than in Megatron-LM, for the log."""
+        lines: list[str] = []
+        if not self.moe_layers:
+            return lines
+        if "global_aux_loss" in self.moe.load_balancing_types:
+            lines.append(
+                "global_aux_loss does not depend on the data-parallel size, by which Megatron-LM's"
+                " gradient is smaller: divide a --moe-aux-loss-coeff of Megatron-LM by it"
+            )
+        if self.moe.moe_ignore_padding_tokens and self.objective.objective in ("ul2", "sft"):
+            lines.append(
+                "padding is not routed, unlike in Megatron-LM and in the published OpenMoE:"
+                " --no-moe-ignore-padding-tokens routes it"
+            )
+        return lines
+
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries, ready for JSON.
 

@@ -138,6 +138,7 @@ class Description:
             f"  experts       {moe.num_experts} x {expert_width(model, moe)}, "
             f"{moe.moe_router_topk} a token, "
             + (f"shared {shared}, {moe.moe_shared_expert_placement}" if shared else "none shared"),
+            *(f"  note          {line}" for line in self.config.routing_lines()),
             *([self._routing_line()] if self.config.moe_layers else []),
             f"  vocabulary    {self.vocab_size} padded, {tied}{ASSUMED * self.vocab_assumed}",
         ]

@@ -124,7 +124,7 @@ def starting_lines(
         f" = {layout.num_microbatches} micro-batches of {layout.micro_batch_size} on {layout.dp}"
         f" data-parallel ranks; {schedule.iterations} iterations",
         *(f" {line}" for line in phase_lines(schedule)),
-        *(f" {line}" for line in config.model.attention_lines()),
+        *(f" {line}" for line in (*config.model.attention_lines(), *config.routing_lines())),
         *_rampup_line(run.plan.batch_sizes),
         *_data_lines(data),
         *_implementation_lines(run),

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_moe.config import RunConfig
+from megatron_moe.config.cli import parse_args
 from megatron_moe.config.presets import PRESETS
 from megatron_moe.errors import UsageError
 
@@ -85,3 +86,18 @@ def test_other_files_are_rejected(tmp_path: Path) -> None:
             RunConfig.load(tmp_path / "config.json")
     with pytest.raises(UsageError, match="--config"):
         RunConfig.load(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--objective ul2", ["padding is not routed"]),
+        ("--objective ul2 --no-moe-ignore-padding-tokens", []),
+        ("--objective causal", []),
+        ("--objective ul2 --num-layers 2 --moe-layer-freq [0]*2", []),
+        ("--moe-router-load-balancing-type global_aux_loss", ["global_aux_loss does not depend"]),
+    ],
+)
+def test_routing_that_megatron_lm_means_otherwise_is_said(line: str, said: list[str]) -> None:
+    lines = parse_args(line.split()).config.routing_lines()
+    assert [text[: len(start)] for text, start in zip(lines, said, strict=True)] == said
