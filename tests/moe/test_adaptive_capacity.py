@@ -6,8 +6,10 @@ import itertools
 import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from megatron_moe.config import MoEConfig
 from megatron_moe.moe import MoELayer
@@ -16,10 +18,12 @@ from megatron_moe.moe.adaptive_capacity import (
     MARGIN,
     SIZES,
     WINDOW,
+    DropsBySize,
     LayerCapacity,
     first_size,
     sizes_of,
 )
+from megatron_moe.moe.plan import Capacity
 from tests.moe.cases import BATCH, SEQUENCE, layer_of, moe_config, tokens
 
 TARGET = 0.1
@@ -72,6 +76,50 @@ def test_sizes_are_bounded_and_change_rarely(name: str) -> None:
     assert len(shrinks) <= steps / HOLD
     assert sum(move > 0 for move in moves) <= len(shrinks) + SIZES
     assert found == run(LOADS[name], steps, start), "the same decisions again"
+
+
+def drops_in_training(steps: int, layers: int, seed: int) -> Tensor:
+    """Shares that each size would drop, [steps, layers, S]: layers of 16 experts and 2048 tokens
+    whose loads are unequal, more so in later layers, and become balanced from step 60 on.
+    """
+    moe = MoEConfig(num_experts=16, moe_capacity_rule="megatron", moe_target_drop_rate=0.05)
+    generator = torch.Generator().manual_seed(seed)
+    skew_LE = torch.randn(layers, 16, generator=generator)
+    skew_LE *= 0.2 + 0.25 * torch.arange(layers).unsqueeze(1)
+    found = torch.zeros(steps, layers, SIZES)
+    for step in range(steps):
+        share_LE = (skew_LE * 0.99 ** max(0, step - 60)).softmax(1)
+        for layer, share_E in enumerate(share_LE):
+            chosen = torch.multinomial(share_E, 4096, replacement=True, generator=generator)
+            counter = DropsBySize(moe)
+            load_GE = chosen.bincount(minlength=16).unsqueeze(0)
+            counter.add(load_GE, Capacity(group_size=2048, groups=1, slots=1))
+            found[step, layer] = counter.counts[:SIZES] / counter.counts[SIZES]
+    return found
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_target_is_held_with_less_padding_than_by_one_fixed_factor(seed: int) -> None:
+    """Rows of buffers are proportional to the factor. The fixed one drops as much over all steps
+    and layers, but most of it in few layers and early steps.
+    """
+    steps, layers, target = 300, 4, 0.05
+    rates = drops_in_training(steps, layers, seed)
+    sizes = sizes_of(MoEConfig())
+    used, dropped = [], []
+    for layer in range(layers):
+        decided = [LayerCapacity(size=first_size(MoEConfig()))] * 2
+        for step in range(steps):
+            size = decided[step].size  # of the steps up to the last but one
+            used.append(sizes[size])
+            dropped.append(float(rates[step, layer, size]))
+            decided.append(decided[-1].after(rates[step, layer].tolist(), target))
+    mean = sum(dropped) / len(dropped)
+    assert 0.3 * target < mean <= target
+    # The factor at which all would drop as much, between two sizes.
+    fixed = rates.mean((0, 1)).flip(0).numpy()
+    needed = float(np.interp(mean, fixed, sizes[::-1]))
+    assert sum(used) / len(used) < 0.9 * needed, (sum(used) / len(used), needed)
 
 
 @pytest.mark.parametrize("seed", range(5))
