@@ -1,4 +1,4 @@
-"""Processes large tensors in blocks of rows that fit a CPU core's cache."""
+"""Cuts rows: into blocks that fit a CPU core's cache, and into chunks of about equal size."""
 
 from __future__ import annotations
 
@@ -30,3 +30,13 @@ def row_blocks(width: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     step = -(-rows // blocks)
     for start in range(0, rows, step):
         yield tuple(tensor[start : start + step] for tensor in tensors)
+
+
+def chunk_size(rows: int, most: int) -> int:
+    """Rows of a chunk where no chunk has more than ``most`` and all are about equal; 0 for none."""
+    return -(-rows // max(1, -(-rows // most)))
+
+
+def chunks_of(rows: int, size: int) -> list[slice]:
+    """Consecutive chunks of ``size`` rows, of which the last may be smaller."""
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, max(1, size))]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fused_kernels.gemm import gemm, multiplies_halves, operand, result_dtype
-from fused_kernels.row_blocks import row_blocks
+from fused_kernels.row_blocks import chunk_size, chunks_of, row_blocks
 
 
 def forward(
@@ -46,17 +46,16 @@ def forward(
         exponentials of the last chunk.
     """
     tokens, columns = x_TH.shape[0], weight_VH.shape[0]
-    chunks = max(1, -(-tokens // chunk_tokens))
-    size, dtype = -(-tokens // chunks), result_dtype(x_TH.dtype)
+    size, dtype = chunk_size(tokens, chunk_tokens), result_dtype(x_TH.dtype)
     kept_CV = x_TH.new_empty(size, columns, dtype=dtype)
     stats_3T = x_TH.new_empty(3, tokens, dtype=dtype)
     ours_T1, index_T1 = _own_targets(target_T, columns)
     weight_HV = operand(weight_VH).t()
     rows = *stats_3T.unsqueeze(-1), index_T1
-    for start in range(0, tokens, max(1, size)):
-        end = min(start + size, tokens)
-        logits = gemm(kept_CV[: end - start], operand(x_TH[start:end]), weight_HV, alpha=scale)
-        parts = row_blocks(columns, logits, *(row[start:end] for row in rows))
+    for chunk in chunks_of(tokens, size):
+        kept = kept_CV[: chunk.stop - chunk.start]
+        logits = gemm(kept, operand(x_TH[chunk]), weight_HV, alpha=scale)
+        parts = row_blocks(columns, logits, *(row[chunk] for row in rows))
         for part, top, total, picked, index in parts:
             torch.amax(part, 1, keepdim=True, out=top)
             torch.gather(part.sub_(top), 1, index, out=picked)
@@ -99,12 +98,11 @@ def backward(
     target_T1 = torch.where(ours_T1, -target_T1, 0.0)
     log_z_T1, top_T1 = log_z_T.unsqueeze(-1), stats_3T[0].unsqueeze(-1)
     weight, grad_TH = operand(weight_VH), torch.empty_like(x_TH)
-    starts = range(0, tokens, max(1, kept.shape[0]))
-    for start in reversed(starts):
-        rows = slice(start, min(start + kept.shape[0], tokens))
+    chunks = chunks_of(tokens, kept.shape[0])
+    for rows in reversed(chunks):
         grad_CV, x_CH = kept[: rows.stop - rows.start], operand(x_TH[rows])
         factor = softmax_T1[rows]
-        if start == starts[-1]:
+        if rows == chunks[-1]:
             grad_CV.mul_(factor * (top_T1[rows] - log_z_T1[rows]).exp_())
         else:
             gemm(grad_CV, x_CH, weight.t(), alpha=scale)

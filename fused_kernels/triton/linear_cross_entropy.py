@@ -19,6 +19,7 @@ from torch import Tensor
 from fused_kernels.gemm import gemm, multiplies_halves, operand, result_dtype
 from fused_kernels.plain_tensors import runs_on
 from fused_kernels.reference import linear_cross_entropy as reference
+from fused_kernels.row_blocks import chunk_size, chunks_of
 from fused_kernels.triton.launch import block_of, checked, computed, launch, warps_of
 
 COLUMNS = 4096
@@ -143,15 +144,14 @@ def forward(
         return reference.forward(x_TH, weight_VH, target_T, scale, chunk_tokens)
     tokens, columns = x_TH.shape[0], weight_VH.shape[0]
     target_T = checked("linear_cross_entropy", target_T, (tokens,), torch.int64)
-    chunks = max(1, -(-tokens // chunk_tokens))
-    size, dtype = -(-tokens // chunks), result_dtype(x_TH.dtype)
+    size, dtype = chunk_size(tokens, chunk_tokens), result_dtype(x_TH.dtype)
     kept_CV = x_TH.new_empty(size, columns, dtype=dtype)
     stats_3T = x_TH.new_empty(3, tokens, dtype=dtype)
     weight_HV = operand(weight_VH).t()
-    for start in range(0, tokens, max(1, size)):
-        rows = slice(start, min(start + size, tokens))
-        logits_CV = gemm(kept_CV[: rows.stop - start], operand(x_TH[rows]), weight_HV, alpha=scale)
-        statistics(logits_CV, target_T[rows], stats_3T[0, start:], tokens)
+    for rows in chunks_of(tokens, size):
+        kept = kept_CV[: rows.stop - rows.start]
+        logits_CV = gemm(kept, operand(x_TH[rows]), weight_HV, alpha=scale)
+        statistics(logits_CV, target_T[rows], stats_3T[0, rows.start :], tokens)
     return stats_3T, kept_CV
 
 
@@ -176,14 +176,15 @@ def backward(
     both_2T = checked("linear_cross_entropy", coefficients_2T, (2, tokens), stats_3T.dtype)
     weight, grad_TH = operand(weight_VH), torch.empty_like(x_TH)
     rounded = kept.new_empty(kept.shape, dtype=x_TH.dtype) if multiplies_halves(x_TH) else kept
-    starts = range(0, tokens, max(1, kept.shape[0]))
-    for start in reversed(starts):
-        rows = slice(start, min(start + kept.shape[0], tokens))
-        logits_CV, grad_CV = (each[: rows.stop - start] for each in (kept, rounded))
+    chunks = chunks_of(tokens, kept.shape[0])
+    for rows in reversed(chunks):
+        logits_CV, grad_CV = (each[: rows.stop - rows.start] for each in (kept, rounded))
         x_CH = operand(x_TH[rows])
-        if start != starts[-1]:
+        if rows != chunks[-1]:
             gemm(logits_CV, x_CH, weight.t(), alpha=scale)
-        gradients(logits_CV, target_T[rows], log_z_T[rows], both_2T[0, start:], tokens, grad_CV)
+        gradients(
+            logits_CV, target_T[rows], log_z_T[rows], both_2T[0, rows.start :], tokens, grad_CV
+        )
         grad_CH = x_CH.new_empty(x_CH.shape, dtype=stats_3T.dtype)
         grad_TH[rows] = gemm(grad_CH, grad_CV, weight, alpha=scale)
         if grad_VH is not None:

@@ -4,8 +4,8 @@ Each linear layer has two states, for its forward and its backward pass, with a 
 of amax for every operand: input, weight and output of GEMM i at 3 i, 3 i + 1 and 3 i + 2, the
 gradients of its output and input at 2 i and 2 i + 1. An expert is a GEMM of a grouped layer. A
 layer makes its states in its first forward pass; here they are made with the model, so that there
-is something to load a checkpoint into. The engine's own way, a pickle in `_extra_state`, is not
-taken.
+is something to load a checkpoint into. Transformer Engine's own way, a pickle in `_extra_state`,
+is not taken.
 
 Outputs and gradients of inputs are not quantised, and their scales are left out.
 """

@@ -94,7 +94,7 @@ class MoE(nn.Module):
         self.seed, self.step = 0, 0
         """Of a training step, for drop policies that draw; 0 in evaluation."""
         self.earlier: list[Tensor] = []
-        """Loads of the step's earlier micro-batches; whoever begins a step empties it."""
+        """Loads of the step's earlier micro-batches; emptied at the start of a step."""
         self.router = nn.Linear(model.hidden_size, moe.router_rows, bias=False)
         if moe.moe_router_type == "contextual":
             weight = nn.Parameter(torch.empty_like(self.router.weight))
