@@ -1,87 +1,25 @@
 """What each part of a layer saves for its backward pass, and what it needs on top while it runs.
 
 Read from the code that runs: Megatron-Core's linear layers and our norms, attention, experts and
-loss. A part is a `Unit`: the tensors that it saves, and `Moment`s, points of its passes with
-temporaries on top of everything saved up to it. Freed tensors count negative there.
-`step_memory.py` puts units together to stages and micro-batches.
+loss. A part is a `Unit` (`memory_units.py`); `step_memory.py` puts units together to stages and
+micro-batches.
 
 Letters as in `tensor_sizes.py`; r = t H b bytes is the residual stream.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_moe.moe.expert_gemm import make_buckets
+from megatron_moe.planning.linear_inputs import LinearInputs
 from megatron_moe.planning.memory import MemoryByCategory
+from megatron_moe.planning.memory_units import Moment, Saved, Unit
 from megatron_moe.planning.tensor_sizes import Device, TensorSizes
 
-
-@dataclass(frozen=True)
-class Saved:
-    """A tensor that a unit keeps for its backward pass."""
-
-    name: str
-    formula: str
-    bytes: int
-    category: str = "activations"
-
-    @property
-    def memory(self) -> MemoryByCategory:
-        """The bytes in their category."""
-        return MemoryByCategory(**{self.category: self.bytes})
-
-
-@dataclass(frozen=True)
-class Moment:
-    """A point of a pass: what exists on top of all that is saved."""
-
-    name: str
-    formula: str
-    extra: MemoryByCategory
-
-
-@dataclass(frozen=True)
-class Unit:
-    """One part of a layer, in the order of the forward pass."""
-
-    name: str
-    saved: tuple[Saved, ...]
-    forward: tuple[Moment, ...] = ()
-    backward: tuple[Moment, ...] = ()
-
-    @functools.cached_property
-    def memory(self) -> MemoryByCategory:
-        """All that is saved."""
-        return total_of(saved.memory for saved in self.saved)
-
-    def recomputed(self, keeps: int, output: int) -> Unit:
-        """The unit if only its first ``keeps`` tensors are saved, and the others, and its output,
-        again just before its backward pass.
-
-        Args:
-            keeps: tensors.
-            output: bytes.
-        """
-        again = total_of(saved.memory for saved in self.saved[keeps:])
-        again = again + MemoryByCategory(activations=output)
-        backward = tuple(
-            Moment(m.name, f"{m.formula} + what is recomputed", m.extra + again)
-            for m in self.backward
-        )
-        # The forward pass without gradients frees what it does not save as it goes.
-        forward = tuple(Moment(m.name, m.formula, m.extra + again) for m in self.forward)
-        return Unit(self.name, self.saved[:keeps], forward, backward)
-
-
-def total_of(parts: Iterable[MemoryByCategory]) -> MemoryByCategory:
-    """The sum of some memories."""
-    total = MemoryByCategory()
-    for part in parts:
-        total = total + part
-    return total
+PLAIN = LinearInputs()
+"""Local layers, in the type of the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +53,14 @@ class UnitMaker:
         """Bytes of a gradient that is gathered over the sequence; nothing without shards."""
         return self.whole if self.sizes.sequence_parallel else 0
 
-    def _norm(self, normed: str) -> tuple[Saved, ...]:
+    def _norm(self, normed: str, inputs: LinearInputs = PLAIN) -> tuple[Saved, ...]:
         """A norm and its output, which the matrices that follow save."""
         s, r = self.sizes, self.residual
         inverse = Saved("inverse root mean square", "4 t", 4 * s.shard_tokens)
-        return Saved("input of the norm", "t H b", r), inverse, Saved(normed, "t H b", r)
+        output = Saved(normed, inputs.formula("t H"), inputs.bytes_of(s.residual, s.bytes))
+        return Saved("input of the norm", "t H b", r), inverse, output
 
-    def attention(self, *, recompute: bool = False) -> Unit:
+    def attention(self, inputs: LinearInputs = PLAIN, *, recompute: bool = False) -> Unit:
         """Norm, projections and core attention."""
         s, b, r = self.sizes, self.sizes.bytes, self.residual
         queries, keys = s.queries * b, s.keys * b
@@ -139,7 +78,10 @@ class UnitMaker:
             if grouped:
                 projected.append(Saved("queries, contiguous", "T n d b", queries))
         projected += self._qk_norm()
-        out = Saved("output of attention", "T n d b", queries)
+        outs = [Saved("output of attention", "T n d b", queries)]
+        if inputs.recipe is not None:  # The projection keeps its input in a type of its own.
+            held = inputs.bytes_of(s.queries, b)
+            outs.insert(0, Saved("output of attention, FP8", inputs.formula("T n d"), held))
         weight = s.heads * s.head_dim * s.hidden * b
         copied = queries if s.rows > 1 else 0
         backward = (
@@ -151,8 +93,8 @@ class UnitMaker:
             _moment("gradient of attention", "r + 4 T n d b", r + 4 * queries),
         )
         forward = (_moment("output projection", "T H b + r", self.whole + r),)
-        norm = self._norm("normalised input")
-        unit = Unit("attention", (*norm, *projected, out, *kept), forward, backward)
+        norm = self._norm("normalised input", inputs)
+        unit = Unit("attention", (*norm, *projected, *outs, *kept), forward, backward)
         keeps = len(norm) + len(projected) + 1
         return unit.recomputed(keeps, queries) if recompute else unit
 
@@ -171,13 +113,20 @@ class UnitMaker:
         ]
 
     def feed_forward(
-        self, name: str, width: int, *, normed: bool = True, recompute: bool = False
+        self,
+        name: str,
+        width: int,
+        inputs: LinearInputs = PLAIN,
+        *,
+        normed: bool = True,
+        recompute: bool = False,
     ) -> Unit:
         """A dense feed-forward layer, or the shared expert.
 
         Args:
             name: of the unit.
             width: F on this rank.
+            inputs: what its matrices keep.
             normed: whether it has a norm of its own.
             recompute: whether it is recomputed.
         """
@@ -186,7 +135,7 @@ class UnitMaker:
         fused, weight = s.gate_blocks * gated, width * s.hidden * b
         saved = (
             Saved("input of the gate", "T m F b", fused),
-            Saved("gated product", "T F b", gated),
+            Saved("gated product", inputs.formula("T F"), inputs.bytes_of(s.tokens * width, b)),
         )
         clone = gated if self.overwrites_gradient else 0
         backward = (
@@ -205,11 +154,11 @@ class UnitMaker:
             ),
         )
         forward = (_moment("second matrix", "T H b + r", self.whole + r),)
-        norm = self._norm("normalised input") if normed else ()
+        norm = self._norm("normalised input", inputs) if normed else ()
         unit = Unit(name, (*norm, *saved), forward, backward)
         return unit.recomputed(len(norm), r) if recompute else unit
 
-    def experts(self, *, recompute: bool = False) -> Unit:
+    def experts(self, inputs: LinearInputs = PLAIN, *, recompute: bool = False) -> Unit:
         """Router, dispatch, exchanges, experts and combination."""
         s, b, r = self.sizes, self.sizes.bytes, self.residual
         rows, here = s.buffer_rows, s.expert_rows
@@ -219,8 +168,7 @@ class UnitMaker:
             Saved("probabilities, log Z", "4 t (E + 1)", 4 * s.shard_tokens * (s.experts + 1)),
             Saved("choices and weights", "12 t K", 12 * s.shard_tokens * s.topk),
             Saved("rows of choices, tokens of rows", "13 T K + 8 R", 13 * small + 8 * rows),
-            Saved("rows of this rank's experts", "R' H b", arrived, "dispatch_buffers"),
-            Saved("input of the gate", "R' m F b", here * s.gate_blocks * s.expert * b),
+            *self._expert_matrices(inputs),
             Saved("rows before they are combined", "R H b", buffer, "dispatch_buffers"),
         )
         if s.sorts_rows:
@@ -242,6 +190,17 @@ class UnitMaker:
         )
         unit = Unit("experts", (*norm, *saved), forward, backward)
         return unit.recomputed(len(norm), r) if recompute else unit
+
+    def _expert_matrices(self, inputs: LinearInputs) -> Iterator[Saved]:
+        """What the two matrices of experts and the gate keep of this rank's R' rows."""
+        s, b = self.sizes, self.sizes.bytes
+        rows = s.local_experts * inputs.rows(s.expert_rows // s.local_experts)
+        held = inputs.bytes_of(rows * s.hidden, b)
+        yield Saved("rows of this rank's experts", inputs.formula("R' H"), held, "dispatch_buffers")
+        yield Saved("input of the gate", "R' m F b", rows * s.gate_blocks * s.expert * b)
+        if inputs.engine:
+            held = inputs.bytes_of(rows * s.expert, b)
+            yield Saved("gated product", inputs.formula("R' F"), held)
 
     def _unsorting(self, buffer: int, arrived: int) -> Iterator[Moment]:
         """Rows on their way back, by expert and by source, next to those that arrived."""

@@ -205,14 +205,14 @@ def _adafactor_elements(
         copies, matrix = 1, parameter.shape
         if parameter.kind == "expert":
             copies, matrix = parameter.shape[0] // ep, parameter.shape[1:]
-        local = _local_matrix(name, parameter, matrix, tp, etp)
+        local = local_matrix(name, parameter, matrix, tp, etp)
         factored = len(matrix) == 2 and min(matrix) >= least
         for stage in stages_of(name, of_layers, pp, model.untie_embeddings_and_output_weights):
             found[stage] += copies * (sum(local) if factored else math.prod(local))
     return tuple(found)
 
 
-def _local_matrix(
+def local_matrix(
     name: str, parameter: LogicalParameter, matrix: tuple[int, ...], tp: int, etp: int
 ) -> tuple[int, ...]:
     """The part of a matrix or vector on one rank: tensor parallelism divides one dimension."""

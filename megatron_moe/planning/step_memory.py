@@ -14,8 +14,10 @@ from typing import NamedTuple
 from megatron_moe.config import RunConfig
 from megatron_moe.errors import UsageError
 from megatron_moe.parallel.layout import Layout
-from megatron_moe.planning.activation_memory import Moment, Unit, UnitMaker, total_of
+from megatron_moe.planning.activation_memory import UnitMaker
+from megatron_moe.planning.linear_inputs import LinearInputs, weight_copies
 from megatron_moe.planning.memory import MemoryByCategory, state_memory
+from megatron_moe.planning.memory_units import Moment, Unit, total_of
 from megatron_moe.planning.stage_schedule import passes_of
 from megatron_moe.planning.tensor_sizes import Device, TensorSizes, layers_of_stage
 
@@ -24,10 +26,17 @@ STEADY_ROUNDS = 4
 them in progress: its warm-up passes are fewer than (chunks + 1) P, each through one chunk."""
 
 
+class _LayerKind(NamedTuple):
+    """What decides the memory of a layer."""
+
+    is_moe: bool
+    inputs: LinearInputs
+
+
 class _Kind(NamedTuple):
     """What decides the memory of a chunk; most stages have chunks of the same kinds."""
 
-    pattern: tuple[bool, ...]
+    layers: tuple[_LayerKind, ...]
     first: bool
     last: bool
 
@@ -52,7 +61,7 @@ class StageMemory:
 
     state: MemoryByCategory
     constant: MemoryByCategory
-    """Batches, tables and buffers that exist throughout a step."""
+    """Batches, tables, buffers and FP8 copies of weights that exist throughout a step."""
     chunks: tuple[ChunkMemory, ...]
     in_progress: tuple[int, ...]
     """Micro-batches in progress at the peak, of each chunk, besides the one that runs."""
@@ -92,9 +101,10 @@ def step_memory(
         sizes=sizes, device=device, threads=threads, overwrites_gradient=overwrites_gradient
     )
     states = state_memory(config, layout, vocab_size)
+    copies = weight_copies(config, layout, vocab_size)
     known: dict[_Kind, ChunkMemory] = {}
     return tuple(
-        _stage_memory(config, layout, maker, stage, state, known)
+        _stage_memory(config, layout, maker, stage, state, copies[stage], known)
         for stage, state in enumerate(states)
     )
 
@@ -105,18 +115,24 @@ def _stage_memory(
     maker: UnitMaker,
     stage: int,
     state: MemoryByCategory,
+    copies: int,
     known: dict[_Kind, ChunkMemory],
 ) -> StageMemory:
     kinds = []
     for index, pattern in enumerate(layers_of_stage(config, layout, stage)):
         first = stage == 0 and index == 0
         last = stage == layout.pp - 1 and index == layout.num_chunks - 1
-        kinds.append(_Kind(pattern, first, last))
+        numbers = layout.layers_of_chunk(stage, index)
+        layers = tuple(
+            _LayerKind(is_moe, LinearInputs.of(config, layer))
+            for layer, is_moe in zip(numbers, pattern, strict=True)
+        )
+        kinds.append(_Kind(layers, first, last))
     for kind in kinds:
         if kind not in known:
             known[kind] = _chunk_memory(config, layout, maker, kind)
     chunks = tuple(known[kind] for kind in kinds)
-    constant = _constant(config, layout, maker, stage)
+    constant = _constant(config, layout, maker, stage) + MemoryByCategory(parameters=copies)
     moment, counts = _largest(chunks, stage, layout)
     others = total_of(chunk.saved.times(count) for chunk, count in zip(chunks, counts, strict=True))
     return StageMemory(
@@ -171,8 +187,8 @@ def _constant(config: RunConfig, layout: Layout, maker: UnitMaker, stage: int) -
 
 def _chunk_memory(config: RunConfig, layout: Layout, maker: UnitMaker, kind: _Kind) -> ChunkMemory:
     pattern, first, last = kind
-    kinds = {is_moe: tuple(_layer_units(config, maker, is_moe)) for is_moe in set(pattern)}
-    layers = [kinds[is_moe] for is_moe in pattern]
+    kinds = {layer: tuple(_layer_units(config, maker, layer)) for layer in set(pattern)}
+    layers = [kinds[layer] for layer in pattern]
     groups = [(list(units), recompute) for units, recompute in _groups(config, layers)]
     if first:
         groups.insert(0, ([maker.embedding()], False))
@@ -198,20 +214,21 @@ def _groups(
         yield tuple(unit for units in layers[first : first + size] for unit in units), True
 
 
-def _layer_units(config: RunConfig, maker: UnitMaker, is_moe: bool) -> Iterator[Unit]:
-    parallel, sizes = config.parallel, maker.sizes
+def _layer_units(config: RunConfig, maker: UnitMaker, layer: _LayerKind) -> Iterator[Unit]:
+    parallel, sizes, inputs = config.parallel, maker.sizes, layer.inputs
     modules: tuple[str, ...] = ()
     if parallel.recompute_granularity == "selective":
         modules = parallel.recompute_modules
-    yield maker.attention(recompute="core_attn" in modules)
-    if not is_moe:
-        yield maker.feed_forward("feed-forward", sizes.ffn, recompute="mlp" in modules)
+    yield maker.attention(inputs, recompute="core_attn" in modules)
+    if not layer.is_moe:
+        yield maker.feed_forward("feed-forward", sizes.ffn, inputs, recompute="mlp" in modules)
         return
-    yield maker.experts(recompute="moe" in modules)
+    yield maker.experts(inputs, recompute="moe" in modules)
     if sizes.shared:
         yield maker.feed_forward(
             "shared expert",
             sizes.shared,
+            inputs,
             normed=config.moe.moe_shared_expert_placement == "sequential",
             recompute=bool({"mlp", "shared_experts"} & {*modules}),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from megatron_moe.model.te_scales import te_scales
 from megatron_moe.moe.layer import MoELayer, RoutingDecision
 from megatron_moe.parallel.context import initialize_parallel
 from megatron_moe.parallel.layout import resolve_layout
+from megatron_moe.planning.linear_inputs import weight_copies
+from megatron_moe.planning.step_memory import step_memory
 from megatron_moe.platform import activate
 from megatron_moe.training.optim.build import wrap_chunks
 from tests.checkpoint import layouts
@@ -28,6 +30,7 @@ from tests.checkpoint.layouts import Case
 from tests.parity.cases import ROWS, SEQ, VOCAB, run_config
 from tests.parity.compare import Block
 from tests.parity.harness import build, gradient_blocks, micro_batch
+from tests.support.saved import saved_bytes
 
 TE, LOCAL = {"transformer_impl": "transformer_engine"}, {"transformer_impl": "local"}
 MARKS = ("allreduce", "tensor_model_parallel", "partition_dim", "sequence_parallel")
@@ -177,6 +180,27 @@ def one_layer(
     with autocast(enabled=recipe is not None, recipe=custom):
         out = layer(x)
     return out.detach(), kept[0], rows
+
+
+def saved_memory(rank: int, world_size: int, flags: dict[str, Any], fp8: bool) -> tuple[int, int]:
+    """Bytes that a forward pass keeps, weights and their copies apart, and the planned bytes."""
+    small = fp8_config(flags)
+    model = replace(small.model, hidden_size=128, ffn_hidden_size=256)
+    sizes = {"moe_ffn_hidden_size": 192, "moe_shared_expert_intermediate_size": 256}
+    data = replace(small.data, seq_length=256)
+    config = replace(small, model=model, moe=replace(small.moe, **sizes), data=data)
+    platform, layout = activate(), resolve_layout(config, world_size, VOCAB)
+    ctx = initialize_parallel(layout, config.parallel, platform, config.train.seed)
+    with in_fp8() if fp8 else nullcontext():
+        (chunk,) = build_model(config, layout, ctx.pgs, VOCAB, platform.device)
+    weights = {p.untyped_storage().data_ptr() for p in chunk.parameters()}
+    ids = torch.randint(VOCAB, (layout.micro_batch_size, layout.seq_length))
+    held = saved_bytes(lambda: chunk(ids, ids)[0].mean(), besides=weights)
+    if fp8:
+        config = replace(config, precision=PrecisionConfig(fp8_format="hybrid"))
+    (stage,) = step_memory(config, layout, VOCAB, device="cpu")
+    copies = sum(weight_copies(config, layout, VOCAB))
+    return held, stage.chunks[0].saved.total + copies
 
 
 HISTORY = 3

@@ -30,6 +30,7 @@ from tests.parity.te_ranks import (
     loss_and_gradients,
     moved_scales,
     one_layer,
+    saved_memory,
 )
 from tests.parity.test_layouts import RECOMPUTE, check
 from tests.parity.test_training_steps import reference_steps, several_steps
@@ -259,6 +260,12 @@ def test_fp8_is_near_bf16_and_recomputes_its_own_numbers(te_pool: Pool) -> None:
         (again,) = te_pool.run(loss_and_gradients, 1, flags=flags, fp8=True)
         assert (again.loss, again.checkpoints) == (fp8.loss, checkpoints)
         assert_same(assemble(again.gradients), found, 0.0)
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_saved_memory_is_the_planned(te_pool: Pool, fp8: bool) -> None:
+    ((held, planned),) = te_pool.run(saved_memory, 1, flags=TE, fp8=fp8)
+    assert abs(planned / held - 1) < 0.02, (held, planned)
 
 
 @pytest.mark.parametrize("recipe", [None, *ALIGNMENT])
