@@ -16,7 +16,9 @@ HERE = Path(__file__).parent
 
 REQUIREMENTS = [
     "torch>=2.13,<2.14",
-    "megatron-core==0.16.1",  # the platform module's patches fit exactly this release
+    # The platform module's patches fit exactly these releases; 0.17 and later need Python 3.12.
+    'megatron-core==0.16.1; python_version < "3.12"',
+    'megatron-core==0.19.2; python_version >= "3.12"',
     "numpy",
     "protobuf",  # to read the settings inside a SentencePiece model
     "psutil",  # megatron-core's checkpoint code imports it without declaring it

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_moe.config import ModelConfig, MoEConfig
 from megatron_moe.moe import MoELayer, RoutingDecision
+from megatron_moe.platform.release import build_from_spec
 
 CAPACITY_FACTOR = 1.25
 ROWS = 2
@@ -71,7 +72,6 @@ def stock_layer(shape: Shape, factor: float | None, pgs: Any) -> torch.nn.Module
     """
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.spec_utils import build_module
 
     config = TransformerConfig(
         num_layers=1,
@@ -95,7 +95,7 @@ def stock_layer(shape: Shape, factor: float | None, pgs: Any) -> torch.nn.Module
         use_cpu_initialization=True,
     )
     spec = get_gpt_layer_local_spec(num_experts=shape.experts, moe_grouped_gemm=False)
-    return build_module(spec.submodules.mlp, config=config, layer_number=1, pg_collection=pgs)
+    return build_from_spec(spec.submodules.mlp, config=config, layer_number=1, pg_collection=pgs)
 
 
 class Step:

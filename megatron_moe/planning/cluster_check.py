@@ -19,7 +19,7 @@ from megatron_moe.planning.memory import state_memory
 from megatron_moe.planning.node_facts import PACKAGES, VARIABLES, NodeFacts
 from megatron_moe.planning.rank_order import NAMES, broken_groups, groups_of
 from megatron_moe.planning.traffic import GroupName
-from megatron_moe.platform.activation import MEGATRON_CORE_VERSION
+from megatron_moe.platform.release import RELEASES, pinned_release
 
 CLOCK_SECONDS = 1.0
 """Largest difference of clocks: lines of two nodes' logs are then in order, and the heartbeats of
@@ -49,9 +49,9 @@ def versions(facts: Sequence[NodeFacts]) -> Iterator[Finding]:
     """Software and variables: the same on all ranks."""
     for name in ("python", *PACKAGES, "cuda", "nccl", "driver"):
         held = {fact.rank: fact.versions.get(name, "not installed") for fact in facts}
-        if name == "megatron-core" and set(held.values()) != {MEGATRON_CORE_VERSION}:
-            fix = f"pip install megatron-core=={MEGATRON_CORE_VERSION} on every node"
-            yield _same(name, held, MEGATRON_CORE_VERSION, fix)
+        if name == "megatron-core" and {*held.values()} not in [{one} for one in RELEASES]:
+            fix = f"pip install megatron-core=={pinned_release()} on every node"
+            yield _same(name, held, pinned_release(), fix)
         elif set(held.values()) != {"not installed"} or name in PACKAGES:
             yield _same(name, held, "", "use one image or one shared .venv on all nodes")
     for name in VARIABLES:

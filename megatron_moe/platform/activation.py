@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -18,13 +17,11 @@ import torch
 from megatron_moe.errors import UsageError
 from megatron_moe.platform import device as device_facts
 from megatron_moe.platform.device import keep_freed_memory, release_freed_memory
-from megatron_moe.platform.patches import CPU_PATCHES, Patch
+from megatron_moe.platform.patches import Patch, patches_of
+from megatron_moe.platform.release import installed_release
 from megatron_moe.platform.transformer_engine import check_installation
 
 Backend = Literal["nccl", "gloo"]
-
-MEGATRON_CORE_VERSION = "0.16.1"
-"""The only version of Megatron-Core that the patches and the tests are for."""
 
 _applied: list[Patch] = []
 """The patches in effect. They change the process, so their list belongs to the process too."""
@@ -129,7 +126,7 @@ def _cuda(backend: Literal["auto", "nccl", "gloo"]) -> Platform:
 
 def _apply_all() -> None:
     try:
-        for kind in CPU_PATCHES:
+        for kind in patches_of(installed_release()):
             patch = kind()
             # Listed before it is applied: half of a patch can be undone, but must not be left.
             _applied.append(patch)
@@ -147,20 +144,10 @@ def check_requirements() -> None:
             that is not NVIDIA's Apex is installed under the name `apex`; or Transformer Engine is
             installed without its libraries.
     """
-    _check_megatron_core()
+    installed_release()
     _check_psutil()
     _check_apex()
     check_installation()
-
-
-def _check_megatron_core() -> None:
-    fix = f"pip install megatron-core=={MEGATRON_CORE_VERSION}"
-    try:
-        version = importlib.metadata.version("megatron-core")
-    except importlib.metadata.PackageNotFoundError:
-        raise UsageError("package megatron-core", "missing", MEGATRON_CORE_VERSION, fix) from None
-    if version != MEGATRON_CORE_VERSION:
-        raise UsageError("package megatron-core", version, MEGATRON_CORE_VERSION, fix)
 
 
 def _check_psutil() -> None:

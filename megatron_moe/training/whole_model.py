@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
+from megatron_moe.platform.release import gradients_for_norm
 from megatron_moe.training.optim.build import chained_optimizers
 from megatron_moe.training.optim.squares import sum_of_squares
 
@@ -27,13 +28,13 @@ def grad_norm(optimizer: MegatronOptimizer, device: torch.device) -> float:
     the one host synchronization of a step. Megatron-Core computes the same quantity, but without
     Apex or Transformer Engine it reads the norm of every gradient back separately.
     """
-    total = _sum_over_model(optimizer, device, _gradients, sum_of_squares)
+    total = _sum_over_model(optimizer, device, gradients_for_norm, sum_of_squares)
     return math.sqrt(total.item())
 
 
 def zeros_in_grad(optimizer: MegatronOptimizer, device: torch.device) -> Tensor:
     """How many elements of the gradient are exactly 0: an fp64 scalar on the device."""
-    return _sum_over_model(optimizer, device, _gradients, _zeros)
+    return _sum_over_model(optimizer, device, gradients_for_norm, _zeros)
 
 
 def params_square(optimizer: MegatronOptimizer, device: torch.device) -> Tensor:
@@ -57,11 +58,6 @@ def _sum_over_model(
         torch.distributed.all_reduce(found, group=part.get_grad_stats_parallel_group())
         total += found
     return total
-
-
-def _gradients(part: MegatronOptimizer) -> list[Tensor]:
-    gradients: list[Tensor] = part.get_main_grads_for_grad_norm()
-    return gradients
 
 
 def _parameters(part: MegatronOptimizer) -> list[Tensor]:

@@ -19,6 +19,7 @@ from megatron_moe.planning.cluster_check import Finding, checkpoint_bytes, table
 from megatron_moe.planning.link_speed import LinkSpeed, clock_offset, shared_directory_error
 from megatron_moe.planning.node_facts import NodeFacts, active_adapters, active_links
 from megatron_moe.planning.placement import GroupPlace
+from megatron_moe.platform.release import pinned_release
 from tests.training.tiny import MODEL, pretrain_rank, write_corpus
 
 H100 = load_cluster("h100")
@@ -76,7 +77,7 @@ def test_a_good_cluster_has_no_problem() -> None:
             {"versions": {**GOOD.versions, "megatron-core": "0.17.0"}},
             "megatron-core",
             "0.16.1 (ranks 0-2), 0.17.0 (rank 3)",
-            "pip install megatron-core==0.16.1",
+            f"pip install megatron-core=={pinned_release()}",
         ),
         ({"variables": {}}, "NCCL_IB_HCA", "mlx5 (ranks 0-2), not set (rank 3)", "export"),
         ({"gpu": None, "gpu_bytes": 0}, "GPUs", "none for rank 3", "nvidia-smi"),

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from megatron_moe.parallel.schedule import forward_backward
+from megatron_moe.platform.release import build_from_spec
+from tests.platform.test_activation import NO_CUDA
 from tests.support import toy
 from tests.support.patches import without
 from tests.support.pool import Pool, RemoteError
@@ -135,11 +137,11 @@ def test_recomputation_changes_nothing(pool: Pool) -> None:
 @pytest.mark.parametrize(
     ("patch", "ddp", "bf16", "error"),
     [
-        ("device-literals", {}, False, "Torch not compiled with CUDA enabled"),
+        ("device-literals", {}, False, NO_CUDA),
         ("tensor-type-names", SHARDED, False, "Wrapped parameters must be one of"),
         ("tensor-type-names", {}, True, "Wrapped parameters must be one of"),
         ("tensor-type-names", {}, False, "AssertionError"),
-        ("random-state", {}, False, "Torch not compiled with CUDA enabled"),
+        ("random-state", {}, False, NO_CUDA),
     ],
 )
 def test_it_does_not_train_without(
@@ -152,7 +154,6 @@ def test_it_does_not_train_without(
 def stock_moe(rank: int, world_size: int, *, dropless: bool) -> tuple[float, list[float]]:
     """Sum of outputs and sums of gradients by expert, of Megatron-Core's own MoE layer with EP."""
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
-    from megatron.core.transformer.spec_utils import build_module
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     ctx = toy.context(world_size, **{EP: world_size})
@@ -174,7 +175,7 @@ def stock_moe(rank: int, world_size: int, *, dropless: bool) -> tuple[float, lis
         **capacity,
     )
     spec = get_moe_module_spec(use_te=False, num_experts=toy.E, moe_grouped_gemm=False)
-    layer = build_module(spec, config=config, pg_collection=ctx.pgs)
+    layer = build_from_spec(spec, config=config, pg_collection=ctx.pgs)
     layer.router.weight.data.copy_(toy.weight("router", toy.E, toy.H))
     local = toy.E // world_size
     for index, expert in enumerate(layer.experts.local_experts):

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from megatron_moe.errors import UsageError
-from megatron_moe.platform.activation import MEGATRON_CORE_VERSION, check_requirements
+from megatron_moe.platform.activation import check_requirements
+from megatron_moe.platform.release import NEW, OLD, installed_release, pinned_release
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,8 +100,17 @@ def _save(path: Path, hide: str) -> subprocess.Popen[str]:
 def test_without_psutil_megatron_core_s_writer_waits_forever(tmp_path: Path) -> None:
     """Why it is required: the writing process fails, and the waiting one is not notified.
 
-    If this test fails, `psutil` may no longer be needed.
+    If this test fails, `psutil` may no longer be needed. Release 0.19 says it in its own words.
     """
+    if installed_release() != OLD:
+        code = (
+            "import sys; sys.modules['psutil'] = None\n"
+            "from megatron.core.dist_checkpointing.strategies import filesystem_async as writer\n"
+            "writer._process_memory()"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert done.returncode == 1 and "psutil is not installed" in done.stderr
+        return
     healthy = _save(tmp_path / "healthy", "")
     stuck = _save(tmp_path / "stuck", "sys.modules['psutil'] = None")
     try:
@@ -125,15 +135,22 @@ def test_another_version_is_rejected(found: str | None, monkeypatch: pytest.Monk
     with pytest.raises(UsageError) as caught:
         check_requirements()
     assert str(caught.value) == (
-        f"package megatron-core must be {MEGATRON_CORE_VERSION} (got {found or 'missing'!r}); "
-        f"pip install megatron-core=={MEGATRON_CORE_VERSION}"
+        f"package megatron-core must be {OLD} or {NEW} (got {found or 'missing'!r}); "
+        f"pip install megatron-core=={pinned_release()}"
     )
 
 
 def test_what_the_package_declares_is_what_is_checked() -> None:
-    """The pins of the installation agree with the version that the patches are for."""
-    pins = (ROOT / "constraints.txt").read_text().split()
-    assert f"megatron-core=={MEGATRON_CORE_VERSION}" in pins
+    """The pins of the installation agree with the releases that the patches are for."""
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line.split(";")[0] for line in lines]
+    declared = [
+        f'megatron-core=={OLD}; python_version < "3.12"',
+        f'megatron-core=={NEW}; python_version >= "3.12"',
+    ]
+    setup = (ROOT / "setup.py").read_text()
+    assert all(pin in lines and f"'{pin}'" in setup for pin in declared)
+    assert installed_release() == pinned_release() == (OLD if sys.version_info < (3, 12) else NEW)
     assert any(pin.startswith("psutil==") for pin in pins)
     assert "psutil" in (ROOT / "setup.py").read_text()
     assert "apex" not in [pin.partition("==")[0].lower() for pin in pins]

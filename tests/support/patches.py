@@ -6,16 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from megatron_moe.platform import activate, activation, deactivate
-from megatron_moe.platform.patches import CPU_PATCHES
+from megatron_moe.platform.patches import patches_of
+from megatron_moe.platform.release import installed_release
 
 
 @contextmanager
 def without(name: str) -> Iterator[None]:
     """All patches but one; on exit all of them."""
-    assert name in [kind.name for kind in CPU_PATCHES], name
+    kinds = patches_of(installed_release())
+    assert name in [kind.name for kind in kinds], name
     deactivate()
     try:
-        for kind in CPU_PATCHES:
+        for kind in kinds:
             if kind.name != name:
                 patch = kind()
                 # In the list of `activate`, which then has nothing left to do.

@@ -37,7 +37,14 @@ CPU_PATCHES: tuple[type[Patch], ...] = (
     RouterGemm,
     HostSplits,
 )
-"""In the order in which they are applied. The first four change only torch and the fifth hides a
-package; `NoFusion` imports Megatron-Core, with those in effect, unless it is imported already."""
+"""In the order in which they are applied, each to the releases that it fits. The first four change
+only torch and the fifth hides a package; `NoFusion` imports Megatron-Core, with those in effect,
+unless it is imported already."""
 
-__all__ = ["CPU_PATCHES", "Patch", "PatchMismatchError"]
+
+def patches_of(release: str) -> tuple[type[Patch], ...]:
+    """The patches that a release of Megatron-Core needs, in order."""
+    return tuple(kind for kind in CPU_PATCHES if release in kind.releases)
+
+
+__all__ = ["CPU_PATCHES", "Patch", "PatchMismatchError", "patches_of"]

@@ -8,6 +8,8 @@ from abc import ABC, abstractmethod
 from types import CodeType, FunctionType
 from typing import Any, ClassVar
 
+from megatron_moe.platform.release import RELEASES, installed_release
+
 
 class PatchMismatchError(RuntimeError):
     """A patch does not fit the installed Megatron-Core or torch."""
@@ -18,6 +20,8 @@ class Patch(ABC):
 
     name: str
     """Short name, as in `Platform.patches`."""
+    releases: ClassVar[tuple[str, ...]] = RELEASES
+    """Releases of Megatron-Core that it fits, and that need it."""
 
     @abstractmethod
     def apply(self) -> None:
@@ -71,12 +75,19 @@ class ConstantPatch(Patch):
     """Old value -> new value. Only whole constants are replaced, not parts of strings."""
     functions: ClassVar[tuple[str, ...]]
     """`module:qualified.name` of each function or method."""
+    functions_of: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Further functions of one release of Megatron-Core alone."""
 
     def __init__(self) -> None:
         self._saved: list[tuple[FunctionType, CodeType]] = []
 
+    @classmethod
+    def literals(cls) -> tuple[str, ...]:
+        """The functions of the installed release."""
+        return (*cls.functions, *cls.functions_of.get(installed_release(), ()))
+
     def apply(self) -> None:
-        for name in self.functions:
+        for name in self.literals():
             function = find_function(name)
             original = function.__code__
             code = _replace_constants(original, self.constants)

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from megatron_moe.platform.patches.base import AttributePatch, ConstantPatch, Patch
+from megatron_moe.platform.release import NEW, OLD
 
 _FILTERS: tuple[tuple[str, type[Warning]], ...] = (
     ("Transformer Engine and Apex are not installed", UserWarning),
@@ -147,9 +148,12 @@ class DeviceLiterals(ConstantPatch):
         "megatron.core.optimizer.clip_grads:clip_grad_by_total_norm_fp32",
         "megatron.core.optimizer.clip_grads:count_zeros_fp32",
         "megatron.core.transformer.utils:get_default_causal_mask",
-        "megatron.core.transformer.moe.moe_utils:track_moe_metrics",
         "megatron.core.utils:local_multi_tensor_l2_norm",
     )
+    functions_of: ClassVar = {
+        OLD: ("megatron.core.transformer.moe.moe_utils:track_moe_metrics",),
+        NEW: ("megatron.core.optimizer.optimizer:MegatronOptimizer.has_grad_norm_group",),
+    }
 
 
 class TensorTypeNames(ConstantPatch):
@@ -177,6 +181,7 @@ class RouterGemm(AttributePatch):
     """
 
     name = "router-gemm"
+    releases = (OLD,)
 
     def replacements(self) -> list[tuple[Any, str, Any]]:
         import megatron.core.transformer.moe.moe_utils as moe_utils

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron_moe.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_moe.model.reference.attention import Attention
+from megatron_moe.platform.release import build_from_spec
 from tests.support.pool import Pool
 
 MODEL = ModelConfig(
@@ -39,7 +40,6 @@ def by_megatron_core(rank: int, world_size: int, x_BSH: Tensor, weights: dict[st
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
-    from megatron.core.transformer.spec_utils import build_module
 
     config = TransformerConfig(
         num_layers=1,
@@ -57,7 +57,7 @@ def by_megatron_core(rank: int, world_size: int, x_BSH: Tensor, weights: dict[st
         use_cpu_initialization=True,
     )
     spec = get_gpt_layer_local_spec(qk_layernorm=True, normalization="RMSNorm")
-    attention = build_module(
+    attention = build_from_spec(
         spec.submodules.self_attention, config=config, layer_number=1, pg_collection=pgs
     )
     groups, width = MODEL.key_value_heads, MODEL.kv_channels

@@ -1,0 +1,68 @@
+"""The releases of Megatron-Core that this program runs on, and what differs between them.
+
+Patches say themselves which release they fit (`patches/`). What else differs is here, so that the
+rest of the program does not ask for a release.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import sys
+from typing import TYPE_CHECKING, Any
+
+from megatron_moe.errors import UsageError
+
+if TYPE_CHECKING:
+    from megatron.core.optimizer import MegatronOptimizer
+    from torch import Tensor
+
+OLD, NEW = "0.16.1", "0.19.2"
+RELEASES = (OLD, NEW)
+"""The releases that the patches fit and the tests are run on; 0.17 and later need Python 3.12."""
+
+
+def pinned_release() -> str:
+    """The release that `constraints.txt` pins for this Python."""
+    return NEW if sys.version_info >= (3, 12) else OLD
+
+
+def installed_release() -> str:
+    """The installed release.
+
+    Raises:
+        UsageError: there is none, or another one than `RELEASES`.
+    """
+    fix, expected = f"pip install megatron-core=={pinned_release()}", " or ".join(RELEASES)
+    try:
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        raise UsageError("package megatron-core", "missing", expected, fix) from None
+    if version not in RELEASES:
+        raise UsageError("package megatron-core", version, expected, fix)
+    return version
+
+
+def build_from_spec(spec: Any, *args: Any, **kwargs: Any) -> Any:
+    """A part of one of Megatron-Core's own specs, which are functions in part since 0.19."""
+    from megatron.core.transformer.spec_utils import build_module
+
+    if isinstance(spec, functools.partial):
+        return spec(*args, **kwargs)
+    return build_module(spec, *args, **kwargs)
+
+
+def gradients_for_norm(part: MegatronOptimizer) -> list[Tensor]:
+    """The gradients that one optimizer adds to the norm: each once over all of its ranks.
+
+    Args:
+        part: an optimizer, not a chain of them.
+
+    Returns:
+        Without those that are shared or are replicas on another tensor-parallel rank.
+    """
+    # 0.19 calls it differently, as it has norms of groups of parameters too.
+    name = "get_grads_for_grad_norm"
+    select = getattr(part, name if hasattr(part, name) else "get_main_grads_for_grad_norm")
+    found: list[Tensor] = select()
+    return found
