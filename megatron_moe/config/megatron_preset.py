@@ -11,6 +11,7 @@ Megatron-LM has none, the script must say what it wants. Some defaults follow fr
     --moe-layer-freq             no MoE layer without --num-experts
     --lr-decay-samples           --train-samples: a schedule in sequences
     --fp8-recipe                 delayed, with --fp8-format
+    --muon-momentum              0.9, and --muon-tp-mode blockwise, with --optimizer muon
 
 Without the preset, `unsaid` lists the same differences. Source: arguments.py and
 transformer_config.py of Megatron-LM, core 0.16.1.
@@ -93,6 +94,13 @@ def completed(config: RunConfig, given: Collection[str], has_model: bool = False
     samples, rate = config.train.train_samples, config.optimizer
     if samples is not None and rate.lr_decay_iters is None and rate.lr_decay_samples is None:
         config = replace(config, optimizer=replace(rate, lr_decay_samples=samples))
+    if config.optimizer.optimizer == "muon":
+        muon = config.optimizer
+        if "--muon-momentum" not in given:
+            muon = replace(muon, muon_momentum=0.9)
+        if "--muon-tp-mode" not in given:
+            muon = replace(muon, muon_tp_mode="blockwise")
+        config = replace(config, optimizer=muon)
     if config.precision.fp8_format is not None and "--fp8-recipe" not in given:
         config = replace(config, precision=replace(config.precision, fp8_recipe="delayed"))
     return config if has_model else _complete_model(config, given)

@@ -196,8 +196,9 @@ class TrainConfig:
 class OptimizerConfig:
     """How a step changes the weights."""
 
-    optimizer: Literal["adam", "sgd", "adafactor"] = "adam"
-    """`adam` is AdamW (decoupled weight decay); `adafactor` is what OpenMoE was trained with."""
+    optimizer: Literal["adam", "sgd", "adafactor", "muon"] = "adam"
+    """`adam` is AdamW (decoupled weight decay); `adafactor` is what OpenMoE was trained with;
+    `muon` orthogonalizes the updates of matrices, with AdamW for embeddings, routers and norms."""
     lr: Annotated[float, NonNegative] = 3e-4
     """Learning rate at its peak."""
     min_lr: Annotated[float, NonNegative] = 0.0
@@ -241,6 +242,37 @@ class OptimizerConfig:
     """Root mean square above which Adafactor scales a matrix's update down."""
     adafactor_min_dim: Annotated[int, AtLeastOne] = 128
     """Adafactor factors the second moments of matrices whose two sizes are both >= this."""
+    muon_momentum: Annotated[float, BelowOne, OmittedAtDefault] = 0.95
+    """Decay of Muon's mean of gradients."""
+    muon_use_nesterov: Annotated[bool, OmittedAtDefault] = False
+    """Add the gradient to Muon's mean once more before it is orthogonalized."""
+    muon_split_qkv: Annotated[bool, OmittedAtDefault] = True
+    """Orthogonalize query, key and value separately, rather than as one matrix."""
+    muon_scale_mode: Annotated[
+        Literal["spectral", "unit_rms_norm", "shape_scaling"], OmittedAtDefault
+    ] = "spectral"
+    """Factor of the update of a matrix [out, in]: `spectral` sqrt(max(out, in)), `unit_rms_norm`
+    sqrt(out / in), `shape_scaling` sqrt(max(1, out / in))."""
+    muon_extra_scale_factor: Annotated[float, Positive, OmittedAtDefault] = 1.0
+    """A further factor; with `spectral`, 0.2 lets Muon and AdamW share a learning rate (Moonlight,
+    arXiv 2502.16982)."""
+    muon_num_ns_steps: Annotated[int, AtLeastOne, OmittedAtDefault] = 5
+    """Newton-Schulz steps that orthogonalize an update."""
+    muon_coefficient_type: Annotated[
+        Literal["simple", "quintic", "polar_express"], OmittedAtDefault
+    ] = "quintic"
+    """Polynomials of these steps; see `training/optim/orthogonalize.py`."""
+    muon_fp32_matmul_prec: Annotated[Literal["medium", "high", "highest"], OmittedAtDefault] = (
+        "medium"
+    )
+    """Precision of their products on a GPU: bf16, TF32 or fp32. On a CPU always fp32, which is
+    faster there."""
+    muon_tp_mode: Annotated[Literal["duplicated", "distributed", "blockwise"], OmittedAtDefault] = (
+        "duplicated"
+    )
+    """How a matrix that tensor parallelism splits is orthogonalized: gathered, by every rank; or
+    with products summed over ranks. `blockwise` (Megatron-LM's default) takes each rank's block as
+    a matrix: no communication, but results depend on the layout."""
     clip_grad: Annotated[float | None, NonNegative] = None
     """Global gradient norm above which gradients are scaled down; 0 disables clipping. `None` means
     1; with Adafactor, 0."""

@@ -485,6 +485,7 @@ def _check_optimizer(config: RunConfig) -> None:
     reasons = {
         "sgd": "Megatron-Core shards the state of Adam only",
         "adafactor": "it cuts parameters at any element; Adafactor needs whole rows and columns",
+        "muon": "it cuts parameters at any element; Muon needs whole matrices",
     }
     reason = reasons.get(settings.optimizer)
     if config.parallel.use_distributed_optimizer and reason is not None:

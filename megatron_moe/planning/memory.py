@@ -24,6 +24,7 @@ from megatron_moe.model.counting import (
 )
 from megatron_moe.model.logical import LogicalParameter, logical_parameters
 from megatron_moe.parallel.layout import Layout
+from megatron_moe.planning.muon import muon_shares
 
 BUFFER_ALIGNMENT = 128
 """Elements to which Megatron-Core pads the buffers of the distributed optimizer, besides the number
@@ -109,7 +110,8 @@ def state_memory(
 
     Parameters take b P and gradients 4 P bytes. Adam keeps two fp32 moments (8 P), SGD with
     momentum one, and under bf16 there are fp32 master weights (4 P); Adafactor keeps a number for
-    each row and column of a factored matrix. The distributed optimizer divides this state over the
+    each row and column of a factored matrix, Muon one moment of matrices and two of
+    all else. The distributed optimizer divides this state over the
     data-parallel ranks, that of experts over their own, fewer, replicas.
 
     Args:
@@ -177,6 +179,9 @@ def _optimizer_bytes(
         return masters + 8 * shards
     if settings.optimizer == "sgd":
         return masters + (4 * shards if settings.sgd_momentum else 0)
+    if settings.optimizer == "muon":
+        share = muon_shares(config, layout, vocab_size)[stage]
+        return masters + 4 * share.matrices + 8 * share.others
     degrees = (layout.tp, layout.pp, layout.ep, layout.etp)
     kept = _adafactor_elements(
         config.model,

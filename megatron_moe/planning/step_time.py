@@ -20,6 +20,7 @@ from megatron_moe.config import RunConfig
 from megatron_moe.parallel.layout import Layout
 from megatron_moe.planning.cluster import Cluster
 from megatron_moe.planning.memory import MemoryByCategory
+from megatron_moe.planning.muon import MATRIX_BYTES, MuonShare, muon_shares
 from megatron_moe.planning.placement import place_of, seconds_of
 from megatron_moe.planning.stage_plan import ChunkPlan, Part, chunk_plans
 from megatron_moe.planning.stage_schedule import Pass, passes_of
@@ -177,7 +178,10 @@ def step_time(
         pipeline=pipeline,
         busy=busy,
         reduction=exposed,
-        optimizer=max(_optimizer_seconds(config, state, cluster) for state in states),
+        optimizer=max(
+            _optimizer_seconds(config, state, cluster, share)
+            for state, share in zip(states, _shares(config, layout, vocab_size), strict=True)
+        ),
         forward=forward,
         backward=backward,
         flops=tuple(_flops(stage, layout.num_microbatches) for stage in chunks),
@@ -194,8 +198,25 @@ def _flops(chunks: tuple[ChunkPlan, ...], micro_batches: int) -> int:
     return micro_batches * sum(n * part.flops for chunk in chunks for part, n in chunk.items())
 
 
-def _optimizer_seconds(config: RunConfig, state: MemoryByCategory, cluster: Cluster) -> float:
+def _shares(config: RunConfig, layout: Layout, vocab_size: int) -> tuple[MuonShare | None, ...]:
+    """What Muon does on each stage; without it nothing."""
+    if config.optimizer.optimizer != "muon":
+        return (None,) * layout.pp
+    return muon_shares(config, layout, vocab_size)
+
+
+def _optimizer_seconds(
+    config: RunConfig, state: MemoryByCategory, cluster: Cluster, muon: MuonShare | None
+) -> float:
     share = numel = state.gradients / 4
+    if muon is not None:
+        moved = MATRIX_BYTES * muon.matrices + UPDATE_BYTES["adam"] * muon.others
+        half = config.optimizer.muon_fp32_matmul_prec == "medium"
+        products = sum(
+            gemm_seconds(Gemm(*product, "bf16" if half else "fp32"), cluster, 2 if half else 4)
+            for product in muon.products
+        )
+        return (moved + GRADIENT_BYTES * numel) / _bandwidth(cluster) + products
     if config.parallel.use_distributed_optimizer:
         share = state.optimizer / (12 if config.train.bf16 else 8)
     update = UPDATE_BYTES[config.optimizer.optimizer]

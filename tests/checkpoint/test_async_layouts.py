@@ -25,6 +25,7 @@ CASES = {
     "1 bf16 distributed": Case(1, DIST, bf16=True),
     "DP2 overlapped": Case(2, OVERLAP),
     "TP2 Adafactor": Case(2, TP2, optimizer="adafactor"),
+    "TP2 Muon": Case(2, TP2, optimizer="muon"),
     "PP2 bf16": Case(2, {"pipeline_model_parallel_size": 2}, bf16=True),
     "EP2 distributed": Case(2, {**EP2, **DIST}),
     "EP2 Adafactor bf16": Case(2, EP2, bf16=True, optimizer="adafactor"),

@@ -30,7 +30,7 @@ def test_the_table_has_no_flag_that_nobody_has_and_no_pattern_without_flags() ->
 
 def test_all_that_is_wrong_is_shown_at_once_each_with_its_reason() -> None:
     line = (
-        "--multi-latent-attention --lr fast --kv-lora-rank 512 --mtp-num-layers 1 --optimizer muon "
+        "--multi-latent-attention --lr fast --kv-lora-rank 512 --mtp-num-layers 1 --optimizer lion "
         "--context-parallel-size 2 --hidden-sizes 8 --min-lr slow --normalization LayerNorm "
         "--fp8-param-gather --num-layers 3 --colour blue --warmup 3"
     )
@@ -44,7 +44,7 @@ def test_all_that_is_wrong_is_shown_at_once_each_with_its_reason() -> None:
         "--multi-latent-attention, --kv-lora-rank must be left out (got '--multi-latent-attention "
         "--kv-lora-rank 512'); multi-latent attention (MLA, DeepSeek) is not built",
         "--mtp-num-layers must be 0 (got '1'); multi-token prediction (MTP) is not built",
-        "--optimizer must be one of adam, sgd, adafactor (got 'muon'); Muon",
+        "--optimizer must be one of adam, sgd, adafactor, muon (got 'lion'); Lion",
         "--context-parallel-size must be 1 (got '2'); context parallelism is not built",
         "--normalization must be RMSNorm (got 'LayerNorm'); LayerNorm is not built",
         "--fp8-param-gather must be left out (got True); weights are kept and gathered in the",

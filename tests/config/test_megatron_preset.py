@@ -169,3 +169,16 @@ def test_with_train_samples_the_learning_rate_counts_sequences() -> None:
     assert (optimizer.lr_decay_samples, optimizer.lr_decay_iters) == (800, None)
     notes = parse_args(["--train-samples", "800", "--use-mcore-models"]).notes
     assert any("--lr-decay-samples: the learning rate counts steps" in line for line in notes)
+
+
+def test_muon_is_megatron_lms() -> None:
+    """Its command line's momentum, and each rank's block as a matrix."""
+    optimizer = parse_args((PRESET + SCRIPT + "--optimizer muon").split()).config.optimizer
+    assert (optimizer.muon_momentum, optimizer.muon_tp_mode) == (0.9, "blockwise")
+    said = "--optimizer muon --muon-momentum 0.8 --muon-tp-mode duplicated"
+    optimizer = parse_args((PRESET + SCRIPT + said).split()).config.optimizer
+    assert (optimizer.muon_momentum, optimizer.muon_tp_mode) == (0.8, "duplicated")
+    ours = parse_args(["--optimizer", "muon", "--muon-nesterov", "--muon-no-split-qkv"]).config
+    assert (ours.optimizer.muon_momentum, ours.optimizer.muon_tp_mode) == (0.95, "duplicated")
+    assert ours.optimizer.muon_use_nesterov
+    assert not ours.optimizer.muon_split_qkv

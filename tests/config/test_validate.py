@@ -171,6 +171,10 @@ INVALID = {
         "--use-distributed-optimizer must be unset with --optimizer adafactor (got True); it cuts"
         " parameters at any element; Adafactor needs whole rows and columns"
     ),
+    "--optimizer muon --use-distributed-optimizer": (
+        "--use-distributed-optimizer must be unset with --optimizer muon (got True); it cuts"
+        " parameters at any element; Muon needs whole matrices"
+    ),
     "--optimizer adafactor --weight-decay 0.1": (
         "--weight-decay must be 0 with --optimizer adafactor, which has no weight decay (got 0.1)"
     ),

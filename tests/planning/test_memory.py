@@ -93,6 +93,18 @@ def test_adafactor_keeps_rows_and_columns() -> None:
     assert state.optimizer == 4 * kept
 
 
+def test_muon_keeps_one_moment_of_matrices_and_two_of_all_else() -> None:
+    """Two ranks: their parts of matrices, and of the rest the embeddings alone are divided."""
+    parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
+    config = replace(
+        CONFIG, parallel=parallel, optimizer=OptimizerConfig(optimizer="muon"), train=TrainConfig()
+    )
+    (state,) = _states(config, 2)
+    matrices = 2 * 4 * 64 * 64 + 2 * 3 * 64 * 128 + 4 * 3 * 64 * 128
+    others = 2 * 128 * 64 // 2 + 4 * 64 + 6 * 64
+    assert state.optimizer == 4 * matrices // 2 + 8 * others
+
+
 def test_sum_and_names() -> None:
     one = MemoryByCategory(parameters=1, logits=2)
     assert (one + one).to_dict() == {

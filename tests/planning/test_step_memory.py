@@ -25,6 +25,7 @@ QUICK = [
     (1, f"{FULL} uniform --recompute-num-layers 1"),
     (1, f"{SELECTIVE} moe mlp"),
     (1, "--optimizer adafactor --num-layers 2 --moe-layer-freq [0,1]"),
+    (1, "--optimizer muon --num-layers 2 --moe-layer-freq [0,1]"),
     (2, f"{EP} {SHARDED} --bf16"),
     (2, f"{TP} --expert-tensor-parallel-size 1"),
     (2, f"{PP} --micro-batch-size 1"),

@@ -12,6 +12,7 @@ from megatron_moe.config.cli import parse_args
 from megatron_moe.parallel.layout import resolve_layout
 from megatron_moe.planning.cluster import load_cluster
 from megatron_moe.planning.layout_plan import LayoutPlan, evaluate
+from megatron_moe.planning.muon import muon_shares
 from megatron_moe.planning.stage_schedule import passes_of, warmup_passes
 from megatron_moe.planning.step_time import gemm_seconds
 from megatron_moe.planning.work import Gemm
@@ -101,6 +102,23 @@ def test_each_optimizer_moves_its_bytes(flags: str, update: int) -> None:
     plan = _plan(flags, 1)
     seconds = (update + 12) * plan.stages[0].state.gradients / 4 / (0.85 * 3350e9)
     assert plan.time.optimizer == pytest.approx(seconds)
+
+
+def test_muon_adds_its_products() -> None:
+    """Five steps of X X^T, its square and that times X, for whole matrices on every rank."""
+    plan = _plan("--optimizer muon --bf16", 1)
+    config, layout = plan.config, plan.layout
+    (share,) = muon_shares(config, layout, 1024)
+    hidden, width = config.model.hidden_size, config.model.ffn_hidden_size
+    found = {(m, n, k): count for m, n, k, count in share.products}
+    assert hidden < width
+    blocks = 5 * 8 * (config.model.input_blocks + 1)  # of the feed-forward layers
+    for shape in ((hidden, hidden, width), (hidden, width, hidden)):
+        assert found[shape] == blocks
+    attention = 5 * 8 * 4
+    assert found[hidden, hidden, hidden] == blocks + 3 * attention
+    slower = _plan("--optimizer adam --bf16", 1)
+    assert plan.time.optimizer > slower.time.optimizer
 
 
 def test_roofline() -> None:

@@ -19,6 +19,7 @@ CASES = {
     "1": (1, []),
     "bf16": (1, ["--bf16"]),
     "adafactor": (1, ["--optimizer", "adafactor"]),
+    "muon": (1, ["--optimizer", "muon", "--muon-fp32-matmul-prec", "highest"]),
     "dropless": (1, ["--moe-expert-capacity-factor", "None"]),
     "probs": (1, ["--moe-token-drop-policy", "probs"]),
     "recomputed": (1, ["--recompute-granularity", "selective", "--recompute-modules", "moe"]),

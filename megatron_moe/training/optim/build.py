@@ -15,9 +15,11 @@ from megatron.core.optimizer import OptimizerConfig as CoreOptimizerConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_moe.config import RunConfig
+from megatron_moe.model.logical import logical_parameters
 from megatron_moe.model.openmoe import OpenMoEModel
 from megatron_moe.model.sharding.shards import model_shards
 from megatron_moe.training.optim.adafactor import install_adafactor
+from megatron_moe.training.optim.muon import install_muon
 
 
 def wrap_chunks(
@@ -64,13 +66,13 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """Megatron-Core's optimizer with the settings of the run; one-dimensional weights do not decay.
 
-    Megatron-Core has no Adafactor: its wrapper (master weights, copies, norms) is built around
-    plain SGD, which Adafactor then replaces.
+    Megatron-Core has no Adafactor, and Muon for matrices alone that are one local parameter: its
+    wrapper (master weights, copies, norms) is built around plain SGD, which ours then replaces.
     """
     settings, parallel = config.optimizer, config.parallel
-    adafactor = settings.optimizer == "adafactor"
+    ours = settings.optimizer in ("adafactor", "muon")
     core = CoreOptimizerConfig(
-        optimizer="sgd" if adafactor else settings.optimizer,
+        optimizer="sgd" if ours else settings.optimizer,
         lr=settings.lr,
         min_lr=settings.min_lr,
         weight_decay=settings.used_weight_decay,
@@ -87,9 +89,13 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(
         core, list(wrapped), use_gloo_process_groups=False, pg_collection=pgs
     )
-    if adafactor:
-        shards = model_shards(wrapped, config.model, config.moe)
+    shards = model_shards(wrapped, config.model, config.moe) if ours else []
+    if settings.optimizer == "adafactor":
         install_adafactor(optimizer, shards, settings, pgs)
+    if settings.optimizer == "muon":
+        table = logical_parameters(config.model, config.moe, 1)  # kinds do not depend on V
+        kinds = {name: parameter.kind for name, parameter in table.items()}
+        install_muon(optimizer, shards, kinds, settings, pgs)
     _fuse(optimizer)
     return optimizer
 
