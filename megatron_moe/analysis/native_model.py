@@ -144,6 +144,10 @@ def _rows(tensor: LazyTensor, first: int, count: int) -> LazyTensor:
 
 def _sizes(found: LogicalModel) -> Sizes:
     model, moe = found.config.model, found.config.moe
+    if moe.moe_layer_num_experts is not None:
+        experts = " ".join(map(str, moe.moe_layer_num_experts))
+        fix = "analyses compare layers with as many experts"
+        raise UsageError("--moe-layer-num-experts", experts, "unset in an analysed model", fix)
     return Sizes(
         num_layers=model.num_layers,
         moe_layers=found.config.moe_layers,

@@ -26,6 +26,7 @@ _MODEL_SHAPE = (
 )
 _MOE_SHAPE = (
     "num_experts",
+    "moe_layer_num_experts",
     "moe_shared_expert_intermediate_size",
     "moe_shared_expert_placement",
 )

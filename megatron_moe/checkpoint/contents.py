@@ -92,7 +92,7 @@ def collect_contents(
         states = optimizer_shards(optimizer) if optimizer is not None else None
         replicas = _replicas(ctx)
         found = list(save_plan(shards, states, replicas))
-        scales = scale_parts(chunks, config.moe.num_experts)
+        scales = scale_parts(chunks, config)
         found += [part for part in scales if writes_scale(part, chunks[0], replicas)]
         check_finite(found, state.iteration, ctx.rank)
         return found

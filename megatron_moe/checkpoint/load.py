@@ -105,7 +105,7 @@ def load_checkpoint(
     def plan() -> list[Part]:
         states = optimizer_shards(loaded_optimizer) if loaded_optimizer is not None else None
         found = list(load_plan(model_shards(chunks, config.model, config.moe), states))
-        scales = scale_parts(chunks, config.moe.num_experts)
+        scales = scale_parts(chunks, config)
         return [*found, *(part for part in scales if _has(opened, part))]
 
     parts = ranks.run_on_all(plan)

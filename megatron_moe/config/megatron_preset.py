@@ -114,7 +114,7 @@ def _complete_model(config: RunConfig, given: Collection[str]) -> RunConfig:
         model = replace(model, kv_channels=model.hidden_size // model.num_attention_heads)
     if "--moe-eval-capacity-factor" not in given:
         moe = replace(moe, moe_eval_capacity_factor=moe.moe_expert_capacity_factor)
-    if "--num-experts" not in given:
+    if not {"--num-experts", "--moe-layer-num-experts"} & set(given):
         moe = replace(moe, moe_layer_freq=f"[0]*{model.num_layers}")
     return replace(config, model=model, moe=moe)
 

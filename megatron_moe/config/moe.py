@@ -55,6 +55,9 @@ class MoEConfig:
 
     num_experts: Annotated[int, AtLeastOne] = 8
     """Experts E of each MoE layer, over all expert-parallel ranks."""
+    moe_layer_num_experts: Annotated[tuple[int, ...] | None, AtLeastOne, OmittedAtDefault] = None
+    """Experts of each MoE layer, in order, instead of one number for all, e.g. `8 16 16 4`;
+    `--num-experts` is then the largest of them, and need not be given."""
     moe_layer_freq: str = "([0]*1+[1])*2"
     """Which layers are MoE: a 0/1 list per layer, written as Megatron-LM writes it, e.g.
     `([0]*3+[1])*8`; or an integer N, which as in Megatron-LM means layers i with i % N == 0.
@@ -226,16 +229,27 @@ class MoEConfig:
         return self.moe_router_enable_expert_bias or self.balances_by_quantile
 
     def of_layer(self, layer: int, num_layers: int) -> MoEConfig:
-        """The configuration of one MoE layer: with its own capacity factor in training.
+        """The configuration of one MoE layer: its own number of experts, and capacity in training.
 
         Args:
             layer: 0-based number of the transformer layer.
             num_layers: transformer layers of the whole model.
         """
-        if self.moe_layer_capacity_factors is None:
+        factors, experts = self.moe_layer_capacity_factors, self.moe_layer_num_experts
+        if factors is None and experts is None:
             return self
         before = sum(moe_layer_pattern(self.moe_layer_freq, num_layers)[:layer])
-        return replace(self, moe_expert_capacity_factor=self.moe_layer_capacity_factors[before])
+        own = self
+        if factors is not None:
+            own = replace(own, moe_expert_capacity_factor=factors[before])
+        if experts is not None:
+            own = replace(own, num_experts=experts[before], moe_layer_num_experts=None)
+        return own
+
+    @property
+    def numbers_of_experts(self) -> tuple[int, ...]:
+        """The different E of MoE layers, ascending."""
+        return tuple(sorted(set(self.moe_layer_num_experts or (self.num_experts,))))
 
     @property
     def with_most_capacity(self) -> MoEConfig:

@@ -75,7 +75,7 @@ def overview(directory: Path, step: int | None = None) -> dict[str, Any]:
         "layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "ffn_variant": model.ffn_variant,
-        "experts": moe.num_experts,
+        "experts": list(moe.moe_layer_num_experts or ()) or moe.num_experts,
         "moe_layer_freq": moe.moe_layer_freq,
         "padded_vocab_size": opened.identity.padded_vocab_size,
         "tokenizer_hash": opened.identity.tokenizer_hash,

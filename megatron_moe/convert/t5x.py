@@ -74,6 +74,10 @@ def check_expressible(config: RunConfig) -> None:
     ):
         if value:
             raise UsageError(flag, value, "unset for t5x, whose OpenMoE has no such attention")
+    experts = config.moe.moe_layer_num_experts
+    if experts is not None:
+        flag, found = "--moe-layer-num-experts", " ".join(map(str, experts))
+        raise UsageError(flag, found, "unset for t5x, whose MoE layers are alike")
     router = config.moe.moe_router_type
     if router != "linear":
         raise UsageError("--moe-router-type", router, "linear for t5x, whose router is one matrix")

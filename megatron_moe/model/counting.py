@@ -136,7 +136,7 @@ def count_parameters(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> Par
     for parameter in logical_parameters(model, moe, vocab_size).values():
         used = parameter.numel
         if parameter.kind == "expert":
-            used = used // moe.num_experts * moe.moe_router_topk
+            used = used // parameter.shape[0] * moe.moe_router_topk
         totals[parameter.kind] = totals.get(parameter.kind, 0) + parameter.numel
         activated[parameter.kind] = activated.get(parameter.kind, 0) + used
     return ParameterCounts(by_kind=totals, activated_by_kind=activated)
@@ -150,8 +150,8 @@ def flops_per_token(
     All K choices count, dropped or not: the model's arithmetic, not one batch's. MFU is
     `training * tokens/s / peak`; `training_with_drops` in place of `training` gives what was done.
     """
-    pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
-    return _flops(model, moe, pattern, seq_length, 2 * model.hidden_size * vocab_size)
+    layers = range(model.num_layers)
+    return _flops(model, moe, layers, seq_length, 2 * model.hidden_size * vocab_size)
 
 
 def flops_per_stage(
@@ -172,10 +172,9 @@ def flops_per_stage(
         chunk_layers: layers of every model chunk, in the order of the model.
         pp: stages; chunk c is on stage c % ``pp``.
     """
-    pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
-    of_stage: list[list[bool]] = [[] for _ in range(pp)]
+    of_stage: list[list[int]] = [[] for _ in range(pp)]
     for layer, stage in enumerate(stages_of_layers(chunk_layers, pp)):
-        of_stage[stage].append(pattern[layer])
+        of_stage[stage].append(layer)
     logits = 2 * model.hidden_size * vocab_size
     return tuple(
         _flops(model, moe, mine, seq_length, logits if stage == pp - 1 else 0)
@@ -189,10 +188,13 @@ def stages_of_layers(chunk_layers: Sequence[int], pp: int) -> list[int]:
 
 
 def _flops(
-    model: ModelConfig, moe: MoEConfig, pattern: Sequence[bool], seq_length: int, logits: int
+    model: ModelConfig, moe: MoEConfig, numbers: Sequence[int], seq_length: int, logits: int
 ) -> TokenFlops:
-    """Of some layers, of each whether it is an MoE layer, and of the logits if they are there."""
-    moe_layers, layers = sum(pattern), len(pattern)
+    """Of some layers, by their numbers, and of the logits if they are there."""
+    pattern = moe_layer_pattern(moe.moe_layer_freq, model.num_layers)
+    with_experts = [layer for layer in numbers if pattern[layer]]
+    moe_layers, layers = len(with_experts), len(numbers)
+    rows = sum(moe.of_layer(layer, model.num_layers).router_rows for layer in with_experts)
     matrices = 2 if moe.moe_router_type == "contextual" else 1  # of a router
     inner = model.num_attention_heads * model.kv_channels
     shared_heads = model.key_value_heads * model.kv_channels
@@ -203,7 +205,7 @@ def _flops(
         # A token at position p attends to p + 1 keys: (S + 1) / 2 on average, hence the half.
         attention_scores=layers * 2 * inner * (seq_length + 1),
         ffn=(layers - moe_layers) * per_width * model.ffn_hidden_size,
-        router=moe_layers * 2 * model.hidden_size * moe.router_rows * matrices,
+        router=2 * model.hidden_size * rows * matrices,
         experts=moe_layers * moe.moe_router_topk * per_width * expert_width(model, moe),
         shared=moe_layers * per_width * shared,
         logits=logits,
@@ -291,7 +293,7 @@ def _check_divisible(
         ("--ffn-hidden-size", model.ffn_hidden_size, "--tensor-model-parallel-size", tp),
         ("--moe-shared-expert-intermediate-size", shared, "--tensor-model-parallel-size", tp),
         ("padded vocabulary", vocab_size, "--tensor-model-parallel-size", tp),
-        ("--num-experts", moe.num_experts, "--expert-model-parallel-size", ep),
+        *(("--num-experts", n, "--expert-model-parallel-size", ep) for n in moe.numbers_of_experts),
         ("width of an expert", expert_width(model, moe), "--expert-tensor-parallel-size", etp),
     )
     for what, size, degree, ranks in splits:

@@ -111,7 +111,9 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
             sequence_parallel=config.sequence_parallel,
             params_dtype=config.params_dtype,
             device=device,
-            make_experts=layers.make_experts(model, moe, config, pgs),
+            make_experts=layers.make_experts(
+                model, moe.of_layer(self.layer_number - 1, model.num_layers), config, pgs
+            ),
         )
         if moe.moe_shared_expert_intermediate_size is None:
             return

@@ -85,7 +85,7 @@ def logical_parameters(
         parameters.update(_attention(model, prefix))
         parameters[f"{prefix}.ffn_norm.weight"] = LogicalParameter((width,), None, "norm")
         if is_moe:
-            parameters.update(_moe(model, moe, prefix))
+            parameters.update(_moe(model, moe.of_layer(i, model.num_layers), prefix))
         else:
             parameters.update(_ffn(model, f"{prefix}.ffn", model.ffn_hidden_size, "ffn"))
     parameters["final_norm.weight"] = LogicalParameter((width,), None, "norm")
@@ -129,8 +129,9 @@ def check_sizes(model: ModelConfig, moe: MoEConfig, vocab_size: int) -> None:
     if model.num_attention_heads % model.key_value_heads:
         expected = f"a divisor of --num-attention-heads ({model.num_attention_heads})"
         raise UsageError("--num-query-groups", model.key_value_heads, expected)
-    if not 1 <= moe.moe_router_topk <= moe.num_experts:
-        expected = f"between 1 and --num-experts ({moe.num_experts})"
+    least = moe.numbers_of_experts[0]
+    if not 1 <= moe.moe_router_topk <= least:
+        expected = f"between 1 and --num-experts ({least})"
         raise UsageError("--moe-router-topk", moe.moe_router_topk, expected)
 
 

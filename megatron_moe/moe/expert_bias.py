@@ -199,10 +199,12 @@ def update_expert_biases(
     found = [bias for bias in found if all(bias.weight is not one for one in fixed)]
     if not found or not apply:
         return
-    counts_LN = torch.stack([counts[bias] for bias in found])
-    for group in (getattr(pgs, name, None) for name in ("tp", "dp")):
-        if size_of(group) > 1:
-            dist.all_reduce(counts_LN, group=group)
-    bias_LE = torch.stack([bias.weight for bias in found])
-    for bias, new_E in zip(found, found[0].rule.updated(counts_LN, bias_LE), strict=True):
-        bias.weight.copy_(new_E)
+    for experts in sorted({bias.rule.experts for bias in found}):
+        alike = [bias for bias in found if bias.rule.experts == experts]
+        counts_LN = torch.stack([counts[bias] for bias in alike])
+        for group in (getattr(pgs, name, None) for name in ("tp", "dp")):
+            if size_of(group) > 1:
+                dist.all_reduce(counts_LN, group=group)
+        bias_LE = torch.stack([bias.weight for bias in alike])
+        for bias, new_E in zip(alike, alike[0].rule.updated(counts_LN, bias_LE), strict=True):
+            bias.weight.copy_(new_E)

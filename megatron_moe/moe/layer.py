@@ -96,6 +96,7 @@ class MoELayer(nn.Module):
             expected = f"on with --tensor-model-parallel-size {size_of(groups.tp)}"
             fix = "expert layers shard the sequence"
             raise UsageError("--sequence-parallel", "off", expected, fix)
+        moe = moe.of_layer(layer_number, model.num_layers)
         self.model, self.moe, self.groups = model, moe, groups
         self.layer_number, self.num_moe_layers = layer_number, num_moe_layers
         self.router = ROUTERS[moe.moe_router_type](
@@ -106,8 +107,7 @@ class MoELayer(nn.Module):
             params_dtype=params_dtype,
             device=device,
         )
-        own = moe.of_layer(layer_number, model.num_layers)
-        self.dispatcher = DISPATCHERS[moe.moe_token_dispatcher_type](own, groups)
+        self.dispatcher = DISPATCHERS[moe.moe_token_dispatcher_type](moe, groups)
         self.draw = Draw(layer=layer_number)
         if make_experts is None:
             self.experts: Experts = StackedExperts(model, moe, groups, params_dtype, device)

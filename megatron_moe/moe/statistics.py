@@ -230,21 +230,27 @@ def collect_statistics(chunks: Iterable[nn.Module], pgs: Any) -> dict[int, Layer
     layers, width, experts = _table_shape(mine, pp, device)
     if layers == 0:
         return {}
-    table = torch.zeros(layers, width + 1, dtype=torch.float64, device=device)
+    table = torch.zeros(layers, width + 2, dtype=torch.float64, device=device)
     for number, counter in mine.items():
-        table[number, :width] = counter.sums
-        table[number, width] = 1.0
+        table[number, : counter.sums.numel()] = counter.sums
+        table[number, width:] = torch.tensor([1.0, counter.num_experts], dtype=torch.float64)
     for group in (tp, dp, pp):
         if size_of(group) > 1:
             dist.all_reduce(table, group=group)
     rows = table.tolist()
-    return {i: _statistics(row[:width], experts) for i, row in enumerate(rows) if row[width] > 0}
+    found = {}
+    for number, row in enumerate(rows):
+        if row[width] > 0:
+            own = round(row[width + 1] / row[width])
+            # Layers with fewer experts have fewer sums: two for each.
+            found[number] = _statistics(row[: width - 2 * (experts - own)], own)
+    return found
 
 
 def _table_shape(
     mine: dict[int, RoutingCounter], pp: Group, device: torch.device
 ) -> tuple[int, int, int]:
-    """Layers (highest number + 1), sums per layer and E, over all pipeline stages."""
+    """Layers (highest number + 1), most sums and most E of a layer, over all pipeline stages."""
     width = max((c.sums.numel() for c in mine.values()), default=0)
     experts = max((c.num_experts for c in mine.values()), default=0)
     shape = torch.tensor([max(mine, default=-1) + 1, width, experts], device=device)

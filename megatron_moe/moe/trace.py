@@ -46,7 +46,7 @@ class TraceAbout:
     """What a trace is of; the same in all files of a step.
 
     Args:
-        experts: E of each MoE layer.
+        experts: E of each MoE layer, or the most of any.
         topk: K.
         layers: 0-based numbers of the MoE layers of the whole model.
         data: hash of the data; empty if there is none.

@@ -84,7 +84,10 @@ def check_experts(config: RunConfig, tp: int, ep: int, etp: int, has_moe: bool) 
         if ep > 1:
             raise UsageError("--expert-model-parallel-size", ep, "1 in a model without MoE layers")
         return
-    divides("--expert-model-parallel-size", ep, "--num-experts", config.moe.num_experts)
+    by_layer = config.moe.moe_layer_num_experts is not None
+    name = "--moe-layer-num-experts" if by_layer else "--num-experts"
+    for experts in config.moe.numbers_of_experts:
+        divides("--expert-model-parallel-size", ep, name, experts)
     width = config.moe.moe_ffn_hidden_size
     if width is None:
         divides("--expert-tensor-parallel-size", etp, "--ffn-hidden-size", _ffn(config))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megatron_moe.config import ModelConfig, RunConfig, capacity_group_tokens
+from megatron_moe.config import ModelConfig, MoEConfig, RunConfig, capacity_group_tokens
 from megatron_moe.config.phases import errors_of_phase
 from megatron_moe.config.run import flag_of
 from megatron_moe.data.composition import Share, described_shares, share_lines
@@ -135,7 +135,7 @@ class Description:
             f"  attention     {_attention(model)}",
             *(f"  note          {line}" for line in model.attention_lines()),
             f"  feed-forward  {model.ffn_hidden_size}, {model.ffn_variant}",
-            f"  experts       {moe.num_experts} x {expert_width(model, moe)}, "
+            f"  experts       {_numbers(moe)} x {expert_width(model, moe)}, "
             f"{moe.moe_router_topk} a token, "
             + (f"shared {shared}, {moe.moe_shared_expert_placement}" if shared else "none shared"),
             *(f"  note          {line}" for line in self.config.routing_lines()),
@@ -396,3 +396,8 @@ def _config_lines(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
         for name, value in values.items():
             shown = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
             yield f"    {flag_of(name):<44}{shown}"
+
+
+def _numbers(moe: MoEConfig) -> str:
+    """Experts of each MoE layer; one number if all have as many."""
+    return ", ".join(map(str, moe.moe_layer_num_experts or (moe.num_experts,)))

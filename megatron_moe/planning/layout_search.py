@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import shlex
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
@@ -145,7 +146,7 @@ def _candidates(
     eps = values(
         "expert_model_parallel_size",
         parallel.expert_model_parallel_size,
-        _divisors(moe.num_experts) if has_moe else [1],
+        _divisors(math.gcd(*moe.numbers_of_experts)) if has_moe else [1],
     )
     micros = values("micro_batch_size", config.train.micro_batch_size, [1, 2])
     factors: list[float | None] = [*capacity_factors] or [moe.moe_expert_capacity_factor]

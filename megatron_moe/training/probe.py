@@ -169,6 +169,9 @@ class RoutingProbe:
         ids_N = rows_PRS[0][real_RS]
         domains_N = np.broadcast_to(domains_R[:, None], real_RS.shape)[real_RS]
         layers, experts = len(choices_LRSK), config.moe.num_experts
+        of_layers = [
+            config.moe.of_layer(n, config.model.num_layers).num_experts for n in config.moe_layers
+        ]
         choices_LNK = choices_LRSK[:, real_RS]
         kept = spread_over(len(ids_N), REMEMBERED // (layers * choices_LNK.shape[2]))
         kind = np.dtype("u1" if experts <= 256 else "<u2")
@@ -179,7 +182,7 @@ class RoutingProbe:
         )
         found = {}
         for index, number in enumerate(config.moe_layers):
-            share, chance = token_share(ids_N, choices_LNK[index], experts)
+            share, chance = token_share(ids_N, choices_LNK[index], of_layers[index])
             first = self._first or now
             found[number] = LayerProbe(
                 previous=_compared(now, self._previous, index),
@@ -189,14 +192,14 @@ class RoutingProbe:
                 logit_rms=now.logit_rms_L[index],
                 logit_drift=now.logit_rms_L[index] / max(first.logit_rms_L[index], 1e-30),
                 domain_shares=domain_shares(
-                    domains_N, choices_LNK[index], len(data.probe_domains), experts
+                    domains_N, choices_LNK[index], len(data.probe_domains), of_layers[index]
                 ),
             )
         self._first, self._previous = self._first or now, now
         return ProbeResult(
             iteration=iteration,
             tokens=len(ids_N),
-            chance=config.moe.moe_router_topk / experts,
+            chance=sum(config.moe.moe_router_topk / n for n in of_layers) / len(of_layers),
             domains=data.probe_domains,
             layers=found,
         )

@@ -167,6 +167,7 @@ def test_bounds_hold_in_a_configuration_file(
         "moe_router_document_pool": [value, 1],
         "moe_capacity_factor_range": [value, 1],
         "moe_layer_capacity_factors": [value],
+        "moe_layer_num_experts": [value],
     }
     content = lists.get(name, value)
     path.write_text(json.dumps({SECTION[name]: {name: content}}))

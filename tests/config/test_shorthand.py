@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from megatron_moe.config import RunConfig
@@ -25,6 +27,27 @@ SAME = {
     ),
     "--save c --save-interval 5 --save-retain-interval 20": (
         "--save c --save-interval 5 --keep-last 1 --keep-every 20"
+    ),
+    "--moe-layer-num-experts 4 16 --moe-layer-freq [0,0,1,1]": (
+        "--moe-layer-num-experts 4 16 --num-experts 16 --moe-layer-freq [0,0,1,1]"
+    ),
+    "--moe-num-shared-experts 3 --moe-shared-expert-intermediate-size 40": (
+        "--moe-shared-expert-intermediate-size 120"
+    ),
+    # The rule t5x counts no choices: as many slots for each expert take m times the factor.
+    "--moe-expert-split-factor 4 --num-experts 6 --moe-ffn-hidden-size 64": (
+        "--num-experts 24 --moe-router-topk 8 --moe-ffn-hidden-size 16 "
+        "--moe-expert-capacity-factor 5 --moe-eval-capacity-factor 8"
+    ),
+    "--moe-expert-split-factor 2 --moe-layer-num-experts 4 8 --moe-capacity-rule port "
+    "--ffn-hidden-size 96 --moe-router-document-pool 3 4": (
+        "--moe-layer-num-experts 8 16 --num-experts 16 --moe-router-topk 4 --moe-capacity-rule "
+        "port --ffn-hidden-size 96 --moe-ffn-hidden-size 48 --moe-router-document-pool 6 8"
+    ),
+    "--moe-expert-split-factor 2 --moe-target-drop-rate 0.1 --moe-expert-capacity-factor None": (
+        "--num-experts 16 --moe-router-topk 4 --moe-ffn-hidden-size 256 --moe-target-drop-rate 0.1 "
+        "--moe-expert-capacity-factor None --moe-capacity-factor-range 1 8 "
+        "--moe-eval-capacity-factor 4"
     ),
     "--init-method-std 0.008": (
         "--init-method-std 0.008 --embedding-init-method-std 0.008 --router-init-method-std 0.008"
@@ -111,3 +134,21 @@ def test_a_shorthand_that_contradicts_another_flag_is_an_error(line: str) -> Non
     with pytest.raises(UsageError) as error:
         parse_args(line.split())
     assert CONTRADICTIONS[line] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            "--moe-expert-split-factor 3 --moe-ffn-hidden-size 64",
+            "--moe-expert-split-factor must be a divisor of the width of an expert (64) (got 3)",
+        ),
+        (
+            "--moe-num-shared-experts 2 --moe-shared-expert-intermediate-size None",
+            "--moe-num-shared-experts must be used with a --moe-shared-expert-intermediate-size",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_made_are_errors(line: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parse_args(line.split())

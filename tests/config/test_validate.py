@@ -171,6 +171,16 @@ INVALID = {
         "--use-distributed-optimizer must be unset with --optimizer adafactor (got True); it cuts"
         " parameters at any element; Adafactor needs whole rows and columns"
     ),
+    "--moe-layer-num-experts 4 8 16": (
+        "--moe-layer-num-experts must be 2 numbers, one for each MoE layer (got '4 8 16')"
+    ),
+    "--moe-layer-num-experts 1 8": "--moe-layer-num-experts must be >= --moe-router-topk (2) (got",
+    "--moe-layer-num-experts 4 8 --num-experts 16": (
+        "--num-experts must be 8, the largest of --moe-layer-num-experts, or left out (got 16)"
+    ),
+    "--moe-layer-num-experts 4 9 --moe-router-num-groups 2 --moe-router-group-topk 1": (
+        "--moe-router-num-groups must be a divisor of --num-experts (9) (got 2)"
+    ),
     "--optimizer muon --use-distributed-optimizer": (
         "--use-distributed-optimizer must be unset with --optimizer muon (got True); it cuts"
         " parameters at any element; Muon needs whole matrices"

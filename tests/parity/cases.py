@@ -21,6 +21,7 @@ from megatron_moe.config import (
     RunConfig,
     TrainConfig,
 )
+from megatron_moe.config.shorthand import split_experts
 
 VOCAB = 96
 SEQ = 16
@@ -272,6 +273,28 @@ VARIANTS: dict[str, tuple[ModelConfig, MoEConfig]] = {
             moe_expert_impl="batched",
         ),
     ),
+    # More experts in the deep layer; and, under the rule without choices, split in two.
+    "experts-by-layer": (
+        _MODEL,
+        replace(
+            _MOE,
+            num_experts=8,
+            moe_layer_num_experts=(4, 8),
+            moe_layer_capacity_factors=(0.8, 1.2),
+        ),
+    ),
+    "experts-by-layer-bias": (
+        _MODEL,
+        replace(
+            _MOE,
+            num_experts=8,
+            moe_layer_num_experts=(8, 4),
+            moe_router_enable_expert_bias=True,
+            moe_router_bias_update_rate=0.05,
+            moe_router_type="contextual",
+        ),
+    ),
+    "split-experts": (_MODEL, split_experts(_MOE, 2, 24)),
     # What GPUs run: one batched GEMM over the fixed-shape buffer.
     "batched": (_MODEL, replace(_MOE, moe_expert_impl="batched")),
     # Exchanges in chunks, beside a parallel shared expert.
@@ -300,12 +323,14 @@ ROUTERS = ("sigmoid-groups", "contextual", "token-hash", "norm", "document-pools
 """Variants of the router, which `test_routers.py` runs."""
 OF_THE_STEP = ("global-and-row",)
 """Those whose loss depends on the micro-batches before, and so on the data-parallel size."""
-STATEFUL = ("sign-bias", "quantile-bias")
+STATEFUL = ("sign-bias", "quantile-bias", "experts-by-layer-bias")
 """Those whose state changes with each step, which it trains for a few."""
 GROUPED = ("grouped-head-norm", "grouped-projection-norm")
 """Grouped-query attention, with each form of the norms of queries and keys."""
 
 
+NUMBERS = ("experts-by-layer", "split-experts")
+"""Other numbers of experts."""
 DROPS = ("random", "fair")
 """Drop policies that draw."""
 IGNORING = ("ignored-pads", "ignored-pads-of-rows", "ignored-pads-of-batches")

@@ -94,7 +94,8 @@ def expected(variant: str, extra: tuple[str, ...] = ()) -> Expected:
             float(torch.stack([r.z_loss for r in records]).mean().detach()),
         )
         ids = torch.cat([r.ids_TK[r.kept_TK] for r in records])
-        kept[index] = torch.bincount(ids, minlength=model.moe.num_experts).tolist()
+        experts = model.moe.of_layer(index, model.model.num_layers).num_experts
+        kept[index] = torch.bincount(ids, minlength=experts).tolist()
         dropped += sum(int((~r.kept_TK).sum()) for r in records)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return Expected(sums, aux, kept, dropped, gradients)

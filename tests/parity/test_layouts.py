@@ -12,6 +12,7 @@ from tests.parity.cases import (
     GROUPED,
     IGNORING,
     LAYOUTS,
+    NUMBERS,
     OF_THE_STEP,
     ROUTERS,
     SLOW_LAYOUTS,
@@ -30,7 +31,7 @@ FIRST = ("released", "paper-port")
 """Variants that every layout runs; the others run where their rules could differ."""
 ALONE = ("dense-head-norm", "bounded", "overlapped")
 """Variants with tests of their own."""
-ELSEWHERE = (*FIRST, *ROUTERS, *OF_THE_STEP, *STATEFUL, *DROPS, *IGNORING, *ALONE)
+ELSEWHERE = (*FIRST, *ROUTERS, *OF_THE_STEP, *STATEFUL, *DROPS, *IGNORING, *NUMBERS, *ALONE)
 
 
 def check(outcomes: list[Outcome], variant: str, extra: tuple[str, ...] = ()) -> None:

@@ -92,7 +92,10 @@ def check_training(pool: Pool, name: str, variant: str, **flags: Any) -> None:
     assert all((found[name] - expected[name]).abs().max() < 1e-6 for name in state)
 
 
-@pytest.mark.parametrize("variant", STATEFUL)
+@pytest.mark.parametrize(
+    "variant",
+    [*STATEFUL[:2], *(pytest.param(name, marks=pytest.mark.slow) for name in STATEFUL[2:])],
+)
 def test_training_keeps_the_same_state(pool: Pool, variant: str) -> None:
     """With recomputation, which counts every token once."""
     check_training(pool, "TP2xEP2", variant, **RECOMPUTE["full"])

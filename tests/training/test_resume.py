@@ -31,6 +31,13 @@ LAYOUTS = {
         [*TP2, "--optimizer", "adafactor", "--adafactor-min-dim", "20", "--bf16"],
     ),
     "TP2, Muon": (2, [*TP2, "--optimizer", "muon", "--bf16"]),
+    "PP2, experts by layer": (
+        2,
+        [
+            *("--pipeline-model-parallel-size", "2", "--moe-layer-num-experts", "4", "8"),
+            "--moe-router-enable-expert-bias",
+        ],
+    ),
     "EP2xDP2, bf16, everything overlapped": (
         4,
         ["--expert-model-parallel-size", "2", "--bf16", *OVERLAPPED],
@@ -58,7 +65,7 @@ def _tensors(directory: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in files}
 
 
-SLOW = ("DP2", "TP2, Adafactor", "TP2, Muon", "PP2", "EP2")
+SLOW = ("DP2", "TP2, Adafactor", "TP2, Muon", "PP2, experts by layer", "PP2", "EP2")
 """The others cover sharded state, tensor parallelism and overlap in each run of the tests."""
 
 

@@ -85,7 +85,8 @@ class KVCache:
         slots: P, the longest row that can be held.
         device: of the model.
         dtype: of the model's activations.
-        experts: E, for models whose routers have a state; `None` for others.
+        experts: E of each layer, for models whose routers have a state; `None` for others. Any
+            number for a layer without experts.
 
     Raises:
         UsageError: more slots than `--max-position-embeddings`.
@@ -99,7 +100,7 @@ class KVCache:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        experts: int | None = None,
+        experts: Sequence[int] | None = None,
     ) -> None:
         longest = model.max_position_embeddings
         if not 1 <= slots <= longest:
@@ -118,7 +119,7 @@ class KVCache:
         if experts is not None:
             at_least = torch.promote_types(dtype, torch.float32)
             self.contexts = [
-                torch.zeros(rows, experts, device=device, dtype=at_least) for _ in layers
+                torch.zeros(rows, count, device=device, dtype=at_least) for count in experts
             ]
 
     def begin(self, rows: int, length: int, counts: Sequence[int] | None) -> CacheStep:

@@ -95,6 +95,7 @@ class MoE(nn.Module):
         """Of a training step, for drop policies that draw; 0 in evaluation."""
         self.earlier: list[Tensor] = []
         """Loads of the step's earlier micro-batches; emptied at the start of a step."""
+        moe = self.moe
         self.router = nn.Linear(model.hidden_size, moe.router_rows, bias=False)
         if moe.moe_router_type == "contextual":
             weight = nn.Parameter(torch.empty_like(self.router.weight))

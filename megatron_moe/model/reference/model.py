@@ -216,7 +216,10 @@ class ReferenceOpenMoE(nn.Module):
         """A KV cache for rows of up to ``slots`` tokens each, by default the model's maximum."""
         weight = self.embedding.weight
         slots = self.model.max_position_embeddings if slots is None else slots
-        experts = self.moe.num_experts if self.moe.moe_router_type == "contextual" else None
+        experts = None
+        if self.moe.moe_router_type == "contextual":
+            layers = range(self.model.num_layers)
+            experts = [self.moe.of_layer(i, len(layers)).num_experts for i in layers]
         return KVCache(
             self.model, rows, slots, device=weight.device, dtype=weight.dtype, experts=experts
         )

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+from megatron_moe.config import RunConfig
 from megatron_moe.model.fp8 import NamedScale, ScaleTensors, delayed_scales
 from megatron_moe.model.sharding.blocks import Block, Part
 from megatron_moe.model.sharding.parts import Replicas
@@ -20,18 +21,22 @@ FP8_SCALE, FP8_HISTORY = "fp8_scale", "fp8_amax_history"
 """Kinds of tensors in a checkpoint."""
 
 
-def scale_parts(chunks: Sequence[Any], num_experts: int) -> Iterator[Part]:
+def scale_parts(chunks: Sequence[Any], config: RunConfig) -> Iterator[Part]:
     """Every scale and history in this rank's memory.
 
     Args:
         chunks: the model chunks of this rank, in Megatron-Core's wrappers or bare.
-        num_experts: E of the whole model.
+        config: of the run, for the numbers of experts.
     """
     bare = [unwrap(chunk) for chunk in chunks]
     scales: Iterator[NamedScale[ScaleTensors]] = chain(delayed_scales(bare), te_scales(bare))
     for scale in scales:
         own = scale.state.scale.numel()
-        total, first = (1, 0) if scale.first is None else (num_experts, scale.first)
+        total, first = 1, 0
+        if scale.first is not None:
+            layer = int(scale.name.split(".")[1])
+            moe = config.moe.of_layer(layer, config.model.num_layers)
+            total, first = moe.num_experts, scale.first
         for kind, values in (
             (FP8_SCALE, scale.state.scale.view(own)),
             (FP8_HISTORY, scale.state.amax_history.view(-1, own)),

@@ -116,7 +116,10 @@ def model_shards(chunks: Sequence[Any], model: ModelConfig, moe: MoEConfig) -> l
         rank = _coordinates(chunk, model)
         layers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         for name, param in chunk.named_parameters():
-            shards.append(_shard(f"{number}.{name}", name, param, layers, rank, moe, chunk))
+            own = moe
+            if name.startswith("decoder.layers."):
+                own = moe.of_layer(layers[int(name.split(".")[2])], model.num_layers)
+            shards.append(_shard(f"{number}.{name}", name, param, layers, rank, own, chunk))
     return shards
 
 
