@@ -79,7 +79,7 @@ def config_differences(
 
 def _has_padding(run: RunConfig) -> bool:
     """Whether rows may have padding; the objectives of a phase table are not known here."""
-    return run.objective.objective in ("ul2", "sft") or run.train.stages is not None
+    return run.objective.has_padding or run.train.stages is not None
 
 
 def _line(name: str, saved: Any, ours: Any) -> Iterator[str]:

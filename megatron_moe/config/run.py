@@ -62,7 +62,7 @@ class RunConfig:
                 "global_aux_loss does not depend on the data-parallel size, by which Megatron-LM's"
                 " gradient is smaller: divide a --moe-aux-loss-coeff of Megatron-LM by it"
             )
-        if self.moe.moe_ignore_padding_tokens and self.objective.objective in ("ul2", "sft"):
+        if self.moe.moe_ignore_padding_tokens and self.objective.has_padding:
             lines.append(
                 "padding is not routed, unlike in Megatron-LM and in the published OpenMoE:"
                 " --no-moe-ignore-padding-tokens routes it"

@@ -110,6 +110,16 @@ class ObjectiveConfig:
     """Where a line of a conversation file is an object: its key that holds the list of turns."""
     sft_pack: bool = True
     """Put several conversations into a row where they fit; otherwise one a row."""
+    sft_data_path: Annotated[tuple[str, ...], OmittedAtDefault] = ()
+    """Files of conversations, or weight and file pairs, for `--sft-share`."""
+    sft_share: Annotated[float, BelowOne, OmittedAtDefault] = 0.0
+    """Share of training rows that hold conversations of `--sft-data-path`, spread evenly among
+    those of another objective: packed, with the template and the loss of `--objective sft`."""
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether rows may end with padding."""
+        return self.objective in ("ul2", "sft") or self.sft_share > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -344,6 +344,7 @@ def _check_objective(config: RunConfig) -> None:
             f"unset with --objective {name}",
             "rows of several parts have ends of their own and define their loss mask themselves",
         )
+    _check_chat_rows(config)
     if name != "ul2":
         return
     for reset in ("reset_position_ids", "reset_attention_mask"):
@@ -360,6 +361,21 @@ def _check_objective(config: RunConfig) -> None:
     if inputs is not None and not 2 <= inputs <= row - 2:
         expected = f">= 2 and <= --seq-length - 2 ({row - 2})"
         raise UsageError("--ul2-inputs-length", inputs, expected)
+
+
+def _check_chat_rows(config: RunConfig) -> None:
+    """`--sft-share` and `--sft-data-path`."""
+    objective = config.objective
+    if not objective.sft_share:
+        # With phases, files of the command line may be for one of them.
+        if objective.sft_data_path and config.train.stages is None:
+            found = " ".join(objective.sft_data_path)
+            raise UsageError("--sft-data-path", found, "used with --sft-share")
+        return
+    _requires("sft_share", objective.sft_share, "--sft-data-path", bool(objective.sft_data_path))
+    if objective.objective == "sft":
+        fix = "all rows hold conversations: name them with --data-path"
+        raise UsageError("--sft-share", objective.sft_share, "0 with --objective sft", fix)
 
 
 def _check_learning_rate(settings: OptimizerConfig) -> None:

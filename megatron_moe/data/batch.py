@@ -62,8 +62,7 @@ def extra_planes(config: RunConfig) -> tuple[str, ...]:
     apart from real tokens in its statistics of routing.
     """
     objective = config.objective
-    pads = objective.objective in ("ul2", "sft")
-    return (*reset_planes(objective), *(("padding",) if pads else ()))
+    return (*reset_planes(objective), *(("padding",) if objective.has_padding else ()))
 
 
 def every_stage_reads(config: RunConfig) -> bool:

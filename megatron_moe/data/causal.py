@@ -155,7 +155,12 @@ class CausalDataset(GPTDataset):
         if self.config.planes:
             begins = np.concatenate(([True], ends[:-1]))
             sample |= document_planes(begins, self.config.planes)
-        return sample
+        return sample | self._unpadded(len(counts))
+
+    def _unpadded(self, length: int) -> Sample:
+        """The plane of padding, of which these rows have none; conversations among them may."""
+        wanted = "padding" in self.config.planes
+        return {"padding": np.zeros(length, dtype=bool)} if wanted else {}
 
     def _started(self, targets: npt.NDArray[np.integer], counts: npt.NDArray[np.bool_]) -> Sample:
         """Return the sample that predicts these ids, the first of them from the start token.
@@ -169,7 +174,7 @@ class CausalDataset(GPTDataset):
         begins[0] = True
         tokens = inputs_of(targets, self.config.start, begins)
         sample = {"tokens": tokens, "labels": targets, "loss_mask": counts}
-        return sample | document_planes(begins, self.config.planes)
+        return sample | document_planes(begins, self.config.planes) | self._unpadded(len(counts))
 
     def _check_ids(self, text: npt.NDArray[np.integer], sequences: npt.NDArray[np.integer]) -> None:
         if text.min() < 0 or text.max() >= self.config.token_limit:

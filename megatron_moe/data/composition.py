@@ -5,13 +5,14 @@ Imports no torch, because `--describe` does not. S tokens of a row.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_moe.config import RunConfig
 from megatron_moe.config.rampup import BatchSizes
-from megatron_moe.data.blend import Blend, blends_of, tokens_in, weights_of
+from megatron_moe.data.blend import Blend, blends_of, domains_of, parse_blend, tokens_in, weights_of
 from megatron_moe.data.indexed.check import Source, inspect_source
 from megatron_moe.errors import UsageError
 from megatron_moe.tokenizer.base import Tokenizer
@@ -78,6 +79,15 @@ def shares_of(
     return tuple(found)
 
 
+def beside_chat(shares: Sequence[Share], chat: Sequence[Share], part: float) -> tuple[Share, ...]:
+    """Return the sources of text and those of conversations, of which a part of all rows is."""
+    sizes = [*((share, 1.0 - part) for share in shares), *((share, part) for share in chat)]
+    return tuple(
+        replace(share, weight=None if share.weight is None else share.weight * size)
+        for share, size in sizes
+    )
+
+
 def described_shares(config: RunConfig, global_batch_size: int) -> tuple[Share, ...]:
     """Return what `--describe` prints, from headers and lengths alone.
 
@@ -99,7 +109,23 @@ def described_shares(config: RunConfig, global_batch_size: int) -> tuple[Share, 
     if samples is None and iterations is not None:
         samples = BatchSizes.of(config.train, global_batch_size).samples_of(iterations)
     text = text_per_row(config) if sources else None
-    return shares_of(blend, sources, data.seq_length, samples, text)
+    part, objective = config.objective.sft_share, config.objective
+    own = samples if samples is None else samples - int(samples * part)
+    found = shares_of(blend, sources, data.seq_length, own, text)
+    if not part:
+        return found
+    files, weights = parse_blend("--sft-data-path", objective.sft_data_path)
+    chat = Blend(
+        flag="--sft-data-path",
+        prefixes=files,
+        weights=weights,
+        bounds=blend.bounds,
+        domains=domains_of(files),
+    )
+    # Tokens are unknown before the files are tokenized, which a description does not do.
+    of_chat = shares_of(chat, {}, data.seq_length, None, None)
+    of_chat = tuple(replace(share, exists=os.path.exists(share.prefix)) for share in of_chat)
+    return beside_chat(found, of_chat, part)
 
 
 def _source_if_present(prefix: str) -> Source | None:

@@ -18,6 +18,7 @@ _LABELS = {
     "weights": "weights of the sources",
     "objective": "--objective",
     "pack": "--sft-pack",
+    "conversations": "conversations among the rows (--sft-data-path, --sft-share, --sft-pack)",
     "eod_mask_loss": "--eod-mask-loss",
     "reset": "resets at ends of documents",
     "decoder_start_token_id": "--decoder-start-token-id",

@@ -18,8 +18,9 @@ from torch.utils.data import DataLoader
 from megatron_moe.config import RunConfig
 from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.data.batch import Batch, extra_planes
-from megatron_moe.data.blend import Blend, domains_of_samples
-from megatron_moe.data.composition import Share, shares_of, text_per_row
+from megatron_moe.data.blend import Blend
+from megatron_moe.data.chat_mixture import ChatRows, domains_of_rows, open_chat, rows_before
+from megatron_moe.data.composition import Share, beside_chat, shares_of, text_per_row
 from megatron_moe.data.datasets import build_split, open_sources
 from megatron_moe.data.identity import described
 from megatron_moe.data.indexed.check import Source
@@ -124,6 +125,7 @@ def build_data(
     tokenizer = build_tokenizer(config.data)
     plan = plan_objective(config, tokenizer)
     blends, sources = open_sources(config, tokenizer, plan)
+    chat = open_chat(config, tokenizer)
     shard = BatchShard(
         micro_batch_size=config.train.micro_batch_size,
         num_microbatches=num_microbatches,
@@ -133,7 +135,7 @@ def build_data(
     parts = {name: _domains_of(name, blend, config) for name, blend in blends.items()}
     loaders: dict[str, DataLoader[Packed]] = {}
     if reads_data:
-        builder = _LoaderBuilder(config, tokenizer, plan, sources, shard)
+        builder = _LoaderBuilder(config, tokenizer, plan, sources, shard, chat)
         loaders = builder.loaders(blends, parts, consumed_train_samples)
     evaluates, probe = config.train.eval_iters > 0, None
     own = {name: tuple(found) for name, found in parts.items()}
@@ -147,8 +149,10 @@ def build_data(
         train=None if train is None else map(partial(to_batch, extra=extra), iter(train)),
         has_valid=blends["valid"] is not None,
         has_test=blends["test"] is not None,
-        identity=_identity(train_blend, config, tokenizer, sources) | plan.identity,
-        shares=shares_of(train_blend, sources, config.data.seq_length, samples, text),
+        identity=_identity(train_blend, config, tokenizer, sources)
+        | plan.identity
+        | ({} if chat is None else chat.identity),
+        shares=_shares(train_blend, sources, config, samples, text, chat),
         domains={
             name: dict.fromkeys(own, config.train.used_domain_eval_iters(len(own)))
             for name, own in parts.items()
@@ -157,7 +161,7 @@ def build_data(
         probe_domains=probe_domains(blends, own, evaluates),
         probe=probe,
         train_domains=partial(
-            domains_of_samples, train_blend, None if train is None else train.dataset
+            domains_of_rows, train_blend, chat, None if train is None else train.dataset
         ),
         loaders=loaders,
     )
@@ -172,6 +176,7 @@ class _LoaderBuilder:
     plan: ObjectivePlan
     sources: dict[str, Source]
     shard: BatchShard
+    chat: ChatRows | None
 
     def loaders(
         self,
@@ -198,10 +203,32 @@ class _LoaderBuilder:
     ) -> DataLoader[Packed]:
         """Return the loader of samples ``start`` to ``samples`` of a blend."""
         config = self.config
-        dataset = build_split(name, blend, samples, config, self.tokenizer, self.sources, self.plan)
+        chat = self.chat if name == "train" else None
+        own = samples if chat is None else max(samples - rows_before(chat.share, samples), 1)
+        dataset = build_split(name, blend, own, config, self.tokenizer, self.sources, self.plan)
+        if chat is not None:
+            dataset = chat.mixed_into(dataset, samples)
         sampler = MicroBatchSampler(_step_shard(name, config, self.shard), start, samples)
         workers, timeout = config.data.num_workers, config.data.data_loader_timeout
         return build_loader(dataset, sampler, workers, persistent, timeout)
+
+
+def _shares(
+    blend: Blend,
+    sources: dict[str, Source],
+    config: RunConfig,
+    samples: int,
+    text: float | None,
+    chat: ChatRows | None,
+) -> tuple[Share, ...]:
+    """Return what training rows are made of."""
+    length = config.data.seq_length
+    if chat is None:
+        return shares_of(blend, sources, length, samples, text)
+    rows = rows_before(chat.share, samples)
+    found = shares_of(blend, sources, length, samples - rows, text)
+    of_chat = shares_of(chat.blend, chat.sources, length, rows, None)
+    return beside_chat(found, of_chat, float(chat.share))
 
 
 def _domains_of(name: str, blend: Blend | None, config: RunConfig) -> dict[str, Blend]:

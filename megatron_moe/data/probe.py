@@ -14,6 +14,7 @@ from typing import Any
 from torch.utils.data import DataLoader, Dataset
 
 from megatron_moe.data.blend import Blend
+from megatron_moe.data.chat_mixture import MixedRows
 from megatron_moe.data.loader import Packed, collate
 
 _SCANNED = 16
@@ -102,7 +103,10 @@ def probe_source(
         own = {name: loaders[f"valid/{name}"].dataset for name in domains["valid"]}
         return ProbeSource(own, ())
     split = "valid" if evaluates and blends["valid"] is not None else "train"
-    return ProbeSource({"": loaders[split].dataset}, _names(_split(blends, evaluates)))
+    dataset = loaders[split].dataset
+    if isinstance(dataset, MixedRows):  # conversations are mixed into training alone
+        dataset = dataset.text
+    return ProbeSource({"": dataset}, _names(_split(blends, evaluates)))
 
 
 def _split(blends: Mapping[str, Blend | None], evaluates: bool) -> Blend:

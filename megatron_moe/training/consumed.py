@@ -37,6 +37,7 @@ _DECIDE = {
         "ul2_fill_rows",
         "eod_mask_loss",
         "sft_pack",
+        "sft_share",
         "decoder_start_token_id",
     ),
     "data": ("seq_length", "split"),

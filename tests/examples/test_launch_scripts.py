@@ -341,6 +341,22 @@ def test_another_phase_table_may_be_named() -> None:
     assert parse_args(found.arguments).config.train.stages == "mine.toml"
 
 
+def test_conversations_in_the_warm_up() -> None:
+    """Their share in the first phase alone, and another order of the text after it."""
+    job = job_of("2") | {"STAGES": "examples/stages/base_16e_chat_warm_up.toml"}
+    job |= {"DATA_PATH": "/data/corpus"}
+    found = launch(
+        "pretrain_base_slurm.sbatch", "--sft-data-path", "2", "a.jsonl", "1", "b.jsonl", **job
+    )
+    config = parse_args(found.arguments).config
+    validate(config)
+    phases = resolve_run_schedule(config, found.world_size).phases
+    assert [p.last_iteration for p in phases] == [10_000, 500_000]
+    assert [p.config.objective.sft_share for p in phases] == [0.05, 0.0]
+    assert all(p.config.objective.sft_data_path == ("2", "a.jsonl", "1", "b.jsonl") for p in phases)
+    assert len({p.config.train.seed for p in phases}) == 2
+
+
 def test_missing_setting_is_named() -> None:
     done = started("pretrain_8b_node.sh", DATA_PATH="")
     assert done.returncode == 2
