@@ -9,6 +9,7 @@ import pytest
 from megatron_moe.config import ModelConfig, MoEConfig, RunConfig
 from megatron_moe.config.shorthand import split_experts
 from megatron_moe.convert.hf_config import to_hf
+from megatron_moe.convert.llama import to_architecture
 from megatron_moe.convert.t5x import check_expressible
 from megatron_moe.errors import CheckpointError, UsageError
 from megatron_moe.model.counting import (
@@ -100,3 +101,6 @@ def test_formats_without_experts_by_layer_name_the_flag() -> None:
         check_expressible(config)
     with pytest.raises(CheckpointError, match="--moe-layer-num-experts must be None for the Hugg"):
         to_hf(config, VOCAB, "float32")
+    config = replace(config, model=replace(MODEL, kv_channels=8))  # H / heads, as this class has
+    with pytest.raises(CheckpointError, match="--moe-layer-num-experts must be None for OlmoeFor"):
+        to_architecture("OlmoeForCausalLM", config, VOCAB, "float32")

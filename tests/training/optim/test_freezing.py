@@ -35,6 +35,7 @@ CASES = {
     "Adam sharded, bf16": (2, [*_SHARDED, "--bf16"]),
     "Adam overlapped": (2, _OVERLAPPED),
     "Adafactor on TP2, bf16": (2, [*_TP2, *_ADAFACTOR, "--bf16"]),
+    "Muon on TP2, bf16": (2, [*_TP2, "--optimizer", "muon", "--bf16"]),
     "SGD on EP2": (2, [*_EP2, "--optimizer", "sgd"]),
     "Adam on TP2, grouped": (2, [*_TP2, *_SHARDED, *_GROUPED]),
 }
