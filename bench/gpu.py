@@ -101,7 +101,7 @@ def permutation(clock: Clock, size: Any) -> list[Record]:
     from megatron.core.transformer.moe.moe_utils import permute, unpermute
 
     from fused_kernels.triton import combine_tokens, dispatch_tokens
-    from fused_kernels.triton.cases import choices_of, values
+    from fused_kernels.triton.sizes import choices_of, values
 
     x_TH = values(size, clock.device, size.tokens, size.hidden)
     weights_TK, rows_TK, kept_TK, source_R = choices_of(size, clock.device)
@@ -181,7 +181,7 @@ def main() -> int:
         print(f"bench.gpu: error: {error}", file=sys.stderr)
         return USAGE_EXIT_CODE
     from bench.run import table
-    from fused_kernels.triton.cases import OPENMOE_8B
+    from fused_kernels.triton.sizes import OPENMOE_8B
 
     clock = Clock(torch.device("cuda"))
     print(torch.cuda.get_device_name(clock.device))

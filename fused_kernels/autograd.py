@@ -28,7 +28,7 @@ class _GatedSilu(torch.autograd.Function):
         (z_RM,) = ctx.saved_tensors
         # Autograd may pass the same gradient tensor to other functions: it must stay intact.
         grad_RF = grads[0].clone() if ctx.kernel.OVERWRITES_GRADIENT else grads[0]
-        return ctx.kernel.backward(grad_RF, z_RM, ctx.blocks)[0], None, None
+        return ctx.kernel.gradient(grad_RF, z_RM, ctx.blocks), None, None
 
 
 def gated_silu(z_RM: Tensor, blocks: int, kernel: GatedSilu) -> Tensor:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
+from fused_kernels.fp8.output import Fp8Output, Fp8Rows
+
 
 class RankInExpert(Protocol):
     """How many earlier choices of the same group chose the same expert."""
@@ -29,6 +31,9 @@ class DispatchTokens(Protocol):
 
     def forward(self, x_TH: Tensor, source_R: Tensor, /) -> Tensor:
         """The buffer, [R, H]; a row of no token, -1, is zero."""
+
+    def forward_fp8(self, x_TH: Tensor, source_R: Tensor, output: Fp8Output, /) -> Fp8Rows:
+        """The buffer, quantised: bytes of `fp8.output.quantized` of it."""
 
     def backward(self, grad_RH: Tensor, rows_TK: Tensor, kept_TK: Tensor, /) -> Tensor:
         """Gradient of the tokens, [T, H]."""
@@ -68,11 +73,17 @@ class GatedSilu(Protocol):
     def forward(self, z_RM: Tensor, blocks: int, /) -> Tensor:
         """h_RF."""
 
+    def forward_fp8(self, z_RM: Tensor, blocks: int, output: Fp8Output, /) -> Fp8Rows:
+        """h_RF, quantised: bytes of `fp8.output.quantized` of it."""
+
     def forward_step(self, z_RM: Tensor, blocks: int, h_RF: Tensor, /) -> Callable[[], None]:
         """`forward` into ``h_RF`` when called."""
 
     def backward(self, grad_RF: Tensor, z_RM: Tensor, blocks: int, /) -> tuple[Tensor, Tensor]:
         """grad_RM, and h_RF computed again."""
+
+    def gradient(self, grad_RF: Tensor, z_RM: Tensor, blocks: int, /) -> Tensor:
+        """grad_RM of `backward` without h_RF, which is not written."""
 
     def backward_step(
         self, grad_RF: Tensor, z_RM: Tensor, blocks: int, grad_RM: Tensor, h_RF: Tensor, /

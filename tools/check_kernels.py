@@ -30,12 +30,12 @@ from megatron_moe.errors import USAGE_EXIT_CODE, UsageError
 
 if TYPE_CHECKING:
     from fused_kernels.triton.ahead_of_time import Resources
-    from fused_kernels.triton.cases import Case
+    from fused_kernels.triton.sizes import Case
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 BEGIN, END = "<!-- table of tools/check_kernels.py -->", "<!-- end of table -->"
 CAPABILITIES = (80, 90, 100)
-"""A100, H100 and H200, B200."""
+"""Of the table's columns: A100; H100 and H200; B200. An operation in FP8 has none of the first."""
 BANDWIDTHS = (3.35, 4.8, 8.0)
 """TB/s of H100 SXM, H200 and B200, from their data sheets."""
 MOST_REGISTERS = 128
@@ -77,7 +77,7 @@ def jobs() -> list[Job]:
         Job(case=c, launch=number, kernel=launch.name, capability=capability)
         for c, case in enumerate(CASES)
         for number, launch in enumerate(_launches(case))
-        for capability in CAPABILITIES
+        for capability in case.capabilities
     ]
 
 
@@ -85,8 +85,8 @@ def _launches(case: Case) -> list[Any]:
     """What an operation starts at the size of OpenMoE-8B."""
     import torch
 
-    from fused_kernels.triton.cases import OPENMOE_8B
     from fused_kernels.triton.launch import recorded
+    from fused_kernels.triton.sizes import OPENMOE_8B
 
     run = case.run(OPENMOE_8B, torch.device("meta"))
     with recorded() as launches:
@@ -196,12 +196,15 @@ def _wrong(used: Resources, case: Case) -> list[str]:
     if case.copies_rows:
         narrow = [("loads", used.wide_loads), ("stores", used.wide_stores)]
         wrong += [f"no {what} of 128 bits" for what, count in narrow if not count]
+    if case.writes_fp8 and not used.to_fp8:
+        wrong.append("no conversions to FP8")
     return wrong
 
 
 def table(outcomes: Outcomes) -> str:
     """The rows of `docs/kernels.md`: a kernel each, with the bytes of its operation."""
-    from fused_kernels.triton.cases import CASES, OPENMOE_8B
+    from fused_kernels.triton.cases import CASES
+    from fused_kernels.triton.sizes import OPENMOE_8B
 
     bounds = ", ".join(f"{bandwidth:g}" for bandwidth in BANDWIDTHS)
     lines = [
@@ -212,7 +215,7 @@ def table(outcomes: Outcomes) -> str:
     kernels = dict.fromkeys((job.case, job.launch, job.kernel) for job in outcomes)
     for c, number, kernel in kernels:
         used = [
-            outcomes[Job(case=c, launch=number, kernel=kernel, capability=capability)]
+            outcomes.get(Job(case=c, launch=number, kernel=kernel, capability=capability), "-")
             for capability in CAPABILITIES
         ]
         cells = ["", "", "", ""]

@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from fused_kernels.fp8 import rules
+from fused_kernels.fp8.output import Fp8Output
 from fused_kernels.fp8.rules import BLOCK, E4M3, E5M2, MX_BLOCK
+from fused_kernels.operations import GatedSilu
 
 Recipe = Literal["tensorwise", "delayed", "blockwise", "mxfp8"]
 Operand = Literal["input", "weight", "gradient"]
@@ -92,8 +94,12 @@ class DelayedScale(nn.Module):
 
     def record(self, x: Tensor, factor: int = 1) -> None:
         """Take the magnitudes of an operand of this step into account, divided by ``factor``."""
+        self.record_amax(rules.amax_of(x) / factor)
+
+    def record_amax(self, amax: Tensor) -> None:
+        """The same of largest magnitudes, one for each scale."""
         row = self.amax_history[0]
-        torch.maximum(row, rules.amax_of(x).view_as(row) / factor, out=row)
+        torch.maximum(row, amax.view_as(row), out=row)
 
     def update(self) -> None:
         """End the step: the next scale, and a new row of the history."""
@@ -145,6 +151,41 @@ class Fp8Gemm(nn.Module):
         y: Tensor = _Fp8Matmul.apply(x, weight, self)
         return y
 
+    def gated(self, z_ENM: Tensor, blocks: int, weight: Tensor, kernel: GatedSilu) -> Tensor:
+        """Multiply the gate's result, h = silu(gate) * up, which the gate's kernel quantises.
+
+        Equal to `forward` of h bit for bit; h is not kept for the backward pass, but computed again
+        there, where it is quantised for another dimension of sums.
+
+        Args:
+            z_ENM: [E, N, M], input of the gate.
+            blocks: of the gate.
+            weight: [E, H, F].
+            kernel: of the gate; its `forward_fp8` must run on the device.
+
+        Returns:
+            [E, N, H].
+
+        Raises:
+            ValueError: with `tensorwise`, whose scale needs all of h first.
+        """
+        y_ENH: Tensor = _Fp8GatedMatmul.apply(z_ENM, weight, self, blocks, kernel)
+        return y_ENH
+
+    def output(self) -> Fp8Output:
+        """How an operation quantises the input of this GEMM, of which it has the rows.
+
+        Raises:
+            ValueError: with `tensorwise`.
+        """
+        dtype = self.settings.dtype_of("input")
+        if self.settings.recipe == "tensorwise":
+            raise ValueError("a scale of tensorwise needs the whole tensor before it is quantised")
+        if self.settings.recipe == "delayed":
+            scale = self.kept()["input"].scale.view(-1)
+            return Fp8Output(dtype=dtype, scaling="given", scale=scale)
+        return Fp8Output(dtype=dtype, scaling=self.settings.recipe)
+
     def kept(self) -> dict[str, DelayedScale]:
         """The scales of `delayed` by operand; none of other recipes."""
         return {k: scale for k, scale in self.scales.items() if isinstance(scale, DelayedScale)}
@@ -187,6 +228,33 @@ class _Fp8Matmul(torch.autograd.Function):
         dx = gemm.rounded("gradient", dy) @ gemm.rounded("weight", weight.mT).mT
         dw = gemm.rounded("gradient", dy.mT) @ gemm.rounded("input", rows.mT).mT
         return dx.view_as(x).to(x.dtype), dw.to(weight.dtype), None
+
+
+class _Fp8GatedMatmul(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, z_ENM: Tensor, weight: Tensor, gemm: Fp8Gemm, blocks: int, kernel: GatedSilu
+    ) -> Tensor:
+        ctx.save_for_backward(z_ENM, weight)
+        ctx.gemm, ctx.blocks, ctx.kernel = gemm, blocks, kernel
+        h = kernel.forward_fp8(z_ENM.flatten(0, 1), blocks, gemm.output())
+        if h.amax is not None and gemm.training:
+            gemm.kept()["input"].record_amax(h.amax)
+        wide = torch.promote_types(z_ENM.dtype, torch.float32)
+        h_ENF = h.dequantized().to(wide).unflatten(0, z_ENM.shape[:2])
+        return (h_ENF @ gemm.rounded("weight", weight).mT).to(z_ENM.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        z_ENM, weight = ctx.saved_tensors
+        gemm: Fp8Gemm = ctx.gemm
+        dh = gemm.rounded("gradient", grads[0]) @ gemm.rounded("weight", weight.mT).mT
+        flat = dh.to(z_ENM.dtype).flatten(0, 1)
+        dz, h = ctx.kernel.backward(flat, z_ENM.flatten(0, 1), ctx.blocks)
+        h_ENF = h.unflatten(0, z_ENM.shape[:2])
+        dw = gemm.rounded("gradient", grads[0].mT) @ gemm.rounded("input", h_ENF.mT).mT
+        return dz.view_as(z_ENM), dw.to(weight.dtype), None, None, None
 
 
 def _matrix(x: Tensor, weight: Tensor) -> Tensor:

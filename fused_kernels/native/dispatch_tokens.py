@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_kernels.fp8.output import Fp8Output, Fp8Rows, quantized
 from fused_kernels.native.call import Operand, operation
 from fused_kernels.plain_tensors import runs_on
 from fused_kernels.reference import dispatch_tokens as reference
@@ -30,6 +31,11 @@ def forward(x_TH: Tensor, source_R: Tensor) -> Tensor:
     sizes = tokens, hidden, rows, torch.get_num_threads()
     operation("dispatch_forward", x_TH.dtype, operands, *sizes)()
     return buffer_RH
+
+
+def forward_fp8(x_TH: Tensor, source_R: Tensor, output: Fp8Output) -> Fp8Rows:
+    """`forward`, quantised in passes of torch."""
+    return quantized(forward(x_TH, source_R), output)
 
 
 def backward(grad_RH: Tensor, rows_TK: Tensor, kept_TK: Tensor) -> Tensor:

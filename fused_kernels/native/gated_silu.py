@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fused_kernels.fp8.output import Fp8Output, Fp8Rows, quantized
 from fused_kernels.gate_passes import whole_backward, whole_forward, wide_shape
 from fused_kernels.native.call import Operand, operation
 from fused_kernels.plain_tensors import runs_on
@@ -35,9 +36,24 @@ def forward_step(z_RM: Tensor, blocks: int, h_RF: Tensor) -> Callable[[], None]:
     return operation("gated_silu_forward", h_RF.dtype, [*wide, *narrow], *_sizes(h_RF, blocks))
 
 
+def forward_fp8(z_RM: Tensor, blocks: int, output: Fp8Output) -> Fp8Rows:
+    """`forward`, quantised in passes of torch."""
+    return quantized(forward(z_RM, blocks), output)
+
+
 def backward(grad_RF: Tensor, z_RM: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     """Gradient of the input, and the forward result once more: grad_RM, h_RF."""
     return whole_backward(backward_step, grad_RF, z_RM, blocks)
+
+
+def gradient(grad_RF: Tensor, z_RM: Tensor, blocks: int) -> Tensor:
+    """grad_RM of `backward` alone."""
+    if not runs_on(grad_RF, z_RM):
+        return reference.gradient(grad_RF, z_RM, blocks)
+    grad_RM, grad_RF = z_RM.new_empty(z_RM.shape), grad_RF.contiguous()
+    (grad,), (z, dz) = _operands(grad_RF, blocks, [grad_RF], [z_RM.contiguous(), grad_RM])
+    operation("gated_silu_gradient", grad_RF.dtype, [grad, z, dz], *_sizes(grad_RF, blocks))()
+    return grad_RM
 
 
 def backward_step(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_kernels.fp8.output import Fp8Output, Fp8Rows, quantized
 from fused_kernels.reference.combine_tokens import rows_of_kept
 
 
@@ -24,6 +25,20 @@ def forward(x_TH: Tensor, source_R: Tensor) -> Tensor:
     """
     none_R = source_R == -1
     return x_TH.index_select(0, source_R + none_R).masked_fill_(none_R.unsqueeze(1), 0.0)
+
+
+def forward_fp8(x_TH: Tensor, source_R: Tensor, output: Fp8Output) -> Fp8Rows:
+    """`forward`, quantised.
+
+    Args:
+        x_TH: as in `forward`.
+        source_R: as in `forward`. A row of no token, -1, is zero, and its scale that of zeros.
+        output: FP8 type and scales.
+
+    Returns:
+        FP8 values of the buffer [R, H], with their factors.
+    """
+    return quantized(forward(x_TH, source_R), output)
 
 
 def backward(grad_RH: Tensor, rows_TK: Tensor, kept_TK: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fused_kernels.fp8.output import Fp8Output, Fp8Rows, quantized
 from fused_kernels.row_blocks import row_blocks
 
 OVERWRITES_GRADIENT = True
@@ -47,6 +48,20 @@ def forward_step(z_RM: Tensor, blocks: int, h_RF: Tensor) -> Callable[[], None]:
     return step
 
 
+def forward_fp8(z_RM: Tensor, blocks: int, output: Fp8Output) -> Fp8Rows:
+    """`forward`, quantised.
+
+    Args:
+        z_RM: [R, M], as in `forward`.
+        blocks: as in `forward`.
+        output: FP8 type and scales.
+
+    Returns:
+        FP8 values of h [R, F], with their factors.
+    """
+    return quantized(forward(z_RM, blocks), output)
+
+
 def backward(grad_RF: Tensor, z_RM: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     """Gradient of the input, and the forward result once more (cheaper than keeping it).
 
@@ -61,6 +76,23 @@ def backward(grad_RF: Tensor, z_RM: Tensor, blocks: int) -> tuple[Tensor, Tensor
     grad_RM, h_RF = torch.empty_like(z_RM), torch.empty_like(grad_RF)
     backward_step(grad_RF, z_RM, blocks, grad_RM, h_RF)()
     return grad_RM, h_RF
+
+
+def gradient(grad_RF: Tensor, z_RM: Tensor, blocks: int) -> Tensor:
+    """The gradient of the input alone: h exists for a few rows at a time.
+
+    Args:
+        grad_RF: gradient of h; **overwritten**.
+        z_RM: as in `forward`.
+        blocks: as in `forward`.
+
+    Returns:
+        grad_RM, equal to that of `backward`.
+    """
+    grad_RM = torch.empty_like(z_RM)
+    for grad, z, dz in row_blocks(grad_RF.shape[-1], grad_RF, z_RM, grad_RM):
+        backward_step(grad, z, blocks, dz, torch.empty_like(grad))()
+    return grad_RM
 
 
 def backward_step(

@@ -66,6 +66,7 @@ class Resources:
         wide_loads: instructions that load 128 bits or more from global memory.
         wide_stores: likewise stores.
         tensor_core: instructions of tensor cores.
+        to_fp8: instructions that convert to FP8, saturating.
         warps: of a program.
         capability: that it was compiled for, e.g. 90.
     """
@@ -78,6 +79,7 @@ class Resources:
     wide_loads: int
     wide_stores: int
     tensor_core: int
+    to_fp8: int
     warps: int
     capability: int
 
@@ -159,6 +161,7 @@ def _resources(cubin: bytes, shared: int, warps: int, capability: int) -> Resour
         wide_loads=_count(r"LDG\.\S*(?:128|256)\b", code),
         wide_stores=_count(r"STG\.\S*(?:128|256)\b", code),
         tensor_core=_count(r"(?:HMMA|HGMMA|QGMMA|UTC\w*MMA)\b", code),
+        to_fp8=_count(r"F2FP\.SATFINITE\.(?:E4M3|E5M2)\b", code),
         warps=warps,
         capability=capability,
     )

@@ -48,7 +48,18 @@ class Fp8ExpertGemms(nn.Module):
         """
         blocks = weight_in.shape[2] // weight_out.shape[1]
         z_ENM = self.input(x_ENH, weight_in.mT)
+        if self.quantises_in_the_gate(x_ENH.device):
+            return self.down.gated(z_ENM, blocks, weight_out.mT, plan.kernels.gated_silu)
         h_NF = gated_silu(z_ENM.flatten(0, 1), blocks, plan.kernels.gated_silu)
         h_ENF = h_NF.unflatten(0, x_ENH.shape[:2])
         y_ENH: Tensor = self.down(h_ENF, weight_out.mT)
         return y_ENH
+
+    def quantises_in_the_gate(self, device: torch.device) -> bool:
+        """Whether the gate's kernel writes FP8: not with `tensorwise`, whose scale needs all values
+        first, nor on a GPU without an instruction for it (before compute capability 8.9). There
+        the result is quantised in passes of its own, to the same bytes.
+        """
+        if self.down.settings.recipe == "tensorwise":
+            return False
+        return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)

@@ -49,6 +49,21 @@ def test_value_and_gradient(monkeypatch, kernel: ModuleType, blocks: int, rows: 
 
 
 @pytest.mark.parametrize("blocks", [2, 3])
+@pytest.mark.parametrize("shape", [(0, 7), (41, 7), (5, 3, 16)], ids=str)
+def test_the_gradient_alone_is_that_of_the_whole_pass(
+    monkeypatch, kernel: ModuleType, blocks: int, shape: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr(row_blocks, "CACHED_ELEMENTS", 70)
+    torch.manual_seed(0)
+    grad_h = torch.randn(shape)
+    z = torch.randn(*shape[:-1], blocks * shape[-1])
+    expected, _ = kernel.backward(grad_h.clone(), z, blocks)
+    assert torch.equal(kernel.gradient(grad_h.clone(), z, blocks), expected)
+    strided = z.transpose(0, -1).contiguous().transpose(0, -1)
+    torch.testing.assert_close(kernel.gradient(grad_h.clone(), strided, blocks), expected)
+
+
+@pytest.mark.parametrize("blocks", [2, 3])
 @pytest.mark.parametrize(
     ("dtype", "units"), [(torch.float32, 8), (torch.bfloat16, 1.3)], ids=["float32", "bfloat16"]
 )

@@ -25,6 +25,7 @@ GOOD = Resources(
     wide_loads=2,
     wide_stores=1,
     tensor_core=0,
+    to_fp8=1,
     warps=4,
     capability=90,
 )
@@ -53,6 +54,20 @@ def test_good_code_has_no_problem() -> None:
 )
 def test_each_excess_is_named(changes: dict[str, int], words: str) -> None:
     assert found(**changes) == [f"dispatch_tokens.forward, copy_rows_kernel for sm_90: {words}"]
+
+
+def test_an_operation_in_fp8_converts_and_is_not_compiled_for_devices_without() -> None:
+    (place,) = (
+        c for c, case in enumerate(CASES) if case.name == "dispatch_tokens.forward_fp8, mxfp8"
+    )
+    job = dataclasses.replace(JOB, case=place, kernel="copy_rows_fp8_kernel")
+    (line,) = check_kernels.problems({job: dataclasses.replace(GOOD, to_fp8=0)})
+    assert line.endswith("copy_rows_fp8_kernel for sm_90: no conversions to FP8")
+    assert check_kernels.problems({job: GOOD}) == []
+    with_fp8 = {job.capability for job in check_kernels.jobs() if job.case == place}
+    assert with_fp8 == {90, 100}
+    cells = check_kernels.table({job: GOOD}).splitlines()[-1].split(" | ")
+    assert cells[-3] == "- / 32 / -"
 
 
 def test_what_does_not_compile_is_named() -> None:

@@ -18,7 +18,8 @@ void forward_row(const T* __restrict z, T* __restrict h, int64_t width) {
   }
 }
 
-template <typename T, bool LINEAR>
+// Without WITH_H nothing is written to h.
+template <typename T, bool LINEAR, bool WITH_H>
 void backward_row(const T* __restrict dh, const T* __restrict z, T* __restrict dz, T* __restrict h,
                   int64_t width) {
   const int64_t skip = LINEAR ? width : 0;
@@ -35,11 +36,11 @@ void backward_row(const T* __restrict dh, const T* __restrict z, T* __restrict d
       store(d_linear[i], d * silu * u);
       store(d_gate[i], d * a * u * slope);
       store(d_up[i], d * a * silu);
-      store(h[i], silu * a * u);
+      if (WITH_H) store(h[i], silu * a * u);
     } else {
       store(d_gate[i], d * u * slope);
       store(d_up[i], d * silu);
-      store(h[i], silu * u);
+      if (WITH_H) store(h[i], silu * u);
     }
   }
 }
@@ -56,12 +57,25 @@ int gated_silu_forward(const T* z, T* h, int64_t rows, int64_t width, int64_t bl
 template <typename T>
 int gated_silu_backward(const T* dh, const T* z, T* dz, T* h, int64_t rows, int64_t width,
                         int64_t blocks, int64_t threads) {
-  const auto row = blocks == 3 ? backward_row<T, true> : backward_row<T, false>;
+  const auto row = blocks == 3 ? backward_row<T, true, true> : backward_row<T, false, true>;
   const int team = threads_for(rows * width * (2 * blocks + 2), threads);
 #pragma omp parallel for num_threads(team) schedule(static)
   for (int64_t r = 0; r < rows; r++) {
     const int64_t at = r * width, z_at = at * blocks;
     row(dh + at, z + z_at, dz + z_at, h + at, width);
+  }
+  return OK;
+}
+
+template <typename T>
+int gated_silu_gradient(const T* dh, const T* z, T* dz, int64_t rows, int64_t width, int64_t blocks,
+                        int64_t threads) {
+  const auto row = blocks == 3 ? backward_row<T, true, false> : backward_row<T, false, false>;
+  const int team = threads_for(rows * width * (2 * blocks + 1), threads);
+#pragma omp parallel for num_threads(team) schedule(static)
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t at = r * width, z_at = at * blocks;
+    row(dh + at, z + z_at, dz + z_at, nullptr, width);
   }
   return OK;
 }
@@ -75,3 +89,7 @@ NATIVE_FOR_TYPES(gated_silu_forward, FORWARD, (z, h, rows, width, blocks, thread
   (const T* dh, const T* z, T* dz, T* h, int64_t rows, int64_t width, int64_t blocks, \
    int64_t threads)
 NATIVE_FOR_TYPES(gated_silu_backward, BACKWARD, (dh, z, dz, h, rows, width, blocks, threads))
+
+#define GRADIENT(T) \
+  (const T* dh, const T* z, T* dz, int64_t rows, int64_t width, int64_t blocks, int64_t threads)
+NATIVE_FOR_TYPES(gated_silu_gradient, GRADIENT, (dh, z, dz, rows, width, blocks, threads))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpreterBuilder
 
-from fused_kernels.triton.cases import CASES, Case, Size
+from fused_kernels.triton.cases import CASES
+from fused_kernels.triton.sizes import Case, Size
 
 SIZE = Size(
     tokens=12,

@@ -20,6 +20,7 @@ def test_both_passes(device: torch.device, shape: tuple[int, ...], blocks: int) 
     h = gated_silu.forward(z.to(device), blocks)
     grad_z, again = gated_silu.backward(grad.to(device), z.to(device), blocks)
     assert torch.equal(h, again)
+    assert torch.equal(gated_silu.gradient(grad.to(device), z.to(device), blocks), grad_z)
     for found, wanted in ((h, expected), (grad_z, expected_grad)):
         torch.testing.assert_close(found.cpu().double(), wanted, atol=1e-5, rtol=1e-5)
 
