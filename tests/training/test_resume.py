@@ -34,8 +34,8 @@ LAYOUTS = {
     "PP2, experts by layer": (
         2,
         [
-            *("--pipeline-model-parallel-size", "2", "--moe-layer-num-experts", "4", "8"),
-            "--moe-router-enable-expert-bias",
+            *("--pipeline-model-parallel-size", "2", "--num-experts", "8"),
+            *("--moe-layer-num-experts", "4", "8", "--moe-router-enable-expert-bias"),
         ],
     ),
     "EP2xDP2, bf16, everything overlapped": (
