@@ -122,6 +122,9 @@ class LinearCrossEntropy(Protocol):
 class RmsNorm(Protocol):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
 
+    WIDEST: int | None
+    """The longest rows that it takes; `None` for any."""
+
     def forward(self, x: Tensor, weight_W: Tensor, eps: float, /) -> tuple[Tensor, Tensor]:
         """The result, and the reciprocal roots [..., 1], the one thing that `backward` needs."""
 

@@ -12,6 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+WIDEST: int | None = None
+"""Rows may have any length."""
+
 
 def forward(x: Tensor, weight_W: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Normalise, in at least fp32.

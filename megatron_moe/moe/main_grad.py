@@ -20,7 +20,9 @@ def main_grad_of(weight: Tensor) -> Tensor | None:
 def added_to_main_grad(weight: Tensor) -> Tensor:
     """Note that the gradient is in `main_grad`; returns what autograd gets for the weight.
 
-    It is uninitialized, but for a tied embedding, whose gradient is read (`zero_out_wgrad`).
+    It is uninitialized, but for a tied embedding, whose gradient is read (`zero_out_wgrad`). It has
+    memory of its own until the wrapper's hook discards it: if it shared the buffer's, autograd
+    would add the next gradient to the buffer wherever no hook discards the first.
     """
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     tied = getattr(weight, "zero_out_wgrad", False)

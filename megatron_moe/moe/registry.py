@@ -79,6 +79,19 @@ def kernels_for(moe: MoEConfig, device_type: str) -> Kernels:
     return _kernels(moe.moe_dispatch_impl, device_type)
 
 
+def check_norm_width(width: int, kernels: Kernels) -> None:
+    """Check that the kernel of norms takes rows of the model's width, before the first step does.
+
+    Raises:
+        UsageError: it does not.
+    """
+    widest = kernels.rms_norm.WIDEST
+    if widest is not None and width > widest:
+        names = {each.operation: each.implementation for each in kernels.selected}
+        expected = f"<= {widest} with the {names['rms_norm']} kernel of norms"
+        raise UsageError("--hidden-size", width, expected, "set --kernel-impl reference")
+
+
 @functools.cache
 def _kernels(requested: str, device_type: str) -> Kernels:
     try:

@@ -21,7 +21,7 @@ from megatron_moe.model.attention import RotaryCoreAttention
 from megatron_moe.model.layer import OpenMoELayer
 from megatron_moe.model.openmoe import OpenMoEModel
 from megatron_moe.model.sharding.shards import model_shards
-from megatron_moe.moe.registry import kernels_for
+from megatron_moe.moe.registry import check_norm_width, kernels_for
 from megatron_moe.parallel.collectives import RankGroup
 from megatron_moe.parallel.context import ParallelContext
 from megatron_moe.platform.precision import check_precision
@@ -143,12 +143,14 @@ def compare_kernels(config: RunConfig, device_type: str, ranks: RankGroup) -> li
 
     Raises:
         UsageError: what `--kernel-impl`, `--transformer-impl`, `--gradient-accumulation-fusion`,
-            `--fp8-format` or `--cuda-graph` ask for is not available here.
+            `--fp8-format` or `--cuda-graph` ask for is not available here, or not at this width.
     """
     check_implementation(config, device_type)
     check_precision(config, device_type)
     check_device(config, device_type)
-    selected = kernels_for(config.moe, device_type).selected
+    kernels = kernels_for(config.moe, device_type)
+    check_norm_width(config.model.hidden_size, kernels)
+    selected = kernels.selected
     used = sorted({f"{each.implementation} ({each.reason})" for each in selected if not each.sole})
     gathered = ranks.gather([", ".join(used), socket.gethostname()])
     hosts_by_selection: dict[str, list[str]] = defaultdict(list)
