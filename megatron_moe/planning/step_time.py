@@ -4,7 +4,8 @@
   products reach and with whole waves of tiles, and its bytes.
 - Everything else takes its bytes at a share of the memory's bandwidth.
 - No kernel starts before the host has launched it.
-- Collectives of tensor and expert parallelism wait for what they send and are waited for.
+- Collectives of tensor and expert parallelism wait for what they send and are waited for, but for
+  exchanges of experts in chunks, which hide behind products.
 - Stages exchange micro-batches in the order of their schedule (`stage_schedule.py`), passes of
   different stages at the same time: the bubble follows.
 - Gradient reduction and parameter gathering are hidden behind the last backward and the first
@@ -13,7 +14,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from megatron_moe.config import RunConfig
@@ -121,6 +122,22 @@ def work_seconds(work: Work, cluster: Cluster, width: int) -> float:
     return max(products + attention + rest, launches)
 
 
+def hidden_seconds(exchanges: float, work: Work, cluster: Cluster, sizes: TensorSizes) -> float:
+    """Time of all-to-alls that chunks of slots hide behind products (`moe/overlap.py`).
+
+    Of N chunks, nothing is computed while the first arrives, nor while the last returns: of the
+    exchanges, and of the products that run meanwhile, (1 - 1/N) can overlap.
+
+    Args:
+        exchanges: seconds of all of them.
+        work: of the layer of experts, whose products are nearly all of experts.
+        cluster: the GPU.
+        sizes: with the number N of chunks.
+    """
+    products = sum(gemm_seconds(gemm, cluster, sizes.bytes) for gemm in work.gemms)
+    return min(exchanges, products) * (1 - 1 / sizes.chunks)
+
+
 def _bandwidth(cluster: Cluster) -> float:
     return cluster.memory_bandwidth * 1e9 * cluster.memory_efficiency
 
@@ -144,9 +161,13 @@ def step_time(
     sizes = TensorSizes.of(config, layout, vocab_size)
     chunks = [chunk_plans(config, layout, sizes, stage) for stage in range(layout.pp)]
 
+    def moving(transfers: Iterable[Transfer]) -> float:
+        return sum(seconds_of(t, place_of(layout, cluster, t.group), cluster) for t in transfers)
+
     def seconds(work: Work, transfers: tuple[Transfer, ...]) -> PassTime:
-        moved = sum(seconds_of(t, place_of(layout, cluster, t.group), cluster) for t in transfers)
-        return PassTime(work_seconds(work, cluster, sizes.bytes), moved)
+        exchanges = moving(t for t in transfers if t.operation == "all-to-all")
+        hidden = hidden_seconds(exchanges, work, cluster, sizes)
+        return PassTime(work_seconds(work, cluster, sizes.bytes), moving(transfers) - hidden)
 
     times = {
         part: (

@@ -55,6 +55,10 @@ class TensorSizes:
     experts: int
     local_experts: int
     topk: int
+    sees_context: bool
+    """Whether the router has a second product, of preceding tokens."""
+    sums_loads: bool
+    """Whether each micro-batch sums loads over data-parallel ranks."""
     groups: int
     slots: int
     """C."""
@@ -110,6 +114,8 @@ class TensorSizes:
             experts=moe.num_experts,
             local_experts=moe.num_experts // layout.ep,
             topk=moe.moe_router_topk,
+            sees_context=moe.moe_router_type == "contextual",
+            sums_loads="global_aux_loss" in moe.load_balancing_types and layout.dp > 1,
             groups=capacity.groups,
             slots=capacity.slots,
             slots_here=-(-capacity.slots // shares),

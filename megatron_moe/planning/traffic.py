@@ -72,6 +72,12 @@ def expert_layer(sizes: TensorSizes) -> UnitTraffic:
             scatter,
             Transfer("reduce-scatter", "tp", small),
         ]
+        if sizes.sees_context:  # fp32 logits of what precedes
+            context = 4 * sizes.tokens * sizes.experts
+            forward.append(Transfer("all-gather", "tp", context))
+            backward.append(Transfer("reduce-scatter", "tp", context))
+    if sizes.sums_loads:
+        forward.append(Transfer("all-reduce", "dp", 8 * sizes.experts))
     if sizes.ep > 1:
         rows = Transfer("all-to-all", "ep", sizes.buffer_rows * sizes.hidden * sizes.bytes)
         forward += [rows, rows]

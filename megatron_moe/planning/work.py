@@ -124,7 +124,7 @@ def experts(sizes: TensorSizes, precision: Precision) -> UnitWork:
     s = sizes
     rows, local = s.rows_of_one_expert, s.local_experts
     gemms = (
-        Gemm(s.shard_tokens, s.experts, s.hidden, precision="fp32"),
+        Gemm(s.shard_tokens, s.experts * (2 if s.sees_context else 1), s.hidden, precision="fp32"),
         Gemm(rows, s.gate_blocks * s.expert, s.hidden, local, precision),
         Gemm(rows, s.hidden, s.expert, local, precision),
     )

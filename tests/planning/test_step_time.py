@@ -13,8 +13,10 @@ from megatron_moe.parallel.layout import resolve_layout
 from megatron_moe.planning.cluster import load_cluster
 from megatron_moe.planning.layout_plan import LayoutPlan, evaluate
 from megatron_moe.planning.muon import muon_shares
+from megatron_moe.planning.stage_plan import chunk_plans
 from megatron_moe.planning.stage_schedule import passes_of, warmup_passes
-from megatron_moe.planning.step_time import gemm_seconds
+from megatron_moe.planning.step_time import gemm_seconds, hidden_seconds
+from megatron_moe.planning.tensor_sizes import TensorSizes
 from megatron_moe.planning.work import Gemm
 
 DENSE = (
@@ -119,6 +121,36 @@ def test_muon_adds_its_products() -> None:
     assert found[hidden, hidden, hidden] == blocks + 3 * attention
     slower = _plan("--optimizer adam --bf16", 1)
     assert plan.time.optimizer > slower.time.optimizer
+
+
+def test_chunks_hide_exchanges_behind_products() -> None:
+    """Of four chunks three quarters can overlap: of the exchanges, or of the products if these are
+    shorter. The first to arrive and the last to return wait, so nothing is hidden of one chunk.
+    """
+    flags = "--moe-layer-freq [0,1]*4 --num-experts 8 --expert-model-parallel-size 8"
+    whole, parts = (_plan(f"{flags} --moe-a2a-overlap-chunks {n}", 8) for n in (1, 4))
+    config, layout = parts.config, parts.layout
+    (plan,) = chunk_plans(config, layout, TensorSizes.of(config, layout, 1024), 0)
+    (experts,) = [part for part in plan if part.name == "experts"]
+    gemms = experts.work.forward.gemms
+    products = 4 * sum(gemm_seconds(gemm, parts.cluster, 2) for gemm in gemms)
+    ((before,),), ((after,),) = whole.time.forward, parts.time.forward
+    assert before.compute == after.compute
+    exchanges = before.transfers  # Nothing else is communicated in a forward pass.
+    assert 0 < exchanges < products
+    assert after.transfers == pytest.approx(0.25 * exchanges)
+    work, sizes = experts.work.forward, TensorSizes.of(config, layout, 1024)
+    hidden = hidden_seconds(1.0, work, parts.cluster, sizes)
+    assert hidden == pytest.approx(0.75 * products / 4), "of one layer, the shorter"
+
+
+def test_a_contextual_router_has_a_second_product() -> None:
+    flags = "--moe-layer-freq [0,1]*4 --num-experts 8"
+    linear, contextual = (
+        _plan(f"{flags} --moe-router-type {r}", 1) for r in ("linear", "contextual")
+    )
+    one_pass = 32 * 4 * 2 * 1024 * 8 * 1024  # micro-batches, layers, 2 S E H
+    assert contextual.time.flops[0] - linear.time.flops[0] == 3 * one_pass
 
 
 def test_roofline() -> None:

@@ -41,6 +41,8 @@ MORE = [
         f"{EP} --moe-expert-impl grouped --moe-expert-capacity-factor None"
         " --moe-dropless-buffer-factor 1.25",
     ),
+    (2, f"{TP} --expert-tensor-parallel-size 1 --moe-router-type contextual --num-experts 64"),
+    (2, "--bf16 --moe-router-load-balancing-type global_aux_loss --num-experts 512"),
     (2, "--bf16"),
     (2, f"{EP} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
     (2, f"{TP} --recompute-granularity selective --recompute-modules moe mlp"),
