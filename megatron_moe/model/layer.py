@@ -34,6 +34,7 @@ from megatron_moe.model.implementation import Implementation, recompute_with
 from megatron_moe.model.norm import RMSNorm
 from megatron_moe.moe.layer import MoELayer
 from megatron_moe.moe.registry import kernels_for
+from megatron_moe.platform.release import attention_config
 
 
 @dataclass
@@ -70,7 +71,7 @@ class OpenMoELayer(MegatronModule, BaseTransformerLayer):
         self.input_layernorm = self._new_norm(model)
         self.self_attention = build_module(
             submodules.self_attention,
-            config=config,
+            config=attention_config(config, model.qk_layernorm),
             layer_number=self.layer_number,
             pg_collection=pg_collection,
         )

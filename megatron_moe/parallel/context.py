@@ -22,6 +22,7 @@ from megatron_moe.parallel.launch import startup_barrier
 from megatron_moe.parallel.layout import Layout
 from megatron_moe.platform import Platform
 from megatron_moe.platform.queues import check_queues
+from megatron_moe.platform.release import check_norm_recomputation
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -79,7 +80,7 @@ def initialize_parallel(
 
     Raises:
         UsageError: the default group is of another size than the layout; or tensor parallelism
-            needs `CUDA_DEVICE_MAX_CONNECTIONS=1` on this GPU.
+            needs `CUDA_DEVICE_MAX_CONNECTIONS=1` on this GPU; or recomputed norms need ninja.
     """
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -88,6 +89,8 @@ def initialize_parallel(
     if platform.kind == "cuda" and layout.tp > 1:
         major, _ = torch.cuda.get_device_capability(platform.device)
         check_queues(layout.tp, major, os.environ)
+    if platform.kind == "cuda" and parallel.recompute_granularity == "selective":
+        check_norm_recomputation(parallel.recompute_modules)
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
     if not dist.is_initialized():
         _initialize_default_group(layout, platform, timeout, store, rank)

@@ -6,15 +6,19 @@ rest of the program does not ask for a release.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.metadata
+import shutil
 import sys
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from megatron_moe.errors import UsageError
 
 if TYPE_CHECKING:
     from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.transformer import TransformerConfig
     from torch import Tensor
 
 OLD, NEW = "0.16.1", "0.19.2"
@@ -41,6 +45,40 @@ def installed_release() -> str:
     if version not in RELEASES:
         raise UsageError("package megatron-core", version, expected, fix)
     return version
+
+
+def attention_config(config: TransformerConfig, norms: bool) -> TransformerConfig:
+    """The configuration for attention.
+
+    0.19 rejects norms of queries and keys without `qk_layernorm`, which elsewhere sums their
+    gradients over tensor-parallel ranks: right for one weight for all heads, wrong for one that is
+    split over these ranks. So attention alone sees it.
+
+    Args:
+        config: of the layer.
+        norms: whether queries and keys have norms, of either kind.
+    """
+    if not norms or config.qk_layernorm or installed_release() == OLD:
+        return config
+    own = copy.copy(config)
+    own.qk_layernorm = True
+    return own
+
+
+def check_norm_recomputation(modules: Collection[str]) -> None:
+    """Check what recomputed norms need on a GPU; on a CPU a patch does without.
+
+    Args:
+        modules: that are recomputed.
+
+    Raises:
+        UsageError: 0.19 will compile an extension for them, and there is no ninja.
+    """
+    if "layernorm" in modules and installed_release() != OLD and shutil.which("ninja") is None:
+        fix = "pip install ninja, or do not recompute layernorm: Megatron-Core compiles a function"
+        raise UsageError(
+            "program ninja", "missing", "in PATH with --recompute-modules layernorm", fix
+        )
 
 
 def build_from_spec(spec: Any, *args: Any, **kwargs: Any) -> Any:

@@ -102,6 +102,22 @@ def split_sizes() -> bool:
     return not torch.is_tensor(moved)
 
 
+def refill() -> bool:
+    """Without compiling, which takes a minute and ninja."""
+    import megatron.core.tensor_parallel.random as random
+
+    def compile_nothing(**options: Any) -> None:
+        raise RuntimeError("it compiles")
+
+    target, source = torch.zeros(4), torch.arange(4.0)
+    view, version = target[1:], target._version
+    target.untyped_storage().resize_(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(random, "load_inline", compile_nothing)
+        random._get_share_storage()(target, source)
+    return torch.equal(view, source[1:]) and target._version == version
+
+
 PROBES: dict[tuple[str, str], Callable[[], bool]] = {
     ("current-device", "current_device"): allocate,
     ("current-device", "synchronize"): time_something,
@@ -121,6 +137,7 @@ PROBES: dict[tuple[str, str], Callable[[], bool]] = {
     ("random-state", "_set_cuda_rng_state"): restore_tracked_state,
     ("router-gemm", "te_general_gemm"): route,
     ("host-splits", "maybe_move_tensor_to_cpu"): split_sizes,
+    ("share-storage", "_get_share_storage"): refill,
 }
 """(patch, attribute) -> a use of the attribute, and whether its result is right."""
 

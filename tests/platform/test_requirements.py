@@ -14,8 +14,15 @@ from typing import Any
 import pytest
 
 from megatron_moe.errors import UsageError
+from megatron_moe.platform import release
 from megatron_moe.platform.activation import check_requirements
-from megatron_moe.platform.release import NEW, OLD, installed_release, pinned_release
+from megatron_moe.platform.release import (
+    NEW,
+    OLD,
+    check_norm_recomputation,
+    installed_release,
+    pinned_release,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -154,3 +161,15 @@ def test_what_the_package_declares_is_what_is_checked() -> None:
     assert any(pin.startswith("psutil==") for pin in pins)
     assert "psutil" in (ROOT / "setup.py").read_text()
     assert "apex" not in [pin.partition("==")[0].lower() for pin in pins]
+
+
+def test_recomputed_norms_need_ninja_on_a_gpu_with_the_later_release(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(release, "installed_release", lambda: NEW)
+    monkeypatch.setenv("PATH", "/nowhere")
+    check_norm_recomputation(("moe", "mlp"))
+    with pytest.raises(UsageError, match=r"^program ninja must be in PATH .*got 'missing'"):
+        check_norm_recomputation(("moe", "layernorm"))
+    monkeypatch.setattr(release, "installed_release", lambda: OLD)
+    check_norm_recomputation(("layernorm",))

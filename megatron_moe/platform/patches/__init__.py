@@ -13,6 +13,7 @@ from megatron_moe.platform.patches.megatron_core import (
     NoFusion,
     NoTransformerEngine,
     RouterGemm,
+    ShareStorage,
     TensorTypeNames,
 )
 from megatron_moe.platform.patches.torch_cuda import (
@@ -36,6 +37,7 @@ CPU_PATCHES: tuple[type[Patch], ...] = (
     RandomStateWarning,
     RouterGemm,
     HostSplits,
+    ShareStorage,
 )
 """In the order in which they are applied, each to the releases that it fits. The first four change
 only torch and the fifth hides a package; `NoFusion` imports Megatron-Core, with those in effect,

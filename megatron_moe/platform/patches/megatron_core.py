@@ -15,6 +15,7 @@ _FILTERS: tuple[tuple[str, type[Warning]], ...] = (
     ("Transformer Engine and Apex are not installed", UserWarning),
     ("Apex is not installed", UserWarning),
     ("full scope is deprecated", UserWarning),
+    (r"\w+ is experimental and still under active development", UserWarning),
     ("`torch.distributed.(reduce_scatter_tensor|all_gather_into_tensor)` is deprecated", Warning),
 )
 
@@ -202,6 +203,29 @@ class HostSplits(AttributePatch):
         import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
         return [(token_dispatcher, "maybe_move_tensor_to_cpu", _to_host)]
+
+
+class ShareStorage(AttributePatch):
+    """Recomputation of norms: a freed tensor gets the memory of its second computation.
+
+    By a C++ function that is compiled in the first backward pass, which takes a compiler and ninja;
+    after an attempt that failed, all later ones wait for its lock forever. Here bytes are copied.
+    """
+
+    name = "share-storage"
+    releases = (NEW,)
+
+    def replacements(self) -> list[tuple[Any, str, Any]]:
+        import megatron.core.tensor_parallel.random as random
+
+        return [(random, "_get_share_storage", lambda: _copy_storage)]
+
+
+def _copy_storage(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Refill memory that was freed, beneath autograd, which counts no change of the tensor."""
+    memory, bytes_of = target.untyped_storage(), source.untyped_storage()
+    memory.resize_(bytes_of.nbytes())
+    memory.copy_(bytes_of)
 
 
 def _to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
