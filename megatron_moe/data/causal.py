@@ -139,7 +139,8 @@ class CausalDataset(GPTDataset):
         With `planes`, also positions or documents [S], int64. As in Megatron-LM an end of document
         belongs to the document that it ends, and the token after it begins the next one.
         """
-        text, documents = self._query_document_sample_shuffle_indices(idx)  # text: S + 1 ids
+        # S + 1 ids, their documents, and from release 0.19 on lengths of these.
+        text, documents, *_ = self._query_document_sample_shuffle_indices(idx)
         pad = self._pad_token_id
         padding = text == pad
         if padding.any():
