@@ -133,35 +133,50 @@ def test_it_is_megatron_cores_loss(pool: Pool, world_size: int) -> None:
     pool.run(compare_with_megatron_core, world_size)
 
 
-def compare_with_all_ranks_rows(rank: int, world_size: int, *, tp: int, ep: int) -> float:
+def padding_of(seed: int, padded: bool) -> Tensor:
+    """Which tokens [S, B] are padding: the end of each row, longer in later rows and batches."""
+    starts = SEQUENCE - torch.arange(1, BATCH + 1) - seed
+    return (torch.arange(SEQUENCE).unsqueeze(1) >= starts) & torch.tensor(padded)
+
+
+def compare_with_all_ranks_rows(
+    rank: int, world_size: int, *, tp: int, ep: int, padded: bool
+) -> float:
     """The sum over ranks of gradients of the router is that of one process.
 
     There, every data-parallel rank is a layer of its own, and f is that of all of them.
     """
     ctx = context_of(world_size, tp, ep, 1)
-    settings = {**GLOBAL, "moe_expert_capacity_factor": None}
+    settings = {**GLOBAL, "moe_expert_capacity_factor": None, "moe_ignore_padding_tokens": padded}
     layer = layer_of(moe_config(**settings), pgs=ctx.pgs, sequence_parallel=tp > 1)
     whole = layer_of(moe_config(**settings))
     layer.router.weight.data.copy_(whole.router.weight.data)
     set_loss_scale(1.0)
     total = torch.zeros((), dtype=DTYPE)
-    chosen = []
+    chosen, real = [], []
     for micro_batch in range(2):
-        rows = [tokens(2 * micro_batch + replica) for replica in range(ctx.layout.dp)]
+        seeds = [2 * micro_batch + replica for replica in range(ctx.layout.dp)]
+        rows = [tokens(seed) for seed in seeds]
+        real += [~padding_of(seed, padded) for seed in seeds]
+        own_SB = padding_of(seeds[ctx.dp_rank], padded).chunk(tp)[ctx.tp_rank]
+        padding_T = own_SB.flatten() if padded else None
         x = rows[ctx.dp_rank].chunk(tp)[ctx.tp_rank].reshape(-1, HIDDEN)
         scores, _ = layer.router(x)
-        plan = layer.dispatcher.plan(scores, BATCH, True, layer.experts, layer.draw)
+        plan = layer.dispatcher.plan(scores, BATCH, True, layer.experts, layer.draw, padding_T)
         (layer.losses.attach(scores, plan)[0] * 0).sum().backward()
         found = [whole.router(each.view(-1, HIDDEN))[0] for each in rows]
         chosen += [
             torch.nn.functional.one_hot(s.choices_TK, 4).sum(1).view(SEQUENCE, BATCH, 4).to(DTYPE)
-            for s in found
+            * counts.unsqueeze(2)
+            for s, counts in zip(found, real[-ctx.layout.dp :], strict=True)
         ]
-        share_E = torch.stack(chosen).mean((0, 1, 2))
-        for s, own in zip(found, chosen[-ctx.layout.dp :], strict=True):
-            probs_SBE = s.probs_TE.view(SEQUENCE, BATCH, 4)
-            rowwise = (own.mean(0) * probs_SBE.mean(0)).sum(1).mean()
-            overall = (share_E * s.probs_TE.mean(0)).sum()
+        share_E = torch.stack(chosen).sum((0, 1, 2)) / torch.stack(real).sum()
+        latest = slice(-ctx.layout.dp, None)
+        for s, own, counts in zip(found, chosen[latest], real[latest], strict=True):
+            probs_SBE = s.probs_TE.view(SEQUENCE, BATCH, 4) * counts.unsqueeze(2)
+            lengths_B1 = counts.sum(0).unsqueeze(1)
+            rowwise = (own.sum(0) * probs_SBE.sum(0) / lengths_B1**2).sum(1).mean()
+            overall = (share_E * probs_SBE.sum((0, 1)) / counts.sum()).sum()
             total = total + 4 * (0.3 * overall + 0.2 * rowwise) / layer.num_moe_layers
     total.backward()
     grad = layer.router.weight.grad
@@ -171,10 +186,12 @@ def compare_with_all_ranks_rows(rank: int, world_size: int, *, tp: int, ep: int)
     return float(grad.abs().max())
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("tp", "ep"), [(2, 2), (1, 2)])
-def test_the_layout_changes_nothing(pool: Pool, tp: int, ep: int) -> None:
+def test_the_layout_changes_nothing(pool: Pool, tp: int, ep: int, padded: bool) -> None:
     """Beyond what is said of data-parallel ranks, whose micro-batches count together."""
-    assert min(pool.run(compare_with_all_ranks_rows, 2, tp=tp, ep=ep)) > 1e-3
+    found = pool.run(compare_with_all_ranks_rows, 2, tp=tp, ep=ep, padded=padded)
+    assert min(found) > 1e-3
 
 
 def test_the_z_loss_of_chosen_experts_by_hand() -> None:
