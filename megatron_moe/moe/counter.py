@@ -25,7 +25,7 @@ own."""
 POSITION_BUCKETS = 8
 """Equal parts P of a row in which drops are counted separately."""
 SCALARS = (
-    *("tokens", "micro_batches", "entropy", "confidence", "logit_square"),
+    *("tokens", "micro_batches", "slots", "entropy", "confidence", "logit_square"),
     *("load_balancing", "router_z"),
 )
 """Numbers of a layer that are one each, in the order of the sums."""
@@ -42,6 +42,7 @@ class TokenFates:
         shards: such parts; one for each rank that shares the rows.
         padding_T: bool, which tokens are padding; `None` for none.
         ignored: whether padding was not routed.
+        slots: of all experts and groups of the micro-batch, on the one rank that counts them.
     """
 
     kept_TK: Tensor
@@ -50,6 +51,7 @@ class TokenFates:
     shards: int = 1
     padding_T: Tensor | None = None
     ignored: bool = False
+    slots: int = 0
 
 
 class RoutingCounter(nn.Module):
@@ -89,6 +91,7 @@ class RoutingCounter(nn.Module):
         self._fates: list[TokenFates] = []
         self._tokens: int | Tensor = 0
         self._micro_batches = 0.0
+        self._slots = 0
 
     @torch.no_grad()
     def add(
@@ -130,6 +133,7 @@ class RoutingCounter(nn.Module):
         self._fates.append(fates)
         self._tokens = self._tokens + tokens
         self._micro_batches += 1.0 / fates.shards
+        self._slots += fates.slots
         if len(self._loads) >= self.most_pending:
             self._add_up()
 
@@ -142,9 +146,11 @@ class RoutingCounter(nn.Module):
         self._sums[:experts] += torch.cat(self._loads).sum(0)
         self._sums[experts : 2 * experts] += torch.cat(self._kept).sum(0)
         ends = 2 * experts, 2 * experts + len(SCALARS)
-        tokens, batches, entropy, confidence, square, *losses = self._sums[slice(*ends)].unbind()
+        scalars = self._sums[slice(*ends)].unbind()
+        tokens, batches, slots, entropy, confidence, square, *losses = scalars
         tokens += self._tokens
         batches += self._micro_batches
+        slots += self._slots
         table = torch.stack(self._scalars).view(len(self._loads), -1).double()
         entropy -= table[:, 0].sum()
         confidence += table[:, 1].sum()
@@ -158,7 +164,7 @@ class RoutingCounter(nn.Module):
 
     @property
     def sums(self) -> Tensor:
-        """[2 E + 7 + 2 P (1 + K)] fp64: loads, kept choices, `SCALARS`, then tokens and kept
+        """[2 E + 8 + 2 P (1 + K)] fp64: loads, kept choices, `SCALARS`, then tokens and kept
         choices by kind and part of the row; to be read or written in place.
         """
         self._add_up()

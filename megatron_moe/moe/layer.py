@@ -228,6 +228,7 @@ class MoELayer(nn.Module):
             shards=shards,
             padding_T=padding_T,
             ignored=plan.padding_T is not None,
+            slots=0 if rank else plan.capacity.slots * plan.capacity.groups * self.moe.num_experts,
         )
         self.statistics.add(scores, load_GE, kept_GE, losses, fates)
         if self.training and self.drops_by_size is not None:

@@ -37,6 +37,7 @@ class LayerStatistics:
         micro_batches: counted, over data-parallel ranks.
         tokens_at: [2][P] tokens in each part of a row: real ones, then padding.
         kept_at: [2][P][K] choices of these tokens that were not dropped, by the rank of the choice.
+        slots: of all experts, filled or not: the rows of buffers of fixed shape.
     """
 
     load: tuple[float, ...]
@@ -50,6 +51,7 @@ class LayerStatistics:
     micro_batches: float
     tokens_at: tuple[tuple[float, ...], ...]
     kept_at: tuple[tuple[tuple[float, ...], ...], ...]
+    slots: float = 0.0
 
     @property
     def kept_choices(self) -> float:
@@ -139,7 +141,7 @@ class LayerStatistics:
         means = ("router_entropy", "router_confidence", "logit_rms", "aux_loss", "z_loss")
         return {
             **{name: getattr(self, name) for name in (*rates, *means)},
-            **_integers({**counts, "tokens": self.tokens, **at}),
+            **_integers({**counts, "tokens": self.tokens, "slots": self.slots, **at}),
             "micro_batches": self.micro_batches,
         }
 
@@ -268,7 +270,7 @@ def _device_of(chunks: Iterable[nn.Module]) -> torch.device:
 def _statistics(sums: list[float], experts: int) -> LayerStatistics:
     """One row of sums as means."""
     ends = 2 * experts, 2 * experts + len(SCALARS)
-    tokens, batches, entropy, confidence, square, balance, z = sums[slice(*ends)]
+    tokens, batches, slots, entropy, confidence, square, balance, z = sums[slice(*ends)]
     at_2PC = (
         torch.tensor(sums[ends[1] :], dtype=torch.float64).view(2, POSITION_BUCKETS, -1).tolist()
     )
@@ -284,4 +286,5 @@ def _statistics(sums: list[float], experts: int) -> LayerStatistics:
         micro_batches=batches,
         tokens_at=tuple(tuple(counts[0] for counts in kind) for kind in at_2PC),
         kept_at=tuple(tuple(tuple(counts[1:]) for counts in kind) for kind in at_2PC),
+        slots=slots,
     )

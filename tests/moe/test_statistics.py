@@ -29,7 +29,8 @@ def one_pass(counter: RoutingCounter) -> None:
         torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]]),
         torch.tensor([[1, 1, 0, 0], [0, 0, 1, 0]]),
     )
-    fates = TokenFates(kept_TK=torch.tensor([[True, True], [False, True]]), batch=1)
+    kept_TK = torch.tensor([[True, True], [False, True]])
+    fates = TokenFates(kept_TK=kept_TK, batch=1, slots=12)
     counter.add(scores, load, kept, (torch.tensor(2.5), torch.tensor(0.5)), fates)
 
 
@@ -51,6 +52,7 @@ def test_two_micro_batches_by_hand() -> None:
         # A row of two positions: the first is in the first of eight parts, the second in the fifth.
         tokens_at=((2, 0, 0, 0, 2, 0, 0, 0), (0,) * 8),
         kept_at=(((2, 2), *[(0, 0)] * 3, (0, 2), *[(0, 0)] * 3), ((0, 0),) * 8),
+        slots=24,
     )
     assert found[0] == 7
     for name in ("router_entropy", "router_confidence", "logit_rms"):
