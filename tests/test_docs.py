@@ -54,6 +54,7 @@ LAUNCHER = {
 def flags() -> set[str]:
     """Flags of the run and of every command."""
     commands = [*(ROOT / "tools").glob("*.py"), *(ROOT / "bench").glob("*.py")]
+    commands += (ROOT / "examples" / "experiments").glob("*.py")
     commands.append(ROOT / "megatron_moe" / "inference" / "command.py")
     commands.append(ROOT / "megatron_moe" / "data" / "preprocess" / "megatron_flags.py")
     own = {flag for path in commands for flag in re.findall(r'"(--[a-z0-9-]+)"', path.read_text())}

@@ -1,0 +1,1 @@
+"""Experiments on routing: docs/experiments.md."""
