@@ -31,7 +31,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "routing-S": lambda: tables.routing_table("S"),
     "routing-M": lambda: tables.routing_table("M"),
     "verdicts": tables.verdicts,
-    "capacity": tables.capacity_table,
     "plus": tables.plus_table,
 }
 

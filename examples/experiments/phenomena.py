@@ -80,7 +80,8 @@ class Study:
         loads = [f"{k}={self.checkpoints(run)}@{step}" for k, (run, step) in checkpoints.items()]
         domains = [f"{name}={data / name}_text_document" for name in ("code", "text")]
         how = ("--tokens", self.tokens, "--seq-length", 128, "--out", out)
-        tool("analyze_moe", "--load", *loads, "--data", *domains, "--analyses", key, *how)
+        if not all((out / label / key / "result.json").exists() for label in checkpoints):
+            tool("analyze_moe", "--load", *loads, "--data", *domains, "--analyses", key, *how)
         found = {}
         for label in (*checkpoints, "compared"):
             path = out / label / key / "result.json"

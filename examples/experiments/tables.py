@@ -226,32 +226,6 @@ def drops_table() -> str:
     return table(["model", "seed", "all (null)", "first quarter", "last quarter", "z"], rows)
 
 
-def capacity_table() -> str:
-    """The target drop rate against fixed factors with the same drops."""
-    records, _ = load_records("adaptive_capacity")
-    from examples.experiments.adaptive_capacity import savings
-
-    rows = []
-    for each in savings(records):
-        rows.append(
-            [
-                str(each["seed"]),
-                _percent(each["rate"], 2),
-                f"{each['factor']:.2f}",
-                f"{each['fixed']:.2f}",
-                _percent(each["saved"]),
-            ]
-        )
-    head = [
-        "seed",
-        "drops",
-        "mean factor",
-        "fixed factor with the same drops",
-        "padded rows saved",
-    ]
-    return table(head, rows)
-
-
 def plus_table() -> str:
     """The combinations against OpenMoE's recipe, as a family of tests of their own."""
     records = _remedies()[0]

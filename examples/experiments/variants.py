@@ -41,11 +41,6 @@ VARIANTS = {
         "factor 2.0: slots for every choice of even loads",
         "--moe-expert-capacity-factor 2.0",
     ),
-    "factor-3": _variant(
-        "capacity",
-        "factor 3.0",
-        "--moe-expert-capacity-factor 3.0",
-    ),
     "port": _variant(
         "capacity", "rule `port`: twice the slots, shared by 8 rows", "--moe-capacity-rule port"
     ),
@@ -90,39 +85,15 @@ VARIANTS = {
         "--moe-router-load-balancing-type quantile_balancing",
     ),
     "z-chosen": _variant("balance", "z-loss of chosen experts", "--moe-z-loss-over chosen"),
-    "plus-probs": _variant(
-        "all",
-        "context, normalised weights, z-loss of chosen experts, factor 1.5, `probs`",
-        "--moe-router-type contextual --no-moe-router-pre-softmax --moe-z-loss-over chosen"
-        " --moe-expert-capacity-factor 1.5 --moe-token-drop-policy probs",
-    ),
     "muon": _variant(
         "optimizer",
         "Muon in place of AdamW",
         "--optimizer muon --muon-extra-scale-factor 0.2",
     ),
-    "fine": _variant(
-        "experts",
-        "experts cut in four: 32, of which a token chooses 8",
-        "--moe-expert-split-factor 4",
-    ),
-    "adafactor": _variant(
-        "optimizer",
-        "Adafactor in place of AdamW, as OpenMoE",
-        "--optimizer adafactor --lr 0.1",
-    ),
-    "ada-03": _variant("optimizer", "", "--optimizer adafactor --lr 0.03"),
-    "ada-3": _variant("optimizer", "", "--optimizer adafactor --lr 0.3"),
     "plus": _variant(
         "all",
         "Muon, context, target drop rate 15%, least probable choices drop",
         "--moe-router-type contextual --moe-target-drop-rate 0.15"
         " --moe-token-drop-policy probs --optimizer muon --muon-extra-scale-factor 0.2",
-    ),
-    "plus-target": _variant(
-        "all",
-        "Muon, context, target drop rate 5%",
-        "--moe-router-type contextual --moe-target-drop-rate 0.05"
-        " --optimizer muon --muon-extra-scale-factor 0.2",
     ),
 }

@@ -158,7 +158,6 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
 SMALL = "--megabytes 0.2 --seeds 1 --steps 8 --no-records"
 SCRIPTS = {
     "padding": "--sizes M",
-    "adaptive_capacity": "",
     "context_independence": "--size S --length 1 --tokens 4096",
     "early_routing": "--size S --length 3 --tokens 8192",
     "drops_towards_end": "--size S --length 1 --tokens 4096",
