@@ -7,7 +7,10 @@ remedies are compared at equal compute and at equal time as well.
     python -m examples.experiments.remedies --out experiments
     python -m examples.experiments.remedies --out experiments --variants dropless --seeds 3
 
-Finished runs are not repeated. Records go to `examples/experiments/records/remedies.json`; tables
+    python -m examples.experiments.remedies --out experiments --variants muon --seeds 5 --extend
+
+Finished runs are not repeated; with `--extend`, runs whose records are there are not either, and
+their records stay. Records go to `examples/experiments/records/remedies.json`; tables
 and plots follow from them with `python -m examples.experiments.document`.
 """
 
@@ -19,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from examples.experiments.lab import BASE, ROOT, SIZES, Lab, Run, lab_of, lab_parser
-from examples.experiments.records import read_record, write_records
+from examples.experiments.records import Record, load_records, read_record, write_records
 from examples.experiments.variants import OPENMOE, VARIANTS
 
 LENGTHS = (0.75, 1.35)
@@ -41,6 +44,29 @@ def runs_of(lab: Lab, sizes: Iterable[str], variants: Sequence[str], seeds: int)
                         Run(size=size, variant=name, flags=flags, seed=seed, length=length)
                     )
     return found
+
+
+def key_of(record: Record) -> tuple[str, str, int, float]:
+    """What a run is told from others by."""
+    return record["size"], record["variant"], record["seed"], record["length"]
+
+
+def in_order(records: Sequence[Record]) -> list[Record]:
+    """By seed, size, variant and length, as `runs_of` takes them.
+
+    Raises:
+        ValueError: two of one run.
+    """
+    if len({key_of(record) for record in records}) < len(records):
+        raise ValueError("two records of one run")
+    places = {name: place for place, name in enumerate(VARIANTS)}
+    sizes = list(SIZES)
+
+    def place(record: Record) -> tuple[int, int, int, float]:
+        size, variant, seed, length = key_of(record)
+        return seed, sizes.index(size), places.get(variant, len(places)), abs(length - 1.0)
+
+    return sorted(records, key=place)
 
 
 def about(lab: Lab, variants: Sequence[str]) -> Mapping[str, Any]:
@@ -76,17 +102,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--workers", type=int, default=1, help="runs at a time (1), each on one core")
     add("--most", type=int, help="runs to take now (all that are left), without records")
     add("--finished", action="store_true", help="take no run; records of those that are there")
+    add("--extend", action="store_true", help="keep the records that are there, and add to them")
     options = parser.parse_args(argv)
     lab = lab_of(options)
     runs = runs_of(lab, options.sizes, options.variants, options.seeds or SEEDS)
+    kept: list[Record] = []
+    if options.extend:
+        kept = load_records("remedies")[0]
+        known = {key_of(record) for record in kept}
+        runs = [run for run in runs if (run.size, run.variant, run.seed, run.length) not in known]
     if options.finished:
         runs = [run for run in runs if lab.is_finished(run)]
     lab.take(runs, options.workers, options.most)
     if options.most is not None:
         return
-    records = [read_record(lab, run) for run in runs]
+    records = in_order([*kept, *(read_record(lab, run) for run in runs)])
     if not options.no_records:
-        print(write_records("remedies", records, about(lab, options.variants)))
+        variants = [name for name in VARIANTS if any(r["variant"] == name for r in records)]
+        print(write_records("remedies", records, about(lab, variants)))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from examples.experiments import (
 from examples.experiments.compare import compare, corrected
 from examples.experiments.lab import SIZES, Lab, Run
 from examples.experiments.paired import at_cost, holm, paired
-from examples.experiments.records import read_record
+from examples.experiments.records import load_records, read_record
 from examples.experiments.variants import VARIANTS
 from megatron_moe.config.cli import parse_args
 from megatron_moe.config.presets import PRESETS
@@ -204,3 +204,13 @@ def test_remedies_from_an_empty_folder(folder: Path) -> None:
 @pytest.mark.parametrize("script", list(SCRIPTS))
 def test_other_scripts(script: str, folder: Path) -> None:
     start(script, SCRIPTS[script], folder)
+
+
+def test_records_are_extended_and_sorted_by_seed() -> None:
+    """The committed records have an order, and two of one run are an error."""
+    records = load_records("remedies")[0]
+    assert remedies.in_order(records[::-1]) == remedies.in_order(records)
+    seeds = [record["seed"] for record in remedies.in_order(records)]
+    assert seeds == sorted(seeds)
+    with pytest.raises(ValueError, match="two records"):
+        remedies.in_order([*records, records[0]])
