@@ -118,6 +118,7 @@ def test_every_script_is_covered() -> None:
         "Dockerfile",
         "chat_tuning.sh",
         "common.sh",
+        "experiments",
         "kubernetes",
         "lm_eval",
         "preprocess_slurm.sbatch",
