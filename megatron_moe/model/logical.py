@@ -29,6 +29,10 @@ ParameterKind = Literal[
 ]
 
 
+OF_GEMMS: tuple[ParameterKind, ...] = ("attention", "ffn", "expert", "shared")
+"""Kinds whose matrices the GEMMs of layers multiply by: no embedding, logits, router or norm."""
+
+
 @dataclass(frozen=True)
 class LogicalParameter:
     """One tensor of the model, whole and unfused."""

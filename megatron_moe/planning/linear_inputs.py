@@ -18,13 +18,9 @@ from typing import ClassVar
 
 from megatron_moe.config import ModelConfig, MoEConfig, RunConfig
 from megatron_moe.config.precision import ALIGNMENT, Fp8Recipe
-from megatron_moe.model.counting import stages_of, stages_of_layers
-from megatron_moe.model.logical import logical_parameters
+from megatron_moe.model.logical import OF_GEMMS
 from megatron_moe.parallel.layout import Layout
-from megatron_moe.planning.memory import local_matrix
-
-_LINEAR = ("attention", "ffn", "expert", "shared")
-"""Kinds of logical parameters that the GEMMs of a layer multiply by, besides vectors."""
+from megatron_moe.planning.memory import local_tensors
 
 
 @dataclass(frozen=True)
@@ -101,16 +97,9 @@ def _elements(
     in_fp8: tuple[bool, ...],
 ) -> tuple[int, ...]:
     """Elements of weights that FP8 GEMMs multiply by, of each stage."""
-    tp, pp, ep, etp = degrees
-    of_layers, found = stages_of_layers(chunk_layers, pp), [0] * pp
-    for name, parameter in logical_parameters(model, moe, vocab_size).items():
-        if parameter.kind not in _LINEAR or not in_fp8[int(name.split(".")[1])]:
-            continue
-        copies, matrix = 1, parameter.shape
-        if parameter.kind == "expert":
-            copies, matrix = parameter.shape[0] // ep, parameter.shape[1:]
-        if len(matrix) == 2:
-            held = copies * math.prod(local_matrix(name, parameter, matrix, tp, etp))
-            for stage in stages_of(name, of_layers, pp, model.untie_embeddings_and_output_weights):
-                found[stage] += held
+    found = [0] * degrees[1]
+    for tensor in local_tensors(model, moe, vocab_size, degrees, chunk_layers):
+        if tensor.kind in OF_GEMMS and in_fp8[int(tensor.name.split(".")[1])]:
+            for stage in tensor.stages:
+                found[stage] += tensor.copies * math.prod(tensor.local)
     return tuple(found)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 
 from megatron_moe.config import ModelConfig, MoEConfig, RunConfig
@@ -22,7 +22,7 @@ from megatron_moe.model.counting import (
     stages_of,
     stages_of_layers,
 )
-from megatron_moe.model.logical import LogicalParameter, logical_parameters
+from megatron_moe.model.logical import LogicalParameter, ParameterKind, logical_parameters
 from megatron_moe.parallel.layout import Layout
 from megatron_moe.planning.muon import muon_shares
 
@@ -204,20 +204,69 @@ def _adafactor_elements(
     least: int,
 ) -> tuple[int, ...]:
     """Numbers that Adafactor keeps on each stage (`training/optim/factoring.py`)."""
-    tp, pp, ep, etp = degrees
-    of_layers, found = stages_of_layers(chunk_layers, pp), [0] * pp
-    for name, parameter in logical_parameters(model, moe, vocab_size).items():
-        copies, matrix = 1, parameter.shape
-        if parameter.kind == "expert":
-            copies, matrix = parameter.shape[0] // ep, parameter.shape[1:]
-        local = local_matrix(name, parameter, matrix, tp, etp)
-        factored = len(matrix) == 2 and min(matrix) >= least
-        for stage in stages_of(name, of_layers, pp, model.untie_embeddings_and_output_weights):
-            found[stage] += copies * (sum(local) if factored else math.prod(local))
+    found = [0] * degrees[1]
+    for tensor in local_tensors(model, moe, vocab_size, degrees, chunk_layers):
+        factored = len(tensor.whole) == 2 and min(tensor.whole) >= least
+        kept = sum(tensor.local) if factored else math.prod(tensor.local)
+        for stage in tensor.stages:
+            found[stage] += tensor.copies * kept
     return tuple(found)
 
 
-def local_matrix(
+@dataclass(frozen=True)
+class LocalTensor:
+    """A logical tensor as the ranks of some pipeline stages hold it.
+
+    Args:
+        name: of the logical tensor.
+        kind: of it.
+        copies: matrices or vectors of it on a rank; several of experts.
+        whole: shape of one of them, over all tensor-parallel ranks.
+        local: of a rank's part of one.
+        stages: that hold it.
+    """
+
+    name: str
+    kind: ParameterKind
+    copies: int
+    whole: tuple[int, ...]
+    local: tuple[int, ...]
+    stages: Set[int]
+
+
+def local_tensors(
+    model: ModelConfig,
+    moe: MoEConfig,
+    vocab_size: int,
+    degrees: tuple[int, ...],
+    chunk_layers: tuple[int, ...],
+) -> Iterator[LocalTensor]:
+    """Every logical tensor, by what a rank holds of it.
+
+    Args:
+        model: its sizes.
+        moe: of its experts.
+        vocab_size: V, padded.
+        degrees: sizes of TP, PP, EP and ETP.
+        chunk_layers: layers of every model chunk, in the order of the model.
+    """
+    tp, pp, ep, etp = degrees
+    of_layers = stages_of_layers(chunk_layers, pp)
+    for name, parameter in logical_parameters(model, moe, vocab_size).items():
+        copies, whole = 1, parameter.shape
+        if parameter.kind == "expert":
+            copies, whole = parameter.shape[0] // ep, parameter.shape[1:]
+        yield LocalTensor(
+            name,
+            parameter.kind,
+            copies,
+            whole,
+            _local_matrix(name, parameter, whole, tp, etp),
+            stages_of(name, of_layers, pp, model.untie_embeddings_and_output_weights),
+        )
+
+
+def _local_matrix(
     name: str, parameter: LogicalParameter, matrix: tuple[int, ...], tp: int, etp: int
 ) -> tuple[int, ...]:
     """The part of a matrix or vector on one rank: tensor parallelism divides one dimension."""

@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 from megatron_moe.config import RunConfig
 from megatron_moe.model.counting import stages_of, stages_of_layers
-from megatron_moe.model.logical import LogicalParameter, ParameterKind, logical_parameters
+from megatron_moe.model.logical import OF_GEMMS, LogicalParameter, logical_parameters
 from megatron_moe.parallel.layout import Layout
 
-ORTHOGONALIZED: tuple[ParameterKind, ...] = ("attention", "ffn", "expert", "shared")
-"""As in `training/optim/muon.py`."""
 MATRIX_BYTES = 50
 """Moved for each element of a matrix besides its products: gradient 4, momentum 8, its norm 4, to
 bf16 and back 12, master 8, parameter 2, and decay and scale 12."""
@@ -63,7 +61,7 @@ def _matrices(
 
     No split dimension: not a matrix of Muon's. 2: no rank has less than the whole of one.
     """
-    if parameter.kind not in ORTHOGONALIZED:
+    if parameter.kind not in OF_GEMMS:
         return 0, 0, None, 0
     expert = parameter.kind == "expert"
     rows, columns = parameter.shape[-2:]

@@ -31,14 +31,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_moe.config import OptimizerConfig
-from megatron_moe.model.logical import ParameterKind
+from megatron_moe.model.logical import OF_GEMMS, ParameterKind
 from megatron_moe.model.sharding.optimizer_state import leaves, parameters
 from megatron_moe.model.sharding.shards import ParamShard, Piece
 from megatron_moe.training.optim.factoring import Dims, split_dims
 from megatron_moe.training.optim.orthogonalize import coefficients, orthogonalize
-
-ORTHOGONALIZED: tuple[ParameterKind, ...] = ("attention", "ffn", "expert", "shared")
-"""Kinds of logical tensors that Muon updates; embeddings, logits, routers and norms are AdamW's."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +129,7 @@ class Muon(torch.optim.Optimizer):
         for main in (main for group in self.param_groups for main in group["params"]):
             shard = shards[main]
             state: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
-            if all(kinds[piece.name] in ORTHOGONALIZED for piece in shard.pieces):
+            if all(kinds[piece.name] in OF_GEMMS for piece in shard.pieces):
                 self._stacks[main] = stacks_of(shard, settings)
                 self._groups[main] = pgs.expt_tp if shard.expert else pgs.tp
                 state = ("momentum_buffer",)
