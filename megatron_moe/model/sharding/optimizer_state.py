@@ -14,7 +14,7 @@ blocks of logical tensors (`LogicalState`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_moe.errors import CheckpointError
 from megatron_moe.model.sharding.blocks import Part
+from megatron_moe.model.sharding.shards import ParamShard
 
 MASTER = "master"
 """Kind of the fp32 copy of a half-precision weight."""
@@ -91,6 +92,27 @@ def leaves(optimizer: Any) -> Iterator[Any]:
     for leaf in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not leaf.is_stub_optimizer:
             yield leaf
+
+
+def replace_inner(
+    optimizer: Any,
+    shards: Iterable[ParamShard],
+    make: Callable[[list[dict[str, Any]], dict[Tensor, ParamShard]], Any],
+) -> None:
+    """Put an optimizer of our own inside Megatron-Core's wrappers.
+
+    Args:
+        optimizer: Megatron-Core's, without sharding over data-parallel ranks.
+        shards: the table of this rank's parameters.
+        make: from the groups of parameters, or of their fp32 masters, and the logical tensors that
+            each of these consists of.
+    """
+    by_param = {shard.param: shard for shard in shards}
+    kept = ("params", "wd_mult", "is_expert_parallel")
+    for leaf in leaves(optimizer):
+        table = {main: by_param[param] for param, main, _, _ in parameters(leaf)}
+        groups = [{key: group[key] for key in kept} for group in leaf.optimizer.param_groups]
+        leaf.optimizer = make(groups, table)
 
 
 def parameters(leaf: Any) -> Iterator[tuple[Tensor, Tensor, int, bool]]:

@@ -33,7 +33,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_moe.config import OptimizerConfig
 from megatron_moe.model.sharding.blocks import Part
-from megatron_moe.model.sharding.optimizer_state import leaves, parameters
+from megatron_moe.model.sharding.optimizer_state import replace_inner
 from megatron_moe.model.sharding.shards import ParamShard
 from megatron_moe.training.optim.factoring import Factoring
 
@@ -144,12 +144,7 @@ def install_adafactor(
         settings: of Adafactor.
         pgs: this rank's groups.
     """
-    by_param = {shard.param: shard for shard in shards}
-    kept = ("params", "wd_mult", "is_expert_parallel")
-    for leaf in leaves(optimizer):
-        table = {main: by_param[param] for param, main, _, _ in parameters(leaf)}
-        groups = [{key: group[key] for key in kept} for group in leaf.optimizer.param_groups]
-        leaf.optimizer = Adafactor(groups, table, settings, pgs)
+    replace_inner(optimizer, shards, lambda groups, table: Adafactor(groups, table, settings, pgs))
 
 
 def _kept(factoring: Factoring, kind: str) -> tuple[int, ...]:

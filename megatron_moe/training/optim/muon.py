@@ -32,7 +32,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_moe.config import OptimizerConfig
 from megatron_moe.model.logical import OF_GEMMS, ParameterKind
-from megatron_moe.model.sharding.optimizer_state import leaves, parameters
+from megatron_moe.model.sharding.optimizer_state import replace_inner
 from megatron_moe.model.sharding.shards import ParamShard, Piece
 from megatron_moe.training.optim.factoring import Dims, split_dims
 from megatron_moe.training.optim.orthogonalize import coefficients, orthogonalize
@@ -177,12 +177,9 @@ def install_muon(
         settings: of Muon and AdamW.
         pgs: this rank's groups.
     """
-    by_param = {shard.param: shard for shard in shards}
-    kept = ("params", "wd_mult", "is_expert_parallel")
-    for leaf in leaves(optimizer):
-        table = {main: by_param[param] for param, main, _, _ in parameters(leaf)}
-        groups = [{key: group[key] for key in kept} for group in leaf.optimizer.param_groups]
-        leaf.optimizer = Muon(groups, table, kinds, settings, pgs)
+    replace_inner(
+        optimizer, shards, lambda groups, table: Muon(groups, table, kinds, settings, pgs)
+    )
 
 
 def stacks_of(shard: ParamShard, settings: OptimizerConfig) -> list[Stack]:
