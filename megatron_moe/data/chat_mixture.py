@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from megatron_moe.config import DataConfig, RunConfig
 from megatron_moe.data.blend import Blend, domains_of_samples
 from megatron_moe.data.causal import Sample
+from megatron_moe.data.composition import rows_before, share_of
 from megatron_moe.data.datasets import build_split, open_sources
 from megatron_moe.data.indexed.check import Source
 from megatron_moe.data.objectives.select import plan_objective
@@ -56,16 +57,6 @@ def place_of(share: Fraction, row: int) -> tuple[bool, int]:
     before = rows_before(share, row)
     is_chat = rows_before(share, row + 1) > before
     return is_chat, before if is_chat else row - before
-
-
-def rows_before(share: Fraction, row: int) -> int:
-    """Rows of conversations before a row: floor(row s)."""
-    return row * share.numerator // share.denominator
-
-
-def share_of(config: RunConfig) -> Fraction:
-    """s, the fraction that the digits of `--sft-share` are."""
-    return Fraction(repr(config.objective.sft_share))
 
 
 @dataclass(frozen=True, kw_only=True)

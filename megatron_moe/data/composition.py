@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any
 
 from megatron_moe.config import RunConfig
@@ -79,6 +80,16 @@ def shares_of(
     return tuple(found)
 
 
+def share_of(config: RunConfig) -> Fraction:
+    """Return s, the fraction that the digits of `--sft-share` are."""
+    return Fraction(repr(config.objective.sft_share))
+
+
+def rows_before(share: Fraction, row: int) -> int:
+    """Return the rows of conversations before a row: floor(row s)."""
+    return row * share.numerator // share.denominator
+
+
 def beside_chat(shares: Sequence[Share], chat: Sequence[Share], part: float) -> tuple[Share, ...]:
     """Return the sources of text and those of conversations, of which a part of all rows is."""
     sizes = [*((share, 1.0 - part) for share in shares), *((share, part) for share in chat)]
@@ -110,7 +121,7 @@ def described_shares(config: RunConfig, global_batch_size: int) -> tuple[Share, 
         samples = BatchSizes.of(config.train, global_batch_size).samples_of(iterations)
     text = text_per_row(config) if sources else None
     part, objective = config.objective.sft_share, config.objective
-    own = samples if samples is None else samples - int(samples * part)
+    own = samples if samples is None else samples - rows_before(share_of(config), samples)
     found = shares_of(blend, sources, data.seq_length, own, text)
     if not part:
         return found

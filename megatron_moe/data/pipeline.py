@@ -19,8 +19,8 @@ from megatron_moe.config import RunConfig
 from megatron_moe.config.rampup import BatchSizes
 from megatron_moe.data.batch import Batch, extra_planes
 from megatron_moe.data.blend import Blend
-from megatron_moe.data.chat_mixture import ChatRows, domains_of_rows, open_chat, rows_before
-from megatron_moe.data.composition import Share, beside_chat, shares_of, text_per_row
+from megatron_moe.data.chat_mixture import ChatRows, domains_of_rows, open_chat
+from megatron_moe.data.composition import Share, beside_chat, rows_before, shares_of, text_per_row
 from megatron_moe.data.datasets import build_split, open_sources
 from megatron_moe.data.identity import described
 from megatron_moe.data.indexed.check import Source

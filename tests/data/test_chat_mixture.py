@@ -11,7 +11,7 @@ import pytest
 from megatron_moe.config.cli import parse_args
 from megatron_moe.config.validate import validate
 from megatron_moe.data.chat_mixture import place_of
-from megatron_moe.data.composition import described_shares
+from megatron_moe.data.composition import described_shares, rows_before, share_of
 from megatron_moe.errors import UsageError
 from tests.data.corpus import write
 from tests.data.objectives.runs import Row, data_of, objective_config, order, rows
@@ -171,3 +171,10 @@ def test_what_cannot_be_mixed_is_an_error(line: str, message: str) -> None:
     with pytest.raises(UsageError) as error:
         validate(parse_args(["--data-path", "d", "--train-iters", "2", *line.split()]).config)
     assert message in str(error.value)
+
+
+def test_rows_of_conversations_are_exact() -> None:
+    """29 of the first hundred, where 100 x 0.29 in floating point is below 29."""
+    assert int(100 * 0.29) == 28
+    config = parse_args(["--sft-data-path", "chat", "--sft-share", "0.29"]).config
+    assert rows_before(share_of(config), 100) == 29

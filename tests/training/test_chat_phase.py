@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_moe.data.chat_mixture import place_of, share_of
+from megatron_moe.data.chat_mixture import place_of
+from megatron_moe.data.composition import share_of
 from megatron_moe.data.indexed.writer import IndexedWriter
 from megatron_moe.data.pipeline import build_data
 from tests.data.objectives.test_sft import chat, write_lines
