@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import fmean
 
 from examples.experiments.paired import Paired, at_cost, holm, paired
 from examples.experiments.records import Record
@@ -60,8 +61,8 @@ def gain(records: Iterable[Record], cost: str) -> list[tuple[float, float]]:
     seeds = [s for s in {r["seed"] for r in rows} if all((s, x) in by for x in lengths)]
     return [
         (
-            _mean(by[s, x][cost] for s in seeds),
-            _mean(by[s, x]["loss"] - by[s, 1.0]["loss"] for s in seeds),
+            fmean(by[s, x][cost] for s in seeds),
+            fmean(by[s, x]["loss"] - by[s, 1.0]["loss"] for s in seeds),
         )
         for x in lengths
     ]
@@ -120,10 +121,7 @@ def corrected(comparisons: Sequence[Comparison]) -> list[Comparison]:
         comparisons: a family of tests.
     """
     p = holm({f"{each.size} {each.variant}": each.compute.p for each in comparisons})
-    return [
-        Comparison(**{**vars(each), "corrected": p[f"{each.size} {each.variant}"]})
-        for each in comparisons
-    ]
+    return [replace(each, corrected=p[f"{each.size} {each.variant}"]) for each in comparisons]
 
 
 def means(records: Iterable[Record], keys: Sequence[str]) -> Mapping[str, float | None]:
@@ -132,10 +130,5 @@ def means(records: Iterable[Record], keys: Sequence[str]) -> Mapping[str, float 
     rows = list(records)
     for key in keys:
         known = [r[key] for r in rows if r[key] is not None]
-        found[key] = _mean(known) if known else None
+        found[key] = fmean(known) if known else None
     return found
-
-
-def _mean(values: Iterable[float]) -> float:
-    known = list(values)
-    return sum(known) / len(known)

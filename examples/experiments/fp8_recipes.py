@@ -1,7 +1,7 @@
 """What each FP8 recipe does to loss, drops and routing of the quickstart's model, by emulation.
 
-    python examples/experiments/fp8_recipes.py --out fp8_recipes --record recipes.json
-    python examples/experiments/fp8_recipes.py --record recipes.json --page docs/fp8.md
+    python -m examples.experiments.fp8_recipes --out fp8_recipes --record recipes.json
+    python -m examples.experiments.fp8_recipes --record recipes.json --page docs/fp8.md
 
 Every run is `pretrain_openmoe.py` with the flags of the quickstart, shorter, on one process (by
 `bf16_products.py`). Runs of one seed start from the same weights and read the same rows; they
@@ -32,9 +32,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from examples.experiments.lab import ROOT, tool
 from megatron_moe.moe.trace import Trace, read_step
 
-ROOT = Path(__file__).resolve().parents[2]
 BEGIN, END = "<!-- table of examples/experiments/fp8_recipes.py -->", "<!-- end of table -->"
 HELD_OUT_ROWS = 20
 """One document in so many is held out."""
@@ -111,7 +111,7 @@ def prepare(out: Path) -> None:
         return
     corpus, data = out / "corpus", out / "data"
     data.mkdir(parents=True, exist_ok=True)
-    command("tools/make_demo_corpus.py", "--output-dir", corpus)
+    tool("make_demo_corpus", "--output-dir", corpus)
     parts: dict[str, list[str]] = {"train": [], "held_out": []}
     for domain in ("code", "text"):
         lines = (corpus / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
@@ -120,15 +120,11 @@ def prepare(out: Path) -> None:
     for name, lines in parts.items():
         (corpus / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
     model = out / "tokenizer.model"
-    command(
-        "tools/train_tokenizer.py", "--input", corpus / "code.jsonl", corpus / "text.jsonl",
-        "--output", model, "--vocab-size", "4096",
-    )  # fmt: skip
+    texts = (corpus / "code.jsonl", corpus / "text.jsonl")
+    tool("train_tokenizer", "--input", *texts, "--output", model, "--vocab-size", 4096)
     for name in parts:
-        command(
-            "tools/preprocess_data.py", "--input", corpus / f"{name}.jsonl",
-            "--output-prefix", data / name, *_tokenizer(out), "--append-eod", "--workers", "1",
-        )  # fmt: skip
+        prefix = ("--input", corpus / f"{name}.jsonl", "--output-prefix", data / name)
+        tool("preprocess_data", *prefix, *_tokenizer(out), "--append-eod", "--workers", 1)
     (data / "ready").touch()
 
 

@@ -1,8 +1,8 @@
 """The experiments' setting: data, two sizes of a tiny OpenMoE, and runs of `pretrain_openmoe.py`.
 
 Every run is the training program itself with its flags, in one process on one thread, in fp32. A
-finished run is a file of the folder of runs and is not repeated, so that an interrupted script goes
-on where it was. What is kept of a run is read from its metrics file, routing log and log
+finished run is a file of the folder of runs and is not repeated, so that an interrupted script
+continues where it was. What is kept of a run is read from its metrics file, routing log and log
 (`records.py`).
 
 Runs are forked from one process that has imported the program, because importing takes longer than
@@ -253,7 +253,7 @@ def lab_parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def lab_of(options: argparse.Namespace) -> Lab:
-    """The laboratory of a command line, with its data."""
+    """The folder of a command line, with its data."""
     lab = Lab(folder=options.out.resolve(), steps=options.steps)
     lab.prepare(options.megabytes)
     return lab

@@ -84,7 +84,7 @@ def at_cost(curve: Sequence[tuple[float, float]], cost: float) -> float:
     """The loss of a recipe at another cost, between runs of it that differ in length.
 
     Linear in the logarithm of the cost between two neighbouring runs. Outside of the runs' costs
-    the slope of the nearest two goes on, which the caller must bound.
+    it is extrapolated from the nearest two, which the caller must bound.
 
     Example: losses 3.0 and 2.9 at costs 1 and 4 give 2.95 at cost 2.
 

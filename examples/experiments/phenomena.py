@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,8 @@ class Study:
 
     def run(self, variant: str, seed: int) -> Run:
         """A run of a variant that saves checkpoints."""
-        run = Run(size=self.size, variant=f"saved-{variant}", flags=(), seed=seed)
-        run = Run(**{**vars(run), "length": self.length})
+        name = f"saved-{variant}"
+        run = Run(size=self.size, variant=name, flags=(), seed=seed, length=self.length)
         steps = self.lab.steps_of(run)
         every = max(1, steps // SAVES)
         flags = (
@@ -56,7 +56,7 @@ class Study:
             *("--moe-eval-capacity-factor", "2.0", "--no-save-optim"),
             *("--save", str(self.checkpoints(run)), "--save-interval", str(every)),
         )
-        return Run(**{**vars(run), "flags": flags})
+        return replace(run, flags=flags)
 
     def checkpoints(self, run: Run) -> Path:
         """Folder of the run's checkpoints."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from examples.experiments.lab import BASE, ROOT, SIZES, Lab, Run, lab_of, lab_parser
@@ -39,15 +40,12 @@ def runs_of(lab: Lab, sizes: Iterable[str], variants: Sequence[str], seeds: int)
                 lengths = (1.0, *LENGTHS) if name == OPENMOE else (1.0,)
                 for length in lengths:
                     run = Run(size=size, variant=name, flags=(), seed=seed, length=length)
-                    flags = VARIANTS[name].at(lab.steps_of(run))
-                    found.append(
-                        Run(size=size, variant=name, flags=flags, seed=seed, length=length)
-                    )
+                    found.append(replace(run, flags=VARIANTS[name].at(lab.steps_of(run))))
     return found
 
 
 def key_of(record: Record) -> tuple[str, str, int, float]:
-    """What a run is told from others by."""
+    """What identifies a run."""
     return record["size"], record["variant"], record["seed"], record["length"]
 
 
