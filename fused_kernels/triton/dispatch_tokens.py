@@ -22,6 +22,7 @@ from fused_kernels.triton.fp8 import (
     empty_rows,
     finished,
     magnitude,
+    scale_arguments,
     store_blocks,
 )
 from fused_kernels.triton.launch import block_of, checked, launch, warps_of
@@ -106,16 +107,13 @@ def forward_fp8(x_TH: Tensor, source_R: Tensor, output: Fp8Output) -> Fp8Rows:
     check_device("dispatch_tokens", x_TH.device)
     (_, hidden), rows = x_TH.shape, source_R.shape[0]
     result = empty_rows(output, x_TH, rows, hidden, 1)
-    scale = result.factors if output.scale is None else output.scale.contiguous()
     block = max(block_of(hidden, COLUMNS), output.block)
     arguments: dict[str, Tensor | int] = {
         "x": checked("dispatch_tokens", x_TH, x_TH.shape),
         "source": checked("dispatch_tokens", source_R, (rows,), torch.int64),
         "out": result.values,
-        "factors": scale,
-        "amax": source_R if result.amax is None else result.amax,
         "hidden": hidden,
-        "part_rows": rows // max(1, scale.numel()) if output.scaling == "given" else 1,
+        **scale_arguments(output, result),
     }
     constants = {**constants_of(output, x_TH.dtype), "BLOCK": block}
     launch(copy_rows_fp8_kernel, rows, arguments, constants, warps_of(block))

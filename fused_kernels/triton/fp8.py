@@ -155,6 +155,22 @@ def empty_rows(output: Fp8Output, like: Tensor, rows: int, width: int, parts: in
     return Fp8Rows(values=values, factors=factors)
 
 
+def scale_arguments(output: Fp8Output, result: Fp8Rows) -> dict[str, Tensor | int]:
+    """What a kernel reads and writes scales by: `factors`, `amax` and `part_rows`.
+
+    Args:
+        output: the FP8 result.
+        result: its room, from `empty_rows`.
+    """
+    factors, part_rows = result.factors, 1
+    if output.scale is not None:
+        factors = output.scale.contiguous()
+        part_rows = result.values.shape[0] // max(1, factors.numel())
+    # With blocks no largest magnitude is written, but the kernel has the argument.
+    amax = result.factors if result.amax is None else result.amax
+    return {"factors": factors, "amax": amax, "part_rows": part_rows}
+
+
 def finished(result: Fp8Rows) -> Fp8Rows:
     """With the largest magnitude of each part instead of each program's."""
     if result.amax is None:

@@ -25,6 +25,7 @@ from fused_kernels.triton.fp8 import (
     empty_rows,
     finished,
     magnitude,
+    scale_arguments,
     store_blocks,
 )
 from fused_kernels.triton.launch import (
@@ -45,6 +46,23 @@ FP8_COLUMNS = 2048
 
 
 @triton.jit
+def gate_value(
+    at: tl.tensor,
+    width: tl.tensor,
+    inside: tl.tensor,
+    BLOCKS: tl.constexpr,
+    WIDE: tl.constexpr,
+) -> tl.tensor:
+    """h, of inputs whose first block starts ``at``; zero where it is not ``inside``."""
+    gate = tl.load(at + (BLOCKS - 2) * width, mask=inside, other=0.0).to(WIDE)
+    up = tl.load(at + (BLOCKS - 1) * width, mask=inside, other=0.0).to(WIDE)
+    value = gate * tl.sigmoid(gate) * up
+    if BLOCKS == 3:
+        value *= tl.load(at, mask=inside, other=0.0).to(WIDE)
+    return value
+
+
+@triton.jit
 def gated_silu_kernel(
     z: tl.tensor,
     h: tl.tensor,
@@ -58,12 +76,7 @@ def gated_silu_kernel(
     row = (tl.program_id(0) // parts).to(tl.int64)
     column = (tl.program_id(0) % parts) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
-    at = z + row * BLOCKS * width + column
-    gate = tl.load(at + (BLOCKS - 2) * width, mask=inside, other=0.0).to(WIDE)
-    up = tl.load(at + (BLOCKS - 1) * width, mask=inside, other=0.0).to(WIDE)
-    value = gate * tl.sigmoid(gate) * up
-    if BLOCKS == 3:
-        value *= tl.load(at, mask=inside, other=0.0).to(WIDE)
+    value = gate_value(z + row * BLOCKS * width + column, width, inside, BLOCKS, WIDE)
     tl.store(h + row * width + column, value.to(h.dtype.element_ty), mask=inside)
 
 
@@ -93,12 +106,7 @@ def gated_silu_fp8_kernel(
     start = (tl.program_id(0) % parts) * BLOCK
     column = start + tl.arange(0, BLOCK)
     inside = column < width
-    at = z + row * BLOCKS * width + column
-    gate = tl.load(at + (BLOCKS - 2) * width, mask=inside, other=0.0).to(WIDE)
-    up = tl.load(at + (BLOCKS - 1) * width, mask=inside, other=0.0).to(WIDE)
-    value = gate * tl.sigmoid(gate) * up
-    if BLOCKS == 3:
-        value *= tl.load(at, mask=inside, other=0.0).to(WIDE)
+    value = gate_value(z + row * BLOCKS * width + column, width, inside, BLOCKS, WIDE)
     value = value.to(z.dtype.element_ty).to(tl.float32)
     if PER:
         store_blocks(value, h, factors, row, start, width, PER, MOST, INVERSE, LIMIT, BLOCK)
@@ -168,14 +176,11 @@ def forward_fp8(z_RM: Tensor, blocks: int, output: Fp8Output) -> Fp8Rows:
     block = max(block_of(width, FP8_COLUMNS), output.block)
     result = empty_rows(output, z_RM, rows, width, cdiv(width, block))
     wide_shape(result.values, blocks)
-    scale = result.factors if output.scale is None else output.scale.contiguous()
     arguments: dict[str, Tensor | int] = {
         "z": checked("gated_silu", z_RM, (rows, blocks * width)),
         "h": result.values,
-        "factors": scale,
-        "amax": result.factors if result.amax is None else result.amax,
         "width": width,
-        "part_rows": rows // max(1, scale.numel()) if output.scaling == "given" else 1,
+        **scale_arguments(output, result),
     }
     constants = {
         "BLOCKS": blocks,
