@@ -28,7 +28,7 @@ SCALARS = (
     *("tokens", "micro_batches", "slots", "entropy", "confidence", "logit_square"),
     *("load_balancing", "router_z"),
 )
-"""Numbers of a layer that are one each, in the order of the sums."""
+"""Numbers of a layer that are one each, in the order of the sums; further balance losses follow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,19 +65,26 @@ class RoutingCounter(nn.Module):
         num_experts: E.
         topk: K.
         device: where the layer is.
+        balance_losses: of the layer, at least one.
 
     Attributes:
         most_pending: passes that are kept at most before they are added up.
     """
 
     def __init__(
-        self, layer_number: int, num_experts: int, topk: int, device: torch.device | str | None
+        self,
+        layer_number: int,
+        num_experts: int,
+        topk: int,
+        device: torch.device | str | None,
+        balance_losses: int = 1,
     ) -> None:
         super().__init__()
         self.layer_number = layer_number
         self.num_experts, self.topk = num_experts, topk
         self.most_pending = MOST_PENDING
-        size = 2 * num_experts + len(SCALARS) + 2 * POSITION_BUCKETS * (1 + topk)
+        self.scalars = len(SCALARS) + balance_losses - 1
+        size = 2 * num_experts + self.scalars + 2 * POSITION_BUCKETS * (1 + topk)
         self.register_buffer(
             "_sums", torch.zeros(size, dtype=torch.float64, device=device), persistent=False
         )
@@ -109,7 +116,8 @@ class RoutingCounter(nn.Module):
             load_GE: choices of each group and expert that this rank counts, before drops; may have
                 no groups.
             kept_GE: those of them that were not dropped.
-            losses: this rank's shares of the balance and the z-loss, without coefficients.
+            losses: this rank's shares of the first balance loss, the z-loss and further balance
+                losses, without coefficients.
             fates: of the same tokens as the scores.
         """
         self._loads.append(load_GE)
@@ -145,7 +153,7 @@ class RoutingCounter(nn.Module):
         experts = self.num_experts
         self._sums[:experts] += torch.cat(self._loads).sum(0)
         self._sums[experts : 2 * experts] += torch.cat(self._kept).sum(0)
-        ends = 2 * experts, 2 * experts + len(SCALARS)
+        ends = 2 * experts, 2 * experts + self.scalars
         scalars = self._sums[slice(*ends)].unbind()
         tokens, batches, slots, entropy, confidence, square, *losses = scalars
         tokens += self._tokens
@@ -164,8 +172,9 @@ class RoutingCounter(nn.Module):
 
     @property
     def sums(self) -> Tensor:
-        """[2 E + 8 + 2 P (1 + K)] fp64: loads, kept choices, `SCALARS`, then tokens and kept
-        choices by kind and part of the row; to be read or written in place.
+        """[2 E + 7 + balance losses + 2 P (1 + K)] fp64: loads, kept choices, `SCALARS`, further
+        balance losses, then tokens and kept choices by kind and part of the row; to be read or
+        written in place.
         """
         self._add_up()
         return self._sums

@@ -114,7 +114,8 @@ class MoELayer(nn.Module):
         else:
             self.experts = make_experts(groups)
         self.losses = RouterLosses(moe, num_moe_layers, groups.tp, getattr(pgs, "dp", None))
-        self.statistics = RoutingCounter(layer_number, moe.num_experts, moe.moe_router_topk, device)
+        counted = moe.num_experts, moe.moe_router_topk, device, len(moe.load_balancing_types)
+        self.statistics = RoutingCounter(layer_number, *counted)
         self.drops_by_size = None
         if moe.moe_target_drop_rate is not None:
             self.drops_by_size = DropsBySize(moe, device)

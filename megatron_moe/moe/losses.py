@@ -70,7 +70,7 @@ class RouterLosses:
 
     def attach(
         self, scores: Scores, plan: Plan, training: bool = True
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Let the losses take part in the backward pass of what is made from the result.
 
         Args:
@@ -80,8 +80,9 @@ class RouterLosses:
                 alone otherwise.
 
         Returns:
-            The combine weights of the plan, and this rank's shares of the first balance loss and of
-            the z-loss, without coefficients and gradient, for the statistics.
+            The combine weights of the plan, and this rank's shares of the first balance loss, of
+            the z-loss and of further balance losses, without coefficients and gradient, for the
+            statistics.
         """
         counted_TK = self._counted(scores, plan)
         tokens: int | Tensor = plan.choices_TK.shape[0]
@@ -107,8 +108,8 @@ class RouterLosses:
                 BalanceTerm(load_QE=load_QE, parts=parts, load_tokens=loaded, weight=weight)
             )
         rule, kernel = LossRule(tokens=tokens, z_weight=self.z_weight), plan.kernels.router
-        weights_TK, balance, z = attach_losses(plan.weights_TK, scores, terms, rule, kernel)
-        return weights_TK, (balance, z)
+        weights_TK, *losses = attach_losses(plan.weights_TK, scores, terms, rule, kernel)
+        return weights_TK, tuple(losses)
 
     def _global(self, load_PE: Tensor, plan: Plan) -> tuple[Tensor, int | Tensor]:
         """Loads of the global batch so far, [1, E], and of how many tokens."""
@@ -272,7 +273,7 @@ def attach_losses(
     terms: Sequence[BalanceTerm],
     rule: LossRule,
     kernel: RouterKernel = reference,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """`RouterLosses.attach` as a function.
 
     Args:
@@ -283,7 +284,8 @@ def attach_losses(
         kernel: the implementation of the sums.
 
     Returns:
-        The combine weights, and this rank's shares of the first balance loss and of the z-loss.
+        The combine weights, and this rank's shares of the first balance loss, of the z-loss and of
+        the other balance losses.
     """
     return _AttachLosses.apply(weights_TK, scores.probs_TE, scores.log_z_T, terms, rule, kernel)
 
@@ -298,20 +300,22 @@ class _AttachLosses(torch.autograd.Function):
         terms: Sequence[BalanceTerm],
         rule: LossRule,
         kernel: RouterKernel,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         factors = [term.factor(rule.tokens) for term in terms]
-        first_QE = terms[0].load_QE
-        # Kernels have loads that are counts.
-        sums = reference.loss_sums if first_QE.is_floating_point() else kernel.loss_sums
-        balance, z = sums(probs_TE, log_z_T, first_QE)
-        balance, z = balance * factors[0], z / rule.tokens
+        balances = []
+        for term, factor in zip(terms, factors, strict=True):
+            # Kernels have loads that are counts.
+            sums = reference.loss_sums if term.load_QE.is_floating_point() else kernel.loss_sums
+            balance, z = sums(probs_TE, log_z_T, term.load_QE)  # z is the same each time
+            balances.append(balance * factor)
+        losses = balances[0], z / rule.tokens, *balances[1:]
         ctx.save_for_backward(log_z_T, *(term.load_QE.to(probs_TE.dtype) for term in terms))
         ctx.tokens = probs_TE.shape[0]
         ctx.balance = [term.weight * factor for term, factor in zip(terms, factors, strict=True)]
         ctx.z = 2 * rule.z_weight / rule.tokens
-        ctx.mark_non_differentiable(balance, z)
+        ctx.mark_non_differentiable(*losses)
         ctx.set_materialize_grads(False)
-        return weights_TK, balance, z
+        return weights_TK, *losses
 
     @staticmethod
     def backward(

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from megatron_moe.moe.counter import POSITION_BUCKETS, SCALARS, RoutingCounter
+from megatron_moe.moe.counter import POSITION_BUCKETS, RoutingCounter
 from megatron_moe.moe.exchange import Group, size_of
 
 
@@ -38,6 +38,8 @@ class LayerStatistics:
         tokens_at: [2][P] tokens in each part of a row: real ones, then padding.
         kept_at: [2][P][K] choices of these tokens that were not dropped, by the rank of the choice.
         slots: of all experts, filled or not: the rows of buffers of fixed shape.
+        further_aux_losses: as `aux_loss`, of the second and later balance losses, in the order of
+            `--moe-router-load-balancing-type`.
     """
 
     load: tuple[float, ...]
@@ -52,6 +54,7 @@ class LayerStatistics:
     tokens_at: tuple[tuple[float, ...], ...]
     kept_at: tuple[tuple[tuple[float, ...], ...], ...]
     slots: float = 0.0
+    further_aux_losses: tuple[float, ...] = ()
 
     @property
     def kept_choices(self) -> float:
@@ -142,6 +145,7 @@ class LayerStatistics:
         return {
             **{name: getattr(self, name) for name in (*rates, *means)},
             **_integers({**counts, "tokens": self.tokens, "slots": self.slots, **at}),
+            "further_aux_losses": list(self.further_aux_losses),
             "micro_batches": self.micro_batches,
         }
 
@@ -229,7 +233,7 @@ def collect_statistics(chunks: Iterable[nn.Module], pgs: Any) -> dict[int, Layer
     mine = counters(chunks)
     tp, dp, pp = (getattr(pgs, name, None) for name in ("tp", "dp", "pp"))
     device = next((c.sums.device for c in mine.values()), _device_of(chunks))
-    layers, width, experts = _table_shape(mine, pp, device)
+    layers, width, experts, scalars = _table_shape(mine, pp, device)
     if layers == 0:
         return {}
     table = torch.zeros(layers, width + 2, dtype=torch.float64, device=device)
@@ -245,21 +249,24 @@ def collect_statistics(chunks: Iterable[nn.Module], pgs: Any) -> dict[int, Layer
         if row[width] > 0:
             own = round(row[width + 1] / row[width])
             # Layers with fewer experts have fewer sums: two for each.
-            found[number] = _statistics(row[: width - 2 * (experts - own)], own)
+            found[number] = _statistics(row[: width - 2 * (experts - own)], own, scalars)
     return found
 
 
 def _table_shape(
     mine: dict[int, RoutingCounter], pp: Group, device: torch.device
-) -> tuple[int, int, int]:
-    """Layers (highest number + 1), most sums and most E of a layer, over all pipeline stages."""
+) -> tuple[int, int, int, int]:
+    """Layers (highest number + 1), most sums and most E of a layer, and its scalars, over all
+    pipeline stages.
+    """
     width = max((c.sums.numel() for c in mine.values()), default=0)
     experts = max((c.num_experts for c in mine.values()), default=0)
-    shape = torch.tensor([max(mine, default=-1) + 1, width, experts], device=device)
+    scalars = max((c.scalars for c in mine.values()), default=0)
+    shape = torch.tensor([max(mine, default=-1) + 1, width, experts, scalars], device=device)
     if size_of(pp) > 1:
         dist.all_reduce(shape, op=dist.ReduceOp.MAX, group=pp)
-    layers, width, experts = shape.tolist()
-    return layers, width, experts
+    layers, width, experts, scalars = shape.tolist()
+    return layers, width, experts, scalars
 
 
 def _device_of(chunks: Iterable[nn.Module]) -> torch.device:
@@ -267,10 +274,10 @@ def _device_of(chunks: Iterable[nn.Module]) -> torch.device:
     return next((p.device for c in chunks for p in c.parameters()), torch.device("cpu"))
 
 
-def _statistics(sums: list[float], experts: int) -> LayerStatistics:
+def _statistics(sums: list[float], experts: int, scalars: int) -> LayerStatistics:
     """One row of sums as means."""
-    ends = 2 * experts, 2 * experts + len(SCALARS)
-    tokens, batches, slots, entropy, confidence, square, balance, z = sums[slice(*ends)]
+    ends = 2 * experts, 2 * experts + scalars
+    tokens, batches, slots, entropy, confidence, square, balance, z, *more = sums[slice(*ends)]
     at_2PC = (
         torch.tensor(sums[ends[1] :], dtype=torch.float64).view(2, POSITION_BUCKETS, -1).tolist()
     )
@@ -287,4 +294,5 @@ def _statistics(sums: list[float], experts: int) -> LayerStatistics:
         tokens_at=tuple(tuple(counts[0] for counts in kind) for kind in at_2PC),
         kept_at=tuple(tuple(tuple(counts[1:]) for counts in kind) for kind in at_2PC),
         slots=slots,
+        further_aux_losses=tuple(each / max(batches, 1.0) for each in more),
     )

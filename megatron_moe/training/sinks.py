@@ -186,6 +186,8 @@ def _layer_values(layer: LayerStatistics) -> dict[str, float]:
         "load balancing loss": layer.aux_loss,
         "router z loss": layer.z_loss,
     }
+    for number, loss in enumerate(layer.further_aux_losses, 2):
+        values[f"load balancing loss {number}"] = loss
     for rank, rate in enumerate(layer.drop_rate_by_choice, 1):
         values[f"drop rate of choice {rank}"] = rate
     return {tag: value for tag, value in values.items() if value is not None}

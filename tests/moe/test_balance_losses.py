@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_moe.config import RunConfig
 from megatron_moe.config.validate import validate
 from megatron_moe.errors import UsageError
-from megatron_moe.moe import MoELayer
+from megatron_moe.moe import MoELayer, collect_statistics
 from megatron_moe.moe.global_loads import GlobalLoads
 from megatron_moe.moe.observing import begin_step
 from megatron_moe.moe.scoring import ScoreRule, score
@@ -211,10 +211,13 @@ def test_the_z_loss_of_chosen_experts_by_hand() -> None:
     "settings", [CHOSEN, {**CHOSEN, "moe_router_score_function": "sigmoid"}, GLOBAL]
 )
 def test_the_reference_layer_agrees(settings: dict[str, Any]) -> None:
-    """Two micro-batches, each with the output and the losses in one gradient."""
+    """Two micro-batches, each with the output and the losses in one gradient; every balance loss is
+    reported.
+    """
     layer = layer_of(moe_config(**settings))
     reference = reference_of(layer)
     set_loss_scale(1.0)
+    expected = []
     for seed in (4, 5):
         layer(tokens(seed)).square().sum().backward()
         y, routing = reference(tokens(seed).transpose(0, 1), training_capacity=True)
@@ -222,7 +225,11 @@ def test_the_reference_layer_agrees(settings: dict[str, Any]) -> None:
         balance = sum(weight * loss for weight, loss in weighted)
         losses = (balance + layer.moe.moe_z_loss_coeff * routing.z_loss) / layer.num_moe_layers
         (y.square().sum() + losses).backward()
+        expected.append([loss.item() for loss in routing.balance_losses])
     torch.testing.assert_close(layer.router.weight.grad, reference.router.weight.grad)
+    found = collect_statistics([layer], None)[layer.layer_number]
+    means = [sum(losses) / 2 for losses in zip(*expected, strict=True)]
+    assert [found.aux_loss, *found.further_aux_losses] == pytest.approx(means)
 
 
 @pytest.mark.parametrize(

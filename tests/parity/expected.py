@@ -27,7 +27,8 @@ class Expected:
 
     sums: Tensor
     """Cross entropy, squared log Z and targets, summed."""
-    aux: dict[int, tuple[float, float]]
+    aux: dict[int, list[float]]
+    """By layer: the z-loss, then the balance losses."""
     kept: dict[int, list[int]]
     dropped: int
     gradients: dict[str, Tensor]
@@ -83,16 +84,14 @@ def expected(variant: str, extra: tuple[str, ...] = ()) -> Expected:
     model = reference_model(variant)
     total, sums, routing = step_loss(model, extra=extra)
     total.backward()
-    aux: dict[int, tuple[float, float]] = {}
+    aux: dict[int, list[float]] = {}
     kept: dict[int, list[int]] = {}
     dropped = 0
     for layer in range(len(routing[0])):
         records = [micro_batch[layer] for micro_batch in routing]
         index = records[0].layer
-        aux[index] = (
-            float(torch.stack([r.balance_loss for r in records]).mean().detach()),
-            float(torch.stack([r.z_loss for r in records]).mean().detach()),
-        )
+        losses = [torch.stack([r.z_loss, *r.balance_losses]) for r in records]
+        aux[index] = torch.stack(losses).mean(0).tolist()
         ids = torch.cat([r.ids_TK[r.kept_TK] for r in records])
         experts = model.moe.of_layer(index, model.model.num_layers).num_experts
         kept[index] = torch.bincount(ids, minlength=experts).tolist()

@@ -91,8 +91,8 @@ class Outcome:
 
     sums: Tensor
     """Cross entropy, squared log Z and targets, summed over the global batch; zeros elsewhere."""
-    aux: dict[int, tuple[float, float]]
-    """Load-balancing and router z-loss by MoE layer, mean over the global batch."""
+    aux: dict[int, list[float]]
+    """Router z-loss and load-balancing losses by MoE layer, means over the global batch."""
     kept: dict[int, list[int]]
     """Choices kept per expert by MoE layer, over the global batch."""
     gradients: list[Block]
@@ -142,7 +142,7 @@ def one_step(
     statistics = collect_statistics(run.chunks, run.ctx.pgs)
     return Outcome(
         sums=sums,
-        aux={i: (float(s.aux_loss), float(s.z_loss)) for i, s in statistics.items()},
+        aux={i: [s.z_loss, s.aux_loss, *s.further_aux_losses] for i, s in statistics.items()},
         kept={i: [int(n) for n in s.kept] for i, s in statistics.items()},
         gradients=gradient_blocks(list(run.chunks), run.config),
     )

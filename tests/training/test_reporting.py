@@ -37,6 +37,7 @@ LAYER = (
     "router confidence",
     "router logit RMS",
     "load balancing loss",
+    "load balancing loss 2",
     "router z loss",
 )
 
@@ -46,6 +47,8 @@ class Reported:
 
     def __init__(self, pool, corpus: str, directory: Path) -> None:
         self.argv = [*MODEL, *DATA, "--data-path", corpus, "--expert-model-parallel-size", "2"]
+        self.argv += ["--moe-router-load-balancing-type", "seq_aux_loss", "aux_loss"]
+        self.argv += ["--moe-aux-loss-coeff", "0.01", "0.02"]
         self.argv += ["--tensorboard-dir", str(directory / "board")]
         self.argv += ["--metrics-file", str(directory / "metrics.jsonl")]
         self.argv += ["--routing-log-file", str(directory / "routing.jsonl")]
@@ -154,6 +157,10 @@ def test_the_routing_log_has_every_layer_and_says_what_tensorboard_says(reported
             for rank in (0, 1):
                 shown = reported.scalars(f"moe/layer 0{number}/drop rate of choice {rank + 1}")
                 assert shown[line["iteration"]] == pytest.approx(layer["drop_rate_by_choice"][rank])
+            (second,) = layer["further_aux_losses"]
+            shown = reported.scalars(f"moe/layer 0{number}/load balancing loss 2")
+            assert shown[line["iteration"]] == pytest.approx(second, rel=1e-6)
+            assert 2 < second < layer["aux_loss"], "loads of all rows differ less than of each"
             assert layer["drop_rate_of_padding"] is None, "rows of this objective have none"
             assert sum(layer["load"]) == 2 * layer["tokens"] == 2 * 4 * 8 * 32
             assert sum(map(sum, layer["kept_at"][0])) == sum(layer["kept"])
