@@ -33,13 +33,14 @@ import numpy as np
 import numpy.typing as npt
 
 from examples.experiments.lab import ROOT, tool
+from examples.experiments.paired import paired
 from megatron_moe.moe.trace import Trace, read_step
 
 BEGIN, END = "<!-- table of examples/experiments/fp8_recipes.py -->", "<!-- end of table -->"
 HELD_OUT_ROWS = 20
 """One document in so many is held out."""
-STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
-"""Seeds -> 97.5% quantile of Student's t with one degree of freedom fewer."""
+LEAST_SEEDS = 3
+"""Of a row of the table."""
 
 FP8 = ("--bf16", "--fp8-emulate", "--fp8-format")
 TRAINED: dict[str, tuple[str, ...]] = {
@@ -251,8 +252,8 @@ class Interval:
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval:
         """By Student's t; seeds are independent."""
-        spread = statistics.stdev(values) / len(values) ** 0.5
-        return cls(statistics.fmean(values), STUDENT[len(values)] * spread)
+        found = paired(values)
+        return cls(found.mean, found.high - found.mean)
 
     def text(self, digits: int) -> str:
         """A cell; bold where the interval does not hold 0."""
@@ -282,7 +283,7 @@ def _row(content: dict[str, Any], kind: str, arm: str) -> str:
     """One arm beside bf16 and beside the noise; empty with fewer than three seeds."""
     others, bf16s, noisy = content[kind], content["trained"], NOISE[kind]
     seeds = [seed for seed in others if arm in others[seed] and noisy in others[seed]]
-    if len(seeds) < min(STUDENT):
+    if len(seeds) < LEAST_SEEDS:
         return ""
     own, base = [others[seed][arm] for seed in seeds], [bf16s[seed]["bf16"] for seed in seeds]
     noise = [others[seed][noisy]["agreement"] for seed in seeds]
