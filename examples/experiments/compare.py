@@ -22,9 +22,8 @@ class Comparison:
 
     Args:
         variant, size: which.
-        steps, compute, time: loss difference at equal steps, FLOPs done by the model and time of
+        steps, compute, time: loss difference at equal steps, equal FLOPs done and equal time of
             the fastest steps.
-        everything: at equal FLOPs with those of Muon's products.
         corrected: p-value of `compute`, corrected for all comparisons of its family; `None` before
             that.
     """
@@ -33,7 +32,6 @@ class Comparison:
     size: str
     steps: Paired
     compute: Paired
-    everything: Paired
     time: Paired
     corrected: float | None = None
 
@@ -80,7 +78,7 @@ def compare(records: Sequence[Record], size: str, base: str = OPENMOE) -> list[C
     mine = [r for r in records if r["size"] == size]
     of_base = [r for r in mine if r["variant"] == base]
     whole = {r["seed"]: r for r in of_base if r["length"] == 1}
-    per_step = min(r["ms_per_step"] for r in of_base)
+    per_step = min(r["ms_per_step"] for r in whole.values())
     by_compute = gain(of_base, "done")
     by_time = [(steps * per_step, loss) for steps, loss in gain(of_base, "steps")]
     found = []
@@ -90,13 +88,12 @@ def compare(records: Sequence[Record], size: str, base: str = OPENMOE) -> list[C
         if variant == base or len(own) < 2:
             continue
         own_step = min(r["ms_per_step"] for r in own)
-        steps, compute, time, everything = [], [], [], []
+        steps, compute, time = [], [], []
         for record in own:
             difference = record["loss"] - whole[record["seed"]]["loss"]
             steps.append(difference)
-            compute.append(difference - at_cost(by_compute, record["done"]))
-            spent = record["done"] + record["orthogonal"]
-            everything.append(difference - at_cost(by_compute, spent))
+            done = record["done"] + record["orthogonal"]
+            compute.append(difference - at_cost(by_compute, done))
             time.append(difference - at_cost(by_time, record["steps"] * own_step))
         found.append(
             Comparison(
@@ -104,7 +101,6 @@ def compare(records: Sequence[Record], size: str, base: str = OPENMOE) -> list[C
                 size=size,
                 steps=paired(steps),
                 compute=paired(compute),
-                everything=paired(everything),
                 time=paired(time),
             )
         )

@@ -39,38 +39,40 @@ class Size:
         hidden: width H; feed-forward layers and experts are four times as wide, as published.
         heads: attention heads, of H / heads.
         steps: of a run of length 1.
-        lr: peak learning rate of AdamW.
+        adamw_lr: peak learning rate of AdamW; Adafactor has one for all sizes.
     """
 
     hidden: int
     heads: int
     steps: int
-    lr: float
+    adamw_lr: float
 
     def flags(self) -> list[str]:
-        """Sizes and learning rate."""
+        """Widths."""
         wide = str(4 * self.hidden)
         return [
             *("--hidden-size", str(self.hidden), "--ffn-hidden-size", wide),
             *("--moe-shared-expert-intermediate-size", wide),
             *("--num-attention-heads", str(self.heads)),
-            *("--kv-channels", str(self.hidden // self.heads), "--lr", str(self.lr)),
+            *("--kv-channels", str(self.hidden // self.heads)),
         ]
 
 
 SIZES = {
-    "S": Size(hidden=32, heads=2, steps=300, lr=32e-3),
-    "M": Size(hidden=64, heads=2, steps=250, lr=12e-3),
+    "S": Size(hidden=32, heads=2, steps=300, adamw_lr=32e-3),
+    "M": Size(hidden=64, heads=2, steps=250, adamw_lr=12e-3),
 }
 BASE = (
     *("--preset", "openmoe-tiny", "--num-layers", "2", "--moe-layer-freq", "[0]+[1]"),
     *("--seq-length", "128", "--split", SPLIT),
     *("--micro-batch-size", "8", "--global-batch-size", "8", "--num-workers", "0"),
+    *("--optimizer", "adafactor", "--adafactor-min-dim", "32", "--lr", "0.1"),
     *("--min-lr", "0", "--lr-decay-style", "linear"),
     *("--eval-interval", "1000000", "--eval-iters", "64", "--domain-eval-iters", "0"),
     *("--moe-eval-capacity-factor", "None", "--log-failure-policy", "stop"),
 )
-"""OpenMoE's model and routing (`openmoe-tiny`: rule `t5x`, factor 1.25, drops by position), a decay
+"""OpenMoE's model and routing (`openmoe-tiny`: rule `t5x`, factor 1.25, drops by position) and its
+optimizer (Adafactor, whose second moments are factored as in models of published widths); a decay
 to zero, and a dropless evaluation on 65536 held-out tokens at the end."""
 
 
@@ -248,6 +250,7 @@ def lab_parser(doc: str | None) -> argparse.ArgumentParser:
     add("--seeds", type=int, help="seeds 1 to N (as in docs/experiments.md)")
     add("--steps", type=int, default=0, help="steps of a run (those of the size)")
     add("--megabytes", type=float, default=16.0, help="of each domain of the corpus (16)")
+    add("--workers", type=int, default=1, help="runs at a time (1), each on one core")
     add("--no-records", action="store_true", help="take runs, but leave the records as they are")
     return parser
 

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     lab = lab_of(options)
     runs = runs_of(options.sizes, options.seeds or SEEDS)
-    lab.take(runs)
+    lab.take(runs, options.workers)
     records = [read_record(lab, run) for run in runs]
     if not options.no_records:
         print(write_records("padding", records, about(lab, [OPENMOE])))

@@ -52,7 +52,7 @@ class Study:
         steps = self.lab.steps_of(run)
         every = max(1, steps // SAVES)
         flags = (
-            *VARIANTS[variant].at(steps),
+            *VARIANTS[variant].at(steps, SIZES[self.size].adamw_lr),
             *("--moe-eval-capacity-factor", "2.0", "--no-save-optim"),
             *("--save", str(self.checkpoints(run)), "--save-interval", str(every)),
         )
@@ -176,7 +176,8 @@ def main(name: str, measure: Measure, variants: Sequence[str], argv: Sequence[st
     lab = lab_of(options)
     study = Study(lab=lab, size=options.size, length=options.length, tokens=options.tokens)
     seeds = range(1, (options.seeds or SEEDS) + 1)
-    lab.take([study.run(variant, seed) for seed in seeds for variant in variants])
+    runs = [study.run(variant, seed) for seed in seeds for variant in variants]
+    lab.take(runs, options.workers)
     rows = [row for seed in seeds for row in measure(study, seed)]
     for row in rows:
         print(json.dumps(row))

@@ -29,6 +29,7 @@ from examples.experiments.variants import OPENMOE, VARIANTS
 LENGTHS = (0.75, 1.35)
 """Further lengths of OpenMoE's recipe, in those of the other runs."""
 SEEDS = 5
+"""Of every variant. Rates, and what `plus` combines, were chosen by runs of seed 11."""
 
 
 def runs_of(lab: Lab, sizes: Iterable[str], variants: Sequence[str], seeds: int) -> list[Run]:
@@ -40,7 +41,8 @@ def runs_of(lab: Lab, sizes: Iterable[str], variants: Sequence[str], seeds: int)
                 lengths = (1.0, *LENGTHS) if name == OPENMOE else (1.0,)
                 for length in lengths:
                     run = Run(size=size, variant=name, flags=(), seed=seed, length=length)
-                    found.append(replace(run, flags=VARIANTS[name].at(lab.steps_of(run))))
+                    rate = SIZES[size].adamw_lr
+                    found.append(replace(run, flags=VARIANTS[name].at(lab.steps_of(run), rate)))
     return found
 
 
@@ -83,7 +85,7 @@ def about(lab: Lab, variants: Sequence[str]) -> Mapping[str, Any]:
                 "hidden": size.hidden,
                 "heads": size.heads,
                 "steps": lab.steps or size.steps,
-                "lr": size.lr,
+                "adamw_lr": size.adamw_lr,
             }
             for name, size in SIZES.items()
         },
@@ -97,7 +99,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--sizes", nargs="+", default=list(SIZES), choices=SIZES, help="model sizes (all)")
     add("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="remedies (all)")
-    add("--workers", type=int, default=1, help="runs at a time (1), each on one core")
     add("--most", type=int, help="runs to take now (all that are left), without records")
     add("--finished", action="store_true", help="take no run; records of those that are there")
     add("--extend", action="store_true", help="keep the records that are there, and add to them")

@@ -6,9 +6,11 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
+from examples.experiments import adaptive_capacity
 from examples.experiments.compare import Comparison, compare, corrected, means
 from examples.experiments.paired import Paired, paired
 from examples.experiments.records import Record, load_records
+from examples.experiments.remedies import key_of
 from examples.experiments.variants import OPENMOE, VARIANTS
 
 PLUS = ("plus",)
@@ -64,7 +66,6 @@ def setting() -> str:
                 str(size["hidden"]),
                 str(size["steps"]),
                 f"{whole[0]['tokens']:,}",
-                f"{size['lr']:g}",
                 f"{sum(losses) / len(losses):.3f}",
                 f"{spread:.4f}",
                 f"{between:.4f}",
@@ -75,7 +76,6 @@ def setting() -> str:
         "hidden",
         "steps",
         "tokens",
-        "peak rate",
         "loss of OpenMoE's recipe",
         "sd over seeds",
         "sd of paired differences, median",
@@ -226,18 +226,85 @@ def drops_table() -> str:
     return table(["model", "seed", "all (null)", "first quarter", "last quarter", "z"], rows)
 
 
+def capacity_table() -> str:
+    """Drops and slots with a target and with fixed factors, means over seeds."""
+    records, _ = load_records("adaptive_capacity")
+    rows = []
+    for size, variant in dict.fromkeys((r["size"], r["variant"]) for r in records):
+        own = [r for r in records if (r["size"], r["variant"]) == (size, variant)]
+        found = means(own, ("drop", "slots", "over", "most"))
+        words = [_percent(found["drop"]), f"{found['slots']:.2f}"]
+        rows.append(
+            [size, f"`{variant}`", *words, _percent(found["over"], 0), _percent(found["most"])]
+        )
+    head = [
+        "size",
+        "capacity",
+        "dropped",
+        "slots per choice",
+        "intervals over the target",
+        "dropped in the layer that drops most",
+    ]
+    return table(head, rows)
+
+
+def saved_table() -> str:
+    """The fixed factor that drops as much as the target, seed by seed."""
+    records, _ = load_records("adaptive_capacity")
+    rows = []
+    for each in (r for r in records if r["variant"] == "target"):
+        alike = (each["size"], each["seed"])
+        fixed = [r for r in records if (r["size"], r["seed"]) == alike and r is not each]
+        slots = adaptive_capacity.equal_drops(fixed, each["drop"])
+        words = [_percent(each["drop"]), f"{each['slots']:.2f}", f"{slots:.2f}"]
+        rows.append([each["size"], str(each["seed"]), *words, _percent(1 - each["slots"] / slots)])
+    head = [
+        "size",
+        "seed",
+        "dropped",
+        "slots per choice with the target",
+        "of the fixed factor with as many drops",
+        "saved",
+    ]
+    return table(head, rows)
+
+
+def padding_table() -> str:
+    """UL2 with padding routed and ignored, and the paired difference of losses."""
+    records, _ = load_records("padding")
+    rows = []
+    for size in dict.fromkeys(r["size"] for r in records):
+        mine = [r for r in records if r["size"] == size]
+        by = {(r["variant"], r["seed"]): r for r in mine}
+        seeds = sorted({r["seed"] for r in mine})
+        differences = [by["ignored", s]["loss"] - by["routed", s]["loss"] for s in seeds]
+        for variant in ("routed", "ignored"):
+            own = [by[variant, s] for s in seeds]
+            found = means(own, ("drop", "drop_real", "loss", "slots"))
+            rows.append(
+                [
+                    size,
+                    variant,
+                    str(len(own)),
+                    _percent(found["drop"]),
+                    _percent(found["drop_real"]),
+                    f"{found['loss']:.3f}",
+                    _interval(paired(differences)) if variant == "ignored" else "",
+                ]
+            )
+    head = ["size", "padding", "seeds", "dropped", "dropped of text", "loss", "difference"]
+    return table(head, rows)
+
+
 def plus_table() -> str:
-    """The combinations against OpenMoE's recipe, as a family of tests of their own."""
-    records = _remedies()[0]
-    own = [r for r in records if r["variant"] in (OPENMOE, *PLUS)]
+    """The combination against OpenMoE's recipe, as a family of tests of its own."""
+    own = [r for r in _remedies()[0] if r["variant"] in (OPENMOE, *PLUS)]
     found = corrected([each for size in ("S", "M") for each in compare(own, size)])
+    whole = [r for r in own if r["length"] == 1]
     rows = []
     for each in found:
         drops = [
-            means(
-                [r for r in own if (r["variant"], r["size"], r["length"]) == (name, each.size, 1)],
-                ("drop",),
-            )["drop"]
+            means([r for r in whole if key_of(r)[:2] == (each.size, name)], ("drop",))["drop"]
             for name in (OPENMOE, each.variant)
         ]
         rows.append(
@@ -248,9 +315,9 @@ def plus_table() -> str:
                 _interval(each.steps),
                 _interval(each.compute),
                 _p(each.corrected),
-                _interval(each.everything),
                 _interval(each.time),
                 f"{_percent(drops[0])} -> {_percent(drops[1])}",
+                f"**{each.claim}**" if each.claim else "",
             ]
         )
     head = [
@@ -260,8 +327,8 @@ def plus_table() -> str:
         "equal steps",
         "equal compute",
         "p, corrected",
-        "with Muon's products",
         "equal time",
         "choices dropped in training",
+        "claim",
     ]
     return table(head, rows)

@@ -1,6 +1,7 @@
 """The remedies as flags of `pretrain_openmoe.py`, each against OpenMoE's recipe.
 
-A variant changes only what it names. `{quarter}` in a flag is a quarter of the run's steps.
+A variant changes only what it names. In a flag, `{quarter}` is a quarter of the run's steps, and
+`{adamw_lr}` the size's rate of AdamW.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ class Variant:
     Args:
         group: the part of the recipe that it changes.
         about: in the table.
-        flags: in place of `{quarter}` a number of steps.
+        flags: with names in braces for what depends on the run.
     """
 
     group: str
     about: str
     flags: tuple[str, ...] = ()
 
-    def at(self, steps: int) -> tuple[str, ...]:
-        """The flags for a run of so many steps."""
-        return tuple(flag.format(quarter=max(1, steps // 4)) for flag in self.flags)
+    def at(self, steps: int, adamw_lr: float) -> tuple[str, ...]:
+        """The flags for a run of so many steps, of a size with this rate of AdamW."""
+        quarter = max(1, steps // 4)
+        return tuple(flag.format(quarter=quarter, adamw_lr=adamw_lr) for flag in self.flags)
 
 
 def _variant(group: str, about: str, line: str = "") -> Variant:
@@ -85,15 +87,24 @@ VARIANTS = {
         "--moe-router-load-balancing-type quantile_balancing",
     ),
     "z-chosen": _variant("balance", "z-loss of chosen experts", "--moe-z-loss-over chosen"),
+    "top-1": _variant("experts", "one choice a token", "--moe-router-topk 1"),
+    "fine-grained": _variant(
+        "experts",
+        "experts and choices split in four",
+        "--moe-expert-split-factor 4",
+    ),
+    "adamw": _variant(
+        "optimizer", "AdamW in place of Adafactor", "--optimizer adam --lr {adamw_lr}"
+    ),
     "muon": _variant(
         "optimizer",
-        "Muon in place of AdamW",
-        "--optimizer muon --muon-extra-scale-factor 0.2",
+        "Muon for matrices, AdamW for the rest",
+        "--optimizer muon --muon-extra-scale-factor 0.03 --lr 0.06",
     ),
     "plus": _variant(
         "all",
-        "Muon, context, target drop rate 15%, least probable choices drop",
-        "--moe-router-type contextual --moe-target-drop-rate 0.15"
-        " --moe-token-drop-policy probs --optimizer muon --muon-extra-scale-factor 0.2",
+        "one choice, split in four; context; least probable choices drop",
+        "--moe-router-topk 1 --moe-expert-split-factor 4 --moe-router-type contextual"
+        " --moe-token-drop-policy probs",
     ),
 }

@@ -4,8 +4,8 @@ Sizes: OpenMoE paper, table of model configurations, and the released `config.js
 variant has three-matrix FFNs, the shared expert parallel to the others and one embedding matrix;
 the released one four-matrix FFNs, the shared expert after the others and untied embeddings.
 
-The `-plus` presets are the paper variant with the remedies of routing that did better in the
-experiments of docs/experiments.md, at sizes that are far from these.
+The `-plus` presets are the paper variant with the changes to experts and routing that did better
+in the experiments of docs/experiments.md, at sizes that are far from these.
 
 The published released sizes assume groups of one row for capacity and balance loss. The groups of
 the released runs, of up to 4096 tokens by the number of TPUs, are in `docs/routing.md`.
@@ -14,11 +14,11 @@ the released runs, of up to 4096 tokens by the number of TPUs, are in `docs/rout
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from megatron_moe.config.model import ModelConfig
 from megatron_moe.config.moe import MoEConfig
 from megatron_moe.config.run import RunConfig
+from megatron_moe.config.shorthand import split_experts
 from megatron_moe.config.training import DataConfig, OptimizerConfig, TrainConfig
 
 OPENMOE_VOCAB = 256384
@@ -45,10 +45,6 @@ _SIZES = {
 }
 _RELEASED_FFN = {"base-16e": 2048}
 """Base was released with a narrower FFN than the paper's table says."""
-
-
-_MUON: dict[str, Any] = {"optimizer": "muon", "muon_extra_scale_factor": 0.2}
-"""Updates as large as those of AdamW, whose learning rates then hold (Moonlight, 2502.16982)."""
 
 
 def _run(size: _Size, released: bool, published: bool = True) -> RunConfig:
@@ -91,14 +87,14 @@ def _run(size: _Size, released: bool, published: bool = True) -> RunConfig:
 
 
 def _plus(run: RunConfig) -> RunConfig:
-    """The same sizes with the remedies of docs/experiments.md."""
+    """One choice in place of two, split in four; the variant `plus` of docs/experiments.md."""
     moe = replace(
         run.moe,
+        moe_router_topk=1,
         moe_router_type="contextual",
-        moe_target_drop_rate=0.15,
         moe_token_drop_policy="probs",
     )
-    return replace(run, moe=moe, optimizer=replace(run.optimizer, **_MUON))
+    return replace(run, moe=split_experts(moe, 4, run.model.ffn_hidden_size))
 
 
 def _tiny(released: bool) -> RunConfig:
@@ -113,12 +109,6 @@ def _tiny(released: bool) -> RunConfig:
     )
 
 
-_PLUS_RATE = OptimizerConfig(
-    lr=4e-4, min_lr=4e-5, lr_decay_style="cosine", lr_warmup_iters=2000, weight_decay=0.1
-)
-"""About that of DeepSeekMoE 16B (4.2e-4, 2000 steps of warm-up, decay 0.1; arXiv 2401.06066); not
-tuned for these sizes."""
-
 PRESETS: dict[str, RunConfig] = {
     "openmoe-tiny": _tiny(released=False),
     "openmoe-tiny-released": _tiny(released=True),
@@ -126,9 +116,7 @@ PRESETS: dict[str, RunConfig] = {
 }
 for _name, _size in _SIZES.items():
     PRESETS[f"openmoe-{_name}"] = _run(_size, released=False)
-    PRESETS[f"openmoe-{_name}-plus"] = _plus(
-        replace(PRESETS[f"openmoe-{_name}"], optimizer=_PLUS_RATE)
-    )
+    PRESETS[f"openmoe-{_name}-plus"] = _plus(PRESETS[f"openmoe-{_name}"])
     PRESETS[f"openmoe-{_name}-released"] = _run(
         replace(_size, ffn=_RELEASED_FFN.get(_name, _size.ffn)), released=True
     )

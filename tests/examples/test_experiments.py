@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from examples.experiments import (
+    adaptive_capacity,
     document,
     padding,
     remedies,
@@ -59,10 +61,10 @@ def test_a_loss_between_two_runs_by_hand() -> None:
 
 
 def records(variant: str, losses: list[float], steps: int, length: float, done: float) -> list:
-    """Steps of 10 ms; twice that, and Muon's products, if the variant is slow."""
+    """Steps of 10 ms; twice that if the variant is slow, and half of its FLOPs are Muon's."""
     slow = variant == "slow"
     common = {"size": "S", "variant": variant, "length": length, "steps": steps}
-    common |= {"ms_per_step": 20.0 if slow else 10.0, "orthogonal": 20.0 if slow else 0.0}
+    common |= {"ms_per_step": 20.0 if slow else 10.0, "orthogonal": done / 2 if slow else 0.0}
     return [{**common, "seed": i, "loss": loss, "done": done} for i, loss in enumerate(losses)]
 
 
@@ -73,7 +75,7 @@ def test_variants_are_compared_at_equal_steps_compute_and_time() -> None:
     rows = [
         *records("openmoe", [3.0, 3.1, 2.9, 3.0, 3.0], 100, 1.0, 10.0),
         *records("openmoe", [2.8, 2.9, 2.7], 200, 2.0, 20.0),
-        *records("slow", [2.7, 2.81, 2.59, 2.7, 2.7], 100, 1.0, 20.0),
+        *records("slow", [2.7, 2.81, 2.59, 2.7, 2.7], 100, 1.0, 40 / 3),
         *records("same", [2.99, 3.1, 2.91, 3.0, 3.0], 100, 1.0, 10.0),
         *records("few", [2.0, 2.1], 100, 1.0, 10.0),
     ]
@@ -82,21 +84,22 @@ def test_variants_are_compared_at_equal_steps_compute_and_time() -> None:
     assert slow.steps.mean == pytest.approx(-0.3)
     assert slow.compute.mean == pytest.approx(-0.1)
     assert slow.time.mean == pytest.approx(-0.1)
-    assert slow.everything.mean == pytest.approx(0.1)
     assert slow.compute.sd == pytest.approx(0.01 / 2**0.5)
     assert same.compute.mean == pytest.approx(0)
     claims = {each.variant: each.claim for each in corrected([slow, same, few])}
     assert claims == {"slow": "lower", "same": "", "few": ""}, "two seeds claim nothing"
 
 
-@pytest.mark.parametrize("name", [*VARIANTS, *padding.VARIANTS])
+@pytest.mark.parametrize("name", [*VARIANTS, *padding.VARIANTS, "target of many layers"])
 @pytest.mark.parametrize("size", SIZES)
 def test_flags_are_valid(name: str, size: str, tmp_path: Path) -> None:
     lab = Lab(folder=tmp_path)
     if name in VARIANTS:
-        flags = VARIANTS[name].at(SIZES[size].steps)
-    else:
+        flags = VARIANTS[name].at(SIZES[size].steps, SIZES[size].adamw_lr)
+    elif name in padding.VARIANTS:
         flags = (*padding.UL2, *padding.VARIANTS[name])
+    else:
+        flags = adaptive_capacity.runs_of([size], 1)[0].flags
     config = parse_args(lab.command(Run(size=size, variant="any", flags=flags, seed=7))).config
     validate(config)
     assert config.train.seed == 7
@@ -106,18 +109,24 @@ def test_flags_are_valid(name: str, size: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", ["tiny", "base-16e", "8b-32e", "34b-32e"])
 def test_a_plus_preset_is_what_was_measured(size: str, tmp_path: Path) -> None:
-    """The sizes of the paper variant; router, capacity, drops and optimizer of the variant."""
-    lab, flags = Lab(folder=tmp_path), VARIANTS["plus"].at(300)
+    """The paper variant with router, drops and numbers of experts of the variant `plus`."""
+    lab, flags = Lab(folder=tmp_path), VARIANTS["plus"].at(300, 1e-3)
     paper, plus = PRESETS[f"openmoe-{size}"], PRESETS[f"openmoe-{size}-plus"]
     run = Run(size="S", variant="plus", flags=flags, seed=1)
     base = Run(size="S", variant="openmoe", flags=(), seed=1)
     measured, recipe = (parse_args(lab.command(each)).config for each in (run, base))
-    assert (plus.model, plus.data, plus.train) == (paper.model, paper.data, paper.train)
+    assert replace(plus, moe=paper.moe) == paper
     changed = {k for k, v in vars(measured.moe).items() if v != getattr(recipe.moe, k)}
-    assert changed == {k for k, v in vars(plus.moe).items() if v != getattr(paper.moe, k)}
-    assert all(getattr(plus.moe, k) == getattr(measured.moe, k) for k in changed)
-    for name in ("optimizer", "muon_extra_scale_factor"):
-        assert getattr(plus.optimizer, name) == getattr(measured.optimizer, name)
+    ours = {k for k, v in vars(plus.moe).items() if v != getattr(paper.moe, k)}
+    # Runs of experiments drop nothing in evaluations.
+    assert ours == changed | {"moe_eval_capacity_factor"}
+    sizes = {"num_experts", "moe_ffn_hidden_size"}
+    assert sizes < changed
+    assert all(getattr(plus.moe, k) == getattr(measured.moe, k) for k in changed - sizes)
+    for before, after in ((recipe.moe, measured.moe), (paper.moe, plus.moe)):
+        assert after.num_experts == 4 * before.num_experts
+    assert plus.moe.moe_ffn_hidden_size == paper.model.ffn_hidden_size // 4
+    assert plus.moe.moe_eval_capacity_factor == 4 * paper.moe.moe_eval_capacity_factor
 
 
 def test_a_run_of_other_flags_is_not_taken_for_this_one(tmp_path: Path) -> None:
@@ -133,6 +142,35 @@ def test_a_run_of_other_flags_is_not_taken_for_this_one(tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match="--out must be a folder without other runs"):
             other[0].is_finished(other[1])
+
+
+def test_a_fixed_factor_with_as_many_drops_by_hand(tmp_path: Path) -> None:
+    """Factors 2 and 3 with drops of 8% and 2%: half-way in the logarithm, 2.5, at 4%."""
+    fixed = [{"drop": 0.08, "slots": 2.0}, {"drop": 0.02, "slots": 3.0}]
+    assert adaptive_capacity.equal_drops(fixed, 0.04) == pytest.approx(2.5)
+
+
+def test_drops_of_a_run_with_a_target_by_hand(tmp_path: Path) -> None:
+    """Four intervals of two layers of two experts; the first is the start."""
+    lab = Lab(folder=tmp_path, steps=4)
+    run = Run(size="S", variant="deep-target", flags=(), seed=1)
+    log = lab.finished(run).with_name("routing.jsonl")
+    log.parent.mkdir(parents=True)
+
+    def layer(kept: int) -> dict:
+        return {"load": [6, 4], "kept": [kept, 0], "slots": 15, "drop_rate": 1 - kept / 10}
+
+    kept = [(0, 0), (10, 9), (10, 10), (10, 8)]
+    lines = [
+        {"iteration": step, "layers": {"1": layer(a), "3": layer(b)}}
+        for step, (a, b) in enumerate(kept, 1)
+    ]
+    log.write_text("\n".join(map(json.dumps, [*lines, {"iteration": 4, "probe": {}}])))
+    found = adaptive_capacity.read(lab, run)
+    assert (found["variant"], found["slots"]) == ("target", 1.5)
+    assert found["drop"] == pytest.approx(1 - 57 / 80)
+    assert found["over"] == pytest.approx(2 / 6)
+    assert found["most"] == pytest.approx(3 / 30)
 
 
 def test_tables_are_those_of_the_records() -> None:
@@ -157,6 +195,7 @@ def test_plots_are_drawn(tmp_path: Path) -> None:
 
 SMALL = "--megabytes 0.2 --seeds 1 --steps 8 --no-records"
 SCRIPTS = {
+    "adaptive_capacity": "--sizes S",
     "padding": "--sizes M",
     "context_independence": "--size S --length 1 --tokens 4096",
     "early_routing": "--size S --length 3 --tokens 8192",
