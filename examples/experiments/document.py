@@ -31,6 +31,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "routing-S": lambda: tables.routing_table("S"),
     "routing-M": lambda: tables.routing_table("M"),
     "verdicts": tables.verdicts,
+    "capacity": tables.capacity_table,
+    "saved": tables.saved_table,
     "plus": tables.plus_table,
 }
 
