@@ -33,6 +33,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "verdicts": tables.verdicts,
     "capacity": tables.capacity_table,
     "saved": tables.saved_table,
+    "padding": tables.padding_table,
     "plus": tables.plus_table,
 }
 
