@@ -9,16 +9,16 @@ the whole run. Between the factors that were run, its slots are known for any dr
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from examples.experiments.lab import SIZES, Lab, Run, lab_of, lab_parser
 from examples.experiments.paired import at_cost
-from examples.experiments.records import Record, write_records
+from examples.experiments.records import Record, layers_of, write_records
 from examples.experiments.remedies import about
 from examples.experiments.variants import OPENMOE
 
-SEEDS = 3
+SEEDS = 2
 TARGET = 0.05
 LAYERS = ("--num-layers", "4", "--moe-layer-freq", "[1]*4")
 FACTORS = (1.5, 2.0, 2.5, 3.0, 4.0)
@@ -52,12 +52,12 @@ def read(lab: Lab, run: Run) -> Record:
     lines = [line for line in lines if "layers" in line]
     settled = [line for line in lines if line["iteration"] > SETTLING * lab.steps_of(run)]
 
-    def total(key: str, layer: dict[str, Any]) -> int:
+    def total(key: str, layer: Mapping[str, Any]) -> int:
         return sum(layer[key]) if isinstance(layer[key], list) else layer[key]
 
-    layers = [layer for line in lines for layer in line["layers"].values()]
+    layers = layers_of(lines)
     choices, kept, slots = (sum(total(k, x) for x in layers) for k in ("load", "kept", "slots"))
-    rates = [layer["drop_rate"] for line in settled for layer in line["layers"].values()]
+    rates = [layer["drop_rate"] for layer in layers_of(settled)]
     by_layer = [
         1 - sum(total("kept", x) for x in own) / sum(total("load", x) for x in own)
         for own in zip(*(line["layers"].values() for line in settled), strict=True)

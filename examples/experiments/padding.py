@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 from examples.experiments.lab import SIZES, Run, lab_of, lab_parser
 from examples.experiments.records import read_record, write_records
-from examples.experiments.remedies import SEEDS, about
+from examples.experiments.remedies import about
 from examples.experiments.variants import OPENMOE
 
+SEEDS = 3
 UL2 = ("--objective", "ul2", "--vocab-extra-ids", "100")
 VARIANTS = {
     "routed": ("--no-moe-ignore-padding-tokens",),

@@ -67,8 +67,8 @@ def read_record(lab: Lab, run: Run) -> Record:
         "done": sum(line["arithmetic"]["done"] for line in intervals),
         "asked": sum(line["arithmetic"]["asked"] for line in intervals),
         "orthogonal": steps * orthogonalizing_flops(lab.command(run)),
-        "kept": sum(sum(layer["kept"]) for layer in _layers(intervals)),
-        "slots": sum(layer["slots"] for layer in _layers(intervals)),
+        "kept": sum(sum(layer["kept"]) for layer in layers_of(intervals)),
+        "slots": sum(layer["slots"] for layer in layers_of(intervals)),
         **_drops(late),
         **_probes([line["probe"] for line in lines if "probe" in line]),
         "ms_per_step": min(milliseconds),
@@ -88,12 +88,13 @@ def orthogonalizing_flops(command: Sequence[str]) -> float:
     return float(sum(2 * m * n * k * count for each in shares for m, n, k, count in each.products))
 
 
-def _layers(intervals: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def layers_of(intervals: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The layers of all intervals of a routing log, one after the other."""
     return [layer for line in intervals for layer in line["layers"].values()]
 
 
 def _drops(intervals: Sequence[Mapping[str, Any]]) -> Record:
-    layers = _layers(intervals)
+    layers = layers_of(intervals)
     choices = sum(sum(layer["load"]) for layer in layers)
     kept = sum(sum(layer["kept"]) for layer in layers)
 

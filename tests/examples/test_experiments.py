@@ -144,7 +144,7 @@ def test_a_run_of_other_flags_is_not_taken_for_this_one(tmp_path: Path) -> None:
             other[0].is_finished(other[1])
 
 
-def test_a_fixed_factor_with_as_many_drops_by_hand(tmp_path: Path) -> None:
+def test_a_fixed_factor_with_as_many_drops_by_hand() -> None:
     """Factors 2 and 3 with drops of 8% and 2%: half-way in the logarithm, 2.5, at 4%."""
     fixed = [{"drop": 0.08, "slots": 2.0}, {"drop": 0.02, "slots": 3.0}]
     assert adaptive_capacity.equal_drops(fixed, 0.04) == pytest.approx(2.5)
